@@ -4,13 +4,22 @@
 //! passes it in.
 
 pub mod backup;
+pub mod envelope;
 pub mod failure;
 pub mod id;
+pub mod job;
 pub mod lsn;
+pub mod message;
 pub mod name;
+pub mod proof;
+pub mod step;
+pub mod topology;
 
 pub use backup::BackupFacts;
 pub use failure::{Action, Code, Failure};
 pub use id::{AttemptId, BackupId, BootId, JobId, LineageId, RepositoryId};
+pub use job::{JobKind, JobState, Lane, Outcome, Placement, Task};
 pub use lsn::{Lsn, SystemIdentifier, Timeline};
 pub use name::{ClusterName, DatabaseName, SiteName, WorkerName};
+pub use proof::{Proof, ProofLevel};
+pub use step::{Progress, Step};

@@ -51,7 +51,8 @@ impl FromStr for Lsn {
     fn from_str(text: &str) -> Result<Self, ParseError> {
         let error = || ParseError::new("a write-ahead log position", text);
         let half = |digits: &str| {
-            let hex = (1..=8).contains(&digits.len()) && digits.bytes().all(|b| b.is_ascii_hexdigit());
+            let hex =
+                (1..=8).contains(&digits.len()) && digits.bytes().all(|b| b.is_ascii_hexdigit());
             hex.then(|| u64::from_str_radix(digits, 16).ok()).flatten().ok_or_else(error)
         };
         let (high, low) = text.split_once('/').ok_or_else(error)?;

@@ -10,7 +10,9 @@ use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NameError {
     /// Not 1 to 63 characters of `a-z 0-9 - _`, beginning with a letter or digit.
-    #[error("use {text:?} as the name of a {what}: 1 to 63 characters of a-z, 0-9, '-' and '_', the first a letter or digit")]
+    #[error(
+        "use {text:?} as the name of a {what}: 1 to 63 characters of a-z, 0-9, '-' and '_', the first a letter or digit"
+    )]
     Plain {
         /// What was to be named.
         what: &'static str,
@@ -27,7 +29,8 @@ pub enum NameError {
 
 fn plain(text: &str) -> bool {
     let first = text.bytes().next().is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
-    let rest = text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-_".contains(&b));
+    let rest =
+        text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-_".contains(&b));
     first && rest && text.len() <= 63
 }
 
@@ -120,7 +123,21 @@ mod tests {
 
     #[test]
     fn names_that_could_break_a_queue_a_path_or_a_label_are_refused() {
-        for bad in ["", "-a", "_a", "a.b", "a/b", "A", "a b", "ä", "a\n", "../x", "#", "*", &"a".repeat(64)] {
+        for bad in [
+            "",
+            "-a",
+            "_a",
+            "a.b",
+            "a/b",
+            "A",
+            "a b",
+            "ä",
+            "a\n",
+            "../x",
+            "#",
+            "*",
+            &"a".repeat(64),
+        ] {
             assert!(bad.parse::<ClusterName>().is_err(), "{bad:?}");
         }
         for good in ["a", "0", "orders-eu", "orders_2", &"a".repeat(63)] {

@@ -1,0 +1,132 @@
+//! Restore a backup into a directory.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
+
+use crate::{BackupId, Lsn};
+
+/// Parameters of a restore.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Restore {
+    /// The backup; the newest committed one of the cluster when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backup: Option<BackupId>,
+    /// Where to.
+    pub target: RestoreTarget,
+    /// Only say what would be done.
+    #[serde(default)]
+    pub plan_only: bool,
+}
+
+/// A directory below one of the restore roots a worker announced.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RestoreTarget {
+    /// The root, exactly as the worker announced it.
+    pub root: String,
+    /// The directory below it.
+    pub directory: RelativePath,
+}
+
+/// A path that cannot leave the directory it is joined to: components of `A-Z a-z 0-9 . _ -`, none beginning with a dot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(transparent)]
+pub struct RelativePath(String);
+
+/// Why a text is no [`RelativePath`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "use {0:?} as a relative path: 1 to 512 characters, components of A-Z a-z 0-9 . _ - that do not begin with a dot"
+)]
+pub struct RelativePathError(String);
+
+impl RelativePath {
+    /// The path as text, without a leading or trailing slash.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for RelativePath {
+    type Err = RelativePathError;
+
+    fn from_str(text: &str) -> Result<Self, RelativePathError> {
+        let component = |part: &str| {
+            !part.is_empty()
+                && !part.starts_with('.')
+                && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+        };
+        if text.len() <= 512 && text.split('/').all(component) {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(RelativePathError(text.chars().take(80).collect()))
+        }
+    }
+}
+
+impl fmt::Display for RelativePath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl<'de> Deserialize<'de> for RelativePath {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+    }
+}
+
+/// What a restore did, or would do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestoreOutcome {
+    /// The backup that was restored.
+    pub backup: BackupId,
+    /// The directory, absolute.
+    pub directory: String,
+    /// Files and directories written.
+    pub files: u64,
+    /// Bytes written.
+    pub size_bytes: u64,
+    /// Bytes fetched from the repository.
+    pub fetched_bytes: u64,
+    /// Where recovery will be consistent once a server starts on it.
+    pub stop_lsn: Lsn,
+    /// True when nothing was written because only the plan was asked for.
+    pub planned_only: bool,
+    /// The plan, one line a step, for people.
+    #[serde(default)]
+    pub plan: Vec<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_relative_path_cannot_leave_its_root() {
+        for bad in [
+            "",
+            "/",
+            "/a",
+            "a/",
+            "a//b",
+            "..",
+            "a/../b",
+            ".hidden",
+            "a b",
+            "a\0",
+            "~",
+            "a;b",
+            "\u{202e}a",
+        ] {
+            assert!(bad.parse::<RelativePath>().is_err(), "{bad:?}");
+        }
+        assert_eq!(
+            "orders/2026-11-22".parse::<RelativePath>().unwrap().as_str(),
+            "orders/2026-11-22"
+        );
+    }
+}

@@ -1,0 +1,108 @@
+//! A worker's sign of life: one batched heartbeat for everything it runs.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::failure::Failure;
+use crate::step::Progress;
+use crate::{AttemptId, BootId, ClusterName, JobKind, SiteName, SystemIdentifier, WorkerName};
+
+/// One heartbeat. Signed by the worker.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Pulse {
+    /// [`SCHEMA`](super::SCHEMA).
+    pub schema: u32,
+    /// Who.
+    pub worker: WorkerName,
+    /// Where.
+    pub site: SiteName,
+    /// Which life. A pulse with a new one ends the leases of the old.
+    pub boot: BootId,
+    /// Grows within a boot; older pulses are ignored.
+    pub seq: u64,
+    /// Worker's clock.
+    pub at_ms: i64,
+    /// How long until the next one, milliseconds.
+    pub every_ms: u32,
+    /// Room for more.
+    pub slots: Slots,
+    /// True while it takes no new work.
+    pub draining: bool,
+    /// What it runs.
+    pub running: Vec<RunningAttempt>,
+    /// What it can do. Sent with the first pulse of a boot, on change, and when a new coordinator shows itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub offers: Option<Offers>,
+}
+
+/// Room for more jobs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Slots {
+    /// Slots that only urgent jobs may use.
+    pub urgent_free: u32,
+    /// Slots for routine jobs; urgent ones may use them too.
+    pub routine_free: u32,
+}
+
+/// An attempt that runs: its lease is renewed by this.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunningAttempt {
+    /// The attempt.
+    pub attempt: AttemptId,
+    /// The token of its grant.
+    pub token: u64,
+    /// How far it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress: Option<Progress>,
+}
+
+/// What a worker can do, from its own configuration.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Offers {
+    /// The program's version.
+    pub version: String,
+    /// Kinds of jobs it understands and is allowed.
+    pub kinds: Vec<JobKind>,
+    /// The clusters it serves.
+    pub clusters: Vec<ClusterOffer>,
+    /// The repositories it can open.
+    pub repositories: Vec<RepositoryOffer>,
+    /// Directories below which it may restore.
+    pub restore_roots: Vec<String>,
+    /// PostgreSQL majors it can boot in a sandbox.
+    pub postgres_majors: Vec<u32>,
+}
+
+/// A cluster a worker serves.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ClusterOffer {
+    /// Its name.
+    pub name: ClusterName,
+    /// Labels for policies and selectors.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+    /// The repository its backups go to; absent when it has none.
+    #[serde(default)]
+    pub repository: Option<String>,
+    /// The server's identifier, when it could be asked.
+    #[serde(default)]
+    pub system_identifier: Option<SystemIdentifier>,
+    /// `server_version_num`, when it could be asked.
+    #[serde(default)]
+    pub server_version_num: Option<u32>,
+    /// Whether the worker can read its data directory.
+    pub files: bool,
+    /// What stands in the way, if anything.
+    #[serde(default)]
+    pub problem: Option<Failure>,
+}
+
+/// A repository a worker can open.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RepositoryOffer {
+    /// Its name in the worker's configuration.
+    pub name: String,
+    /// Where it is, without secrets.
+    pub location: String,
+}

@@ -1,0 +1,157 @@
+//! The record of a restore that was tried, what it reached and how long each phase took.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{BackupId, ClusterName, LineageId, Lsn, SystemIdentifier, WorkerName};
+
+/// How much a proof shows. Each level includes the ones before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum ProofLevel {
+    /// Every object is present, with the right size.
+    L1,
+    /// Every frame was decrypted, decompressed and checked.
+    L2,
+    /// Restored, booted, reached the stop position.
+    L3,
+    /// The server's own checks pass: page checksums, amcheck, every table readable, extensions load, collations.
+    L4,
+    /// The content equals what was recorded when the backup was taken.
+    L5,
+}
+
+impl ProofLevel {
+    /// Every level, lowest first.
+    pub const ALL: [Self; 5] = [Self::L1, Self::L2, Self::L3, Self::L4, Self::L5];
+
+    /// 1 to 5.
+    pub fn number(self) -> u8 {
+        match self {
+            Self::L1 => 1,
+            Self::L2 => 2,
+            Self::L3 => 3,
+            Self::L4 => 4,
+            Self::L5 => 5,
+        }
+    }
+
+    /// The level of this number.
+    pub fn from_number(number: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|level| level.number() == number)
+    }
+}
+
+impl fmt::Display for ProofLevel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "L{}", self.number())
+    }
+}
+
+/// A text that is no proof level.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("read {0:?} as a proof level: 1 to 5")]
+pub struct ProofLevelError(String);
+
+impl FromStr for ProofLevel {
+    type Err = ProofLevelError;
+
+    fn from_str(text: &str) -> Result<Self, ProofLevelError> {
+        let digits = text.strip_prefix(['L', 'l']).unwrap_or(text);
+        digits
+            .parse()
+            .ok()
+            .and_then(Self::from_number)
+            .ok_or_else(|| ProofLevelError(text.chars().take(20).collect()))
+    }
+}
+
+/// The record. Signed by the worker that ran it and stored with the backup; additive only.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Proof {
+    /// The backup that was restored.
+    pub backup: BackupId,
+    /// Its lineage.
+    pub lineage: LineageId,
+    /// The cluster's name when the backup was taken.
+    pub cluster: ClusterName,
+    /// The cluster's system identifier, as the restored server told it (the manifest's for levels below L3).
+    pub system_identifier: SystemIdentifier,
+    /// Who restored it.
+    pub worker: WorkerName,
+    /// Worker's clock at the end.
+    pub at_ms: i64,
+    /// The level that was asked for.
+    pub level_asked: ProofLevel,
+    /// The highest level all of whose checks passed; `None` when not even L1 did.
+    pub level_reached: Option<ProofLevel>,
+    /// Whether the level asked for was reached.
+    pub passed: bool,
+    /// `server_version_num` of the server that booted; absent below L3.
+    #[serde(default)]
+    pub server_version_num: Option<u32>,
+    /// The position the restored server reached, read from the server itself; absent below L3.
+    #[serde(default)]
+    pub reached_lsn: Option<Lsn>,
+    /// The phases, in order; their sum is what a restore costs.
+    pub phases: Vec<Phase>,
+    /// Bytes restored.
+    pub size_bytes: u64,
+    /// User tables seen in the restored server.
+    pub tables: u64,
+    /// Rows counted in the restored server.
+    pub rows: u64,
+    /// Tables whose rows were compared exactly with the census.
+    pub tables_exact: u64,
+    /// Tables whose rows were compared within bounds.
+    pub tables_bounded: u64,
+    /// Each check and how it ended.
+    pub checks: Vec<ProofCheck>,
+    /// How the sandbox was isolated, for people.
+    #[serde(default)]
+    pub isolation: String,
+}
+
+impl Proof {
+    /// Milliseconds from the first byte fetched to a server that answers: the measured recovery time of a backup alone.
+    pub fn recovery_time_ms(&self) -> u64 {
+        self.phases.iter().filter(|p| p.counts_as_recovery).map(|p| p.duration_ms).sum()
+    }
+}
+
+/// One measured phase of a proof.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Phase {
+    /// `inventory`, `decrypt`, `restore`, `boot`, `check` …
+    pub name: String,
+    /// How long it took.
+    pub duration_ms: u64,
+    /// Whether a real recovery would need this phase too.
+    pub counts_as_recovery: bool,
+}
+
+/// One check of a proof.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProofCheck {
+    /// What was checked, stable: `page_checksums`, `amcheck`, `row_counts` …
+    pub name: String,
+    /// The level it belongs to.
+    pub level: ProofLevel,
+    /// How it ended.
+    pub outcome: CheckOutcome,
+    /// Numbers and names, for people.
+    pub detail: String,
+}
+
+/// How a check ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CheckOutcome {
+    /// It looked and found nothing wrong.
+    Passed,
+    /// It found something wrong.
+    Failed,
+    /// It could not look, for a reason that is no fault of the backup.
+    Skipped,
+}
