@@ -1,1 +1,36 @@
-//! Placeholder.
+//! How PostgreSQL behaves: connections, versions, control file, pages, WAL segments, backup start and stop,
+//! throwaway instances, its command-line tools. PostgreSQL 14 to 18.
+//!
+//! Knows nothing of repositories, jobs or schedules: a caller says what it wants of one server, and gets facts or an
+//! [`Error`] back that names the cure.
+
+pub mod backup_session;
+pub mod binaries;
+pub mod census;
+pub mod checks;
+pub mod connect;
+pub mod control_file;
+pub mod error;
+pub mod identity;
+pub mod instance;
+pub mod locks;
+pub mod page;
+pub mod process;
+pub mod quote;
+pub mod relation;
+pub mod sandbox;
+pub mod scan;
+pub mod session;
+pub mod settings;
+pub mod target;
+pub mod tls;
+pub mod version;
+pub mod wal;
+pub mod wal_changes;
+
+pub use backup_session::{BackupOptions, BackupSession, Started, Stopped};
+pub use connect::{Purpose, connect, connect_maintenance};
+pub use error::Error;
+pub use identity::ServerIdentity;
+pub use session::Session;
+pub use target::{Environment, Target};
