@@ -12,6 +12,7 @@ pub mod lsn;
 pub mod message;
 pub mod name;
 pub mod proof;
+pub mod secret_ref;
 pub mod step;
 pub mod topology;
 
@@ -22,4 +23,5 @@ pub use job::{JobKind, JobState, Lane, Outcome, Placement, Task};
 pub use lsn::{Lsn, SystemIdentifier, Timeline};
 pub use name::{ClusterName, DatabaseName, SiteName, WorkerName};
 pub use proof::{Proof, ProofLevel};
+pub use secret_ref::SecretRef;
 pub use step::{Progress, Step};

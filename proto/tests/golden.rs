@@ -1,0 +1,395 @@
+//! The wire format, held still: each message of schema 1 as it was first sent. A golden file may never change; a new
+//! field gets a new file, and the old ones must parse for ever.
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::path::PathBuf;
+
+use proto::envelope::{Certificate, SigningKey};
+use proto::job::{
+    Analyze, AnalyzeOutcome, Backup, BackupOutcome, Probe, ProbeOutcome, Restore, RestoreOutcome,
+    RestoreTarget, SeenVerdict, SkippedTable, Vacuum, VacuumOutcome, VacuumedTable, VerifyRestore,
+    VerifyRestoreOutcome,
+};
+use proto::message::{
+    Beacon, Cancel, Claim, ClaimMessage, ClusterOffer, Control, Decline, DeclineReason, Denial,
+    DenialReason, Grant, Nonce, Offers, Pulse, Report, ReportBody, RepositoryOffer, Revoked,
+    RunningAttempt, Slots, Spec, Ticket,
+};
+use proto::proof::{CheckOutcome, Phase, ProofCheck};
+use proto::{
+    Action, AttemptId, BackupId, BootId, Code, Failure, JobId, JobKind, Lane, LineageId, Lsn,
+    Outcome, Progress, Proof, ProofLevel, Step, SystemIdentifier, Task, Timeline,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+fn directory() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
+}
+
+/// Compares with the golden file, both ways. `PGMUSTER_WRITE_GOLDEN=1` writes files that are not there yet; nothing
+/// ever overwrites one.
+fn golden<T: Serialize + DeserializeOwned + PartialEq + Debug>(name: &str, sample: &T) {
+    let path = directory().join(format!("{name}.json"));
+    #[expect(clippy::disallowed_methods, reason = "a switch of this test only")]
+    let write = std::env::var("PGMUSTER_WRITE_GOLDEN").is_ok();
+    if write && !path.exists() {
+        std::fs::write(&path, serde_json::to_string_pretty(sample).unwrap() + "\n").unwrap();
+    }
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    assert_eq!(serde_json::from_str::<T>(&text).unwrap(), *sample, "{name} is read differently");
+    let file: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(serde_json::to_value(sample).unwrap(), file, "{name} is written differently");
+}
+
+fn job() -> JobId {
+    JobId::mint(1_700_000_000_000, [1; 10])
+}
+fn attempt() -> AttemptId {
+    AttemptId::mint(1_700_000_000_001, [2; 10])
+}
+fn backup_id() -> BackupId {
+    attempt().into()
+}
+fn boot() -> BootId {
+    BootId::mint(1_700_000_000_002, [3; 10])
+}
+fn lineage() -> LineageId {
+    LineageId::mint(1_700_000_000_003, [4; 10])
+}
+fn nonce() -> Nonce {
+    Nonce("00112233445566778899aabbccddeeff".to_owned())
+}
+const SYSTEM: SystemIdentifier = SystemIdentifier(7_300_000_000_000_000_001);
+
+fn spec(task: Task) -> Spec {
+    Spec {
+        schema: 1,
+        job: job(),
+        attempt: attempt(),
+        predecessor: Some(AttemptId::mint(1_699_999_999_999, [9; 10])),
+        cluster: "orders".parse().unwrap(),
+        system_identifier: Some(SYSTEM),
+        task,
+        deadline_ms: 3_600_000,
+        traceparent: Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".to_owned()),
+    }
+}
+
+fn proof() -> Proof {
+    Proof {
+        backup: backup_id(),
+        lineage: lineage(),
+        cluster: "orders".parse().unwrap(),
+        system_identifier: SYSTEM,
+        worker: "w1".parse().unwrap(),
+        at_ms: 1_700_000_100_000,
+        level_asked: ProofLevel::L5,
+        level_reached: Some(ProofLevel::L5),
+        passed: true,
+        server_version_num: Some(150_018),
+        reached_lsn: Some(Lsn(0x0300_0100)),
+        phases: vec![Phase {
+            name: "restore".to_owned(),
+            duration_ms: 1_234,
+            counts_as_recovery: true,
+        }],
+        size_bytes: 31_000_000,
+        tables: 14,
+        rows: 1_600_014,
+        tables_exact: 13,
+        tables_bounded: 1,
+        checks: vec![ProofCheck {
+            name: "row_counts".to_owned(),
+            level: ProofLevel::L5,
+            outcome: CheckOutcome::Passed,
+            detail: "14 tables".to_owned(),
+        }],
+        isolation: "network namespace".to_owned(),
+    }
+}
+
+fn failure() -> Failure {
+    Failure::new(Code::PermissionDenied, Action::FixConfig, "role b may not start a backup")
+        .with_hint("GRANT EXECUTE ON FUNCTION pg_backup_start(text, boolean) TO b;")
+}
+
+fn step() -> Step {
+    Step {
+        number: 3,
+        name: "copy".to_owned(),
+        span_id: "b7ad6b7169203331".to_owned(),
+        started_at_ms: 1_700_000_000_100,
+        ended_at_ms: Some(1_700_000_000_900),
+        failed: false,
+        figures: BTreeMap::from([("read_bytes".to_owned(), 31_000_000)]),
+    }
+}
+
+fn report(body: ReportBody) -> Report {
+    Report {
+        schema: 1,
+        job: job(),
+        attempt: attempt(),
+        token: 42,
+        worker: "w1".parse().unwrap(),
+        boot: boot(),
+        seq: 7,
+        at_ms: 1_700_000_000_950,
+        body,
+    }
+}
+
+#[test]
+fn specs_of_every_kind() {
+    let target = RestoreTarget {
+        root: "/srv/restore".to_owned(),
+        directory: "orders/drill".parse().unwrap(),
+    };
+    let tasks = [
+        Task::Backup(Backup {
+            fast_checkpoint: true,
+            full_read: false,
+            compression_level: Some(3),
+        }),
+        Task::VerifyRestore(VerifyRestore { backup: Some(backup_id()), level: ProofLevel::L5 }),
+        Task::Restore(Restore { backup: None, target, plan_only: true }),
+        Task::Analyze(Analyze {
+            databases: Some(vec!["shop \"x\"".parse().unwrap()]),
+            ..Analyze::default()
+        }),
+        Task::Vacuum(Vacuum::default()),
+        Task::Probe(Probe { attempt: attempt(), terminate: true }),
+    ];
+    for task in tasks {
+        let kind = task.kind();
+        golden(&format!("spec.{kind}"), &spec(task));
+    }
+}
+
+#[test]
+fn a_field_this_version_does_not_know_is_refused_in_a_job_and_ignored_in_a_report() {
+    let mut value = serde_json::to_value(spec(Task::Backup(Backup::default()))).unwrap();
+    value["task"]["backup"]["upside_down"] = true.into();
+    assert!(serde_json::from_value::<Spec>(value).is_err());
+    let mut value = serde_json::to_value(report(ReportBody::Started)).unwrap();
+    value["mood"] = "fine".into();
+    assert!(serde_json::from_value::<Report>(value).is_ok());
+}
+
+#[test]
+fn outcomes_of_every_kind() {
+    let database: proto::DatabaseName = "shop".parse().unwrap();
+    let skipped = SkippedTable {
+        database: database.clone(),
+        table: "public.\"Odd\"".to_owned(),
+        reason: "locked".to_owned(),
+    };
+    let outcomes = [
+        Outcome::Backup(BackupOutcome {
+            backup: backup_id(),
+            lineage: lineage(),
+            repository: "s3://bucket/prefix".to_owned(),
+            system_identifier: SYSTEM,
+            server_version_num: 150_018,
+            timeline: Timeline(1),
+            start_lsn: Lsn(0x0200_0028),
+            stop_lsn: Lsn(0x0200_0100),
+            started_at_ms: 1,
+            stopped_at_ms: 2,
+            files: 1_000,
+            size_bytes: 31_000_000,
+            read_bytes: 31_000_000,
+            stored_bytes: 4_000_000,
+            wal_bytes: 16_777_216,
+            bad_pages: 0,
+            compared_with: None,
+        }),
+        Outcome::VerifyRestore(VerifyRestoreOutcome { proof: proof() }),
+        Outcome::Restore(RestoreOutcome {
+            backup: backup_id(),
+            directory: "/srv/restore/orders/drill".to_owned(),
+            files: 1_000,
+            size_bytes: 31_000_000,
+            fetched_bytes: 4_000_000,
+            stop_lsn: Lsn(0x0200_0100),
+            planned_only: false,
+            plan: vec![],
+        }),
+        Outcome::Analyze(AnalyzeOutcome {
+            databases: 1,
+            analyzed: 12,
+            skipped: vec![skipped.clone()],
+            plan: vec![],
+        }),
+        Outcome::Vacuum(VacuumOutcome {
+            databases: 1,
+            vacuumed: vec![VacuumedTable {
+                database,
+                table: "public.t".to_owned(),
+                bloat_ratio: 2.5,
+                dead_rows_before: 100,
+                dead_rows_after: 0,
+                size_before_bytes: 81_920,
+                size_after_bytes: 81_920,
+            }],
+            skipped: vec![skipped],
+            plan: vec![],
+        }),
+        Outcome::Probe(ProbeOutcome {
+            sessions: Some(0),
+            terminated: 0,
+            verdict: Some(SeenVerdict::Open),
+        }),
+    ];
+    let names = JobKind::ALL.iter().map(|kind| kind.as_str());
+    for (name, outcome) in names.zip(outcomes) {
+        golden(&format!("outcome.{name}"), &outcome);
+    }
+}
+
+#[test]
+fn the_conversation() {
+    golden(
+        "ticket",
+        &Ticket {
+            schema: 1,
+            job: job(),
+            attempt: attempt(),
+            kind: JobKind::Backup,
+            lane: Lane::Urgent,
+            cluster: "orders".parse().unwrap(),
+            not_after_ms: 1_700_000_060_000,
+        },
+    );
+    golden(
+        "claim",
+        &ClaimMessage::Claim(Claim {
+            schema: 1,
+            job: job(),
+            attempt: attempt(),
+            worker: "w1".parse().unwrap(),
+            boot: boot(),
+            nonce: nonce(),
+        }),
+    );
+    golden(
+        "decline",
+        &ClaimMessage::Decline(Decline {
+            schema: 1,
+            job: job(),
+            attempt: attempt(),
+            worker: "w1".parse().unwrap(),
+            boot: boot(),
+            reason: DeclineReason::Busy,
+            detail: "no slot".to_owned(),
+        }),
+    );
+    golden(
+        "grant",
+        &Control::Grant(Box::new(Grant {
+            schema: 1,
+            attempt: attempt(),
+            worker: "w1".parse().unwrap(),
+            boot: boot(),
+            nonce: nonce(),
+            token: 42,
+            lease_ms: 30_000,
+            spec: serde_json::to_value(spec(Task::Backup(Backup::default()))).unwrap(),
+        })),
+    );
+    golden(
+        "denial",
+        &Control::Denial(Denial {
+            schema: 1,
+            attempt: attempt(),
+            worker: "w1".parse().unwrap(),
+            boot: boot(),
+            nonce: nonce(),
+            reason: DenialReason::Taken,
+        }),
+    );
+    golden("cancel", &Control::Cancel(Cancel { schema: 1, attempt: attempt(), token: 42 }));
+    golden(
+        "beacon",
+        &Beacon {
+            schema: 1,
+            epoch: 3,
+            boot: boot(),
+            at_ms: 1_700_000_000_000,
+            revoked: vec![Revoked { attempt: attempt(), token: 42 }],
+        },
+    );
+    golden("report.started", &report(ReportBody::Started));
+    golden("report.step", &report(ReportBody::Step(step())));
+    golden(
+        "report.failed",
+        &report(ReportBody::Failed { failure: failure(), outcome: None, steps: vec![step()] }),
+    );
+    golden(
+        "report.succeeded",
+        &report(ReportBody::Succeeded {
+            outcome: Box::new(Outcome::Analyze(AnalyzeOutcome::default())),
+            steps: vec![step()],
+        }),
+    );
+    golden(
+        "pulse",
+        &Pulse {
+            schema: 1,
+            worker: "w1".parse().unwrap(),
+            site: "fra1".parse().unwrap(),
+            boot: boot(),
+            seq: 9,
+            at_ms: 1_700_000_000_000,
+            every_ms: 3_000,
+            slots: Slots { urgent_free: 1, routine_free: 2 },
+            draining: false,
+            running: vec![RunningAttempt {
+                attempt: attempt(),
+                token: 42,
+                progress: Some(Progress {
+                    step: "copy".to_owned(),
+                    done: 1,
+                    total: Some(2),
+                    unit: "bytes".to_owned(),
+                }),
+            }],
+            offers: Some(Offers {
+                version: "0.1.0".to_owned(),
+                kinds: JobKind::ALL.to_vec(),
+                clusters: vec![ClusterOffer {
+                    name: "orders".parse().unwrap(),
+                    labels: BTreeMap::from([("tier".to_owned(), "gold".to_owned())]),
+                    repository: Some("main".to_owned()),
+                    system_identifier: Some(SYSTEM),
+                    server_version_num: Some(150_018),
+                    files: true,
+                    problem: Some(failure()),
+                }],
+                repositories: vec![RepositoryOffer {
+                    name: "main".to_owned(),
+                    location: "s3://bucket/prefix".to_owned(),
+                }],
+                restore_roots: vec!["/srv/restore".to_owned()],
+                postgres_majors: vec![15, 18],
+            }),
+        },
+    );
+}
+
+#[test]
+fn signed_bytes_are_the_same_for_ever() {
+    let key = SigningKey::from_seed(&[7; 32]);
+    let certificate = Certificate {
+        worker: "w1".parse().unwrap(),
+        site: "fra1".parse().unwrap(),
+        key: SigningKey::from_seed(&[8; 32]).public(),
+        issued_at_ms: 1_700_000_000_000,
+    };
+    let signed = key.sign(&certificate);
+    golden("signed.certificate", &signed);
+    assert_eq!(signed.verify(&key.public()).unwrap(), certificate);
+    golden("proof", &proof());
+}
