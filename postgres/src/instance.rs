@@ -15,8 +15,8 @@ use rustix::process::Signal;
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 
-use crate::binaries::Binaries;
 use crate::Error;
+use crate::binaries::Binaries;
 use crate::process::{Account, DeathSignal, POLL, Result, Running, describe, last_lines};
 
 /// `initdb` takes one to five seconds; a loaded machine with `fsync` may take a minute.
@@ -205,10 +205,10 @@ impl Instance {
         let pid_file = self.directory.join("data/postmaster.pid");
         let deadline = Instant::now() + START_TIMEOUT;
         loop {
-            if let Some(status) = server.ended().map_err(|source| Error::ProgramStart {
-                program: "postgres".to_owned(),
-                source,
-            })? {
+            if let Some(status) = server
+                .ended()
+                .map_err(|source| Error::ProgramStart { program: "postgres".to_owned(), source })?
+            {
                 self.server = None;
                 return Err(Error::Program {
                     program: "postgres".to_owned(),
@@ -221,7 +221,9 @@ impl Instance {
             }
             if Instant::now() > deadline {
                 self.server = None;
-                return Err(Error::Deadline { what: format!("start postgres: {}", self.log_tail()) });
+                return Err(Error::Deadline {
+                    what: format!("start postgres: {}", self.log_tail()),
+                });
             }
             tokio::time::sleep(POLL).await;
         }

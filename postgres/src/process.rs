@@ -63,10 +63,7 @@ pub struct Account {
 impl Account {
     /// The account of this process.
     pub fn current() -> Self {
-        Self {
-            uid: rustix::process::geteuid().as_raw(),
-            gid: rustix::process::getegid().as_raw(),
-        }
+        Self { uid: rustix::process::geteuid().as_raw(), gid: rustix::process::getegid().as_raw() }
     }
 
     /// The account that owns `path`.
@@ -333,7 +330,8 @@ impl Program {
         };
         let mut argv: Vec<OsString> = Vec::new();
         if self.isolation.flags().first().is_some() {
-            let unshare = find_in(SYSTEM_PATH, "unshare").ok_or_else(|| missing("unshare".as_ref()))?;
+            let unshare =
+                find_in(SYSTEM_PATH, "unshare").ok_or_else(|| missing("unshare".as_ref()))?;
             argv.push(unshare.into());
             argv.extend(self.isolation.flags().iter().map(OsString::from));
         }
@@ -362,7 +360,11 @@ impl Program {
 
         let mut argv = argv.into_iter();
         let mut command = Command::new(argv.next().unwrap_or_default());
-        command.args(argv).env_clear().envs([("PATH", SYSTEM_PATH), ("LC_ALL", "C"), ("TZ", "UTC")]);
+        command.args(argv).env_clear().envs([
+            ("PATH", SYSTEM_PATH),
+            ("LC_ALL", "C"),
+            ("TZ", "UTC"),
+        ]);
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         command.current_dir(self.directory.as_deref().unwrap_or(Path::new("/")));
         command.process_group(0).kill_on_drop(true);
@@ -498,7 +500,11 @@ fn stat(pid: u32) -> Option<(u32, u64, char)> {
     let text = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
     let text = String::from_utf8_lossy(&text);
     let fields: Vec<&str> = text.get(text.rfind(')')? + 1..)?.split_whitespace().collect();
-    Some((fields.get(1)?.parse().ok()?, fields.get(19)?.parse().ok()?, fields.first()?.chars().next()?))
+    Some((
+        fields.get(1)?.parse().ok()?,
+        fields.get(19)?.parse().ok()?,
+        fields.first()?.chars().next()?,
+    ))
 }
 
 /// Waits, blocking, until `done` or until `patience` has passed; returns whether it is done.
