@@ -1,0 +1,417 @@
+//! Whether a cluster can be recovered to its target, and how we know.
+//!
+//! Says what is known, not what is hoped: whatever has no fresh information is `UNKNOWN`, never green.
+
+use std::fmt;
+use std::str::FromStr;
+
+use proto::ProofLevel;
+use proto::failure::Failure;
+use serde::{Deserialize, Serialize};
+
+use crate::words::{count, span};
+
+macro_rules! states {
+    ($($(#[$doc:meta])* $state:ident = $text:literal,)*) => {
+        /// Where a cluster stands. The order is the order of urgency, worst first.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+        pub enum ClusterState {
+            $($(#[$doc])* #[serde(rename = $text)] $state,)*
+        }
+
+        impl ClusterState {
+            /// Every state, worst first.
+            pub const ALL: &[Self] = &[$(Self::$state,)*];
+
+            /// The state as people see it.
+            pub fn as_str(self) -> &'static str {
+                match self { $(Self::$state => $text,)* }
+            }
+        }
+    };
+}
+
+states! {
+    /// A target is missed.
+    Broken = "BROKEN",
+    /// Nothing fresh is known.
+    Unknown = "UNKNOWN",
+    /// One step from missing a target.
+    AtRisk = "AT_RISK",
+    /// Registered; the first backup has not been taken.
+    Pending = "PENDING",
+    /// Recoverable on paper.
+    Taken = "TAKEN",
+    /// Recoverable to target, and the proof is fresh.
+    Proved = "PROVED",
+    /// Left out until a date, by somebody, for a reason.
+    Exempt = "EXEMPT",
+}
+
+impl ClusterState {
+    /// Whether people should look at it now.
+    pub fn is_finding(self) -> bool {
+        match self {
+            Self::Broken | Self::Unknown | Self::AtRisk => true,
+            Self::Pending | Self::Taken | Self::Proved | Self::Exempt => false,
+        }
+    }
+}
+
+impl fmt::Display for ClusterState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// A text that is no cluster state.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("know the cluster state {0:?}")]
+pub struct UnknownState(String);
+
+impl FromStr for ClusterState {
+    type Err = UnknownState;
+
+    fn from_str(text: &str) -> Result<Self, UnknownState> {
+        Self::ALL
+            .iter()
+            .copied()
+            .find(|state| state.as_str().eq_ignore_ascii_case(text))
+            .ok_or_else(|| UnknownState(text.chars().take(40).collect()))
+    }
+}
+
+/// What was promised for a cluster.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Objectives {
+    /// The least a proof must show.
+    pub proof_level: ProofLevel,
+    /// How old a proof may be, milliseconds.
+    pub proof_age_max_ms: i64,
+    /// How old the newest backup may be, milliseconds; `None` when nothing was promised.
+    pub backup_age_max_ms: Option<i64>,
+    /// How long the workers of a cluster may be silent, milliseconds.
+    pub silence_max_ms: i64,
+}
+
+impl Default for Objectives {
+    fn default() -> Self {
+        Self {
+            proof_level: ProofLevel::L4,
+            proof_age_max_ms: 7 * 86_400_000,
+            backup_age_max_ms: None,
+            silence_max_ms: 60_000,
+        }
+    }
+}
+
+/// The newest committed backup of a cluster.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BackupFact {
+    /// What a restore of it brings back, Unix milliseconds.
+    pub stopped_at_ms: i64,
+}
+
+/// A proof of that backup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ProofFact {
+    /// When it ended, Unix milliseconds.
+    pub at_ms: i64,
+    /// What was asked for.
+    pub level: ProofLevel,
+    /// Whether that was reached.
+    pub passed: bool,
+    /// Milliseconds a recovery took, without the checks.
+    pub recovery_time_ms: u64,
+    /// User tables seen.
+    pub tables: u64,
+}
+
+/// What is known of a cluster.
+#[derive(Debug, Clone, Default)]
+pub struct ClusterFacts {
+    /// The last pulse of a worker that serves it, Unix milliseconds.
+    pub seen_at_ms: Option<i64>,
+    /// What its worker says stands in the way.
+    pub problem: Option<Failure>,
+    /// Whether any worker announced a repository for it.
+    pub has_repository: bool,
+    /// The newest backup.
+    pub backup: Option<BackupFact>,
+    /// All proofs of the newest backup, in any order.
+    pub proofs: Vec<ProofFact>,
+    /// The failure of the newest backup job that ended, when it did not succeed.
+    pub backup_failure: Option<Failure>,
+}
+
+/// A state and the sentence that explains it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Judgement {
+    /// The state.
+    pub state: ClusterState,
+    /// Why, one sentence without a period.
+    pub reason: String,
+}
+
+impl Judgement {
+    fn new(state: ClusterState, reason: impl Into<String>) -> Self {
+        Self { state, reason: reason.into() }
+    }
+}
+
+/// Judges a cluster. What is certainly broken is said even while its worker is silent.
+pub fn judge_cluster(facts: &ClusterFacts, objectives: &Objectives, now_ms: i64) -> Judgement {
+    use ClusterState::{AtRisk, Broken, Pending, Proved, Taken, Unknown};
+
+    if let Some(reason) = broken(facts, objectives, now_ms) {
+        return Judgement::new(Broken, reason);
+    }
+    match facts.seen_at_ms {
+        None => return Judgement::new(Unknown, "no worker has announced it"),
+        Some(seen) if now_ms.saturating_sub(seen) > objectives.silence_max_ms => {
+            let silence = span(now_ms - seen);
+            return Judgement::new(Unknown, format!("no contact with its worker for {silence}"));
+        }
+        Some(_) => {}
+    }
+    let Some(backup) = facts.backup else {
+        return match &facts.problem {
+            Some(problem) => Judgement::new(AtRisk, format!("it cannot be backed up: {problem}")),
+            None if !facts.has_repository => {
+                Judgement::new(AtRisk, "its worker has no repository for it")
+            }
+            None => Judgement::new(Pending, "no backup has been taken yet"),
+        };
+    };
+    if let Some(failure) = &facts.backup_failure {
+        return Judgement::new(AtRisk, format!("its last backup failed: {failure}"));
+    }
+    if let Some(problem) = &facts.problem {
+        return Judgement::new(AtRisk, format!("it cannot be backed up now: {problem}"));
+    }
+    let age = now_ms.saturating_sub(backup.stopped_at_ms);
+    if let Some(limit) = objectives.backup_age_max_ms
+        && age.saturating_mul(5) > limit.saturating_mul(4)
+    {
+        let reason =
+            format!("its newest backup is {} old, the limit is {}", span(age), span(limit));
+        return Judgement::new(AtRisk, reason);
+    }
+    let wanted = objectives.proof_level;
+    let limit = objectives.proof_age_max_ms;
+    let passed = facts.proofs.iter().filter(|p| p.passed);
+    let best = passed.clone().filter(|p| p.level >= wanted).max_by_key(|p| p.at_ms);
+    match best {
+        Some(proof) if now_ms.saturating_sub(proof.at_ms) < limit => Judgement::new(
+            Proved,
+            format!(
+                "restored in {} and proved {} {} ago, {}",
+                seconds(proof.recovery_time_ms),
+                proof.level,
+                span(now_ms - proof.at_ms),
+                count(proof.tables, "table"),
+            ),
+        ),
+        Some(proof) => Judgement::new(
+            Taken,
+            format!(
+                "the {} proof of its newest backup is {} old, the limit is {}",
+                proof.level,
+                span(now_ms - proof.at_ms),
+                span(limit)
+            ),
+        ),
+        None => match passed.max_by_key(|p| p.level) {
+            Some(proof) => Judgement::new(
+                Taken,
+                format!("its newest backup is proved {} only, {wanted} is wanted", proof.level),
+            ),
+            None => Judgement::new(
+                Taken,
+                format!("its newest backup, {} old, is not proved yet", span(age)),
+            ),
+        },
+    }
+}
+
+/// A target that is certainly missed.
+fn broken(facts: &ClusterFacts, objectives: &Objectives, now_ms: i64) -> Option<String> {
+    let Some(backup) = facts.backup else {
+        let failure = facts.backup_failure.as_ref()?;
+        return Some(format!("there is no backup, and the last try failed: {failure}"));
+    };
+    if let Some(last) = facts.proofs.iter().max_by_key(|p| p.at_ms)
+        && !last.passed
+    {
+        let ago = span(now_ms - last.at_ms);
+        return Some(format!("its newest backup failed its {} proof {ago} ago", last.level));
+    }
+    let age = now_ms.saturating_sub(backup.stopped_at_ms);
+    let limit = objectives.backup_age_max_ms?;
+    (age > limit)
+        .then(|| format!("its newest backup is {} old, the limit is {}", span(age), span(limit)))
+}
+
+fn seconds(ms: u64) -> String {
+    if ms < 10_000 {
+        format!("{}.{} s", ms / 1_000, ms % 1_000 / 100)
+    } else {
+        span(i64::try_from(ms).unwrap_or(i64::MAX))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use proto::failure::{Action, Code};
+
+    use super::*;
+
+    const DAY: i64 = 86_400_000;
+    const NOW: i64 = 100 * DAY;
+
+    fn failure() -> Failure {
+        Failure::new(Code::WalMissing, Action::Retry, "WAL is gone")
+    }
+
+    fn proof(age_ms: i64, level: ProofLevel, passed: bool) -> ProofFact {
+        ProofFact { at_ms: NOW - age_ms, level, passed, recovery_time_ms: 31_400, tables: 212 }
+    }
+
+    fn healthy() -> ClusterFacts {
+        ClusterFacts {
+            seen_at_ms: Some(NOW - 5_000),
+            problem: None,
+            has_repository: true,
+            backup: Some(BackupFact { stopped_at_ms: NOW - 2 * DAY }),
+            proofs: vec![proof(DAY, ProofLevel::L5, true)],
+            backup_failure: None,
+        }
+    }
+
+    fn judged(change: impl FnOnce(&mut ClusterFacts)) -> (ClusterState, String) {
+        let mut facts = healthy();
+        change(&mut facts);
+        let judgement = judge_cluster(&facts, &Objectives::default(), NOW);
+        (judgement.state, judgement.reason)
+    }
+
+    #[test]
+    fn every_state_has_its_case_and_its_sentence() {
+        use ClusterState::{AtRisk, Broken, Pending, Proved, Taken, Unknown};
+        type Case = (fn(&mut ClusterFacts), ClusterState, &'static str);
+        let table: &[Case] = &[
+            (|_| {}, Proved, "restored in 31 s and proved L5 24 h ago, 212 tables"),
+            (
+                |f| f.proofs = vec![proof(7 * DAY, ProofLevel::L5, true)],
+                Taken,
+                "the L5 proof of its newest backup is 7 d old, the limit is 7 d",
+            ),
+            (
+                |f| f.proofs = vec![proof(DAY, ProofLevel::L3, true)],
+                Taken,
+                "its newest backup is proved L3 only, L4 is wanted",
+            ),
+            (|f| f.proofs.clear(), Taken, "its newest backup, 2 d old, is not proved yet"),
+            (
+                |f| f.proofs.push(proof(0, ProofLevel::L4, false)),
+                Broken,
+                "its newest backup failed its L4 proof 0 s ago",
+            ),
+            (
+                |f| f.backup_failure = Some(failure()),
+                AtRisk,
+                "its last backup failed: WAL_MISSING: WAL is gone",
+            ),
+            (
+                |f| f.problem = Some(failure()),
+                AtRisk,
+                "it cannot be backed up now: WAL_MISSING: WAL is gone",
+            ),
+            (|f| f.backup = None, Pending, "no backup has been taken yet"),
+            (
+                |f| {
+                    f.backup = None;
+                    f.has_repository = false;
+                },
+                AtRisk,
+                "its worker has no repository for it",
+            ),
+            (
+                |f| {
+                    f.backup = None;
+                    f.backup_failure = Some(failure());
+                },
+                Broken,
+                "there is no backup, and the last try failed: WAL_MISSING: WAL is gone",
+            ),
+            (|f| f.seen_at_ms = None, Unknown, "no worker has announced it"),
+            (
+                |f| f.seen_at_ms = Some(NOW - 180_000),
+                Unknown,
+                "no contact with its worker for 3 min",
+            ),
+        ];
+        for (change, state, reason) in table {
+            assert_eq!(judged(change), (*state, (*reason).to_owned()));
+        }
+    }
+
+    #[test]
+    fn a_promised_age_is_at_risk_before_it_is_missed() {
+        let objectives = Objectives { backup_age_max_ms: Some(DAY), ..Objectives::default() };
+        let at = |age| {
+            let mut facts = healthy();
+            facts.backup = Some(BackupFact { stopped_at_ms: NOW - age });
+            judge_cluster(&facts, &objectives, NOW).state
+        };
+        assert_eq!(at(DAY / 2), ClusterState::Proved);
+        assert_eq!(at(DAY * 9 / 10), ClusterState::AtRisk);
+        assert_eq!(at(DAY + 1), ClusterState::Broken);
+    }
+
+    #[test]
+    fn a_silent_worker_does_not_hide_a_failed_proof() {
+        let (state, _) = judged(|f| {
+            f.seen_at_ms = None;
+            f.proofs.push(proof(0, ProofLevel::L5, false));
+        });
+        assert_eq!(state, ClusterState::Broken);
+    }
+
+    #[test]
+    fn states_round_trip_as_text() {
+        for state in ClusterState::ALL {
+            assert_eq!(state.as_str().parse::<ClusterState>().unwrap(), *state);
+        }
+        assert!("GREEN".parse::<ClusterState>().is_err());
+    }
+
+    proptest! {
+        /// The law that matters: green only on fresh contact, a backup, and a fresh passed proof that is not contradicted.
+        #[test]
+        fn proved_is_never_said_without_its_grounds(
+            seen in proptest::option::of(0i64..200_000),
+            backup in proptest::option::of(0i64..20 * DAY),
+            proofs in proptest::collection::vec((0i64..20 * DAY, 1u8..=5, any::<bool>()), 0..5),
+            failed in any::<bool>(),
+        ) {
+            let facts = ClusterFacts {
+                seen_at_ms: seen.map(|age| NOW - age),
+                problem: None,
+                has_repository: true,
+                backup: backup.map(|age| BackupFact { stopped_at_ms: NOW - age }),
+                proofs: proofs.iter().map(|(age, level, passed)| proof(*age, ProofLevel::from_number(*level).unwrap(), *passed)).collect(),
+                backup_failure: failed.then(failure),
+            };
+            let objectives = Objectives::default();
+            let judgement = judge_cluster(&facts, &objectives, NOW);
+            prop_assert!(!judgement.reason.is_empty());
+            if judgement.state == ClusterState::Proved {
+                prop_assert!(seen.unwrap() <= objectives.silence_max_ms);
+                prop_assert!(backup.is_some() && !failed);
+                prop_assert!(proofs.iter().any(|(age, level, passed)| *age < objectives.proof_age_max_ms && *level >= 4 && *passed));
+            }
+        }
+    }
+}
