@@ -1,1 +1,512 @@
-//! Placeholder.
+//! The census of a cluster: what is in it, counted while its backup is taken, so that a restore can be compared with it.
+//!
+//! Two halves. [`take_census`] counts early in the backup. [`finish_census`] runs **after** the backup was stopped: only
+//! then can anybody say what did not change between a count and the stop position. It keeps what was there at both times,
+//! and takes the changes in between from the backup's own WAL.
+//!
+//! A count of `n` rows is exact (`drift` zero) when two things hold. No transaction that had written to the table before the
+//! count was still open: such a one holds a lock on the table, and the locks are read before the count. And the WAL
+//! from before that reading up to the stop position holds no insert or delete for the table.
+//!
+//! Not counted: templates (a session in a template makes `CREATE DATABASE` fail), temporary tables, unlogged tables
+//! (they are empty after a restore), foreign tables and partitioned parents (they hold no rows of their own; the
+//! partitions are counted), and what the role may not read.
+
+use std::collections::{HashMap, HashSet};
+use std::time::Duration;
+
+use proto::backup::{Census, DatabaseCensus, TableCount};
+use proto::{DatabaseName, JobId, Lsn};
+use tokio::time::Instant;
+use tokio_postgres::Row;
+use tokio_util::sync::CancellationToken;
+
+use crate::connect::{Purpose, connect, connect_maintenance};
+use crate::error::Error;
+use crate::quote;
+use crate::session::Session;
+use crate::target::Target;
+use crate::wal_changes::WalChanges;
+
+/// The census waits for no lock longer than this, so that it never stands in a queue behind somebody's DDL.
+const LOCK_TIMEOUT: Duration = Duration::from_millis(200);
+/// Tables counted by one statement: many small tables cost one round trip.
+const GROUP_TABLES: usize = 50;
+/// Pages counted by one statement at most, unless it counts one table: 64 MiB are read within a second or so.
+const GROUP_PAGES: i64 = 8192;
+
+/// How a census is taken.
+#[derive(Debug, Clone)]
+pub struct CensusOptions {
+    /// For which job.
+    pub job: JobId,
+    /// No count begins after this, and a running one is cancelled.
+    pub deadline: Instant,
+    /// Limit of one table's count: it holds a snapshot and an `AccessShareLock` that long.
+    pub table_limit: Duration,
+    /// Interrupts the census.
+    pub cancel: CancellationToken,
+}
+
+/// A census that waits for the end of the backup.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CensusDraft {
+    canary: Option<String>,
+    databases: Vec<DatabaseDraft>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct DatabaseDraft {
+    name: DatabaseName,
+    oid: u32,
+    collation: String,
+    extensions: Vec<String>,
+    relations: Vec<Relation>,
+    counts: HashMap<u32, Count>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Relation {
+    oid: u32,
+    kind: char,
+    schema: String,
+    name: String,
+    file_node: u32,
+    pages: i64,
+    /// Whether it has rows of its own that a restore brings back.
+    countable: bool,
+    is_heap: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Count {
+    rows: u64,
+    /// Before the locks were read and the rows were counted.
+    from: Lsn,
+    /// Whether an open transaction may have written to the table before the count.
+    disturbed: bool,
+}
+
+impl CensusDraft {
+    /// How many tables were counted, and how many there are to count.
+    pub fn counted(&self) -> (usize, usize) {
+        let counted = self.databases.iter().map(|database| database.counts.len()).sum();
+        let all = self
+            .databases
+            .iter()
+            .flat_map(|database| &database.relations)
+            .filter(|r| r.countable)
+            .count();
+        (counted, all)
+    }
+}
+
+/// Commits a canary and counts. A database or table that cannot be read is left out; an error means that there is no
+/// census at all.
+pub async fn take_census(target: &Target, options: &CensusOptions) -> Result<CensusDraft, Error> {
+    let session = connect_maintenance(target, &purpose(options)).await?;
+    let what = "take the census";
+    let canary = canary(&session).await?;
+    let rows = session.query(what, &databases_sql(session_version(&session).await?), &[]).await?;
+    session.close().await;
+    let mut databases = Vec::new();
+    for row in rows {
+        let Ok(name) = row.get::<_, String>("name").parse::<DatabaseName>() else { continue };
+        if options.cancel.is_cancelled() {
+            return Err(Error::Cancelled { what: what.to_owned() });
+        }
+        let oid = row.get("oid");
+        match database_draft(target, options, &name, oid, row.get("collation")).await {
+            Ok(draft) => databases.push(draft),
+            Err(error @ Error::Cancelled { .. }) => return Err(error),
+            Err(error) => {
+                tracing::warn!(database = %name, "Left database {name} out of the census: {}", proto::failure::chain(&error));
+            }
+        }
+    }
+    Ok(CensusDraft { canary, databases })
+}
+
+/// Completes a census after the backup was stopped at `stop_lsn`. `changes` has read the backup's WAL up to there; without
+/// it the counts stay, but nothing is known of how they may have changed.
+pub async fn finish_census(
+    target: &Target,
+    options: &CensusOptions,
+    draft: CensusDraft,
+    changes: Option<&WalChanges>,
+    stop_lsn: Lsn,
+) -> Result<Census, Error> {
+    let mut databases = Vec::new();
+    for database in draft.databases {
+        match finish_database(target, options, &database, changes, stop_lsn).await {
+            Ok(Some(finished)) => databases.push(finished),
+            Ok(None) => {}
+            Err(error @ Error::Cancelled { .. }) => return Err(error),
+            Err(error) => {
+                let (name, why) = (&database.name, proto::failure::chain(&error));
+                tracing::warn!(database = %name, "Left database {name} out of the census: {why}");
+            }
+        }
+    }
+    Ok(Census { canary: draft.canary, databases })
+}
+
+fn purpose(options: &CensusOptions) -> Purpose {
+    Purpose {
+        lock_timeout: LOCK_TIMEOUT,
+        statement_timeout: options.table_limit,
+        ..Purpose::ask(&options.job)
+    }
+}
+
+async fn session_version(session: &Session) -> Result<u32, Error> {
+    let sql = "SELECT current_setting('server_version_num')::int4 / 10000";
+    Ok(session.one("ask for the version", sql, &[]).await?.get::<_, i32>(0).cast_unsigned())
+}
+
+/// A transaction id that was assigned and committed now. It writes one commit record and touches no table. None on a standby.
+async fn canary(session: &Session) -> Result<Option<String>, Error> {
+    let what = "commit the canary";
+    let recovering = session.one(what, "SELECT pg_is_in_recovery()", &[]).await?;
+    if recovering.get(0) {
+        return Ok(None);
+    }
+    let id: String = session.one(what, "SELECT pg_current_xact_id()::text", &[]).await?.get(0);
+    let status = session.one(what, "SELECT pg_xact_status($1::text::xid8)", &[&id]).await?;
+    match status.get::<_, Option<&str>>(0) {
+        Some("committed") => Ok(Some(id)),
+        other => Err(Error::Answer { what: what.to_owned(), answer: format!("{id} is {other:?}") }),
+    }
+}
+
+/// Every database that accepts connections and is no template, with the collation version that the system has *now*: the
+/// recorded one is in the backup itself.
+fn databases_sql(major: u32) -> String {
+    format!(
+        "-- pgmuster: databases of the census\n\
+         SELECT oid, datname::text AS name, {} AS collation FROM pg_database \
+         WHERE datallowconn AND NOT datistemplate AND datconnlimit <> -2 \
+           AND has_database_privilege(oid, 'CONNECT') ORDER BY datname",
+        collation_sql(major)
+    )
+}
+
+/// `c`, `libc 2.36`, `icu 153.121` …: provider and actual version of the default collation of a row of `pg_database`.
+pub(crate) fn collation_sql(major: u32) -> String {
+    let portable = "datcollate IN ('C', 'POSIX') AND datctype IN ('C', 'POSIX')";
+    if major < 15 {
+        return format!(
+            "CASE WHEN {portable} THEN 'c' ELSE trim('libc ' || coalesce((SELECT pg_collation_actual_version(c.oid) \
+             FROM pg_collation c WHERE c.collprovider = 'c' AND c.collcollate = datcollate LIMIT 1), '')) END"
+        );
+    }
+    format!(
+        "CASE WHEN datlocprovider = 'c' AND {portable} THEN 'c' ELSE trim(CASE datlocprovider WHEN 'c' THEN 'libc ' \
+         WHEN 'i' THEN 'icu ' ELSE 'builtin ' END || coalesce(pg_database_collation_actual_version(oid), '')) END"
+    )
+}
+
+const EXTENSIONS: &str = "\
+-- pgmuster: extensions
+SELECT extname || ' ' || extversion FROM pg_extension ORDER BY extname";
+
+/// Relations of user schemas. The toast tables belong to their tables and are not listed.
+const RELATIONS: &str = "\
+-- pgmuster: relations of a database
+SELECT c.oid, c.relkind::text AS kind, n.nspname::text AS schema, c.relname::text AS name,
+       c.relfilenode AS file_node, c.relpages::int8 AS pages,
+       c.relkind IN ('r', 'm') AND c.relpersistence = 'p' AND c.relispopulated AS countable,
+       coalesce((SELECT amname = 'heap' FROM pg_am WHERE oid = c.relam), false) AS is_heap
+  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE n.nspname NOT IN ('pg_catalog', 'information_schema', 'pg_toast')
+   AND n.nspname !~ '^pg_(toast_)?temp_' AND c.relpersistence <> 't'
+ ORDER BY c.relpages, c.oid";
+
+/// Tables that an open transaction may have written to: the lock modes that allow it. Prepared transactions are among them.
+const WRITE_LOCKS: &str = "\
+-- pgmuster: tables being written
+SELECT DISTINCT relation FROM pg_locks
+ WHERE locktype = 'relation' AND granted AND relation IS NOT NULL
+   AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+   AND mode IN ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
+   AND pid IS DISTINCT FROM pg_backend_pid()";
+
+fn relation(row: &Row) -> Relation {
+    let kind: &str = row.get("kind");
+    Relation {
+        oid: row.get("oid"),
+        kind: kind.chars().next().unwrap_or('?'),
+        schema: row.get("schema"),
+        name: row.get("name"),
+        file_node: row.get("file_node"),
+        pages: row.get("pages"),
+        countable: row.get("countable"),
+        is_heap: row.get("is_heap"),
+    }
+}
+
+async fn relations(session: &Session) -> Result<Vec<Relation>, Error> {
+    let rows = session.query("list the relations", RELATIONS, &[]).await?;
+    Ok(rows.iter().map(relation).collect())
+}
+
+async fn database_draft(
+    target: &Target,
+    options: &CensusOptions,
+    name: &DatabaseName,
+    oid: u32,
+    collation: String,
+) -> Result<DatabaseDraft, Error> {
+    let session = connect(&target.with_database(name.as_str()), &purpose(options)).await?;
+    let extensions = session.query("list the extensions", EXTENSIONS, &[]).await?;
+    let relations = relations(&session).await?;
+    let countable: Vec<&Relation> =
+        relations.iter().filter(|relation| relation.countable).collect();
+    let mut counts = HashMap::new();
+    let mut uncounted = 0_usize;
+    for group in groups(&countable) {
+        let missing = count_group(&session, options, &group, &mut counts).await?;
+        // One table that is locked, forbidden or broken must not take the others of its group with it.
+        if missing && group.len() > 1 {
+            for table in group {
+                uncounted +=
+                    usize::from(count_group(&session, options, &[table], &mut counts).await?);
+            }
+        } else {
+            uncounted += usize::from(missing);
+        }
+    }
+    // A second look at what was disturbed: most transactions are short.
+    let disturbed: Vec<&Relation> = countable
+        .iter()
+        .copied()
+        .filter(|table| counts.get(&table.oid).is_some_and(|count| count.disturbed))
+        .collect();
+    for group in groups(&disturbed) {
+        count_group(&session, options, &group, &mut counts).await?;
+    }
+    if uncounted > 0 {
+        tracing::warn!(database = %name, "Counted {} tables of database {name}, not {uncounted}", counts.len());
+    }
+    session.close().await;
+    Ok(DatabaseDraft {
+        name: name.clone(),
+        oid,
+        collation,
+        extensions: extensions.iter().map(|row| row.get(0)).collect(),
+        relations,
+        counts,
+    })
+}
+
+/// Neighbours in size order, as many as one statement may count.
+fn groups<'a>(tables: &[&'a Relation]) -> Vec<Vec<&'a Relation>> {
+    let mut groups: Vec<Vec<&Relation>> = Vec::new();
+    let mut pages = 0;
+    for table in tables {
+        let size = table.pages.max(1);
+        match groups.last_mut() {
+            Some(group) if group.len() < GROUP_TABLES && pages + size <= GROUP_PAGES => {
+                group.push(table);
+                pages += size;
+            }
+            _ => {
+                groups.push(vec![table]);
+                pages = size;
+            }
+        }
+    }
+    groups
+}
+
+/// Counts some tables with one snapshot. True when they could not be counted; an error ends the whole database.
+async fn count_group(
+    session: &Session,
+    options: &CensusOptions,
+    tables: &[&Relation],
+    counts: &mut HashMap<u32, Count>,
+) -> Result<bool, Error> {
+    let what = "count rows";
+    if Instant::now() >= options.deadline {
+        return Ok(true);
+    }
+    // The order is what makes a count exact, see the top of this file: position, then locks, then the snapshot.
+    let insert = "SELECT CASE WHEN pg_is_in_recovery() THEN '0/0'::pg_lsn ELSE pg_current_wal_insert_lsn() END::text";
+    let from: String = session.one(what, insert, &[]).await?.get(0);
+    let from =
+        from.parse::<Lsn>().map_err(|_| Error::Answer { what: what.to_owned(), answer: from })?;
+    let locks = session.query(what, WRITE_LOCKS, &[]).await?;
+    let written: HashSet<u32> = locks.iter().map(|row| row.get(0)).collect();
+    let parts: Vec<String> = tables
+        .iter()
+        .map(|table| {
+            let name = quote::qualified(&table.schema, &table.name);
+            // The name could mean another table by now; while this statement holds its lock it cannot change again.
+            format!("SELECT to_regclass({})::oid, count(*) FROM ONLY {name}", quote::literal(&name))
+        })
+        .collect();
+    let sql = format!("-- pgmuster: count rows\n{}", parts.join("\nUNION ALL "));
+    let counting = session
+        .within(what, &options.cancel, Some(options.deadline), session.query(what, &sql, &[]))
+        .await;
+    let rows = match counting {
+        Ok(rows) => rows,
+        Err(error @ Error::Cancelled { .. }) => return Err(error),
+        Err(error) if error.is_closed() => return Err(error),
+        Err(_) => return Ok(true),
+    };
+    for row in rows {
+        let Some(oid) = row.get::<_, Option<u32>>(0) else { continue };
+        let rows = u64::try_from(row.get::<_, i64>(1)).unwrap_or(0);
+        if tables.iter().any(|table| table.oid == oid) {
+            counts.insert(oid, Count { rows, from, disturbed: written.contains(&oid) });
+        }
+    }
+    Ok(false)
+}
+
+/// `None` when the database is gone: it was dropped before or after the stop, and nothing can be said of it.
+async fn finish_database(
+    target: &Target,
+    options: &CensusOptions,
+    draft: &DatabaseDraft,
+    changes: Option<&WalChanges>,
+    stop_lsn: Lsn,
+) -> Result<Option<DatabaseCensus>, Error> {
+    let session = match connect(&target.with_database(draft.name.as_str()), &purpose(options)).await
+    {
+        Ok(session) => session,
+        Err(error) if error.state().is_some_and(|state| state.code() == "3D000") => {
+            return Ok(None);
+        }
+        Err(error) => return Err(error),
+    };
+    let oid = session.one(
+        "look at the database",
+        "SELECT oid FROM pg_database WHERE datname = current_database()",
+        &[],
+    );
+    if oid.await?.get::<_, u32>(0) != draft.oid {
+        return Ok(None);
+    }
+    let after: HashMap<u32, Relation> =
+        relations(&session).await?.into_iter().map(|relation| (relation.oid, relation)).collect();
+    let extensions = session.query("list the extensions", EXTENSIONS, &[]).await?;
+    session.close().await;
+    let extensions: HashSet<String> = extensions.iter().map(|row| row.get(0)).collect();
+    Ok(Some(conclude(draft, &after, &extensions, changes, stop_lsn)))
+}
+
+/// What was there when the backup stopped, from what was there before and after.
+fn conclude(
+    draft: &DatabaseDraft,
+    after: &HashMap<u32, Relation>,
+    extensions_after: &HashSet<String>,
+    changes: Option<&WalChanges>,
+    stop_lsn: Lsn,
+) -> DatabaseCensus {
+    let mut relations: HashMap<char, u64> = HashMap::new();
+    let mut tables = Vec::new();
+    for before in &draft.relations {
+        let Some(now) = after.get(&before.oid) else { continue };
+        if now.kind != before.kind {
+            continue;
+        }
+        *relations.entry(before.kind).or_default() += 1;
+        let same_name = (&now.schema, &now.name) == (&before.schema, &before.name);
+        if !(before.countable && now.countable && same_name) {
+            continue;
+        }
+        let count = draft.counts.get(&before.oid);
+        tables.push(TableCount {
+            schema: before.schema.clone(),
+            table: before.name.clone(),
+            rows: count.map(|count| count.rows),
+            drift: count.and_then(|count| drift(draft.oid, before, now, *count, changes, stop_lsn)),
+        });
+    }
+    let mut relations: Vec<_> = relations.into_iter().collect();
+    relations.sort_unstable();
+    tables.sort_unstable_by(|a, b| (&a.schema, &a.table).cmp(&(&b.schema, &b.table)));
+    DatabaseCensus {
+        database: draft.name.clone(),
+        collation: draft.collation.clone(),
+        extensions: draft
+            .extensions
+            .iter()
+            .filter(|e| extensions_after.contains(*e))
+            .cloned()
+            .collect(),
+        relations,
+        tables,
+    }
+}
+
+/// How many rows fewer or more than counted the table can have had at the stop position; `None` when nothing bounds it.
+fn drift(
+    database: u32,
+    before: &Relation,
+    now: &Relation,
+    count: Count,
+    changes: Option<&WalChanges>,
+    stop_lsn: Lsn,
+) -> Option<(u64, u64)> {
+    // A new file node is a TRUNCATE or a rewrite; a table access method of an extension writes WAL of its own kind.
+    if count.disturbed || before.file_node != now.file_node || !before.is_heap {
+        return None;
+    }
+    let changed = changes?.of_table(database, before.file_node, count.from, stop_lsn)?;
+    Some((changed.deleted.min(count.rows), changed.inserted))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn table(oid: u32, pages: i64) -> Relation {
+        Relation {
+            oid,
+            kind: 'r',
+            schema: "s".to_owned(),
+            name: format!("t{oid}"),
+            file_node: oid,
+            pages,
+            countable: true,
+            is_heap: true,
+        }
+    }
+
+    #[test]
+    fn small_tables_are_counted_together_and_large_ones_alone() {
+        let tables = [table(1, 0), table(2, 1), table(3, 9000), table(4, 9000)];
+        let all: Vec<&Relation> = tables.iter().collect();
+        let sizes: Vec<_> = groups(&all).iter().map(Vec::len).collect();
+        assert_eq!(sizes, [2, 1, 1]);
+    }
+
+    #[test]
+    fn only_what_was_there_before_and_after_is_told() {
+        let mut renamed = table(2, 0);
+        renamed.name = "other".to_owned();
+        let mut rewritten = table(4, 0);
+        rewritten.file_node = 99;
+        let after = [table(1, 0), renamed, rewritten, table(5, 0)];
+        let count = Count { rows: 7, from: Lsn(10), disturbed: false };
+        let draft = DatabaseDraft {
+            name: "d".parse().unwrap(),
+            oid: 5,
+            collation: "c".to_owned(),
+            extensions: vec!["a 1".to_owned(), "b 1".to_owned()],
+            relations: vec![table(1, 0), table(2, 0), table(3, 0), table(4, 0)],
+            counts: [(1, count), (2, count), (3, count), (4, count)].into(),
+        };
+        let after: HashMap<_, _> =
+            after.into_iter().map(|relation| (relation.oid, relation)).collect();
+        let finished = conclude(&draft, &after, &HashSet::from(["b 1".to_owned()]), None, Lsn(20));
+        assert_eq!(finished.relations, [('r', 3)]);
+        assert_eq!(finished.extensions, ["b 1"]);
+        let names: Vec<_> =
+            finished.tables.iter().map(|t| (t.table.as_str(), t.rows, t.drift)).collect();
+        assert_eq!(names, [("t1", Some(7), None), ("t4", Some(7), None)]);
+    }
+}
