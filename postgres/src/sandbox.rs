@@ -1,0 +1,1019 @@
+//! The proof sandbox: a restored copy, booted where it can harm nothing and nobody.
+//!
+//! **How it reaches the end of its backup, and no other place.** The WAL of the backup lies in `pg_wal` and
+//! `backup_label` says where replay begins. Started just so, a server would replay whatever it finds and open at the
+//! first record it cannot read, on the timeline of production. So the sandbox asks for archive recovery with
+//! `recovery_target = 'immediate'`: every version from 14 on stops exactly where the end-of-backup record makes the copy consistent, and refuses to start
+//! ("recovery ended before configured recovery target was reached") when WAL ends earlier. Archive recovery demands a `restore_command`;
+//! ours answers "there is no such file" to everything, after which the server looks into `pg_wal`. It can end nothing early, because of that refusal. The server then
+//! promotes itself: its writes go to a new timeline.
+//!
+//! **Why it is inert.** It runs on settings of our own; the copy's `postgresql.conf` is not read and its `postgresql.auto.conf` is emptied. No TCP, no
+//! archiving, no replication, no background workers of any kind, a network of its own where the machine allows one. Before it starts, everything
+//! is refused through which replay could write outside: links, tablespaces mapped elsewhere, and tablespaces created
+//! during the backup (replay would make them at their original place, over the files of production).
+//!
+//! Deliberately not here: restoring the files, and the checks that are run on the server.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use proto::backup::Setting;
+use proto::{Lsn, SystemIdentifier, Timeline, failure};
+use rustix::fs::{FlockOperation, flock};
+use rustix::process::{Pid, Signal, kill_process};
+use tokio_postgres::NoTls;
+use tokio_postgres::error::SqlState;
+use tokio_util::sync::CancellationToken;
+
+use crate::Error;
+use crate::binaries::Binaries;
+use crate::control_file::ControlFile;
+use crate::instance::{
+    SOCKET_PORT, SocketDirectory, give_to, is_ready, log_tail, make_private_directory, open_log,
+    settings_text, socket_url, write_private,
+};
+use crate::process::{
+    Account, DeathSignal, Isolation, ProcessIdentity, Program, Result, Running, describe,
+    wait_blocking,
+};
+use crate::wal::Segment;
+
+/// First line of a room's owner file: what does not begin so is never removed.
+const OWNER_MARK: &str = "pgmuster sandbox";
+/// Between two looks at a booting server.
+const BOOT_POLL: Duration = Duration::from_millis(20);
+/// How long a sandbox may take to end at once; what is left then is killed.
+const DESTROY_PATIENCE: Duration = Duration::from_secs(10);
+/// A connection over a local socket either works at once or not at all.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+/// Asking a stopped copy for its superuser.
+const SINGLE_USER_TIMEOUT: Duration = Duration::from_secs(120);
+/// Settings a copy must have at least as high as its source, or replay fails: room for prepared transactions and their locks, and for the
+/// replication origins of a subscriber. The other minimums bind standbys that answer queries, which a sandbox does
+/// not do before it is promoted.
+const MINIMUMS: [(&str, u32, u32); 5] = [
+    ("max_connections", 20, 14),
+    ("max_prepared_transactions", 0, 14),
+    ("max_locks_per_transaction", 64, 14),
+    ("max_replication_slots", 10, 14),
+    ("max_active_replication_origins", 10, 18),
+];
+/// What makes the copy inert, and small. By name, value, and the first version that knows it.
+const INERT: [(&str, &str, u32); 51] = [
+    // Nobody reaches it but through the private socket.
+    ("listen_addresses", "", 14),
+    ("unix_socket_permissions", "0700", 14),
+    ("ssl", "off", 14),
+    ("bonjour", "off", 14),
+    ("krb_server_keyfile", "", 14),
+    ("external_pid_file", "", 14),
+    ("cluster_name", "pgmuster-sandbox", 14),
+    // It reaches nobody.
+    ("archive_mode", "off", 14),
+    ("archive_command", "", 14),
+    ("archive_library", "", 15),
+    ("archive_cleanup_command", "", 14),
+    ("recovery_end_command", "", 14),
+    ("primary_conninfo", "", 14),
+    ("primary_slot_name", "", 14),
+    ("max_wal_senders", "0", 14),
+    ("sync_replication_slots", "off", 17),
+    ("synchronous_standby_names", "", 14),
+    ("synchronized_standby_slots", "", 17),
+    // Nothing runs in it by itself: schedulers, subscriptions, launchers of any library are background workers.
+    ("max_worker_processes", "0", 14),
+    ("max_logical_replication_workers", "0", 14),
+    ("autovacuum", "off", 14),
+    ("autovacuum_freeze_max_age", "2000000000", 14),
+    ("autovacuum_multixact_freeze_max_age", "2000000000", 14),
+    ("summarize_wal", "off", 17),
+    ("event_triggers", "off", 17),
+    ("session_preload_libraries", "", 14),
+    ("local_preload_libraries", "", 14),
+    ("jit", "off", 14),
+    ("restart_after_crash", "off", 14),
+    // Replay: to the end of the backup, exactly.
+    ("restore_command", "exit 1", 14),
+    ("recovery_target", "immediate", 14),
+    ("recovery_target_action", "promote", 14),
+    ("recovery_target_timeline", "current", 14),
+    ("hot_standby", "off", 14),
+    // A damaged page must be seen, not stepped over.
+    ("ignore_checksum_failure", "off", 14),
+    ("ignore_invalid_pages", "off", 14),
+    ("zero_damaged_pages", "off", 14),
+    // Nothing that is written here outlives the proof; nothing is left in shared memory.
+    ("fsync", "off", 14),
+    ("synchronous_commit", "off", 14),
+    ("full_page_writes", "off", 14),
+    ("wal_init_zero", "off", 14),
+    ("checkpoint_timeout", "1h", 14),
+    ("huge_pages", "off", 14),
+    ("dynamic_shared_memory_type", "mmap", 14),
+    ("io_method", "sync", 18),
+    // A busy backend notices that its client has died.
+    ("client_connection_check_interval", "2s", 14),
+    // Its log is read by us, and holds no statements: they may quote data.
+    ("logging_collector", "off", 14),
+    ("log_destination", "stderr", 14),
+    ("log_line_prefix", "%m [%p] ", 14),
+    ("log_min_error_statement", "panic", 14),
+    ("lc_messages", "C", 14),
+];
+
+/// A directory for one proof, locked by this process for as long as the value lives, and removed with it. The restore writes into [`Self::data_directory`]
+/// and [`Self::tablespaces`]; everything the proof ever touches lies inside.
+#[derive(Debug)]
+pub struct SandboxRoom {
+    path: PathBuf,
+    sockets: SocketDirectory,
+    account: Account,
+    /// Holds the lock; the kernel lets go of it when this process ends, however it ends.
+    _owner: File,
+}
+
+impl SandboxRoom {
+    /// Makes `root/name`. `root` is made when absent; `name` must be new there.
+    pub fn create(root: &Path, name: &str, account: Option<Account>) -> Result<Self> {
+        let account = account.unwrap_or_else(Account::current);
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o711)
+            .create(root)
+            .map_err(|source| Error::io("create the directory", root, source))?;
+        let root = root.canonicalize().map_err(|source| Error::io("find", root, source))?;
+        let path = root.join(name);
+        if Path::new(name).components().count() != 1 || path.parent() != Some(&root) {
+            return Err(Error::io("create", &path, io::Error::from(io::ErrorKind::InvalidInput)));
+        }
+        // While a sweep looks around, no room may be half made.
+        let _no_sweep = lock_root(&root, FlockOperation::LockShared)?;
+        DirBuilder::new()
+            .mode(0o700)
+            .create(&path)
+            .map_err(|source| Error::io("create the directory", &path, source))?;
+        let made = Self::furnish(&path, account);
+        if made.is_err() {
+            // It was made a moment ago by this very call and nobody else knows of it.
+            let _ = std::fs::remove_dir_all(&path);
+        }
+        made
+    }
+
+    fn furnish(path: &Path, account: Account) -> Result<Self> {
+        let owner_path = path.join("owner");
+        let failed = |source| Error::io("write", &owner_path, source);
+        let open = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&owner_path);
+        let mut owner = open.map_err(failed)?;
+        flock(&owner, FlockOperation::NonBlockingLockExclusive).map_err(|e| failed(e.into()))?;
+        let sockets = SocketDirectory::create(&path.join("s"), account)?;
+        let text = format!(
+            "{OWNER_MARK}\npid {}\nsockets {}\n",
+            std::process::id(),
+            sockets.path.display()
+        );
+        owner.write_all(text.as_bytes()).map_err(failed)?;
+        make_private_directory(path, account)?;
+        for part in ["data", "tablespaces", "run"] {
+            make_private_directory(&path.join(part), account)?;
+        }
+        Ok(Self { path: path.to_owned(), sockets, account, _owner: owner })
+    }
+
+    /// The whole room.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where the data directory must be restored to. It exists and is empty.
+    pub fn data_directory(&self) -> PathBuf {
+        self.path.join("data")
+    }
+
+    /// Below here, in a directory for each OID, tablespaces must be restored to.
+    pub fn tablespaces(&self) -> PathBuf {
+        self.path.join("tablespaces")
+    }
+
+    /// The server's log.
+    pub fn log_path(&self) -> PathBuf {
+        self.path.join("log")
+    }
+
+    /// Removes the room and says when that fails; dropping removes it too, silently. Blocking.
+    pub fn remove(self) -> Result<()> {
+        std::fs::remove_dir_all(&self.path)
+            .map_err(|source| Error::io("remove the directory", &self.path, source))
+    }
+}
+
+impl Drop for SandboxRoom {
+    fn drop(&mut self) {
+        // Gone already after `remove`. What cannot be removed now is found by the next sweep.
+        let _ = std::fs::remove_dir_all(&self.path);
+    }
+}
+
+/// Whether a sandbox gets a network of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum NetworkIsolation {
+    /// Where the machine allows it; [`Sandbox::isolation`] tells.
+    #[default]
+    WherePossible,
+    /// Without it the sandbox is not started.
+    Required,
+    /// Not even tried.
+    Off,
+}
+
+/// What a restored copy must become, and within which limits.
+#[derive(Debug, Clone)]
+pub struct SandboxOptions {
+    /// The end of the backup. A server that stops earlier is an error.
+    pub stop_lsn: Lsn,
+    /// The timeline of the backup.
+    pub timeline: Timeline,
+    /// Whose copy it is.
+    pub system_identifier: SystemIdentifier,
+    /// Settings of the source, by which the minimums are set; others are ignored.
+    pub settings: Vec<Setting>,
+    /// Libraries of the source's `shared_preload_libraries` that replay or the checks need (custom resource managers, types). All others are
+    /// left out. None of them gets a background worker.
+    pub preload_libraries: Vec<String>,
+    /// Whom to connect as. Where the copy has no such role, one of its superusers is found.
+    pub role: String,
+    /// Size of the buffer cache.
+    pub shared_buffers_mb: u32,
+    /// For everything from the start of the server until it answers.
+    pub timeout: Duration,
+    /// Stops the boot.
+    pub cancel: CancellationToken,
+    /// Whether it gets a network of its own.
+    pub network: NetworkIsolation,
+}
+
+impl SandboxOptions {
+    /// Usual limits: 128 MiB of buffers, a network of its own where possible, no preloaded libraries, role `postgres`, one hour.
+    pub fn new(stop_lsn: Lsn, timeline: Timeline, system_identifier: SystemIdentifier) -> Self {
+        Self {
+            stop_lsn,
+            timeline,
+            system_identifier,
+            settings: Vec::new(),
+            preload_libraries: Vec::new(),
+            role: "postgres".to_owned(),
+            shared_buffers_mb: 128,
+            timeout: Duration::from_secs(3600),
+            cancel: CancellationToken::new(),
+            network: NetworkIsolation::default(),
+        }
+    }
+}
+
+/// How long the phases of a boot took, from the server's log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct BootPhases {
+    /// From the start of the process to the first record of replay.
+    pub start: Duration,
+    /// Replay, to the end of the backup.
+    pub replay: Duration,
+    /// From there until the server answered a query.
+    pub open: Duration,
+}
+
+/// A restored copy that runs. Dropping it stops it at once and removes its room.
+#[derive(Debug)]
+pub struct Sandbox {
+    // Dropped in this order: first the server, then its files.
+    server: Running,
+    room: SandboxRoom,
+    major: u32,
+    role: String,
+    replay_end: Lsn,
+    phases: BootPhases,
+    isolation: Isolation,
+}
+
+impl Sandbox {
+    /// Boots the copy that lies in `room` and returns when it has replayed to the end of its backup and answers queries.
+    ///
+    /// On every error the server is ended and the room removed; the error carries the last lines of the log.
+    pub async fn boot(
+        binaries: &Binaries,
+        room: SandboxRoom,
+        options: SandboxOptions,
+    ) -> Result<Self> {
+        let account = room.account;
+        let begun = Instant::now();
+        let control = check_copy(binaries, &room, &options)?;
+        refuse_tablespaces_created_meanwhile(binaries, &room, &options, &control).await?;
+        disarm(&room, binaries.major(), &settings_for(binaries, &room, &options, &control))?;
+        let isolation = match options.network {
+            NetworkIsolation::Off => Isolation::None("switched off".to_owned()),
+            NetworkIsolation::WherePossible => Isolation::probe().await,
+            NetworkIsolation::Required => match Isolation::probe().await {
+                Isolation::None(reason) => {
+                    return Err(Error::Sandbox {
+                        what: "no network of its own can be made".to_owned(),
+                        output: reason,
+                    });
+                }
+                isolation => isolation,
+            },
+        };
+        let mut boot = Boot {
+            binaries,
+            room: &room,
+            options: &options,
+            isolation: &isolation,
+            account,
+            deadline: begun + options.timeout,
+        };
+        let (mut server, mut phases) = boot.start().await?;
+        let ready = Instant::now();
+        let mut role = options.role.clone();
+        let answer = match boot.ask(&role).await {
+            Err(AskError::NoRole) => {
+                // Replay is over, so a second start is a plain one.
+                boot.stop(&mut server).await?;
+                let replay_end = replay_end_of(&room)?;
+                role = boot.superuser().await?;
+                (server, _) = boot.start().await?;
+                let answer = boot.ask(&role).await.map_err(|error| boot.failed(error.text()))?;
+                Answer { replay_end: Some(replay_end), ..answer }
+            }
+            other => other.map_err(|error| boot.failed(error.text()))?,
+        };
+        phases.open += ready.elapsed();
+        let reached = answer.replay_end.unwrap_or(Lsn::INVALID);
+        if answer.in_recovery || answer.system_identifier != options.system_identifier {
+            return Err(boot.failed("it is not the server that was to be started".to_owned()));
+        }
+        if reached < options.stop_lsn {
+            return Err(Error::StopPositionMissed { expected: options.stop_lsn, reached });
+        }
+        let major = binaries.major();
+        Ok(Self { server, room, major, role, replay_end: reached, phases, isolation })
+    }
+
+    /// Where replay ended, as the server itself says.
+    pub fn replay_end(&self) -> Lsn {
+        self.replay_end
+    }
+
+    /// How long its phases took.
+    pub fn phases(&self) -> BootPhases {
+        self.phases
+    }
+
+    /// Whether it has a network of its own, and if not, why.
+    pub fn isolation(&self) -> &Isolation {
+        &self.isolation
+    }
+
+    /// The directory of its socket.
+    pub fn socket_directory(&self) -> &Path {
+        &self.room.sockets.path
+    }
+
+    /// The number in the socket's name.
+    pub fn port(&self) -> u16 {
+        SOCKET_PORT
+    }
+
+    /// A superuser of the copy.
+    pub fn role(&self) -> &str {
+        &self.role
+    }
+
+    /// A connection URL for that superuser. Its options beat what the copy has set for roles and databases: libraries to load, event triggers,
+    /// limits.
+    pub fn url(&self, database: &str) -> String {
+        let options = session_options(self.major);
+        socket_url(self.socket_directory(), SOCKET_PORT, &self.role, database, &options)
+    }
+
+    /// The restored data directory.
+    pub fn data_directory(&self) -> PathBuf {
+        self.room.data_directory()
+    }
+
+    /// The process id of the postmaster.
+    pub fn pid(&self) -> Option<u32> {
+        self.server.pid()
+    }
+
+    /// Whether the server still runs: it does not come back after a crash.
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.server.ended(), Ok(None))
+    }
+
+    /// The last lines of the server's log.
+    pub fn log_tail(&self) -> String {
+        log_tail(&self.room.log_path())
+    }
+
+    /// Stops the server at once and removes everything. Returns how long that took.
+    pub async fn destroy(self) -> Result<Duration> {
+        let begun = Instant::now();
+        let Self { mut server, room, .. } = self;
+        end_at_once(&mut server).await;
+        let removal = tokio::task::spawn_blocking(move || room.remove()).await;
+        removal.map_err(|error| Error::io("remove", "the sandbox", io::Error::other(error)))??;
+        Ok(begun.elapsed())
+    }
+}
+
+/// A room whose owner had died, and that is removed now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Swept {
+    /// The room.
+    pub path: PathBuf,
+    /// Processes of its server that still ran.
+    pub n_processes: usize,
+}
+
+/// Removes the rooms in `root` whose owners have died, after ending what still runs in them. Rooms of living processes, this one included, and
+/// everything that is no room are left alone. Blocking. Safe to call from several processes.
+pub fn sweep(root: &Path) -> Result<Vec<Swept>> {
+    let failed = |source| Error::io("sweep", root, source);
+    let entries = match std::fs::read_dir(root) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(failed(error)),
+    };
+    let _no_rooms_are_made = lock_root(root, FlockOperation::LockExclusive)?;
+    let mut swept = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(failed)?.path();
+        let Ok(mut owner) = File::open(path.join("owner")) else { continue };
+        let mut text = String::new();
+        let is_room =
+            owner.read_to_string(&mut text).is_ok() && text.lines().next() == Some(OWNER_MARK);
+        if !is_room || flock(&owner, FlockOperation::NonBlockingLockExclusive).is_err() {
+            continue;
+        }
+        let n_processes = end_processes_in(&path);
+        let sockets = text.lines().find_map(|line| line.strip_prefix("sockets "));
+        if let Some(sockets) = sockets.map(Path::new).filter(|path| path.starts_with("/tmp/")) {
+            // Only what a server leaves there; a directory that holds more stays.
+            for name in [".s.PGSQL.5432", ".s.PGSQL.5432.lock"] {
+                let _ = std::fs::remove_file(sockets.join(name));
+            }
+            let _ = std::fs::remove_dir(sockets);
+        }
+        std::fs::remove_dir_all(&path)
+            .map_err(|source| Error::io("remove the directory", &path, source))?;
+        swept.push(Swept { path, n_processes });
+    }
+    Ok(swept)
+}
+
+/// What a boot needs at every step.
+struct Boot<'a> {
+    binaries: &'a Binaries,
+    room: &'a SandboxRoom,
+    options: &'a SandboxOptions,
+    isolation: &'a Isolation,
+    account: Account,
+    deadline: Instant,
+}
+
+struct Answer {
+    in_recovery: bool,
+    replay_end: Option<Lsn>,
+    system_identifier: SystemIdentifier,
+}
+
+enum AskError {
+    NoRole,
+    Other(String),
+}
+
+impl AskError {
+    fn text(self) -> String {
+        match self {
+            Self::NoRole => "its superuser is refused".to_owned(),
+            Self::Other(text) => text,
+        }
+    }
+}
+
+impl Boot<'_> {
+    fn postgres(&self) -> Result<Program> {
+        let config_file = self.room.path.join("run/postgresql.conf");
+        let program = self.binaries.program("postgres")?;
+        Ok(program.account(Some(self.account)).isolation(self.isolation.clone()).args([
+            "-D".as_ref(),
+            self.room.data_directory().as_os_str(),
+            "-c".as_ref(),
+            format!("config_file={}", config_file.display()).as_ref(),
+        ]))
+    }
+
+    /// Starts the server and waits until it accepts connections.
+    async fn start(&mut self) -> Result<(Running, BootPhases)> {
+        let log_path = self.room.log_path();
+        let log = open_log(&log_path, self.account)?;
+        let mut watch = LogWatch::new(&log_path)?;
+        let program = self.postgres()?.death_signal(DeathSignal::Quit);
+        let mut server = program.spawn(log).await?;
+        let pid_file = self.room.data_directory().join("postmaster.pid");
+        loop {
+            watch.look();
+            let ended = server.ended();
+            if let Some(status) = ended.map_err(|source| Error::io("watch", &pid_file, source))? {
+                return Err(self.failed(format!("it ended with {}", describe(status))));
+            }
+            if server.pid().is_some_and(|pid| is_ready(&pid_file, pid)) {
+                watch.look();
+                return Ok((server, watch.phases()));
+            }
+            if Instant::now() > self.deadline {
+                return Err(Error::Deadline {
+                    what: format!("boot the sandbox: {}", log_tail(&log_path)),
+                });
+            }
+            tokio::select! {
+                () = tokio::time::sleep(BOOT_POLL) => {}
+                () = self.options.cancel.cancelled() => {
+                    return Err(Error::Cancelled { what: "boot the sandbox".to_owned() });
+                }
+            }
+        }
+    }
+
+    /// Asks the server who it is and where its replay ended.
+    async fn ask(&self, role: &str) -> std::result::Result<Answer, AskError> {
+        match self.ask_in(role, "postgres").await {
+            // A cluster may have dropped its `postgres` database.
+            Err((_, Some(state))) if state == SqlState::UNDEFINED_DATABASE => {
+                self.ask_in(role, "template1").await
+            }
+            other => other,
+        }
+        .map_err(|(text, state)| match state {
+            Some(state) if state == SqlState::INVALID_AUTHORIZATION_SPECIFICATION => {
+                AskError::NoRole
+            }
+            _ => AskError::Other(text),
+        })
+    }
+
+    async fn ask_in(
+        &self,
+        role: &str,
+        database: &str,
+    ) -> std::result::Result<Answer, (String, Option<SqlState>)> {
+        let told = |error: tokio_postgres::Error| (failure::chain(&error), error.code().cloned());
+        let mut config = tokio_postgres::Config::new();
+        config.host_path(&self.room.sockets.path).port(SOCKET_PORT).user(role).dbname(database);
+        config.connect_timeout(CONNECT_TIMEOUT).options(session_options(self.binaries.major()));
+        let work = async {
+            let (client, connection) = config.connect(NoTls).await?;
+            let query = client.query_one(
+                "SELECT pg_catalog.pg_is_in_recovery(), pg_catalog.pg_last_wal_replay_lsn()::pg_catalog.text, \
+                 system_identifier::pg_catalog.text FROM pg_catalog.pg_control_system()",
+                &[],
+            );
+            let row = tokio::select! {
+                row = query => row?,
+                error = connection => match error {
+                    Err(error) => return Err(error),
+                    Ok(()) => return Ok(None),
+                },
+            };
+            Ok(Some((row.try_get(0)?, row.try_get::<_, Option<String>>(1)?, row.try_get(2)?)))
+        };
+        let row = tokio::time::timeout(CONNECT_TIMEOUT, work)
+            .await
+            .map_err(|_| ("it does not answer".to_owned(), None))?
+            .map_err(told)?;
+        let odd = || ("it gave an unexpected answer".to_owned(), None);
+        let (in_recovery, replay_end, identifier): (bool, Option<String>, String) =
+            row.ok_or_else(odd)?;
+        Ok(Answer {
+            in_recovery,
+            replay_end: replay_end.and_then(|text| text.parse().ok()),
+            system_identifier: identifier.parse().map_err(|_| odd())?,
+        })
+    }
+
+    async fn stop(&self, server: &mut Running) -> Result<()> {
+        let pid_file = self.room.data_directory().join("postmaster.pid");
+        let failed = |source| Error::io("stop the server of", &pid_file, source);
+        server.signal(Signal::INT).map_err(failed)?;
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        match tokio::time::timeout(left, server.wait()).await {
+            Ok(status) => status.map(drop).map_err(failed),
+            Err(_) => Err(Error::Deadline { what: "stop the sandbox".to_owned() }),
+        }
+    }
+
+    /// The name of a superuser who may log in, asked of the stopped copy in single-user mode, which asks nobody's name.
+    async fn superuser(&self) -> Result<String> {
+        let query = "SELECT rolname FROM pg_catalog.pg_roles WHERE rolsuper AND rolcanlogin ORDER BY oid LIMIT 1\n";
+        let program = self.binaries.program("postgres")?;
+        let config_file = self.room.path.join("run/postgresql.conf");
+        let output = program
+            .account(Some(self.account))
+            .isolation(self.isolation.clone())
+            .arg("--single")
+            .arg("-D")
+            .arg(self.room.data_directory())
+            .arg("-c")
+            .arg(format!("config_file={}", config_file.display()))
+            .arg("template1")
+            .stdin(query)
+            .run(SINGLE_USER_TIMEOUT, &self.options.cancel)
+            .await?;
+        // One line a column: `1: rolname = "boss"	(typeid = 19, …)`.
+        let text = output.stdout_text();
+        let name =
+            text.split_once("rolname = \"").and_then(|(_, rest)| rest.split_once("\"\t(typeid"));
+        name.map(|(name, _)| name.to_owned())
+            .ok_or_else(|| self.failed("none of its superusers may log in".to_owned()))
+    }
+
+    fn failed(&self, what: String) -> Error {
+        Error::Sandbox { what, output: log_tail(&self.room.log_path()) }
+    }
+}
+
+/// Refuses what is no complete copy, or could write outside the room.
+fn check_copy(
+    binaries: &Binaries,
+    room: &SandboxRoom,
+    options: &SandboxOptions,
+) -> Result<ControlFile> {
+    let data = room.data_directory();
+    let refuse = |path: PathBuf, what: String| Error::Shape {
+        path,
+        what,
+        cure: "Restore the backup into the sandbox's own directories.".to_owned(),
+    };
+    let control = ControlFile::read(&data)?;
+    if control.system_identifier != options.system_identifier {
+        let what = format!(
+            "the copy's system identifier is {}, not {}",
+            control.system_identifier, options.system_identifier
+        );
+        return Err(refuse(data, what));
+    }
+    let version = std::fs::read_to_string(data.join("PG_VERSION")).unwrap_or_default();
+    if version.trim() != binaries.major().to_string() {
+        let what =
+            format!("it is of PostgreSQL {}, the programs of {}", version.trim(), binaries.major());
+        return Err(refuse(data, what));
+    }
+    // Without the label the server would start from the wrong checkpoint and open, silently damaged.
+    if !data.join("backup_label").is_file() {
+        return Err(refuse(data, "backup_label is missing".to_owned()));
+    }
+    if let Ok(map) = std::fs::read_to_string(data.join("tablespace_map")) {
+        for line in map.lines().filter(|line| !line.is_empty()) {
+            let location = line.split_once(' ').map_or(line, |(_, location)| location);
+            if !is_inside(Path::new(location), &room.path) {
+                return Err(refuse(
+                    data.join("tablespace_map"),
+                    format!("it maps a tablespace to {location}, outside the sandbox"),
+                ));
+            }
+        }
+    }
+    refuse_links(&data, room).map_err(|(path, problem)| match problem {
+        Ok(target) => {
+            let what = format!("it is a link to {}, outside the sandbox", target.display());
+            refuse(path, what)
+        }
+        Err(source) => Error::io("read", path, source),
+    })?;
+    Ok(control)
+}
+
+/// Finds a link below `directory` that leads out of the room.
+fn refuse_links(
+    directory: &Path,
+    room: &SandboxRoom,
+) -> std::result::Result<(), (PathBuf, io::Result<PathBuf>)> {
+    let failed = |source| (directory.to_owned(), Err(source));
+    for entry in std::fs::read_dir(directory).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let kind = entry.file_type().map_err(failed)?;
+        if kind.is_dir() {
+            refuse_links(&entry.path(), room)?;
+        } else if kind.is_symlink() {
+            let target = std::fs::read_link(entry.path()).map_err(failed)?;
+            if !is_inside(&target, &room.path) {
+                return Err((entry.path(), Ok(target)));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn is_inside(path: &Path, room: &Path) -> bool {
+    let plain =
+        path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+    path.is_absolute() && plain && path.starts_with(room)
+}
+
+/// Looks through the WAL of the backup for tablespaces created in it: replay makes them at their original place, and writes there.
+async fn refuse_tablespaces_created_meanwhile(
+    binaries: &Binaries,
+    room: &SandboxRoom,
+    options: &SandboxOptions,
+    control: &ControlFile,
+) -> Result<()> {
+    let label_path = room.data_directory().join("backup_label");
+    let label = std::fs::read_to_string(&label_path)
+        .map_err(|source| Error::io("read", &label_path, source))?;
+    let start = label.lines().find_map(|line| {
+        line.strip_prefix("START WAL LOCATION: ")?.split_whitespace().next()?.parse().ok()
+    });
+    let start: Lsn = start.ok_or_else(|| Error::Content {
+        name: "backup_label".to_owned(),
+        what: "it has no line START WAL LOCATION".to_owned(),
+    })?;
+    let wal = room.data_directory().join("pg_wal");
+    for segment in
+        Segment::range(start, options.stop_lsn, options.timeline, control.wal_segment_size)
+    {
+        let name = segment.file_name(control.wal_segment_size);
+        if !wal.join(&name).is_file() {
+            return Err(Error::Sandbox {
+                what: "WAL of the backup is missing".to_owned(),
+                output: format!("{name} is not in pg_wal"),
+            });
+        }
+    }
+    let output = binaries
+        .program("pg_waldump")?
+        .account(Some(room.account))
+        .arg("-p")
+        .arg(&wal)
+        .args(["-t", &options.timeline.to_string(), "-s", &start.to_string()])
+        .args(["-e", &options.stop_lsn.to_string(), "-r", "Tablespace"])
+        .run(options.timeout, &options.cancel)
+        .await
+        .map_err(|error| match error {
+            Error::Program { output, .. } => {
+                Error::Sandbox { what: "the WAL of the backup cannot be read".to_owned(), output }
+            }
+            other => other,
+        })?;
+    for line in output.stdout_text().lines() {
+        // `rmgr: Tablespace … desc: CREATE 16390 "/place"`; an empty place is one inside the data directory.
+        let Some((_, created)) = line.split_once("desc: CREATE ") else { continue };
+        let place =
+            created.split_once('"').map_or(created, |(_, place)| place.trim_end_matches('"'));
+        if !place.is_empty() {
+            return Err(Error::Shape {
+                path: place.into(),
+                what: "this tablespace was created while the backup ran; replay would write into that very directory"
+                    .to_owned(),
+                cure: "Take another backup; its files hold the tablespace.".to_owned(),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// The settings of the sandbox, all of them.
+fn settings_for(
+    binaries: &Binaries,
+    room: &SandboxRoom,
+    options: &SandboxOptions,
+    control: &ControlFile,
+) -> Vec<(String, String)> {
+    let major = binaries.major();
+    let run = room.path.join("run");
+    let mut settings: Vec<(String, String)> = INERT
+        .iter()
+        .filter(|(_, _, since)| major >= *since)
+        .map(|(name, value, _)| ((*name).to_owned(), (*value).to_owned()))
+        .collect();
+    let mut set = |name: &str, value: String| settings.push((name.to_owned(), value));
+    let source = |name: &str| {
+        options
+            .settings
+            .iter()
+            .find(|setting| setting.name == name)
+            .map(|setting| setting.value.as_str())
+    };
+    for (name, least, _) in MINIMUMS.iter().filter(|(_, _, since)| major >= *since) {
+        let of_control = match *name {
+            "max_connections" => control.max_connections,
+            "max_prepared_transactions" => control.max_prepared_transactions,
+            "max_locks_per_transaction" => control.max_locks_per_transaction,
+            _ => 0,
+        };
+        let of_source = source(name).and_then(|value| value.parse().ok()).unwrap_or(0);
+        set(name, (*least).max(of_control).max(of_source).to_string());
+    }
+    let wanted = source("shared_preload_libraries").unwrap_or_default();
+    let preloaded: Vec<&str> = wanted
+        .split(',')
+        .map(|name| name.trim().trim_matches('"'))
+        .filter(|name| options.preload_libraries.iter().any(|allowed| allowed == name))
+        .collect();
+    set("shared_preload_libraries", preloaded.join(","));
+    set("shared_buffers", format!("{}MB", options.shared_buffers_mb.max(1)));
+    set("unix_socket_directories", room.sockets.path.display().to_string());
+    set("port", SOCKET_PORT.to_string());
+    set("data_directory", room.data_directory().display().to_string());
+    set("hba_file", run.join("pg_hba.conf").display().to_string());
+    set("ident_file", run.join("pg_ident.conf").display().to_string());
+    settings
+}
+
+/// Options of every session: they beat `ALTER ROLE … SET` and `ALTER DATABASE … SET`, of which the copy has brought its own.
+fn session_options(major: u32) -> String {
+    let mut options =
+        "-c session_preload_libraries= -c local_preload_libraries= -c statement_timeout=0 \
+                       -c lock_timeout=0 -c idle_in_transaction_session_timeout=0 -c jit=off \
+                       -c default_transaction_read_only=off -c search_path=pg_catalog"
+            .to_owned();
+    if major >= 17 {
+        options.push_str(" -c event_triggers=off -c transaction_timeout=0");
+    }
+    options
+}
+
+/// Takes from the copy everything it would act on, and gives it settings of our own.
+fn disarm(room: &SandboxRoom, major: u32, settings: &[(String, String)]) -> Result<()> {
+    let account = room.account;
+    let data = room.data_directory();
+    take_over(&data, account)?;
+    take_over(&room.tablespaces(), account)?;
+    make_private_directory(&data, account)?;
+    for name in ["standby.signal", "postmaster.pid", "postmaster.opts", "recovery.done"] {
+        remove_if_there(&data.join(name))?;
+    }
+    // Replication slots hold WAL back and belong to the source's clients.
+    let slots = data.join("pg_replslot");
+    if slots.is_dir() {
+        std::fs::remove_dir_all(&slots).map_err(|source| Error::io("empty", &slots, source))?;
+    }
+    make_private_directory(&slots, account)?;
+    write_private(&data.join("postgresql.auto.conf"), "", account)?;
+    write_private(&data.join("recovery.signal"), "", account)?;
+    let run = room.path.join("run");
+    write_private(&run.join("postgresql.conf"), &settings_text(settings), account)?;
+    write_private(&run.join("pg_hba.conf"), "local all all trust\n", account)?;
+    write_private(&run.join("pg_ident.conf"), "", account)?;
+    tracing::debug!(sandbox.path = %room.path.display(), postgres.major = major, "Disarmed the copy");
+    Ok(())
+}
+
+/// Gives a tree to the account the server runs as, where that is not us. Links themselves, not their targets.
+fn take_over(directory: &Path, account: Account) -> Result<()> {
+    if account == Account::current() {
+        return Ok(());
+    }
+    let failed = |source| Error::io("change the owner of", directory, source);
+    give_to(directory, account).map_err(failed)?;
+    for entry in std::fs::read_dir(directory).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        if entry.file_type().map_err(failed)?.is_dir() {
+            take_over(&entry.path(), account)?;
+        } else {
+            give_to(&entry.path(), account).map_err(failed)?;
+        }
+    }
+    Ok(())
+}
+
+fn remove_if_there(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(Error::io("remove", path, error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Reads what is new in a server's log and notes when the phases of recovery began.
+struct LogWatch {
+    log: File,
+    begun: Instant,
+    redo: Option<Instant>,
+    consistent: Option<Instant>,
+    /// The end of the last look, in case a sentence was cut there.
+    carry: String,
+    text: String,
+}
+
+impl LogWatch {
+    fn new(path: &Path) -> Result<Self> {
+        let failed = |source| Error::io("read", path, source);
+        let mut log = File::open(path).map_err(failed)?;
+        log.seek(SeekFrom::End(0)).map_err(failed)?;
+        let begun = Instant::now();
+        Ok(Self {
+            log,
+            begun,
+            redo: None,
+            consistent: None,
+            carry: String::new(),
+            text: String::new(),
+        })
+    }
+
+    fn look(&mut self) {
+        let mut bytes = Vec::new();
+        // A log that cannot be read costs the figures of two phases, not the proof.
+        if self.log.read_to_end(&mut bytes).is_err() {
+            return;
+        }
+        self.text = std::mem::take(&mut self.carry) + &String::from_utf8_lossy(&bytes);
+        let now = Instant::now();
+        if self.redo.is_none() && self.text.contains("redo starts at") {
+            self.redo = Some(now);
+        }
+        if self.consistent.is_none() && self.text.contains("consistent recovery state reached") {
+            self.consistent = Some(now);
+        }
+        let cut = self.text.rfind('\n').map_or(0, |end| end + 1);
+        self.carry = self.text.split_off(cut);
+    }
+
+    fn phases(&self) -> BootPhases {
+        let redo = self.redo.unwrap_or(self.begun);
+        let consistent = self.consistent.unwrap_or(redo).max(redo);
+        BootPhases {
+            start: redo.duration_since(self.begun),
+            replay: consistent.duration_since(redo),
+            open: consistent.elapsed(),
+        }
+    }
+}
+
+/// Where replay ended, from the log of a server that has stopped again: the new timeline begins there.
+fn replay_end_of(room: &SandboxRoom) -> Result<Lsn> {
+    let control = ControlFile::read(&room.data_directory())?;
+    let history =
+        crate::wal::History::read(&room.data_directory().join("pg_wal"), control.timeline)?;
+    let last = history.and_then(|history| history.entries.last().map(|entry| entry.switched_at));
+    last.ok_or_else(|| Error::Sandbox {
+        what: "it left no history of its promotion".to_owned(),
+        output: log_tail(&room.log_path()),
+    })
+}
+
+/// Ends a server without a checkpoint; what does not end by itself is killed.
+async fn end_at_once(server: &mut Running) {
+    // It may have ended before; then there is nobody to signal and nothing to wait for.
+    let _ = server.signal(Signal::QUIT);
+    if tokio::time::timeout(DESTROY_PATIENCE, server.wait()).await.is_err() {
+        server.kill();
+    }
+}
+
+/// Ends the processes that work inside a room: a server's processes all have its data directory as working directory.
+fn end_processes_in(room: &Path) -> usize {
+    let Ok(room) = room.canonicalize() else { return 0 };
+    let data = room.join("data");
+    let found = processes_in(&room);
+    let postmaster = std::fs::read_to_string(data.join("postmaster.pid")).ok();
+    let postmaster = postmaster.and_then(|text| text.lines().next()?.trim().parse::<u32>().ok());
+    let postmaster = found.iter().find(|process| Some(process.pid) == postmaster);
+    if let Some(pid) = postmaster.and_then(|it| Pid::from_raw(i32::try_from(it.pid).ok()?)) {
+        // An orderly end frees shared memory; its children end with it.
+        let _ = kill_process(pid, Signal::QUIT);
+        wait_blocking(DESTROY_PATIENCE, || found.iter().all(|process| !process.is_alive()));
+    }
+    let left = processes_in(&room);
+    left.iter().for_each(ProcessIdentity::kill);
+    wait_blocking(DESTROY_PATIENCE, || left.iter().all(|process| !process.is_alive()));
+    found.len()
+}
+
+fn processes_in(directory: &Path) -> Vec<ProcessIdentity> {
+    std::fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| {
+            let entry = entry.ok()?;
+            let pid = entry.file_name().to_str()?.parse().ok()?;
+            let works_in = std::fs::read_link(entry.path().join("cwd")).ok()?;
+            works_in.starts_with(directory).then(|| ProcessIdentity::of(pid)).flatten()
+        })
+        .collect()
+}
+
+/// Locks a directory of rooms for as long as the returned file lives.
+fn lock_root(root: &Path, operation: FlockOperation) -> Result<File> {
+    let path = root.join(".lock");
+    let lock = || {
+        let file =
+            OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path)?;
+        flock(&file, operation)?;
+        Ok(file)
+    };
+    lock().map_err(|source| Error::io("lock", &path, source))
+}
