@@ -74,6 +74,8 @@ codes! {
     CoordinatorUnreachable = "COORDINATOR_UNREACHABLE",
     /// RabbitMQ cannot be reached or refused the connection.
     BrokerUnreachable = "BROKER_UNREACHABLE",
+    /// RabbitMQ has a queue or exchange with other settings, or does not let us have it.
+    BrokerTopology = "BROKER_TOPOLOGY",
     /// The catalog's database cannot be reached or answered with an error.
     CatalogUnavailable = "CATALOG_UNAVAILABLE",
 
