@@ -1,0 +1,363 @@
+//! The house rules as tests: who may import whom, what every failure code, source file, document and fragment has.
+//!
+//! Reads the checkout and what cargo says about it; starts nothing and connects to nothing.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, ensure};
+use proto::Code;
+use serde_json::Value;
+
+/// Which crates of ours a crate may import. Dependencies run downwards only; ARCHITECTURE.md shows the same table.
+const MAY_IMPORT: &[(&str, &[&str])] = &[
+    ("proto", &[]),
+    ("policy", &["proto"]),
+    ("broker", &["proto"]),
+    ("telemetry", &["proto"]),
+    ("repository", &["proto"]),
+    ("postgres", &["proto"]),
+    ("maintenance", &["postgres", "proto"]),
+    ("coordinator", &["broker", "policy", "proto", "telemetry"]),
+    ("worker", &["broker", "maintenance", "postgres", "proto", "repository", "telemetry"]),
+    (
+        "cli",
+        &[
+            "broker",
+            "coordinator",
+            "maintenance",
+            "policy",
+            "postgres",
+            "proto",
+            "repository",
+            "telemetry",
+            "worker",
+        ],
+    ),
+    (
+        "tests",
+        &[
+            "broker",
+            "cli",
+            "coordinator",
+            "maintenance",
+            "policy",
+            "postgres",
+            "proto",
+            "repository",
+            "telemetry",
+            "worker",
+        ],
+    ),
+];
+
+/// One TLS stack, one crypto provider, one time library, no dead parsers. The same list as in deny.toml.
+const BANNED: &[&str] = &["chrono", "openssl-sys", "ring", "serde_yaml", "tokio-tar"];
+
+const ERROR_PAGE: &[&str] = &["## Cause", "## Check", "## Cure", "## How to verify"];
+const ADR: &[&str] = &["## Context", "## Decision", "## Rejected", "## Consequences"];
+const FRAGMENT_KINDS: &[&str] = &["added", "changed", "fixed", "removed", "security"];
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate has a parent folder")
+}
+
+/// What cargo prints for these arguments, from the file that `tests/run` made or from cargo itself.
+fn cargo(file: &str, arguments: &[&str]) -> anyhow::Result<String> {
+    if let Some(facts) = tests::services::facts() {
+        return std::fs::read_to_string(facts.join(file)).with_context(|| format!("read {file}"));
+    }
+    let output = Command::new(env!("CARGO")).args(arguments).current_dir(root()).output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+fn packages() -> anyhow::Result<Vec<Value>> {
+    let arguments = ["metadata", "--locked", "--format-version", "1"];
+    let metadata: Value = serde_json::from_str(&cargo("metadata.json", &arguments)?)?;
+    let members: BTreeSet<&str> =
+        list(&metadata, "workspace_members").iter().filter_map(Value::as_str).collect();
+    let ours = |package: &&Value| members.contains(text(package, "id"));
+    Ok(list(&metadata, "packages").iter().filter(ours).cloned().collect())
+}
+
+fn list<'a>(value: &'a Value, key: &str) -> &'a [Value] {
+    value.get(key).and_then(Value::as_array).map_or(&[], Vec::as_slice)
+}
+
+fn text<'a>(value: &'a Value, key: &str) -> &'a str {
+    value.get(key).and_then(Value::as_str).unwrap_or_default()
+}
+
+/// Every file of the checkout with this ending, except what is built or belongs to git.
+fn files(ending: &str) -> Vec<PathBuf> {
+    fn walk(folder: &Path, found: &mut Vec<PathBuf>) {
+        for entry in std::fs::read_dir(folder).expect("the checkout can be read").flatten() {
+            let path = entry.path();
+            let hidden = path == root().join("target") || path == root().join(".git");
+            match entry.file_type() {
+                Ok(kind) if kind.is_dir() && !hidden => walk(&path, found),
+                Ok(kind) if kind.is_file() => found.push(path),
+                _ => {}
+            }
+        }
+    }
+    let mut found = Vec::new();
+    walk(root(), &mut found);
+    found.retain(|path| path.to_string_lossy().ends_with(ending));
+    found.sort();
+    assert!(!found.is_empty(), "no file ends with {ending}: this check checks nothing");
+    found
+}
+
+/// The text of a file; nothing for one that is not text.
+fn read(path: &Path) -> String {
+    let bytes = std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    String::from_utf8(bytes).unwrap_or_default()
+}
+
+fn shown(path: &Path) -> String {
+    path.strip_prefix(root()).unwrap_or(path).display().to_string()
+}
+
+fn stem(path: &Path) -> String {
+    path.file_stem().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// Fails with all that was found, not only the first.
+fn none(what: &str, found: &[String]) {
+    assert!(found.is_empty(), "{what}:\n  {}", found.join("\n  "));
+}
+
+#[test]
+fn crates_import_only_what_lies_below() -> anyhow::Result<()> {
+    let allowed: BTreeMap<&str, &[&str]> = MAY_IMPORT.iter().copied().collect();
+    let packages = packages()?;
+    let names: BTreeSet<&str> = packages.iter().map(|package| text(package, "name")).collect();
+    assert_eq!(names, allowed.keys().copied().collect(), "the crates of the workspace");
+    let mut wrong = Vec::new();
+    for package in &packages {
+        let name = text(package, "name");
+        for dependency in list(package, "dependencies") {
+            let import = text(dependency, "name");
+            let ours = dependency.get("path").is_some_and(Value::is_string);
+            if ours && import != name && !allowed[name].contains(&import) {
+                wrong.push(format!("{name} imports {import}"));
+            }
+        }
+    }
+    none("these imports run against the order of the crates", &wrong);
+    Ok(())
+}
+
+#[test]
+fn architecture_shows_the_same_imports() {
+    let document = read(&root().join("ARCHITECTURE.md"));
+    for (name, imports) in MAY_IMPORT {
+        let start = format!("| `{name}/` |");
+        let row = document.lines().find(|line| line.starts_with(&start));
+        let row = row.unwrap_or_else(|| panic!("ARCHITECTURE.md has no row for {name}/"));
+        let cell = row.split('|').nth(3).unwrap_or_default().trim();
+        let expected = match (*name, imports.len()) {
+            (_, 0) => "-".to_owned(),
+            ("tests", _) => "all".to_owned(),
+            ("cli", _) => "all but tests".to_owned(),
+            _ => imports.join(", "),
+        };
+        let mut shown: Vec<&str> = cell.split(", ").collect();
+        shown.sort_unstable();
+        assert_eq!(shown.join(", "), expected, "the imports of {name}/ in ARCHITECTURE.md");
+    }
+}
+
+#[test]
+fn every_crate_obeys_the_workspace_lints() {
+    let opted_out: Vec<String> = MAY_IMPORT
+        .iter()
+        .map(|(name, _)| root().join(name).join("Cargo.toml"))
+        .filter(|path| !read(path).contains("[lints]\nworkspace = true\n"))
+        .map(|path| shown(&path))
+        .collect();
+    none("these crates have lints of their own", &opted_out);
+}
+
+#[test]
+fn top_level_is_as_the_readers_expect() {
+    let expected = ["Cargo.toml", "coordinator", "deploy", "proto", "README.md", "tests", "worker"];
+    let missing: Vec<String> =
+        expected.iter().filter(|name| !root().join(name).exists()).map(|&name| name.into()).collect();
+    none("these are missing at the top level", &missing);
+    let crates: BTreeSet<&str> = MAY_IMPORT.iter().map(|(name, _)| *name).collect();
+    let homeless: Vec<String> = files(".rs")
+        .iter()
+        .map(|path| shown(path))
+        .filter(|path| !crates.contains(path.split('/').next().unwrap_or_default()))
+        .filter(|path| !path.starts_with("benches/"))
+        .collect();
+    none("these sources belong to no crate", &homeless);
+}
+
+#[test]
+fn banned_crates_are_not_built() -> anyhow::Result<()> {
+    // cargo metadata unites the features of all platforms and lists more than is built; the tree is exact.
+    let edges = "normal,build,dev";
+    let arguments =
+        ["tree", "--locked", "--workspace", "--target", "all", "--edges", edges, "--prefix", "none"];
+    let tree = cargo("tree.txt", &arguments)?;
+    let built: BTreeSet<&str> = tree.lines().filter_map(|line| line.split(' ').next()).collect();
+    assert!(built.contains("tokio"), "the tree has been read");
+    let found: Vec<String> =
+        BANNED.iter().filter(|name| built.contains(*name)).map(|&name| name.into()).collect();
+    none("these crates are banned (cargo tree -i NAME tells who wants them)", &found);
+    let deny = read(&root().join("deny.toml"));
+    for name in BANNED {
+        assert!(deny.contains(&format!("name = \"{name}\"")), "deny.toml does not ban {name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn every_failure_code_has_its_page() {
+    let folder = root().join("docs/errors");
+    let pages: BTreeSet<String> =
+        files(".md").iter().filter(|path| path.starts_with(&folder)).map(|path| stem(path)).collect();
+    let codes: BTreeSet<String> = Code::ALL.iter().map(|code| code.as_str().to_owned()).collect();
+    assert_eq!(codes, pages, "left: the codes; right: the pages in docs/errors");
+    let mut wrong = Vec::new();
+    for code in codes {
+        let page = read(&folder.join(format!("{code}.md")));
+        if !page.starts_with(&format!("# {code}\n")) {
+            wrong.push(format!("{code}: the title is not the code"));
+        }
+        wrong.extend(unlike(&page, ERROR_PAGE).map(|what| format!("{code}: {what}")));
+    }
+    none("these pages are incomplete", &wrong);
+}
+
+/// Whether a document has exactly these headings of the second level, in this order, each with text.
+fn unlike(document: &str, headings: &[&str]) -> impl Iterator<Item = String> + use<> {
+    let found: Vec<&str> = document.lines().filter(|line| line.starts_with("## ")).collect();
+    let order = (found != headings).then(|| format!("its headings are {found:?}"));
+    let empty: Vec<String> = document
+        .split("\n## ")
+        .skip(1)
+        .filter(|part| part.split_once('\n').is_none_or(|(_, body)| body.trim().is_empty()))
+        .map(|part| format!("nothing under {:?}", part.trim()))
+        .collect();
+    order.into_iter().chain(empty)
+}
+
+#[test]
+fn decisions_are_numbered_and_complete() {
+    let folder = root().join("docs/adr");
+    let records: Vec<PathBuf> =
+        files(".md").into_iter().filter(|path| path.starts_with(&folder)).collect();
+    let mut wrong = Vec::new();
+    for (number, path) in records.iter().enumerate() {
+        if !stem(path).starts_with(&format!("{number:04}-")) {
+            wrong.push(format!("{}: its number should be {number:04}", shown(path)));
+        }
+        wrong.extend(unlike(&read(path), ADR).map(|what| format!("{}: {what}", shown(path))));
+    }
+    none("these decision records are not in order", &wrong);
+}
+
+#[test]
+fn sources_say_what_they_are_for() {
+    let silent: Vec<String> = files(".rs")
+        .iter()
+        .filter(|path| !read(path).starts_with("//! "))
+        .map(|path| shown(path))
+        .collect();
+    none("these sources do not begin with //! and what they are for", &silent);
+}
+
+#[test]
+fn nothing_is_left_for_later() {
+    // In two halves, so that this file does not hold them.
+    let unfinished: Vec<String> =
+        [("#[ig", "nore"), ("to", "do!("), ("unimple", "mented!("), ("FIX", "ME"), ("TO", "DO")]
+            .map(|(left, right)| format!("{left}{right}"))
+            .into();
+    let mut found = Vec::new();
+    for path in files(".rs") {
+        for (number, line) in (1..).zip(read(&path).lines()) {
+            if unfinished.iter().any(|mark| line.contains(mark.as_str())) {
+                found.push(format!("{}:{number}: {}", shown(&path), line.trim()));
+            }
+        }
+    }
+    none("these places are unfinished or skip a test", &found);
+}
+
+#[test]
+fn change_fragments_parse() {
+    let folder = root().join("changes");
+    let fragments =
+        files(".md").into_iter().filter(|path| path.starts_with(&folder) && stem(path) != "README");
+    let mut wrong = Vec::new();
+    for path in fragments {
+        let name = stem(&path);
+        let kind = name.rsplit_once('.').map(|(_, kind)| kind.to_owned()).unwrap_or_default();
+        if !FRAGMENT_KINDS.contains(&kind.as_str()) {
+            wrong.push(format!("{}: the kind is not one of {FRAGMENT_KINDS:?}", shown(&path)));
+        }
+        let body = read(&path);
+        let mut lines = body.lines();
+        let sentence = lines.next().unwrap_or_default();
+        if !sentence.ends_with('.') || sentence.len() > 120 {
+            wrong.push(format!("{}: line 1 is not one sentence of at most 120 bytes", shown(&path)));
+        }
+        if !lines.next().unwrap_or_default().is_empty() {
+            wrong.push(format!("{}: line 2 is not empty", shown(&path)));
+        }
+    }
+    none("these fragments cannot go into the changelog", &wrong);
+}
+
+#[test]
+fn no_file_names_somebodys_machine() {
+    // In two halves, so that this file does not hold them.
+    let places = [("/ro", "ot/"), ("/wo", "rk/"), ("/ho", "me/")].map(|(a, b)| format!("{a}{b}"));
+    let mut found = Vec::new();
+    for path in files("") {
+        for (number, line) in (1..).zip(read(&path).lines()) {
+            if places.iter().any(|place| line.contains(place.as_str())) {
+                found.push(format!("{}:{number}: {}", shown(&path), line.trim()));
+            }
+        }
+    }
+    none("these lines hold a path of one machine", &found);
+}
+
+#[test]
+fn links_between_documents_lead_somewhere() {
+    let mut broken = Vec::new();
+    for path in files(".md") {
+        let folder = path.parent().expect("a file has a folder");
+        for link in read(&path).split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            let file = link.split('#').next().unwrap_or_default();
+            if !file.is_empty() && !link.contains("://") && !folder.join(file).exists() {
+                broken.push(format!("{}: {link}", shown(&path)));
+            }
+        }
+    }
+    none("these links lead nowhere", &broken);
+}
+
+#[test]
+fn fault_matrix_names_tests_that_exist() {
+    let matrix = read(&root().join("docs/fault-matrix.md"));
+    let sources: String = files(".rs").iter().map(|path| read(path)).collect();
+    let mut wrong = Vec::new();
+    let rows = matrix.lines().filter(|line| line.starts_with("| ") && line.contains('`'));
+    for row in rows {
+        let test = row.rsplit('`').nth(1).unwrap_or_default();
+        let name = test.rsplit("::").next().unwrap_or_default();
+        if !sources.contains(&format!("fn {name}(")) {
+            wrong.push(format!("{test} in: {row}"));
+        }
+    }
+    none("docs/fault-matrix.md names tests that do not exist", &wrong);
+}
