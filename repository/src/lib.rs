@@ -1,1 +1,48 @@
-//! Placeholder.
+//! Where backups live: the format of FORMAT.md, its keys, the stores below it, writing, reading, restoring, checking.
+//!
+//! It knows bytes, files and packs. It does not know jobs, and of PostgreSQL only the words of `proto`: which files are
+//! copied, what a page is and when a backup is consistent is its callers' affair.
+//!
+//! The way of a backup: [`Repository::begin`] → [`Attempt::write`] → [`BackupWriter::copy`] (and [`WalWriter::add`] beside
+//! it) → [`BackupWriter::finish`] → [`Written::commit`]. The way back: [`Repository::open_backup`] →
+//! [`Backup::restore_plan`] → [`RestorePlan::restore`].
+
+mod attempt;
+mod chance;
+mod config;
+mod crypto;
+mod entry;
+mod error;
+mod hex;
+mod key;
+mod layout;
+mod limits;
+mod lineage;
+mod manifest;
+mod note;
+mod pack;
+mod progress;
+mod proof;
+mod reader;
+mod record;
+mod repository;
+mod shard;
+pub mod store;
+mod wire;
+mod writer;
+
+pub use attempt::{Aborted, Attempt};
+pub use entry::{SourceEntry, SourceKind, path_order};
+pub use error::Error;
+pub use key::{KeyFile, KeyFileError};
+pub use lineage::AttemptSummary;
+pub use manifest::Counts;
+pub use pack::PackId;
+pub use progress::{Progress, ProgressSnapshot};
+pub use proof::StoredProof;
+pub use reader::{Backup, WalFile};
+pub use record::{Identity, Intent, Outcome, Verdict};
+pub use repository::{Created, Encryption, InitOptions, Repository};
+pub use writer::{
+    BackupSummary, BackupWriter, Source, SourceFile, WalWriter, WriteOptions, Written,
+};

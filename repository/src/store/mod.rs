@@ -3,10 +3,53 @@
 //! A store knows keys and bytes. It does not know what an object means, and it never retries something that could
 //! happen twice with a different result: `put_if_absent` finds out who won instead.
 
+#[doc(hidden)]
+pub mod contract;
+pub mod directory;
+pub mod probe;
+pub mod s3;
+
+use std::collections::BTreeSet;
 use std::ops::Range;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use secrecy::SecretString;
+
+/// Opens the store behind a URL: `file:///path` or `s3://bucket/prefix`. Nothing is created or probed.
+pub async fn open(url: &str, credentials: &Credentials) -> Result<Arc<dyn Store>, StoreError> {
+    match url.split_once("://") {
+        Some(("file", path)) if path.starts_with('/') => {
+            Ok(Arc::new(directory::DirectoryStore::new(path)))
+        }
+        Some(("s3", _)) => {
+            let options = s3::S3Options::from_url(url, credentials)?;
+            Ok(Arc::new(s3::S3Store::open(options).await?))
+        }
+        _ => Err(StoreError::Unsuitable {
+            reason: format!("{url} is neither file:///path nor s3://bucket/prefix"),
+        }),
+    }
+}
+
+/// How to reach an object store; everything absent is taken from the environment the way the AWS tools do it.
+/// A directory needs none of it.
+#[derive(Debug, Clone, Default)]
+pub struct Credentials {
+    /// Access key.
+    pub access_key_id: Option<String>,
+    /// Its secret.
+    pub secret_access_key: Option<SecretString>,
+    /// The token of temporary credentials.
+    pub session_token: Option<SecretString>,
+    /// Region, for example `eu-central-1`.
+    pub region: Option<String>,
+    /// Another service than AWS: `https://minio.example:9000`.
+    pub endpoint: Option<String>,
+    /// Put the bucket into the path instead of the host name.
+    pub path_style: bool,
+}
 
 /// What went wrong in a store.
 #[derive(Debug, thiserror::Error)]
@@ -90,8 +133,9 @@ pub trait Upload: Send {
     async fn abort(self: Box<Self>) -> Result<(), StoreError>;
 }
 
-/// The verbs. Keys are relative (`config`, `lineages/…/packs/…`), of `[A-Za-z0-9._/-]`, never beginning with `/`, never
-/// with a `.` component. Every call is bounded in time.
+/// The verbs. Keys are relative (`config`, `lineages/…/packs/…`), of `[A-Za-z0-9._/-]`, with no component that is empty or
+/// begins with `.`; every verb refuses others. No key is a folder of another. Every call is bounded in time. [`contract`]
+/// holds every store to this text.
 #[async_trait]
 pub trait Store: Send + Sync + std::fmt::Debug {
     /// For people: `s3://bucket/prefix` or `file:///path`, without secrets.
@@ -104,15 +148,28 @@ pub trait Store: Send + Sync + std::fmt::Debug {
     async fn size(&self, key: &str) -> Result<u64, StoreError>;
     /// Writes an object whose name nobody else uses (overwriting is harmless because the bytes are the same).
     async fn put(&self, key: &str, bytes: Bytes) -> Result<(), StoreError>;
-    /// Writes the object only if there is none: the one operation that decides anything. Atomic among all hosts.
+    /// Writes the object only if there is none: the one operation that decides anything. Atomic among all hosts. An
+    /// error means that the outcome is unknown: the object may be there, or may still appear. Calling again is not
+    /// asking again, since a second call takes the first one's object for somebody else's: read the object instead.
     async fn put_if_absent(&self, key: &str, bytes: Bytes) -> Result<PutOutcome, StoreError>;
     /// Starts an object that is too large for one call.
     async fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError>;
-    /// Every object below `prefix`, sorted by key.
+    /// Every object whose key begins with the text `prefix`, sorted by key. Whole, or an error.
     async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError>;
+    /// The names directly below `prefix` (which ends with `/`) that have objects below them, sorted, without `/`.
+    /// Never reads what is below them, so that a large repository can be looked at from above.
+    async fn list_directories(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        let below = self.list(prefix).await?;
+        let names: BTreeSet<String> = below
+            .iter()
+            .filter_map(|object| object.key.strip_prefix(prefix)?.split_once('/'))
+            .map(|(name, _)| name.to_owned())
+            .collect();
+        Ok(names.into_iter().collect())
+    }
     /// Deletes an object; deleting what is not there succeeds.
     async fn delete(&self, key: &str) -> Result<(), StoreError>;
-    /// Ends uploads below `prefix` that nobody completes. Returns how many there were. Only uploads whose key is in
-    /// `keys` (those of dead attempts) are touched.
+    /// Ends uploads that nobody completes. Returns how many there were. Only uploads whose key is in `keys` (those of
+    /// dead attempts) are touched.
     async fn abort_uploads(&self, keys: &[String]) -> Result<usize, StoreError>;
 }

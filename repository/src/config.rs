@@ -1,0 +1,77 @@
+//! The `config` object: the one that says "here is a repository", of which format, and what it takes to use it.
+
+use proto::RepositoryId;
+use serde::{Deserialize, Serialize};
+
+use crate::error::Error;
+use crate::manifest::FORMAT;
+
+pub(crate) const MAGIC: &str = "pgmuster-repository";
+
+/// Clear text; authenticated once a key is there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Config {
+    pub(crate) magic: String,
+    pub(crate) format: u32,
+    pub(crate) repository: RepositoryId,
+    pub(crate) created_at_ms: i64,
+    /// What a program must know before it may read, write or delete. Names it does not know forbid that.
+    #[serde(default)]
+    pub(crate) features: Features,
+}
+
+/// Required features by what they are required for.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Features {
+    #[serde(default)]
+    pub(crate) read: Vec<String>,
+    #[serde(default)]
+    pub(crate) write: Vec<String>,
+    #[serde(default)]
+    pub(crate) delete: Vec<String>,
+}
+
+impl Config {
+    pub(crate) fn new(repository: RepositoryId, created_at_ms: i64) -> Self {
+        Self {
+            magic: MAGIC.to_owned(),
+            format: FORMAT,
+            repository,
+            created_at_ms,
+            features: Features::default(),
+        }
+    }
+
+    /// Whether this program may read here.
+    pub(crate) fn check_readable(&self, place: &str) -> Result<(), Error> {
+        let refuse = |reason: String| Err(Error::Version { place: place.to_owned(), reason });
+        if self.magic != MAGIC {
+            return refuse("its config object is of another program".into());
+        }
+        if self.format == 0 || self.format > FORMAT {
+            return refuse(format!(
+                "it has format {}, and this program reads up to {FORMAT}",
+                self.format
+            ));
+        }
+        match self.features.read.first() {
+            Some(feature) => {
+                refuse(format!("reading it needs {feature:?}, which this program does not know"))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Whether this program may write here.
+    pub(crate) fn check_writable(&self, place: &str) -> Result<(), Error> {
+        match self.features.write.first() {
+            Some(feature) => Err(Error::Version {
+                place: place.to_owned(),
+                reason: format!(
+                    "writing to it needs {feature:?}, which this program does not know"
+                ),
+            }),
+            None => Ok(()),
+        }
+    }
+}

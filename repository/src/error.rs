@@ -1,0 +1,290 @@
+//! What can go wrong in a repository, and what each means for the job that met it.
+
+use std::io;
+
+use proto::{Action, AttemptId, BackupId, Code, Failure, LineageId, failure::chain};
+
+use crate::store::StoreError;
+
+/// Why a call on a repository failed. Completes "failed to …".
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The store below.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// There is no `config` object.
+    #[error("find a repository in {place}")]
+    NoRepository {
+        /// The store.
+        place: String,
+    },
+    /// There is a `config` object already.
+    #[error("create a repository in {place}: there is one already")]
+    RepositoryExists {
+        /// The store.
+        place: String,
+    },
+    /// The repository needs something this program does not know.
+    #[error("use the repository in {place}: {reason}")]
+    Version {
+        /// The store.
+        place: String,
+        /// Which version or feature.
+        reason: String,
+    },
+    /// The key is not one of this repository's, or none was given and one is needed.
+    #[error("open the repository in {place}: {reason}")]
+    Key {
+        /// The store.
+        place: String,
+        /// What is wrong with the key.
+        reason: String,
+    },
+    /// An object that must exist does not.
+    #[error("find {key}, which the repository needs")]
+    Missing {
+        /// The object.
+        key: String,
+    },
+    /// An object's bytes are not what was written.
+    #[error("trust {key}: {reason}")]
+    Damaged {
+        /// The object.
+        key: String,
+        /// What does not fit.
+        reason: String,
+    },
+    /// Something is larger than this format allows.
+    #[error("stay within the format's limits: {reason}")]
+    Limit {
+        /// Which limit.
+        reason: String,
+    },
+    /// The attempt has an intent already: somebody else works, or worked, on it.
+    #[error("begin attempt {attempt}: it was begun before")]
+    AttemptExists {
+        /// The attempt.
+        attempt: AttemptId,
+    },
+    /// Another verdict was first.
+    #[error("commit attempt {attempt}: it was aborted by {by}: {why}")]
+    CommitRefused {
+        /// The attempt.
+        attempt: AttemptId,
+        /// Who aborted it.
+        by: String,
+        /// Their reason.
+        why: String,
+    },
+    /// There is no committed backup of this name.
+    #[error("find a committed backup {backup} in lineage {lineage}")]
+    BackupUnknown {
+        /// The lineage looked into.
+        lineage: LineageId,
+        /// The backup looked for.
+        backup: BackupId,
+    },
+    /// There is no such lineage.
+    #[error("find lineage {lineage}")]
+    LineageUnknown {
+        /// The lineage looked for.
+        lineage: LineageId,
+    },
+    /// The source could not be read.
+    #[error("read {path} of the source")]
+    Source {
+        /// The file, relative.
+        path: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The caller's list of files cannot be stored.
+    #[error("store {path}: {reason}")]
+    Entry {
+        /// The file, relative.
+        path: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The target of a restore holds something else.
+    #[error("restore into {target}: {reason}")]
+    TargetNotEmpty {
+        /// The directory.
+        target: String,
+        /// What is in the way.
+        reason: String,
+    },
+    /// The target of a restore is too small.
+    #[error(
+        "restore into {target}: {needed_bytes} bytes are needed and {available_bytes} are free"
+    )]
+    TargetFull {
+        /// The directory.
+        target: String,
+        /// What the restore writes.
+        needed_bytes: u64,
+        /// What the file system has.
+        available_bytes: u64,
+    },
+    /// The target of a restore could not be written.
+    #[error("write {path}")]
+    Target {
+        /// The file or directory.
+        path: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The caller cancelled.
+    #[error("finish: cancelled")]
+    Cancelled,
+    /// A rule of this crate was broken.
+    #[error("keep the repository's own rules: {0}")]
+    Bug(String),
+}
+
+impl Error {
+    pub(crate) fn damaged(key: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self::Damaged { key: key.into(), reason: reason.into() }
+    }
+
+    pub(crate) fn entry(path: &[u8], reason: impl Into<String>) -> Self {
+        Self::Entry { path: show(path), reason: reason.into() }
+    }
+
+    /// A missing object is the repository's fault when something committed names it.
+    pub(crate) fn needed(error: StoreError) -> Self {
+        match error {
+            StoreError::NotFound { key } => Self::Missing { key },
+            other => Self::Store(other),
+        }
+    }
+}
+
+/// A path for people.
+pub(crate) fn show(path: &[u8]) -> String {
+    path.escape_ascii().to_string()
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        let message = format!("failed to {}", chain(&error));
+        let (code, action, hint) = match &error {
+            Error::Store(store) => of_store(store),
+            Error::NoRepository { .. } => (
+                Code::RepositoryMissing,
+                Action::FixConfig,
+                "Check the repository's URL, or create it with `pgmuster repository init`.",
+            ),
+            Error::RepositoryExists { .. } => (
+                Code::RepositoryExists,
+                Action::FixConfig,
+                "Use the existing repository, or choose an empty place for a new one.",
+            ),
+            Error::Version { .. } => (
+                Code::RepositoryVersion,
+                Action::FixConfig,
+                "Use a pgmuster at least as new as the one that wrote the repository.",
+            ),
+            Error::Key { .. } => (
+                Code::KeyWrong,
+                Action::FixConfig,
+                "Use the key file that was made with this repository; its first lines name the repository.",
+            ),
+            Error::Missing { .. } => (
+                Code::ObjectMissing,
+                Action::FixData,
+                "Run `pgmuster check` to see which backups are affected, and take a new backup.",
+            ),
+            Error::Damaged { .. } | Error::Limit { .. } => (
+                Code::ObjectDamaged,
+                Action::FixData,
+                "Run `pgmuster check` to see which backups are affected, and take a new backup.",
+            ),
+            Error::AttemptExists { .. } => (
+                Code::AttemptSuperseded,
+                Action::Abandon,
+                "Another execution of this attempt began it; start a new attempt.",
+            ),
+            Error::CommitRefused { .. } => (
+                Code::CommitRefused,
+                Action::Abandon,
+                "A later attempt took over; look at that one.",
+            ),
+            Error::BackupUnknown { .. } | Error::LineageUnknown { .. } => (
+                Code::BackupUnknown,
+                Action::FixConfig,
+                "List what there is with `pgmuster backups`.",
+            ),
+            Error::Source { source, .. } => match source.kind() {
+                io::ErrorKind::PermissionDenied => (
+                    Code::DataDirectoryUnreadable,
+                    Action::FixConfig,
+                    "Let the worker run as the owner of the data directory.",
+                ),
+                _ => (
+                    Code::SourceUnreadable,
+                    Action::Retry,
+                    "Look at the server's storage and kernel log when this repeats.",
+                ),
+            },
+            Error::Entry { .. } => (
+                Code::DataDirectoryShape,
+                Action::FixConfig,
+                "Move the named file out of the data directory.",
+            ),
+            Error::TargetNotEmpty { .. } => (
+                Code::TargetNotEmpty,
+                Action::FixConfig,
+                "Give an empty directory, or one that holds only an unfinished restore of the same backup.",
+            ),
+            Error::TargetFull { .. } => (
+                Code::TargetFull,
+                Action::RetryElsewhere,
+                "Make room, or restore to a larger file system.",
+            ),
+            Error::Target { source, .. } => match source.kind() {
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => (
+                    Code::TargetFull,
+                    Action::RetryElsewhere,
+                    "Make room, or restore to a larger file system.",
+                ),
+                _ => (
+                    Code::TargetUnwritable,
+                    Action::FixConfig,
+                    "Let the worker's user own the target directory and its file system be writable.",
+                ),
+            },
+            Error::Cancelled => (Code::Cancelled, Action::Abandon, ""),
+            Error::Bug(_) => return Failure::bug(message),
+        };
+        Failure::new(code, action, message).with_hint(hint)
+    }
+}
+
+fn of_store(error: &StoreError) -> (Code, Action, &'static str) {
+    match error {
+        StoreError::NotFound { .. } => (
+            Code::ObjectMissing,
+            Action::FixData,
+            "Run `pgmuster check` to see which backups are affected, and take a new backup.",
+        ),
+        StoreError::Forbidden { .. } => (
+            Code::StoreForbidden,
+            Action::FixConfig,
+            "Check the store's credentials and that they may read, list, write and (for cleaning) delete.",
+        ),
+        StoreError::Full { .. } => {
+            (Code::StoreUnavailable, Action::FixConfig, "Make room in the repository's store.")
+        }
+        StoreError::Unavailable { .. } => (
+            Code::StoreUnavailable,
+            Action::Retry,
+            "Check the store's address and health when this repeats.",
+        ),
+        StoreError::Unsuitable { .. } => {
+            (Code::StoreUnsuitable, Action::FixConfig, "Use a store with the named property.")
+        }
+    }
+}

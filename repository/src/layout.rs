@@ -1,0 +1,45 @@
+//! Where each object lives. Nothing but names.
+
+use proto::{AttemptId, BackupId, LineageId};
+
+use crate::pack::PackId;
+
+pub(crate) const CONFIG: &str = "config";
+pub(crate) const KEYS: &str = "keys/";
+pub(crate) const LINEAGES: &str = "lineages/";
+
+pub(crate) fn key(id: &str) -> String {
+    format!("{KEYS}{id}")
+}
+
+pub(crate) fn identity(lineage: LineageId) -> String {
+    format!("{LINEAGES}{lineage}/identity")
+}
+
+pub(crate) fn backups(lineage: LineageId) -> String {
+    format!("{LINEAGES}{lineage}/backups/")
+}
+
+/// An object of one attempt: `intent`, `manifest`, `verdict`, `proof.N`, `forget`, `hold`.
+pub(crate) fn of_attempt(lineage: LineageId, attempt: AttemptId, name: &str) -> String {
+    format!("{LINEAGES}{lineage}/backups/{attempt}/{name}")
+}
+
+/// The same for a backup, which has its attempt's name.
+pub(crate) fn of_backup(lineage: LineageId, backup: BackupId, name: &str) -> String {
+    of_attempt(lineage, backup.into(), name)
+}
+
+pub(crate) fn packs(lineage: LineageId) -> String {
+    format!("{LINEAGES}{lineage}/packs/")
+}
+
+/// Packs are spread over 256 names, so that no directory grows large.
+pub(crate) fn pack(lineage: LineageId, id: PackId) -> String {
+    let id = id.to_string();
+    format!("{LINEAGES}{lineage}/packs/{}/{id}", &id[..2])
+}
+
+pub(crate) fn condemned(lineage: LineageId) -> String {
+    format!("{LINEAGES}{lineage}/gc/")
+}

@@ -1,0 +1,213 @@
+//! Lineages and what is in them: finding, minting, listing.
+
+use std::collections::BTreeMap;
+
+use proto::{AttemptId, BackupId, ClusterName, LineageId, SystemIdentifier};
+
+use crate::error::Error;
+use crate::layout;
+use crate::limits::NOTE_BYTES_MAX;
+use crate::note;
+use crate::record::{Identity, Intent, Outcome, Verdict};
+use crate::repository::Repository;
+use crate::store::{PutOutcome, StoreError};
+
+/// What is known of one attempt from its small objects.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AttemptSummary {
+    /// The attempt.
+    pub attempt: AttemptId,
+    /// Its intent; absent only when somebody else's ABORT came before it.
+    pub intent: Option<Intent>,
+    /// Its end; `None` while it is open.
+    pub verdict: Option<Verdict>,
+    /// Somebody wants it gone: it is not a predecessor any more, and a collector may delete it.
+    pub forgotten: bool,
+    /// Somebody wants it kept.
+    pub held: bool,
+    /// Number of proofs.
+    pub proofs: u32,
+}
+
+impl AttemptSummary {
+    /// Its name as a backup, if it is one.
+    pub fn backup(&self) -> Option<BackupId> {
+        match self.verdict.as_ref()?.outcome {
+            Outcome::Commit { .. } => Some(self.attempt.into()),
+            Outcome::Abort { .. } => None,
+        }
+    }
+
+    /// When it was committed, Unix milliseconds.
+    pub fn committed_at_ms(&self) -> Option<i64> {
+        self.backup().and(self.verdict.as_ref()).map(|verdict| verdict.at_ms)
+    }
+}
+
+impl Repository {
+    /// The lineage of a cluster, minted when this is the first contact. Idempotent by (cluster, system identifier);
+    /// workers that mint at the same time get the same one. `now_ms` is stored in a new identity.
+    pub async fn find_or_mint_lineage(
+        &self,
+        cluster: &ClusterName,
+        system_identifier: SystemIdentifier,
+        now_ms: i64,
+    ) -> Result<Identity, Error> {
+        let mut newest = None;
+        // Generations are minted one after the other, so the first gap ends the search.
+        for generation in 0..u32::MAX {
+            let lineage = self.keys.lineage_id(cluster.as_str(), system_identifier.0, generation);
+            match self.identity(lineage).await {
+                Ok(identity) => newest = Some(identity),
+                Err(Error::LineageUnknown { .. }) => break,
+                Err(error) => return Err(error),
+            }
+        }
+        match newest {
+            Some(identity) => Ok(identity),
+            None => self.mint(cluster, system_identifier, 0, now_ms).await,
+        }
+    }
+
+    /// A new lineage for a cluster that has one: a restored copy that archives, an upgraded cluster.
+    pub async fn mint_next_lineage(
+        &self,
+        previous: &Identity,
+        now_ms: i64,
+    ) -> Result<Identity, Error> {
+        self.mint(&previous.cluster, previous.system_identifier, previous.generation + 1, now_ms)
+            .await
+    }
+
+    async fn mint(
+        &self,
+        cluster: &ClusterName,
+        system_identifier: SystemIdentifier,
+        generation: u32,
+        now_ms: i64,
+    ) -> Result<Identity, Error> {
+        let lineage = self.keys.lineage_id(cluster.as_str(), system_identifier.0, generation);
+        let identity = Identity {
+            lineage,
+            cluster: cluster.clone(),
+            system_identifier,
+            generation,
+            created_at_ms: now_ms,
+        };
+        let key = layout::identity(lineage);
+        let bytes = note::write(&self.keys, &key, &identity)?;
+        match self.store.put_if_absent(&key, bytes).await? {
+            PutOutcome::Created => Ok(identity),
+            PutOutcome::Exists => self.identity(lineage).await,
+        }
+    }
+
+    /// Who a lineage is.
+    pub async fn identity(&self, lineage: LineageId) -> Result<Identity, Error> {
+        let key = layout::identity(lineage);
+        match self.read_note(&key).await? {
+            Some(identity) => Ok(identity),
+            None => Err(Error::LineageUnknown { lineage }),
+        }
+    }
+
+    /// Every lineage, by id. A directory without an identity is none.
+    pub async fn list_lineages(&self) -> Result<Vec<Identity>, Error> {
+        let mut identities = Vec::new();
+        for name in self.store.list_directories(layout::LINEAGES).await? {
+            let Ok(lineage) = name.parse() else { continue };
+            match self.identity(lineage).await {
+                Ok(identity) => identities.push(identity),
+                Err(Error::LineageUnknown { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(identities)
+    }
+
+    /// Every attempt of a lineage, oldest first: backups, aborted and open ones.
+    pub async fn list_attempts(&self, lineage: LineageId) -> Result<Vec<AttemptSummary>, Error> {
+        let prefix = layout::backups(lineage);
+        let mut names: BTreeMap<AttemptId, Vec<String>> = BTreeMap::new();
+        for object in self.store.list(&prefix).await? {
+            let Some((attempt, name)) =
+                object.key.strip_prefix(&prefix).and_then(|rest| rest.split_once('/'))
+            else {
+                continue;
+            };
+            let Ok(attempt) = attempt.parse() else { continue };
+            names.entry(attempt).or_default().push(name.to_owned());
+        }
+        let mut attempts = Vec::with_capacity(names.len());
+        for (attempt, names) in names {
+            attempts.push(self.summarise(lineage, attempt, &names).await?);
+        }
+        Ok(attempts)
+    }
+
+    async fn summarise(
+        &self,
+        lineage: LineageId,
+        attempt: AttemptId,
+        names: &[String],
+    ) -> Result<AttemptSummary, Error> {
+        let has = |wanted: &str| {
+            names.iter().any(|name| {
+                name == wanted || name.strip_prefix(wanted).is_some_and(|n| n.starts_with('.'))
+            })
+        };
+        let proofs = names.iter().filter(|name| name.starts_with("proof.")).count();
+        let intent = match has("intent") {
+            true => self.read_note(&layout::of_attempt(lineage, attempt, "intent")).await?,
+            false => None,
+        };
+        let verdict = match has("verdict") {
+            true => self.verdict(lineage, attempt).await?,
+            false => None,
+        };
+        Ok(AttemptSummary {
+            attempt,
+            intent,
+            verdict,
+            forgotten: has("forget"),
+            held: has("hold"),
+            proofs: u32::try_from(proofs).unwrap_or(u32::MAX),
+        })
+    }
+
+    /// The backups of a lineage, oldest first: attempts with a COMMIT verdict, and nothing else.
+    pub async fn list_backups(&self, lineage: LineageId) -> Result<Vec<AttemptSummary>, Error> {
+        let mut attempts = self.list_attempts(lineage).await?;
+        attempts.retain(|attempt| attempt.backup().is_some());
+        attempts.sort_by_key(|attempt| (attempt.committed_at_ms(), attempt.attempt));
+        Ok(attempts)
+    }
+
+    /// The end of an attempt, if it has one.
+    pub async fn verdict(
+        &self,
+        lineage: LineageId,
+        attempt: AttemptId,
+    ) -> Result<Option<Verdict>, Error> {
+        let key = layout::of_attempt(lineage, attempt, "verdict");
+        let verdict: Option<Verdict> = self.read_note(&key).await?;
+        match verdict {
+            Some(verdict) if verdict.attempt != attempt => {
+                Err(Error::damaged(key, "it is the verdict of another attempt"))
+            }
+            verdict => Ok(verdict),
+        }
+    }
+
+    /// A note, or `None` when there is no such object.
+    pub(crate) async fn read_note<T: serde::de::DeserializeOwned>(
+        &self,
+        key: &str,
+    ) -> Result<Option<T>, Error> {
+        match self.store.get(key, NOTE_BYTES_MAX).await {
+            Ok(bytes) => note::read(&self.keys, key, &bytes).map(Some),
+            Err(StoreError::NotFound { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+}

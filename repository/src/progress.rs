@@ -1,0 +1,78 @@
+//! How far a copy or restore is: counters that anybody may read while it runs.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Counters, only ever growing. Relaxed: they are for people and reports, nothing is decided by them.
+#[derive(Debug, Default)]
+pub struct Progress {
+    files: AtomicU64,
+    bytes: AtomicU64,
+    bytes_read: AtomicU64,
+    bytes_skipped: AtomicU64,
+    bytes_stored: AtomicU64,
+    vanished: AtomicU64,
+    silent_changes: AtomicU64,
+}
+
+/// The counters at one moment.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ProgressSnapshot {
+    /// Files done with (copied, skipped or restored).
+    pub files: u64,
+    /// Bytes of those files and parts of files.
+    pub bytes: u64,
+    /// Bytes read from the source.
+    pub bytes_read: u64,
+    /// Bytes that were not read because nothing about their file changed.
+    pub bytes_skipped: u64,
+    /// Bytes sent to the repository, or fetched from it.
+    pub bytes_stored: u64,
+    /// Files that were gone when they were to be read.
+    pub vanished: u64,
+    /// Units that had changed in files that claimed not to have; found by the re-reading of a share.
+    pub silent_changes: u64,
+}
+
+impl Progress {
+    /// The counters now.
+    pub fn snapshot(&self) -> ProgressSnapshot {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        ProgressSnapshot {
+            files: read(&self.files),
+            bytes: read(&self.bytes),
+            bytes_read: read(&self.bytes_read),
+            bytes_skipped: read(&self.bytes_skipped),
+            bytes_stored: read(&self.bytes_stored),
+            vanished: read(&self.vanished),
+            silent_changes: read(&self.silent_changes),
+        }
+    }
+
+    pub(crate) fn add_files(&self, count: u64) {
+        self.files.fetch_add(count, Ordering::Relaxed);
+    }
+
+    pub(crate) fn add_bytes(&self, count: u64) {
+        self.bytes.fetch_add(count, Ordering::Relaxed);
+    }
+
+    pub(crate) fn add_read(&self, count: u64) {
+        self.bytes_read.fetch_add(count, Ordering::Relaxed);
+    }
+
+    pub(crate) fn add_skipped(&self, count: u64) {
+        self.bytes_skipped.fetch_add(count, Ordering::Relaxed);
+    }
+
+    pub(crate) fn add_stored(&self, count: u64) {
+        self.bytes_stored.fetch_add(count, Ordering::Relaxed);
+    }
+
+    pub(crate) fn add_vanished(&self) {
+        self.vanished.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn add_silent_changes(&self, count: u64) {
+        self.silent_changes.fetch_add(count, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,75 @@
+//! The notes of a lineage: identity, intent, verdict, and what the collector of garbage leaves. Data only.
+
+use proto::{AttemptId, ClusterName, LineageId, SystemIdentifier};
+use serde::{Deserialize, Serialize};
+
+use crate::manifest::Counts;
+
+/// Who a lineage is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// The lineage.
+    pub lineage: LineageId,
+    /// The cluster's name when it was minted.
+    pub cluster: ClusterName,
+    /// The system identifier every backup of it has.
+    pub system_identifier: SystemIdentifier,
+    /// Counts the lineages of this cluster and system identifier, from 0.
+    pub generation: u32,
+    /// Unix milliseconds.
+    pub created_at_ms: i64,
+}
+
+/// An attempt has begun. Written before anything else of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Intent {
+    /// The attempt.
+    pub attempt: AttemptId,
+    /// The attempt it follows, when it is a repetition.
+    #[serde(default)]
+    pub follows: Option<AttemptId>,
+    /// Who works on it: worker and boot, for people.
+    pub by: String,
+    /// The writer's clock, Unix milliseconds.
+    pub began_at_ms: i64,
+}
+
+/// The end of an attempt. Created once, never replaced.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verdict {
+    /// The attempt.
+    pub attempt: AttemptId,
+    /// Which.
+    #[serde(flatten)]
+    pub outcome: Outcome,
+    /// Who decided.
+    pub by: String,
+    /// Their clock, Unix milliseconds.
+    pub at_ms: i64,
+}
+
+/// COMMIT or ABORT.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "verdict", rename_all = "UPPERCASE")]
+pub enum Outcome {
+    /// The attempt is a backup.
+    Commit {
+        /// Bytes of its manifest.
+        manifest_bytes: u64,
+        /// Digest of its manifest, hexadecimal.
+        manifest_blake3: String,
+        /// How much it is.
+        counts: Counts,
+    },
+    /// The attempt will never be a backup.
+    Abort {
+        /// Why.
+        why: String,
+    },
+}
+
+/// A list of packs that a collector is about to delete.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Condemned {
+    pub(crate) packs: Vec<String>,
+}

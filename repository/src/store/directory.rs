@@ -1,0 +1,361 @@
+//! A repository in a directory of a local or network file system.
+//!
+//! An object is written to a temporary file below `.uploads/`, synced, and linked to its name, so a name either has the
+//! whole object or does not exist; the directory is synced before success is said. What is left below `.uploads/` after
+//! a crash belongs to nobody. It does not encrypt, cache or retry, and it does not follow what other hosts do: on a
+//! network file system the probe at the repository's creation finds out whether `link` can be trusted.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
+use std::ops::Range;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use rustix::fs::{CWD, RenameFlags};
+
+use super::{Listed, PutOutcome, Store, StoreError, Upload};
+use crate::chance;
+
+/// Where unfinished objects are. Not a valid key, so no object can be there.
+const UPLOADS: &str = ".uploads";
+
+/// A [`Store`] below one directory.
+#[derive(Debug, Clone)]
+pub struct DirectoryStore {
+    root: PathBuf,
+}
+
+impl DirectoryStore {
+    /// A store below `root`, which need not exist yet: the first object creates it.
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    fn path(&self, key: &str) -> PathBuf {
+        self.root.join(key)
+    }
+
+    /// Runs blocking file work away from the runtime's threads. Once begun it runs to its end, even when the caller
+    /// has gone: a half-done step never stays behind.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        operation: &'static str,
+        key: &str,
+        work: impl FnOnce(&Self, &str) -> io::Result<T> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let (store, owned) = (self.clone(), key.to_owned());
+        tokio::task::spawn_blocking(move || work(&store, &owned))
+            .await
+            .unwrap_or_else(|gone| Err(io::Error::other(gone)))
+            .map_err(|source| classify(operation, key, source))
+    }
+
+    /// Creates the missing directories above `path` and syncs each one's parent.
+    fn create_parents(path: &Path) -> io::Result<()> {
+        let Some(parent) = path.parent() else { return Ok(()) };
+        match fs::create_dir(parent) {
+            Ok(()) => parent.parent().map_or(Ok(()), sync_directory),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                Self::create_parents(parent)?;
+                Self::create_parents(path)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn write(&self, bytes: &[u8]) -> io::Result<Temporary> {
+        let mut temporary = Temporary::create(&self.root)?;
+        temporary.file.write_all(bytes)?;
+        temporary.file.sync_all()?;
+        Ok(temporary)
+    }
+
+    /// Gives the synced temporary file its name, unless the name is taken.
+    fn link(&self, temporary: &Temporary, key: &str) -> io::Result<PutOutcome> {
+        let path = self.path(key);
+        Self::create_parents(&path)?;
+        let linked = match fs::hard_link(&temporary.path, &path) {
+            // File systems without hard links: the same promise by another call.
+            Err(error)
+                if matches!(error.kind(), ErrorKind::Unsupported | ErrorKind::PermissionDenied) =>
+            {
+                rustix::fs::renameat_with(CWD, &temporary.path, CWD, &path, RenameFlags::NOREPLACE)
+                    .map_err(io::Error::from)
+            }
+            other => other,
+        };
+        match linked {
+            Ok(()) => {
+                path.parent().map_or(Ok(()), sync_directory)?;
+                Ok(PutOutcome::Created)
+            }
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(PutOutcome::Exists),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+#[async_trait]
+impl Store for DirectoryStore {
+    fn describe(&self) -> String {
+        format!("file://{}", self.root.display())
+    }
+
+    async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
+        self.blocking("get", key, move |store, key| {
+            let file = File::open(store.path(key))?;
+            let size = file.metadata()?.len();
+            if size > limit_bytes {
+                return Err(io::Error::new(
+                    ErrorKind::FileTooLarge,
+                    format!("{size} bytes, and at most {limit_bytes} are expected"),
+                ));
+            }
+            let mut bytes = Vec::with_capacity(usize::try_from(size).unwrap_or(0));
+            file.take(limit_bytes.saturating_add(1)).read_to_end(&mut bytes)?;
+            Ok(bytes.into())
+        })
+        .await
+    }
+
+    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+        self.blocking("get", key, move |store, key| {
+            let mut file = File::open(store.path(key))?;
+            let length = range.end.saturating_sub(range.start);
+            // The size is checked before memory is taken: ranges come from objects that may be forged.
+            let size = file.metadata()?.len();
+            if range.end > size {
+                return Err(io::Error::new(
+                    ErrorKind::UnexpectedEof,
+                    format!("bytes {} to {} of {size}", range.start, range.end),
+                ));
+            }
+            file.seek(SeekFrom::Start(range.start))?;
+            let mut bytes = Vec::with_capacity(usize::try_from(length).unwrap_or(0));
+            file.take(length).read_to_end(&mut bytes)?;
+            if bytes.len() as u64 == length {
+                Ok(bytes.into())
+            } else {
+                Err(ErrorKind::UnexpectedEof.into())
+            }
+        })
+        .await
+    }
+
+    async fn size(&self, key: &str) -> Result<u64, StoreError> {
+        self.blocking("look at", key, |store, key| Ok(fs::metadata(store.path(key))?.len())).await
+    }
+
+    async fn put(&self, key: &str, bytes: Bytes) -> Result<(), StoreError> {
+        self.blocking("put", key, move |store, key| {
+            let temporary = store.write(&bytes)?;
+            let path = store.path(key);
+            Self::create_parents(&path)?;
+            fs::rename(&temporary.path, &path)?;
+            path.parent().map_or(Ok(()), sync_directory)
+        })
+        .await
+    }
+
+    async fn put_if_absent(&self, key: &str, bytes: Bytes) -> Result<PutOutcome, StoreError> {
+        self.blocking("put", key, move |store, key| {
+            if fs::symlink_metadata(store.path(key)).is_ok() {
+                return Ok(PutOutcome::Exists);
+            }
+            let temporary = store.write(&bytes)?;
+            store.link(&temporary, key)
+        })
+        .await
+    }
+
+    async fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError> {
+        let temporary =
+            self.blocking("put", key, |store, _| Temporary::create(&store.root)).await?;
+        Ok(Box::new(DirectoryUpload {
+            store: self.clone(),
+            key: key.to_owned(),
+            temporary: Some(temporary),
+        }))
+    }
+
+    async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
+        self.blocking("list", prefix, |store, prefix| {
+            let mut found = Vec::new();
+            let folder = prefix.rsplit_once('/').map_or("", |(folder, _)| folder);
+            walk(&store.path(folder), folder, prefix, &mut found)?;
+            found.sort_by(|a, b| a.key.cmp(&b.key));
+            Ok(found)
+        })
+        .await
+    }
+
+    async fn list_directories(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        self.blocking("list", prefix, |store, prefix| {
+            let mut names = Vec::new();
+            for entry in read_directory(&store.path(prefix.trim_end_matches('/')))? {
+                let name = entry.file_name();
+                let Some(name) = name.to_str().filter(|name| *name != UPLOADS) else { continue };
+                if entry.file_type()?.is_dir() {
+                    names.push(name.to_owned());
+                }
+            }
+            names.sort();
+            Ok(names)
+        })
+        .await
+    }
+
+    async fn delete(&self, key: &str) -> Result<(), StoreError> {
+        self.blocking("delete", key, |store, key| {
+            let path = store.path(key);
+            match fs::remove_file(&path) {
+                Ok(()) => path.parent().map_or(Ok(()), sync_directory),
+                Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+                Err(error) => Err(error),
+            }
+        })
+        .await
+    }
+
+    /// Unfinished objects have no key here; those of a crashed process lie below `.uploads/` under random names and are
+    /// told from living ones by nobody, so nothing is ended.
+    async fn abort_uploads(&self, _keys: &[String]) -> Result<usize, StoreError> {
+        Ok(0)
+    }
+}
+
+/// A file below `.uploads/` that disappears when it is dropped.
+#[derive(Debug)]
+struct Temporary {
+    path: PathBuf,
+    file: File,
+}
+
+impl Temporary {
+    fn create(root: &Path) -> io::Result<Self> {
+        let name = crate::hex::encode(&chance::random::<16>());
+        let path = root.join(UPLOADS).join(name);
+        DirectoryStore::create_parents(&path)?;
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o640).open(&path)?;
+        Ok(Self { path, file })
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        // After a rename the name is gone already; after a link this removes the second name.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+#[derive(Debug)]
+struct DirectoryUpload {
+    store: DirectoryStore,
+    key: String,
+    temporary: Option<Temporary>,
+}
+
+impl DirectoryUpload {
+    /// Runs one step with the file; a step that fails leaves no file behind.
+    async fn step<T: Send + 'static>(
+        &mut self,
+        work: impl FnOnce(&DirectoryStore, &str, Temporary) -> io::Result<(Option<Temporary>, T)>
+        + Send
+        + 'static,
+    ) -> Result<T, StoreError> {
+        let temporary = self.temporary.take();
+        let key = self.key.clone();
+        let (temporary, done) = self
+            .store
+            .blocking("put", &key, move |store, key| {
+                let temporary =
+                    temporary.ok_or_else(|| io::Error::other("the upload failed before"))?;
+                work(store, key, temporary)
+            })
+            .await?;
+        self.temporary = temporary;
+        Ok(done)
+    }
+}
+
+#[async_trait]
+impl Upload for DirectoryUpload {
+    async fn part(&mut self, bytes: Bytes) -> Result<(), StoreError> {
+        self.step(move |_, _, mut temporary| {
+            temporary.file.write_all(&bytes)?;
+            Ok((Some(temporary), ()))
+        })
+        .await
+    }
+
+    async fn complete(mut self: Box<Self>) -> Result<(), StoreError> {
+        self.step(|store, key, temporary| {
+            temporary.file.sync_all()?;
+            match store.link(&temporary, key)? {
+                PutOutcome::Created => Ok((None, ())),
+                PutOutcome::Exists => Err(ErrorKind::AlreadyExists.into()),
+            }
+        })
+        .await
+    }
+
+    async fn abort(mut self: Box<Self>) -> Result<(), StoreError> {
+        self.temporary = None;
+        Ok(())
+    }
+}
+
+fn sync_directory(path: &Path) -> io::Result<()> {
+    let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+    File::open(path)?.sync_all()
+}
+
+/// The entries of a directory; one that does not exist has none.
+fn read_directory(path: &Path) -> io::Result<Vec<fs::DirEntry>> {
+    match fs::read_dir(path) {
+        Ok(entries) => entries.collect(),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
+}
+
+fn walk(path: &Path, key: &str, prefix: &str, found: &mut Vec<Listed>) -> io::Result<()> {
+    for entry in read_directory(path)? {
+        let name = entry.file_name();
+        let Some(name) = name.to_str() else { continue };
+        if key.is_empty() && name == UPLOADS {
+            continue;
+        }
+        let below = if key.is_empty() { name.to_owned() } else { format!("{key}/{name}") };
+        if entry.file_type()?.is_dir() {
+            if below.starts_with(prefix) || prefix.starts_with(&below) {
+                walk(&entry.path(), &below, prefix, found)?;
+            }
+        } else if below.starts_with(prefix) {
+            match entry.metadata() {
+                Ok(metadata) => found.push(Listed { key: below, size_bytes: metadata.len() }),
+                // Deleted since the directory was read.
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    Ok(())
+}
+
+fn classify(operation: &'static str, key: &str, source: io::Error) -> StoreError {
+    let key = key.to_owned();
+    match source.kind() {
+        ErrorKind::NotFound | ErrorKind::NotADirectory => StoreError::NotFound { key },
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+            StoreError::Forbidden { operation, key, source: source.into() }
+        }
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+            StoreError::Full { key, source: source.into() }
+        }
+        _ => StoreError::Unavailable { operation, key, source: source.into() },
+    }
+}

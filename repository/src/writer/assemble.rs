@@ -1,0 +1,328 @@
+//! The last thread of a copy: puts entries and stretches back into order, cuts them into shards, and stores the shards.
+//!
+//! Where a shard is cut depends on paths alone, so that one file more or less moves no cut but its own.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use crossbeam_channel::Receiver;
+
+use super::copy::Copied;
+use super::detect::spread;
+use super::previous::Old;
+use super::stop::Stop;
+use super::stream::{PackStream, Uploads};
+use crate::entry::{Body, Content, Entry, Extent};
+use crate::error::Error;
+use crate::limits::{HASH_BYTES, SHARD_ENTRIES};
+use crate::manifest::{Counts, RootShard};
+use crate::pack::{Compressor, ObjectType, PackId};
+use crate::progress::Progress;
+use crate::shard::{self, ShardRef};
+
+/// What the assembler hears, each with its number.
+pub(super) enum Event {
+    /// An entry; its stretches follow.
+    Entry { entry: Entry, old: Option<Old>, shape: Shape },
+    /// A stretch that was read.
+    Copied(Box<Copied>),
+    /// A stretch of a large file that was not read.
+    Kept { reference: ShardRef, bytes: u64 },
+    /// The file was gone when a stretch of it was to be read.
+    Vanished,
+}
+
+/// What follows an entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Shape {
+    /// Nothing: it is complete.
+    Whole,
+    /// So many stretches of a file.
+    Pieces(u64),
+}
+
+/// Stores shards with their hashes beside them.
+#[derive(Debug)]
+pub(super) struct ShardWriter {
+    stream: PackStream,
+    compressor: Option<CompressorBox>,
+}
+
+struct CompressorBox(Compressor);
+
+impl std::fmt::Debug for CompressorBox {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Compressor")
+    }
+}
+
+impl ShardWriter {
+    pub(super) fn new(uploads: &Arc<Uploads>) -> Result<Self, Error> {
+        let compressor = Compressor::new(3)
+            .map_err(|error| Error::Bug(format!("zstd cannot be started: {error}")))?;
+        Ok(Self {
+            stream: PackStream::new(Arc::clone(uploads), ObjectType::Metadata),
+            compressor: Some(CompressorBox(compressor)),
+        })
+    }
+
+    fn store(
+        &mut self,
+        (bytes, mut packs): (Vec<u8>, Vec<PackId>),
+        hashes: &[u8],
+        units: u32,
+    ) -> Result<ShardRef, Error> {
+        let frame =
+            self.stream.append(&bytes, self.compressor.as_mut().map(|boxed| &mut boxed.0))?;
+        let twin_stored_bytes = match hashes.is_empty() {
+            true => 0,
+            false => self.stream.append(hashes, None)?.stored_bytes,
+        };
+        self.stream.roll()?;
+        if !packs.contains(&frame.pack) {
+            packs.push(frame.pack);
+        }
+        Ok(ShardRef { frame, twin_stored_bytes, units, packs: packs.into() })
+    }
+
+    pub(super) fn extents(&mut self, extents: &[Extent], hashes: &[u8]) -> Result<ShardRef, Error> {
+        let units = extents.iter().map(|extent| extent.units).sum();
+        self.store(shard::encode_extents(extents), hashes, units)
+    }
+
+    pub(super) fn entries(&mut self, entries: &[Entry], hashes: &[u8]) -> Result<RootShard, Error> {
+        let units = u32::try_from(hashes.len() / HASH_BYTES).unwrap_or(u32::MAX);
+        let first_path = entries.first().map(|entry| entry.path.clone()).unwrap_or_default();
+        Ok(RootShard {
+            first_path,
+            shard: self.store(shard::encode_entries(entries), hashes, units)?,
+        })
+    }
+
+    pub(super) fn close(&mut self) -> Result<(), Error> {
+        self.stream.close()
+    }
+}
+
+/// The shards of one copy, in order, and what is in them.
+#[derive(Debug, Default)]
+pub(super) struct Assembled {
+    pub(super) shards: Vec<RootShard>,
+    pub(super) counts: Counts,
+    /// Files that were gone.
+    pub(super) vanished: u64,
+}
+
+/// An entry whose stretches are still coming.
+struct Growing {
+    entry: Entry,
+    old: Option<Old>,
+    pieces_left: u64,
+    /// It ended early, or is gone: what comes behind does not count.
+    ended: bool,
+    vanished: bool,
+    hashes: Vec<u8>,
+}
+
+/// The hashes of an entry in the shard being gathered.
+enum Hashes {
+    Here(Vec<u8>),
+    /// As in the predecessor; fetched only if the shard is written anew.
+    There(Old),
+}
+
+pub(super) struct Assembler<'a> {
+    stop: &'a Stop,
+    progress: &'a Progress,
+    writer: &'a mut ShardWriter,
+    entries: Vec<Entry>,
+    hashes: Vec<Hashes>,
+    /// The predecessor's shard that the first gathered entry was in.
+    candidate: Option<Old>,
+    growing: Option<Growing>,
+    done: Assembled,
+}
+
+impl<'a> Assembler<'a> {
+    pub(super) fn new(stop: &'a Stop, progress: &'a Progress, writer: &'a mut ShardWriter) -> Self {
+        Self {
+            stop,
+            progress,
+            writer,
+            entries: Vec::new(),
+            hashes: Vec::new(),
+            candidate: None,
+            growing: None,
+            done: Assembled::default(),
+        }
+    }
+
+    pub(super) fn run(
+        mut self,
+        events: &Receiver<(u64, Event)>,
+        credits: &Receiver<()>,
+    ) -> Result<Assembled, Error> {
+        let mut early: BTreeMap<u64, Event> = BTreeMap::new();
+        let mut next = 0;
+        for (seq, event) in events {
+            self.stop.check()?;
+            early.insert(seq, event);
+            while let Some(event) = early.remove(&next) {
+                next += 1;
+                self.event(event)?;
+                // The planner may go one further.
+                let _ = credits.try_recv();
+            }
+        }
+        self.stop.check()?;
+        if !early.is_empty() {
+            return Err(Error::Bug("a stretch of a file got lost".into()));
+        }
+        self.finish_growing()?;
+        self.cut()?;
+        Ok(self.done)
+    }
+
+    fn event(&mut self, event: Event) -> Result<(), Error> {
+        match event {
+            Event::Entry { entry, old, shape: Shape::Whole } => {
+                self.finish_growing()?;
+                let hashes = match &old {
+                    Some(old) => Hashes::There(old.clone()),
+                    None => Hashes::Here(Vec::new()),
+                };
+                self.gather(entry, old.as_ref(), hashes)
+            }
+            Event::Entry { entry, old, shape: Shape::Pieces(pieces_left) } => {
+                self.finish_growing()?;
+                let growing = Growing {
+                    entry,
+                    old,
+                    pieces_left,
+                    ended: false,
+                    vanished: false,
+                    hashes: Vec::new(),
+                };
+                self.growing = Some(growing);
+                Ok(())
+            }
+            piece => self.piece(piece),
+        }
+    }
+
+    fn piece(&mut self, event: Event) -> Result<(), Error> {
+        let growing =
+            self.growing.as_mut().ok_or_else(|| Error::Bug("a stretch without a file".into()))?;
+        growing.pieces_left = growing
+            .pieces_left
+            .checked_sub(1)
+            .ok_or_else(|| Error::Bug("a file with too many stretches".into()))?;
+        if growing.ended {
+            return Ok(());
+        }
+        let Body::File(file) = &mut growing.entry.body else {
+            return Err(Error::Bug("a stretch of what is no file".into()));
+        };
+        match (event, &mut file.content) {
+            (Event::Vanished, _) => {
+                growing.ended = true;
+                growing.vanished = true;
+            }
+            (Event::Copied(copied), Content::Inline(extents)) => {
+                *extents = copied.extents;
+                growing.hashes = copied.hashes;
+                file.size_bytes = copied.bytes;
+                growing.ended = copied.short;
+            }
+            (Event::Copied(copied), Content::Shards(shards)) => {
+                file.size_bytes += copied.bytes;
+                growing.ended = copied.short;
+                if copied.bytes > 0 {
+                    shards.push(match copied.unchanged {
+                        Some(reference) => reference,
+                        None => self.writer.extents(&copied.extents, &copied.hashes)?,
+                    });
+                }
+            }
+            (Event::Kept { reference, bytes }, Content::Shards(shards)) => {
+                file.size_bytes += bytes;
+                shards.push(reference);
+            }
+            (Event::Kept { .. } | Event::Entry { .. }, _) => {
+                return Err(Error::Bug("a stretch that does not fit its file".into()));
+            }
+        }
+        Ok(())
+    }
+
+    fn finish_growing(&mut self) -> Result<(), Error> {
+        let Some(growing) = self.growing.take() else { return Ok(()) };
+        if growing.pieces_left > 0 {
+            return Err(Error::Bug("a file with too few stretches".into()));
+        }
+        if growing.vanished {
+            self.done.vanished += 1;
+            return Ok(());
+        }
+        self.progress.add_files(1);
+        self.gather(growing.entry, growing.old.as_ref(), Hashes::Here(growing.hashes))
+    }
+
+    fn gather(&mut self, entry: Entry, old: Option<&Old>, hashes: Hashes) -> Result<(), Error> {
+        // A 64th of all paths begins a shard; directories do once there is something to cut off.
+        let begins = spread(&entry.path, u64::MAX) >> 26 == 0
+            || (entry.body == Body::Directory && self.entries.len() >= 32)
+            || self.entries.len() >= SHARD_ENTRIES;
+        if begins {
+            self.cut()?;
+        }
+        match &entry.body {
+            Body::Directory => self.done.counts.directories += 1,
+            Body::Symlink { .. } => self.done.counts.symlinks += 1,
+            Body::File(file) => {
+                self.done.counts.files += 1;
+                self.done.counts.bytes += file.size_bytes;
+            }
+        }
+        if self.entries.is_empty() {
+            self.candidate = old.cloned();
+        }
+        self.entries.push(entry);
+        self.hashes.push(hashes);
+        Ok(())
+    }
+
+    /// Ends the shard: refers to the predecessor's when it is the same, and stores it when not.
+    fn cut(&mut self) -> Result<(), Error> {
+        if self.entries.is_empty() {
+            return Ok(());
+        }
+        let entries = std::mem::take(&mut self.entries);
+        let hashes = std::mem::take(&mut self.hashes);
+        // Equal places mean equal hashes: a unit keeps its place only when its hash is the same.
+        if let Some(old) = self.candidate.take()
+            && old.shard.entries == entries
+        {
+            let first_path = entries.first().map(|entry| entry.path.clone()).unwrap_or_default();
+            self.done.shards.push(RootShard { first_path, shard: old.shard.reference.clone() });
+            return Ok(());
+        }
+        let mut all = Vec::new();
+        for hashes in hashes {
+            match hashes {
+                Hashes::Here(hashes) => all.extend_from_slice(&hashes),
+                Hashes::There(old) => {
+                    all.extend_from_slice(&old.shard.inline_hashes(old.index, self.stop)?)
+                }
+            }
+        }
+        let shard = self.writer.entries(&entries, &all)?;
+        self.done.shards.push(shard);
+        Ok(())
+    }
+}
+
+/// Packs by their names, for the manifest.
+pub(super) fn reached<'a>(references: impl Iterator<Item = &'a ShardRef>) -> HashMap<PackId, ()> {
+    references.flat_map(|reference| reference.packs.iter().map(|pack| (*pack, ()))).collect()
+}

@@ -1,0 +1,280 @@
+//! The working threads of a copy: each reads stretches of files straight into its frame, drops what did not change,
+//! and compresses and seals the rest into its own pack. Nothing is handed from thread to thread but results.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+
+use super::assemble::Event;
+use super::detect::{Detection, ZERO};
+use super::previous::Old;
+use super::source::{InMemory, Source, SourceFile};
+use super::stop::Stop;
+use super::stream::{PackStream, Uploads};
+use crate::entry::{Extent, Place, SourceEntry, push_extent};
+use crate::error::{Error, show};
+use crate::limits::FRAME_BYTES;
+use crate::pack::{Codec, Compressor, FrameRef, ObjectType, PackId};
+use crate::progress::Progress;
+
+/// A stretch of a file that is to be read.
+pub(super) struct Job {
+    pub(super) seq: u64,
+    pub(super) entry: Arc<SourceEntry>,
+    pub(super) unit_bytes: u32,
+    /// Which stretch, counted from 0.
+    pub(super) piece: u64,
+    pub(super) start: u64,
+    pub(super) length: u64,
+    /// The predecessor's file, when its units have the same size.
+    pub(super) old: Option<Old>,
+    /// Its file has not changed, says its inode.
+    pub(super) claims_unchanged: bool,
+}
+
+/// Stretches that may be waiting for their frame to be sealed, counted by number. Beyond it a small frame is sealed:
+/// the assembler must not wait for ever, nor keep everything that comes behind.
+const LAG: u64 = 256;
+/// How long a thread without work keeps an unsealed frame.
+const IDLE: Duration = Duration::from_millis(20);
+/// The frame that is being filled: its place is not known yet.
+const OPEN: FrameRef = FrameRef {
+    pack: PackId([0; 16]),
+    number: u32::MAX,
+    offset: 0,
+    stored_bytes: 0,
+    raw_bytes: 0,
+    codec: Codec::Raw,
+};
+
+pub(super) struct Copier<'a> {
+    source: &'a dyn Source,
+    stop: &'a Stop,
+    progress: &'a Progress,
+    detection: Detection,
+    stream: PackStream,
+    compressor: Compressor,
+    events: Sender<(u64, Event)>,
+    frame: Vec<u8>,
+    filled: usize,
+    waiting: VecDeque<Copied>,
+}
+
+/// A stretch that was read.
+#[derive(Debug)]
+pub(super) struct Copied {
+    seq: u64,
+    pub(super) extents: Vec<Extent>,
+    pub(super) hashes: Vec<u8>,
+    /// Bytes that were there.
+    pub(super) bytes: u64,
+    /// Fewer than at the scan.
+    pub(super) short: bool,
+    /// The shard that describes it already, when nothing changed.
+    pub(super) unchanged: Option<crate::shard::ShardRef>,
+}
+
+impl<'a> Copier<'a> {
+    pub(super) fn new(
+        source: &'a dyn Source,
+        uploads: &'a Arc<Uploads>,
+        detection: Detection,
+        level: i32,
+        events: Sender<(u64, Event)>,
+    ) -> Result<Self, Error> {
+        let mut compressor = Compressor::new(level)
+            .map_err(|error| Error::Bug(format!("zstd cannot be started: {error}")))?;
+        // The frame is authenticated as a whole, and its length is known.
+        compressor
+            .set_parameter(zstd::zstd_safe::CParameter::ChecksumFlag(false))
+            .map_err(|error| Error::Bug(format!("zstd cannot be set up: {error}")))?;
+        Ok(Self {
+            source,
+            stop: &uploads.stop,
+            progress: &uploads.progress,
+            detection,
+            stream: PackStream::new(Arc::clone(uploads), ObjectType::Data),
+            compressor,
+            events,
+            frame: vec![0; FRAME_BYTES],
+            filled: 0,
+            waiting: VecDeque::new(),
+        })
+    }
+
+    pub(super) fn run(mut self, jobs: &Receiver<Job>) -> Result<(), Error> {
+        loop {
+            let job = match jobs.recv_timeout(IDLE) {
+                Ok(job) => job,
+                Err(RecvTimeoutError::Timeout) => {
+                    self.stop.check()?;
+                    self.seal()?;
+                    self.release()?;
+                    continue;
+                }
+                Err(RecvTimeoutError::Disconnected) => break,
+            };
+            self.stop.check()?;
+            if self.waiting.front().is_some_and(|oldest| oldest.seq + LAG < job.seq) {
+                self.seal()?;
+                self.release()?;
+            }
+            self.copy(&job)?;
+        }
+        self.seal()?;
+        self.release()?;
+        self.stream.close()
+    }
+
+    fn copy(&mut self, job: &Job) -> Result<(), Error> {
+        let failed = |source| Error::Source { path: show(&job.entry.path), source };
+        let mut file: Box<dyn SourceFile> = match &job.entry.content {
+            Some(bytes) => Box::new(InMemory(bytes.clone())),
+            None => match self.source.open(&job.entry).map_err(failed)? {
+                Some(file) => file,
+                None => {
+                    self.progress.add_vanished();
+                    return self.send(job.seq, Event::Vanished);
+                }
+            },
+        };
+        file.advise(job.start, job.length);
+        let unit_bytes = job.unit_bytes as usize;
+        let old = match &job.old {
+            Some(old) => old.units(job.piece, self.stop)?,
+            None => None,
+        };
+        let mut known = old.as_ref().map(super::previous::OldUnits::cursor);
+        let units = usize::try_from(job.length.div_ceil(u64::from(job.unit_bytes))).unwrap_or(0);
+        let copied = Copied {
+            seq: job.seq,
+            extents: Vec::new(),
+            hashes: Vec::with_capacity(units * ZERO.len()),
+            bytes: 0,
+            short: false,
+            unchanged: None,
+        };
+        // It waits among the others from the start, so that sealing a frame halfway finds it.
+        self.waiting.push_back(copied);
+        let mut changed = 0_u64;
+        let mut done = 0_u64;
+        while done < job.length {
+            let left = job.length - done;
+            if (FRAME_BYTES - self.filled)
+                < usize::try_from(left).unwrap_or(usize::MAX).min(unit_bytes)
+            {
+                self.seal()?;
+            }
+            let room = FRAME_BYTES - self.filled;
+            let wanted = match usize::try_from(left) {
+                Ok(left) if left <= room => left,
+                _ => room - room % unit_bytes,
+            };
+            let start = self.filled;
+            let got = read(file.as_mut(), job.start + done, &mut self.frame[start..start + wanted])
+                .map_err(failed)?;
+            self.progress.add_read(got as u64);
+            let copied = self
+                .waiting
+                .back_mut()
+                .ok_or_else(|| Error::Bug("a stretch lost its place".into()))?;
+            let mut keep = start;
+            for at in (start..start + got).step_by(unit_bytes) {
+                let end = (at + unit_bytes).min(start + got);
+                let hash = self.detection.hash(&self.frame[at..end]);
+                copied.hashes.extend_from_slice(&hash);
+                let before = known.as_mut().and_then(super::previous::OldCursor::next);
+                let same =
+                    before.filter(|(bytes, old_hash, _)| *bytes == end - at && *old_hash == hash);
+                changed += u64::from(same.is_none());
+                let place = match same {
+                    Some((_, _, place)) => place,
+                    None if hash == ZERO => None,
+                    None => {
+                        if keep != at {
+                            self.frame.copy_within(at..end, keep);
+                        }
+                        let offset = u32::try_from(keep).unwrap_or(u32::MAX);
+                        keep += end - at;
+                        Some(Place { frame: OPEN, offset })
+                    }
+                };
+                push_extent(&mut copied.extents, 1, place, job.unit_bytes);
+            }
+            self.filled = keep;
+            done += got as u64;
+            if got < wanted {
+                break;
+            }
+        }
+        self.progress.add_bytes(done);
+        if job.claims_unchanged {
+            self.progress.add_silent_changes(changed);
+        }
+        let copied =
+            self.waiting.back_mut().ok_or_else(|| Error::Bug("a stretch lost its place".into()))?;
+        copied.bytes = done;
+        copied.short = done < job.length;
+        if changed == 0
+            && let Some(old) = &old
+            && old.bytes == done
+        {
+            copied.unchanged.clone_from(&old.reference);
+        }
+        self.release()
+    }
+
+    /// Compresses and seals what was gathered.
+    fn seal(&mut self) -> Result<(), Error> {
+        if self.filled == 0 {
+            return Ok(());
+        }
+        let frame = self.stream.append(&self.frame[..self.filled], Some(&mut self.compressor))?;
+        self.stream.roll()?;
+        self.filled = 0;
+        for copied in &mut self.waiting {
+            for extent in &mut copied.extents {
+                if let Some(place) = &mut extent.place
+                    && place.frame == OPEN
+                {
+                    place.frame = frame;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Hands out the stretches that wait for nothing.
+    fn release(&mut self) -> Result<(), Error> {
+        let open = |copied: &Copied| {
+            copied
+                .extents
+                .iter()
+                .rev()
+                .any(|extent| extent.place.is_some_and(|place| place.frame == OPEN))
+        };
+        while self.waiting.front().is_some_and(|copied| !open(copied)) {
+            if let Some(copied) = self.waiting.pop_front() {
+                self.send(copied.seq, Event::Copied(Box::new(copied)))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn send(&self, seq: u64, event: Event) -> Result<(), Error> {
+        self.events.send((seq, event)).map_err(|_| Error::Cancelled)
+    }
+}
+
+/// One read; only the end of the file makes it short.
+fn read(file: &mut dyn SourceFile, offset: u64, buffer: &mut [u8]) -> std::io::Result<usize> {
+    loop {
+        match file.read_at(offset, buffer) {
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Ok(got) => return Ok(got.min(buffer.len())),
+            Err(error) => return Err(error),
+        }
+    }
+}

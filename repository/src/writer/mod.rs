@@ -1,0 +1,470 @@
+//! Writing a backup: files through a pipeline of threads, WAL beside them, then the manifest, then the verdict.
+//!
+//! ```text
+//! plan (1) ──jobs──▶ copy (processes) ──results──▶ assemble (1)
+//!    └──────────── what is not read ────────────────▶┘      each with its own pack on its way into the store
+//! ```
+//!
+//! A backup exists when [`Written::commit`] says so and not a moment before. Every way out but that one leaves packs that
+//! nobody names, which a later collection of garbage deletes.
+
+mod assemble;
+mod copy;
+mod detect;
+mod plan;
+mod previous;
+mod source;
+mod stop;
+mod stream;
+mod wal;
+
+use std::collections::HashMap;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use proto::{AttemptId, BackupFacts, BackupId, LineageId};
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
+
+use self::assemble::{Assembled, Assembler, ShardWriter};
+use self::copy::Copier;
+use self::detect::Detection;
+use self::plan::{Planner, Reread, Trust};
+use self::previous::Walk;
+pub use self::source::{Source, SourceFile};
+use self::stop::Stop;
+use self::stream::Uploads;
+use self::wal::WalStored;
+pub use self::wal::WalWriter;
+use crate::attempt::Attempt;
+use crate::entry::SourceEntry;
+use crate::error::Error;
+use crate::manifest::{Counts, FORMAT, Head, Root};
+use crate::pack::{PackId, PackRecord};
+use crate::progress::Progress;
+use crate::reader::Backup;
+use crate::record::{Outcome, Verdict};
+use crate::repository::Repository;
+
+/// How a backup is written.
+#[derive(Debug, Clone)]
+pub struct WriteOptions {
+    /// Threads that read, compress and seal.
+    pub processes: usize,
+    /// zstd's level.
+    pub level: i32,
+    /// Read every file, whatever its times say.
+    pub full_read: bool,
+    /// Names the node, file system and timeline the files are on. Files are skipped by their times only when the
+    /// predecessor has an equal one; `None` reads everything.
+    pub continuity: Option<String>,
+    /// Counters to be read while it runs.
+    pub progress: Arc<Progress>,
+    /// Ends it early.
+    pub cancel: CancellationToken,
+}
+
+impl Default for WriteOptions {
+    fn default() -> Self {
+        Self {
+            processes: 2,
+            level: 3,
+            full_read: false,
+            continuity: None,
+            progress: Arc::default(),
+            cancel: CancellationToken::new(),
+        }
+    }
+}
+
+/// Parts in memory at once beside those the threads are filling.
+const PARTS_MAX: usize = 3;
+/// Results that may wait for their turn; bounds the memory of everything between plan and assembly.
+const CREDITS: usize = 1024;
+/// Jobs that wait for a thread.
+const JOBS: usize = 64;
+
+/// A backup being written. Dropping it ends its threads and throws its unfinished packs away.
+#[derive(Debug)]
+pub struct BackupWriter {
+    repository: Repository,
+    attempt: Attempt,
+    options: WriteOptions,
+    stop: Arc<Stop>,
+    uploads: Arc<Uploads>,
+    wal: Arc<Mutex<Vec<WalStored>>>,
+    shards: Option<ShardWriter>,
+    files: Option<Assembled>,
+    reread: Reread,
+}
+
+/// A backup that is complete in the repository and not committed.
+#[derive(Debug)]
+pub struct Written {
+    repository: Repository,
+    lineage: LineageId,
+    attempt: AttemptId,
+    predecessor: Option<BackupId>,
+    by: String,
+    manifest_bytes: u64,
+    manifest_blake3: String,
+    counts: Counts,
+    vanished: u64,
+}
+
+/// A committed backup, for reports.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackupSummary {
+    /// The backup.
+    pub backup: BackupId,
+    /// Its lineage.
+    pub lineage: LineageId,
+    /// The backup it was compared with.
+    pub predecessor: Option<BackupId>,
+    /// How much it is.
+    pub counts: Counts,
+    /// Packs of earlier backups it refers to.
+    pub packs_reused: u64,
+    /// Files that vanished while it ran.
+    pub vanished: u64,
+    /// Bytes of its manifest.
+    pub manifest_bytes: u64,
+}
+
+impl Attempt {
+    /// Starts writing. Must be called inside a tokio runtime, which then carries the uploads.
+    pub fn write(self, options: WriteOptions) -> Result<BackupWriter, Error> {
+        let repository = self.repository.clone();
+        let stop = Arc::new(Stop::new(&options.cancel, Handle::current()));
+        let uploads = Arc::new(Uploads::new(
+            Arc::clone(&repository.store),
+            Arc::clone(&repository.keys),
+            self.lineage,
+            Arc::clone(&stop),
+            Arc::clone(&options.progress),
+            PARTS_MAX + options.processes,
+        ));
+        let reread = match &self.predecessor {
+            Some(old) => {
+                let elapsed_ms = self.intent.began_at_ms.saturating_sub(old.root.head.began_at_ms);
+                Reread::since(old.root.head.reread_from, elapsed_ms)
+            }
+            None => Reread::since(0, 0),
+        };
+        Ok(BackupWriter {
+            repository,
+            attempt: self,
+            options,
+            stop,
+            shards: Some(ShardWriter::new(&uploads)?),
+            uploads,
+            wal: Arc::default(),
+            files: None,
+            reread,
+        })
+    }
+}
+
+impl BackupWriter {
+    /// The attempt being written.
+    pub fn attempt(&self) -> &Attempt {
+        &self.attempt
+    }
+
+    /// Takes WAL while (or before, or after) the files are copied, until [`BackupWriter::finish`] is called.
+    pub fn wal(&self) -> WalWriter {
+        WalWriter {
+            uploads: Arc::clone(&self.uploads),
+            stored: Arc::clone(&self.wal),
+            level: self.options.level,
+        }
+    }
+
+    /// Copies the source: every entry once, in the order of [`path_order`](crate::path_order), a directory before what
+    /// is in it. To be called once. When it fails, no thread of it is left and its uploads are ended.
+    pub async fn copy<I>(&mut self, source: Arc<dyn Source>, entries: I) -> Result<(), Error>
+    where
+        I: IntoIterator<Item = io::Result<SourceEntry>>,
+        I::IntoIter: Send + 'static,
+    {
+        if self.files.is_some() {
+            return Err(Error::Bug("the files of a backup are copied once".into()));
+        }
+        let predecessor = self.attempt.predecessor.clone();
+        let same_place = predecessor.as_ref().is_some_and(|old| {
+            old.root.head.continuity.is_some()
+                && old.root.head.continuity == self.options.continuity
+        });
+        let trust = Trust { stamps: same_place && !self.options.full_read, reread: self.reread };
+        let processes = self.options.processes.max(1);
+        let files =
+            self.pipeline(source, entries.into_iter(), predecessor, trust, processes).await?;
+        self.files = Some(files);
+        Ok(())
+    }
+
+    /// Stores the entries that are read last (and restored last), describes the WAL, stores the manifest and reads it
+    /// back. None of `late` may be gone. The backup does not exist before [`Written::commit`].
+    pub async fn finish(
+        mut self,
+        source: Arc<dyn Source>,
+        late: Vec<SourceEntry>,
+        facts: BackupFacts,
+    ) -> Result<Written, Error> {
+        let files = self
+            .files
+            .take()
+            .ok_or_else(|| Error::Bug("a backup is finished before its files".into()))?;
+        let trust = Trust { stamps: false, reread: Reread::since(0, 0) };
+        let mut late = late;
+        late.sort_by(|a, b| crate::entry::path_order(&a.path, &b.path));
+        let late_names: Vec<String> =
+            late.iter().map(|entry| crate::error::show(&entry.path)).collect();
+        let late = self.pipeline(source, late.into_iter().map(Ok), None, trust, 1).await?;
+        if late.vanished > 0 {
+            return Err(Error::Source {
+                path: late_names.join(", "),
+                source: io::Error::new(io::ErrorKind::NotFound, "one of these is gone"),
+            });
+        }
+        let stored = std::mem::take(&mut *self.wal.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut shards = self.shards.take().ok_or_else(ended)?;
+        let described = tokio::task::spawn_blocking(move || {
+            let described = wal::describe(stored, &mut shards)?;
+            shards.close()?;
+            Ok(described)
+        })
+        .await
+        .unwrap_or_else(|gone| Err(Error::Bug(format!("describing WAL ended: {gone}"))));
+        let (wal, wal_records, wal_files) = match described {
+            Ok(described) => described,
+            Err(error) => return Err(self.failed(error).await),
+        };
+        let mut records = self.uploads.settle().await?;
+        records.extend(wal_records);
+        let root = self.root(files, late, wal, wal_files, records, facts)?;
+        let (root, stored) = {
+            let repository = self.repository.clone();
+            let root = Arc::new(root);
+            let stored = repository.put_manifest(&root).await?;
+            (root, stored)
+        };
+        Ok(Written {
+            repository: self.repository.clone(),
+            lineage: root.head.lineage,
+            attempt: root.head.attempt,
+            predecessor: root.head.predecessor,
+            by: self.attempt.intent.by.clone(),
+            manifest_bytes: stored.0,
+            manifest_blake3: stored.1,
+            counts: root.head.counts,
+            vanished: self.options.progress.snapshot().vanished,
+        })
+    }
+
+    fn root(
+        &self,
+        files: Assembled,
+        late: Assembled,
+        wal: Vec<crate::manifest::RootShard>,
+        wal_files: u64,
+        records: Vec<PackRecord>,
+        facts: BackupFacts,
+    ) -> Result<Root, Error> {
+        let added: HashMap<PackId, PackRecord> =
+            records.into_iter().map(|record| (record.id, record)).collect();
+        let old = self.attempt.predecessor.as_ref().map(Backup::clone);
+        let references =
+            files.shards.iter().chain(&late.shards).chain(&wal).map(|root| &root.shard);
+        let mut packs = HashMap::new();
+        for id in assemble::reached(references).into_keys() {
+            let record = added
+                .get(&id)
+                .or_else(|| old.as_ref().and_then(|old| old.root.packs.get(&id)))
+                .ok_or_else(|| Error::Bug(format!("pack {id} is needed and was never stored")))?;
+            packs.insert(id, record.clone());
+        }
+        let counts = Counts {
+            files: files.counts.files + late.counts.files,
+            directories: files.counts.directories + late.counts.directories,
+            symlinks: files.counts.symlinks + late.counts.symlinks,
+            bytes: files.counts.bytes + late.counts.bytes,
+            stored_bytes: added.values().map(|record| record.size_bytes).sum(),
+            packs_added: added.len() as u64,
+            packs: packs.len() as u64,
+            wal_files,
+        };
+        let head = Head {
+            format: FORMAT,
+            repository: self.repository.id(),
+            lineage: self.attempt.lineage,
+            attempt: self.attempt.id(),
+            predecessor: self.attempt.predecessor(),
+            writer: concat!("pgmuster ", env!("CARGO_PKG_VERSION")).to_owned(),
+            began_at_ms: self.attempt.intent.began_at_ms,
+            continuity: self.options.continuity.clone(),
+            reread_from: self.reread.next(),
+            counts,
+            facts,
+        };
+        Ok(Root { head, packs, shards: files.shards, late: late.shards, wal })
+    }
+
+    /// Runs plan, copy and assembly on threads of their own and waits for all of them.
+    async fn pipeline(
+        &mut self,
+        source: Arc<dyn Source>,
+        entries: impl Iterator<Item = io::Result<SourceEntry>> + Send + 'static,
+        predecessor: Option<Backup>,
+        trust: Trust,
+        processes: usize,
+    ) -> Result<Assembled, Error> {
+        let mut shards = self.shards.take().ok_or_else(ended)?;
+        let uploads = Arc::clone(&self.uploads);
+        let level = self.options.level;
+        let lineage = self.attempt.lineage;
+        // If the caller drops this future, the threads find out at their next step.
+        let guard = self.stop.token().clone().drop_guard();
+        let done = tokio::task::spawn_blocking(move || {
+            let done = run_threads(
+                &uploads,
+                source.as_ref(),
+                entries,
+                predecessor,
+                trust,
+                processes,
+                level,
+                lineage,
+                &mut shards,
+            );
+            done.map(|assembled| (assembled, shards))
+        })
+        .await
+        .unwrap_or_else(|gone| Err(Error::Bug(format!("the copy ended: {gone}"))));
+        match done {
+            Ok((assembled, shards)) => {
+                guard.disarm();
+                self.shards = Some(shards);
+                Ok(assembled)
+            }
+            Err(error) => Err(self.failed(error).await),
+        }
+    }
+
+    /// Ends everything after a failure; returns what really happened.
+    async fn failed(&mut self, error: Error) -> Error {
+        self.shards = None;
+        self.stop.fail(error);
+        match self.uploads.settle().await {
+            Err(cause) if !matches!(cause, Error::Cancelled) => cause,
+            _ => self.stop.cause(),
+        }
+    }
+}
+
+impl Drop for BackupWriter {
+    fn drop(&mut self) {
+        self.stop.token().cancel();
+    }
+}
+
+fn ended() -> Error {
+    Error::Bug("a backup is written on after it failed".into())
+}
+
+#[expect(
+    clippy::too_many_arguments,
+    reason = "the one place where the threads get what they share"
+)]
+fn run_threads(
+    uploads: &Arc<Uploads>,
+    source: &dyn Source,
+    entries: impl Iterator<Item = io::Result<SourceEntry>> + Send,
+    predecessor: Option<Backup>,
+    trust: Trust,
+    processes: usize,
+    level: i32,
+    lineage: LineageId,
+    shards: &mut ShardWriter,
+) -> Result<Assembled, Error> {
+    let stop = uploads.stop.as_ref();
+    let progress = uploads.progress.as_ref();
+    let (credits, put_away) = crossbeam_channel::bounded(CREDITS);
+    let (events, results) = crossbeam_channel::bounded(CREDITS);
+    let (jobs, work) = crossbeam_channel::bounded(JOBS);
+    let assembled = std::thread::scope(|scope| {
+        for n in 0..processes {
+            let (work, events) = (work.clone(), events.clone());
+            let body = move || {
+                guarded(stop, || {
+                    let detection = Detection(uploads.keys.detection(lineage));
+                    Copier::new(source, uploads, detection, level, events)?.run(&work)
+                });
+            };
+            spawn(scope, stop, format!("copy-{n}"), body);
+        }
+        drop(work);
+        let planner =
+            Planner::new(predecessor.map(Walk::new), trust, stop, progress, credits, jobs, events);
+        spawn(scope, stop, "plan".to_owned(), move || guarded(stop, || planner.run(entries)));
+        let mut assembled = None;
+        guarded(stop, || {
+            assembled = Some(Assembler::new(stop, progress, shards).run(&results, &put_away)?);
+            Ok(())
+        });
+        // Whoever still sends finds nobody listening and ends.
+        drop((results, put_away));
+        assembled
+    });
+    stop.check()?;
+    assembled.ok_or(Error::Cancelled)
+}
+
+fn spawn<'scope>(
+    scope: &'scope std::thread::Scope<'scope, '_>,
+    stop: &Stop,
+    name: String,
+    body: impl FnOnce() + Send + 'scope,
+) {
+    if let Err(error) = std::thread::Builder::new().name(name).spawn_scoped(scope, body) {
+        stop.fail(Error::Source { path: "a thread for the copy".into(), source: error });
+    }
+}
+
+/// Runs one thread's work; its failure, or a panic in the caller's code, ends the others.
+fn guarded(stop: &Stop, work: impl FnOnce() -> Result<(), Error>) {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => stop.fail(error),
+        Err(_) => stop.fail(Error::Bug("a thread of the copy panicked".into())),
+    }
+}
+
+impl Written {
+    /// How much it is.
+    pub fn counts(&self) -> Counts {
+        self.counts
+    }
+
+    /// Makes it a backup, unless somebody aborted the attempt first. `now_ms` stands in the verdict.
+    pub async fn commit(self, now_ms: i64) -> Result<BackupSummary, Error> {
+        let outcome = Outcome::Commit {
+            manifest_bytes: self.manifest_bytes,
+            manifest_blake3: self.manifest_blake3.clone(),
+            counts: self.counts,
+        };
+        let verdict =
+            Verdict { attempt: self.attempt, outcome, by: self.by.clone(), at_ms: now_ms };
+        self.repository.put_commit(self.lineage, verdict).await?;
+        Ok(BackupSummary {
+            backup: self.attempt.into(),
+            lineage: self.lineage,
+            predecessor: self.predecessor,
+            counts: self.counts,
+            packs_reused: self.counts.packs.saturating_sub(self.counts.packs_added),
+            vanished: self.vanished,
+            manifest_bytes: self.manifest_bytes,
+        })
+    }
+}

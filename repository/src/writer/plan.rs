@@ -1,0 +1,261 @@
+//! The first thread of a copy: walks the new entries beside the predecessor's and decides what is read.
+
+use std::io;
+use std::sync::Arc;
+
+use crossbeam_channel::Sender;
+
+use super::assemble::{Event, Shape};
+use super::copy::Job;
+use super::detect::spread;
+use super::previous::{Old, Walk};
+use super::stop::Stop;
+use crate::entry::{Body, Content, Entry, FileBody, SourceEntry, SourceKind, Stamp, path_order};
+use crate::error::Error;
+use crate::limits::{INLINE_UNITS, SHARD_UNITS, UNIT_BYTES_MAX, UNIT_BYTES_MIN};
+use crate::progress::Progress;
+
+/// What may be taken over without being read.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Trust {
+    /// Files with the same stamp may be: node and timeline are the predecessor's.
+    pub(super) stamps: bool,
+    pub(super) reread: Reread,
+}
+
+/// The share of unchanged stretches that is read all the same: those whose number lies in a window that moves round once
+/// in 30 days.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Reread {
+    from: u32,
+    share: u64,
+}
+
+impl Reread {
+    const ROUND_MS: u64 = 30 * 24 * 3600 * 1000;
+    const WHOLE: u64 = 1 << 32;
+
+    pub(super) fn since(from: u32, elapsed_ms: i64) -> Self {
+        let elapsed_ms = u64::try_from(elapsed_ms).unwrap_or(0).min(Self::ROUND_MS);
+        // Rounded up, so that frequent backups cannot add up to less than a round.
+        Self { from, share: (elapsed_ms * Self::WHOLE).div_ceil(Self::ROUND_MS) }
+    }
+
+    /// Where the next backup begins.
+    pub(super) fn next(self) -> u32 {
+        u32::try_from((u64::from(self.from) + self.share) % Self::WHOLE).unwrap_or(0)
+    }
+
+    fn covers(self, path: &[u8], piece: u64) -> bool {
+        u64::from(spread(path, piece).wrapping_sub(self.from)) < self.share
+    }
+}
+
+/// What the planner needs besides the entries.
+pub(super) struct Planner<'a> {
+    pub(super) walk: Option<Walk>,
+    pub(super) trust: Trust,
+    pub(super) stop: &'a Stop,
+    pub(super) progress: &'a Progress,
+    /// One unit for every event that the assembler has not put away.
+    pub(super) credits: Sender<()>,
+    pub(super) jobs: Sender<Job>,
+    pub(super) events: Sender<(u64, Event)>,
+    next: u64,
+}
+
+impl<'a> Planner<'a> {
+    pub(super) fn new(
+        walk: Option<Walk>,
+        trust: Trust,
+        stop: &'a Stop,
+        progress: &'a Progress,
+        credits: Sender<()>,
+        jobs: Sender<Job>,
+        events: Sender<(u64, Event)>,
+    ) -> Self {
+        Self { walk, trust, stop, progress, credits, jobs, events, next: 0 }
+    }
+
+    pub(super) fn run(
+        mut self,
+        entries: impl Iterator<Item = io::Result<SourceEntry>>,
+    ) -> Result<(), Error> {
+        let mut before: Option<Vec<u8>> = None;
+        for entry in entries {
+            self.stop.check()?;
+            let entry = entry
+                .map_err(|source| Error::Source { path: "the list of files".into(), source })?;
+            entry.check()?;
+            if before.as_ref().is_some_and(|before| path_order(before, &entry.path).is_ge()) {
+                return Err(Error::entry(
+                    &entry.path,
+                    "the list of files is not in order, or names it twice",
+                ));
+            }
+            before = Some(entry.path.clone());
+            self.entry(entry)?;
+        }
+        Ok(())
+    }
+
+    fn entry(&mut self, entry: SourceEntry) -> Result<(), Error> {
+        let old = match &mut self.walk {
+            Some(walk) => walk.find(&entry.path, self.stop)?,
+            None => None,
+        };
+        let body = match &entry.kind {
+            SourceKind::File => return self.file(entry, old),
+            SourceKind::Directory => Body::Directory,
+            SourceKind::Symlink { target } => Body::Symlink { target: target.clone() },
+        };
+        let entry = Entry { path: entry.path, mode: entry.mode, body };
+        self.event(Event::Entry { entry, old, shape: Shape::Whole })
+    }
+
+    fn file(&mut self, entry: SourceEntry, old: Option<Old>) -> Result<(), Error> {
+        let stamp = entry.stamp();
+        let known = old.as_ref().and_then(Old::file);
+        let trusted =
+            entry.content.is_none() && known.is_some_and(|file| self.may_trust(file, &stamp));
+        let unit_bytes = unit_bytes(&entry, known);
+        if let (true, Some(file)) = (trusted, known) {
+            let pieces = match &file.content {
+                Content::Inline(_) => 1,
+                Content::Shards(shards) => shards.len() as u64,
+            };
+            if !(0..pieces).any(|piece| self.trust.reread.covers(&entry.path, piece)) {
+                self.progress.add_files(1);
+                self.progress.add_bytes(file.size_bytes);
+                self.progress.add_skipped(file.size_bytes);
+                let entry =
+                    Entry { path: entry.path, mode: entry.mode, body: Body::File(file.clone()) };
+                return self.event(Event::Entry { entry, old, shape: Shape::Whole });
+            }
+        }
+        let units = entry.size_bytes.div_ceil(u64::from(unit_bytes));
+        let inline = units <= u64::from(INLINE_UNITS);
+        let content =
+            if inline { Content::Inline(Vec::new()) } else { Content::Shards(Vec::new()) };
+        let pieces = if inline { 1 } else { units.div_ceil(u64::from(SHARD_UNITS)) };
+        let body = Body::File(FileBody { size_bytes: 0, stamp, unit_bytes, content });
+        let head = Entry { path: entry.path.clone(), mode: entry.mode, body };
+        self.event(Event::Entry { entry: head, old: old.clone(), shape: Shape::Pieces(pieces) })?;
+        let entry = Arc::new(entry);
+        let piece_bytes = u64::from(unit_bytes) * u64::from(SHARD_UNITS);
+        // Only units of the same size can be compared.
+        let comparable =
+            old.filter(|old| old.file().is_some_and(|file| file.unit_bytes == unit_bytes));
+        for piece in 0..pieces {
+            let start = piece * piece_bytes;
+            let length = (entry.size_bytes - start).min(piece_bytes);
+            if trusted
+                && !self.trust.reread.covers(&entry.path, piece)
+                && let Some(reference) = comparable.as_ref().and_then(|old| kept(old, piece))
+            {
+                self.progress.add_bytes(length);
+                self.progress.add_skipped(length);
+                self.event(Event::Kept { reference, bytes: length })?;
+                continue;
+            }
+            let seq = self.number()?;
+            let job = Job {
+                seq,
+                entry: Arc::clone(&entry),
+                unit_bytes,
+                piece,
+                start,
+                length,
+                old: comparable.clone(),
+                claims_unchanged: trusted,
+            };
+            self.jobs.send(job).map_err(|_| Error::Cancelled)?;
+        }
+        Ok(())
+    }
+
+    /// Whether the file is what it was, as far as its inode tells.
+    fn may_trust(&self, known: &FileBody, stamp: &Stamp) -> bool {
+        self.trust.stamps
+            && known.stamp == *stamp
+            && !stamp.racy
+            // A file that was shorter than at its scan was changing.
+            && known.size_bytes == known.stamp.scanned_bytes
+    }
+
+    fn number(&mut self) -> Result<u64, Error> {
+        self.credits.send(()).map_err(|_| Error::Cancelled)?;
+        let seq = self.next;
+        self.next += 1;
+        Ok(seq)
+    }
+
+    fn event(&mut self, event: Event) -> Result<(), Error> {
+        let seq = self.number()?;
+        self.events.send((seq, event)).map_err(|_| Error::Cancelled)
+    }
+}
+
+fn kept(old: &Old, piece: u64) -> Option<crate::shard::ShardRef> {
+    match &old.file()?.content {
+        Content::Inline(_) => None,
+        Content::Shards(shards) => shards.get(usize::try_from(piece).ok()?).cloned(),
+    }
+}
+
+/// Small units store fewer bytes after random changes, large ones cost less metadata; the largest files pay the most
+/// for metadata. A size stays with its file until another file takes the name.
+fn unit_bytes(entry: &SourceEntry, known: Option<&FileBody>) -> u32 {
+    let fresh = match entry.block_size {
+        None => UNIT_BYTES_MAX,
+        Some(block_size) => {
+            let by_size = match entry.size_bytes {
+                0..0x2000_0000 => UNIT_BYTES_MIN,
+                0x2000_0000..=0x4000_0000 => 2 * UNIT_BYTES_MIN,
+                _ => UNIT_BYTES_MAX,
+            };
+            by_size.max(block_size)
+        }
+    };
+    match known {
+        Some(known)
+            if known.stamp.inode == entry.inode
+                && known.stamp.device == entry.device
+                && known.unit_bytes >= entry.block_size.unwrap_or(UNIT_BYTES_MIN) =>
+        {
+            known.unit_bytes
+        }
+        _ => fresh,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn everything_is_read_again_within_thirty_days() {
+        let day_ms = 24 * 3600 * 1000;
+        let mut from = 7;
+        let mut unread: Vec<u64> = (0..5000).collect();
+        let mut least = usize::MAX;
+        for _ in 0..30 {
+            let reread = Reread::since(from, day_ms);
+            let before = unread.len();
+            unread.retain(|piece| !reread.covers(b"base/1/2", *piece));
+            least = least.min(before - unread.len());
+            from = reread.next();
+        }
+        assert_eq!(unread, []);
+        assert!(least > 100, "the load is spread over the days: {least}");
+    }
+
+    #[test]
+    fn no_time_rereads_nothing_and_much_time_everything() {
+        let covered =
+            |reread: Reread| (0..1000).filter(|piece| reread.covers(b"x", *piece)).count();
+        assert_eq!(covered(Reread::since(5, 0)), 0);
+        assert_eq!(covered(Reread::since(5, -9)), 0);
+        assert_eq!(covered(Reread::since(5, i64::MAX)), 1000);
+    }
+}

@@ -1,0 +1,222 @@
+//! The predecessor, walked beside the new entries: what it knew about each path and each unit.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::detect::Hash;
+use super::stop::Stop;
+use crate::entry::{Body, Content, Entry, Extent, FileBody, Place, path_order};
+use crate::error::Error;
+use crate::limits::{HASH_BYTES, SHARD_UNITS};
+use crate::reader::{Backup, MetadataReader};
+use crate::shard::ShardRef;
+
+/// One entry shard of the predecessor, with its hashes once somebody needs them.
+#[derive(Debug)]
+pub(super) struct OldShard {
+    pub(super) reference: ShardRef,
+    pub(super) entries: Vec<Entry>,
+    /// For each entry, the place of its first hash.
+    first_hashes: Vec<usize>,
+    reader: Arc<MetadataReader>,
+    hashes: Mutex<Option<Arc<Vec<u8>>>>,
+}
+
+impl OldShard {
+    fn load(
+        reference: &ShardRef,
+        reader: &Arc<MetadataReader>,
+        stop: &Stop,
+    ) -> Result<Self, Error> {
+        let entries = stop.wait(reader.entries(reference))?;
+        let mut next = 0;
+        let mut first_hashes = Vec::with_capacity(entries.len());
+        for entry in &entries {
+            first_hashes.push(next);
+            next += inline_units(entry) * HASH_BYTES;
+        }
+        Ok(Self {
+            reference: reference.clone(),
+            entries,
+            first_hashes,
+            reader: Arc::clone(reader),
+            hashes: Mutex::default(),
+        })
+    }
+
+    /// The hashes of the units of an entry that are described inline; empty when there are none.
+    pub(super) fn inline_hashes(&self, entry: usize, stop: &Stop) -> Result<Vec<u8>, Error> {
+        let length = inline_units(&self.entries[entry]) * HASH_BYTES;
+        if length == 0 {
+            return Ok(Vec::new());
+        }
+        let mut kept = self.hashes.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = match &*kept {
+            Some(all) => Arc::clone(all),
+            None => {
+                Arc::clone(kept.insert(Arc::new(stop.wait(self.reader.hashes(&self.reference))?)))
+            }
+        };
+        drop(kept);
+        let first = self.first_hashes[entry];
+        Ok(all.get(first..first + length).unwrap_or_default().to_vec())
+    }
+}
+
+fn inline_units(entry: &Entry) -> usize {
+    match &entry.body {
+        Body::File(FileBody { content: Content::Inline(extents), .. }) => {
+            extents.iter().map(|extent| extent.units as usize).sum()
+        }
+        _ => 0,
+    }
+}
+
+/// One path of the predecessor.
+#[derive(Debug, Clone)]
+pub(super) struct Old {
+    pub(super) shard: Arc<OldShard>,
+    pub(super) index: usize,
+}
+
+impl Old {
+    pub(super) fn entry(&self) -> &Entry {
+        &self.shard.entries[self.index]
+    }
+
+    pub(super) fn file(&self) -> Option<&FileBody> {
+        match &self.entry().body {
+            Body::File(file) => Some(file),
+            _ => None,
+        }
+    }
+
+    /// What was known about the `piece`-th stretch of the file, if anything.
+    pub(super) fn units(&self, piece: u64, stop: &Stop) -> Result<Option<OldUnits>, Error> {
+        let Some(file) = self.file() else { return Ok(None) };
+        let piece_bytes = u64::from(file.unit_bytes) * u64::from(SHARD_UNITS);
+        let start = piece.saturating_mul(piece_bytes);
+        if start >= file.size_bytes {
+            return Ok(None);
+        }
+        let bytes = (file.size_bytes - start).min(piece_bytes);
+        let units = match &file.content {
+            Content::Inline(extents) => OldUnits {
+                extents: extents.clone(),
+                hashes: self.shard.inline_hashes(self.index, stop)?,
+                bytes,
+                unit_bytes: file.unit_bytes,
+                reference: None,
+            },
+            Content::Shards(shards) => {
+                let Some(reference) =
+                    usize::try_from(piece).ok().and_then(|piece| shards.get(piece))
+                else {
+                    return Ok(None);
+                };
+                let reader = &self.shard.reader;
+                OldUnits {
+                    extents: stop.wait(reader.extents(reference, file.unit_bytes, bytes))?,
+                    hashes: stop.wait(reader.hashes(reference))?,
+                    bytes,
+                    unit_bytes: file.unit_bytes,
+                    reference: Some(reference.clone()),
+                }
+            }
+        };
+        Ok(Some(units))
+    }
+}
+
+/// What was known about a stretch of a file.
+#[derive(Debug)]
+pub(super) struct OldUnits {
+    extents: Vec<Extent>,
+    hashes: Vec<u8>,
+    pub(super) bytes: u64,
+    unit_bytes: u32,
+    pub(super) reference: Option<ShardRef>,
+}
+
+impl OldUnits {
+    /// Units in order, from the first.
+    pub(super) fn cursor(&self) -> OldCursor<'_> {
+        OldCursor { units: self, unit: 0, extent: 0, used: 0 }
+    }
+}
+
+/// Walks [`OldUnits`], one unit at a time.
+pub(super) struct OldCursor<'a> {
+    units: &'a OldUnits,
+    unit: usize,
+    extent: usize,
+    used: u32,
+}
+
+impl OldCursor<'_> {
+    /// The next unit: its bytes, hash and place. `None` past the end.
+    pub(super) fn next(&mut self) -> Option<(usize, Hash, Option<Place>)> {
+        let start = self.unit * HASH_BYTES;
+        let hash: Hash = self.units.hashes.get(start..start + HASH_BYTES)?.try_into().ok()?;
+        let extent = self.units.extents.get(self.extent)?;
+        let before = u64::try_from(self.unit).ok()? * u64::from(self.units.unit_bytes);
+        let bytes = self.units.bytes.checked_sub(before)?.min(u64::from(self.units.unit_bytes));
+        let place = extent.place.map(|place| Place {
+            offset: place.offset + self.used * self.units.unit_bytes,
+            frame: place.frame,
+        });
+        self.unit += 1;
+        self.used += 1;
+        if self.used == extent.units {
+            self.extent += 1;
+            self.used = 0;
+        }
+        Some((usize::try_from(bytes).ok()?, hash, place))
+    }
+}
+
+/// Walks the predecessor's entries in order, a shard at a time.
+pub(super) struct Walk {
+    backup: Backup,
+    next_shard: usize,
+    current: Option<Old>,
+}
+
+impl Walk {
+    pub(super) fn new(backup: Backup) -> Self {
+        Self { backup, next_shard: 0, current: None }
+    }
+
+    /// What the predecessor had at `path`. Paths are asked for in ascending order.
+    pub(super) fn find(&mut self, path: &[u8], stop: &Stop) -> Result<Option<Old>, Error> {
+        loop {
+            if self.current.is_none() && !self.load(path, stop)? {
+                return Ok(None);
+            }
+            let Some(old) = &mut self.current else { return Ok(None) };
+            while old.index < old.shard.entries.len() {
+                match path_order(&old.entry().path, path) {
+                    std::cmp::Ordering::Less => old.index += 1,
+                    std::cmp::Ordering::Equal => return Ok(Some(old.clone())),
+                    std::cmp::Ordering::Greater => return Ok(None),
+                }
+            }
+            self.current = None;
+        }
+    }
+
+    /// Loads the next shard that may hold `path`.
+    fn load(&mut self, path: &[u8], stop: &Stop) -> Result<bool, Error> {
+        let shards = &self.backup.root.shards;
+        while shards
+            .get(self.next_shard + 1)
+            .is_some_and(|after| path_order(&after.first_path, path).is_le())
+        {
+            self.next_shard += 1;
+        }
+        let Some(root) = shards.get(self.next_shard) else { return Ok(false) };
+        self.next_shard += 1;
+        let shard = Arc::new(OldShard::load(&root.shard, &self.backup.reader, stop)?);
+        self.current = Some(Old { shard, index: 0 });
+        Ok(true)
+    }
+}

@@ -1,0 +1,41 @@
+//! Where a backup's bytes come from. Implemented by whoever knows the source; this crate sees bytes only.
+
+use std::io;
+
+use bytes::Bytes;
+
+use crate::entry::SourceEntry;
+
+/// A tree of files that can be read. Shared by all threads of a copy.
+pub trait Source: Send + Sync {
+    /// Opens a file for reading. `None` when it is gone, which is no failure: it leaves the backup. A large file is
+    /// opened once for each of its stretches, by several threads at a time.
+    fn open(&self, entry: &SourceEntry) -> io::Result<Option<Box<dyn SourceFile>>>;
+}
+
+/// An open file of a [`Source`].
+pub trait SourceFile: Send {
+    /// Reads at `offset`, which is a multiple of the entry's block size, into `buffer`. Fewer bytes than asked for are
+    /// returned at the end of the file only.
+    fn read_at(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<usize>;
+
+    /// These bytes will be read soon. A hint.
+    fn advise(&mut self, offset: u64, length: u64) {
+        let _ = (offset, length);
+    }
+}
+
+/// Content that came with the entry.
+pub(super) struct InMemory(pub(super) Bytes);
+
+impl SourceFile for InMemory {
+    fn read_at(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        let rest = usize::try_from(offset)
+            .ok()
+            .and_then(|offset| self.0.get(offset..))
+            .unwrap_or_default();
+        let length = rest.len().min(buffer.len());
+        buffer[..length].copy_from_slice(&rest[..length]);
+        Ok(length)
+    }
+}
