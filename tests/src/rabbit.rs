@@ -140,7 +140,11 @@ impl Rabbit {
     }
 
     /// kill -9: no goodbye to anybody, nothing more written to disk.
+    ///
+    /// Waits before that until the node has written down which quorum queues it has. RabbitMQ 3.10 does so every half
+    /// second only; a queue declared since then exists after the restart, but never answers again.
     pub fn kill(&mut self) -> anyhow::Result<()> {
+        eventually("the list of quorum queues on disk", STOP_BOUND, || self.queues_written())?;
         kill_process(self.pid()?, Signal::KILL).context("kill RabbitMQ")?;
         self.wait_until_gone()
     }
@@ -156,6 +160,22 @@ impl Rabbit {
         ensure!(self.script.try_wait()?.is_some(), "RabbitMQ is still running");
         self.script = launch(&self.home, self.port)?;
         self.wait_until_ready()
+    }
+
+    /// Each quorum queue has a folder; the node's list of them is the file beside the folders.
+    fn queues_written(&self) -> anyhow::Result<Option<()>> {
+        let node = format!("t{}@localhost", self.port);
+        let folder = self.home.path().join("mnesia").join(&node).join("quorum").join(&node);
+        let list = std::fs::read(folder.join("names.dets"))?;
+        for entry in std::fs::read_dir(&folder)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            let name = name.as_encoded_bytes();
+            if entry.file_type()?.is_dir() && !list.windows(name.len()).any(|part| part == name) {
+                return Ok(None);
+            }
+        }
+        Ok(Some(()))
     }
 
     fn pid(&self) -> anyhow::Result<Pid> {

@@ -185,8 +185,11 @@ fn every_crate_obeys_the_workspace_lints() {
 #[test]
 fn top_level_is_as_the_readers_expect() {
     let expected = ["Cargo.toml", "coordinator", "deploy", "proto", "README.md", "tests", "worker"];
-    let missing: Vec<String> =
-        expected.iter().filter(|name| !root().join(name).exists()).map(|&name| name.into()).collect();
+    let missing: Vec<String> = expected
+        .iter()
+        .filter(|name| !root().join(name).exists())
+        .map(|&name| name.into())
+        .collect();
     none("these are missing at the top level", &missing);
     let crates: BTreeSet<&str> = MAY_IMPORT.iter().map(|(name, _)| *name).collect();
     let homeless: Vec<String> = files(".rs")
@@ -202,8 +205,17 @@ fn top_level_is_as_the_readers_expect() {
 fn banned_crates_are_not_built() -> anyhow::Result<()> {
     // cargo metadata unites the features of all platforms and lists more than is built; the tree is exact.
     let edges = "normal,build,dev";
-    let arguments =
-        ["tree", "--locked", "--workspace", "--target", "all", "--edges", edges, "--prefix", "none"];
+    let arguments = [
+        "tree",
+        "--locked",
+        "--workspace",
+        "--target",
+        "all",
+        "--edges",
+        edges,
+        "--prefix",
+        "none",
+    ];
     let tree = cargo("tree.txt", &arguments)?;
     let built: BTreeSet<&str> = tree.lines().filter_map(|line| line.split(' ').next()).collect();
     assert!(built.contains("tokio"), "the tree has been read");
@@ -220,8 +232,11 @@ fn banned_crates_are_not_built() -> anyhow::Result<()> {
 #[test]
 fn every_failure_code_has_its_page() {
     let folder = root().join("docs/errors");
-    let pages: BTreeSet<String> =
-        files(".md").iter().filter(|path| path.starts_with(&folder)).map(|path| stem(path)).collect();
+    let pages: BTreeSet<String> = files(".md")
+        .iter()
+        .filter(|path| path.starts_with(&folder))
+        .map(|path| stem(path))
+        .collect();
     let codes: BTreeSet<String> = Code::ALL.iter().map(|code| code.as_str().to_owned()).collect();
     assert_eq!(codes, pages, "left: the codes; right: the pages in docs/errors");
     let mut wrong = Vec::new();
@@ -307,7 +322,8 @@ fn change_fragments_parse() {
         let mut lines = body.lines();
         let sentence = lines.next().unwrap_or_default();
         if !sentence.ends_with('.') || sentence.len() > 120 {
-            wrong.push(format!("{}: line 1 is not one sentence of at most 120 bytes", shown(&path)));
+            wrong
+                .push(format!("{}: line 1 is not one sentence of at most 120 bytes", shown(&path)));
         }
         if !lines.next().unwrap_or_default().is_empty() {
             wrong.push(format!("{}: line 2 is not empty", shown(&path)));
