@@ -148,7 +148,8 @@ impl Broker {
         }
     }
 
-    /// How full a queue is; `None` when it does not exist.
+    /// How full a queue is; `None` when it does not exist. To ask counts as use: a queue that somebody keeps asking
+    /// for does not expire.
     pub async fn depth(&self, queue: &str) -> Result<Option<Depth>, Error> {
         match &self.twin {
             Twin::Memory(memory) => memory.depth(queue),

@@ -191,6 +191,8 @@ impl Hub {
 
     pub(super) fn depth(&self, queue: &str) -> Option<Depth> {
         self.change(|state| {
+            let queue_state = state.queues.get_mut(queue)?;
+            queue_state.unused_since = queue_state.unused_since.map(|_| Instant::now());
             let queue_state = state.queues.get(queue)?;
             Some(Depth {
                 messages: u32::try_from(queue_state.ready.len()).unwrap_or(u32::MAX),

@@ -21,11 +21,10 @@ pub(super) fn parse(url: &SecretString) -> Result<AMQPUri, Error> {
     let mut uri = AMQPUri::from_str(text).map_err(|reason| wrong(&reason))?;
     let authority = rest.split(['/', '?', '#']).next().unwrap_or(rest);
     let host = authority.rsplit('@').next().unwrap_or(authority);
-    // lapin takes an IPv6 address for no host at all, and connects to localhost.
+    // lapin takes localhost for a host that is missing, and for an IPv6 address.
     if let Some(address) = host.strip_prefix('[').and_then(|host| host.split(']').next()) {
         address.clone_into(&mut uri.authority.host);
-    }
-    if uri.authority.host.is_empty() {
+    } else if host.is_empty() || host.starts_with(':') {
         return Err(wrong("it names no host"));
     }
     // By the letter "amqp://host/" is the virtual host without a name. Nobody has one.
