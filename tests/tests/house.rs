@@ -113,8 +113,8 @@ fn files(ending: &str) -> Vec<PathBuf> {
 
 /// The text of a file; nothing for one that is not text.
 fn read(path: &Path) -> String {
-    let bytes = std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    String::from_utf8(bytes).unwrap_or_default()
+    let bytes = std::fs::read(path);
+    String::from_utf8(bytes.expect("files of the checkout can be read")).unwrap_or_default()
 }
 
 fn shown(path: &Path) -> String {
@@ -291,10 +291,16 @@ fn sources_say_what_they_are_for() {
 #[test]
 fn nothing_is_left_for_later() {
     // In two halves, so that this file does not hold them.
-    let unfinished: Vec<String> =
-        [("#[ig", "nore"), ("to", "do!("), ("unimple", "mented!("), ("FIX", "ME"), ("TO", "DO")]
-            .map(|(left, right)| format!("{left}{right}"))
-            .into();
+    let unfinished: Vec<String> = [
+        ("#[ig", "nore"),
+        ("to", "do!("),
+        ("unimple", "mented!("),
+        ("FIX", "ME"),
+        ("TO", "DO"),
+        ("Place", "holder."),
+    ]
+    .map(|(left, right)| format!("{left}{right}"))
+    .into();
     let mut found = Vec::new();
     for path in files(".rs") {
         for (number, line) in (1..).zip(read(&path).lines()) {
