@@ -249,7 +249,7 @@ SELECT (pg_replication_slot_advance(slot_name, $2::text::pg_lsn)).end_lsn::text
         let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 2] =
             [&self.started.slot_name, &position.to_string()];
         let moved =
-            self.session.maybe(what, sql, &parameters).await.map_err(Error::or_session_lost)?;
+            self.session.maybe(what, sql, &parameters).await.map_err(Error::into_session_lost)?;
         match moved {
             Some(_) => {
                 self.advanced_to = position;
@@ -278,7 +278,7 @@ SELECT (pg_replication_slot_advance(slot_name, $2::text::pg_lsn)).end_lsn::text
         let sql = self.started.server.version.backup_stop();
         let statement = async {
             let row = self.session.one(what, sql, &[]).await;
-            row.map_err(Error::or_session_lost)
+            row.map_err(Error::into_session_lost)
         };
         let deadline = Some(Instant::now() + STATEMENT);
         let row = self.session.within(what, cancel, deadline, statement).await?;

@@ -380,6 +380,18 @@ impl Error {
         }
     }
 
+    /// A statement that failed in the session of a backup: whatever the error was, the server has dropped the session's
+    /// temporary slot with it, so the backup is lost.
+    #[must_use]
+    pub(crate) fn into_session_lost(self) -> Self {
+        match self {
+            Self::Statement { what, source } => {
+                Self::SessionLost { what: format!("it failed to {what}"), source: Some(source) }
+            }
+            other => other,
+        }
+    }
+
     /// A statement that failed because its connection is gone, told as the loss of the backup's session.
     #[must_use]
     pub(crate) fn or_session_lost(self) -> Self {

@@ -690,7 +690,8 @@ mod tests {
             format!("postgres://db1/x?password={secret}&{secret}"),
         ] {
             let error = Target::parse(&bad, &nobody()).unwrap_err();
-            let told = format!("{error} {error:?} {:?}", proto::Failure::from(error));
+            let told = format!("{error} {error:?}");
+            let told = format!("{told} {:?}", proto::Failure::from(error));
             assert!(!told.contains(secret), "{told}");
         }
     }
