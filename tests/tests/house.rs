@@ -354,6 +354,47 @@ fn no_file_names_somebodys_machine() {
 }
 
 #[test]
+fn sample_configurations_are_complete_and_accepted() -> anyhow::Result<()> {
+    let mut samples: BTreeSet<String> = files(".toml")
+        .iter()
+        .filter(|path| path.starts_with(root().join("deploy/config")))
+        .map(|path| stem(path))
+        .collect();
+    let mut accept = |name: &str| -> anyhow::Result<String> {
+        ensure!(samples.remove(name), "deploy/config/{name}.toml is missing");
+        Ok(read(&root().join(format!("deploy/config/{name}.toml"))))
+    };
+    let text = accept("coordinator")?;
+    let config: coordinator::config::Config = toml::from_str(&text)?;
+    none("coordinator.toml", &config.validate());
+    same_keys(&text, &toml::Value::try_from(&config)?)?;
+    let text = accept("worker")?;
+    let config: worker::config::WorkerConfig = toml::from_str(&text)?;
+    none("worker.toml", &config.problems());
+    same_keys(&text, &toml::Value::try_from(&config)?)?;
+    none("nothing reads these samples", &samples.into_iter().collect::<Vec<_>>());
+    Ok(())
+}
+
+/// A setting that the program has, with its default if need be, must stand in the sample.
+fn same_keys(sample: &str, parsed: &toml::Value) -> anyhow::Result<()> {
+    fn keys(prefix: &str, value: &toml::Value, into: &mut BTreeSet<String>) {
+        match value {
+            toml::Value::Table(table) => {
+                table.iter().for_each(|(key, value)| keys(&format!("{prefix}.{key}"), value, into));
+            }
+            toml::Value::Array(items) => items.iter().for_each(|item| keys(prefix, item, into)),
+            _ => drop(into.insert(prefix.to_owned())),
+        }
+    }
+    let (mut shown, mut known) = (BTreeSet::new(), BTreeSet::new());
+    keys("", &toml::from_str(sample)?, &mut shown);
+    keys("", parsed, &mut known);
+    assert_eq!(shown, known, "left: the keys of the sample; right: the settings there are");
+    Ok(())
+}
+
+#[test]
 fn links_between_documents_lead_somewhere() {
     let mut broken = Vec::new();
     for path in files(".md") {
