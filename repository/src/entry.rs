@@ -127,12 +127,6 @@ pub(crate) struct FileBody {
     pub(crate) content: Content,
 }
 
-impl FileBody {
-    pub(crate) fn units(&self) -> u64 {
-        self.size_bytes.div_ceil(u64::from(self.unit_bytes))
-    }
-}
-
 /// What must be equal for a file to count as unchanged without being read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Stamp {

@@ -9,6 +9,7 @@
 
 mod attempt;
 mod chance;
+mod check;
 mod config;
 mod crypto;
 mod entry;
@@ -26,12 +27,15 @@ mod proof;
 mod reader;
 mod record;
 mod repository;
+mod restore;
 mod shard;
+mod stop;
 pub mod store;
 mod wire;
 mod writer;
 
 pub use attempt::{Aborted, Attempt};
+pub use check::{CheckOptions, DecryptReport, Inventory};
 pub use entry::{SourceEntry, SourceKind, path_order};
 pub use error::Error;
 pub use key::{KeyFile, KeyFileError};
@@ -43,6 +47,7 @@ pub use proof::StoredProof;
 pub use reader::{Backup, WalFile};
 pub use record::{Identity, Intent, Outcome, Verdict};
 pub use repository::{Created, Encryption, InitOptions, Repository};
+pub use restore::{Place, RestoreOptions, RestorePlan, RestoreSummary, RestoreTarget};
 pub use writer::{
     BackupSummary, BackupWriter, Source, SourceFile, WalWriter, WriteOptions, Written,
 };

@@ -81,11 +81,6 @@ pub(crate) struct Root {
 }
 
 impl Root {
-    /// Every shard of entries, files first.
-    pub(crate) fn references(&self) -> impl Iterator<Item = &ShardRef> {
-        self.shards.iter().chain(&self.late).chain(&self.wal).map(|root| &root.shard)
-    }
-
     fn encode(&self) -> Result<(Vec<u8>, Vec<u8>), Error> {
         let head = serde_json::to_vec(&self.head)
             .map_err(|error| Error::Bug(format!("write a manifest: {error}")))?;

@@ -122,9 +122,6 @@ impl Backup {
         Ok(entries)
     }
 
-    pub(crate) fn pack_key(&self, pack: PackId) -> String {
-        layout::pack(self.lineage(), pack)
-    }
 }
 
 /// Reads frames of metadata packs. Packs are read in blocks, of which a few are kept: what is needed next usually stands

@@ -63,10 +63,6 @@ impl<'a> Decoder<'a> {
         Self { rest: bytes }
     }
 
-    pub(crate) fn remaining(&self) -> usize {
-        self.rest.len()
-    }
-
     pub(crate) fn byte(&mut self, what: &'static str) -> Result<u8, Malformed> {
         let (&first, rest) = self.rest.split_first().ok_or(Malformed(what))?;
         self.rest = rest;

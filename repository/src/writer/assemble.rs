@@ -10,7 +10,6 @@ use crossbeam_channel::Receiver;
 use super::copy::Copied;
 use super::detect::spread;
 use super::previous::Old;
-use super::stop::Stop;
 use super::stream::{PackStream, Uploads};
 use crate::entry::{Body, Content, Entry, Extent};
 use crate::error::Error;
@@ -19,6 +18,7 @@ use crate::manifest::{Counts, RootShard};
 use crate::pack::{Compressor, ObjectType, PackId};
 use crate::progress::Progress;
 use crate::shard::{self, ShardRef};
+use crate::stop::Stop;
 
 /// What the assembler hears, each with its number.
 pub(super) enum Event {

@@ -11,13 +11,13 @@ use super::assemble::Event;
 use super::detect::{Detection, ZERO};
 use super::previous::Old;
 use super::source::{InMemory, Source, SourceFile};
-use super::stop::Stop;
 use super::stream::{PackStream, Uploads};
 use crate::entry::{Extent, Place, SourceEntry, push_extent};
 use crate::error::{Error, show};
 use crate::limits::FRAME_BYTES;
 use crate::pack::{Codec, Compressor, FrameRef, ObjectType, PackId};
 use crate::progress::Progress;
+use crate::stop::Stop;
 
 /// A stretch of a file that is to be read.
 pub(super) struct Job {

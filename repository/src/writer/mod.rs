@@ -14,7 +14,6 @@ mod detect;
 mod plan;
 mod previous;
 mod source;
-mod stop;
 mod stream;
 mod wal;
 
@@ -33,7 +32,6 @@ use self::detect::Detection;
 use self::plan::{Planner, Reread, Trust};
 use self::previous::Walk;
 pub use self::source::{Source, SourceFile};
-use self::stop::Stop;
 use self::stream::Uploads;
 use self::wal::WalStored;
 pub use self::wal::WalWriter;
@@ -46,6 +44,7 @@ use crate::progress::Progress;
 use crate::reader::Backup;
 use crate::record::{Outcome, Verdict};
 use crate::repository::Repository;
+use crate::stop::Stop;
 
 /// How a backup is written.
 #[derive(Debug, Clone)]
@@ -274,7 +273,7 @@ impl BackupWriter {
     ) -> Result<Root, Error> {
         let added: HashMap<PackId, PackRecord> =
             records.into_iter().map(|record| (record.id, record)).collect();
-        let old = self.attempt.predecessor.as_ref().map(Backup::clone);
+        let old = self.attempt.predecessor.as_ref();
         let references =
             files.shards.iter().chain(&late.shards).chain(&wal).map(|root| &root.shard);
         let mut packs = HashMap::new();

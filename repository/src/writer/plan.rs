@@ -9,11 +9,11 @@ use super::assemble::{Event, Shape};
 use super::copy::Job;
 use super::detect::spread;
 use super::previous::{Old, Walk};
-use super::stop::Stop;
 use crate::entry::{Body, Content, Entry, FileBody, SourceEntry, SourceKind, Stamp, path_order};
 use crate::error::Error;
 use crate::limits::{INLINE_UNITS, SHARD_UNITS, UNIT_BYTES_MAX, UNIT_BYTES_MIN};
 use crate::progress::Progress;
+use crate::stop::Stop;
 
 /// What may be taken over without being read.
 #[derive(Debug, Clone, Copy)]

@@ -3,12 +3,12 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::detect::Hash;
-use super::stop::Stop;
 use crate::entry::{Body, Content, Entry, Extent, FileBody, Place, path_order};
 use crate::error::Error;
 use crate::limits::{HASH_BYTES, SHARD_UNITS};
 use crate::reader::{Backup, MetadataReader};
 use crate::shard::ShardRef;
+use crate::stop::Stop;
 
 /// One entry shard of the predecessor, with its hashes once somebody needs them.
 #[derive(Debug)]

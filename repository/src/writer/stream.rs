@@ -9,7 +9,6 @@ use proto::LineageId;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinHandle;
 
-use super::stop::Stop;
 use crate::chance;
 use crate::error::Error;
 use crate::key::Keys;
@@ -17,6 +16,7 @@ use crate::layout;
 use crate::limits::PACK_BYTES;
 use crate::pack::{Compressor, FrameRef, ObjectType, PackBuilder, PackRecord};
 use crate::progress::Progress;
+use crate::stop::Stop;
 use crate::store::{Store, Upload};
 
 pub(super) type PackTask = JoinHandle<Result<PackRecord, Error>>;

@@ -1,0 +1,158 @@
+//! Restoring: first a plan that says what, how much, whether it is all there and whether it fits; then the plan is done.
+//!
+//! The target holds a marker file from the first write to the last, so that a directory whose restore did not finish is
+//! never taken for a good one. Restoring into it again begins by clearing what is in it, which the plan has found to be ours.
+
+mod fetch;
+mod target;
+mod tree;
+mod write;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
+
+use crate::check::Inventory;
+use crate::error::Error;
+use crate::progress::Progress;
+use crate::reader::Backup;
+use crate::stop::Stop;
+
+/// Where a backup is restored to.
+#[derive(Debug, Clone, Default)]
+pub struct RestoreTarget {
+    /// Becomes the root of the restored tree. Created when missing; empty, or an unfinished restore of the same backup.
+    pub directory: PathBuf,
+    /// Directories of the backup whose content goes elsewhere: relative path in the backup to an absolute directory. A
+    /// symbolic link stands in their place.
+    pub mapping: BTreeMap<Vec<u8>, PathBuf>,
+    /// The directory, relative, that receives the WAL the backup brought along; `None` leaves it in the repository.
+    pub wal_directory: Option<Vec<u8>>,
+}
+
+/// How a restore runs.
+#[derive(Debug, Clone)]
+pub struct RestoreOptions {
+    /// Threads that open, decompress and write.
+    pub processes: usize,
+    /// Counters to be read while it runs.
+    pub progress: Arc<Progress>,
+    /// Ends it early; the target keeps its marker.
+    pub cancel: CancellationToken,
+}
+
+impl Default for RestoreOptions {
+    fn default() -> Self {
+        Self { processes: 2, progress: Arc::default(), cancel: CancellationToken::new() }
+    }
+}
+
+/// What a restore will do.
+#[derive(Debug)]
+pub struct RestorePlan {
+    backup: Backup,
+    target: RestoreTarget,
+    /// Files to be written, WAL included.
+    pub files: u64,
+    /// Directories to be made.
+    pub directories: u64,
+    /// Bytes to be written.
+    pub bytes: u64,
+    /// Packs to be read, and what is wrong with them.
+    pub inventory: Inventory,
+    /// Each file system that is written to.
+    pub places: Vec<Place>,
+    /// The target holds an unfinished restore of this backup, which is cleared first.
+    pub resumes: bool,
+}
+
+/// A directory that receives files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The directory.
+    pub directory: PathBuf,
+    /// Bytes that go there.
+    pub needed_bytes: u64,
+    /// Bytes its file system has free, what will be cleared included. Directories on one file system share it.
+    pub available_bytes: u64,
+    /// Which file system.
+    pub(crate) device: u64,
+}
+
+/// What a restore did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RestoreSummary {
+    /// Files written.
+    pub files: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Bytes fetched from the repository.
+    pub fetched_bytes: u64,
+}
+
+impl Backup {
+    /// Looks at everything a restore to `target` needs and touches nothing.
+    pub async fn restore_plan(&self, target: RestoreTarget) -> Result<RestorePlan, Error> {
+        let inventory = self.check_inventory().await?;
+        let stop = Stop::new(&CancellationToken::new(), Handle::current());
+        let (backup, wanted) = (self.clone(), target.clone());
+        let survey = tokio::task::spawn_blocking(move || target::survey(&backup, &wanted, &stop))
+            .await
+            .unwrap_or_else(|gone| Err(Error::Bug(format!("planning a restore ended: {gone}"))))?;
+        Ok(RestorePlan {
+            backup: self.clone(),
+            target,
+            files: survey.files,
+            directories: survey.directories,
+            bytes: survey.bytes,
+            inventory,
+            places: survey.places,
+            resumes: survey.resumes,
+        })
+    }
+}
+
+impl RestorePlan {
+    /// Whether the repository has everything and the target has room for it.
+    pub fn check(&self) -> Result<(), Error> {
+        if let Some(key) = self.inventory.missing.first() {
+            return Err(Error::Missing { key: key.clone() });
+        }
+        if let Some(key) = self.inventory.wrong_size.first() {
+            return Err(Error::damaged(key, "it has another size than the manifest says"));
+        }
+        for place in &self.places {
+            let needed_bytes = self
+                .places
+                .iter()
+                .filter(|other| other.device == place.device)
+                .map(|other| other.needed_bytes)
+                .sum();
+            if needed_bytes > place.available_bytes {
+                return Err(Error::TargetFull {
+                    target: place.directory.display().to_string(),
+                    needed_bytes,
+                    available_bytes: place.available_bytes,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Restores. On success everything is durable and the marker is gone; on failure the marker stays.
+    pub async fn restore(self, options: RestoreOptions) -> Result<RestoreSummary, Error> {
+        self.check()?;
+        let stop = Arc::new(Stop::new(&options.cancel, Handle::current()));
+        let guard = stop.token().clone().drop_guard();
+        let restored = tokio::task::spawn_blocking(move || {
+            write::run(&self.backup, &self.target, &options, &stop)
+        })
+        .await
+        .unwrap_or_else(|gone| Err(Error::Bug(format!("the restore ended: {gone}"))));
+        drop(guard);
+        restored
+    }
+}

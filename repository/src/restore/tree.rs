@@ -1,0 +1,176 @@
+//! The restored tree, reached through directory handles: no symbolic link is ever followed, whatever the manifest or
+//! another process puts there.
+
+use std::collections::{HashMap, VecDeque};
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::fs::{AtFlags, CWD, Mode, OFlags};
+
+use crate::error::{Error, show};
+
+/// Handles kept open besides the root and the mapped directories.
+const KEPT_MAX: usize = 64;
+
+#[derive(Debug)]
+pub(super) struct Tree {
+    root: Arc<OwnedFd>,
+    directory: PathBuf,
+    mapped: HashMap<Vec<u8>, Arc<OwnedFd>>,
+    kept: Mutex<Kept>,
+}
+
+#[derive(Debug, Default)]
+struct Kept {
+    handles: HashMap<Vec<u8>, Arc<OwnedFd>>,
+    order: VecDeque<Vec<u8>>,
+}
+
+const DIRECTORY: OFlags = OFlags::DIRECTORY.union(OFlags::RDONLY).union(OFlags::CLOEXEC);
+
+/// The directory part and the name of a checked path.
+pub(super) fn split(path: &[u8]) -> (&[u8], &[u8]) {
+    match path.iter().rposition(|byte| *byte == b'/') {
+        Some(at) => (&path[..at], &path[at + 1..]),
+        None => (&[], path),
+    }
+}
+
+fn mode(bits: u32) -> Mode {
+    Mode::from_raw_mode(bits & 0o7777)
+}
+
+impl Tree {
+    /// Opens the target's directories, which exist.
+    pub(super) fn open(
+        directory: &Path,
+        mapping: impl Iterator<Item = (Vec<u8>, PathBuf)>,
+    ) -> Result<Self, Error> {
+        let root = open_directory(directory)?;
+        let mut mapped = HashMap::new();
+        for (path, elsewhere) in mapping {
+            mapped.insert(path, Arc::new(open_directory(&elsewhere)?));
+        }
+        Ok(Self {
+            root: Arc::new(root),
+            directory: directory.to_owned(),
+            mapped,
+            kept: Mutex::default(),
+        })
+    }
+
+    pub(super) fn failed(&self, path: &[u8], error: impl Into<io::Error>) -> Error {
+        Error::Target {
+            path: format!("{}/{}", self.directory.display(), show(path)),
+            source: error.into(),
+        }
+    }
+
+    fn directory(&self, path: &[u8]) -> Result<Arc<OwnedFd>, Error> {
+        if path.is_empty() {
+            return Ok(Arc::clone(&self.root));
+        }
+        if let Some(mapped) = self.mapped.get(path) {
+            return Ok(Arc::clone(mapped));
+        }
+        if let Some(handle) =
+            self.kept.lock().unwrap_or_else(PoisonError::into_inner).handles.get(path)
+        {
+            return Ok(Arc::clone(handle));
+        }
+        let (parent, name) = split(path);
+        let parent = self.directory(parent)?;
+        let handle = rustix::fs::openat(&parent, name, DIRECTORY | OFlags::NOFOLLOW, Mode::empty())
+            .map_err(|error| self.failed(path, error))?;
+        let handle = Arc::new(handle);
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.handles.insert(path.to_vec(), Arc::clone(&handle)).is_none() {
+            kept.order.push_back(path.to_vec());
+        }
+        while kept.order.len() > KEPT_MAX {
+            if let Some(oldest) = kept.order.pop_front() {
+                kept.handles.remove(&oldest);
+            }
+        }
+        Ok(handle)
+    }
+
+    /// Makes a directory only we can enter; its own mode is set at the end.
+    pub(super) fn make_directory(&self, path: &[u8]) -> Result<(), Error> {
+        let (parent, name) = split(path);
+        match rustix::fs::mkdirat(self.directory(parent)?, name, mode(0o700)) {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.failed(path, error)),
+        }
+    }
+
+    pub(super) fn set_directory_mode(&self, path: &[u8], bits: u32) -> Result<(), Error> {
+        rustix::fs::fchmod(self.directory(path)?, mode(bits))
+            .map_err(|error| self.failed(path, error))
+    }
+
+    /// Opens a file for writing, making it first if need be. May be called for one file from several threads: each finds
+    /// or gives it the same size.
+    pub(super) fn open_file(&self, path: &[u8], bits: u32, size_bytes: u64) -> Result<File, Error> {
+        let (parent, name) = split(path);
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(self.directory(parent)?, name, flags, mode(0o600))
+            .map_err(|error| self.failed(path, error))?;
+        let file = File::from(file);
+        file.set_len(size_bytes).map_err(|error| self.failed(path, error))?;
+        if bits & 0o7777 != 0o600 {
+            rustix::fs::fchmod(&file, mode(bits)).map_err(|error| self.failed(path, error))?;
+        }
+        Ok(file)
+    }
+
+    pub(super) fn make_symlink(&self, path: &[u8], target: &[u8]) -> Result<(), Error> {
+        let (parent, name) = split(path);
+        rustix::fs::symlinkat(target, self.directory(parent)?, name)
+            .map_err(|error| self.failed(path, error))
+    }
+
+    /// Writes everything of every file system we wrote to, once.
+    pub(super) fn sync(&self) -> Result<(), Error> {
+        for handle in std::iter::once(&self.root).chain(self.mapped.values()) {
+            rustix::fs::syncfs(handle).map_err(|error| self.failed(b"", error))?;
+        }
+        Ok(())
+    }
+
+    /// Puts `name` into the root and every mapped directory, and makes it durable.
+    pub(super) fn mark(&self, name: &str, content: &[u8]) -> Result<(), Error> {
+        for handle in std::iter::once(&self.root).chain(self.mapped.values()) {
+            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let file = rustix::fs::openat(handle, name, flags, mode(0o600))
+                .map_err(|error| self.failed(name.as_bytes(), error))?;
+            let mut file = File::from(file);
+            let written = file.set_len(0).and_then(|()| io::Write::write_all(&mut file, content));
+            written
+                .and_then(|()| file.sync_all())
+                .map_err(|error| self.failed(name.as_bytes(), error))?;
+            rustix::fs::fsync(handle).map_err(|error| self.failed(b"", error))?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn unmark(&self, name: &str) -> Result<(), Error> {
+        // The root's marker goes last: while it is there, the restore is unfinished.
+        for handle in self.mapped.values().chain(std::iter::once(&self.root)) {
+            rustix::fs::unlinkat(handle, name, AtFlags::empty())
+                .map_err(|error| self.failed(name.as_bytes(), error))?;
+            rustix::fs::fsync(handle).map_err(|error| self.failed(b"", error))?;
+        }
+        Ok(())
+    }
+}
+
+/// The one place where a path of the caller's is followed, links and all: it is theirs.
+fn open_directory(path: &Path) -> Result<OwnedFd, Error> {
+    rustix::fs::openat(CWD, path.as_os_str().as_bytes(), DIRECTORY, Mode::empty())
+        .map_err(|error| Error::Target { path: path.display().to_string(), source: error.into() })
+}
