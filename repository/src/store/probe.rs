@@ -1,0 +1,379 @@
+//! Finding out what a store really honours before anything is entrusted to it: many servers that speak S3, and some
+//! network file systems, accept a condition and ignore it. It leaves nothing behind and judges no speed.
+
+use bytes::Bytes;
+use futures::future::join_all;
+use serde::{Deserialize, Serialize};
+
+use super::{PutOutcome, Store, StoreError};
+use crate::{chance, hex};
+
+/// Creators in one race.
+const RACERS: u8 = 8;
+
+/// Races that must each have exactly one winner.
+const RACES: u8 = 3;
+
+/// The least part of an upload that is not its last.
+const PART_BYTES: usize = 5 * 1024 * 1024;
+
+/// What a store was seen to honour. That creating is atomic, that ranges are exact and that uploads work is not among
+/// it: without these there is no repository, and [`probe`] fails.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(clippy::struct_excessive_bools, reason = "four independent findings, each with a name")]
+pub struct Capabilities {
+    /// Races of eight creators that had exactly one winner: all that were run.
+    pub races_with_one_winner: u8,
+    /// An object is listed as soon as it was put.
+    pub list_after_put: bool,
+    /// An object is no longer listed once it was deleted; false also when nothing may be deleted.
+    pub list_after_delete: bool,
+    /// These credentials may delete.
+    pub deletes: bool,
+    /// Unfinished uploads can be found by key and ended. False for a directory, which needs no such sweep.
+    pub ends_uploads: bool,
+}
+
+/// Tries the store below a name of its own, and cleans up whatever the outcome.
+pub async fn probe(store: &dyn Store) -> Result<Capabilities, StoreError> {
+    let below = format!("probe/{}", hex::encode(&chance::random::<16>()));
+    let found = attempt(store, &below).await;
+    let swept = sweep(store, &below).await;
+    match found {
+        Ok(found) if found.deletes => swept.map(|()| found),
+        found => found,
+    }
+}
+
+async fn attempt(store: &dyn Store, below: &str) -> Result<Capabilities, StoreError> {
+    creates_once(store, below).await?;
+    one_creator_wins(store, below).await?;
+    reads_ranges(store, below).await?;
+    let ends_uploads = uploads(store, below).await?;
+
+    let key = format!("{below}/listed");
+    let is_listed = async || {
+        store.list(&format!("{below}/")).await.map(|rows| rows.iter().any(|row| row.key == key))
+    };
+    store.put(&key, Bytes::from_static(b"listed")).await?;
+    let list_after_put = is_listed().await?;
+    let deletes = match store.delete(&key).await {
+        Ok(()) => true,
+        Err(StoreError::Forbidden { .. }) => false,
+        Err(error) => return Err(error),
+    };
+    let list_after_delete = deletes && !is_listed().await?;
+
+    Ok(Capabilities {
+        races_with_one_winner: RACES,
+        list_after_put,
+        list_after_delete,
+        deletes,
+        ends_uploads,
+    })
+}
+
+/// The second of two creators, one after the other, must lose and change nothing.
+async fn creates_once(store: &dyn Store, below: &str) -> Result<(), StoreError> {
+    let key = format!("{below}/created");
+    let (first, second) = (Bytes::from_static(b"first"), Bytes::from_static(b"second"));
+    if store.put_if_absent(&key, first.clone()).await? != PutOutcome::Created {
+        return Err(unsuitable(store, "says that a new object existed before"));
+    }
+    let outcome = store.put_if_absent(&key, second).await?;
+    let kept = store.get(&key, 100).await? == first;
+    match (outcome, kept) {
+        (PutOutcome::Exists, true) => Ok(()),
+        (PutOutcome::Created, _) => Err(unsuitable(
+            store,
+            "ignores the condition of a write (If-None-Match: *): it let a second writer replace the first one's object, so \
+             two attempts could both commit",
+        )),
+        (PutOutcome::Exists, false) => Err(unsuitable(
+            store,
+            "says that a second writer lost, and yet replaced the first one's object",
+        )),
+    }
+}
+
+/// Of creators at the same time exactly one must win.
+async fn one_creator_wins(store: &dyn Store, below: &str) -> Result<(), StoreError> {
+    for race in 0..RACES {
+        let key = format!("{below}/raced.{race}");
+        let racers = (0..RACERS).map(|racer| store.put_if_absent(&key, Bytes::from(vec![racer])));
+        let mut winners = Vec::new();
+        for (racer, outcome) in (0..RACERS).zip(join_all(racers).await) {
+            if outcome? == PutOutcome::Created {
+                winners.push(racer);
+            }
+        }
+        if winners.len() != 1 || store.get(&key, 1).await? != winners {
+            return Err(unsuitable(
+                store,
+                &format!(
+                    "does not decide between writers at the same time: {} of {RACERS} were told that they created one \
+                     object, so two attempts could both commit",
+                    winners.len()
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// A range must be exactly what was asked for.
+async fn reads_ranges(store: &dyn Store, below: &str) -> Result<(), StoreError> {
+    let key = format!("{below}/read");
+    let bytes = Bytes::from((0..=255).collect::<Vec<u8>>());
+    store.put(&key, bytes.clone()).await?;
+    for range in [0..256_usize, 0..1, 255..256, 100..200] {
+        if store.get_range(&key, range.start as u64..range.end as u64).await? != bytes[range] {
+            return Err(unsuitable(
+                store,
+                "answers a range read with other bytes than those asked for",
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// An upload must become the object; whether unfinished ones can be ended is told.
+async fn uploads(store: &dyn Store, below: &str) -> Result<bool, StoreError> {
+    let key = format!("{below}/uploaded");
+    let (first, last) = (Bytes::from(vec![1; PART_BYTES]), Bytes::from_static(b"end"));
+    let mut upload = store.upload(&key).await?;
+    upload.part(first.clone()).await?;
+    upload.part(last).await?;
+    upload.complete().await?;
+    let size = PART_BYTES as u64 + 3;
+    if store.size(&key).await? != size
+        || store.get_range(&key, size - 4..size).await? != b"\x01end"[..]
+    {
+        return Err(unsuitable(store, "does not make an upload's parts into the object"));
+    }
+
+    let unfinished = format!("{below}/unfinished");
+    let mut upload = store.upload(&unfinished).await?;
+    upload.part(first).await?;
+    let ended = match store.abort_uploads(std::slice::from_ref(&unfinished)).await {
+        Ok(ended) => Ok(ended > 0),
+        // Not known to the store, or not allowed to these credentials: a lifecycle rule has to do it.
+        Err(StoreError::Unsuitable { .. } | StoreError::Forbidden { .. }) => Ok(false),
+        Err(error) => Err(error),
+    };
+    upload.abort().await?;
+    ended
+}
+
+/// Deletes what the probe wrote; where deleting is forbidden, what it wrote stays.
+async fn sweep(store: &dyn Store, below: &str) -> Result<(), StoreError> {
+    for row in store.list(&format!("{below}/")).await? {
+        store.delete(&row.key).await?;
+    }
+    Ok(())
+}
+
+fn unsuitable(store: &dyn Store, what: &str) -> StoreError {
+    StoreError::Unsuitable {
+        reason: format!("{} {what}; a repository cannot be kept there", store.describe()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::Range;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use async_trait::async_trait;
+
+    use super::*;
+    use crate::store::directory::DirectoryStore;
+    use crate::store::{Listed, Upload};
+
+    /// How a store may betray.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    enum Fault {
+        IgnoresTheCondition,
+        LooksThenWrites,
+        ReplacesAndDenies,
+        IgnoresTheRange,
+        LosesTheLastPart,
+        ListsLate,
+        ListsTheDead,
+        MayNotDelete,
+    }
+
+    /// A directory with one fault.
+    #[derive(Debug)]
+    struct Faulty {
+        inner: DirectoryStore,
+        fault: Fault,
+        creating: AtomicUsize,
+        looked: AtomicUsize,
+    }
+
+    impl Faulty {
+        async fn look_then_write(&self, key: &str, bytes: Bytes) -> Result<PutOutcome, StoreError> {
+            self.creating.fetch_add(1, Ordering::SeqCst);
+            let exists = self.inner.size(key).await.is_ok();
+            self.looked.fetch_add(1, Ordering::SeqCst);
+            // All who race look before the first of them writes.
+            while self.looked.load(Ordering::SeqCst) < self.creating.load(Ordering::SeqCst) {
+                tokio::task::yield_now().await;
+            }
+            if !exists {
+                self.inner.put(key, bytes).await?;
+            }
+            self.creating.fetch_sub(1, Ordering::SeqCst);
+            self.looked.fetch_sub(1, Ordering::SeqCst);
+            Ok(if exists { PutOutcome::Exists } else { PutOutcome::Created })
+        }
+    }
+
+    #[async_trait]
+    impl Store for Faulty {
+        fn describe(&self) -> String {
+            self.inner.describe()
+        }
+        async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
+            self.inner.get(key, limit_bytes).await
+        }
+        async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+            let length = range.end - range.start;
+            let range = if self.fault == Fault::IgnoresTheRange { 0..length } else { range };
+            self.inner.get_range(key, range).await
+        }
+        async fn size(&self, key: &str) -> Result<u64, StoreError> {
+            self.inner.size(key).await
+        }
+        async fn put(&self, key: &str, bytes: Bytes) -> Result<(), StoreError> {
+            self.inner.put(key, bytes).await
+        }
+        async fn put_if_absent(&self, key: &str, bytes: Bytes) -> Result<PutOutcome, StoreError> {
+            match self.fault {
+                Fault::IgnoresTheCondition => {
+                    self.inner.put(key, bytes).await.map(|()| PutOutcome::Created)
+                }
+                Fault::ReplacesAndDenies => {
+                    let existed = self.inner.size(key).await.is_ok();
+                    self.inner.put(key, bytes).await?;
+                    Ok(if existed { PutOutcome::Exists } else { PutOutcome::Created })
+                }
+                Fault::LooksThenWrites => self.look_then_write(key, bytes).await,
+                _ => self.inner.put_if_absent(key, bytes).await,
+            }
+        }
+        async fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError> {
+            let inner = self.inner.upload(key).await?;
+            Ok(if self.fault == Fault::LosesTheLastPart {
+                Box::new(Forgetful { inner, parts: 0 })
+            } else {
+                inner
+            })
+        }
+        async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
+            let mut rows = self.inner.list(prefix).await?;
+            let key = format!("{prefix}listed");
+            match self.fault {
+                Fault::ListsLate => rows.retain(|row| row.key != key),
+                Fault::ListsTheDead if rows.iter().all(|row| row.key != key) => {
+                    rows.push(Listed { key, size_bytes: 6 });
+                }
+                _ => {}
+            }
+            Ok(rows)
+        }
+        async fn delete(&self, key: &str) -> Result<(), StoreError> {
+            if self.fault == Fault::MayNotDelete {
+                return Err(StoreError::Forbidden {
+                    operation: "delete",
+                    key: key.to_owned(),
+                    source: "AccessDenied".into(),
+                });
+            }
+            self.inner.delete(key).await
+        }
+        async fn abort_uploads(&self, keys: &[String]) -> Result<usize, StoreError> {
+            self.inner.abort_uploads(keys).await
+        }
+    }
+
+    struct Forgetful {
+        inner: Box<dyn Upload>,
+        parts: usize,
+    }
+
+    #[async_trait]
+    impl Upload for Forgetful {
+        async fn part(&mut self, bytes: Bytes) -> Result<(), StoreError> {
+            self.parts += 1;
+            if self.parts == 1 { self.inner.part(bytes).await } else { Ok(()) }
+        }
+        async fn complete(self: Box<Self>) -> Result<(), StoreError> {
+            self.inner.complete().await
+        }
+        async fn abort(self: Box<Self>) -> Result<(), StoreError> {
+            self.inner.abort().await
+        }
+    }
+
+    async fn probe_with(fault: Fault) -> (Result<Capabilities, StoreError>, usize) {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Faulty {
+            inner: DirectoryStore::new(directory.path()),
+            fault,
+            creating: AtomicUsize::new(0),
+            looked: AtomicUsize::new(0),
+        };
+        let found = probe(&store).await;
+        let left = store.inner.list("probe/").await.unwrap().len();
+        (found, left)
+    }
+
+    #[tokio::test]
+    async fn a_directory_passes_and_is_left_clean() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = DirectoryStore::new(directory.path());
+        let found = probe(&store).await.unwrap();
+        assert_eq!(
+            found,
+            Capabilities {
+                races_with_one_winner: 3,
+                list_after_put: true,
+                list_after_delete: true,
+                deletes: true,
+                ends_uploads: false,
+            }
+        );
+        assert_eq!(store.list("").await.unwrap(), []);
+        let stored = serde_json::to_string(&found).unwrap();
+        assert_eq!(serde_json::from_str::<Capabilities>(&stored).unwrap(), found);
+    }
+
+    #[tokio::test]
+    async fn a_store_that_could_commit_twice_or_read_wrong_is_refused() {
+        for (fault, says) in [
+            (Fault::IgnoresTheCondition, "ignores the condition of a write"),
+            (Fault::LooksThenWrites, "8 of 8 were told that they created"),
+            (Fault::ReplacesAndDenies, "and yet replaced"),
+            (Fault::IgnoresTheRange, "other bytes than those asked for"),
+            (Fault::LosesTheLastPart, "does not make an upload's parts into the object"),
+        ] {
+            let (found, left) = probe_with(fault).await;
+            let Err(StoreError::Unsuitable { reason }) = &found else {
+                panic!("{fault:?}: {found:?}")
+            };
+            assert!(reason.contains(says) && reason.starts_with("file://"), "{fault:?}: {reason}");
+            assert_eq!(left, 0, "{fault:?} left objects");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_weakness_that_can_be_lived_with_is_told() {
+        let found = async |fault| probe_with(fault).await.0.unwrap();
+        assert!(!found(Fault::ListsLate).await.list_after_put);
+        assert!(!found(Fault::ListsTheDead).await.list_after_delete);
+        let kept = found(Fault::MayNotDelete).await;
+        assert!(!kept.deletes && !kept.list_after_delete && kept.list_after_put);
+    }
+}

@@ -1,0 +1,289 @@
+//! An object that is sent in parts: a few at a time, so memory stays flat, and complete only when the store says so or
+//! the object itself proves it.
+
+use async_trait::async_trait;
+use aws_sdk_s3::primitives::ByteStream;
+use aws_sdk_s3::types::{CompletedMultipartUpload, CompletedPart};
+use bytes::Bytes;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::answer::Answer;
+use super::{NO_SUCH_UPLOAD, Pauses, S3Store, WRITE_ID, write_id};
+use crate::store::{Store, StoreError, Upload};
+
+/// Parts on their way at the same time.
+const PARTS_IN_FLIGHT: usize = 4;
+
+/// S3 refuses smaller parts, the last one excepted.
+const PART_BYTES_MIN: usize = 5 * 1024 * 1024;
+
+/// S3's limit.
+const PARTS_MAX: i32 = 10_000;
+
+pub(super) struct S3Upload {
+    store: S3Store,
+    key: String,
+    write_id: String,
+    /// There is something to abort while this is set.
+    upload_id: Option<String>,
+    /// A first part so small that it must be the last: it goes as one plain object.
+    held: Option<Bytes>,
+    in_flight: JoinSet<Result<CompletedPart, StoreError>>,
+    done: Vec<CompletedPart>,
+    parts: i32,
+    size: u64,
+    /// Set when no part may follow, with the reason.
+    closed: Option<&'static str>,
+}
+
+impl S3Upload {
+    pub(super) fn new(store: S3Store, key: &str) -> Self {
+        Self {
+            store,
+            key: key.to_owned(),
+            write_id: write_id(),
+            upload_id: None,
+            held: None,
+            in_flight: JoinSet::new(),
+            done: Vec::new(),
+            parts: 0,
+            size: 0,
+            closed: None,
+        }
+    }
+
+    fn refused(&self, why: impl Into<String>) -> StoreError {
+        StoreError::Unavailable {
+            operation: "upload",
+            key: self.key.clone(),
+            source: why.into().into(),
+        }
+    }
+
+    /// The upload's id; the first call starts the upload.
+    async fn start(&mut self) -> Result<String, StoreError> {
+        if let Some(upload_id) = &self.upload_id {
+            return Ok(upload_id.clone());
+        }
+        let store = &self.store;
+        let created = store
+            .client()
+            .create_multipart_upload()
+            .bucket(&store.inner.bucket)
+            .key(store.full_key(&self.key))
+            .metadata(WRITE_ID, &self.write_id)
+            .send()
+            .await
+            .map_err(|error| store.failed("upload", &self.key, &error))?;
+        let upload_id = created
+            .upload_id
+            .filter(|id| !id.is_empty())
+            .ok_or_else(|| self.refused("the store began an upload and did not name it"))?;
+        self.upload_id = Some(upload_id.clone());
+        Ok(upload_id)
+    }
+
+    /// Waits until at most `most` parts are on their way.
+    async fn settle_to(&mut self, most: usize) -> Result<(), StoreError> {
+        loop {
+            let ended = if self.in_flight.len() > most {
+                self.in_flight.join_next().await
+            } else {
+                self.in_flight.try_join_next()
+            };
+            match ended {
+                None => return Ok(()),
+                Some(Ok(Ok(part))) => self.done.push(part),
+                Some(Ok(Err(error))) => {
+                    self.closed = Some("an earlier part failed");
+                    return Err(error);
+                }
+                Some(Err(join)) => {
+                    self.closed = Some("an earlier part failed");
+                    return Err(self.refused(join.to_string()));
+                }
+            }
+        }
+    }
+
+    /// Asks the object itself whether it is what we uploaded.
+    async fn is_there(&self) -> Result<bool, Answer> {
+        let head = match self.store.head(&self.key).await {
+            Ok(head) => head,
+            Err(answer) if answer.looks_missing() => return Ok(false),
+            Err(answer) => return Err(answer),
+        };
+        let written_by = head.metadata().and_then(|metadata| metadata.get(WRITE_ID));
+        Ok(written_by == Some(&self.write_id)
+            && head.content_length().and_then(|length| u64::try_from(length).ok())
+                == Some(self.size))
+    }
+
+    async fn complete_once(&self, upload_id: &str) -> Result<bool, Answer> {
+        let store = &self.store;
+        let parts = CompletedMultipartUpload::builder().set_parts(Some(self.done.clone())).build();
+        // Joining the parts may take the store longer than a plain answer.
+        let mut patience = store.patience(0, false);
+        patience.set_timeout_config(Some(
+            aws_sdk_s3::config::timeout::TimeoutConfig::builder()
+                .connect_timeout(store.inner.limits.connect)
+                .operation_attempt_timeout(store.inner.limits.answer * 4)
+                .build(),
+        ));
+        store
+            .client()
+            .complete_multipart_upload()
+            .bucket(&store.inner.bucket)
+            .key(store.full_key(&self.key))
+            .upload_id(upload_id)
+            .multipart_upload(parts)
+            .customize()
+            .config_override(patience)
+            .send()
+            .await
+            // A success says what it made; an empty 200 is none.
+            .map(|completed| completed.e_tag().is_some_and(|tag| !tag.is_empty()))
+            .map_err(|error| Answer::of(&error))
+    }
+
+    async fn complete_parts(&mut self, upload_id: &str) -> Result<(), StoreError> {
+        self.settle_to(0).await?;
+        self.done.sort_unstable_by_key(CompletedPart::part_number);
+        let deadline = Instant::now() + self.store.inner.limits.settle;
+        let mut pauses = Pauses::new(&self.store.inner.limits);
+        loop {
+            let answer = match self.complete_once(upload_id).await {
+                Ok(true) => return Ok(()),
+                Ok(false) => None,
+                Err(answer) => Some(answer),
+            };
+            let failed = |answer: Option<Answer>| match answer {
+                Some(answer) if answer.code == NO_SUCH_UPLOAD => {
+                    self.refused(format!("somebody else ended the upload: {answer}"))
+                }
+                Some(answer) => answer.into_error("upload", &self.key, &self.store.inner.bucket),
+                None => self.refused("the store answered without saying what it made"),
+            };
+            let again = match &answer {
+                None => true,
+                // Gone: completed by a request whose answer we did not hear, or ended by somebody else.
+                Some(answer) if answer.code == NO_SUCH_UPLOAD => false,
+                Some(answer) if answer.passes() || answer.status == 200 => true,
+                Some(_) => return Err(failed(answer)),
+            };
+            match self.is_there().await {
+                Ok(true) => return Ok(()),
+                Ok(false) if !again => return Err(failed(answer)),
+                Ok(false) => {}
+                Err(asked) if asked.passes() => {}
+                Err(asked) => return Err(failed(Some(asked))),
+            }
+            if Instant::now() >= deadline {
+                return Err(failed(answer));
+            }
+            pauses.pause().await;
+        }
+    }
+}
+
+#[async_trait]
+impl Upload for S3Upload {
+    async fn part(&mut self, bytes: Bytes) -> Result<(), StoreError> {
+        if let Some(why) = self.closed {
+            return Err(self.refused(why));
+        }
+        if self.parts == PARTS_MAX {
+            return Err(self.refused(format!("an object has at most {PARTS_MAX} parts")));
+        }
+        if bytes.is_empty() && self.parts > 0 {
+            return Ok(());
+        }
+        if bytes.len() < PART_BYTES_MIN {
+            self.closed = Some("a part of less than 5 MiB is the last one");
+        }
+        self.parts += 1;
+        self.size += bytes.len() as u64;
+        if self.parts == 1 && bytes.len() < PART_BYTES_MIN {
+            self.held = Some(bytes);
+            return Ok(());
+        }
+        let upload_id = self.start().await?;
+        self.settle_to(PARTS_IN_FLIGHT - 1).await?;
+        let store = self.store.clone();
+        let key = self.key.clone();
+        let number = self.parts;
+        self.in_flight.spawn(async move { send(&store, &key, &upload_id, number, bytes).await });
+        Ok(())
+    }
+
+    async fn complete(mut self: Box<Self>) -> Result<(), StoreError> {
+        let Some(upload_id) = self.upload_id.clone() else {
+            let whole = self.held.take().unwrap_or_default();
+            return self.store.put(&self.key, whole).await;
+        };
+        self.complete_parts(&upload_id).await?;
+        self.upload_id = None;
+        Ok(())
+    }
+
+    async fn abort(mut self: Box<Self>) -> Result<(), StoreError> {
+        // A part that arrives after the abort would stay behind: first no part is on its way any more.
+        self.in_flight.shutdown().await;
+        match self.upload_id.take() {
+            Some(upload_id) => self.store.abort_upload(&self.key, &upload_id).await,
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for S3Upload {
+    /// Best effort: an upload that is left behind here is found by [`Store::abort_uploads`].
+    fn drop(&mut self) {
+        let (Some(upload_id), Ok(runtime)) =
+            (self.upload_id.take(), tokio::runtime::Handle::try_current())
+        else {
+            return;
+        };
+        let (store, key) = (self.store.clone(), std::mem::take(&mut self.key));
+        let mut in_flight = std::mem::take(&mut self.in_flight);
+        runtime.spawn(async move {
+            in_flight.shutdown().await;
+            if let Err(error) = store.abort_upload(&key, &upload_id).await {
+                tracing::debug!(key, %error, "left an upload behind");
+            }
+        });
+    }
+}
+
+async fn send(
+    store: &S3Store,
+    key: &str,
+    upload_id: &str,
+    number: i32,
+    bytes: Bytes,
+) -> Result<CompletedPart, StoreError> {
+    let patience = store.patience(bytes.len() as u64, true);
+    let sent = store
+        .client()
+        .upload_part()
+        .bucket(&store.inner.bucket)
+        .key(store.full_key(key))
+        .upload_id(upload_id)
+        .part_number(number)
+        .body(ByteStream::from(bytes))
+        .customize()
+        .config_override(patience)
+        .send()
+        .await
+        .map_err(|error| store.failed("upload", key, &error))?;
+    Ok(CompletedPart::builder()
+        .part_number(number)
+        .set_e_tag(sent.e_tag)
+        .set_checksum_crc32(sent.checksum_crc32)
+        .set_checksum_crc32_c(sent.checksum_crc32_c)
+        .set_checksum_crc64_nvme(sent.checksum_crc64_nvme)
+        .set_checksum_sha1(sent.checksum_sha1)
+        .set_checksum_sha256(sent.checksum_sha256)
+        .build())
+}
