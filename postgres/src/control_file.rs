@@ -16,8 +16,9 @@ use crate::process::Result;
 pub const CONTROL_FILE_PATH: &str = "global/pg_control";
 /// Its size on disk (`PG_CONTROL_FILE_SIZE`); the content is shorter and followed by zeroes.
 pub const CONTROL_FILE_SIZE_BYTES: usize = 8192;
-/// How often a torn file is read again. The server writes it in one call, so the second try nearly always does.
-const ATTEMPTS: u32 = 10;
+/// How often a torn file is read. The server writes it in one call, so the second try nearly always does; half a second covers a
+/// server that was suspended in that call.
+const ATTEMPTS: u32 = 50;
 /// Between two tries, as the server's own readers do.
 const BACK_OFF: Duration = Duration::from_millis(10);
 

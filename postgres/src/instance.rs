@@ -216,7 +216,8 @@ impl Instance {
                     output: self.log_tail(),
                 });
             }
-            if server.pid().is_some_and(|pid| is_ready(&pid_file, pid)) {
+            let status = server.pid().map(|pid| postmaster_status(&pid_file, pid));
+            if status.is_some_and(|status| status != PostmasterStatus::Starting) {
                 return Ok(());
             }
             if Instant::now() > deadline {
@@ -322,8 +323,8 @@ impl Instance {
 #[derive(Debug)]
 pub(crate) struct SocketDirectory {
     pub(crate) path: PathBuf,
-    /// Whether it lies where it was wished.
-    pub(crate) temporary: Option<TempDir>,
+    /// Removes it, where it does not lie where it was wished.
+    _temporary: Option<TempDir>,
 }
 
 impl SocketDirectory {
@@ -332,24 +333,38 @@ impl SocketDirectory {
         let longest = wished.join(".s.PGSQL.65535.lock");
         if wished.is_absolute() && longest.as_os_str().len() <= SOCKET_PATH_LIMIT_BYTES {
             make_private_directory(wished, account)?;
-            return Ok(Self { path: wished.to_owned(), temporary: None });
+            return Ok(Self { path: wished.to_owned(), _temporary: None });
         }
         let temporary = tempfile::Builder::new()
             .prefix("pgmuster-")
             .tempdir_in("/tmp")
             .map_err(|source| Error::io("create a directory in", "/tmp", source))?;
         make_private_directory(temporary.path(), account)?;
-        Ok(Self { path: temporary.path().to_owned(), temporary: Some(temporary) })
+        Ok(Self { path: temporary.path().to_owned(), _temporary: Some(temporary) })
     }
 }
 
-/// Whether the postmaster `pid` has written into its pid file that it accepts connections.
-pub(crate) fn is_ready(pid_file: &Path, pid: u32) -> bool {
+/// What a postmaster says of itself in its pid file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PostmasterStatus {
+    Starting,
+    /// In recovery. With hot standby it answers queries; without, it says so from the beginning of recovery on and refuses everybody.
+    Standby,
+    /// It accepts connections.
+    Ready,
+}
+
+/// What the postmaster `pid` has written into its pid file last.
+pub(crate) fn postmaster_status(pid_file: &Path, pid: u32) -> PostmasterStatus {
     // Lines: pid, data directory, start time, port, socket directory, address, shared memory, status.
-    let Ok(text) = std::fs::read_to_string(pid_file) else { return false };
+    let text = std::fs::read_to_string(pid_file).unwrap_or_default();
     let mut lines = text.lines();
-    let same = lines.next().and_then(|line| line.trim().parse().ok()) == Some(pid);
-    same && matches!(lines.nth(6).map(str::trim), Some("ready" | "standby"))
+    let is_same = lines.next().and_then(|line| line.trim().parse().ok()) == Some(pid);
+    match lines.nth(6).map(str::trim) {
+        Some("ready") if is_same => PostmasterStatus::Ready,
+        Some("standby") if is_same => PostmasterStatus::Standby,
+        _ => PostmasterStatus::Starting,
+    }
 }
 
 /// Makes a directory of mode 0700 that belongs to `account`, or takes over an existing one.

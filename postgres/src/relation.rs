@@ -15,13 +15,13 @@ use rustix::fs::{Advice, fadvise};
 
 use crate::page::{self, PageState};
 
-/// Pauses before a suspicious page is read again. A write takes microseconds; one that waits for a slow disk may take a tenth of a second.
+/// Pauses before a suspicious page is read again. A write takes microseconds; one that waits for a slow disk may take tenths of a second.
 const RE_READS: [Duration; 5] = [
     Duration::ZERO,
     Duration::from_millis(1),
     Duration::from_millis(5),
     Duration::from_millis(25),
-    Duration::from_millis(100),
+    Duration::from_millis(250),
 ];
 /// After so many damaged pages in one file there is no more waiting: the file is broken, and a gigabyte of broken pages must not take an hour.
 const PATIENCE_PAGES: usize = 64;

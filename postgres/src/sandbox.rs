@@ -33,8 +33,8 @@ use crate::Error;
 use crate::binaries::Binaries;
 use crate::control_file::ControlFile;
 use crate::instance::{
-    SOCKET_PORT, SocketDirectory, give_to, is_ready, log_tail, make_private_directory, open_log,
-    settings_text, socket_url, write_private,
+    PostmasterStatus, SOCKET_PORT, SocketDirectory, give_to, log_tail, make_private_directory,
+    open_log, postmaster_status, settings_text, socket_url, write_private,
 };
 use crate::process::{
     Account, DeathSignal, Isolation, ProcessIdentity, Program, Result, Running, describe,
@@ -63,14 +63,13 @@ const MINIMUMS: [(&str, u32, u32); 5] = [
     ("max_active_replication_origins", 10, 18),
 ];
 /// What makes the copy inert, and small. By name, value, and the first version that knows it.
-const INERT: [(&str, &str, u32); 51] = [
+const INERT: [(&str, &str, u32); 50] = [
     // Nobody reaches it but through the private socket.
     ("listen_addresses", "", 14),
     ("unix_socket_permissions", "0700", 14),
     ("ssl", "off", 14),
     ("bonjour", "off", 14),
     ("krb_server_keyfile", "", 14),
-    ("external_pid_file", "", 14),
     ("cluster_name", "pgmuster-sandbox", 14),
     // It reaches nobody.
     ("archive_mode", "off", 14),
@@ -529,7 +528,8 @@ impl Boot<'_> {
             if let Some(status) = ended.map_err(|source| Error::io("watch", &pid_file, source))? {
                 return Err(self.failed(format!("it ended with {}", describe(status))));
             }
-            if server.pid().is_some_and(|pid| is_ready(&pid_file, pid)) {
+            let status = server.pid().map(|pid| postmaster_status(&pid_file, pid));
+            if status == Some(PostmasterStatus::Ready) {
                 watch.look();
                 return Ok((server, watch.phases()));
             }

@@ -1,0 +1,476 @@
+//! The proof sandbox on real copies: it reaches the end of the backup or refuses, it is inert, and nothing of it stays.
+
+#[path = "throwaway/owners.rs"]
+mod owners;
+mod throwaway;
+
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use owners::{owned_directory, owner_process, processes_in, wait_for};
+use postgres::Error;
+use postgres::control_file::ControlFile;
+use postgres::instance::Instance;
+use postgres::process::{Account, Isolation};
+use postgres::sandbox::{NetworkIsolation, Sandbox, SandboxOptions, SandboxRoom, Swept, sweep};
+use proto::backup::Setting;
+use proto::{Lsn, SystemIdentifier, Timeline};
+use tempfile::TempDir;
+use throwaway::{binaries, cluster, connect, text};
+use tokio_util::sync::CancellationToken;
+
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Header, length and one position, aligned.
+const END_OF_BACKUP_RECORD_BYTES: u64 = 40;
+
+/// A copy made by the server's own tool, with its WAL, in a room; and where the backup ends.
+async fn copied(instance: &Instance, rooms: &Path) -> (SandboxRoom, SandboxOptions) {
+    let room = SandboxRoom::create(rooms, "proof", None).unwrap();
+    let control = ControlFile::read(&instance.data_directory()).unwrap();
+    let program = instance.binaries().program("pg_basebackup").unwrap();
+    let url = instance.url("postgres");
+    let program = program.args(["-d", &url, "-X", "stream", "-c", "fast", "--no-sync", "-D"]);
+    program.arg(room.data_directory()).run(PATIENCE, &CancellationToken::new()).await.unwrap();
+    let manifest = std::fs::read_to_string(room.data_directory().join("backup_manifest")).unwrap();
+    let (_, end) = manifest.split_once("\"End-LSN\": \"").unwrap();
+    let stop_lsn = end.split('"').next().unwrap().parse().unwrap();
+    let mut options = SandboxOptions::new(stop_lsn, Timeline(1), control.system_identifier);
+    options.timeout = PATIENCE;
+    (room, options)
+}
+
+/// Copies a data directory by hand, as an engine does, while `meanwhile` runs between start and stop.
+async fn copied_by_hand(
+    instance: &Instance,
+    rooms: &Path,
+    meanwhile: &str,
+) -> (SandboxRoom, SandboxOptions) {
+    let room = SandboxRoom::create(rooms, "proof", None).unwrap();
+    let control = ControlFile::read(&instance.data_directory()).unwrap();
+    let session = connect(&instance.url("postgres")).await;
+    text(&session, "SELECT pg_backup_start('by hand', true)").await;
+    copy(&instance.data_directory(), &room.data_directory());
+    connect(&instance.url("postgres")).await.batch_execute(meanwhile).await.unwrap();
+    let sql = "SELECT lsn::text, labelfile FROM pg_backup_stop(false)";
+    let row = session.query_one(sql, &[]).await.unwrap();
+    let (stop, label): (String, String) = (row.get(0), row.get(1));
+    std::fs::write(room.data_directory().join("backup_label"), label).unwrap();
+    copy(&instance.data_directory().join("pg_wal"), &room.data_directory().join("pg_wal"));
+    let mut options =
+        SandboxOptions::new(stop.parse().unwrap(), Timeline(1), control.system_identifier);
+    options.timeout = PATIENCE;
+    (room, options)
+}
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy(&entry.path(), &target);
+        } else if entry.file_type().unwrap().is_file() && entry.file_name() != "postmaster.pid" {
+            std::fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}
+
+/// What the processes of a server are called, after `postgres: ` and the cluster's name.
+fn server_processes(data: &Path) -> Vec<String> {
+    let names = processes_in(data).into_iter().filter_map(|pid| {
+        let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).ok()?;
+        let title = line.trim_end_matches(['\0', ' ']).to_owned();
+        title.split_once("pgmuster-sandbox: ").map(|(_, name)| name.trim().to_owned())
+    });
+    names.collect()
+}
+
+/// TCP and UDP sockets that `pid` could be reached by, in its own network.
+fn network_of(pid: u32) -> String {
+    let lines = ["tcp", "tcp6", "udp", "udp6"].map(|kind| {
+        let table = std::fs::read_to_string(format!("/proc/{pid}/net/{kind}")).unwrap_or_default();
+        table.lines().skip(1).collect::<Vec<_>>().join("\n")
+    });
+    lines.concat()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_boots_to_the_end_of_its_backup_and_is_inert() {
+    for major in [15, 18] {
+        let settings = [
+            ("archive_mode", "on"),
+            ("archive_command", "true"),
+            ("wal_level", "logical"),
+            ("shared_preload_libraries", "auto_explain"),
+            ("max_connections", "33"),
+        ];
+        let (instance, directory) = cluster(major, &settings).await;
+        let client = connect(&instance.url("postgres")).await;
+        let traps = [
+            "CREATE TABLE t AS SELECT generate_series(1, 5000) i",
+            "CREATE UNLOGGED TABLE u AS SELECT 1 AS i",
+            // Each of these would act on its own in a copy that boots with what it brought along.
+            "ALTER SYSTEM SET listen_addresses = '*'",
+            "ALTER SYSTEM SET shared_preload_libraries = 'auto_explain', 'no_such_library'",
+            "ALTER SYSTEM SET recovery_target_action = 'shutdown'",
+            "ALTER ROLE postgres SET session_preload_libraries = 'no_such_library'",
+            "ALTER DATABASE postgres SET statement_timeout = '1ms'",
+            "CREATE SUBSCRIPTION s CONNECTION 'host=127.0.0.1 port=1' PUBLICATION p \
+             WITH (connect = false, slot_name = 's')",
+            "ALTER SUBSCRIPTION s ENABLE",
+            "SELECT pg_create_physical_replication_slot('kept', true)",
+        ];
+        for trap in traps {
+            client.batch_execute(trap).await.unwrap();
+        }
+        if major >= 17 {
+            let trigger = "CREATE FUNCTION deny() RETURNS event_trigger LANGUAGE plpgsql AS \
+                           $$ BEGIN RAISE EXCEPTION 'no entry'; END $$; \
+                           CREATE EVENT TRIGGER deny ON login EXECUTE FUNCTION deny()";
+            client.batch_execute(trigger).await.unwrap();
+        }
+        let (room, mut options) = copied(&instance, &directory.path().join("rooms")).await;
+        options.settings = vec![Setting {
+            name: "shared_preload_libraries".into(),
+            value: "auto_explain,no_such_library".into(),
+        }];
+        options.preload_libraries = vec!["auto_explain".to_owned()];
+        let stop_lsn = options.stop_lsn;
+        let room_path = room.path().to_owned();
+        let mut sandbox = Sandbox::boot(instance.binaries(), room, options).await.unwrap();
+
+        assert_eq!(sandbox.replay_end(), stop_lsn, "{}", sandbox.log_tail());
+        assert!(sandbox.is_running());
+        assert!(sandbox.phases().start > Duration::ZERO && sandbox.phases().open > Duration::ZERO);
+        let copy = connect(&sandbox.url("postgres")).await;
+        assert_eq!(text(&copy, "SELECT count(*) FROM public.t").await, "5000");
+        assert_eq!(text(&copy, "SELECT count(*) FROM public.u").await, "0");
+        assert_eq!(text(&copy, "SELECT count(*) FROM pg_replication_slots").await, "0");
+        assert_eq!(text(&copy, "SELECT pg_is_in_recovery()").await, "f");
+        assert_eq!(text(&copy, "SHOW shared_preload_libraries").await, "auto_explain");
+        assert_eq!(text(&copy, "SHOW statement_timeout").await, "0");
+        assert_eq!(text(&copy, "SHOW max_connections").await, "33");
+        let foreign = "SELECT count(*) FROM pg_settings WHERE sourcefile IS NOT NULL AND sourcefile NOT LIKE '%/proof/run/postgresql.conf'";
+        assert_eq!(text(&copy, foreign).await, "0");
+
+        // The copy writes, switches and waits for whoever would act on it; nobody is there to do so.
+        copy.batch_execute("CREATE TABLE public.made AS SELECT 1").await.unwrap();
+        text(&copy, "SELECT pg_switch_wal()").await;
+        copy.batch_execute("CHECKPOINT").await.unwrap();
+        let mut processes = server_processes(&sandbox.data_directory());
+        processes.retain(|name| !name.starts_with("postgres postgres")); // our own session
+        processes.sort();
+        assert_eq!(processes, ["background writer", "checkpointer", "walwriter"], "{major}");
+        let waiting =
+            std::fs::read_dir(sandbox.data_directory().join("pg_wal/archive_status")).unwrap();
+        let waiting = waiting.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        assert_eq!(waiting.filter(|name| name.ends_with(".ready")).count(), 0);
+        assert_eq!(text(&copy, "SHOW archive_mode").await, "off");
+        assert_eq!(text(&copy, "SHOW listen_addresses").await, "");
+        match sandbox.isolation() {
+            Isolation::Namespaces { .. } => {
+                assert_eq!(network_of(sandbox.pid().unwrap()), "");
+                let namespace =
+                    |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
+                assert_ne!(namespace("self"), namespace(&sandbox.pid().unwrap().to_string()));
+            }
+            Isolation::None(reason) => assert!(!reason.is_empty()),
+        }
+        drop(copy);
+        let data = sandbox.data_directory();
+        let postmaster = sandbox.pid().unwrap();
+        sandbox.destroy().await.unwrap();
+        assert!(!room_path.exists() && !data.exists());
+        assert!(!Path::new(&format!("/proc/{postmaster}")).exists());
+    }
+}
+
+async fn refused(instance: &Instance, room: SandboxRoom, options: SandboxOptions) -> Error {
+    let path = room.path().to_owned();
+    let error = Sandbox::boot(instance.binaries(), room, options).await.unwrap_err();
+    assert!(!path.exists(), "a refused copy is removed");
+    error
+}
+
+fn last_segment(room: &SandboxRoom) -> PathBuf {
+    let wal = std::fs::read_dir(room.data_directory().join("pg_wal")).unwrap();
+    wal.map(|entry| entry.unwrap().path()).filter(|path| path.is_file()).max().unwrap()
+}
+
+async fn with_rows(major: u32) -> (Instance, TempDir) {
+    let (instance, directory) = cluster(major, &[]).await;
+    let client = connect(&instance.url("postgres")).await;
+    client.batch_execute("CREATE TABLE t AS SELECT generate_series(1, 5000) i").await.unwrap();
+    (instance, directory)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_that_lacks_the_end_of_its_wal_never_opens() {
+    for major in [15, 18] {
+        let (instance, directory) = with_rows(major).await;
+        let rooms = directory.path().join("rooms");
+        let (room, options) = copied(&instance, &rooms).await;
+        std::fs::remove_file(last_segment(&room)).unwrap();
+        let error = refused(&instance, room, options).await;
+        assert!(matches!(&error, Error::Sandbox { .. }), "{error}");
+
+        // The segment is there, and zero from the middle on: found by looking, before any boot.
+        let (room, options) = copied(&instance, &rooms).await;
+        let last = last_segment(&room);
+        let bytes = std::fs::read(&last).unwrap();
+        std::fs::write(&last, [&bytes[..100], &vec![0; bytes.len() - 100]].concat()).unwrap();
+        let error = refused(&instance, room, options).await;
+        let Error::Sandbox { what, .. } = &error else { panic!("{error}") };
+        assert!(what.contains("WAL of the backup cannot be read"), "{what}");
+
+        // The record that ends the backup is gone, and the caller believes that it ends before: the server knows better.
+        let (room, mut options) = copied(&instance, &rooms).await;
+        let last = last_segment(&room);
+        let mut bytes = std::fs::read(&last).unwrap();
+        options.stop_lsn = Lsn(options.stop_lsn.0 - END_OF_BACKUP_RECORD_BYTES);
+        bytes[usize::try_from(options.stop_lsn.0 % (1 << 20)).unwrap()..].fill(0);
+        std::fs::write(&last, bytes).unwrap();
+        let error = refused(&instance, room, options).await;
+        let text = error.to_string();
+        assert!(
+            text.contains("recovery ended before configured recovery target was reached"),
+            "{text}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_position_that_the_server_did_not_reach_is_an_error() {
+    let (instance, directory) = with_rows(15).await;
+    // More WAL than the backup needs lies in pg_wal; recovery stops at the end of the backup all the same.
+    let more = "INSERT INTO t SELECT generate_series(1, 20000)";
+    let (room, mut options) =
+        copied_by_hand(&instance, &directory.path().join("rooms"), more).await;
+    let client = connect(&instance.url("postgres")).await;
+    client.batch_execute(more).await.unwrap();
+    let wal = instance.data_directory().join("pg_wal");
+    copy(&wal, &room.data_directory().join("pg_wal"));
+    let reached = options.stop_lsn;
+    options.stop_lsn = Lsn(options.stop_lsn.0 + 10_000);
+    let error = refused(&instance, room, options).await;
+    let Error::StopPositionMissed { expected, reached: found } = error else { panic!("{error}") };
+    assert_eq!((found, expected), (reached, Lsn(reached.0 + 10_000)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_copy_of_this_cluster_is_refused() {
+    let (instance, directory) = with_rows(15).await;
+    let rooms = directory.path().join("rooms");
+    let shape = |error: Error| match error {
+        Error::Shape { what, .. } => what,
+        other => panic!("{other}"),
+    };
+    let (room, options) = copied(&instance, &rooms).await;
+    std::fs::remove_file(room.data_directory().join("backup_label")).unwrap();
+    assert!(shape(refused(&instance, room, options).await).contains("backup_label is missing"));
+
+    let (room, mut options) = copied(&instance, &rooms).await;
+    options.system_identifier = SystemIdentifier(1);
+    assert!(shape(refused(&instance, room, options).await).contains("system identifier"));
+
+    let (room, options) = copied(&instance, &rooms).await;
+    let path = room.path().to_owned();
+    let error = Sandbox::boot(&binaries(18).await, room, options).await.unwrap_err();
+    assert!(shape(error).contains("it is of PostgreSQL 15"));
+    assert!(!path.exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_booted_that_could_write_outside_its_room() {
+    let (instance, directory) = with_rows(15).await;
+    let rooms = directory.path().join("rooms");
+    let outside = directory.path().join("outside");
+    std::fs::create_dir(&outside).unwrap();
+    let shape = |error: Error| match error {
+        Error::Shape { what, .. } => what,
+        other => panic!("{other}"),
+    };
+
+    let (room, options) = copied(&instance, &rooms).await;
+    symlink(&outside, room.data_directory().join("pg_tblspc/16999")).unwrap();
+    assert!(shape(refused(&instance, room, options).await).contains("outside the sandbox"));
+
+    let (room, options) = copied(&instance, &rooms).await;
+    symlink("../../../outside", room.data_directory().join("log")).unwrap();
+    assert!(shape(refused(&instance, room, options).await).contains("outside the sandbox"));
+
+    for place in
+        [outside.display().to_string(), format!("{}/../../outside", rooms.join("proof").display())]
+    {
+        let (room, options) = copied(&instance, &rooms).await;
+        std::fs::write(room.data_directory().join("tablespace_map"), format!("16999 {place}\n"))
+            .unwrap();
+        assert!(shape(refused(&instance, room, options).await).contains("maps a tablespace"));
+    }
+
+    // Created while the backup ran: replay would write into the directory that production uses.
+    let client = connect(&instance.url("postgres")).await;
+    let create = format!("CREATE TABLESPACE late LOCATION '{}'", outside.display());
+    let (room, options) = copied_by_hand(&instance, &rooms, &create).await;
+    let error = refused(&instance, room, options).await;
+    assert!(error.to_string().starts_with(&format!("use {}", outside.display())), "{error}");
+    assert!(shape(error).contains("created while the backup ran"));
+    client.batch_execute("DROP TABLESPACE late").await.unwrap();
+    assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tablespace_restored_into_the_room_is_used_there() {
+    for major in [15, 18] {
+        let (instance, directory) = with_rows(major).await;
+        let space = directory.path().join("space");
+        std::fs::create_dir(&space).unwrap();
+        let client = connect(&instance.url("postgres")).await;
+        client
+            .batch_execute(&format!("CREATE TABLESPACE there LOCATION '{}'", space.display()))
+            .await
+            .unwrap();
+        client
+            .batch_execute("CREATE TABLE far TABLESPACE there AS SELECT generate_series(1, 999) i")
+            .await
+            .unwrap();
+        let oid = text(&client, "SELECT oid FROM pg_tablespace WHERE spcname = 'there'").await;
+        let room = SandboxRoom::create(&directory.path().join("rooms"), "proof", None).unwrap();
+        let target = room.tablespaces().join(&oid);
+        let mapping = format!("{}={}", space.display(), target.display());
+        let url = instance.url("postgres");
+        let program = instance.binaries().program("pg_basebackup").unwrap();
+        let program = program
+            .args(["-d", &url, "-c", "fast", "-T", &mapping, "-D"])
+            .arg(room.data_directory());
+        program.run(PATIENCE, &CancellationToken::new()).await.unwrap();
+        let control = ControlFile::read(&instance.data_directory()).unwrap();
+        let manifest =
+            std::fs::read_to_string(room.data_directory().join("backup_manifest")).unwrap();
+        let end = manifest.split_once("\"End-LSN\": \"").unwrap().1.split('"').next().unwrap();
+        let options =
+            SandboxOptions::new(end.parse().unwrap(), Timeline(1), control.system_identifier);
+        let sandbox = Sandbox::boot(instance.binaries(), room, options).await.unwrap();
+        let copy = connect(&sandbox.url("postgres")).await;
+        assert_eq!(text(&copy, "SELECT count(*) FROM public.far").await, "999");
+        let location = text(&copy, &format!("SELECT pg_tablespace_location({oid})")).await;
+        assert_eq!(location, target.display().to_string());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_without_the_usual_superuser_is_proved_too() {
+    for major in [15, 18] {
+        let (instance, directory) = with_rows(major).await;
+        let (room, mut options) = copied(&instance, &directory.path().join("rooms")).await;
+        options.role = "nobody_of_this_name".to_owned();
+        let stop_lsn = options.stop_lsn;
+        let sandbox = Sandbox::boot(instance.binaries(), room, options).await.unwrap();
+        assert_eq!((sandbox.role(), sandbox.replay_end()), ("postgres", stop_lsn));
+        let copy = connect(&sandbox.url("template1")).await;
+        assert_eq!(text(&copy, "SELECT current_user").await, "postgres");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn boots_end_when_they_are_cancelled_or_out_of_time() {
+    let (instance, directory) = with_rows(15).await;
+    let rooms = directory.path().join("rooms");
+    let (room, options) = copied(&instance, &rooms).await;
+    options.cancel.cancel();
+    let error = refused(&instance, room, options).await;
+    assert!(matches!(error, Error::Cancelled { .. }), "{error}");
+    let (room, mut options) = copied(&instance, &rooms).await;
+    options.timeout = Duration::from_millis(60);
+    let error = refused(&instance, room, options).await;
+    assert!(matches!(error, Error::Deadline { .. }), "{error}");
+    assert!(processes_in(&rooms).is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_network_of_its_own_is_had_where_it_is_required() {
+    let (instance, directory) = with_rows(15).await;
+    let (room, mut options) = copied(&instance, &directory.path().join("rooms")).await;
+    options.network = NetworkIsolation::Required;
+    match (Isolation::probe().await, Sandbox::boot(instance.binaries(), room, options).await) {
+        (Isolation::Namespaces { .. }, Ok(sandbox)) => {
+            assert!(matches!(sandbox.isolation(), Isolation::Namespaces { .. }));
+        }
+        (Isolation::None(reason), Err(Error::Sandbox { output, .. })) => assert_eq!(output, reason),
+        (found, result) => panic!("{found:?} {result:?}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_owner_leaves_no_server_and_the_next_sweep_no_room() {
+    if let Some(directory) = owned_directory() {
+        let (instance, _source) = with_rows(15).await;
+        let (room, mut options) = copied(&instance, &directory.join("rooms")).await;
+        options.network = NetworkIsolation::WherePossible;
+        let sandbox = Sandbox::boot(instance.binaries(), room, options).await.unwrap();
+        let copy = connect(&sandbox.url("postgres")).await;
+        text(&copy, "SELECT 1").await;
+        drop(instance);
+        std::fs::write(directory.join("booted"), "").unwrap();
+        std::future::pending::<()>().await;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let rooms = directory.path().join("rooms");
+    let mine = SandboxRoom::create(&rooms, "mine", None).unwrap();
+    std::fs::create_dir(rooms.join("stranger")).unwrap();
+    std::fs::write(rooms.join("stranger/owner"), "somebody\n").unwrap();
+    let mut owner = owner_process(
+        "a_killed_owner_leaves_no_server_and_the_next_sweep_no_room",
+        directory.path(),
+    );
+    wait_for("the owner's sandbox", || directory.path().join("booted").exists());
+    assert!(processes_in(&rooms).len() >= 4);
+    assert_eq!(sweep(&rooms).unwrap(), [], "both owners live");
+    owner.kill().unwrap();
+    owner.wait().unwrap();
+    wait_for("the end of the server", || processes_in(&rooms).is_empty());
+    let proof = rooms.canonicalize().unwrap().join("proof");
+    let swept = sweep(&rooms).unwrap();
+    assert_eq!(
+        swept
+            .iter()
+            .map(|it| it.path.canonicalize().unwrap_or(it.path.clone()))
+            .collect::<Vec<_>>(),
+        [rooms.join("proof")]
+    );
+    assert!(!proof.exists());
+    assert!(mine.data_directory().is_dir() && rooms.join("stranger/owner").is_file());
+    mine.remove().unwrap();
+    assert_eq!(sweep(&rooms).unwrap(), []);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sweep_ends_servers_that_survived_their_owner() {
+    // A server that nothing ties to its owner, as where the kernel's signal is not to be had.
+    let (mut instance, directory) = cluster(15, &[]).await;
+    instance.stop(postgres::instance::StopMode::Fast).await.unwrap();
+    let rooms = directory.path().join("rooms");
+    let room = SandboxRoom::create(&rooms, "proof", Some(Account::current())).unwrap();
+    copy(&instance.data_directory(), &room.data_directory());
+    let data = room.data_directory();
+    let kept = rooms.join("kept");
+    std::fs::rename(room.path(), &kept).unwrap();
+    drop(room); // Lets go of the lock; the room itself lies elsewhere now.
+    let data = kept.join(data.file_name().unwrap());
+    std::fs::set_permissions(&data, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    let mut server = std::process::Command::new(instance.binaries().path("postgres").unwrap())
+        .args(["-D".as_ref(), data.as_os_str(), "-k".as_ref(), kept.join("s").as_os_str()])
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_for("the server", || processes_in(&kept).len() >= 5);
+    let reaper = std::thread::spawn(move || server.wait().unwrap());
+    let swept = sweep(&rooms).unwrap();
+    let [Swept { path, n_processes }] = &swept[..] else { panic!("{swept:?}") };
+    assert_eq!(path, &kept);
+    assert!(*n_processes >= 5 && !kept.exists());
+    reaper.join().unwrap();
+    assert!(processes_in(directory.path()).is_empty());
+}
