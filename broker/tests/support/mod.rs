@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
 pub(crate) mod node;
+pub(crate) mod proxy;
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;

@@ -22,10 +22,9 @@ pub(crate) struct Node {
 }
 
 impl Node {
-    /// A place for a node that does not run yet, with more lines for its `rabbitmq.conf`.
-    pub(crate) fn prepared(settings: &str) -> Self {
+    /// A place for a node that does not run yet, on free ports.
+    pub(crate) fn prepared() -> Self {
         let home = TempDir::with_prefix("rabbit-").expect("a directory for RabbitMQ");
-        std::fs::write(home.path().join("extra.conf"), settings).expect("its settings");
         Self { home, port: free_ports(), script: None }
     }
 
@@ -42,7 +41,13 @@ impl Node {
         self.launch();
         let path = format!("health/checks/port-listener/{}", self.port);
         let management = self.management();
-        self.until("RabbitMQ taking connections", || management.call("GET", &path, None).is_ok());
+        let start = Instant::now();
+        while management.call("GET", &path, None).is_err() {
+            let ended =
+                self.script.as_mut().is_some_and(|script| !matches!(script.try_wait(), Ok(None)));
+            assert!(!ended && start.elapsed() < PATIENCE, "RabbitMQ did not start: {}", self.log());
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 
     fn launch(&mut self) {
@@ -109,15 +114,8 @@ impl Node {
             assert!(start.elapsed() < PATIENCE, "RabbitMQ did not end: {}", self.log());
             std::thread::sleep(Duration::from_millis(20));
         }
-        std::fs::remove_file(self.home.path().join("rabbit.pid")).expect("its pid file");
-    }
-
-    fn until(&self, what: &str, check: impl Fn() -> bool) {
-        let start = Instant::now();
-        while !check() {
-            assert!(start.elapsed() < PATIENCE, "{what} did not happen: {}", self.log());
-            std::thread::sleep(Duration::from_millis(50));
-        }
+        // A clean stop has removed it.
+        let _ = std::fs::remove_file(self.home.path().join("rabbit.pid"));
     }
 
     fn log(&self) -> String {
