@@ -173,3 +173,52 @@ pub trait Store: Send + Sync + std::fmt::Debug {
     /// dead attempts) are touched.
     async fn abort_uploads(&self, keys: &[String]) -> Result<usize, StoreError>;
 }
+
+/// Whether a key is of the kind described at [`Store`].
+pub(crate) fn key_is_legal(key: &str) -> bool {
+    key.len() <= 900
+        && key
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-' | b'/'))
+        && key.split('/').all(|component| !component.is_empty() && !component.starts_with('.'))
+}
+
+/// Refuses a key that is none before anything is touched: keys come from objects too, and these may be forged.
+pub(crate) fn check_key(operation: &'static str, key: &str) -> Result<(), StoreError> {
+    if key_is_legal(key) {
+        return Ok(());
+    }
+    Err(StoreError::Unavailable {
+        operation,
+        key: key.to_owned(),
+        source: "this is not a key of a repository".into(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn knows_a_legal_key() {
+        for key in ["config", "a/b.c/D_-9", "a..b", "-"] {
+            assert!(key_is_legal(key), "{key}");
+        }
+        for key in [
+            "",
+            "/a",
+            "a/",
+            "a//b",
+            ".",
+            "a/./b",
+            "../a",
+            "a/.b",
+            "a b",
+            "ä",
+            "a\n",
+            &"x".repeat(901),
+        ] {
+            assert!(!key_is_legal(key), "{key}");
+        }
+    }
+}

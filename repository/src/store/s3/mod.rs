@@ -35,7 +35,7 @@ use secrecy::ExposeSecret;
 
 use self::answer::{Answer, chain};
 pub use self::options::{Checksums, Limits, S3Credentials, S3Options};
-use crate::store::{Listed, PutOutcome, Store, StoreError, Upload};
+use crate::store::{Listed, PutOutcome, Store, StoreError, Upload, check_key};
 use crate::{chance, hex};
 
 /// Where a write id stands in an object's user metadata.
@@ -560,26 +560,6 @@ fn credentials(given: &S3Credentials) -> Credentials {
     )
 }
 
-/// Whether a key is of the kind a repository uses.
-fn key_is_legal(key: &str) -> bool {
-    key.len() <= 900
-        && key
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-' | b'/'))
-        && key.split('/').all(|component| !component.is_empty() && !component.starts_with('.'))
-}
-
-fn check_key(operation: &'static str, key: &str) -> Result<(), StoreError> {
-    if key_is_legal(key) {
-        return Ok(());
-    }
-    Err(StoreError::Unavailable {
-        operation,
-        key: key.to_owned(),
-        source: "this is not a key of a repository".into(),
-    })
-}
-
 fn broken_listing(operation: &'static str, prefix: &str) -> StoreError {
     StoreError::Unavailable {
         operation,
@@ -626,29 +606,6 @@ impl Pauses {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn knows_a_legal_key() {
-        for key in ["config", "a/b.c/D_-9", "a..b", "-"] {
-            assert!(key_is_legal(key), "{key}");
-        }
-        for key in [
-            "",
-            "/a",
-            "a/",
-            "a//b",
-            ".",
-            "a/./b",
-            "../a",
-            "a/.b",
-            "a b",
-            "ä",
-            "a\n",
-            &"x".repeat(901),
-        ] {
-            assert!(!key_is_legal(key), "{key}");
-        }
-    }
 
     #[test]
     fn finds_the_common_prefix() {

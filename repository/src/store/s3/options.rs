@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use secrecy::SecretString;
 
-use crate::store::{Credentials, StoreError};
+use crate::store::{Credentials, StoreError, key_is_legal};
 
 /// Where an S3 store is and how to talk to it. [`S3Options::from_url`] reads the URL form:
 ///
@@ -195,7 +195,7 @@ impl S3Options {
                  the URL; write s3://BUCKET/PREFIX",
             ));
         }
-        if !self.prefix.is_empty() && !super::key_is_legal(&self.prefix) {
+        if !self.prefix.is_empty() && !key_is_legal(&self.prefix) {
             return Err(unsuitable(
                 "the prefix of an S3 URL is made of letters, digits, '.', '_', '-' and '/', without empty, '.' or '..' \
                  components",
