@@ -1,1 +1,27 @@
-//! Placeholder.
+//! The worker: takes tickets, runs what it is granted near the databases, tells what happened.
+//!
+//! Stateless: nothing it holds is needed after it died. It knows the server, the repository and the job in its hands;
+//! it decides nothing about schedules or retention and never talks to the catalog.
+
+mod attempt;
+mod attempts;
+mod claims;
+mod clock;
+pub mod config;
+mod consume;
+pub mod context;
+mod control;
+pub mod engines;
+mod jobs;
+mod offers;
+mod outbound;
+pub mod places;
+pub mod proving;
+mod pulse;
+pub mod restoring;
+mod shared;
+mod slots;
+mod spool;
+mod worker;
+
+pub use worker::Worker;

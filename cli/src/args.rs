@@ -1,0 +1,454 @@
+//! What a person types. Exactly that, only checked for shape; what it means is found out in `commands/`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use proto::{BackupId, ClusterName, JobId, JobState, ProofLevel, SiteName, WorkerName};
+
+/// Keeps a fleet of PostgreSQL clusters recoverable, and proves it by restoring.
+///
+/// Begin with `pgmuster demo` (a throwaway cluster, broken and repaired before your eyes) or `pgmuster up` (coordinator
+/// and worker in one process, for the server on this machine).
+#[derive(Debug, Parser)]
+#[command(name = "pgmuster", version, propagate_version = true, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// How to print what was asked for.
+    #[arg(short, long, global = true, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+    /// Where the coordinator is: the path of its socket, or an `https://` (on this machine also `http://`) URL.
+    #[arg(long, global = true, env = "PGMUSTER_COORDINATOR", value_name = "SOCKET|URL")]
+    pub coordinator: Option<String>,
+    /// File with the token for a coordinator reached by URL.
+    #[arg(long, global = true, env = "PGMUSTER_TOKEN_FILE", value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+    /// What the program says on standard error about its own doing: `error`, `warn`, `info`, `debug`, or a filter such as
+    /// `worker=debug`.
+    #[arg(long, global = true, env = "PGMUSTER_LOG", value_name = "FILTER")]
+    pub log: Option<String>,
+}
+
+/// How to print.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people.
+    Table,
+    /// For programs: one JSON document.
+    Json,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the whole product in one process for one server.
+    ///
+    /// Coordinator, one worker, a broker inside the process, a SQLite catalog, a repository in a directory with a fresh
+    /// key. Takes a backup, proves it by restoring it, says the result in one sentence, and keeps running until Ctrl-C.
+    Up(Up),
+    /// Show what pgmuster does on a throwaway cluster.
+    ///
+    /// Creates a cluster with data, backs it up, proves the backup, damages the cluster, restores it and compares. Leaves
+    /// nothing behind.
+    Demo(Demo),
+    /// Run a coordinator.
+    Coordinator(Role),
+    /// Run a worker, or enroll one.
+    Worker(WorkerArgs),
+    /// Order a backup.
+    Backup(Backup),
+    /// Order the proof of a backup: restore it in a sandbox and check it.
+    Verify(Verify),
+    /// Restore a backup into a directory.
+    ///
+    /// With a cluster's name, a worker does it below one of its restore roots. With `--repository` and `--key`, this process
+    /// does it, needing nothing else: no coordinator, no broker, no catalog.
+    Restore(Restore),
+    /// Order maintenance of a cluster.
+    Maintain(Maintain),
+    /// Say which clusters can be recovered, and which cannot, and why. Exit code 3 when one cannot.
+    Status,
+    /// Look at clusters.
+    #[command(subcommand)]
+    Cluster(ClusterCommand),
+    /// Look at backups.
+    #[command(subcommand)]
+    Backups(BackupsCommand),
+    /// Look at jobs, follow them, stop them.
+    #[command(subcommand)]
+    Job(JobCommand),
+    /// Make and check repositories.
+    #[command(subcommand)]
+    Repo(RepoCommand),
+    /// Check this machine and, when a coordinator is reachable, its workers and queues. Exit code 3 on findings.
+    Doctor(Doctor),
+    /// Look at configuration files.
+    #[command(subcommand)]
+    Config(ConfigCommand),
+}
+
+/// `up`.
+#[derive(Debug, Args)]
+pub struct Up {
+    /// The server: `postgres://user@host/db`, `host=… user=…`, or a service name. The one on this machine when absent.
+    pub url: Option<String>,
+    /// What to call it.
+    #[arg(long, default_value = "main")]
+    pub name: ClusterName,
+    /// Directory of catalog, repository and key [default: ~/.local/share/pgmuster].
+    #[arg(long, value_name = "DIR")]
+    pub home: Option<PathBuf>,
+    /// The server's data directory, where it differs from what the server says.
+    #[arg(long, value_name = "DIR")]
+    pub data_directory: Option<PathBuf>,
+    /// Stop after the first backup and its proof instead of running on.
+    #[arg(long)]
+    pub once: bool,
+    /// How far to prove: 1 to 5.
+    #[arg(long, default_value = "5", value_name = "N")]
+    pub level: ProofLevel,
+}
+
+/// `demo`.
+#[derive(Debug, Args)]
+pub struct Demo {
+    /// How much data, as pgbench's scale factor (1 is 100,000 rows and about 15 MiB).
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub scale: u32,
+    /// Major version of PostgreSQL [default: the newest installed].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(14..=18))]
+    pub major: Option<u32>,
+    /// Where to work; needs room for three copies of the data [default: the system's temporary directory].
+    #[arg(long, value_name = "DIR")]
+    pub directory: Option<PathBuf>,
+}
+
+/// A production role.
+#[derive(Debug, Args)]
+pub struct Role {
+    /// Its configuration.
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+}
+
+/// `worker`.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct WorkerArgs {
+    /// Something other than running.
+    #[command(subcommand)]
+    pub command: Option<WorkerCommand>,
+    /// Its configuration.
+    #[arg(long, value_name = "FILE", required = true)]
+    pub config: Option<PathBuf>,
+}
+
+/// `worker …`.
+#[derive(Debug, Subcommand)]
+pub enum WorkerCommand {
+    /// Make a worker's key and have the coordinator certify it.
+    Enroll(Enroll),
+    /// On the coordinator's machine: print a one-time token for enrolling one worker.
+    Token(EnrollToken),
+}
+
+/// `worker enroll`.
+#[derive(Debug, Args)]
+pub struct Enroll {
+    /// The worker's configuration; its `state_dir` receives the identity.
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+    /// File with the one-time token; `-` reads standard input.
+    #[arg(long, value_name = "FILE")]
+    pub enroll_token: PathBuf,
+}
+
+/// `worker token`.
+#[derive(Debug, Args)]
+pub struct EnrollToken {
+    /// The worker it is for.
+    pub worker: WorkerName,
+    /// Its site.
+    pub site: SiteName,
+}
+
+/// Waiting for a job.
+#[derive(Debug, Clone, Args)]
+pub struct Waiting {
+    /// Wait for the end; the exit code tells how it went.
+    #[arg(long)]
+    pub wait: bool,
+    /// Wait, and show the steps as they happen.
+    #[arg(long)]
+    pub watch: bool,
+    /// How long to wait, seconds. Afterwards the exit code is 10 and the job goes on.
+    #[arg(long, default_value_t = 86_400, value_name = "SECONDS")]
+    pub timeout: u64,
+}
+
+/// `backup`.
+#[derive(Debug, Args)]
+pub struct Backup {
+    /// The cluster.
+    pub cluster: ClusterName,
+    /// Spread the starting checkpoint instead of forcing it.
+    #[arg(long)]
+    pub spread_checkpoint: bool,
+    /// Read every byte, also of files that look unchanged.
+    #[arg(long)]
+    pub full_read: bool,
+    /// Prove it at this level afterwards: 1 to 5.
+    #[arg(long, value_name = "N")]
+    pub verify: Option<ProofLevel>,
+    /// Waiting.
+    #[command(flatten)]
+    pub waiting: Waiting,
+}
+
+/// `verify`.
+#[derive(Debug, Args)]
+pub struct Verify {
+    /// The cluster.
+    pub cluster: ClusterName,
+    /// The backup [default: the newest].
+    #[arg(long, value_name = "ID")]
+    pub backup: Option<BackupId>,
+    /// How far to go: 1 present, 2 readable, 3 restored and consistent, 4 the server's own checks, 5 same content.
+    #[arg(long, default_value = "5", value_name = "N")]
+    pub level: ProofLevel,
+    /// Waiting.
+    #[command(flatten)]
+    pub waiting: Waiting,
+}
+
+/// `restore`.
+#[derive(Debug, Args)]
+pub struct Restore {
+    /// The cluster. With `--repository`, needed only when the repository holds several.
+    #[arg(required_unless_present = "repository")]
+    pub cluster: Option<ClusterName>,
+    /// Where to: an empty directory, or one that an interrupted restore left.
+    #[arg(long, value_name = "DIR")]
+    pub into: PathBuf,
+    /// The backup [default: the newest].
+    #[arg(long, value_name = "ID")]
+    pub backup: Option<BackupId>,
+    /// The worker that shall do it [default: one whose restore roots hold DIR].
+    #[arg(long, conflicts_with = "repository")]
+    pub on: Option<WorkerName>,
+    /// Only say what would be done.
+    #[arg(long)]
+    pub plan: bool,
+    /// Restore from here, without a coordinator: `file:///path` or `s3://bucket/prefix`.
+    #[arg(long, value_name = "URL", requires = "key")]
+    pub repository: Option<String>,
+    /// The repository's key file.
+    #[arg(long, value_name = "FILE", requires = "repository")]
+    pub key: Option<PathBuf>,
+    /// Put a tablespace elsewhere: its OID and the new directory. May be given several times.
+    #[arg(long, value_name = "OID=DIR", requires = "repository", value_parser = tablespace)]
+    pub tablespace: Vec<(u32, PathBuf)>,
+    /// Waiting.
+    #[command(flatten)]
+    pub waiting: Waiting,
+}
+
+fn tablespace(text: &str) -> Result<(u32, PathBuf), String> {
+    let (oid, directory) = text.split_once('=').ok_or("write OID=DIR")?;
+    let oid = oid.parse().map_err(|_| format!("{oid:?} is no OID"))?;
+    if !directory.starts_with('/') {
+        return Err(format!("{directory:?} is no absolute path"));
+    }
+    Ok((oid, directory.into()))
+}
+
+/// `maintain`.
+#[derive(Debug, Args)]
+pub struct Maintain {
+    /// The cluster.
+    pub cluster: ClusterName,
+    /// What to do.
+    #[arg(long, value_enum)]
+    pub task: MaintenanceTask,
+    /// Only these databases [default: all]. May be given several times.
+    #[arg(long = "database", value_name = "NAME")]
+    pub databases: Vec<proto::DatabaseName>,
+    /// Vacuum tables whose size is more than this many times the estimated need.
+    #[arg(long, default_value_t = 2.0, value_name = "RATIO")]
+    pub bloat_ratio: f64,
+    /// Only say what would be done.
+    #[arg(long)]
+    pub plan: bool,
+    /// Waiting.
+    #[command(flatten)]
+    pub waiting: Waiting,
+}
+
+/// A maintenance task.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum MaintenanceTask {
+    /// Refresh the planner's statistics of every user table.
+    Analyze,
+    /// Vacuum the tables that are bloated.
+    Vacuum,
+}
+
+/// `cluster …`.
+#[derive(Debug, Subcommand)]
+pub enum ClusterCommand {
+    /// All clusters, worst first.
+    List,
+    /// One cluster: state, why, backups, proofs.
+    Show {
+        /// The cluster.
+        cluster: ClusterName,
+    },
+}
+
+/// `backups …`.
+#[derive(Debug, Subcommand)]
+pub enum BackupsCommand {
+    /// The backups of a cluster, newest first.
+    List {
+        /// The cluster [default: all].
+        cluster: Option<ClusterName>,
+    },
+    /// One backup and its proofs.
+    Show {
+        /// The backup.
+        backup: BackupId,
+    },
+}
+
+/// `job …`.
+#[derive(Debug, Subcommand)]
+pub enum JobCommand {
+    /// Jobs, newest first.
+    List {
+        /// Only of this cluster.
+        #[arg(long)]
+        cluster: Option<ClusterName>,
+        /// Only in this state.
+        #[arg(long)]
+        state: Option<JobState>,
+        /// How many.
+        #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1000))]
+        limit: u32,
+    },
+    /// One job.
+    Show {
+        /// The job, or `@last`.
+        job: JobRef,
+    },
+    /// Follow a job to its end.
+    Watch {
+        /// The job, or `@last`.
+        job: JobRef,
+        /// How long to wait, seconds.
+        #[arg(long, default_value_t = 86_400, value_name = "SECONDS")]
+        timeout: u64,
+    },
+    /// The steps of a job as a waterfall.
+    Trace {
+        /// The job, or `@last`.
+        job: JobRef,
+    },
+    /// Stop a job.
+    Cancel {
+        /// The job, or `@last`.
+        job: JobRef,
+    },
+    /// Order the same again.
+    Retry {
+        /// The job, or `@last`.
+        job: JobRef,
+        /// Waiting.
+        #[command(flatten)]
+        waiting: Waiting,
+    },
+}
+
+/// A job by its id, or the newest one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum JobRef {
+    /// This one.
+    Id(JobId),
+    /// The newest.
+    Last,
+}
+
+impl std::str::FromStr for JobRef {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "@last" {
+            return Ok(Self::Last);
+        }
+        text.parse().map(Self::Id).map_err(|_| format!("{text:?} is no job id and not @last"))
+    }
+}
+
+/// `repo …`.
+#[derive(Debug, Subcommand)]
+pub enum RepoCommand {
+    /// Create a repository and its key.
+    ///
+    /// Writes the key file and prints a recovery sheet. Whoever has the repository and the key can restore; without the key
+    /// nobody can.
+    Init {
+        /// `file:///path` or `s3://bucket/prefix`.
+        url: String,
+        /// Where to write the key; must not exist.
+        #[arg(long, value_name = "FILE")]
+        key: PathBuf,
+    },
+    /// The backups in a repository, read from the repository itself.
+    List {
+        /// `file:///path` or `s3://bucket/prefix`.
+        url: String,
+        /// The key file.
+        #[arg(long, value_name = "FILE")]
+        key: PathBuf,
+    },
+}
+
+/// `doctor`.
+#[derive(Debug, Args)]
+pub struct Doctor {
+    /// Check this configuration's servers, repositories and broker as well. May be given several times.
+    #[arg(long, value_name = "FILE")]
+    pub config: Vec<PathBuf>,
+}
+
+/// `config …`.
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Read configuration files and tell every problem. Opens nothing. Exit code 2 when one is wrong.
+    Check {
+        /// The files.
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+    },
+    /// Print a configuration with its defaults filled in.
+    Show {
+        /// The file.
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+        /// Say for each value whether it comes from the file or is the default.
+        #[arg(long)]
+        origin: bool,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,207 @@
+//! One attempt, from its grant to its final report.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use futures::FutureExt as _;
+use proto::message::{Grant, Report, ReportBody, SCHEMA, Spec};
+use proto::{Action, AttemptId, BootId, Code, Failure, JobId, Outcome, Step, WorkerName};
+use telemetry::TraceContext;
+use tracing::Instrument as _;
+
+use crate::context::JobContext;
+use crate::outbound::Outbound;
+use crate::shared::Shared;
+use crate::slots::Slot;
+use crate::spool::{Spool, Spooled};
+use crate::{clock, jobs};
+
+/// How long a job that was told to stop may take to clean up before it is dropped.
+const CLEAN_UP_MAX: Duration = Duration::from_secs(120);
+
+/// How an attempt ended.
+pub(crate) struct Ended {
+    pub(crate) result: Result<Outcome, Failure>,
+    /// What was found although it failed.
+    pub(crate) found: Option<Outcome>,
+}
+
+/// Numbers and signs the reports of one attempt.
+#[derive(Debug, Clone)]
+struct Reporter {
+    outbound: Outbound,
+    spool: Spool,
+    seq: Arc<AtomicU64>,
+    job: JobId,
+    attempt: AttemptId,
+    token: u64,
+    worker: WorkerName,
+    boot: BootId,
+}
+
+impl Reporter {
+    fn new(shared: &Shared, job: JobId, grant: &Grant) -> Self {
+        Self {
+            outbound: shared.outbound.clone(),
+            spool: shared.spool.clone(),
+            seq: Arc::new(AtomicU64::new(0)),
+            job,
+            attempt: grant.attempt,
+            token: grant.token,
+            worker: shared.config.name.clone(),
+            boot: shared.boot,
+        }
+    }
+
+    fn signed(&self, body: ReportBody) -> (u64, Vec<u8>) {
+        let seq = self.seq.fetch_add(1, Ordering::SeqCst) + 1;
+        let report = Report {
+            schema: SCHEMA,
+            job: self.job,
+            attempt: self.attempt,
+            token: self.token,
+            worker: self.worker.clone(),
+            boot: self.boot,
+            seq,
+            at_ms: clock::now_ms(),
+            body,
+        };
+        (seq, self.outbound.sign(&report))
+    }
+
+    /// A report that may be lost.
+    fn tell(&self, body: ReportBody) {
+        let (seq, body) = self.signed(body);
+        let message_id = format!("{}.{seq}", self.attempt);
+        self.outbound.report(Spooled { message_id, body, file: None });
+    }
+
+    /// The final report: on disk first.
+    fn finish(&self, body: ReportBody) {
+        let (seq, body) = self.signed(body);
+        let report = self.spool.keep(self.attempt, seq, body.clone()).unwrap_or_else(|error| {
+            tracing::error!(%error, "Failed to keep a final report on disk; it is only in memory");
+            Spooled { message_id: format!("{}.{seq}", self.attempt), body, file: None }
+        });
+        self.outbound.report(report);
+    }
+}
+
+/// Says that a grant came too late to be used.
+pub(crate) fn hand_back(shared: &Shared, grant: &Grant) {
+    let Some(job) = grant.spec.get("job").and_then(|id| id.as_str()?.parse().ok()) else {
+        return;
+    };
+    let failure = Failure::new(
+        Code::DeadlineExceeded,
+        Action::Retry,
+        "the grant arrived after the worker had given its claim up",
+    );
+    Reporter::new(shared, job, grant).finish(ReportBody::Failed {
+        failure,
+        outcome: None,
+        steps: Vec::new(),
+    });
+}
+
+/// Starts a granted attempt in a task of its own.
+pub(crate) fn start(shared: &Arc<Shared>, grant: Grant, slot: Slot) {
+    let spec: Spec = match serde_path_to_error::deserialize(&grant.spec) {
+        Ok(spec) => spec,
+        Err(error) => return refuse(shared, &grant, &error.to_string()),
+    };
+    let reporter = Reporter::new(shared, spec.job, &grant);
+    let steps = reporter.clone();
+    let sink = move |step: &Step| steps.tell(ReportBody::Step(step.clone()));
+    let cx = JobContext::new(spec, Arc::new(sink));
+    if !shared.attempts.begin(grant.attempt, grant.token, cx.clone()) {
+        return;
+    }
+    reporter.tell(ReportBody::Started);
+    let shared = Arc::clone(shared);
+    let tracker = shared.jobs.clone();
+    tracker.spawn(async move {
+        run(&shared, &cx, &reporter).await;
+        shared.attempts.end(cx.spec.attempt);
+        drop(slot);
+    });
+}
+
+/// A spec that is not understood must not run; another worker may be newer.
+fn refuse(shared: &Shared, grant: &Grant, error: &str) {
+    let Some(job) = grant.spec.get("job").and_then(|id| id.as_str()?.parse().ok()) else {
+        tracing::error!(error, "A grant has a spec without a job");
+        return;
+    };
+    let failure = Failure::new(
+        Code::JobUnsupported,
+        Action::RetryElsewhere,
+        format!("worker {} does not understand the job: {error}", shared.config.name),
+    )
+    .with_hint("Upgrade the worker, or run the job on a newer one.");
+    Reporter::new(shared, job, grant).finish(ReportBody::Failed {
+        failure,
+        outcome: None,
+        steps: Vec::new(),
+    });
+}
+
+async fn run(shared: &Arc<Shared>, cx: &JobContext, reporter: &Reporter) {
+    let kind = cx.spec.task.kind();
+    let span = tracing::info_span!(
+        "attempt",
+        otel.name = kind.as_str(),
+        job.id = %cx.spec.job,
+        attempt.id = %cx.spec.attempt,
+        cluster.name = %cx.spec.cluster,
+    );
+    if let Some(parent) = cx.spec.traceparent.as_deref().and_then(|text| text.parse().ok()) {
+        let parent: TraceContext = parent;
+        telemetry::set_parent(&span, &parent);
+    }
+    let ended = supervised(shared, cx).instrument(span).await;
+    let steps = cx.steps();
+    let body = match ended.result {
+        Ok(outcome) => {
+            tracing::info!(job.id = %cx.spec.job, "Finished {kind} of {}", cx.spec.cluster);
+            ReportBody::Succeeded { outcome: Box::new(outcome), steps }
+        }
+        Err(failure) => {
+            tracing::warn!(job.id = %cx.spec.job, %failure, "Failed {kind} of {}", cx.spec.cluster);
+            ReportBody::Failed { failure, outcome: ended.found.map(Box::new), steps }
+        }
+    };
+    reporter.finish(body);
+}
+
+/// Runs the job under its deadline; a panic in it becomes a failure, and a job that does not stop when told is dropped.
+async fn supervised(shared: &Arc<Shared>, cx: &JobContext) -> Ended {
+    let work = AssertUnwindSafe(jobs::run(shared, cx)).catch_unwind();
+    tokio::pin!(work);
+    let deadline = tokio::time::sleep(Duration::from_millis(cx.spec.deadline_ms));
+    tokio::pin!(deadline);
+    let dropped = |reason: Failure| Ended { result: Err(reason), found: None };
+    let caught = |ended: Result<Ended, _>| {
+        ended.unwrap_or_else(|_: Box<dyn std::any::Any + Send>| {
+            dropped(Failure::bug("the job panicked; the worker's log says where"))
+        })
+    };
+    tokio::select! {
+        ended = &mut work => return caught(ended),
+        () = cx.cancel.cancelled() => {}
+        () = &mut deadline => cx.stop(
+            Failure::new(
+                Code::DeadlineExceeded,
+                Action::Retry,
+                format!("the job did not end within {} s", cx.spec.deadline_ms / 1_000),
+            )
+            .with_hint("Look at its steps for what took so long; raise the deadline if that is right."),
+        ),
+    }
+    match tokio::time::timeout(CLEAN_UP_MAX, work).await {
+        Ok(ended) => caught(ended),
+        Err(_) => dropped(cx.stopped()),
+    }
+}

@@ -1,0 +1,294 @@
+//! A worker's configuration: who it is, what it serves, and what it may be asked to do.
+//!
+//! The file is the worker's own law: a job can only ask for less. It holds no secret, only references to them. This
+//! module parses and checks; it opens nothing.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use camino::Utf8PathBuf;
+use proto::{ClusterName, JobKind, SecretRef, SiteName, WorkerName};
+use serde::{Deserialize, Serialize};
+
+/// Everything in `worker.toml`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WorkerConfig {
+    /// The worker's name, unique in the fleet. `pgmuster worker enroll` ties it to a key.
+    pub name: WorkerName,
+    /// The site whose queues it serves.
+    pub site: SiteName,
+    /// Where it keeps its identity and reports that could not be delivered yet. Nothing in it is needed after the worker
+    /// died.
+    pub state_dir: Utf8PathBuf,
+    /// How to reach RabbitMQ.
+    pub broker: BrokerConfig,
+    /// How much it does at once.
+    #[serde(default)]
+    pub slots: SlotsConfig,
+    /// What it may do at all.
+    #[serde(default)]
+    pub allow: AllowConfig,
+    /// Where restores and proofs happen.
+    pub sandbox: SandboxConfig,
+    /// How backups are made.
+    #[serde(default)]
+    pub backup: BackupConfig,
+    /// Prometheus metrics of this worker; none when absent.
+    #[serde(default)]
+    pub metrics: Option<MetricsConfig>,
+    /// Traces; none when absent.
+    #[serde(default)]
+    pub otlp: Option<OtlpConfig>,
+    /// Where backups live.
+    #[serde(default)]
+    pub repositories: Vec<RepositoryConfig>,
+    /// The clusters it serves.
+    #[serde(default)]
+    pub clusters: Vec<ClusterConfig>,
+}
+
+/// How to reach RabbitMQ.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BrokerConfig {
+    /// Where the URL is: `file:/etc/pgmuster/amqp.url`, whose content is `amqps://user:password@host:5671/vhost`.
+    pub url: SecretRef,
+}
+
+/// How much runs at once.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SlotsConfig {
+    /// Jobs at once, 1 to 64. Urgent jobs may use these too.
+    pub routine: u32,
+    /// Further jobs at once for people who wait, 1 to 16.
+    pub urgent: u32,
+}
+
+impl Default for SlotsConfig {
+    fn default() -> Self {
+        Self { routine: 2, urgent: 1 }
+    }
+}
+
+/// What the worker may do.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AllowConfig {
+    /// Kinds of jobs.
+    pub kinds: Vec<JobKind>,
+    /// Directories below which `restore` jobs may write. None: no restore jobs.
+    pub restore_roots: Vec<Utf8PathBuf>,
+}
+
+impl Default for AllowConfig {
+    fn default() -> Self {
+        Self { kinds: JobKind::ALL.to_vec(), restore_roots: Vec::new() }
+    }
+}
+
+/// Where proofs happen.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SandboxConfig {
+    /// A directory with room for the largest cluster. Everything below `DIRECTORY/pgmuster-proof-*` is the worker's to
+    /// remove.
+    pub directory: Utf8PathBuf,
+    /// Further directories with `postgres` in them (`/opt/pg/17/bin`); Debian's are found by themselves.
+    #[serde(default)]
+    pub postgres_bin_dirs: Vec<Utf8PathBuf>,
+}
+
+/// How backups are made.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct BackupConfig {
+    /// Threads that compress and seal; 0 means half the cores, at least one.
+    pub processes: u32,
+    /// zstd level, -7 to 19.
+    pub compression_level: i32,
+    /// How long the row census of a backup may take, seconds; 0 counts nothing (proofs then end at L4).
+    pub census_s: u32,
+}
+
+impl Default for BackupConfig {
+    fn default() -> Self {
+        Self { processes: 0, compression_level: 3, census_s: 600 }
+    }
+}
+
+/// Where `/metrics` is served.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MetricsConfig {
+    /// Address and port, for example `127.0.0.1:9188`.
+    pub listen: std::net::SocketAddr,
+}
+
+/// Where traces go.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OtlpConfig {
+    /// Base URL of an OTLP/HTTP receiver, for example `http://127.0.0.1:4318`.
+    pub endpoint: String,
+}
+
+/// A repository.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RepositoryConfig {
+    /// What clusters call it by.
+    pub name: String,
+    /// `file:///path` or `s3://bucket/prefix`, with `?endpoint=…&region=…&path-style=true` for other S3 servers.
+    pub url: String,
+    /// Where the repository's key is.
+    pub key: SecretRef,
+    /// S3 access key id; the standard AWS chain when absent.
+    #[serde(default)]
+    pub access_key_id: Option<SecretRef>,
+    /// S3 secret access key.
+    #[serde(default)]
+    pub secret_access_key: Option<SecretRef>,
+}
+
+/// A cluster.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ClusterConfig {
+    /// What people call it.
+    pub name: ClusterName,
+    /// URL, `key=value` connection string, or `service=NAME`. Without a password in it.
+    pub connection: String,
+    /// Where the password is; `.pgpass`, peer and certificates need none.
+    #[serde(default)]
+    pub password: Option<SecretRef>,
+    /// Its data directory as this worker sees it; what the server says when absent.
+    #[serde(default)]
+    pub data_directory: Option<Utf8PathBuf>,
+    /// The repository its backups go to.
+    #[serde(default)]
+    pub repository: Option<String>,
+    /// Labels for policies and selectors.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+    /// Kinds of jobs for this cluster; all that the worker may do when absent.
+    #[serde(default)]
+    pub kinds: Option<Vec<JobKind>>,
+}
+
+impl WorkerConfig {
+    /// Every problem that can be seen without opening anything; empty when there is none.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        let mut require = |holds: bool, problem: String| {
+            if !holds {
+                problems.push(problem);
+            }
+        };
+        require((1..=64).contains(&self.slots.routine), "slots.routine: 1 to 64".to_owned());
+        require((1..=16).contains(&self.slots.urgent), "slots.urgent: 1 to 16".to_owned());
+        require(self.state_dir.is_absolute(), "state_dir: an absolute path".to_owned());
+        require(
+            self.sandbox.directory.is_absolute(),
+            "sandbox.directory: an absolute path".to_owned(),
+        );
+        require(
+            (-7..=19).contains(&self.backup.compression_level),
+            "backup.compression_level: -7 to 19".to_owned(),
+        );
+        require(self.backup.processes <= 256, "backup.processes: 0 to 256".to_owned());
+        for root in &self.allow.restore_roots {
+            require(
+                root.is_absolute() && root.components().count() > 1,
+                format!("allow.restore_roots: {root}: an absolute path that is not /"),
+            );
+        }
+        let mut repositories = BTreeSet::new();
+        for repository in &self.repositories {
+            let name = &repository.name;
+            require(
+                repositories.insert(name.as_str()),
+                format!("repositories: {name} is there twice"),
+            );
+            require(
+                repository.url.starts_with("file:///") || repository.url.starts_with("s3://"),
+                format!("repositories.{name}.url: file:///path or s3://bucket/prefix"),
+            );
+            require(
+                repository.access_key_id.is_some() == repository.secret_access_key.is_some(),
+                format!("repositories.{name}: access_key_id and secret_access_key go together"),
+            );
+        }
+        let mut clusters = BTreeSet::new();
+        for cluster in &self.clusters {
+            let name = &cluster.name;
+            require(clusters.insert(name.as_str()), format!("clusters: {name} is there twice"));
+            if let Some(repository) = &cluster.repository {
+                require(
+                    repositories.contains(repository.as_str()),
+                    format!("clusters.{name}.repository: there is no repository {repository:?}"),
+                );
+            }
+        }
+        problems
+    }
+
+    /// The cluster of this name.
+    pub fn cluster(&self, name: &ClusterName) -> Option<&ClusterConfig> {
+        self.clusters.iter().find(|cluster| cluster.name == *name)
+    }
+
+    /// Whether the configuration allows this kind of job for this cluster. Kinds that run for clusters of other workers
+    /// (proofs, restores, probes) need no entry of the cluster.
+    pub fn allows(&self, kind: JobKind, cluster: &ClusterName) -> bool {
+        self.allow.kinds.contains(&kind)
+            && self
+                .cluster(cluster)
+                .and_then(|cluster| cluster.kinds.as_ref())
+                .is_none_or(|kinds| kinds.contains(&kind))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SAMPLE: &str = r#"
+        name = "w1"
+        site = "fra1"
+        state_dir = "/var/lib/pgmuster"
+        [broker]
+        url = "file:/etc/pgmuster/amqp.url"
+        [sandbox]
+        directory = "/var/tmp"
+        [[repositories]]
+        name = "main"
+        url = "file:///srv/repo"
+        key = "file:/etc/pgmuster/main.key"
+        [[clusters]]
+        name = "orders"
+        connection = "service=orders"
+        repository = "main"
+        kinds = ["backup"]
+    "#;
+
+    #[test]
+    fn defaults_are_right_and_a_cluster_may_allow_less() {
+        let config: WorkerConfig = toml::from_str(SAMPLE).unwrap();
+        assert_eq!(config.problems(), Vec::<String>::new());
+        let orders = "orders".parse().unwrap();
+        assert!(config.allows(JobKind::Backup, &orders));
+        assert!(!config.allows(JobKind::Vacuum, &orders));
+        assert!(config.allows(JobKind::VerifyRestore, &"elsewhere".parse().unwrap()));
+    }
+
+    #[test]
+    fn all_problems_are_told_at_once() {
+        let broken = SAMPLE
+            .replace("\"/var/tmp\"", "\"relative\"")
+            .replace("repository = \"main\"", "repository = \"mian\"");
+        let problems = toml::from_str::<WorkerConfig>(&broken).unwrap().problems();
+        assert_eq!(problems.len(), 2, "{problems:?}");
+        assert!(problems[1].contains("mian"));
+    }
+}

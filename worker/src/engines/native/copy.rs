@@ -1,0 +1,459 @@
+//! A backup from its first question to its verdict.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use postgres::census::{CensusDraft, CensusOptions, finish_census, take_census};
+use postgres::control_file::{CONTROL_FILE_PATH, ControlFile};
+use postgres::relation::PageRules;
+use postgres::scan::{EntryKind, Scan, ScanEntry, ScanOptions, scan};
+use postgres::wal::WalOrigin;
+use postgres::wal_changes::WalChanges;
+use postgres::{BackupSession, Stopped};
+use proto::backup::{BackupFacts, Census};
+use proto::job::{Backup, BackupOutcome};
+use proto::{Failure, LineageId, Lsn, Progress, Timeline};
+use repository::{
+    Aborted, BackupWriter, Intent, Repository, SourceEntry, SourceKind, WriteOptions, path_order,
+};
+
+use super::begin::{Ready, enter, ready};
+use super::source::{DataDirectory, Found};
+use super::wal::WalCollector;
+use crate::clock;
+use crate::config::BackupConfig;
+use crate::context::{JobContext, blocking};
+use crate::jobs::session_owner;
+use crate::places::Cluster;
+
+/// How often the session is looked at, finished WAL is stored and the server may let go of it.
+const WATCH_EVERY: Duration = Duration::from_secs(1);
+/// One table's count may hold its snapshot no longer.
+const TABLE_COUNT_MAX: Duration = Duration::from_secs(60);
+/// Marking a failed attempt as aborted is a courtesy to the next one; it must not hold up the report.
+const ABORT_MAX: Duration = Duration::from_secs(10);
+
+/// What is to be backed up, where to, how.
+#[derive(Debug, Clone, Copy)]
+pub struct BackupRequest<'a> {
+    /// The source.
+    pub cluster: &'a Cluster,
+    /// The destination.
+    pub repository: &'a Repository,
+    /// The worker's settings.
+    pub config: &'a BackupConfig,
+    /// Who does it, for people: worker and boot.
+    pub by: &'a str,
+    /// The job's parameters.
+    pub task: &'a Backup,
+}
+
+/// Takes a backup. When this fails the server is out of backup mode and nothing is committed; when it was dropped in the
+/// middle, the closed sessions see to the first and the missing verdict to the second.
+pub async fn back_up(
+    cx: &JobContext,
+    request: BackupRequest<'_>,
+) -> Result<BackupOutcome, Failure> {
+    let ready = cx.step("connect", ready(cx, request.cluster)).await?;
+    let attempt = cx.step("begin", begin(cx, &request, &ready)).await?;
+    let lineage = attempt.lineage();
+    let result = Box::pin(from_attempt(cx, &request, &ready, attempt)).await;
+    if let Err(failure) = &result {
+        give_up(cx, &request, lineage, failure).await;
+    }
+    result
+}
+
+/// Writes the intent; whatever the attempt before this one still does, it can no longer commit.
+async fn begin(
+    cx: &JobContext,
+    request: &BackupRequest<'_>,
+    ready: &Ready,
+) -> Result<repository::Attempt, Failure> {
+    let now_ms = clock::now_ms();
+    let cluster = &cx.spec.cluster;
+    let identifier = ready.server.system_identifier;
+    let identity = request.repository.find_or_mint_lineage(cluster, identifier, now_ms).await?;
+    if let Some(predecessor) = cx.spec.predecessor {
+        let why = format!("attempt {} follows it", cx.spec.attempt);
+        let aborted = request
+            .repository
+            .abort(identity.lineage, predecessor, request.by, &why, now_ms)
+            .await?;
+        if let Aborted::Committed(_) = aborted {
+            tracing::info!(attempt = %predecessor, "The attempt before this one committed after all");
+        }
+    }
+    let intent = Intent {
+        attempt: cx.spec.attempt,
+        follows: cx.spec.predecessor,
+        by: request.by.to_owned(),
+        began_at_ms: now_ms,
+    };
+    Ok(request.repository.begin(identity.lineage, intent).await?)
+}
+
+async fn give_up(
+    cx: &JobContext,
+    request: &BackupRequest<'_>,
+    lineage: LineageId,
+    failure: &Failure,
+) {
+    let why = failure.to_string();
+    let abort =
+        request.repository.abort(lineage, cx.spec.attempt, request.by, &why, clock::now_ms());
+    match tokio::time::timeout(ABORT_MAX, abort).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(error)) => tracing::warn!(%error, "Failed to mark the attempt as aborted"),
+        Err(_) => {
+            tracing::warn!("The repository did not answer when the attempt was to be aborted")
+        }
+    }
+}
+
+async fn from_attempt(
+    cx: &JobContext,
+    request: &BackupRequest<'_>,
+    ready: &Ready,
+    attempt: repository::Attempt,
+) -> Result<BackupOutcome, Failure> {
+    let started_at_ms = clock::now_ms();
+    let fast = request.task.fast_checkpoint;
+    let mut session = cx.step("start_backup", enter(cx, request.cluster, ready, fast)).await?;
+    let progress = Arc::new(repository::Progress::default());
+    let timeline = session.started().timeline;
+    let mut writer = attempt.write(WriteOptions {
+        processes: processes(request.config.processes),
+        level: request.task.compression_level.unwrap_or(request.config.compression_level),
+        full_read: request.task.full_read,
+        continuity: Some(format!("{} timeline {timeline}", node_name())),
+        progress: Arc::clone(&progress),
+        cancel: cx.cancel.clone(),
+    })?;
+    let mut wal = collector(&session, ready, &writer);
+    wal.store_history().await?;
+
+    let copied = cx
+        .step_with("copy", |step| {
+            let (session, wal, writer, progress) = (&mut session, &mut wal, &mut writer, &progress);
+            async move {
+                let copied = copy(cx, request, ready, writer, session, wal, progress).await?;
+                let done = progress.snapshot();
+                step.figure("files", done.files);
+                step.figure("read_bytes", done.bytes_read);
+                step.figure("unread_bytes", done.bytes_skipped);
+                step.figure("stored_bytes", done.bytes_stored);
+                step.figure("vanished_files", done.vanished);
+                step.figure("bad_pages", copied.files.found().bad_page_count);
+                Ok(copied)
+            }
+        })
+        .await?;
+    let stopped = cx.step("stop_backup", stop(cx, &mut session)).await?;
+    let stopped_at_ms = clock::now_ms();
+    let census = cx
+        .step_with("store_wal", |step| {
+            let (wal, stopped, counted) = (&mut wal, &stopped, copied.counted);
+            async move {
+                wal.store_through(stopped.stop_lsn).await?;
+                step.figure("wal_bytes", wal.bytes());
+                Ok(finish_counting(cx, request, counted, wal, stopped).await)
+            }
+        })
+        .await?;
+    // Everything that the server held for us is stored.
+    session.finish().await;
+
+    let found = copied.files.found();
+    let facts = facts(
+        cx,
+        ready,
+        &copied.control,
+        (timeline, copied.start_lsn),
+        (started_at_ms, stopped_at_ms),
+        &stopped,
+        census,
+        &found,
+    );
+    let written = cx
+        .step("write_manifest", async {
+            // Restored last, in this order: until they are there, no server starts from the copy.
+            let label = stopped.backup_label.clone().into_bytes();
+            let late = vec![
+                SourceEntry::bytes("backup_label", 0o600, label),
+                SourceEntry::bytes(CONTROL_FILE_PATH, 0o600, copied.control_bytes),
+            ];
+            Ok(writer.finish(copied.files.clone(), late, facts).await?)
+        })
+        .await?;
+    let summary = cx.step("commit", async { Ok(written.commit(clock::now_ms()).await?) }).await?;
+    Ok(BackupOutcome {
+        backup: summary.backup,
+        lineage: summary.lineage,
+        repository: request.repository.describe(),
+        system_identifier: ready.server.system_identifier,
+        server_version_num: ready.server.version.0,
+        timeline,
+        start_lsn: copied.start_lsn,
+        stop_lsn: stopped.stop_lsn,
+        started_at_ms,
+        stopped_at_ms,
+        files: summary.counts.files + summary.counts.directories + summary.counts.symlinks,
+        size_bytes: summary.counts.bytes,
+        read_bytes: progress.snapshot().bytes_read,
+        stored_bytes: summary.counts.stored_bytes,
+        wal_bytes: wal.bytes(),
+        bad_pages: found.bad_page_count,
+        compared_with: summary.predecessor,
+    })
+}
+
+/// What the copy leaves for the rest.
+struct Copied {
+    files: Arc<DataDirectory>,
+    counted: Option<CensusDraft>,
+    control: ControlFile,
+    control_bytes: Vec<u8>,
+    start_lsn: Lsn,
+}
+
+fn collector(session: &BackupSession, ready: &Ready, writer: &BackupWriter) -> WalCollector {
+    let (started, server) = (session.started(), &ready.server);
+    let origin = WalOrigin {
+        major: server.version.major(),
+        system_identifier: server.system_identifier,
+        segment_size: server.wal_segment_size,
+    };
+    let changes = WalChanges::new(server.version, started.start_lsn);
+    let directory = ready.directory.join("pg_wal");
+    WalCollector::new(directory, origin, started.timeline, started.start_lsn, writer.wal(), changes)
+}
+
+/// Copies the files and counts the rows, while the session is watched and the WAL is stored. The control file comes last.
+async fn copy(
+    cx: &JobContext,
+    request: &BackupRequest<'_>,
+    ready: &Ready,
+    writer: &mut BackupWriter,
+    session: &mut BackupSession,
+    wal: &mut WalCollector,
+    progress: &repository::Progress,
+) -> Result<Copied, Failure> {
+    let start_lsn = session.started().start_lsn;
+    let control = read_control(ready.directory.clone()).await?.0;
+    let scanned_at_ns = clock::now_ms().saturating_mul(1_000_000);
+    let scanned = walk(ready, &control).await?;
+    for warning in &scanned.warnings {
+        tracing::warn!(cluster.name = %cx.spec.cluster, "{warning}");
+    }
+    let rules = PageRules {
+        block_size: control.block_size,
+        segment_blocks: control.relation_segment_blocks,
+        checksums: control.has_checksums(),
+        backup_start: start_lsn,
+    };
+    let total = scanned.total_bytes();
+    let files = Arc::new(DataDirectory::new(&scanned.entries, rules));
+    let entries = entries(scanned, control.block_size, scanned_at_ns);
+    let counted = {
+        let copying = async {
+            writer.copy(files.clone(), entries).await.map_err(|error| stopped_or(cx, error))
+        };
+        let work = async { tokio::try_join!(copying, count(cx, request)) };
+        tokio::select! {
+            biased;
+            () = cx.cancel.cancelled() => return Err(cx.stopped()),
+            failure = watch(cx, session, wal, progress, total) => return Err(failure),
+            done = work => done?.1,
+        }
+    };
+    let (control, control_bytes) = read_control(ready.directory.clone()).await?;
+    Ok(Copied { files, counted, control, control_bytes, start_lsn })
+}
+
+async fn read_control(directory: PathBuf) -> Result<(ControlFile, Vec<u8>), Failure> {
+    blocking(move || Ok(ControlFile::read_with_bytes(&directory)?)).await
+}
+
+async fn walk(ready: &Ready, control: &ControlFile) -> Result<Scan, Failure> {
+    let options = ScanOptions {
+        data_directory: ready.directory.clone(),
+        major: ready.server.version.major(),
+        catalog_version: control.catalog_version,
+        settings_files: ready.settings_files.clone(),
+    };
+    blocking(move || Ok(scan(&options)?)).await
+}
+
+/// The scan in the words and the order of the repository. The control file is not among them: it comes last.
+fn entries(
+    scanned: Scan,
+    block_size: u32,
+    scanned_at_ns: i64,
+) -> impl Iterator<Item = io::Result<SourceEntry>> + Send + 'static {
+    let mut entries = scanned.entries;
+    entries.retain(|entry| entry.kind != EntryKind::ControlFile);
+    entries.sort_by(|a, b| path_order(a.path.as_bytes(), b.path.as_bytes()));
+    entries.into_iter().map(move |entry| Ok(source_entry(entry, block_size, scanned_at_ns)))
+}
+
+fn source_entry(entry: ScanEntry, block_size: u32, scanned_at_ns: i64) -> SourceEntry {
+    let is_relation = matches!(entry.kind, EntryKind::Relation(_));
+    let kind = match entry.kind {
+        EntryKind::Directory => SourceKind::Directory,
+        EntryKind::Relation(_)
+        | EntryKind::ControlFile
+        | EntryKind::Plain
+        | EntryKind::External => SourceKind::File,
+    };
+    SourceEntry {
+        path: entry.path.into_bytes(),
+        kind,
+        mode: entry.mode,
+        size_bytes: entry.size,
+        mtime_ns: entry.mtime_ns,
+        ctime_ns: entry.ctime_ns,
+        inode: entry.inode,
+        device: entry.device,
+        scanned_at_ns,
+        block_size: is_relation.then_some(block_size),
+        content: None,
+    }
+}
+
+/// Watches over the session for as long as the copy runs; returns only with the failure that ends the backup.
+async fn watch(
+    cx: &JobContext,
+    session: &mut BackupSession,
+    wal: &mut WalCollector,
+    progress: &repository::Progress,
+    total: u64,
+) -> Failure {
+    let mut ticks = tokio::time::interval(WATCH_EVERY);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let done = progress.snapshot().bytes;
+        cx.progress(Progress {
+            step: "copy".to_owned(),
+            done,
+            total: Some(total.max(done)),
+            unit: "bytes".to_owned(),
+        });
+        let let_go = async {
+            let standing = session.check().await?;
+            let stored = wal.store_until(standing.current_lsn).await?;
+            session.advance(stored).await?;
+            Ok::<(), Failure>(())
+        };
+        if let Err(failure) = let_go.await {
+            return failure;
+        }
+    }
+}
+
+/// Counts the rows of every table, when the configuration wants it. Without a census the backup is as good, and its
+/// proofs end one level lower.
+async fn count(
+    cx: &JobContext,
+    request: &BackupRequest<'_>,
+) -> Result<Option<CensusDraft>, Failure> {
+    if request.config.census_s == 0 {
+        return Ok(None);
+    }
+    match take_census(&request.cluster.target, &census_options(cx, request)).await {
+        Ok(draft) => Ok(Some(draft)),
+        Err(_) if cx.cancel.is_cancelled() => Err(cx.stopped()),
+        Err(error) => {
+            let why = proto::failure::chain(&error);
+            tracing::warn!(cluster.name = %cx.spec.cluster, "There is no census of this backup: {why}");
+            Ok(None)
+        }
+    }
+}
+
+async fn finish_counting(
+    cx: &JobContext,
+    request: &BackupRequest<'_>,
+    draft: Option<CensusDraft>,
+    wal: &WalCollector,
+    stopped: &Stopped,
+) -> Option<Census> {
+    let target = &request.cluster.target;
+    let options = census_options(cx, request);
+    match finish_census(target, &options, draft?, wal.changes(), stopped.stop_lsn).await {
+        Ok(census) => Some(census),
+        Err(error) => {
+            let why = proto::failure::chain(&error);
+            tracing::warn!(cluster.name = %cx.spec.cluster, "There is no census of this backup: {why}");
+            None
+        }
+    }
+}
+
+fn census_options(cx: &JobContext, request: &BackupRequest<'_>) -> CensusOptions {
+    CensusOptions {
+        job: session_owner(cx.spec.attempt),
+        deadline: tokio::time::Instant::now() + Duration::from_secs(request.config.census_s.into()),
+        table_limit: TABLE_COUNT_MAX,
+        cancel: cx.cancel.clone(),
+    }
+}
+
+async fn stop(cx: &JobContext, session: &mut BackupSession) -> Result<Stopped, Failure> {
+    session.check().await?;
+    session.stop(&cx.cancel).await.map_err(|error| stopped_or(cx, error))
+}
+
+#[expect(clippy::too_many_arguments, reason = "every part of the backup has its say here")]
+fn facts(
+    cx: &JobContext,
+    ready: &Ready,
+    control: &ControlFile,
+    (timeline, start_lsn): (Timeline, Lsn),
+    (started_at_ms, stopped_at_ms): (i64, i64),
+    stopped: &Stopped,
+    census: Option<Census>,
+    found: &Found,
+) -> BackupFacts {
+    BackupFacts {
+        cluster: cx.spec.cluster.clone(),
+        system_identifier: ready.server.system_identifier,
+        server_version_num: ready.server.version.0,
+        catalog_version: control.catalog_version,
+        block_size: control.block_size,
+        wal_segment_size: control.wal_segment_size,
+        data_checksums: control.has_checksums(),
+        timeline,
+        start_lsn,
+        stop_lsn: stopped.stop_lsn,
+        started_at_ms,
+        stopped_at_ms,
+        backup_label: stopped.backup_label.clone(),
+        tablespace_map: stopped.tablespace_map.clone(),
+        tablespaces: ready.tablespaces.clone(),
+        settings: ready.settings.clone(),
+        census,
+        bad_pages: found.bad_pages.clone(),
+    }
+}
+
+/// The reason of the stop, when that is why something ended early.
+fn stopped_or(cx: &JobContext, error: impl Into<Failure>) -> Failure {
+    if cx.cancel.is_cancelled() { cx.stopped() } else { error.into() }
+}
+
+/// Threads for a configured number; half the cores when it is 0.
+pub(crate) fn processes(configured: u32) -> usize {
+    match usize::try_from(configured) {
+        Ok(n) if n > 0 => n,
+        _ => std::thread::available_parallelism().map_or(1, |cores| cores.get().div_ceil(2)),
+    }
+}
+
+/// Inode numbers mean something on one host only.
+fn node_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}

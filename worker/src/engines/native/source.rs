@@ -1,0 +1,119 @@
+//! The files of a running server as the repository reads them: page by page where there are pages, with their checksums
+//! looked at in the same pass.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use postgres::relation::{PageRules, RelationFile, RelationReader, advise_once, read_full_at};
+use postgres::scan::{EntryKind, ScanEntry};
+use proto::backup::BadPage;
+use repository::{Source, SourceEntry, SourceFile};
+
+/// How many bad pages are named one by one; more are only counted.
+const BAD_PAGES_NAMED_MAX: usize = 1_000;
+
+/// Where each entry of a scan is read.
+#[derive(Debug)]
+pub(crate) struct DataDirectory {
+    places: HashMap<Vec<u8>, (PathBuf, Option<RelationFile>)>,
+    rules: PageRules,
+    found: Arc<Mutex<Found>>,
+}
+
+/// What reading brought to light.
+#[derive(Debug, Default, Clone)]
+pub(crate) struct Found {
+    /// Pages that failed their checksum, at most [`BAD_PAGES_NAMED_MAX`] of them.
+    pub(crate) bad_pages: Vec<BadPage>,
+    /// All of them.
+    pub(crate) bad_page_count: u64,
+    /// Pages caught in the middle of a write: legal, replay puts them right.
+    pub(crate) torn_pages: u64,
+}
+
+impl DataDirectory {
+    pub(crate) fn new(entries: &[ScanEntry], rules: PageRules) -> Self {
+        let place = |entry: &ScanEntry| {
+            let relation = match entry.kind {
+                EntryKind::Relation(relation) => Some(relation),
+                EntryKind::Plain | EntryKind::External => None,
+                EntryKind::Directory | EntryKind::ControlFile => return None,
+            };
+            Some((entry.path.clone().into_bytes(), (entry.source.clone(), relation)))
+        };
+        let places = entries.iter().filter_map(place).collect();
+        Self { places, rules, found: Arc::default() }
+    }
+
+    /// What was found so far; complete once every file is closed.
+    pub(crate) fn found(&self) -> Found {
+        self.found.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Source for DataDirectory {
+    fn open(&self, entry: &SourceEntry) -> io::Result<Option<Box<dyn SourceFile>>> {
+        let Some((path, relation)) = self.places.get(&entry.path) else {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "no such entry in the scan"));
+        };
+        let named =
+            |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
+        if let Some(relation) = relation {
+            let reader = RelationReader::open(path, *relation, self.rules).map_err(named)?;
+            return Ok(reader.map(|reader| -> Box<dyn SourceFile> {
+                Box::new(Relation {
+                    path: String::from_utf8_lossy(&entry.path).into_owned(),
+                    reader,
+                    found: Arc::clone(&self.found),
+                })
+            }));
+        }
+        match File::open(path) {
+            Ok(file) => {
+                advise_once(&file);
+                Ok(Some(Box::new(Plain(file))))
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(named(error)),
+        }
+    }
+}
+
+struct Plain(File);
+
+impl SourceFile for Plain {
+    fn read_at(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        read_full_at(&self.0, buffer, offset)
+    }
+}
+
+struct Relation {
+    path: String,
+    reader: RelationReader,
+    found: Arc<Mutex<Found>>,
+}
+
+impl SourceFile for Relation {
+    fn read_at(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        self.reader.read_at(offset, buffer)
+    }
+}
+
+impl Drop for Relation {
+    fn drop(&mut self) {
+        let (bad, torn) = (self.reader.bad_blocks(), self.reader.torn_pages());
+        if bad.is_empty() && torn == 0 {
+            return;
+        }
+        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        found.torn_pages += torn;
+        found.bad_page_count += bad.len() as u64;
+        let room = BAD_PAGES_NAMED_MAX.saturating_sub(found.bad_pages.len());
+        let named =
+            bad.iter().take(room).map(|block| BadPage { path: self.path.clone(), block: *block });
+        found.bad_pages.extend(named);
+    }
+}

@@ -1,0 +1,147 @@
+//! The WAL of a backup: stored segment by segment while the files are copied, so that the server may let go of it.
+//!
+//! From the segment of the start position to the one of the stop position, no gap, on one timeline. Each segment is read
+//! once: the same bytes go to the repository and to the census.
+
+use std::io::Read as _;
+use std::path::PathBuf;
+
+use bytes::{Buf as _, Bytes};
+use postgres::wal::{Segment, WalOrigin, history_file_name};
+use postgres::wal_changes::WalChanges;
+use proto::{Action, Code, Failure, Lsn, Timeline};
+use repository::WalWriter;
+
+use crate::context::blocking;
+
+/// Collects the WAL of one backup.
+pub(crate) struct WalCollector {
+    directory: PathBuf,
+    origin: WalOrigin,
+    next: Segment,
+    writer: WalWriter,
+    changes: Option<WalChanges>,
+    bytes: u64,
+}
+
+impl WalCollector {
+    /// Begins with the segment that holds `start`.
+    pub(crate) fn new(
+        directory: PathBuf,
+        origin: WalOrigin,
+        timeline: Timeline,
+        start: Lsn,
+        writer: WalWriter,
+        changes: WalChanges,
+    ) -> Self {
+        let next = Segment::containing(start, timeline, origin.segment_size);
+        Self { directory, origin, next, writer, changes: Some(changes), bytes: 0 }
+    }
+
+    /// Stores every segment that is complete at `written`, a position the server has gone past. Returns the position up
+    /// to which everything is stored.
+    pub(crate) async fn store_until(&mut self, written: Lsn) -> Result<Lsn, Failure> {
+        let size = self.origin.segment_size;
+        while self.next.end(size) <= written {
+            self.store_next().await?;
+        }
+        Ok(self.next.start(size))
+    }
+
+    /// Stores every segment up to the one that holds the byte before `stop`.
+    pub(crate) async fn store_through(&mut self, stop: Lsn) -> Result<(), Failure> {
+        let last = Segment::ending_at(stop, self.next.timeline, self.origin.segment_size);
+        while self.next.number <= last.number {
+            self.store_next().await?;
+        }
+        Ok(())
+    }
+
+    /// Stores the history of the timeline, which a restore needs to know where it came from.
+    pub(crate) async fn store_history(&mut self) -> Result<(), Failure> {
+        let timeline = self.next.timeline;
+        if timeline.0 <= 1 {
+            return Ok(());
+        }
+        let name = history_file_name(timeline);
+        let path = self.directory.join(&name);
+        match tokio::fs::read(&path).await {
+            Ok(bytes) => {
+                self.writer.add(&name, std::io::Cursor::new(bytes)).await?;
+                Ok(())
+            }
+            // The server removes it together with the old timeline's last segment; a restore to this timeline's own
+            // positions does without.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(unreadable(&path, &error)),
+        }
+    }
+
+    /// What the WAL says about tables that changed, for the census.
+    pub(crate) fn changes(&self) -> Option<&WalChanges> {
+        self.changes.as_ref()
+    }
+
+    /// Bytes of WAL stored, before compression.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    async fn store_next(&mut self) -> Result<(), Failure> {
+        let size = self.origin.segment_size;
+        let name = self.next.file_name(size);
+        let bytes = self.read_next(name.clone()).await?;
+        if let Some(changes) = &mut self.changes
+            && let Err(error) = changes.feed(self.next.start(size), &bytes)
+        {
+            // The copy does not depend on it: the census then knows less.
+            tracing::warn!(%error, "The changes in WAL segment {name} are not understood");
+            self.changes = None;
+        }
+        self.bytes += u64::from(size);
+        self.writer.add(&name, bytes.reader()).await?;
+        self.next = self.next.next();
+        Ok(())
+    }
+
+    async fn read_next(&self, name: String) -> Result<Bytes, Failure> {
+        let (origin, segment, directory) = (self.origin, self.next, self.directory.clone());
+        blocking(move || {
+            let size = origin.segment_size as usize;
+            let Some(mut file) = origin.open(&directory, segment)? else {
+                return Err(gone(format!(
+                    "WAL segment {name}, which the backup needs, is gone from {}",
+                    directory.display()
+                )));
+            };
+            let mut bytes = Vec::with_capacity(size);
+            let read = file.read_to_end(&mut bytes);
+            read.map_err(|error| unreadable(&directory.join(&name), &error))?;
+            if bytes.len() != size {
+                return Err(gone(format!(
+                    "WAL segment {name} has {} bytes, not {size}",
+                    bytes.len()
+                )));
+            }
+            // The slot kept it until now; a header that still fits after the reading shows that it was not recycled
+            // under us.
+            origin.verify(segment, &bytes).map_err(|what| {
+                gone(format!("WAL segment {name} is not what it should be: {what}"))
+            })?;
+            Ok(bytes.into())
+        })
+        .await
+    }
+}
+
+fn gone(message: String) -> Failure {
+    Failure::new(Code::WalMissing, Action::Retry, message).with_hint(
+        "The backup's replication slot holds it; look for a script that deletes from pg_wal, and at \
+         max_slot_wal_keep_size.",
+    )
+}
+
+fn unreadable(path: &std::path::Path, error: &std::io::Error) -> Failure {
+    let message = format!("failed to read {}: {error}", path.display());
+    Failure::new(Code::SourceUnreadable, Action::Retry, message)
+}

@@ -1,0 +1,109 @@
+//! Restores a backup into a directory below one of the worker's restore roots.
+
+use std::path::{Path, PathBuf};
+
+use proto::job::{Restore, RestoreOutcome};
+use proto::{Action, Code, Failure};
+
+use crate::config::WorkerConfig;
+use crate::context::JobContext;
+use crate::places::Places;
+use crate::restoring::{self, Destination};
+
+/// Runs a restore, or says what it would do.
+pub(crate) async fn run(
+    cx: &JobContext,
+    places: &Places,
+    config: &WorkerConfig,
+    task: &Restore,
+) -> Result<RestoreOutcome, Failure> {
+    let directory = target(config, task)?;
+    let backup = cx
+        .step("find", async {
+            let repository = places.repository_for(&cx.spec.cluster).await?;
+            let identifier = cx.spec.system_identifier;
+            restoring::find(repository, Some(&cx.spec.cluster), identifier, task.backup).await
+        })
+        .await?;
+    let destination = Destination::below(&directory, backup.facts());
+    if task.plan_only {
+        return cx.step("plan", restoring::plan(&backup, &destination)).await;
+    }
+    cx.step_with("restore", |step| async move {
+        let done = restoring::restore(cx, &backup, &destination, config.backup.processes).await?;
+        step.figure("written_bytes", done.size_bytes);
+        step.figure("fetched_bytes", done.fetched_bytes);
+        Ok(done)
+    })
+    .await
+}
+
+/// The directory, if the worker's own configuration allows it. Links are resolved as far as the path exists, so that one
+/// below a root cannot lead out of it.
+fn target(config: &WorkerConfig, task: &Restore) -> Result<PathBuf, Failure> {
+    let outside = |what: String| {
+        let roots: Vec<&str> = config.allow.restore_roots.iter().map(|r| r.as_str()).collect();
+        let roots = if roots.is_empty() { "none".to_owned() } else { roots.join(", ") };
+        Failure::new(Code::TargetOutsideRoots, Action::FixConfig, what).with_hint(format!(
+            "This worker may restore below: {roots} (allow.restore_roots in its configuration)."
+        ))
+    };
+    let root = config
+        .allow
+        .restore_roots
+        .iter()
+        .find(|root| root.as_str() == task.target.root)
+        .ok_or_else(|| {
+            outside(format!("{} is no restore root of this worker", task.target.root))
+        })?;
+    let resolved_root = std::fs::canonicalize(root)
+        .map_err(|error| outside(format!("the restore root {root} cannot be used: {error}")))?;
+    let directory = resolved_root.join(task.target.directory.as_str());
+    let existing = directory.ancestors().find(|place| place.exists()).unwrap_or(Path::new("/"));
+    let resolved = std::fs::canonicalize(existing)
+        .map_err(|error| outside(format!("{} cannot be used: {error}", existing.display())))?;
+    if resolved.starts_with(&resolved_root) {
+        Ok(directory)
+    } else {
+        Err(outside(format!("{} leads to {}", directory.display(), resolved.display())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::job::RestoreTarget;
+
+    use super::*;
+
+    fn config(root: &Path) -> WorkerConfig {
+        let text = format!(
+            "name = \"w\"\nsite = \"s\"\nstate_dir = \"/s\"\nbroker = {{ url = \"file:/u\" }}\n\
+             sandbox = {{ directory = \"/tmp\" }}\nallow = {{ restore_roots = [{:?}] }}\n",
+            root.display()
+        );
+        toml::from_str(&text).unwrap()
+    }
+
+    fn task(root: &Path, directory: &str) -> Restore {
+        let target = RestoreTarget {
+            root: root.display().to_string(),
+            directory: directory.parse().unwrap(),
+        };
+        Restore { backup: None, target, plan_only: false }
+    }
+
+    #[test]
+    fn a_link_below_a_root_does_not_lead_out_of_it() {
+        let place = tempfile::tempdir().unwrap();
+        let root = place.path().join("root");
+        std::fs::create_dir_all(root.join("inside")).unwrap();
+        std::os::unix::fs::symlink(place.path(), root.join("out")).unwrap();
+        let config = config(&root);
+        assert!(target(&config, &task(&root, "inside/new")).is_ok());
+        let refused = target(&config, &task(&root, "out/new")).unwrap_err();
+        assert_eq!(refused.code, Code::TargetOutsideRoots);
+        let other = target(&config, &task(place.path(), "root/inside")).unwrap_err();
+        assert_eq!(other.code, Code::TargetOutsideRoots);
+        assert!(other.hint.contains("root"));
+    }
+}

@@ -1,0 +1,79 @@
+//! Proves a backup and stores the signed record with it.
+
+use proto::envelope::Credentials;
+use proto::job::{VerifyRestore, VerifyRestoreOutcome};
+use proto::{Failure, Outcome, Proof};
+use repository::Repository;
+
+use crate::attempt::Ended;
+use crate::config::WorkerConfig;
+use crate::context::JobContext;
+use crate::engines::native;
+use crate::places::Places;
+use crate::proving::{self, Workshop};
+use crate::restoring;
+
+/// Runs a proof. One that found damage fails the job, and its record goes along.
+pub(crate) async fn run(
+    cx: &JobContext,
+    places: &Places,
+    config: &WorkerConfig,
+    credentials: &Credentials,
+    task: &VerifyRestore,
+) -> Ended {
+    match proof(cx, places, config, credentials, task).await {
+        Err(failure) => Ended { result: Err(failure), found: None },
+        Ok(proof) => {
+            let shortfall = proving::shortfall(&proof);
+            let outcome = Outcome::VerifyRestore(VerifyRestoreOutcome { proof });
+            match shortfall {
+                None => Ended { result: Ok(outcome), found: None },
+                Some(failure) => Ended { result: Err(failure), found: Some(outcome) },
+            }
+        }
+    }
+}
+
+async fn proof(
+    cx: &JobContext,
+    places: &Places,
+    config: &WorkerConfig,
+    credentials: &Credentials,
+    task: &VerifyRestore,
+) -> Result<Proof, Failure> {
+    let (repository, backup) = cx
+        .step("find", async {
+            let repository = places.repository_for(&cx.spec.cluster).await?;
+            let identifier = cx.spec.system_identifier;
+            let backup =
+                restoring::find(repository, Some(&cx.spec.cluster), identifier, task.backup)
+                    .await?;
+            Ok((repository, backup))
+        })
+        .await?;
+    let workshop = Workshop {
+        worker: config.name.clone(),
+        directory: config.sandbox.directory.as_std_path(),
+        bin_dirs: native::bin_dirs(config),
+        processes: config.backup.processes,
+    };
+    let proof = proving::prove(cx, &workshop, &backup, task.level).await?;
+    store(cx, repository, credentials, &proof).await?;
+    Ok(proof)
+}
+
+/// The record goes beside the backup, also when it is a bad one: it must not be forgotten that this backup failed.
+async fn store(
+    cx: &JobContext,
+    repository: &Repository,
+    credentials: &Credentials,
+    proof: &Proof,
+) -> Result<(), Failure> {
+    cx.step("store_proof", async {
+        let bytes =
+            serde_json::to_vec(&credentials.sign(proof)).expect("a signed proof is plain JSON");
+        repository.add_proof(proof.lineage, proof.backup, bytes.into()).await?;
+        Ok(())
+    })
+    .await
+}

@@ -1,0 +1,148 @@
+//! The clusters and repositories of a worker, with their secrets resolved.
+
+use std::collections::BTreeMap;
+
+use postgres::{Environment, Target};
+use proto::{Action, ClusterName, Code, Failure, SecretRef};
+use repository::{KeyFile, Repository, store};
+use secrecy::{ExposeSecret as _, SecretString};
+use tokio::sync::OnceCell;
+
+use crate::config::{ClusterConfig, RepositoryConfig, WorkerConfig};
+
+/// Turns a reference into the secret; given by whoever may read the environment.
+pub type Resolve<'a> = &'a dyn Fn(&SecretRef) -> Result<SecretString, Failure>;
+
+/// What a worker can reach.
+#[derive(Debug)]
+pub struct Places {
+    clusters: BTreeMap<ClusterName, Cluster>,
+    repositories: BTreeMap<String, RepositoryPlace>,
+}
+
+/// A cluster and how to log in there.
+#[derive(Debug)]
+pub struct Cluster {
+    /// Its section of the configuration.
+    pub config: ClusterConfig,
+    /// Where and as whom.
+    pub target: Target,
+}
+
+/// A repository that is opened when it is first needed, and stays open.
+#[derive(Debug)]
+pub struct RepositoryPlace {
+    /// Its section of the configuration.
+    pub config: RepositoryConfig,
+    key: SecretString,
+    credentials: store::Credentials,
+    open: OnceCell<Repository>,
+}
+
+impl Places {
+    /// Resolves every secret of the configuration.
+    pub fn resolve(
+        config: &WorkerConfig,
+        environment: &Environment,
+        resolve: Resolve<'_>,
+    ) -> Result<Self, Failure> {
+        let mut clusters = BTreeMap::new();
+        for cluster in &config.clusters {
+            let mut target = Target::parse(&cluster.connection, environment)?;
+            if target.has_inline_password() {
+                return Err(Failure::new(
+                    Code::ConfigInvalid,
+                    Action::FixConfig,
+                    format!("clusters.{}.connection holds a password", cluster.name),
+                )
+                .with_hint(
+                    "Put it into a file and say password = \"file:/path\", or use .pgpass.",
+                ));
+            }
+            if let Some(password) = &cluster.password {
+                target = target.with_password(resolve(password)?);
+            }
+            clusters.insert(cluster.name.clone(), Cluster { config: cluster.clone(), target });
+        }
+        let mut repositories = BTreeMap::new();
+        for repository in &config.repositories {
+            let credentials = match (&repository.access_key_id, &repository.secret_access_key) {
+                (Some(id), Some(secret)) => store::Credentials {
+                    access_key_id: Some(resolve(id)?.expose_secret().to_owned()),
+                    secret_access_key: Some(resolve(secret)?),
+                    ..store::Credentials::default()
+                },
+                _ => store::Credentials::default(),
+            };
+            let place = RepositoryPlace {
+                config: repository.clone(),
+                key: resolve(&repository.key)?,
+                credentials,
+                open: OnceCell::new(),
+            };
+            repositories.insert(repository.name.clone(), place);
+        }
+        Ok(Self { clusters, repositories })
+    }
+
+    /// Every cluster.
+    pub fn clusters(&self) -> impl Iterator<Item = &Cluster> {
+        self.clusters.values()
+    }
+
+    /// The cluster of this name.
+    pub fn cluster(&self, name: &ClusterName) -> Result<&Cluster, Failure> {
+        self.clusters.get(name).ok_or_else(|| {
+            Failure::new(
+                Code::ClusterUnknown,
+                Action::RetryElsewhere,
+                format!("this worker does not serve {name}"),
+            )
+            .with_hint("Add it to [[clusters]] of a worker's configuration.")
+        })
+    }
+
+    /// Every repository, opened or not.
+    pub fn repositories(&self) -> impl Iterator<Item = &RepositoryPlace> {
+        self.repositories.values()
+    }
+
+    /// The repository for a cluster: the one its section names; for a cluster of another worker, the only one there is.
+    pub async fn repository_for(&self, cluster: &ClusterName) -> Result<&Repository, Failure> {
+        let named = self.clusters.get(cluster).and_then(|c| c.config.repository.as_deref());
+        let place = match named {
+            Some(name) => self.repositories.get(name),
+            None if self.repositories.len() == 1 => self.repositories.values().next(),
+            None => None,
+        };
+        let place = place.ok_or_else(|| {
+            Failure::new(
+                Code::ConfigInvalid,
+                Action::RetryElsewhere,
+                format!("this worker does not know the repository of {cluster}"),
+            )
+            .with_hint("Name it in the cluster's section: repository = \"main\".")
+        })?;
+        place.open().await
+    }
+}
+
+impl RepositoryPlace {
+    /// The repository, opened once.
+    pub async fn open(&self) -> Result<&Repository, Failure> {
+        self.open
+            .get_or_try_init(|| async {
+                let key: KeyFile = self.key.expose_secret().parse().map_err(|error| {
+                    let message = format!("repositories.{}.key: {error}", self.config.name);
+                    Failure::new(Code::KeyWrong, Action::FixConfig, message).with_hint(
+                        "Give the key file that was written when the repository was made.",
+                    )
+                })?;
+                let store = store::open(&self.config.url, &self.credentials)
+                    .await
+                    .map_err(repository::Error::from)?;
+                Ok(Repository::open(store, Some(&key)).await?)
+            })
+            .await
+    }
+}

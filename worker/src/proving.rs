@@ -1,0 +1,380 @@
+//! Proving a backup: restore it where nothing can be harmed, boot it, ask it, measure everything, leave nothing behind.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use postgres::binaries::Binaries;
+use postgres::checks::{CheckOptions, CheckReport, run_checks};
+use postgres::process::Isolation;
+use postgres::sandbox::{Sandbox, SandboxOptions, SandboxRoom};
+use postgres::{Environment, Target};
+use proto::proof::{CheckOutcome, Phase, ProofCheck};
+use proto::{Action, BackupId, Code, Failure, Proof, ProofLevel, WorkerName};
+use repository::Backup;
+
+use crate::context::{JobContext, blocking};
+use crate::engines::native;
+use crate::restoring::{self, Destination};
+use crate::{clock, jobs};
+
+/// Where and by whom a proof is made.
+#[derive(Debug, Clone)]
+pub struct Workshop<'a> {
+    /// Who makes it.
+    pub worker: WorkerName,
+    /// The directory of sandboxes.
+    pub directory: &'a Path,
+    /// Further directories with PostgreSQL's programs.
+    pub bin_dirs: Vec<std::path::PathBuf>,
+    /// Threads that decompress; 0 means half the cores.
+    pub processes: u32,
+}
+
+/// What was found, in the making.
+struct Findings {
+    phases: Vec<Phase>,
+    checks: Vec<ProofCheck>,
+    size_bytes: u64,
+    report: Option<CheckReport>,
+    isolation: String,
+    level_reached: Option<ProofLevel>,
+}
+
+impl Findings {
+    fn phase(&mut self, name: &str, since: Instant, counts_as_recovery: bool) {
+        self.timed(name, since.elapsed(), counts_as_recovery);
+    }
+
+    fn timed(&mut self, name: &str, duration: Duration, counts_as_recovery: bool) {
+        let duration_ms = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+        self.phases.push(Phase { name: name.to_owned(), duration_ms, counts_as_recovery });
+    }
+
+    fn check(&mut self, name: &str, level: ProofLevel, result: &Result<String, Failure>) {
+        let (outcome, detail) = match result {
+            Ok(detail) => (CheckOutcome::Passed, detail.clone()),
+            Err(failure) => (CheckOutcome::Failed, failure.to_string()),
+        };
+        self.checks.push(ProofCheck { name: name.to_owned(), level, outcome, detail });
+    }
+}
+
+fn damaged(message: String) -> Failure {
+    Failure::new(Code::ObjectDamaged, Action::FixData, message)
+        .with_hint("Keep older backups, take a new one at once, and look at the store.")
+}
+
+/// A failure that says something about the backup, and is part of the record; any other failure is one of this attempt,
+/// and proves nothing either way.
+fn blames_the_backup(failure: &Failure) -> bool {
+    matches!(
+        failure.code,
+        Code::ObjectMissing
+            | Code::ObjectDamaged
+            | Code::SandboxFailed
+            | Code::StopPositionMissed
+            | Code::ProofFailed
+            | Code::WalMissing
+    )
+}
+
+/// Makes a proof. A backup that turns out to be broken is an `Ok` with `passed == false`; an error means that nothing
+/// could be found out.
+pub async fn prove(
+    cx: &JobContext,
+    workshop: &Workshop<'_>,
+    backup: &Backup,
+    level: ProofLevel,
+) -> Result<Proof, Failure> {
+    let mut findings = Findings {
+        phases: Vec::new(),
+        checks: Vec::new(),
+        size_bytes: backup.counts().bytes,
+        report: None,
+        isolation: String::new(),
+        level_reached: None,
+    };
+    match climb(cx, workshop, backup, level, &mut findings).await {
+        Err(failure) if !blames_the_backup(&failure) => return Err(failure),
+        // It is in the findings already.
+        Ok(()) | Err(_) => {}
+    }
+    let facts = backup.facts();
+    let report = findings.report.as_ref();
+    Ok(Proof {
+        backup: backup.id(),
+        lineage: backup.lineage(),
+        cluster: facts.cluster.clone(),
+        system_identifier: report.map_or(facts.system_identifier, |r| r.system_identifier),
+        worker: workshop.worker.clone(),
+        at_ms: clock::now_ms(),
+        level_asked: level,
+        level_reached: findings.level_reached,
+        passed: findings.level_reached >= Some(level),
+        server_version_num: report.map(|r| r.server_version_num),
+        reached_lsn: report.map(|r| r.reached_lsn),
+        phases: findings.phases,
+        size_bytes: findings.size_bytes,
+        tables: report.map_or(0, |r| r.tables),
+        rows: report.map_or(0, |r| r.rows),
+        tables_exact: report.map_or(0, |r| r.tables_exact),
+        tables_bounded: report.map_or(0, |r| r.tables_bounded),
+        checks: findings.checks,
+        isolation: findings.isolation,
+    })
+}
+
+async fn climb(
+    cx: &JobContext,
+    workshop: &Workshop<'_>,
+    backup: &Backup,
+    level: ProofLevel,
+    findings: &mut Findings,
+) -> Result<(), Failure> {
+    let started = Instant::now();
+    let inventory = cx
+        .step_with("inventory", |step| async move {
+            let inventory = cx.until_stopped(backup.check_inventory()).await??;
+            step.figure("packs", inventory.packs);
+            if let Some(object) = inventory.missing.first().or(inventory.wrong_size.first()) {
+                let count = inventory.missing.len() + inventory.wrong_size.len();
+                return Err(damaged(format!(
+                    "{count} of {} packs are missing or have the wrong size, {object} first",
+                    inventory.packs
+                )));
+            }
+            Ok(format!("{} packs are there with their sizes", inventory.packs))
+        })
+        .await;
+    findings.phase("inventory", started, false);
+    findings.check("inventory", ProofLevel::L1, &inventory);
+    inventory?;
+    findings.level_reached = Some(ProofLevel::L1);
+    if level == ProofLevel::L2 {
+        let started = Instant::now();
+        let decrypted = cx
+            .step_with("decrypt", |step| async move {
+                let options = repository::CheckOptions {
+                    processes: native::processes(workshop.processes),
+                    cancel: cx.cancel.clone(),
+                    ..repository::CheckOptions::default()
+                };
+                let read = backup.check_decrypt(options).await;
+                let read = read.map_err(|error| stopped_or(cx, error))?;
+                step.figure("frames", read.frames);
+                if let Some((object, reason)) = read.damaged.first() {
+                    return Err(damaged(format!(
+                        "{} objects are damaged, {object} first: {reason}",
+                        read.damaged.len()
+                    )));
+                }
+                Ok(format!("{} frames were decrypted, decompressed and checked", read.frames))
+            })
+            .await;
+        findings.phase("decrypt", started, false);
+        findings.check("decrypt", ProofLevel::L2, &decrypted);
+        decrypted?;
+        findings.level_reached = Some(ProofLevel::L2);
+    }
+    if level >= ProofLevel::L3 {
+        in_sandbox(cx, workshop, backup, level, findings).await?;
+    }
+    Ok(())
+}
+
+/// L3 and above: restore, boot, check, destroy. A restore decrypts and checks every frame, so it includes L2.
+async fn in_sandbox(
+    cx: &JobContext,
+    workshop: &Workshop<'_>,
+    backup: &Backup,
+    level: ProofLevel,
+    findings: &mut Findings,
+) -> Result<(), Failure> {
+    let facts = backup.facts();
+    let binaries = Binaries::find(facts.server_version_num / 10_000, &workshop.bin_dirs).await?;
+    let (root, name) =
+        (workshop.directory.to_owned(), format!("pgmuster-proof-{}", cx.spec.attempt));
+    let room = blocking(move || Ok(SandboxRoom::create(&root, &name, None)?)).await?;
+
+    let started = Instant::now();
+    let destination = Destination {
+        data_directory: room.data_directory(),
+        tablespaces: facts
+            .tablespaces
+            .iter()
+            .map(|space| (space.oid, room.tablespaces().join(space.oid.to_string())))
+            .collect(),
+    };
+    let restored = cx
+        .step_with("restore", |step| async move {
+            let done = restoring::restore(cx, backup, &destination, workshop.processes).await?;
+            step.figure("written_bytes", done.size_bytes);
+            step.figure("fetched_bytes", done.fetched_bytes);
+            Ok(format!("{} files, {} bytes", done.files, done.size_bytes))
+        })
+        .await;
+    findings.phase("restore", started, true);
+    findings.check("restore", ProofLevel::L2, &restored);
+    restored?;
+    findings.level_reached = Some(ProofLevel::L2);
+
+    let options = SandboxOptions {
+        settings: facts.settings.clone(),
+        timeout: Duration::from_millis(cx.spec.deadline_ms),
+        cancel: cx.cancel.clone(),
+        ..SandboxOptions::new(facts.stop_lsn, facts.timeline, facts.system_identifier)
+    };
+    let booted = cx
+        .step("boot", async {
+            Sandbox::boot(&binaries, room, options).await.map_err(|error| stopped_or(cx, error))
+        })
+        .await;
+    let told = booted.as_ref().map_err(Clone::clone).map(|sandbox| {
+        format!("replay ended at {}, the backup at {}", sandbox.replay_end(), facts.stop_lsn)
+    });
+    findings.check("consistent_start", ProofLevel::L3, &told);
+    let sandbox = booted?;
+    let phases = sandbox.phases();
+    findings.timed("start", phases.start, true);
+    findings.timed("replay", phases.replay, true);
+    findings.timed("open", phases.open, true);
+    findings.isolation = match sandbox.isolation() {
+        Isolation::Namespaces { .. } => "no TCP, network namespace without interfaces".to_owned(),
+        Isolation::None(reason) => format!("no TCP; no network namespace ({reason})"),
+    };
+
+    let started = Instant::now();
+    let target = Target::parse(&sandbox.url("postgres"), &Environment::default())?;
+    let report = cx
+        .step_with("check", |step| async move {
+            let options = CheckOptions {
+                job: jobs::session_owner(cx.spec.attempt),
+                level,
+                system_identifier: facts.system_identifier,
+                stop_lsn: facts.stop_lsn,
+                census: facts.census.as_ref(),
+                every_row_in_indexes: true,
+                deadline: None,
+                cancel: cx.cancel.clone(),
+            };
+            let report =
+                run_checks(&target, &options).await.map_err(|error| stopped_or(cx, error))?;
+            step.figure("tables", report.tables);
+            step.figure("rows", report.rows);
+            Ok(report)
+        })
+        .await;
+    findings.phase("check", started, false);
+    let destroyed = cx_free_step(cx, sandbox).await;
+    let report = report?;
+    if let Some(reached) = report.level_reached() {
+        findings.level_reached = Some(reached.min(level));
+    }
+    findings.checks.extend(report.checks.iter().cloned());
+    findings.report = Some(report);
+    destroyed
+}
+
+/// Ends the sandbox whatever happened to the job: its room must be gone before the job says that it ended.
+async fn cx_free_step(cx: &JobContext, sandbox: Sandbox) -> Result<(), Failure> {
+    let destroyed = sandbox.destroy().await.map(drop).map_err(Failure::from);
+    cx.check().and(destroyed)
+}
+
+/// The reason of the stop, when that is why something ended early.
+fn stopped_or(cx: &JobContext, error: impl Into<Failure>) -> Failure {
+    if cx.cancel.is_cancelled() { cx.stopped() } else { error.into() }
+}
+
+/// The failure of a job whose proof did not reach the level it was asked for.
+pub fn shortfall(proof: &Proof) -> Option<Failure> {
+    if proof.passed {
+        return None;
+    }
+    let failed: Vec<&ProofCheck> =
+        proof.checks.iter().filter(|check| check.outcome == CheckOutcome::Failed).collect();
+    let reached = proof.level_reached.map_or("nothing".to_owned(), |level| level.to_string());
+    let asked = proof.level_asked;
+    let backup: BackupId = proof.backup;
+    Some(match failed.first() {
+        Some(first) => Failure::new(
+            Code::ProofFailed,
+            Action::FixData,
+            format!(
+                "backup {backup} of {} reached {reached} of {asked}: {} failed ({})",
+                proof.cluster, first.name, first.detail
+            ),
+        )
+        .with_hint(
+            "Keep older backups, take a new one at once, and look at the checks of this proof.",
+        ),
+        None => Failure::new(
+            Code::ProofFailed,
+            Action::FixConfig,
+            format!(
+                "backup {backup} of {} reached {reached} of {asked}: a check could not look",
+                proof.cluster
+            ),
+        )
+        .with_hint(
+            "The checks that were skipped say what they need; L5 needs a backup with a census.",
+        ),
+    })
+}
+
+/// One sentence for people: what was proved, how long it took, how much there was.
+pub fn sentence(proof: &Proof) -> String {
+    let level = proof.level_reached.map_or("nothing".to_owned(), |level| level.to_string());
+    if !proof.passed {
+        return format!(
+            "{} is NOT proved: it reached {level} of {}",
+            proof.cluster, proof.level_asked
+        );
+    }
+    let seconds = proof.recovery_time_ms().div_ceil(1_000);
+    format!(
+        "{} is PROVED ({level}): restored in {seconds} s, {} tables, {} rows match",
+        proof.cluster,
+        grouped(proof.tables),
+        grouped(proof.rows)
+    )
+}
+
+/// A number with its thousands apart: 1,600,014.
+fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// Removes what dead workers left in the directory of sandboxes.
+pub async fn sweep(directory: Arc<Path>) {
+    let swept = blocking(move || Ok(postgres::sandbox::sweep(&directory)?)).await;
+    match swept {
+        Ok(rooms) => {
+            for room in rooms {
+                tracing::info!(path = %room.path.display(), processes = room.n_processes, "Removed what a dead worker left");
+            }
+        }
+        Err(failure) => tracing::warn!(%failure, "Failed to look for what dead workers left"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_have_their_thousands_apart() {
+        for (number, text) in [(0, "0"), (999, "999"), (1_000, "1,000"), (1_600_014, "1,600,014")] {
+            assert_eq!(grouped(number), text);
+        }
+    }
+}

@@ -1,0 +1,358 @@
+//! The engine without a queue: a running server is backed up, restored with the repository and its key alone, booted,
+//! and equal.
+
+#![expect(clippy::unwrap_used, reason = "a test says what it expects")]
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use postgres::binaries::Binaries;
+use postgres::instance::{Instance, InstanceOptions, StopMode};
+use postgres::{Environment, Purpose, Target, connect};
+use proto::job::{Backup, BackupOutcome};
+use proto::message::Spec;
+use proto::{AttemptId, Code, Failure, JobId, ProofLevel, Task};
+use repository::{Encryption, InitOptions, KeyFile, Repository, store};
+use tempfile::TempDir;
+use worker::config::WorkerConfig;
+use worker::context::JobContext;
+use worker::engines::native::{BackupRequest, back_up};
+use worker::places::Places;
+use worker::proving::{self, Workshop};
+use worker::restoring::{self, Destination};
+
+const NOW_MS: i64 = 1_790_000_000_000;
+
+fn bin_dir(major: u32) -> PathBuf {
+    let name = format!("PGMUSTER_TEST_PG_BIN_{major}");
+    #[expect(clippy::disallowed_methods, reason = "where the services of the suite are")]
+    let dir = std::env::var(&name);
+    dir.unwrap_or_else(|_| panic!("{name} is not set: run ./tests/run, which starts the services"))
+        .into()
+}
+
+/// A server with data, an empty repository, and everything a worker would have resolved.
+struct House {
+    place: TempDir,
+    server: Instance,
+    repository: Repository,
+    key_file: String,
+    config: WorkerConfig,
+    places: Places,
+    attempts: std::cell::Cell<u64>,
+}
+
+impl House {
+    async fn new(major: u32, options: InstanceOptions) -> Self {
+        let place = tempfile::tempdir().unwrap();
+        let binaries = Binaries::at(&bin_dir(major)).await.unwrap();
+        let mut server =
+            Instance::create(&binaries, &place.path().join("pg"), options).await.unwrap();
+        server.start().await.unwrap();
+        let url = format!("file://{}/repository", place.path().display());
+        let store = store::open(&url, &store::Credentials::default()).await.unwrap();
+        let options = InitOptions { encryption: Encryption::KeyFile, now_ms: NOW_MS };
+        let created = Repository::init(store, options).await.unwrap();
+        let key_file = created.key_file.unwrap().to_string();
+        let config = format!(
+            r#"
+            name = "w1"
+            site = "here"
+            state_dir = "{place}/state"
+            broker = {{ url = "file:/nowhere" }}
+            sandbox = {{ directory = "{place}/sandbox", postgres_bin_dirs = ["{bin}"] }}
+            backup = {{ processes = 2 }}
+            [[clusters]]
+            name = "orders"
+            connection = "{connection}"
+            "#,
+            place = place.path().display(),
+            bin = bin_dir(major).display(),
+            connection = server.url("postgres"),
+        );
+        let config: WorkerConfig = toml::from_str(&config).unwrap();
+        let none = |_: &_| Err(Failure::bug("this configuration has no secrets"));
+        let places = Places::resolve(&config, &Environment::default(), &none).unwrap();
+        Self {
+            place,
+            server,
+            repository: created.repository,
+            key_file,
+            config,
+            places,
+            attempts: std::cell::Cell::new(0),
+        }
+    }
+
+    fn cx(&self) -> JobContext {
+        let number = self.attempts.get() + 1;
+        self.attempts.set(number);
+        let random = [u8::try_from(number).unwrap(); 10];
+        JobContext::new(
+            Spec {
+                schema: 1,
+                job: JobId::mint(1_790_000_000_000 + number, random),
+                attempt: AttemptId::mint(1_790_000_000_000 + number, random),
+                predecessor: None,
+                cluster: "orders".parse().unwrap(),
+                system_identifier: None,
+                task: Task::Backup(Backup { fast_checkpoint: true, ..Backup::default() }),
+                deadline_ms: 600_000,
+                traceparent: None,
+            },
+            Arc::new(|_| {}),
+        )
+    }
+
+    async fn back_up_as(&self, cx: &JobContext) -> Result<BackupOutcome, Failure> {
+        let task = Backup { fast_checkpoint: true, ..Backup::default() };
+        let request = BackupRequest {
+            cluster: self.places.cluster(&"orders".parse().unwrap())?,
+            repository: &self.repository,
+            config: &self.config.backup,
+            by: "w1",
+            task: &task,
+        };
+        back_up(cx, request).await
+    }
+
+    async fn back_up(&self) -> BackupOutcome {
+        self.back_up_as(&self.cx()).await.unwrap()
+    }
+
+    /// Opens the repository as a stranger would who has its key file and nothing else.
+    async fn reopened(&self) -> Repository {
+        let key: KeyFile = self.key_file.parse().unwrap();
+        let url = format!("file://{}/repository", self.place.path().display());
+        let store = store::open(&url, &store::Credentials::default()).await.unwrap();
+        Repository::open(store, Some(&key)).await.unwrap()
+    }
+
+    async fn prove(&self, level: ProofLevel) -> proto::Proof {
+        let repository = self.reopened().await;
+        let backup = restoring::find(&repository, None, None, None).await.unwrap();
+        let sandbox = self.place.path().join("sandbox");
+        let workshop = Workshop {
+            worker: "w1".parse().unwrap(),
+            directory: &sandbox,
+            bin_dirs: vec![bin_dir(backup.facts().server_version_num / 10_000)],
+            processes: 2,
+        };
+        let proof = proving::prove(&self.cx(), &workshop, &backup, level).await.unwrap();
+        let left: Vec<_> = std::fs::read_dir(&sandbox)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .filter(|name| name.to_string_lossy().starts_with("pgmuster-proof"))
+            .collect();
+        assert!(left.is_empty(), "the sandbox left {left:?}");
+        proof
+    }
+
+    async fn sql(&self, statements: &str) {
+        run_sql(&self.server.url("postgres"), statements).await;
+    }
+
+    async fn number(&self, query: &str) -> i64 {
+        number(&self.server.url("postgres"), query).await
+    }
+}
+
+async fn session(url: &str) -> postgres::Session {
+    let target = Target::parse(url, &Environment::default()).unwrap();
+    let purpose = Purpose {
+        application_name: "test".to_owned(),
+        read_only: false,
+        statement_timeout: std::time::Duration::ZERO,
+        lock_timeout: std::time::Duration::ZERO,
+    };
+    connect(&target, &purpose).await.unwrap()
+}
+
+async fn run_sql(url: &str, statements: &str) {
+    let session = session(url).await;
+    session.run("prepare the test", statements).await.unwrap();
+    session.close().await;
+}
+
+async fn number(url: &str, query: &str) -> i64 {
+    let session = session(url).await;
+    let row = session.one("look", query, &[]).await.unwrap();
+    let number = row.get(0);
+    session.close().await;
+    number
+}
+
+const DATA: &str = "
+    CREATE TABLE public.orders (id bigint PRIMARY KEY, note text);
+    INSERT INTO public.orders SELECT g, md5(g::text) FROM generate_series(1, 50000) g;
+    CREATE TABLE public.empty (id int);
+    CREATE TABLE public.\"Odd \"\"name\"\"\" (x int);
+    INSERT INTO public.\"Odd \"\"name\"\"\" VALUES (1), (2), (3);
+    CREATE UNLOGGED TABLE public.fleeting AS SELECT g FROM generate_series(1, 1000) g;
+";
+
+fn leftovers() -> &'static str {
+    "SELECT (SELECT count(*) FROM pg_replication_slots)
+          + (SELECT count(*) FROM pg_locks WHERE locktype = 'advisory')
+          + (SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'pgmuster/%')"
+}
+
+async fn nothing_is_left_on(house: &House) {
+    // Sessions end in their own time once their sockets are closed.
+    for _ in 0..200 {
+        if house.number(leftovers()).await == 0 {
+            return;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    panic!("a slot, lock or session of ours is still on the server");
+}
+
+async fn restores_and_is_proved(major: u32) {
+    let house = House::new(major, InstanceOptions { fsync: false, ..InstanceOptions::default() }).await;
+    house.sql(DATA).await;
+    let outcome = house.back_up().await;
+    assert_eq!(outcome.server_version_num / 10_000, major);
+    assert!(outcome.stop_lsn > outcome.start_lsn);
+    nothing_is_left_on(&house).await;
+
+    let proof = house.prove(ProofLevel::L5).await;
+    assert!(proof.passed, "{:#?}", proof.checks);
+    assert_eq!(proof.level_reached, Some(ProofLevel::L5));
+    assert!(proof.reached_lsn.unwrap() >= outcome.stop_lsn);
+    assert!(proof.rows >= 50_003, "{proof:#?}");
+    assert!(proof.tables_exact >= 3, "{proof:#?}");
+
+    // The same by hand: the repository, its key, an empty directory, and a server.
+    let repository = house.reopened().await;
+    let backup = restoring::find(&repository, None, None, Some(outcome.backup)).await.unwrap();
+    let directory = house.place.path().join("restored");
+    let destination = Destination::below(&directory, backup.facts());
+    restoring::restore(&house.cx(), &backup, &destination, 2).await.unwrap();
+    assert!(directory.join("backup_label").exists());
+    let url = start_plainly(&directory, major).await;
+    assert_eq!(number(&url.1, "SELECT count(*) FROM public.orders").await, 50_000);
+    assert_eq!(number(&url.1, "SELECT sum(x) FROM public.\"Odd \"\"name\"\"\"").await, 6);
+    assert_eq!(number(&url.1, "SELECT count(*) FROM public.fleeting").await, 0);
+}
+
+/// Starts a restored directory as an administrator would.
+async fn start_plainly(directory: &Path, major: u32) -> (postgres::process::Running, String) {
+    use std::os::unix::fs::PermissionsExt as _;
+    std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o700)).unwrap();
+    let sockets = tempfile::Builder::new().prefix("pgm").tempdir_in("/tmp").unwrap().keep();
+    let binaries = Binaries::at(&bin_dir(major)).await.unwrap();
+    let arguments = [
+        "-D".into(),
+        directory.as_os_str().to_owned(),
+        "-c".into(),
+        format!("unix_socket_directories={}", sockets.display()).into(),
+        "-c".into(),
+        "listen_addresses=".into(),
+        "-c".into(),
+        "fsync=off".into(),
+    ];
+    let log = std::fs::File::create(sockets.join("log")).unwrap();
+    let running = binaries.program("postgres").unwrap().args(arguments).spawn(log).await.unwrap();
+    let url = format!("postgres://postgres@/postgres?host={}", sockets.display());
+    let target = Target::parse(&url, &Environment::default()).unwrap();
+    for _ in 0..600 {
+        let purpose = Purpose::ask(&JobId::mint(1, [1; 10]));
+        if connect(&target, &purpose).await.is_ok() {
+            return (running, url);
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    panic!("the restored server did not start");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_of_15_restores_and_is_proved() {
+    restores_and_is_proved(15).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_of_18_restores_and_is_proved() {
+    restores_and_is_proved(18).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_second_backup_stores_what_changed_and_restores_alone() {
+    let house = House::new(15, InstanceOptions { fsync: false, ..InstanceOptions::default() }).await;
+    house.sql(DATA).await;
+    house.sql("CHECKPOINT").await;
+    let first = house.back_up().await;
+    house.sql("UPDATE public.orders SET note = 'x' WHERE id = 7; CHECKPOINT").await;
+    let second = house.back_up().await;
+    assert_eq!(second.compared_with, Some(first.backup));
+    assert!(
+        second.stored_bytes * 4 < first.stored_bytes,
+        "first {} second {}",
+        first.stored_bytes,
+        second.stored_bytes
+    );
+    let proof = house.prove(ProofLevel::L5).await;
+    assert_eq!(proof.backup, second.backup);
+    assert!(proof.passed, "{:#?}", proof.checks);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_stops_in_the_middle_fails_the_backup_and_nothing_is_committed() {
+    let mut house =
+        House::new(15, InstanceOptions { fsync: false, ..InstanceOptions::default() }).await;
+    house.sql(DATA).await;
+    let cx = house.cx();
+    let stopped = {
+        // A table lock held by somebody keeps the census busy long enough to pull the plug in the middle.
+        let backup = house.back_up_as(&cx);
+        tokio::pin!(backup);
+        let in_copy = async {
+            while !cx.steps().iter().any(|step| step.name == "copy") {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::select! {
+            ended = &mut backup => panic!("the backup ended before it copied: {ended:?}"),
+            () = in_copy => {}
+        }
+        let pid = house.server.pid().unwrap();
+        std::process::Command::new("kill").args(["-QUIT", &pid.to_string()]).status().unwrap();
+        backup.await
+    };
+    let failure = stopped.unwrap_err();
+    assert!(
+        matches!(failure.code, Code::BackupSessionLost | Code::ServerUnreachable),
+        "{failure:?}"
+    );
+    house.server.stop(StopMode::Immediate).await.ok();
+    house.server.start().await.unwrap();
+    let repository = house.reopened().await;
+    let lineages = repository.list_lineages().await.unwrap();
+    assert!(repository.list_backups(lineages[0].lineage).await.unwrap().is_empty());
+    nothing_is_left_on(&house).await;
+    let next = house.back_up().await;
+    assert_eq!(next.compared_with, None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_backup_leaves_nothing_on_the_server_and_cannot_commit() {
+    let house = House::new(15, InstanceOptions { fsync: false, ..InstanceOptions::default() }).await;
+    house.sql(DATA).await;
+    let cx = house.cx();
+    let stop = cx.clone();
+    let canceller = tokio::spawn(async move {
+        while !stop.steps().iter().any(|step| step.name == "copy") {
+            tokio::task::yield_now().await;
+        }
+        stop.stop(Failure::new(Code::Cancelled, proto::Action::Abandon, "cancelled by the test"));
+    });
+    let failure = house.back_up_as(&cx).await.unwrap_err();
+    canceller.await.unwrap();
+    assert_eq!(failure.code, Code::Cancelled);
+    nothing_is_left_on(&house).await;
+    let repository = house.reopened().await;
+    let lineage = repository.list_lineages().await.unwrap()[0].lineage;
+    let attempts = repository.list_attempts(lineage).await.unwrap();
+    assert_eq!(attempts.len(), 1);
+    assert!(attempts[0].verdict.is_some() && attempts[0].backup().is_none());
+}
