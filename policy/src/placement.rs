@@ -11,9 +11,6 @@ use proto::{ClusterName, SiteName, WorkerName};
 
 use crate::words::list;
 
-/// Tickets that may wait in a queue beyond its free slots, so that the next job starts without a round trip.
-pub const LOOKAHEAD: u32 = 1;
-
 /// Work that excludes each other on one cluster: at most one job of a class runs there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Class {
@@ -273,8 +270,10 @@ fn choose(need: &Need<'_>, willing: &[&Candidate], workers: &[Candidate]) -> Pla
 }
 
 /// How many more tickets may go into a queue with this many free slots behind it and this many tickets already in it.
+///
+/// No ticket goes ahead of a free slot: a worker without one gives it back at once, and would do so for ever.
 pub fn window(free: u32, outstanding: u32) -> u32 {
-    free.saturating_add(LOOKAHEAD).saturating_sub(outstanding)
+    free.saturating_sub(outstanding)
 }
 
 #[cfg(test)]
@@ -449,7 +448,7 @@ mod tests {
     proptest! {
         #[test]
         fn the_window_never_exceeds_the_room(free in 0u32..50, outstanding in 0u32..100) {
-            prop_assert!(outstanding + window(free, outstanding) <= outstanding.max(free + LOOKAHEAD));
+            prop_assert_eq!(outstanding + window(free, outstanding), outstanding.max(free));
         }
 
         #[test]

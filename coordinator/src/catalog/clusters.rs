@@ -1,0 +1,151 @@
+//! Clusters, as their workers announced them.
+
+use std::collections::BTreeMap;
+
+use proto::failure::Failure;
+use proto::message::ClusterOffer;
+use proto::{ClusterName, SiteName, SystemIdentifier, WorkerName};
+use sqlx::AnyConnection;
+
+use super::Tx;
+use super::row::{Row, json, maybe_json, maybe_text};
+use crate::error::Result;
+
+/// One row.
+#[derive(Debug, Clone)]
+pub(crate) struct Cluster {
+    pub(crate) name: ClusterName,
+    pub(crate) registered_at_ms: i64,
+    /// The last pulse of a worker that serves it.
+    pub(crate) seen_at_ms: Option<i64>,
+    pub(crate) site: Option<SiteName>,
+    pub(crate) worker: Option<WorkerName>,
+    pub(crate) repository: Option<String>,
+    pub(crate) repository_location: Option<String>,
+    /// What jobs expect the server to show. The first one announced stays until a person accepts another.
+    pub(crate) system_identifier: Option<SystemIdentifier>,
+    pub(crate) announced_identifier: Option<SystemIdentifier>,
+    pub(crate) server_version_num: Option<u32>,
+    pub(crate) labels: BTreeMap<String, String>,
+    pub(crate) problem: Option<Failure>,
+    pub(crate) paused: bool,
+}
+
+impl Cluster {
+    fn from_row(row: &Row) -> Result<Self> {
+        Ok(Self {
+            name: row.parsed("name")?,
+            registered_at_ms: row.number("registered_at_ms")?,
+            seen_at_ms: row.maybe_number("seen_at_ms")?,
+            site: row.maybe_parsed("site")?,
+            worker: row.maybe_parsed("worker")?,
+            repository: row.maybe_text("repository")?,
+            repository_location: row.maybe_text("repository_location")?,
+            system_identifier: row.maybe_parsed("system_identifier")?,
+            announced_identifier: row.maybe_parsed("announced_identifier")?,
+            server_version_num: row
+                .maybe_number("server_version_num")?
+                .and_then(|number| u32::try_from(number).ok()),
+            labels: row.json("labels")?,
+            problem: row.maybe_json("problem")?,
+            paused: row.flag("paused")?,
+        })
+    }
+}
+
+pub(crate) async fn get(db: &mut AnyConnection, name: &ClusterName) -> Result<Option<Cluster>> {
+    let row = sqlx::query(
+        "-- get_cluster
+         SELECT * FROM clusters WHERE name = $1",
+    )
+    .bind(name.as_str())
+    .fetch_optional(db)
+    .await?;
+    row.map(|row| Cluster::from_row(&Row(row))).transpose()
+}
+
+pub(crate) async fn list(db: &mut AnyConnection) -> Result<Vec<Cluster>> {
+    let rows = sqlx::query(
+        "-- list_clusters
+         SELECT * FROM clusters ORDER BY name",
+    )
+    .fetch_all(db)
+    .await?;
+    rows.into_iter().map(|row| Cluster::from_row(&Row(row))).collect()
+}
+
+/// Writes what a worker announced of a cluster; the key is its name.
+pub(crate) async fn announce(
+    tx: &mut Tx<'_>,
+    offer: &ClusterOffer,
+    location: Option<&str>,
+    worker: &WorkerName,
+    site: &SiteName,
+    now_ms: i64,
+) -> Result<()> {
+    sqlx::query(
+        "-- announce_cluster
+         INSERT INTO clusters (
+             name, registered_at_ms, seen_at_ms, site, worker, repository, repository_location, system_identifier,
+             announced_identifier, server_version_num, labels, problem, paused
+         ) VALUES ($1, $2, $2, $3, $4, $5, $6, $7, $7, $8, $9, $10, 0)
+         ON CONFLICT (name) DO UPDATE SET
+             seen_at_ms = excluded.seen_at_ms, site = excluded.site, worker = excluded.worker,
+             repository = COALESCE(excluded.repository, clusters.repository),
+             repository_location = COALESCE(excluded.repository_location, clusters.repository_location),
+             system_identifier = COALESCE(clusters.system_identifier, excluded.system_identifier),
+             announced_identifier = COALESCE(excluded.announced_identifier, clusters.announced_identifier),
+             server_version_num = COALESCE(excluded.server_version_num, clusters.server_version_num),
+             labels = excluded.labels, problem = excluded.problem",
+    )
+    .bind(offer.name.as_str())
+    .bind(now_ms)
+    .bind(site.as_str())
+    .bind(worker.as_str())
+    .bind(offer.repository.clone())
+    .bind(location.map(str::to_owned))
+    .bind(maybe_text(offer.system_identifier.as_ref()))
+    .bind(offer.server_version_num.map(i64::from))
+    .bind(json(&offer.labels))
+    .bind(maybe_json(offer.problem.as_ref()))
+    .execute(tx.db())
+    .await?;
+    Ok(())
+}
+
+/// A worker that serves these clusters gave a sign of life.
+pub(crate) async fn seen_through(tx: &mut Tx<'_>, worker: &WorkerName, now_ms: i64) -> Result<()> {
+    sqlx::query(
+        "-- clusters_seen
+         UPDATE clusters SET seen_at_ms = $2 WHERE worker = $1",
+    )
+    .bind(worker.as_str())
+    .bind(now_ms)
+    .execute(tx.db())
+    .await?;
+    Ok(())
+}
+
+pub(crate) async fn pause(tx: &mut Tx<'_>, name: &ClusterName, paused: bool) -> Result<()> {
+    sqlx::query(
+        "-- pause_cluster
+         UPDATE clusters SET paused = $2 WHERE name = $1",
+    )
+    .bind(name.as_str())
+    .bind(i64::from(paused))
+    .execute(tx.db())
+    .await?;
+    Ok(())
+}
+
+/// From now on jobs expect the identifier that was announced last.
+pub(crate) async fn adopt(tx: &mut Tx<'_>, name: &ClusterName) -> Result<()> {
+    sqlx::query(
+        "-- adopt_identifier
+         UPDATE clusters SET system_identifier = announced_identifier WHERE name = $1",
+    )
+    .bind(name.as_str())
+    .execute(tx.db())
+    .await?;
+    Ok(())
+}
