@@ -32,6 +32,7 @@ subject AS (
         CASE WHEN x.relation IS NULL THEN pg_catalog.pg_relation_size(c.oid) END AS size_bytes,
         coalesce(pg_catalog.pg_stat_get_live_tuples(c.oid), 0) AS counted_live,
         coalesce(pg_catalog.pg_stat_get_dead_tuples(c.oid), 0) AS dead_rows,
+        coalesce(pg_catalog.pg_stat_get_mod_since_analyze(c.oid), 0) AS changes,
         c.reltuples,
         coalesce((SELECT o.option_value::float8 FROM pg_catalog.pg_options_to_table(c.reloptions) o
                   WHERE o.option_name = 'fillfactor'), 100) / 100 AS fill,
@@ -51,15 +52,24 @@ subject AS (
 ),
 measure AS (
     SELECT t.*,
-        -- The counters follow every DELETE; after a reset of statistics they know nothing and reltuples must do.
-        CASE WHEN t.counted_live + t.dead_rows > 0 THEN t.counted_live::float8
-             ELSE greatest(t.reltuples::float8, 0) END AS live_rows,
         -- Statistics of every column, or no estimate. A table never analyzed has none.
         (t.reltuples >= 0 AND t.known_columns = t.columns AND t.columns > 0) AS estimable,
-        4
-          + ceil((23 + CASE WHEN t.null_frac > 0 THEN ceil(t.columns / 8.0) ELSE 0 END)::float8 / 8) * 8
-          + ceil(t.data_bytes::float8 / 8) * 8 AS row_bytes
+        greatest(floor((t.page_bytes - 24) * t.fill / (
+            4
+              + ceil((23 + CASE WHEN t.null_frac > 0 THEN ceil(t.columns / 8.0) ELSE 0 END)::float8 / 8) * 8
+              + ceil(t.data_bytes::float8 / 8) * 8)), 1) AS rows_per_page
     FROM subject t
+),
+-- How many rows live. The counter follows every INSERT and DELETE, but a session that loads and analyzes counts its
+-- rows twice, and a reset of the statistics forgets them all. Live and dead rows that would not fit into the file
+-- (by a fifth) are such a case: then the rows of the last ANALYZE less those that died since must do.
+counted AS (
+    SELECT m.*,
+        CASE WHEN m.counted_live + m.dead_rows > 0
+              AND m.counted_live + m.dead_rows <= 1.2 * m.rows_per_page * m.size_bytes / m.page_bytes
+             THEN m.counted_live::float8
+             ELSE greatest(m.reltuples::float8 - least(m.dead_rows, m.changes), 0) END AS live_rows
+    FROM measure m
 )
 SELECT
     m.oid,
@@ -75,12 +85,11 @@ SELECT
     m.live_rows::int8 AS live_rows,
     m.dead_rows::int8 AS dead_rows,
     CASE WHEN m.estimable THEN
-        (m.page_bytes * ceil(
-            m.live_rows / greatest(floor((m.page_bytes - 24) * m.fill / m.row_bytes), 1)))::int8
+        (m.page_bytes * ceil(m.live_rows / m.rows_per_page))::int8
     END AS needed_bytes,
     (extract(epoch FROM greatest(
         pg_catalog.pg_stat_get_last_vacuum_time(m.oid),
         pg_catalog.pg_stat_get_last_autovacuum_time(m.oid))) * 1000)::int8 AS vacuumed_at_ms
-FROM measure m
+FROM counted m
 JOIN pg_catalog.pg_database d ON d.datname = pg_catalog.current_database()
 ORDER BY m.oid

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::error::Error;
 use crate::limits::{Ended, Limits};
-use crate::table::{self, TableRef, Verdict, judge, unsigned};
+use crate::table::{self, TableRef, Verdict, unsigned};
 use crate::{sql, table::Left};
 
 /// What kind of relation a table is.
@@ -377,16 +377,10 @@ async fn one(
     let only = if item.only { "ONLY " } else { "" };
     let sql = format!("ANALYZE {only}{}", now.quoted);
     let what = format!("analyze {}", item.table);
-    let deadline = limits.table_deadline(Instant::now());
-    let work = session.run(&what, &sql);
-    match session.within(&what, cancel, Some(deadline), work).await {
-        Ok(()) => Ok(None),
-        Err(error) => match judge(error, limits) {
-            Verdict::Skip(reason) => Ok(Some(reason)),
-            Verdict::Cancelled => Ok(Some("interrupted: the job was cancelled".to_owned())),
-            Verdict::Broken(error) => Err(error),
-        },
-    }
+    Ok(match table::work(session, &what, &sql, limits, cancel).await? {
+        Verdict::Done => None,
+        Verdict::Skip(reason) => Some(reason),
+    })
 }
 
 impl fmt::Display for Reason {
@@ -509,6 +503,7 @@ mod tests {
         assert_eq!(first.items[0].reason, Reason::Changed { rows: 4, of: 10.0 });
 
         tables[0].analyzed_at_ms = Some(1_000);
+        tables[1].analyzed_at_ms = Some(1_000);
         tables[2].changes = 0;
         tables[2].autoanalyzed_at_ms = Some(900);
         let before = plan(&statistics(18, tables.clone()), &options);

@@ -7,9 +7,12 @@ use std::fmt;
 use postgres::{Session, quote};
 use proto::DatabaseName;
 use proto::job::SkippedTable;
+use tokio::time::Instant;
 use tokio_postgres::error::SqlState;
+use tokio_util::sync::CancellationToken;
 
 use crate::error::Error;
+use crate::limits::{Limits, settle};
 use crate::sql;
 
 /// A table of one database. The OID is its identity; the names are for people.
@@ -163,47 +166,63 @@ pub(crate) fn unsigned(count: i64) -> u64 {
     u64::try_from(count).unwrap_or(0)
 }
 
-/// What the failure of one table's statement means for the whole execution.
+/// What became of one table's statement.
 pub(crate) enum Verdict {
+    /// It ran to its end.
+    Done,
     /// This table is left out for this reason; go on.
     Skip(String),
-    /// The caller cancelled.
-    Cancelled,
-    /// The whole job is broken: the connection, usually.
-    Broken(Error),
 }
 
-/// Sorts an error of the statement on one table.
-pub(crate) fn judge(error: postgres::Error, limits: &crate::Limits) -> Verdict {
-    if matches!(error, postgres::Error::Cancelled { .. }) {
-        return Verdict::Cancelled;
-    }
-    let too_long = || {
-        Verdict::Skip(format!(
-            "it took longer than {} s and was stopped",
-            limits.table_timeout.as_secs_f64()
-        ))
+/// Runs the statement on one table within the limits. An error means that the whole job is broken: the connection is
+/// gone, usually. Everything else that may happen to one table is a reason to skip it.
+pub(crate) async fn work(
+    session: &Session,
+    what: &str,
+    sql: &str,
+    limits: &Limits,
+    cancel: &CancellationToken,
+) -> Result<Verdict, Error> {
+    let deadline = limits.table_deadline(Instant::now());
+    let Err(error) = session.within(what, cancel, Some(deadline), session.run(what, sql)).await
+    else {
+        return Ok(Verdict::Done);
     };
-    if matches!(error, postgres::Error::Deadline { .. }) {
-        return too_long();
-    }
     if error.is_closed() {
-        return Verdict::Broken(error.into());
+        return Err(error.into());
     }
-    match error.state() {
-        Some(state) if *state == SqlState::LOCK_NOT_AVAILABLE => Verdict::Skip(format!(
-            "another session holds a lock on it; waited {} ms",
-            limits.lock_timeout.as_millis()
-        )),
-        Some(state) if *state == SqlState::QUERY_CANCELED => too_long(),
-        Some(state)
-            if *state == SqlState::UNDEFINED_TABLE || *state == SqlState::INVALID_SCHEMA_NAME =>
-        {
-            Verdict::Skip(Left::Vanished.to_string())
+    let interrupted =
+        matches!(error, postgres::Error::Cancelled { .. } | postgres::Error::Deadline { .. });
+    if interrupted && !cancel.is_cancelled() && !limits.is_over(Instant::now()) {
+        settle(session).await?;
+    }
+    let reason = match &error {
+        postgres::Error::Cancelled { .. } => "interrupted: the job was cancelled".to_owned(),
+        postgres::Error::Deadline { .. } if limits.is_over(Instant::now()) => {
+            "interrupted: the job's time was over".to_owned()
         }
-        Some(_) => Verdict::Skip(format!("the server refused: {}", proto::failure::chain(&error))),
-        None => Verdict::Broken(error.into()),
-    }
+        postgres::Error::Deadline { .. } => too_long(limits),
+        refused => match refused.state() {
+            Some(state) if *state == SqlState::LOCK_NOT_AVAILABLE => format!(
+                "another session holds a lock on it; waited {} ms",
+                limits.lock_timeout.as_millis()
+            ),
+            Some(state) if *state == SqlState::QUERY_CANCELED => too_long(limits),
+            Some(state)
+                if *state == SqlState::UNDEFINED_TABLE
+                    || *state == SqlState::INVALID_SCHEMA_NAME =>
+            {
+                Left::Vanished.to_string()
+            }
+            Some(_) => format!("the server refused: {}", proto::failure::chain(refused)),
+            None => return Err(error.into()),
+        },
+    };
+    Ok(Verdict::Skip(reason))
+}
+
+fn too_long(limits: &Limits) -> String {
+    format!("it took longer than {} s and was stopped", limits.table_timeout.as_secs_f64())
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use crate::bloat::{self, TableBloat};
 use crate::error::Error;
 use crate::limits::{Ended, Limits};
 use crate::sql;
-use crate::table::{self, Left, TableRef, Verdict, judge, unsigned};
+use crate::table::{self, Left, TableRef, Verdict, unsigned};
 
 /// Above this ratio of real to needed size a table is bloated.
 pub const BLOAT_RATIO: f64 = 2.0;
@@ -388,14 +388,8 @@ async fn one(
     };
     let sql = format!("VACUUM ({}) {}", plan.options.as_sql(plan.server_major), now.quoted);
     let what = format!("vacuum {}", item.table);
-    let deadline = limits.table_deadline(Instant::now());
-    let work = session.run(&what, &sql);
-    if let Err(error) = session.within(&what, cancel, Some(deadline), work).await {
-        return match judge(error, limits) {
-            Verdict::Skip(reason) => Ok(Err(reason)),
-            Verdict::Cancelled => Ok(Err("interrupted: the job was cancelled".to_owned())),
-            Verdict::Broken(error) => Err(error),
-        };
+    if let Verdict::Skip(reason) = table::work(session, &what, &sql, limits, cancel).await? {
+        return Ok(Err(reason));
     }
     Ok(Ok(VacuumedTable {
         database: plan.database.clone(),
