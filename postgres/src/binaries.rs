@@ -1,6 +1,7 @@
 //! Where PostgreSQL's own programs are, by major version.
 //!
-//! Deliberately not here: installing anything. What is missing is named together with the package that brings it.
+//! Deliberately not here: installing anything. What is missing is named together with the package
+//! that brings it.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -22,8 +23,9 @@ pub struct Binaries {
 }
 
 impl Binaries {
-    /// Finds the programs of a major version: in `extra_dirs` (each as it is, and its `bin`), where Debian and Red Hat put them, and in
-    /// this process's `PATH`. A directory of another version is passed over.
+    /// Finds the programs of a major version: in `extra_dirs` (each as it is, and its `bin`), where
+    /// Debian and Red Hat put them, and in this process's `PATH`. A directory of another version is
+    /// passed over.
     pub async fn find(major: u32, extra_dirs: &[PathBuf]) -> Result<Self> {
         let mut searched = Vec::new();
         for directory in candidates(major, extra_dirs) {
@@ -77,7 +79,8 @@ impl Binaries {
         self.major * 10_000 + self.minor
     }
 
-    /// The path of a program, for example `initdb`; an error when this installation lacks it (the client tools are a package of their own).
+    /// The path of a program, for example `initdb`; an error when this installation lacks it (the
+    /// client tools are a package of their own).
     pub fn path(&self, name: &str) -> Result<PathBuf> {
         let path = self.directory.join(name);
         if is_executable(&path) {
@@ -115,7 +118,8 @@ fn candidates(major: u32, extra_dirs: &[PathBuf]) -> Vec<PathBuf> {
     found.push(format!("/usr/lib/postgresql/{major}/bin").into());
     found.push(format!("/usr/pgsql-{major}/bin").into());
     found.push("/usr/local/pgsql/bin".into());
-    // The one place where this crate looks at its environment: where a person's own PostgreSQL is found.
+    // The one place where this crate looks at its environment: where a person's own PostgreSQL is
+    // found.
     let path = std::env::var_os("PATH").unwrap_or_default();
     if let Some(postgres) = find_in(&path, "postgres") {
         found.extend(postgres.parent().map(Path::to_owned));

@@ -1,7 +1,7 @@
 //! `global/pg_control`: what the server last wrote down about its own state. PostgreSQL 14 to 18.
 //!
-//! The file can be caught half-written, so it is read until its checksum is right. Deliberately not here: writing it,
-//! and any judgement whether the values fit a backup.
+//! The file can be caught half-written, so it is read until its checksum is right. Deliberately not
+//! here: writing it, and any judgement whether the values fit a backup.
 
 use std::io;
 use std::path::Path;
@@ -16,8 +16,8 @@ use crate::process::Result;
 pub const CONTROL_FILE_PATH: &str = "global/pg_control";
 /// Its size on disk (`PG_CONTROL_FILE_SIZE`); the content is shorter and followed by zeroes.
 pub const CONTROL_FILE_SIZE_BYTES: usize = 8192;
-/// How often a torn file is read. The server writes it in one call, so the second try nearly always does; half a second covers a
-/// server that was suspended in that call.
+/// How often a torn file is read. The server writes it in one call, so the second try nearly always
+/// does; half a second covers a server that was suspended in that call.
 const ATTEMPTS: u32 = 50;
 /// Between two tries, as the server's own readers do.
 const BACK_OFF: Duration = Duration::from_millis(10);
@@ -58,6 +58,7 @@ impl ClusterState {
 
 /// The content of a control file, as far as backups, restores and proofs need it.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "the fields are the server's own")]
 pub struct ControlFile {
     /// The number `initdb` gave the cluster.
     pub system_identifier: SystemIdentifier,

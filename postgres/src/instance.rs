@@ -1,8 +1,9 @@
-//! Throwaway clusters: `initdb`, a private socket directory, a server that dies with its owner. For the demo and tests.
+//! Throwaway clusters: `initdb`, a private socket directory, a server that dies with its owner. For
+//! the demo and tests.
 //!
-//! Deliberately not here: anything for clusters that hold data of value. Authentication is `trust` behind a directory
-//! that only the server's account can enter; nothing listens on TCP unless asked for, and then only on loopback with
-//! passwords.
+//! Deliberately not here: anything for clusters that hold data of value. Authentication is `trust`
+//! behind a directory that only the server's account can enter; nothing listens on TCP unless asked
+//! for, and then only on loopback with passwords.
 
 use std::ffi::OsString;
 use std::fmt::Write as _;
@@ -20,11 +21,11 @@ use crate::binaries::Binaries;
 use crate::process::{Account, DeathSignal, POLL, Result, Running, describe, last_lines};
 
 /// `initdb` takes one to five seconds; a loaded machine with `fsync` may take a minute.
-const INITDB_TIMEOUT: Duration = Duration::from_secs(180);
+const INITDB_TIMEOUT: Duration = Duration::from_mins(3);
 /// Until the server accepts connections; crash recovery of a test's data included.
-const START_TIMEOUT: Duration = Duration::from_secs(120);
+const START_TIMEOUT: Duration = Duration::from_mins(2);
 /// Until the server has ended; a shutdown writes a checkpoint.
-const STOP_TIMEOUT: Duration = Duration::from_secs(120);
+const STOP_TIMEOUT: Duration = Duration::from_mins(2);
 /// The kernel's limit on the path of a Unix socket, without the closing NUL.
 pub(crate) const SOCKET_PATH_LIMIT_BYTES: usize = 107;
 /// The socket's number: the directory is private, so every server may have the same.
@@ -35,7 +36,8 @@ pub(crate) const LOG_LINES: usize = 15;
 /// How a throwaway cluster is made.
 #[derive(Debug, Clone)]
 pub struct InstanceOptions {
-    /// Settings by name, in PostgreSQL's own notation without quotes; they win over the defaults here.
+    /// Settings by name, in PostgreSQL's own notation without quotes; they win over the defaults
+    /// here.
     pub settings: Vec<(String, String)>,
     /// Whether data pages carry checksums.
     pub checksums: bool,
@@ -89,7 +91,8 @@ impl StopMode {
     }
 }
 
-/// A throwaway cluster. Dropping it stops the server at once; its directory belongs to the caller and stays.
+/// A throwaway cluster. Dropping it stops the server at once; its directory belongs to the caller
+/// and stays.
 #[derive(Debug)]
 pub struct Instance {
     binaries: Binaries,
@@ -102,8 +105,8 @@ pub struct Instance {
 }
 
 impl Instance {
-    /// Makes a cluster in `directory`, which must be empty or absent and will belong to the account of the server. The superuser is
-    /// `postgres`. The server is not started.
+    /// Makes a cluster in `directory`, which must be empty or absent and will belong to the account
+    /// of the server. The superuser is `postgres`. The server is not started.
     pub async fn create(
         binaries: &Binaries,
         directory: &Path,
@@ -111,8 +114,7 @@ impl Instance {
     ) -> Result<Self> {
         let account = match options.account {
             Some(account) => account,
-            None if Account::current().is_root() => Account::named("postgres").await?,
-            None => Account::current(),
+            None => Account::of_servers().await?,
         };
         make_private_directory(directory, account)?;
         let sockets = SocketDirectory::create(&directory.join("s"), account)?;
@@ -193,7 +195,8 @@ impl Instance {
         write_private(&data.join("pg_hba.conf"), &hba, self.account)
     }
 
-    /// Starts the server and returns when it accepts connections. Nothing happens when it runs already.
+    /// Starts the server and returns when it accepts connections. Nothing happens when it runs
+    /// already.
     pub async fn start(&mut self) -> Result<()> {
         if self.is_running() {
             return Ok(());
@@ -253,7 +256,8 @@ impl Instance {
         self.start().await
     }
 
-    /// Kills the server and all its backends with SIGKILL, as a crash of the machine would. The next start recovers.
+    /// Kills the server and all its backends with SIGKILL, as a crash of the machine would. The
+    /// next start recovers.
     pub fn kill9(&mut self) {
         if let Some(mut server) = self.server.take() {
             server.kill();
@@ -318,8 +322,8 @@ impl Instance {
     }
 }
 
-/// A directory for Unix sockets that only one account can enter: the wished one when its path is short enough, otherwise one in `/tmp`
-/// that vanishes with this value.
+/// A directory for Unix sockets that only one account can enter: the wished one when its path is
+/// short enough, otherwise one in `/tmp` that vanishes with this value.
 #[derive(Debug)]
 pub(crate) struct SocketDirectory {
     pub(crate) path: PathBuf,
@@ -348,7 +352,8 @@ impl SocketDirectory {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum PostmasterStatus {
     Starting,
-    /// In recovery. With hot standby it answers queries; without, it says so from the beginning of recovery on and refuses everybody.
+    /// In recovery. With hot standby it answers queries; without, it says so from the beginning of
+    /// recovery on and refuses everybody.
     Standby,
     /// It accepts connections.
     Ready,
@@ -356,7 +361,8 @@ pub(crate) enum PostmasterStatus {
 
 /// What the postmaster `pid` has written into its pid file last.
 pub(crate) fn postmaster_status(pid_file: &Path, pid: u32) -> PostmasterStatus {
-    // Lines: pid, data directory, start time, port, socket directory, address, shared memory, status.
+    // Lines: pid, data directory, start time, port, socket directory, address, shared memory,
+    // status.
     let text = std::fs::read_to_string(pid_file).unwrap_or_default();
     let mut lines = text.lines();
     let is_same = lines.next().and_then(|line| line.trim().parse().ok()) == Some(pid);
@@ -378,7 +384,8 @@ pub(crate) fn make_private_directory(path: &Path, account: Account) -> Result<()
         .map_err(|source| Error::io("create the directory", path, source))
 }
 
-/// Writes a file of mode 0600 that belongs to `account`, replacing what was there (a link is replaced, not followed).
+/// Writes a file of mode 0600 that belongs to `account`, replacing what was there (a link is
+/// replaced, not followed).
 pub(crate) fn write_private(path: &Path, text: &str, account: Account) -> Result<()> {
     let write = || {
         match std::fs::remove_file(path) {
@@ -426,7 +433,8 @@ pub(crate) fn settings_text(settings: &[(String, String)]) -> String {
     })
 }
 
-/// `postgresql:///database?host=…`: understood by libpq and by tokio-postgres. `options` are the server's command-line options.
+/// `postgresql:///database?host=…`: understood by libpq and by tokio-postgres. `options` are the
+/// server's command-line options.
 pub(crate) fn socket_url(
     socket_directory: &Path,
     port: u16,

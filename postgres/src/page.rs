@@ -1,4 +1,5 @@
-//! Data pages: their checksum, the server's own sanity rules, and the position of their last change.
+//! Data pages: their checksum, the server's own sanity rules, and the position of their last
+//! change.
 //!
 //! Pure functions over bytes. Which pages to read, and what to do about a bad one, is `relation`'s.
 
@@ -6,7 +7,8 @@ use proto::Lsn;
 
 /// Length of a page's header (`SizeOfPageHeaderData`).
 const HEADER_BYTES: usize = 24;
-/// Partial sums that run side by side (`N_SUMS`); the layout lets compilers use vector instructions.
+/// Partial sums that run side by side (`N_SUMS`); the layout lets compilers use vector
+/// instructions.
 const SUMS: usize = 32;
 const FNV_PRIME: u32 = 16_777_619;
 /// Flags a header may carry (`PD_VALID_FLAG_BITS`).
@@ -61,7 +63,8 @@ pub enum PageState {
         /// Of the content, at this block number.
         computed: u16,
     },
-    /// The header is impossible: sizes or flags that no server writes, or a page that claims to be new and is not empty.
+    /// The header is impossible: sizes or flags that no server writes, or a page that claims to be
+    /// new and is not empty.
     BadHeader,
 }
 
@@ -74,8 +77,8 @@ impl PageState {
 
 /// Judges one page as the server does when it reads it into its buffers (`PageIsVerified`).
 ///
-/// `block` is the number inside the whole relation fork, not inside the file: segment number times blocks per segment
-/// plus index. `page` is one whole page.
+/// `block` is the number inside the whole relation fork, not inside the file: segment number times
+/// blocks per segment plus index. `page` is one whole page.
 pub fn inspect(page: &[u8], block: u32, checksums: bool) -> PageState {
     if upper(page) == 0 {
         return if is_zero(page) { PageState::New } else { PageState::BadHeader };

@@ -1,9 +1,11 @@
-//! Child processes: PostgreSQL's programs, started without a shell, under an account that may run them, and tied to us.
+//! Child processes: PostgreSQL's programs, started without a shell, under an account that may run
+//! them, and tied to us.
 //!
-//! Every child gets its own process group, an environment of a few words, bounded output and a deadline. It is bound to
-//! this process by the kernel (`setpriv --pdeathsig`), so that a killed parent leaves no server behind. The signal goes
-//! out when the *thread* that started the child ends, so all children are started by one thread that lives as long as
-//! the process; a thread of a pool would take its children along when it retires.
+//! Every child gets its own process group, an environment of a few words, bounded output and a
+//! deadline. It is bound to this process by the kernel (`setpriv --pdeathsig`), so that a killed
+//! parent leaves no server behind. The signal goes out when the *thread* that started the child
+//! ends, so all children are started by one thread that lives as long as the process; a thread of a
+//! pool would take its children along when it retires.
 //!
 //! Deliberately not here: what the programs are for, and any retry.
 
@@ -41,8 +43,8 @@ const STDOUT_LIMIT_BYTES: usize = 4 << 20;
 const STDERR_LIMIT_BYTES: usize = 64 << 10;
 /// Lines of standard error that go into an error text.
 const ERROR_LINES: usize = 12;
-/// How long a server may take over an immediate shutdown before it is killed: the postmaster itself gives its
-/// children five seconds.
+/// How long a server may take over an immediate shutdown before it is killed: the postmaster itself
+/// gives its children five seconds.
 const QUIT_PATIENCE: Duration = Duration::from_secs(8);
 /// How long a killed child may take to be reaped; it can only be late in uninterruptible sleep.
 const KILL_PATIENCE: Duration = Duration::from_secs(2);
@@ -89,6 +91,12 @@ impl Account {
         Ok(Self { uid: ask("-u").await?, gid: ask("-g").await? })
     }
 
+    /// An account that may run a server: the current one, or `postgres` when that is root.
+    pub async fn of_servers() -> Result<Self> {
+        let current = Self::current();
+        if current.is_root() { Self::named("postgres").await } else { Ok(current) }
+    }
+
     /// Whether this is the superuser, as whom PostgreSQL refuses to run.
     pub fn is_root(self) -> bool {
         self.uid == 0
@@ -100,8 +108,8 @@ impl Account {
 pub enum DeathSignal {
     /// Ends any program at once.
     Kill,
-    /// For a PostgreSQL server: an immediate shutdown, which takes every backend along and frees shared memory. After
-    /// SIGKILL a busy backend would run on to the end of its statement.
+    /// For a PostgreSQL server: an immediate shutdown, which takes every backend along and frees
+    /// shared memory. After SIGKILL a busy backend would run on to the end of its statement.
     Quit,
 }
 
@@ -127,21 +135,14 @@ pub enum Isolation {
 }
 
 impl Isolation {
-    /// Finds out what this machine allows, by trying it.
-    pub async fn probe() -> Self {
-        let Some(unshare) = find_in(SYSTEM_PATH, "unshare") else {
-            return Self::None("unshare (util-linux) is not installed".to_owned());
-        };
+    /// Finds out what this machine allows to `account` (the current one otherwise), by trying it.
+    pub async fn probe(account: Option<Account>) -> Self {
         let root = Account::current().is_root();
         let mut reason = String::new();
         for user_namespace in if root { &[false, true][..] } else { &[true][..] } {
             let candidate = Self::Namespaces { user_namespace: *user_namespace };
-            let attempt = Program::new(&unshare)
-                .args(candidate.flags())
-                .arg("true")
-                .run(TOOL_TIMEOUT, &CancellationToken::new())
-                .await;
-            match attempt {
+            let attempt = Program::new("true").account(account).isolation(candidate.clone());
+            match attempt.run(TOOL_TIMEOUT, &CancellationToken::new()).await {
                 Ok(_) => return candidate,
                 Err(error) => reason = error.to_string(),
             }
@@ -160,10 +161,11 @@ impl Isolation {
     }
 }
 
-/// A program to be run: an argument vector and what surrounds it. Nothing ever passes through a shell.
+/// A program to be run: an argument vector and what surrounds it. Nothing ever passes through a
+/// shell.
 #[derive(Debug, Clone)]
 pub struct Program {
-    program: PathBuf,
+    path: PathBuf,
     args: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
     directory: Option<PathBuf>,
@@ -192,10 +194,11 @@ impl Output {
 }
 
 impl Program {
-    /// `program`: a path, or a name that is looked up in the system's directories (not in this process's `PATH`).
+    /// `program`: a path, or a name that is looked up in the system's directories (not in this
+    /// process's `PATH`).
     pub fn new(program: impl AsRef<Path>) -> Self {
         Self {
-            program: program.as_ref().to_owned(),
+            path: program.as_ref().to_owned(),
             args: Vec::new(),
             environment: Vec::new(),
             directory: None,
@@ -220,7 +223,8 @@ impl Program {
         self
     }
 
-    /// Adds a variable to the child's environment, which is otherwise `PATH`, `LC_ALL=C` and `TZ=UTC`.
+    /// Adds a variable to the child's environment, which is otherwise `PATH`, `LC_ALL=C` and
+    /// `TZ=UTC`.
     #[must_use]
     pub fn env(mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
         self.environment.push((name.as_ref().to_owned(), value.as_ref().to_owned()));
@@ -264,12 +268,14 @@ impl Program {
 
     /// The name in error texts; arguments are left out, they may be long.
     fn name(&self) -> String {
-        self.program.file_name().unwrap_or(self.program.as_os_str()).to_string_lossy().into_owned()
+        self.path.file_name().unwrap_or(self.path.as_os_str()).to_string_lossy().into_owned()
     }
 
-    /// Runs the program to its end. Anything but exit code 0 is an error that carries the end of standard error.
+    /// Runs the program to its end. Anything but exit code 0 is an error that carries the end of
+    /// standard error.
     ///
-    /// After `timeout`, and when `cancel` fires, the whole process group is killed. Dropping the future does the same.
+    /// After `timeout`, and when `cancel` fires, the whole process group is killed. Dropping the
+    /// future does the same.
     pub async fn run(&self, timeout: Duration, cancel: &CancellationToken) -> Result<Output> {
         let mut command = self.command().await?;
         command.stdin(if self.stdin.is_empty() { Stdio::null() } else { Stdio::piped() });
@@ -321,40 +327,45 @@ impl Program {
         self.start(command).await
     }
 
-    /// `unshare … setpriv … program args`. All three replace each other in one process, so the pid is the program's. `setpriv` comes last: a change
-    /// of user or of user namespace clears the parent-death signal.
+    /// `unshare … setpriv … program args`. All three replace each other in one process, so the pid
+    /// is the program's. The death signal is set last: a change of user or of user namespace
+    /// clears it.
     async fn command(&self) -> Result<Command> {
         let missing = |program: &Path| Error::ProgramStart {
             program: program.display().to_string(),
             source: io::Error::from(io::ErrorKind::NotFound),
         };
-        let mut argv: Vec<OsString> = Vec::new();
-        if self.isolation.flags().first().is_some() {
-            let unshare =
+        let setpriv = setpriv().await;
+        let mut become_account: Vec<OsString> = Vec::new();
+        if let Some(Account { uid, gid }) = self.account.filter(|it| *it != Account::current()) {
+            become_account.push(setpriv.clone().ok_or_else(|| missing("setpriv".as_ref()))?.into());
+            become_account.push(format!("--reuid={uid}").into());
+            become_account.push(format!("--regid={gid}").into());
+            become_account.extend(["--clear-groups", "--"].map(OsString::from));
+        }
+        let mut unshare: Vec<OsString> = Vec::new();
+        if !self.isolation.flags().is_empty() {
+            let path =
                 find_in(SYSTEM_PATH, "unshare").ok_or_else(|| missing("unshare".as_ref()))?;
-            argv.push(unshare.into());
-            argv.extend(self.isolation.flags().iter().map(OsString::from));
+            unshare.push(path.into());
+            unshare.extend(self.isolation.flags().iter().map(OsString::from));
         }
-        let account = self.account.filter(|account| *account != Account::current());
-        match (setpriv().await, account) {
-            (Some(setpriv), account) => {
-                argv.push(setpriv.into());
-                argv.extend(["--pdeathsig", self.death_signal.name()].map(OsString::from));
-                if let Some(Account { uid, gid }) = account {
-                    argv.push(format!("--reuid={uid}").into());
-                    argv.push(format!("--regid={gid}").into());
-                    argv.push("--clear-groups".into());
-                }
-                argv.push("--".into());
-            }
-            (None, Some(_)) => return Err(missing("setpriv".as_ref())),
-            (None, None) => {}
-        }
-        argv.push(if self.program.components().count() > 1 {
-            self.program.clone().into()
+        // A user namespace maps one account, so that comes first; other namespaces take root.
+        let needs_root = self.isolation == Isolation::Namespaces { user_namespace: false };
+        let mut argv = if needs_root {
+            [unshare, become_account].concat()
         } else {
-            let name = self.program.as_os_str();
-            find_in(SYSTEM_PATH, name).ok_or_else(|| missing(&self.program))?.into()
+            [become_account, unshare].concat()
+        };
+        if let Some(setpriv) = setpriv {
+            argv.push(setpriv.into());
+            argv.extend(["--pdeathsig", self.death_signal.name(), "--"].map(OsString::from));
+        }
+        argv.push(if self.path.components().count() > 1 {
+            self.path.clone().into()
+        } else {
+            let name = self.path.as_os_str();
+            find_in(SYSTEM_PATH, name).ok_or_else(|| missing(&self.path))?.into()
         });
         argv.extend(self.args.iter().cloned());
 
@@ -387,7 +398,8 @@ pub struct Running {
 }
 
 impl Running {
-    /// The process id; none once the child was seen to have ended (the number may belong to somebody else by then).
+    /// The process id; none once the child was seen to have ended (the number may belong to
+    /// somebody else by then).
     pub fn pid(&self) -> Option<u32> {
         self.child.id()
     }
@@ -410,7 +422,8 @@ impl Running {
         self.child.try_wait()
     }
 
-    /// Ends the child and everything below it with SIGKILL, as a power cut would, and waits until all are gone.
+    /// Ends the child and everything below it with SIGKILL, as a power cut would, and waits until
+    /// all are gone.
     pub fn kill(&mut self) {
         let Some(pid) = self.target() else { return };
         let below = descendants(pid.as_raw_nonzero().get().unsigned_abs());
@@ -447,7 +460,8 @@ impl Drop for Running {
     }
 }
 
-/// A process as the kernel knows it: a number may be given out again, a number with a start time is not.
+/// A process as the kernel knows it: a number may be given out again, a number with a start time is
+/// not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ProcessIdentity {
     /// The process id.
@@ -476,7 +490,8 @@ impl ProcessIdentity {
     }
 }
 
-/// All processes below `pid`, the nearest first. A snapshot: a process that forks meanwhile may be missed.
+/// All processes below `pid`, the nearest first. A snapshot: a process that forks meanwhile may be
+/// missed.
 pub(crate) fn descendants(pid: u32) -> Vec<ProcessIdentity> {
     let all: Vec<(u32, u32, u64)> = std::fs::read_dir("/proc")
         .into_iter()
@@ -495,7 +510,8 @@ pub(crate) fn descendants(pid: u32) -> Vec<ProcessIdentity> {
     found
 }
 
-/// Parent, start time in ticks and state of a process. The command's name stands in parentheses and may hold any character.
+/// Parent, start time in ticks and state of a process. The command's name stands in parentheses and
+/// may hold any character.
 fn stat(pid: u32) -> Option<(u32, u64, char)> {
     let text = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
     let text = String::from_utf8_lossy(&text);
@@ -549,7 +565,7 @@ pub(crate) fn describe(status: ExitStatus) -> String {
     }
 }
 
-/// `setpriv`, if it is there and knows `--pdeathsig` (BusyBox's does not).
+/// `setpriv`, if it is there and knows `--pdeathsig` (`busybox` has one that does not).
 async fn setpriv() -> Option<PathBuf> {
     static FOUND: OnceCell<Option<PathBuf>> = OnceCell::const_new();
     let probe = async || {
@@ -583,7 +599,8 @@ async fn spawn_on_lasting_thread(command: Command) -> io::Result<Child> {
                 drop(reply.send(command.spawn()));
             }
         };
-        // Without the thread the receiver is gone, and every request fails with a clear error below.
+        // Without the thread the receiver is gone, and every request fails with a clear error
+        // below.
         drop(std::thread::Builder::new().name("pgmuster-spawn".to_owned()).spawn(serve));
         sender
     });

@@ -1,8 +1,9 @@
 //! Relation files: what their names mean, and how one is read while the server writes to it.
 //!
-//! A live file may be read in the middle of a write. A page that looks bad is therefore read again, and counts as
-//! damaged only when it stays the same and was last changed before the backup began: any other page comes back whole from the WAL of the
-//! backup. Damaged pages are reported and returned as they are; dropping or repairing them is nobody's business here.
+//! A live file may be read in the middle of a write. A page that looks bad is therefore read again,
+//! and counts as damaged only when it stays the same and was last changed before the backup began:
+//! any other page comes back whole from the WAL of the backup. Damaged pages are reported and
+//! returned as they are; dropping or repairing them is nobody's business here.
 
 use std::fs::File;
 use std::io;
@@ -15,7 +16,8 @@ use rustix::fs::{Advice, fadvise};
 
 use crate::page::{self, PageState};
 
-/// Pauses before a suspicious page is read again. A write takes microseconds; one that waits for a slow disk may take tenths of a second.
+/// Pauses before a suspicious page is read again. A write takes microseconds; one that waits for a
+/// slow disk may take tenths of a second.
 const RE_READS: [Duration; 5] = [
     Duration::ZERO,
     Duration::from_millis(1),
@@ -23,10 +25,11 @@ const RE_READS: [Duration; 5] = [
     Duration::from_millis(25),
     Duration::from_millis(250),
 ];
-/// After so many damaged pages in one file there is no more waiting: the file is broken, and a gigabyte of broken pages must not take an hour.
+/// After so many damaged pages in one file there is no more waiting: the file is broken, and a
+/// gigabyte of broken pages must not take an hour.
 const PATIENCE_PAGES: usize = 64;
-/// A page may be changed later than the backup's start by no more WAL than this. The bound tells a damaged header (a random position)
-/// from a true one; no backup outlives so much WAL.
+/// A page may be changed later than the backup's start by no more WAL than this. The bound tells a
+/// damaged header (a random position) from a true one; no backup outlives so much WAL.
 const PLAUSIBLE_WAL_BYTES: u64 = 1 << 46;
 
 /// A part of a relation that has files of its own.
@@ -70,8 +73,8 @@ impl RelationFile {
         Some(Self { filenode: number(digits)?, fork, segment })
     }
 
-    /// Whether `name` is a temporary relation's: `t<process>_<relation>[_fork][.segment]`. They belong to a session that a restored server
-    /// does not have.
+    /// Whether `name` is a temporary relation's: `t<process>_<relation>[_fork][.segment]`. They
+    /// belong to a session that a restored server does not have.
     pub fn is_temporary(name: &str) -> bool {
         let parse = || {
             let (process, rest) = name.strip_prefix('t')?.split_once('_')?;
@@ -117,7 +120,8 @@ pub struct RelationReader {
 }
 
 impl RelationReader {
-    /// Opens a file for reading. `None` when it is gone: its relation was dropped, and the WAL of the backup says so.
+    /// Opens a file for reading. `None` when it is gone: its relation was dropped, and the WAL of
+    /// the backup says so.
     pub fn open(path: &Path, name: RelationFile, rules: PageRules) -> io::Result<Option<Self>> {
         let file = match File::open(path) {
             Ok(file) => file,
@@ -131,8 +135,9 @@ impl RelationReader {
         Ok(Some(Self { file, rules, first_block, bad_blocks: Vec::new(), torn_pages: 0 }))
     }
 
-    /// Fills `buffer` from `offset` on, which must be a multiple of the page size, and returns how many bytes the file had: fewer than
-    /// asked for means that it ends there now. A last page that is only partly there is legal and not judged.
+    /// Fills `buffer` from `offset` on, which must be a multiple of the page size, and returns how
+    /// many bytes the file had: fewer than asked for means that it ends there now. A last page that
+    /// is only partly there is legal and not judged.
     pub fn read_at(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
         let block_size = self.rules.block_size as usize;
         if !offset.is_multiple_of(block_size as u64) {
@@ -159,7 +164,8 @@ impl RelationReader {
         &self.bad_blocks
     }
 
-    /// Pages that were caught in the middle of a write and are whole in the end, or will be after replay.
+    /// Pages that were caught in the middle of a write and are whole in the end, or will be after
+    /// replay.
     pub fn torn_pages(&self) -> u64 {
         self.torn_pages
     }
@@ -182,8 +188,8 @@ impl RelationReader {
         if state.is_sound() {
             return Judgement::Sound;
         }
-        // A page that claims to be new has no position; otherwise the WAL of the backup holds a full image of every
-        // page that was changed since its start.
+        // A page that claims to be new has no position; otherwise the WAL of the backup holds a
+        // full image of every page that was changed since its start.
         let since = page::lsn(page).0.checked_sub(self.rules.backup_start.0);
         let claims_new = state == PageState::BadHeader && page::lsn(page) == Lsn::INVALID;
         match since {
@@ -192,7 +198,8 @@ impl RelationReader {
         }
     }
 
-    /// Reads the suspicious pages again, all of them after each pause, and writes down those that stay as they are.
+    /// Reads the suspicious pages again, all of them after each pause, and writes down those that
+    /// stay as they are.
     fn read_again(
         &mut self,
         offset: u64,
@@ -251,7 +258,8 @@ enum Judgement {
     Suspicious,
 }
 
-/// Tells the kernel that this descriptor reads a file once, from front to back: what the server has cached keeps its place.
+/// Tells the kernel that this descriptor reads a file once, from front to back: what the server has
+/// cached keeps its place.
 pub fn advise_once(file: &File) {
     // Only advice: a file system or kernel that knows neither reads just as well.
     let _ = fadvise(file, 0, None, Advice::Sequential);

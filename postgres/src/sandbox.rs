@@ -1,17 +1,21 @@
 //! The proof sandbox: a restored copy, booted where it can harm nothing and nobody.
 //!
-//! **How it reaches the end of its backup, and no other place.** The WAL of the backup lies in `pg_wal` and
-//! `backup_label` says where replay begins. Started just so, a server would replay whatever it finds and open at the
-//! first record it cannot read, on the timeline of production. So the sandbox asks for archive recovery with
-//! `recovery_target = 'immediate'`: every version from 14 on stops exactly where the end-of-backup record makes the copy consistent, and refuses to start
-//! ("recovery ended before configured recovery target was reached") when WAL ends earlier. Archive recovery demands a `restore_command`;
-//! ours answers "there is no such file" to everything, after which the server looks into `pg_wal`. It can end nothing early, because of that refusal. The server then
-//! promotes itself: its writes go to a new timeline.
+//! **How it reaches the end of its backup, and no other place.** The WAL of the backup lies in
+//! `pg_wal` and `backup_label` says where replay begins. Started just so, a server would replay
+//! whatever it finds and open at the first record it cannot read, on the timeline of production. So
+//! the sandbox asks for archive recovery with `recovery_target = 'immediate'`: every version from
+//! 14 on stops exactly where the end-of-backup record makes the copy consistent, and refuses to
+//! start ("recovery ended before configured recovery target was reached") when WAL ends earlier.
+//! Archive recovery demands a `restore_command`; ours answers "there is no such file" to
+//! everything, after which the server looks into `pg_wal`. It can end nothing early, because of
+//! that refusal. The server then promotes itself: its writes go to a new timeline.
 //!
-//! **Why it is inert.** It runs on settings of our own; the copy's `postgresql.conf` is not read and its `postgresql.auto.conf` is emptied. No TCP, no
-//! archiving, no replication, no background workers of any kind, a network of its own where the machine allows one. Before it starts, everything
-//! is refused through which replay could write outside: links, tablespaces mapped elsewhere, and tablespaces created
-//! during the backup (replay would make them at their original place, over the files of production).
+//! **Why it is inert.** It runs on settings of our own; the copy's `postgresql.conf` is not read
+//! and its `postgresql.auto.conf` is emptied. No TCP, no archiving, no replication, no background
+//! workers of any kind, a network of its own where the machine allows one. Before it starts,
+//! everything is refused through which replay could write outside: links, tablespaces mapped
+//! elsewhere, and tablespaces created during the backup (replay would make them at their original
+//! place, over the files of production).
 //!
 //! Deliberately not here: restoring the files, and the checks that are run on the server.
 
@@ -51,10 +55,10 @@ const DESTROY_PATIENCE: Duration = Duration::from_secs(10);
 /// A connection over a local socket either works at once or not at all.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 /// Asking a stopped copy for its superuser.
-const SINGLE_USER_TIMEOUT: Duration = Duration::from_secs(120);
-/// Settings a copy must have at least as high as its source, or replay fails: room for prepared transactions and their locks, and for the
-/// replication origins of a subscriber. The other minimums bind standbys that answer queries, which a sandbox does
-/// not do before it is promoted.
+const SINGLE_USER_TIMEOUT: Duration = Duration::from_mins(2);
+/// Settings a copy must have at least as high as its source, or replay fails: room for prepared
+/// transactions and their locks, and for the replication origins of a subscriber. The other
+/// minimums bind standbys that answer queries, which a sandbox does not do before it is promoted.
 const MINIMUMS: [(&str, u32, u32); 5] = [
     ("max_connections", 20, 14),
     ("max_prepared_transactions", 0, 14),
@@ -83,7 +87,8 @@ const INERT: [(&str, &str, u32); 50] = [
     ("sync_replication_slots", "off", 17),
     ("synchronous_standby_names", "", 14),
     ("synchronized_standby_slots", "", 17),
-    // Nothing runs in it by itself: schedulers, subscriptions, launchers of any library are background workers.
+    // Nothing runs in it by itself: schedulers, subscriptions, launchers of any library are
+    // background workers.
     ("max_worker_processes", "0", 14),
     ("max_logical_replication_workers", "0", 14),
     ("autovacuum", "off", 14),
@@ -124,8 +129,9 @@ const INERT: [(&str, &str, u32); 50] = [
     ("lc_messages", "C", 14),
 ];
 
-/// A directory for one proof, locked by this process for as long as the value lives, and removed with it. The restore writes into [`Self::data_directory`]
-/// and [`Self::tablespaces`]; everything the proof ever touches lies inside.
+/// A directory for one proof, locked by this process for as long as the value lives, and removed
+/// with it. The restore writes into [`Self::data_directory`] and [`Self::tablespaces`]; everything
+/// the proof ever touches lies inside.
 #[derive(Debug)]
 pub struct SandboxRoom {
     path: PathBuf,
@@ -136,9 +142,13 @@ pub struct SandboxRoom {
 }
 
 impl SandboxRoom {
-    /// Makes `root/name`. `root` is made when absent; `name` must be new there.
-    pub fn create(root: &Path, name: &str, account: Option<Account>) -> Result<Self> {
-        let account = account.unwrap_or_else(Account::current);
+    /// Makes `root/name`. `root` is made when absent; `name` must be new there. The server will run
+    /// as `account`: otherwise as the current one, or as `postgres` when that is root.
+    pub async fn create(root: &Path, name: &str, account: Option<Account>) -> Result<Self> {
+        let account = match account {
+            Some(account) => account,
+            None => Account::of_servers().await?,
+        };
         DirBuilder::new()
             .recursive(true)
             .mode(0o711)
@@ -240,8 +250,8 @@ pub struct SandboxOptions {
     pub system_identifier: SystemIdentifier,
     /// Settings of the source, by which the minimums are set; others are ignored.
     pub settings: Vec<Setting>,
-    /// Libraries of the source's `shared_preload_libraries` that replay or the checks need (custom resource managers, types). All others are
-    /// left out. None of them gets a background worker.
+    /// Libraries of the source's `shared_preload_libraries` that replay or the checks need (custom
+    /// resource managers, types). All others are left out. None of them gets a background worker.
     pub preload_libraries: Vec<String>,
     /// Whom to connect as. Where the copy has no such role, one of its superusers is found.
     pub role: String,
@@ -256,7 +266,8 @@ pub struct SandboxOptions {
 }
 
 impl SandboxOptions {
-    /// Usual limits: 128 MiB of buffers, a network of its own where possible, no preloaded libraries, role `postgres`, one hour.
+    /// Usual limits: 128 MiB of buffers, a network of its own where possible, no preloaded
+    /// libraries, role `postgres`, one hour.
     pub fn new(stop_lsn: Lsn, timeline: Timeline, system_identifier: SystemIdentifier) -> Self {
         Self {
             stop_lsn,
@@ -266,7 +277,7 @@ impl SandboxOptions {
             preload_libraries: Vec::new(),
             role: "postgres".to_owned(),
             shared_buffers_mb: 128,
-            timeout: Duration::from_secs(3600),
+            timeout: Duration::from_hours(1),
             cancel: CancellationToken::new(),
             network: NetworkIsolation::default(),
         }
@@ -298,9 +309,11 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Boots the copy that lies in `room` and returns when it has replayed to the end of its backup and answers queries.
+    /// Boots the copy that lies in `room` and returns when it has replayed to the end of its backup
+    /// and answers queries.
     ///
-    /// On every error the server is ended and the room removed; the error carries the last lines of the log.
+    /// On every error the server is ended and the room removed; the error carries the last lines of
+    /// the log.
     pub async fn boot(
         binaries: &Binaries,
         room: SandboxRoom,
@@ -309,19 +322,21 @@ impl Sandbox {
         let account = room.account;
         let begun = Instant::now();
         let control = check_copy(binaries, &room, &options)?;
+        take_over(&room.data_directory(), account)?;
+        take_over(&room.tablespaces(), account)?;
         refuse_tablespaces_created_meanwhile(binaries, &room, &options, &control).await?;
         disarm(&room, binaries.major(), &settings_for(binaries, &room, &options, &control))?;
         let isolation = match options.network {
             NetworkIsolation::Off => Isolation::None("switched off".to_owned()),
-            NetworkIsolation::WherePossible => Isolation::probe().await,
-            NetworkIsolation::Required => match Isolation::probe().await {
+            NetworkIsolation::WherePossible => Isolation::probe(Some(account)).await,
+            NetworkIsolation::Required => match Isolation::probe(Some(account)).await {
                 Isolation::None(reason) => {
                     return Err(Error::Sandbox {
                         what: "no network of its own can be made".to_owned(),
                         output: reason,
                     });
                 }
-                isolation => isolation,
+                isolation @ Isolation::Namespaces { .. } => isolation,
             },
         };
         let mut boot = Boot {
@@ -389,8 +404,8 @@ impl Sandbox {
         &self.role
     }
 
-    /// A connection URL for that superuser. Its options beat what the copy has set for roles and databases: libraries to load, event triggers,
-    /// limits.
+    /// A connection URL for that superuser. Its options beat what the copy has set for roles and
+    /// databases: libraries to load, event triggers, limits.
     pub fn url(&self, database: &str) -> String {
         let options = session_options(self.major);
         socket_url(self.socket_directory(), SOCKET_PORT, &self.role, database, &options)
@@ -436,8 +451,9 @@ pub struct Swept {
     pub n_processes: usize,
 }
 
-/// Removes the rooms in `root` whose owners have died, after ending what still runs in them. Rooms of living processes, this one included, and
-/// everything that is no room are left alone. Blocking. Safe to call from several processes.
+/// Removes the rooms in `root` whose owners have died, after ending what still runs in them. Rooms
+/// of living processes, this one included, and everything that is no room are left alone. Blocking.
+/// Safe to call from several processes.
 pub fn sweep(root: &Path) -> Result<Vec<Swept>> {
     let failed = |source| Error::io("sweep", root, source);
     let entries = match std::fs::read_dir(root) {
@@ -614,7 +630,8 @@ impl Boot<'_> {
         }
     }
 
-    /// The name of a superuser who may log in, asked of the stopped copy in single-user mode, which asks nobody's name.
+    /// The name of a superuser who may log in, asked of the stopped copy in single-user mode, which
+    /// asks nobody's name.
     async fn superuser(&self) -> Result<String> {
         let query = "SELECT rolname FROM pg_catalog.pg_roles WHERE rolsuper AND rolcanlogin ORDER BY oid LIMIT 1\n";
         let program = self.binaries.program("postgres")?;
@@ -670,7 +687,8 @@ fn check_copy(
             format!("it is of PostgreSQL {}, the programs of {}", version.trim(), binaries.major());
         return Err(refuse(data, what));
     }
-    // Without the label the server would start from the wrong checkpoint and open, silently damaged.
+    // Without the label the server would start from the wrong checkpoint and open, silently
+    // damaged.
     if !data.join("backup_label").is_file() {
         return Err(refuse(data, "backup_label is missing".to_owned()));
     }
@@ -722,7 +740,8 @@ fn is_inside(path: &Path, room: &Path) -> bool {
     path.is_absolute() && plain && path.starts_with(room)
 }
 
-/// Looks through the WAL of the backup for tablespaces created in it: replay makes them at their original place, and writes there.
+/// Looks through the WAL of the backup for tablespaces created in it: replay makes them at their
+/// original place, and writes there.
 async fn refuse_tablespaces_created_meanwhile(
     binaries: &Binaries,
     room: &SandboxRoom,
@@ -767,7 +786,8 @@ async fn refuse_tablespaces_created_meanwhile(
             other => other,
         })?;
     for line in output.stdout_text().lines() {
-        // `rmgr: Tablespace … desc: CREATE 16390 "/place"`; an empty place is one inside the data directory.
+        // `rmgr: Tablespace … desc: CREATE 16390 "/place"`; an empty place is one inside the data
+        // directory.
         let Some((_, created)) = line.split_once("desc: CREATE ") else { continue };
         let place =
             created.split_once('"').map_or(created, |(_, place)| place.trim_end_matches('"'));
@@ -831,7 +851,8 @@ fn settings_for(
     settings
 }
 
-/// Options of every session: they beat `ALTER ROLE … SET` and `ALTER DATABASE … SET`, of which the copy has brought its own.
+/// Options of every session: they beat `ALTER ROLE … SET` and `ALTER DATABASE … SET`, of which the
+/// copy has brought its own.
 fn session_options(major: u32) -> String {
     let mut options =
         "-c session_preload_libraries= -c local_preload_libraries= -c statement_timeout=0 \
@@ -848,8 +869,6 @@ fn session_options(major: u32) -> String {
 fn disarm(room: &SandboxRoom, major: u32, settings: &[(String, String)]) -> Result<()> {
     let account = room.account;
     let data = room.data_directory();
-    take_over(&data, account)?;
-    take_over(&room.tablespaces(), account)?;
     make_private_directory(&data, account)?;
     for name in ["standby.signal", "postmaster.pid", "postmaster.opts", "recovery.done"] {
         remove_if_there(&data.join(name))?;
@@ -870,7 +889,8 @@ fn disarm(room: &SandboxRoom, major: u32, settings: &[(String, String)]) -> Resu
     Ok(())
 }
 
-/// Gives a tree to the account the server runs as, where that is not us. Links themselves, not their targets.
+/// Gives a tree to the account the server runs as, where that is not us. Links themselves, not
+/// their targets.
 fn take_over(directory: &Path, account: Account) -> Result<()> {
     if account == Account::current() {
         return Ok(());
@@ -953,7 +973,8 @@ impl LogWatch {
     }
 }
 
-/// Where replay ended, from the log of a server that has stopped again: the new timeline begins there.
+/// Where replay ended, from the log of a server that has stopped again: the new timeline begins
+/// there.
 fn replay_end_of(room: &SandboxRoom) -> Result<Lsn> {
     let control = ControlFile::read(&room.data_directory())?;
     let history =
@@ -974,7 +995,8 @@ async fn end_at_once(server: &mut Running) {
     }
 }
 
-/// Ends the processes that work inside a room: a server's processes all have its data directory as working directory.
+/// Ends the processes that work inside a room: a server's processes all have its data directory as
+/// working directory.
 fn end_processes_in(room: &Path) -> usize {
     let Ok(room) = room.canonicalize() else { return 0 };
     let data = room.join("data");

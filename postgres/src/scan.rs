@@ -1,9 +1,10 @@
-//! What of a data directory belongs into a backup: a walk that lists files, directories and tablespaces, and reads none.
+//! What of a data directory belongs into a backup: a walk that lists files, directories and
+//! tablespaces, and reads none.
 //!
-//! The rules are those of the server's own base backup. Everything is excluded by its full path, never by name alone:
-//! an administrator's `log` or `backup_label_notes` is no business of ours to drop. Files that vanish during the walk
-//! were dropped by the server and are passed over; what cannot be copied as it is becomes a warning or an error, never
-//! a silence.
+//! The rules are those of the server's own base backup. Everything is excluded by its full path,
+//! never by name alone: an administrator's `log` or `backup_label_notes` is no business of ours to
+//! drop. Files that vanish during the walk were dropped by the server and are passed over; what
+//! cannot be copied as it is becomes a warning or an error, never a silence.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{FileType, Metadata};
@@ -16,10 +17,12 @@ use crate::control_file::CONTROL_FILE_PATH;
 use crate::process::{Account, Result};
 use crate::relation::{Fork, RelationFile};
 
-/// Below this name a backup keeps the settings files that lie outside the data directory, each by its absolute path.
+/// Below this name a backup keeps the settings files that lie outside the data directory, each by
+/// its absolute path.
 pub const EXTERNAL_ROOT: &str = "pgmuster_external";
 
-/// Directories whose content is worthless in a copy; the directories themselves must exist for a server to start.
+/// Directories whose content is worthless in a copy; the directories themselves must exist for a
+/// server to start.
 const EMPTIED: [&str; 8] = [
     "pg_dynshmem",
     "pg_notify",
@@ -30,7 +33,8 @@ const EMPTIED: [&str; 8] = [
     "pg_subtrans",
     "pg_wal",
 ];
-/// Files that describe the running server, an older backup or a finished recovery. A prefix where the server appends.
+/// Files that describe the running server, an older backup or a finished recovery. A prefix where
+/// the server appends.
 const SKIPPED: [&str; 7] = [
     "postmaster.pid",
     "postmaster.opts",
@@ -41,7 +45,8 @@ const SKIPPED: [&str; 7] = [
     ".DS_Store",
 ];
 const SKIPPED_WITH_SUFFIX: [&str; 3] = ["backup_label", "tablespace_map", "backup_manifest"];
-/// Directories that hold the server's own data: a link in or on one of them would be lost in a copy.
+/// Directories that hold the server's own data: a link in or on one of them would be lost in a
+/// copy.
 const SERVERS_OWN: [&str; 9] = [
     "base",
     "global",
@@ -61,17 +66,19 @@ pub struct ScanOptions {
     pub data_directory: PathBuf,
     /// Major version of the server.
     pub major: u32,
-    /// Catalogue version of the control file: with the major version it names the directory inside a tablespace.
+    /// Catalogue version of the control file: with the major version it names the directory inside
+    /// a tablespace.
     pub catalog_version: u32,
-    /// Settings files as the server names them (`config_file`, `hba_file`, `ident_file`, included ones); those inside the data directory need
-    /// not be left out.
+    /// Settings files as the server names them (`config_file`, `hba_file`, `ident_file`, included
+    /// ones); those inside the data directory need not be left out.
     pub settings_files: Vec<PathBuf>,
 }
 
 /// A file or directory that belongs into a backup.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ScanEntry {
-    /// Path relative to the data directory, `/` between the parts; tablespaces appear below `pg_tblspc/OID`.
+    /// Path relative to the data directory, `/` between the parts; tablespaces appear below
+    /// `pg_tblspc/OID`.
     pub path: String,
     /// Where to read it.
     pub source: PathBuf,
@@ -245,7 +252,8 @@ impl<'a> Walk<'a> {
         Ok(Self { options, tablespace_places: HashMap::new(), scan: Scan::default() })
     }
 
-    /// Tablespaces come first: the walk of the data directory must know the directories that are copied as one.
+    /// Tablespaces come first: the walk of the data directory must know the directories that are
+    /// copied as one.
     fn tablespaces(&mut self) -> Result<()> {
         let parent = self.options.data_directory.join("pg_tblspc");
         let versioned = format!("PG_{}_{}", self.options.major, self.options.catalog_version);
@@ -271,28 +279,12 @@ impl<'a> Walk<'a> {
                 self.scan.warnings.push(ScanWarning::StrangeTablespace(path));
                 continue;
             };
-            if !in_place {
-                // A tablespace whose directory is gone cannot be backed up: the server would not start on a copy.
-                let target = std::fs::metadata(&link).map_err(|source| match source.kind() {
-                    io::ErrorKind::NotFound => Error::Shape {
-                        path: link.clone(),
-                        what: format!(
-                            "the tablespace's directory {} does not exist",
-                            location.display()
-                        ),
-                        cure: "Mount it again, or drop the tablespace.".to_owned(),
-                    },
-                    _ => io_error(&link, source),
-                });
-                // The link itself may have been dropped since it was listed.
-                let target = match target {
-                    Err(_) if std::fs::symlink_metadata(&link).is_err() => continue,
-                    other => other?,
-                };
+            if in_place {
+                self.push(path.clone(), link.clone(), EntryKind::Directory, &metadata);
+            } else {
+                let Some(target) = tablespace_directory(&link, &location)? else { continue };
                 self.tablespace_places
                     .insert((target.dev(), target.ino()), (oid, location.clone()));
-            } else {
-                self.push(path.clone(), link.clone(), EntryKind::Directory, &metadata);
             }
             self.scan.tablespaces.push(ScannedTablespace { oid, location, in_place });
             found.push((format!("{path}/{versioned}"), link.join(&versioned)));
@@ -330,7 +322,7 @@ impl<'a> Walk<'a> {
             if kind.is_symlink() {
                 self.link(path, source, place)?;
             } else if kind.is_dir() {
-                self.subdirectory(path, source, &metadata, place)?;
+                self.subdirectory(&path, &source, &metadata, place)?;
             } else if kind.is_file() {
                 let kind = match relation {
                     _ if path == CONTROL_FILE_PATH => EntryKind::ControlFile,
@@ -348,8 +340,8 @@ impl<'a> Walk<'a> {
 
     fn subdirectory(
         &mut self,
-        path: String,
-        source: PathBuf,
+        path: &str,
+        source: &Path,
         metadata: &Metadata,
         place: Place,
     ) -> Result<()> {
@@ -358,9 +350,9 @@ impl<'a> Walk<'a> {
             self.scan.warnings.push(ScanWarning::TablespaceInside(*oid, location.clone()));
             return Ok(());
         }
-        self.push(path.clone(), source.clone(), EntryKind::Directory, metadata);
+        self.push(path.to_owned(), source.to_owned(), EntryKind::Directory, metadata);
         let inside = match place {
-            Place::Root if EMPTIED.contains(&path.as_str()) => return self.emptied(&path, &source),
+            Place::Root if EMPTIED.contains(&path) => return self.emptied(path, source),
             // Walked already.
             Place::Root if path == "pg_tblspc" => return Ok(()),
             Place::Root if path == "base" => Place::Databases,
@@ -368,7 +360,7 @@ impl<'a> Walk<'a> {
             Place::Databases => Place::Database,
             _ => Place::Elsewhere,
         };
-        self.directory(&format!("{path}/"), &source, inside)
+        self.directory(&format!("{path}/"), source, inside)
     }
 
     /// A directory whose content stays behind, but for the directories the server expects in it.
@@ -506,9 +498,10 @@ impl Place {
     }
 }
 
-/// The unlogged relations of a database's directory: those whose init fork was listed and is still there. While it is, the number cannot
-/// have changed hands, so the other forks are an unlogged relation's and will be made anew from the init fork. In every other case they are copied:
-/// it is never wrong to copy too much.
+/// The unlogged relations of a database's directory: those whose init fork was listed and is still
+/// there. While it is, the number cannot have changed hands, so the other forks are an unlogged
+/// relation's and will be made anew from the init fork. In every other case they are copied: it is
+/// never wrong to copy too much.
 fn unlogged(listed: &[(String, PathBuf)]) -> HashSet<u32> {
     let init = listed.iter().filter_map(|(name, path)| {
         let file = RelationFile::parse(name)?;
@@ -516,6 +509,22 @@ fn unlogged(listed: &[(String, PathBuf)]) -> HashSet<u32> {
         (is_init && std::fs::symlink_metadata(path).is_ok()).then_some(file.filenode)
     });
     init.collect()
+}
+
+/// What the link of a tablespace leads to; `None` when the tablespace was dropped since it was
+/// listed.
+fn tablespace_directory(link: &Path, location: &Path) -> Result<Option<Metadata>> {
+    match std::fs::metadata(link) {
+        Ok(metadata) => Ok(Some(metadata)),
+        Err(_) if std::fs::symlink_metadata(link).is_err() => Ok(None),
+        // The server would not start on a copy without it.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Error::Shape {
+            path: link.to_owned(),
+            what: format!("the tablespace's directory {} does not exist", location.display()),
+            cure: "Mount it again, or drop the tablespace.".to_owned(),
+        }),
+        Err(error) => Err(io_error(link, error)),
+    }
 }
 
 /// `None` for what is gone by now.

@@ -1,6 +1,7 @@
 //! Write-ahead log files: names, the header of a segment, timeline histories.
 //!
-//! Deliberately not here: what the records say (that is `wal_changes`), and how segments are fetched or stored.
+//! Deliberately not here: what the records say (that is `wal_changes`), and how segments are
+//! fetched or stored.
 
 use std::fmt;
 use std::fs::File;
@@ -22,7 +23,8 @@ const LONG_HEADER: u16 = 0x0002;
 /// Longest history file that is read: one line a promotion, about 60 bytes each.
 const HISTORY_LIMIT_BYTES: u64 = 1 << 20;
 
-/// A segment of the log: a timeline and a number. The number counts segments of one size, so it means nothing without that.
+/// A segment of the log: a timeline and a number. The number counts segments of one size, so it
+/// means nothing without that.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Segment {
     /// Which history it belongs to.
@@ -97,7 +99,8 @@ impl Segment {
 pub enum WalFile {
     /// A whole segment.
     Segment(Segment),
-    /// The last, unfinished segment of a timeline that ended in a promotion. Never to be served under the plain name.
+    /// The last, unfinished segment of a timeline that ended in a promotion. Never to be served
+    /// under the plain name.
     Partial(Segment),
     /// The history of a timeline.
     History(Timeline),
@@ -228,8 +231,9 @@ pub struct WalOrigin {
 }
 
 impl WalOrigin {
-    /// Holds the first bytes of a segment against its name and its cluster. A file that the server has prepared for later use still has the
-    /// header of an earlier segment, and is refused here. The error says what does not fit.
+    /// Holds the first bytes of a segment against its name and its cluster. A file that the server
+    /// has prepared for later use still has the header of an earlier segment, and is refused here.
+    /// The error says what does not fit.
     pub fn verify(&self, segment: Segment, bytes: &[u8]) -> std::result::Result<(), String> {
         let header = SegmentHeader::parse(bytes)?;
         let address = segment.start(self.segment_size);
@@ -251,7 +255,8 @@ impl WalOrigin {
         if header.address != address {
             return Err(format!("it starts at {}, its name says {address}", header.address));
         }
-        // The first segment of a timeline begins as a copy of the last of the one before, headers included.
+        // The first segment of a timeline begins as a copy of the last of the one before, headers
+        // included.
         if header.timeline.0 == 0 || header.timeline > segment.timeline {
             return Err(format!(
                 "it is of timeline {}, its name says {}",
@@ -261,9 +266,11 @@ impl WalOrigin {
         Ok(())
     }
 
-    /// Opens a segment in `directory` (`pg_wal`) after checking its size and header. `None` when it is not there.
+    /// Opens a segment in `directory` (`pg_wal`) after checking its size and header. `None` when it
+    /// is not there.
     ///
-    /// The caller knows from the server that the segment is complete: the file has its full size from the beginning.
+    /// The caller knows from the server that the segment is complete: the file has its full size
+    /// from the beginning.
     pub fn open(&self, directory: &Path, segment: Segment) -> Result<Option<File>> {
         let path = directory.join(segment.file_name(self.segment_size));
         let failed = |source: io::Error| match source.kind() {
@@ -334,7 +341,8 @@ impl History {
         Ok(Self { timeline, entries })
     }
 
-    /// Reads the history of `timeline` in `directory` (`pg_wal`). Timeline 1 has none and needs none; `None` when the file is missing.
+    /// Reads the history of `timeline` in `directory` (`pg_wal`). Timeline 1 has none and needs
+    /// none; `None` when the file is missing.
     pub fn read(directory: &Path, timeline: Timeline) -> Result<Option<Self>> {
         if timeline.0 <= 1 {
             return Ok(Some(Self { timeline, entries: Vec::new() }));
@@ -378,7 +386,8 @@ mod tests {
 
     #[test]
     fn names_are_the_servers() {
-        // SELECT pg_walfile_name('16/B374D848') at segment sizes of 16 MiB, 1 MiB and 1 GiB, timelines 1 and 26.
+        // SELECT pg_walfile_name('16/B374D848') at segment sizes of 16 MiB, 1 MiB and 1 GiB,
+        // timelines 1 and 26.
         let lsn = "16/B374D848".parse().unwrap();
         let name =
             |timeline, size| Segment::containing(lsn, Timeline(timeline), size).file_name(size);

@@ -1,5 +1,5 @@
-//! The file side held against real servers: control file, page checksums, damaged and torn pages, what a backup copies,
-//! WAL segments.
+//! The file side held against real servers: control file, page checksums, damaged and torn pages,
+//! what a backup copies, WAL segments.
 
 mod throwaway;
 
@@ -89,7 +89,8 @@ async fn the_control_file_is_read_as_the_servers_own_tool_reads_it() {
         expect("WAL block size", control.wal_block_size.to_string());
         expect("Bytes per WAL segment", control.wal_segment_size.to_string());
         expect("Data page checksum version", control.checksum_version.to_string());
-        // The tool prints times in words; the tests run in UTC without one of our own reading them back.
+        // The tool prints times in words; the tests run in UTC without one of our own reading them
+        // back.
         assert!(
             control.written_at_s >= control.checkpoint_at_s
                 && control.checkpoint_at_s > 1_700_000_000
@@ -234,7 +235,8 @@ async fn the_second_segment_of_a_relation_goes_on_counting() {
     client.batch_execute("CREATE TABLE big (filler text)").await.unwrap();
     let path = text(&client, "SELECT pg_relation_filepath('big')").await;
     instance.stop(StopMode::Fast).await.unwrap();
-    // A first segment of empty pages, which is legal and takes no space; the server goes on in the second.
+    // A first segment of empty pages, which is legal and takes no space; the server goes on in the
+    // second.
     let first = instance.data_directory().join(&path);
     OpenOptions::new().write(true).open(&first).unwrap().set_len(1 << 30).unwrap();
     instance.start().await.unwrap();
@@ -327,7 +329,8 @@ async fn a_page_in_the_middle_of_a_write_is_read_again() {
     let (bytes, reader) = read_whole(&path, rules);
     assert_eq!(bytes, sound[..sound.len() - 8092]);
     assert_eq!(reader.bad_blocks(), [0_u32; 0]);
-    // A dropped relation is nothing to read, and an offset inside a page is a mistake of the caller.
+    // A dropped relation is nothing to read, and an offset inside a page is a mistake of the
+    // caller.
     assert!(RelationReader::open(Path::new("/nowhere/1"), name, rules).unwrap().is_none());
     assert!(reader_at(&path, name, rules, 100).is_err());
 }
@@ -409,7 +412,8 @@ async fn a_scan_lists_what_the_servers_own_base_backup_copies() {
         let scan = scan_of(&instance);
         let mut theirs = BTreeSet::new();
         list(&copy, Path::new(""), &mut theirs);
-        // The server's tool makes these for the restore, and leaves out what only a look at the whole path tells from rubbish.
+        // The server's tool makes these for the restore, and leaves out what only a look at the
+        // whole path tells from rubbish.
         for made in ["backup_label", "tablespace_map", "pg_wal/archive_status"] {
             theirs.remove(made);
         }
@@ -634,7 +638,8 @@ async fn segments_are_read_only_when_they_are_what_their_name_says() {
         assert!(refused(origin, later).contains("1000 bytes"));
         std::fs::remove_file(&copy).unwrap();
 
-        // After a promotion the first segment is a copy of the old timeline's last, headers included.
+        // After a promotion the first segment is a copy of the old timeline's last, headers
+        // included.
         drop(client);
         instance.stop(StopMode::Fast).await.unwrap();
         std::fs::write(instance.data_directory().join("standby.signal"), "").unwrap();

@@ -1,4 +1,5 @@
-//! Throwaway clusters on real servers: they start, they stop, and above all they never outlive their owner.
+//! Throwaway clusters on real servers: they start, they stop, and above all they never outlive
+//! their owner.
 
 #[path = "throwaway/owners.rs"]
 mod owners;

@@ -1,4 +1,5 @@
-//! The proof sandbox on real copies: it reaches the end of the backup or refuses, it is inert, and nothing of it stays.
+//! The proof sandbox on real copies: it reaches the end of the backup or refuses, it is inert, and
+//! nothing of it stays.
 
 #[path = "throwaway/owners.rs"]
 mod owners;
@@ -17,7 +18,7 @@ use postgres::sandbox::{NetworkIsolation, Sandbox, SandboxOptions, SandboxRoom, 
 use proto::backup::Setting;
 use proto::{Lsn, SystemIdentifier, Timeline};
 use tempfile::TempDir;
-use throwaway::{binaries, cluster, connect, text};
+use throwaway::{binaries, cluster, cluster_in, connect, text};
 use tokio_util::sync::CancellationToken;
 
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -27,7 +28,7 @@ const END_OF_BACKUP_RECORD_BYTES: u64 = 40;
 
 /// A copy made by the server's own tool, with its WAL, in a room; and where the backup ends.
 async fn copied(instance: &Instance, rooms: &Path) -> (SandboxRoom, SandboxOptions) {
-    let room = SandboxRoom::create(rooms, "proof", None).unwrap();
+    let room = SandboxRoom::create(rooms, "proof", None).await.unwrap();
     let control = ControlFile::read(&instance.data_directory()).unwrap();
     let program = instance.binaries().program("pg_basebackup").unwrap();
     let url = instance.url("postgres");
@@ -41,13 +42,14 @@ async fn copied(instance: &Instance, rooms: &Path) -> (SandboxRoom, SandboxOptio
     (room, options)
 }
 
-/// Copies a data directory by hand, as an engine does, while `meanwhile` runs between start and stop.
+/// Copies a data directory by hand, as an engine does, while `meanwhile` runs between start and
+/// stop.
 async fn copied_by_hand(
     instance: &Instance,
     rooms: &Path,
     meanwhile: &str,
 ) -> (SandboxRoom, SandboxOptions) {
-    let room = SandboxRoom::create(rooms, "proof", None).unwrap();
+    let room = SandboxRoom::create(rooms, "proof", None).await.unwrap();
     let control = ControlFile::read(&instance.data_directory()).unwrap();
     let session = connect(&instance.url("postgres")).await;
     text(&session, "SELECT pg_backup_start('by hand', true)").await;
@@ -155,7 +157,8 @@ async fn a_copy_boots_to_the_end_of_its_backup_and_is_inert() {
         let foreign = "SELECT count(*) FROM pg_settings WHERE sourcefile IS NOT NULL AND sourcefile NOT LIKE '%/proof/run/postgresql.conf'";
         assert_eq!(text(&copy, foreign).await, "0");
 
-        // The copy writes, switches and waits for whoever would act on it; nobody is there to do so.
+        // The copy writes, switches and waits for whoever would act on it; nobody is there to do
+        // so.
         copy.batch_execute("CREATE TABLE public.made AS SELECT 1").await.unwrap();
         text(&copy, "SELECT pg_switch_wal()").await;
         copy.batch_execute("CHECKPOINT").await.unwrap();
@@ -225,7 +228,8 @@ async fn a_copy_that_lacks_the_end_of_its_wal_never_opens() {
         let Error::Sandbox { what, .. } = &error else { panic!("{error}") };
         assert!(what.contains("WAL of the backup cannot be read"), "{what}");
 
-        // The record that ends the backup is gone, and the caller believes that it ends before: the server knows better.
+        // The record that ends the backup is gone, and the caller believes that it ends before: the
+        // server knows better.
         let (room, mut options) = copied(&instance, &rooms).await;
         let last = last_segment(&room);
         let mut bytes = std::fs::read(&last).unwrap();
@@ -244,7 +248,8 @@ async fn a_copy_that_lacks_the_end_of_its_wal_never_opens() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stop_position_that_the_server_did_not_reach_is_an_error() {
     let (instance, directory) = with_rows(15).await;
-    // More WAL than the backup needs lies in pg_wal; recovery stops at the end of the backup all the same.
+    // More WAL than the backup needs lies in pg_wal; recovery stops at the end of the backup all
+    // the same.
     let more = "INSERT INTO t SELECT generate_series(1, 20000)";
     let (room, mut options) =
         copied_by_hand(&instance, &directory.path().join("rooms"), more).await;
@@ -337,7 +342,8 @@ async fn a_tablespace_restored_into_the_room_is_used_there() {
             .await
             .unwrap();
         let oid = text(&client, "SELECT oid FROM pg_tablespace WHERE spcname = 'there'").await;
-        let room = SandboxRoom::create(&directory.path().join("rooms"), "proof", None).unwrap();
+        let room =
+            SandboxRoom::create(&directory.path().join("rooms"), "proof", None).await.unwrap();
         let target = room.tablespaces().join(&oid);
         let mapping = format!("{}={}", space.display(), target.display());
         let url = instance.url("postgres");
@@ -394,7 +400,7 @@ async fn a_network_of_its_own_is_had_where_it_is_required() {
     let (instance, directory) = with_rows(15).await;
     let (room, mut options) = copied(&instance, &directory.path().join("rooms")).await;
     options.network = NetworkIsolation::Required;
-    match (Isolation::probe().await, Sandbox::boot(instance.binaries(), room, options).await) {
+    match (Isolation::probe(None).await, Sandbox::boot(instance.binaries(), room, options).await) {
         (Isolation::Namespaces { .. }, Ok(sandbox)) => {
             assert!(matches!(sandbox.isolation(), Isolation::Namespaces { .. }));
         }
@@ -406,7 +412,7 @@ async fn a_network_of_its_own_is_had_where_it_is_required() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_owner_leaves_no_server_and_the_next_sweep_no_room() {
     if let Some(directory) = owned_directory() {
-        let (instance, _source) = with_rows(15).await;
+        let instance = cluster_in(&directory.join("source"), 15, &[]).await;
         let (room, mut options) = copied(&instance, &directory.join("rooms")).await;
         options.network = NetworkIsolation::WherePossible;
         let sandbox = Sandbox::boot(instance.binaries(), room, options).await.unwrap();
@@ -418,7 +424,7 @@ async fn a_killed_owner_leaves_no_server_and_the_next_sweep_no_room() {
     }
     let directory = tempfile::tempdir().unwrap();
     let rooms = directory.path().join("rooms");
-    let mine = SandboxRoom::create(&rooms, "mine", None).unwrap();
+    let mine = SandboxRoom::create(&rooms, "mine", None).await.unwrap();
     std::fs::create_dir(rooms.join("stranger")).unwrap();
     std::fs::write(rooms.join("stranger/owner"), "somebody\n").unwrap();
     let mut owner = owner_process(
@@ -452,7 +458,7 @@ async fn a_sweep_ends_servers_that_survived_their_owner() {
     let (mut instance, directory) = cluster(15, &[]).await;
     instance.stop(postgres::instance::StopMode::Fast).await.unwrap();
     let rooms = directory.path().join("rooms");
-    let room = SandboxRoom::create(&rooms, "proof", Some(Account::current())).unwrap();
+    let room = SandboxRoom::create(&rooms, "proof", Some(Account::current())).await.unwrap();
     copy(&instance.data_directory(), &room.data_directory());
     let data = room.data_directory();
     let kept = rooms.join("kept");

@@ -1,5 +1,7 @@
 //! What the tests of this crate share: real servers to work on.
 
+use std::path::Path;
+
 use postgres::binaries::Binaries;
 use postgres::instance::{Instance, InstanceOptions};
 use tempfile::TempDir;
@@ -22,6 +24,12 @@ pub async fn optional_binaries(major: u32) -> Option<Binaries> {
 /// A running cluster with small WAL segments, and the directory it lives in.
 pub async fn cluster(major: u32, settings: &[(&str, &str)]) -> (Instance, TempDir) {
     let directory = tempfile::tempdir().unwrap();
+    let instance = cluster_in(&directory.path().join("cluster"), major, settings).await;
+    (instance, directory)
+}
+
+/// The same in a directory that somebody else removes.
+pub async fn cluster_in(place: &Path, major: u32, settings: &[(&str, &str)]) -> Instance {
     let settings = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
     let options = InstanceOptions {
         settings: settings.collect(),
@@ -29,10 +37,9 @@ pub async fn cluster(major: u32, settings: &[(&str, &str)]) -> (Instance, TempDi
         fsync: false,
         ..InstanceOptions::default()
     };
-    let place = directory.path().join("cluster");
-    let mut instance = Instance::create(&binaries(major).await, &place, options).await.unwrap();
+    let mut instance = Instance::create(&binaries(major).await, place, options).await.unwrap();
     instance.start().await.unwrap();
-    (instance, directory)
+    instance
 }
 
 /// A connection, served by a task of its own.

@@ -25,8 +25,8 @@ pub fn processes_in(directory: &Path) -> Vec<u32> {
     all.collect()
 }
 
-/// This test program again, running only `test`, as the owner of something that is to be killed. `directory` tells the test that it is the
-/// owner, see [`owned_directory`].
+/// This test program again, running only `test`, as the owner of something that is to be killed.
+/// `directory` tells the test that it is the owner, see [`owned_directory`].
 pub fn owner_process(test: &str, directory: &Path) -> Child {
     Command::new(std::env::current_exe().unwrap())
         .args([test, "--exact", "--nocapture"])
