@@ -235,3 +235,230 @@ impl Attempt {
         self.predecessor.as_ref().map(Backup::facts)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    //! The commit protocol against a collector of garbage that works between any two steps of the writer.
+
+    use std::io;
+    use std::ops::Range;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::{Arc, Mutex};
+
+    use async_trait::async_trait;
+    use bytes::Bytes;
+    use proto::SystemIdentifier;
+
+    use super::*;
+    use crate::entry::SourceEntry;
+    use crate::repository::{Encryption, InitOptions};
+    use crate::store::directory::DirectoryStore;
+    use crate::store::{Listed, Store, Upload};
+    use crate::writer::{Source, SourceFile, WriteOptions};
+
+    /// A directory store that lets a collector run after the writer has looked at one of the two lists and before it
+    /// looks at the other.
+    #[derive(Debug)]
+    struct Interleaved {
+        inner: DirectoryStore,
+        armed: AtomicBool,
+        /// What the collector does to the directory at that moment.
+        sweep: Mutex<Vec<Step>>,
+        seen: Mutex<Option<&'static str>>,
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Put(String, Bytes),
+        Delete(String),
+    }
+
+    impl Interleaved {
+        async fn before_list(&self, prefix: &str) -> Result<(), StoreError> {
+            if !self.armed.load(Ordering::SeqCst) {
+                return Ok(());
+            }
+            let list = if prefix.ends_with("/gc/") { "condemned" } else { "backups" };
+            let first = *self.seen.lock().unwrap().get_or_insert(list);
+            if first != list {
+                self.armed.store(false, Ordering::SeqCst);
+                let steps = self.sweep.lock().unwrap().clone();
+                for step in steps {
+                    match step {
+                        Step::Put(key, bytes) => self.inner.put(&key, bytes).await?,
+                        Step::Delete(key) => self.inner.delete(&key).await?,
+                    }
+                }
+            }
+            Ok(())
+        }
+    }
+
+    #[async_trait]
+    impl Store for Interleaved {
+        fn describe(&self) -> String {
+            self.inner.describe()
+        }
+        async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
+            self.inner.get(key, limit_bytes).await
+        }
+        async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+            self.inner.get_range(key, range).await
+        }
+        async fn size(&self, key: &str) -> Result<u64, StoreError> {
+            self.inner.size(key).await
+        }
+        async fn put(&self, key: &str, bytes: Bytes) -> Result<(), StoreError> {
+            self.inner.put(key, bytes).await
+        }
+        async fn put_if_absent(&self, key: &str, bytes: Bytes) -> Result<PutOutcome, StoreError> {
+            self.inner.put_if_absent(key, bytes).await
+        }
+        async fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError> {
+            self.inner.upload(key).await
+        }
+        async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
+            self.before_list(prefix).await?;
+            self.inner.list(prefix).await
+        }
+        async fn delete(&self, key: &str) -> Result<(), StoreError> {
+            self.inner.delete(key).await
+        }
+        async fn abort_uploads(&self, keys: &[String]) -> Result<usize, StoreError> {
+            self.inner.abort_uploads(keys).await
+        }
+    }
+
+    struct NoSource;
+
+    impl Source for NoSource {
+        fn open(&self, _: &SourceEntry) -> io::Result<Option<Box<dyn SourceFile>>> {
+            Ok(None)
+        }
+    }
+
+    fn facts() -> proto::BackupFacts {
+        serde_json::from_value(serde_json::json!({
+            "cluster": "c", "system_identifier": "1", "server_version_num": 150_000, "catalog_version": 1,
+            "block_size": 8192, "wal_segment_size": 16_777_216, "data_checksums": true, "timeline": 1,
+            "start_lsn": "0/1", "stop_lsn": "0/2", "started_at_ms": 1, "stopped_at_ms": 2, "backup_label": "",
+        }))
+        .unwrap()
+    }
+
+    async fn write(attempt: Attempt) -> Result<BackupId, Error> {
+        let options = WriteOptions { continuity: Some("x".into()), ..WriteOptions::default() };
+        let mut writer = attempt.write(options)?;
+        let content: Vec<u8> = (0..60_000_u32).flat_map(u32::to_be_bytes).collect();
+        let entry = SourceEntry::bytes("file", 0o600, content);
+        writer.copy(Arc::new(NoSource), vec![Ok(entry)]).await?;
+        let written = writer.finish(Arc::new(NoSource), vec![], facts()).await?;
+        Ok(written.commit(3).await?.backup)
+    }
+
+    fn intent(n: u8) -> Intent {
+        Intent {
+            attempt: AttemptId::mint(u64::from(n), [n; 10]),
+            follows: None,
+            by: "w".into(),
+            began_at_ms: 1,
+        }
+    }
+
+    /// An old backup exists. A collector planned before it was committed: its packs are on a list, the list of open
+    /// attempts was taken before ours began. Now we begin; and between our two looks somebody forgets the old backup,
+    /// and the collector checks once more, deletes the packs and retires its list. Returns the committed backup's state.
+    async fn race(order: Order) -> (Repository, LineageId, BackupId) {
+        let place = tempfile::tempdir().unwrap().keep();
+        let store = Arc::new(Interleaved {
+            inner: DirectoryStore::new(place),
+            armed: AtomicBool::new(false),
+            sweep: Mutex::default(),
+            seen: Mutex::default(),
+        });
+        let options = InitOptions { encryption: Encryption::Off, now_ms: 1 };
+        let as_store: Arc<dyn Store> = Arc::<Interleaved>::clone(&store);
+        let repository = Repository::init(as_store, options).await.unwrap().repository;
+        let identity = repository
+            .find_or_mint_lineage(&"c".parse().unwrap(), SystemIdentifier(1), 1)
+            .await
+            .unwrap();
+        let lineage = identity.lineage;
+        let old = write(repository.begin(lineage, intent(1)).await.unwrap()).await.unwrap();
+        let packs: Vec<_> = repository
+            .open_backup(lineage, old)
+            .await
+            .unwrap()
+            .root
+            .packs
+            .keys()
+            .copied()
+            .collect();
+
+        let run = format!("{}run-1", layout::condemned(lineage));
+        let names = packs.iter().map(ToString::to_string).collect();
+        let key = format!("{run}/condemned");
+        let list = note::write(&repository.keys, &key, &Condemned { packs: names }).unwrap();
+        store.put(&key, list).await.unwrap();
+        let mut sweep =
+            vec![Step::Put(layout::of_backup(lineage, old, "forget"), Bytes::from_static(b"\n"))];
+        sweep.extend(packs.iter().map(|pack| Step::Delete(layout::pack(lineage, *pack))));
+        sweep.push(Step::Put(format!("{run}/done"), Bytes::from_static(b"\n")));
+        *store.sweep.lock().unwrap() = sweep;
+        store.armed.store(true, Ordering::SeqCst);
+
+        let attempt = repository.begin_in_order(lineage, intent(2), order).await.unwrap();
+        assert!(!store.armed.load(Ordering::SeqCst), "the collector had its turn");
+        let backup = write(attempt).await.unwrap();
+        (repository, lineage, backup)
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_collector_between_the_two_looks_costs_nothing() {
+        let (repository, lineage, backup) = race(Order::CondemnedFirst).await;
+        let backup = repository.open_backup(lineage, backup).await.unwrap();
+        assert!(backup.check_inventory().await.unwrap().is_sound());
+        assert!(backup.check_decrypt(crate::CheckOptions::default()).await.unwrap().is_sound());
+    }
+
+    /// The reason for the order: the same collector, the looks exchanged, and a committed backup misses its packs.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn the_looks_exchanged_would_lose_data() {
+        let place = race(Order::PredecessorFirst);
+        let (repository, lineage, backup) = place.await;
+        let backup = repository.open_backup(lineage, backup).await.unwrap();
+        assert!(!backup.check_inventory().await.unwrap().missing.is_empty());
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_backup_with_a_condemned_pack_is_no_predecessor() {
+        let place = tempfile::tempdir().unwrap();
+        let store: Arc<dyn Store> = Arc::new(DirectoryStore::new(place.path()));
+        let options = InitOptions { encryption: Encryption::Off, now_ms: 1 };
+        let repository = Repository::init(Arc::clone(&store), options).await.unwrap().repository;
+        let identity = repository
+            .find_or_mint_lineage(&"c".parse().unwrap(), SystemIdentifier(1), 1)
+            .await
+            .unwrap();
+        let lineage = identity.lineage;
+        let old = write(repository.begin(lineage, intent(1)).await.unwrap()).await.unwrap();
+        let chosen = |n| {
+            let repository = repository.clone();
+            async move { repository.begin(lineage, intent(n)).await.unwrap().predecessor() }
+        };
+        assert_eq!(chosen(2).await, Some(old));
+        let pack =
+            *repository.open_backup(lineage, old).await.unwrap().root.packs.keys().next().unwrap();
+        let key = format!("{}run-1/condemned", layout::condemned(lineage));
+        let list = Condemned { packs: vec![pack.to_string()] };
+        store.put(&key, note::write(&repository.keys, &key, &list).unwrap()).await.unwrap();
+        assert_eq!(chosen(3).await, None);
+        store
+            .put(&format!("{}run-1/done", layout::condemned(lineage)), Bytes::new())
+            .await
+            .unwrap();
+        assert_eq!(chosen(4).await, Some(old));
+        store.put(&layout::of_backup(lineage, old, "forget"), Bytes::new()).await.unwrap();
+        assert_eq!(chosen(5).await, None);
+    }
+}

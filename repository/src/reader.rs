@@ -121,7 +121,6 @@ impl Backup {
         }
         Ok(entries)
     }
-
 }
 
 /// Reads frames of metadata packs. Packs are read in blocks, of which a few are kept: what is needed next usually stands

@@ -246,7 +246,7 @@ mod tests {
             least = least.min(before - unread.len());
             from = reread.next();
         }
-        assert_eq!(unread, []);
+        assert!(unread.is_empty(), "{unread:?}");
         assert!(least > 100, "the load is spread over the days: {least}");
     }
 
