@@ -246,18 +246,19 @@ impl Declaration {
         Self { exchanges, queues, bindings }
     }
 
-    /// Takes over what `other` has and this has not.
+    /// Takes over what `other` says; of two that say different things under one name, the later one holds.
     pub(crate) fn merge(&mut self, other: &Self) {
-        fn add<T: Clone + PartialEq>(to: &mut Vec<T>, from: &[T]) {
+        fn add<T: Clone>(to: &mut Vec<T>, from: &[T], same: impl Fn(&T, &T) -> bool) {
             for one in from {
-                if !to.contains(one) {
-                    to.push(one.clone());
+                match to.iter_mut().find(|there| same(there, one)) {
+                    Some(there) => there.clone_from(one),
+                    None => to.push(one.clone()),
                 }
             }
         }
-        add(&mut self.exchanges, &other.exchanges);
-        add(&mut self.queues, &other.queues);
-        add(&mut self.bindings, &other.bindings);
+        add(&mut self.exchanges, &other.exchanges, |a, b| a.name == b.name);
+        add(&mut self.queues, &other.queues, |a, b| a.name == b.name);
+        add(&mut self.bindings, &other.bindings, |a, b| a == b);
     }
 }
 
@@ -304,5 +305,10 @@ mod tests {
         assert_eq!(all, before);
         all.merge(&Declaration::coordinator());
         assert_eq!(all.exchanges.len(), before.exchanges.len() + 1);
+        all.merge(&Declaration::worker(&worker(), &site()).expiring_after(Duration::from_secs(1)));
+        assert_eq!(all.queues.len(), before.queues.len());
+        let control = topology::control_queue(&worker());
+        let later = all.queues.iter().find(|queue| queue.name == control).expect("a queue");
+        assert_eq!(later.expires, Some(Duration::from_secs(1)));
     }
 }

@@ -155,12 +155,11 @@ impl From<&Error> for Failure {
                 Action::FixConfig,
                 match *what {
                     "queue" => format!(
-                        "Remove it while it is empty (rabbitmqctl delete_queue {name} --if-empty); it is made anew \
-                         within seconds."
+                        "Remove it while it is empty, then restart pgmuster: rabbitmqctl delete_queue {name} \
+                         --if-empty."
                     ),
                     _ => format!(
-                        "Remove it (rabbitmqadmin delete exchange name={name}); it is made anew at the next \
-                         reconnect."
+                        "Remove it, then restart pgmuster: rabbitmqadmin delete exchange name={name}."
                     ),
                 },
             ),

@@ -1,6 +1,6 @@
 //! The state of the in-process broker: exchanges, queues, clients, consumers, and what passes between them.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -25,13 +25,14 @@ pub(super) struct Hub {
     expiry: Arc<Notify>,
 }
 
+/// Ordered maps throughout: the same calls give the same deliveries, in every run.
 #[derive(Default)]
 struct State {
-    exchanges: HashMap<String, ExchangeKind>,
+    exchanges: BTreeMap<String, ExchangeKind>,
     bindings: Vec<Binding>,
-    queues: HashMap<String, QueueState>,
+    queues: BTreeMap<String, QueueState>,
     consumers: BTreeMap<ConsumerId, ConsumerState>,
-    clients: HashMap<ClientId, ClientState>,
+    clients: BTreeMap<ClientId, ClientState>,
     /// Grows; gives out every id and every position in a queue.
     counter: u64,
     watches_expiry: bool,
@@ -232,7 +233,7 @@ impl Hub {
                 message: Arc::new(message),
             };
             let routed =
-                state.route(stored, now).map_err(|cause| PublishError::not_sent(&id, cause))?;
+                state.route(&stored, now).map_err(|cause| PublishError::not_sent(&id, cause))?;
             match (lose_answer, routed) {
                 (true, _) => lost(),
                 (false, 0) if mandatory => Ok(Published::Unroutable),
@@ -366,7 +367,7 @@ impl State {
     }
 
     /// Puts a message into every queue its exchange chooses; how many these were.
-    fn route(&mut self, stored: Stored, now: Instant) -> Result<usize, Error> {
+    fn route(&mut self, stored: &Stored, now: Instant) -> Result<usize, Error> {
         let Some(kind) = self.exchanges.get(&stored.exchange) else {
             return Err(Error::Refused {
                 doing: format!("publish to exchange {:?}", stored.exchange),
@@ -439,7 +440,7 @@ impl State {
         let letter =
             Stored { exchange, expires_at: None, redelivered: false, returns: 0, ..stored };
         // An exchange that does not exist takes the letter with it, as RabbitMQ's default strategy does.
-        let _: Result<usize, Error> = self.route(letter, now);
+        let _: Result<usize, Error> = self.route(&letter, now);
     }
 
     /// Everything the chosen consumers have not settled goes back.

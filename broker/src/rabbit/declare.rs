@@ -111,7 +111,7 @@ fn conflict(what: &'static str, name: &str, error: &lapin::Error) -> Option<Erro
 }
 
 /// Whether the broker refused with this code.
-pub(super) fn is_soft(error: &lapin::Error, code: &AMQPSoftError) -> bool {
+fn is_soft(error: &lapin::Error, code: &AMQPSoftError) -> bool {
     match error.kind() {
         ErrorKind::ProtocolError(error) => {
             matches!(error.kind(), AMQPErrorKind::Soft(soft) if soft == code)

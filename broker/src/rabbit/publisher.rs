@@ -6,13 +6,11 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
-use lapin::protocol::AMQPSoftError;
 use lapin::{Channel, Confirmation, ErrorKind};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout_at};
 
 use super::connection::{Connected, Role};
-use super::declare::is_soft;
 use super::{Shared, table};
 use crate::{Error, Link, Publish, PublishError, Published};
 
@@ -76,10 +74,10 @@ pub(super) async fn publish(shared: &Shared, message: Publish) -> Result<Publish
         Ok(Ok(confirmation)) => confirmation,
         Ok(Err(error)) => {
             let cause = shared.error(doing, &error);
-            let certain =
-                matches!(error.kind(), ErrorKind::InvalidChannelState(_, "basic.publish"))
-                    || is_soft(&error, &AMQPSoftError::NOTFOUND)
-                    || is_soft(&error, &AMQPSoftError::ACCESSREFUSED);
+            // Nothing but this message is under way here: a channel that the broker closes was closed for it
+            // (no such exchange, no right, too large), and it was not taken.
+            let unsent = matches!(error.kind(), ErrorKind::InvalidChannelState(_, "basic.publish"));
+            let certain = unsent || error.is_amqp_soft_error();
             return Err(if certain { not_sent(cause) } else { unknown(cause) });
         }
         Err(_) => return Err(unknown(Error::NoAnswer { doing: doing.to_owned(), limit })),

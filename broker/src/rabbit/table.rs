@@ -48,9 +48,8 @@ pub(super) fn arguments(queue: &Queue) -> FieldTable {
             text("x-dead-letter-strategy", "at-least-once");
             text("x-overflow", "reject-publish");
         }
-        (QueueKind::Quorum { .. }, None) => {}
         (QueueKind::Classic, _) if queue.max_length.is_some() => text("x-overflow", "drop-head"),
-        (QueueKind::Classic, _) => {}
+        _ => {}
     }
     let milliseconds =
         |duration: std::time::Duration| i64::try_from(duration.as_millis()).unwrap_or(i64::MAX);

@@ -1,18 +1,16 @@
 //! What only the real broker can do to us: refuse, hang, close channels, lose queues. Each test is a trap that lapin
 //! or RabbitMQ laid for somebody.
 
-mod support;
-
 use std::time::Duration;
 
+use crate::support::proxy::Proxy;
+use crate::support::{BOUND, Vhost, eventually, within};
 use broker::{
     Broker, Declaration, Declared, Error, ExchangeKind, Link, Publish, PublishError, Published,
     Queue, RabbitOptions, Settled,
 };
 use proto::{Action, Code, Failure};
 use secrecy::SecretString;
-use support::proxy::Proxy;
-use support::{BOUND, Vhost, eventually, within};
 
 fn declaration(queue: &str) -> Declaration {
     Declaration::default().exchange("test", ExchangeKind::Direct).bound(
@@ -258,4 +256,24 @@ async fn permissions_that_are_missing_are_told_with_the_name() {
     let failure = Failure::from(error);
     assert_eq!((failure.code, failure.action), (Code::BrokerTopology, Action::FixConfig));
     assert!(broker.depth("pgmuster.x").await.expect("the depth").is_some());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_the_broker_will_never_take_is_not_in_doubt() {
+    let vhost = Vhost::create();
+    let broker = Broker::rabbit(vhost.options());
+    broker.wait_up(BOUND).await.expect("a link");
+    assert_eq!(broker.declare(&[declaration("q")]).await, Ok(Declared::Now));
+    // RabbitMQ refuses an expiration above 2^32 milliseconds, and closes the channel for it.
+    let odd = message("q", "1").expiring(1 << 40);
+    let error = broker.publish(odd).await.expect_err("an expiration beyond all bounds");
+    assert!(
+        matches!(&error, PublishError::NotSent { cause: Error::Refused { .. }, .. }),
+        "{error:?}"
+    );
+    assert_eq!(broker.publish(message("q", "2")).await, Ok(Published::Routed));
+    let long = Publish { kind: "x".repeat(300), ..message("q", "3") };
+    let error = broker.publish(long).await.expect_err("a name beyond all bounds");
+    assert!(matches!(error, PublishError::NotSent { .. }), "{error:?}");
+    assert_eq!(broker.depth("q").await.expect("the depth").expect("the queue").messages, 1);
 }

@@ -1,6 +1,5 @@
 //! What the tests of this crate share: the run's RabbitMQ with a virtual host per test, its management API, and
 //! waiting with a bound. Panics on anything odd: it is used in tests only.
-#![allow(dead_code, reason = "each test program uses a part of it")]
 
 pub(crate) mod node;
 pub(crate) mod proxy;
@@ -34,15 +33,16 @@ pub(crate) async fn eventually<T, F: Future<Output = Option<T>>>(
 
 /// Waits for a future, within the bound.
 pub(crate) async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(BOUND, future)
-        .await
-        .unwrap_or_else(|_| panic!("{what} did not happen within {BOUND:?}"))
+    let done = tokio::time::timeout(BOUND, future).await;
+    assert!(done.is_ok(), "{what} did not happen within {BOUND:?}");
+    done.expect("what happened in time")
 }
 
 fn variable(name: &str) -> String {
     #[expect(clippy::disallowed_methods, reason = "the one place of these tests for this")]
-    std::env::var(name)
-        .unwrap_or_else(|_| panic!("{name} is not set; run ./tests/run, which starts the services"))
+    let value = std::env::var(name);
+    assert!(value.is_ok(), "{name} is not set; run ./tests/run, which starts the services");
+    value.expect("a variable that is set")
 }
 
 /// A virtual host of the run's RabbitMQ that belongs to one test.
@@ -192,18 +192,14 @@ impl Fixture {
     pub(crate) async fn break_link(&self, clients: usize) {
         let mut link = self.broker.link();
         link.mark_unchanged();
-        match &self.vhost {
-            Some(vhost) => {
-                vhost.close_connections(2 * clients).await;
-                within("the loss of the link", link.wait_for(|link| !link.is_up()))
-                    .await
-                    .expect("a link");
-            }
-            None => {
-                let faults = self.broker.memory_faults().expect("faults of the twin in memory");
-                faults.cut();
-                faults.restore();
-            }
+        if let Some(vhost) = &self.vhost {
+            vhost.close_connections(2 * clients).await;
+            let lost = link.wait_for(|link| !link.is_up());
+            within("the loss of the link", lost).await.expect("a link");
+        } else {
+            let faults = self.broker.memory_faults().expect("faults of the twin in memory");
+            faults.cut();
+            faults.restore();
         }
         within("the link coming back", link.wait_for(broker::Link::is_up)).await.expect("a link");
     }

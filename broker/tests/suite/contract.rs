@@ -1,17 +1,15 @@
 //! What a broker must do for us, run on both twins. A test that passes on one and not on the other is a lie in one.
 
-mod support;
-
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use crate::support::{Fixture, eventually, within};
 use broker::{
     Binding, Broker, Consumer, Declaration, Declared, Delivery, Depth, Error, ExchangeKind,
     Publish, PublishError, Published, Queue, QueueKind, Settled,
 };
 use proto::topology::{self, TicketQueue};
 use proto::{Action, Code, Failure, Lane, SiteName, WorkerName};
-use support::{Fixture, eventually, within};
 
 macro_rules! on_both {
     ($($test:ident,)*) => {
@@ -125,10 +123,7 @@ async fn a_missing_exchange_is_an_error(fixture: &Fixture) {
         matches!(&error, PublishError::NotSent { cause: Error::Refused { .. }, .. }),
         "{error:?}"
     );
-    assert!(
-        error.cause().to_string().contains("no-such-exchange")
-            || format!("{error:?}").contains("exchange")
-    );
+    assert!(error.cause().to_string().contains("no-such-exchange"), "{error:?}");
     // The channel it cost is not missed.
     declare(&fixture.broker, &[Queue::classic("q")]).await;
     send(&fixture.broker, "q", &["m-2"]).await;
@@ -438,7 +433,7 @@ async fn either_side_may_declare_first(fixture: &Fixture) {
         [Declaration::coordinator(), Declaration::site(&site()), Declaration::wake(&db1)];
     let other = fixture.broker.another("coordinator");
     assert_eq!(fixture.broker.declare(&worker).await, Ok(Declared::Now));
-    other.wait_up(support::BOUND).await.expect("a link");
+    other.wait_up(crate::support::BOUND).await.expect("a link");
     // A worker alone is enough for what it sends to be kept.
     for name in [topology::CLAIMS, topology::REPORTS, topology::PULSE] {
         let message = Publish::new(name, name, "test", "m", "");
@@ -458,7 +453,7 @@ async fn other_settings_are_a_conflict_that_names_the_queue(fixture: &Fixture) {
     let broker = &fixture.broker;
     declare(broker, &[Queue::classic("q")]).await;
     let other = broker.another("other");
-    other.wait_up(support::BOUND).await.expect("a link");
+    other.wait_up(crate::support::BOUND).await.expect("a link");
     let mut wrong = Declaration::default()
         .queue(Queue { max_length: Some(7), ..Queue::classic("q") })
         .queue(Queue::classic("behind it"));
@@ -490,18 +485,15 @@ async fn a_closed_client_gives_everything_back(fixture: &Fixture) {
     let broker = &fixture.broker;
     declare(broker, &[Queue::classic("q")]).await;
     let leaver = broker.another("leaver");
-    leaver.wait_up(support::BOUND).await.expect("a link");
+    leaver.wait_up(crate::support::BOUND).await.expect("a link");
     let mut consumer = leaver.consume("q", 3);
     send(broker, "q", &["1", "2"]).await;
     let in_hand = next(&mut consumer).await;
     leaver.close().await;
     assert_eq!(*leaver.link().borrow(), broker::Link::Closed);
-    loop {
-        // What it had fetched before may still come; nothing can be done with it any more.
-        match within("the end of the consumer", consumer.next()).await {
-            Some(delivery) => assert_eq!(delivery.ack().await, Settled::Stale),
-            None => break,
-        }
+    // What it had fetched before may still come; nothing can be done with it any more.
+    while let Some(delivery) = within("the end of the consumer", consumer.next()).await {
+        assert_eq!(delivery.ack().await, Settled::Stale);
     }
     assert_eq!(in_hand.ack().await, Settled::Stale);
     let error = leaver.publish(message("q", "3")).await.expect_err("a closed client");
