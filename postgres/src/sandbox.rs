@@ -144,11 +144,8 @@ pub struct SandboxRoom {
 impl SandboxRoom {
     /// Makes `root/name`. `root` is made when absent; `name` must be new there. The server will run
     /// as `account`: otherwise as the current one, or as `postgres` when that is root.
-    pub async fn create(root: &Path, name: &str, account: Option<Account>) -> Result<Self> {
-        let account = match account {
-            Some(account) => account,
-            None => Account::of_servers().await?,
-        };
+    pub fn create(root: &Path, name: &str, account: Option<Account>) -> Result<Self> {
+        let account = account.unwrap_or_else(Account::current);
         DirBuilder::new()
             .recursive(true)
             .mode(0o711)
@@ -316,14 +313,16 @@ impl Sandbox {
     /// the log.
     pub async fn boot(
         binaries: &Binaries,
-        room: SandboxRoom,
+        mut room: SandboxRoom,
         options: SandboxOptions,
     ) -> Result<Self> {
-        let account = room.account;
         let begun = Instant::now();
         let control = check_copy(binaries, &room, &options)?;
-        take_over(&room.data_directory(), account)?;
-        take_over(&room.tablespaces(), account)?;
+        if room.account.is_root() {
+            room.account = Account::of_servers().await?;
+        }
+        let account = room.account;
+        hand_over(&room)?;
         refuse_tablespaces_created_meanwhile(binaries, &room, &options, &control).await?;
         disarm(&room, binaries.major(), &settings_for(binaries, &room, &options, &control))?;
         let isolation = match options.network {
@@ -887,6 +886,15 @@ fn disarm(room: &SandboxRoom, major: u32, settings: &[(String, String)]) -> Resu
     write_private(&run.join("pg_ident.conf"), "", account)?;
     tracing::debug!(sandbox.path = %room.path.display(), postgres.major = major, "Disarmed the copy");
     Ok(())
+}
+
+/// Gives everything the server needs in its room to its account.
+fn hand_over(room: &SandboxRoom) -> Result<()> {
+    for directory in [room.path.clone(), room.path.join("run"), room.sockets.path.clone()] {
+        make_private_directory(&directory, room.account)?;
+    }
+    take_over(&room.data_directory(), room.account)?;
+    take_over(&room.tablespaces(), room.account)
 }
 
 /// Gives a tree to the account the server runs as, where that is not us. Links themselves, not
