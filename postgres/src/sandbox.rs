@@ -144,8 +144,11 @@ pub struct SandboxRoom {
 impl SandboxRoom {
     /// Makes `root/name`. `root` is made when absent; `name` must be new there. The server will run
     /// as `account`: otherwise as the current one, or as `postgres` when that is root.
-    pub fn create(root: &Path, name: &str, account: Option<Account>) -> Result<Self> {
-        let account = account.unwrap_or_else(Account::current);
+    pub async fn create(root: &Path, name: &str, account: Option<Account>) -> Result<Self> {
+        let account = match account {
+            Some(account) => account,
+            None => Account::of_servers().await?,
+        };
         DirBuilder::new()
             .recursive(true)
             .mode(0o711)
@@ -313,14 +316,11 @@ impl Sandbox {
     /// the log.
     pub async fn boot(
         binaries: &Binaries,
-        mut room: SandboxRoom,
+        room: SandboxRoom,
         options: SandboxOptions,
     ) -> Result<Self> {
         let begun = Instant::now();
         let control = check_copy(binaries, &room, &options)?;
-        if room.account.is_root() {
-            room.account = Account::of_servers().await?;
-        }
         let account = room.account;
         hand_over(&room)?;
         refuse_tablespaces_created_meanwhile(binaries, &room, &options, &control).await?;

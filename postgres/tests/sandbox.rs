@@ -28,7 +28,7 @@ const END_OF_BACKUP_RECORD_BYTES: u64 = 40;
 
 /// A copy made by the server's own tool, with its WAL, in a room; and where the backup ends.
 async fn copied(instance: &Instance, rooms: &Path) -> (SandboxRoom, SandboxOptions) {
-    let room = SandboxRoom::create(rooms, "proof", None).unwrap();
+    let room = SandboxRoom::create(rooms, "proof", None).await.unwrap();
     let control = ControlFile::read(&instance.data_directory()).unwrap();
     let program = instance.binaries().program("pg_basebackup").unwrap();
     let url = instance.url("postgres");
@@ -49,7 +49,7 @@ async fn copied_by_hand(
     rooms: &Path,
     meanwhile: &str,
 ) -> (SandboxRoom, SandboxOptions) {
-    let room = SandboxRoom::create(rooms, "proof", None).unwrap();
+    let room = SandboxRoom::create(rooms, "proof", None).await.unwrap();
     let control = ControlFile::read(&instance.data_directory()).unwrap();
     let session = connect(&instance.url("postgres")).await;
     text(&session, "SELECT pg_backup_start('by hand', true)").await;
@@ -342,7 +342,8 @@ async fn a_tablespace_restored_into_the_room_is_used_there() {
             .await
             .unwrap();
         let oid = text(&client, "SELECT oid FROM pg_tablespace WHERE spcname = 'there'").await;
-        let room = SandboxRoom::create(&directory.path().join("rooms"), "proof", None).unwrap();
+        let room =
+            SandboxRoom::create(&directory.path().join("rooms"), "proof", None).await.unwrap();
         let target = room.tablespaces().join(&oid);
         let mapping = format!("{}={}", space.display(), target.display());
         let url = instance.url("postgres");
@@ -423,7 +424,7 @@ async fn a_killed_owner_leaves_no_server_and_the_next_sweep_no_room() {
     }
     let directory = tempfile::tempdir().unwrap();
     let rooms = directory.path().join("rooms");
-    let mine = SandboxRoom::create(&rooms, "mine", None).unwrap();
+    let mine = SandboxRoom::create(&rooms, "mine", None).await.unwrap();
     std::fs::create_dir(rooms.join("stranger")).unwrap();
     std::fs::write(rooms.join("stranger/owner"), "somebody\n").unwrap();
     let mut owner = owner_process(
@@ -457,7 +458,7 @@ async fn a_sweep_ends_servers_that_survived_their_owner() {
     let (mut instance, directory) = cluster(15, &[]).await;
     instance.stop(postgres::instance::StopMode::Fast).await.unwrap();
     let rooms = directory.path().join("rooms");
-    let room = SandboxRoom::create(&rooms, "proof", Some(Account::current())).unwrap();
+    let room = SandboxRoom::create(&rooms, "proof", Some(Account::current())).await.unwrap();
     copy(&instance.data_directory(), &room.data_directory());
     let data = room.data_directory();
     let kept = rooms.join("kept");
