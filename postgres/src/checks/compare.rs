@@ -1,0 +1,127 @@
+//! Compares the restored server with what its backup says: where it ended, what was in it.
+
+use proto::Lsn;
+use proto::backup::{DatabaseCensus, TableCount};
+
+use super::Run;
+use crate::error::Error;
+use crate::session::Session;
+
+impl Run<'_> {
+    pub(super) async fn stop_position(&mut self, session: &Session) -> Result<Lsn, Error> {
+        let what = "ask how far recovery came";
+        let sql = "\
+-- pgmuster: stop position
+SELECT pg_is_in_recovery() AS in_recovery,
+       greatest(pg_last_wal_replay_lsn(), (SELECT checkpoint_lsn FROM pg_control_checkpoint()))::text AS reached,
+       backup_start_lsn = '0/0' AND NOT end_of_backup_record_required AS consistent
+  FROM pg_control_recovery()";
+        let row = session.one(what, sql, &[]).await?;
+        let reached: String = row.get("reached");
+        let reached: Lsn = reached
+            .parse()
+            .map_err(|_| Error::Answer { what: what.to_owned(), answer: reached })?;
+        let stop = self.options.stop_lsn;
+        let consistent: bool = row.get("consistent");
+        self.note("stop_position", consistent && reached >= stop, || {
+            match (reached >= stop, consistent) {
+                (true, _) => format!("the server reached {reached} but not the end of the backup"),
+                (false, _) => format!("the server reached {reached}, the backup ends at {stop}"),
+            }
+        });
+        Ok(reached)
+    }
+
+    pub(super) fn census_of(&self, database: &str) -> Option<&DatabaseCensus> {
+        self.options.census?.databases.iter().find(|census| census.database.as_str() == database)
+    }
+
+    pub(super) async fn compare(&mut self, session: &Session) -> Result<(), Error> {
+        let Some(census) = self.options.census else {
+            for check in ["relations_present", "row_counts", "canary"] {
+                self.unseen(check, "the backup has no census".to_owned());
+            }
+            return Ok(());
+        };
+        for database in &census.databases {
+            self.compare_database(database);
+        }
+        // A census without tables is an empty cluster, and an empty cluster is healthy.
+        self.finding("relations_present");
+        self.finding("row_counts");
+        let Some(canary) = &census.canary else {
+            self.unseen("canary", "the backup has none".to_owned());
+            return Ok(());
+        };
+        let status = session
+            .maybe("look for the canary", "SELECT pg_xact_status($1::text::xid8)", &[canary])
+            .await;
+        let status = match status {
+            Ok(row) => row
+                .and_then(|row| row.get::<_, Option<String>>(0))
+                .unwrap_or_else(|| "unknown".to_owned()),
+            Err(error) if error.is_closed() => return Err(error),
+            Err(error) => proto::failure::chain(&error),
+        };
+        self.note("canary", status == "committed", || format!("transaction {canary} is: {status}"));
+        Ok(())
+    }
+
+    fn compare_database(&mut self, census: &DatabaseCensus) {
+        let database = census.database.as_str();
+        let content = match self.databases.remove(database) {
+            Some(Some(content)) => content,
+            Some(None) => {
+                let text = format!("database {database} could not be read");
+                self.finding("row_counts").bad.push(text);
+                return;
+            }
+            None => {
+                let text = format!("database {database} is missing");
+                self.finding("relations_present").bad.push(text);
+                return;
+            }
+        };
+        for (kind, expected) in &census.relations {
+            let found = content.relations.get(kind).copied().unwrap_or(0);
+            self.note("relations_present", found >= *expected, || {
+                format!("{database} has {found} relations of kind {kind}, {expected} were there")
+            });
+        }
+        for extension in &census.extensions {
+            let there = content.extensions.contains(extension);
+            self.note("extensions_present", there, || {
+                format!("{extension} is missing in {database}")
+            });
+        }
+        for table in &census.tables {
+            let key = (table.schema.clone(), table.table.clone());
+            let shown = format!("{}.{} in {database}", table.schema, table.table);
+            match content.tables.get(&key) {
+                None => {
+                    self.finding("relations_present").bad.push(format!("table {shown} is missing"))
+                }
+                Some(found) => self.compare_rows(&shown, table, *found),
+            }
+        }
+        self.databases.insert(database.to_owned(), Some(content));
+    }
+
+    fn compare_rows(&mut self, shown: &str, table: &TableCount, found: Option<u64>) {
+        let Some((rows, drift)) = table.rows.zip(table.drift) else { return };
+        let Some(found) = found else {
+            // Why it could not be read stands in tables_readable; what could not be counted does not match.
+            self.finding("row_counts")
+                .bad
+                .push(format!("{shown} could not be counted, {rows} rows were there"));
+            return;
+        };
+        let (fewer, more) = drift;
+        let fits = (rows.saturating_sub(fewer)..=rows.saturating_add(more)).contains(&found);
+        self.note("row_counts", fits, || {
+            let bounds =
+                if drift == (0, 0) { String::new() } else { format!(" (-{fewer}, +{more})") };
+            format!("{shown} has {found} rows, {rows}{bounds} were there")
+        });
+    }
+}

@@ -1,0 +1,171 @@
+//! The checks of a proof, run on the restored server in its sandbox: did it reach the stop position (L3), do the server's
+//! own checks pass (L4), is the content what the census says (L5).
+//!
+//! For restored copies only: it reads every table, creates extensions and disables event triggers. What it finds wrong
+//! is in the report; an error means that the checks could not be run. Starts, stops and restores nothing.
+
+mod compare;
+mod findings;
+mod own;
+mod read;
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
+
+use proto::backup::Census;
+use proto::proof::{CheckOutcome, ProofCheck, ProofLevel};
+use proto::{JobId, Lsn, SystemIdentifier};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::connect::{Purpose, connect_maintenance};
+use crate::error::Error;
+use crate::target::Target;
+use crate::version::ServerVersion;
+use findings::{CHECKS, Findings, conclude};
+use read::Content;
+
+/// What to check.
+#[derive(Debug, Clone)]
+pub struct CheckOptions<'a> {
+    /// For which job.
+    pub job: JobId,
+    /// How far: L3, L4 or L5. Lower levels need no server; they count as L3 here.
+    pub level: ProofLevel,
+    /// The backup's cluster.
+    pub system_identifier: SystemIdentifier,
+    /// The position that recovery had to reach.
+    pub stop_lsn: Lsn,
+    /// What the content looked like when the backup was taken.
+    pub census: Option<&'a Census>,
+    /// Also look up every row in every B-tree index (`heapallindexed`): finds missing entries, costs a second reading.
+    pub every_row_in_indexes: bool,
+    /// When to give up.
+    pub deadline: Option<Instant>,
+    /// Interrupts the checks.
+    pub cancel: CancellationToken,
+}
+
+/// What the checks found.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CheckReport {
+    /// Each check, in the order of their levels.
+    pub checks: Vec<ProofCheck>,
+    /// `server_version_num` of the restored server.
+    pub server_version_num: u32,
+    /// The system identifier it tells.
+    pub system_identifier: SystemIdentifier,
+    /// The position it reached, read from the server itself.
+    pub reached_lsn: Lsn,
+    /// User tables read.
+    pub tables: u64,
+    /// Rows read in them.
+    pub rows: u64,
+    /// Tables whose rows were compared exactly with the census.
+    pub tables_exact: u64,
+    /// Tables whose rows were compared within bounds.
+    pub tables_bounded: u64,
+}
+
+impl CheckReport {
+    /// The highest level from L3 on at which, and below which, nothing failed and what makes the level was really looked
+    /// at: for L4 that every table was read, for L5 that there was a census. A check that could not look (no amcheck
+    /// installed, no page checksums in the cluster) does not lower the level; it is in the report.
+    pub fn level_reached(&self) -> Option<ProofLevel> {
+        let sound = |level: ProofLevel, essential: &str| {
+            let failed =
+                self.checks.iter().any(|c| c.level == level && c.outcome == CheckOutcome::Failed);
+            !failed
+                && self
+                    .checks
+                    .iter()
+                    .any(|c| c.name == essential && c.outcome == CheckOutcome::Passed)
+        };
+        let steps = [
+            (ProofLevel::L3, "stop_position"),
+            (ProofLevel::L4, "tables_readable"),
+            (ProofLevel::L5, "row_counts"),
+        ];
+        steps
+            .into_iter()
+            .take_while(|(level, essential)| sound(*level, essential))
+            .last()
+            .map(|(level, _)| level)
+    }
+
+    /// The checks that failed.
+    pub fn failed(&self) -> impl Iterator<Item = &ProofCheck> {
+        self.checks.iter().filter(|check| check.outcome == CheckOutcome::Failed)
+    }
+}
+
+/// Runs the checks on a restored server.
+pub async fn run_checks(target: &Target, options: &CheckOptions<'_>) -> Result<CheckReport, Error> {
+    let session = connect_maintenance(target, &purpose(options)).await?;
+    let identity = session.identity().await?;
+    let mut run = Run {
+        target,
+        options,
+        version: identity.version,
+        checksums: identity.data_checksums,
+        findings: BTreeMap::new(),
+        databases: HashMap::new(),
+    };
+    let reached_lsn = run.stop_position(&session).await?;
+    let same = identity.system_identifier == options.system_identifier;
+    run.note("system_identifier", same, || {
+        format!("{} instead of {}", identity.system_identifier, options.system_identifier)
+    });
+    if options.level >= ProofLevel::L4 {
+        run.read_everything(&session).await?;
+    }
+    if options.level >= ProofLevel::L5 {
+        run.compare(&session).await?;
+    }
+    session.close().await;
+    Ok(run.report(identity.system_identifier, reached_lsn))
+}
+
+fn purpose(options: &CheckOptions<'_>) -> Purpose {
+    Purpose::work(&options.job, Duration::ZERO, Duration::ZERO)
+}
+
+struct Run<'a> {
+    target: &'a Target,
+    options: &'a CheckOptions<'a>,
+    version: ServerVersion,
+    checksums: bool,
+    findings: BTreeMap<&'static str, Findings>,
+    /// `None` for a database that could not be read.
+    databases: HashMap<String, Option<Content>>,
+}
+
+impl Run<'_> {
+    fn report(self, system_identifier: SystemIdentifier, reached_lsn: Lsn) -> CheckReport {
+        let compared = self.options.census.iter().filter(|_| self.options.level >= ProofLevel::L5);
+        let drifts: Vec<_> = compared
+            .flat_map(|census| &census.databases)
+            .flat_map(|database| &database.tables)
+            .filter_map(|table| table.rows.and(table.drift))
+            .collect();
+        let exact = drifts.iter().filter(|drift| **drift == (0, 0)).count();
+        let counts =
+            || self.databases.values().flatten().flat_map(|content| content.tables.values());
+        CheckReport {
+            server_version_num: self.version.0,
+            system_identifier,
+            reached_lsn,
+            tables: counts().count() as u64,
+            rows: counts().flatten().sum(),
+            tables_exact: exact as u64,
+            tables_bounded: (drifts.len() - exact) as u64,
+            checks: CHECKS
+                .iter()
+                .filter(|(_, level, _)| *level <= self.options.level)
+                .map(|(name, level, what)| {
+                    conclude(name, *level, what, self.findings.get(name), self.checksums)
+                })
+                .collect(),
+        }
+    }
+}

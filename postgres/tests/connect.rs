@@ -1,0 +1,417 @@
+//! Sessions with real servers: who answers, what was agreed, what is refused, and that nothing stays open.
+
+mod servers;
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use postgres::connect::{Purpose, connect, connect_maintenance};
+use postgres::error::Error;
+use postgres::instance::StopMode;
+use postgres::locks::{Class, ClusterLock};
+use postgres::{Session, Target};
+use proto::{Action, Code, Failure};
+use servers::{Server, job, nobody, service, shown};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+servers::on_each_major! {
+    the_server_is_who_the_instance_is,
+    settings_of_role_and_database_do_not_reach_our_statements,
+    a_dropped_session_takes_its_statement_with_it,
+    a_cancelled_session_can_be_used_again,
+    locks_are_found_held_and_lost,
+    a_dropped_maintenance_database_is_no_obstacle,
+    what_the_server_refuses_is_told_with_a_cure_and_no_password,
+}
+
+// TLS and poolers are the same for every version of the server.
+#[tokio::test(flavor = "multi_thread")]
+async fn certificates_are_believed_only_as_far_as_asked() {
+    tls(18).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn poolers_are_refused_in_every_mode() {
+    poolers(15).await;
+}
+
+fn purpose() -> Purpose {
+    Purpose::ask(&job())
+}
+
+async fn open(target: &Target) -> Session {
+    connect(target, &purpose()).await.unwrap_or_else(|e| panic!("{}", shown(&e)))
+}
+
+async fn refusal(target: &Target) -> Error {
+    match connect(target, &purpose()).await {
+        Ok(_) => panic!("connected to {target}"),
+        Err(error) => error,
+    }
+}
+
+async fn text(session: &Session, sql: &str) -> String {
+    session.one("ask", sql, &[]).await.unwrap_or_else(|e| panic!("{}", shown(&e))).get(0)
+}
+
+async fn the_server_is_who_the_instance_is(major: u32) {
+    let server = Server::with(major, &[], |options| options.wal_segment_size_mb = Some(4)).await;
+    let target = Target::parse(&server.instance.url("postgres"), &nobody()).unwrap();
+    let session = open(&target).await;
+    let identity = session.identity().await.unwrap();
+    assert_eq!(identity.version.major(), major);
+    assert_eq!(identity.data_directory, Some(server.instance.data_directory()));
+    assert_eq!(identity.socket_directories, [server.instance.socket_directory()]);
+    assert_eq!((identity.port, identity.block_size), (server.instance.port(), 8192));
+    assert_eq!((identity.relation_segment_size, identity.wal_segment_size), (1 << 30, 4 << 20));
+    assert_eq!(
+        (identity.timeline.0, identity.in_recovery, identity.data_checksums),
+        (1, false, true)
+    );
+    assert_eq!(identity.backend_pid, session.backend_pid());
+    assert!(identity.superuser && identity.may_replicate);
+    assert!(identity.redo_lsn <= identity.checkpoint_lsn);
+    session.identity_of(Some(identity.system_identifier)).await.unwrap();
+
+    server.run("postgres", &["CREATE ROLE plain LOGIN"]).await;
+    let plain = open(&server.target_of("plain", "postgres")).await.identity().await.unwrap();
+    assert_eq!(plain.system_identifier, identity.system_identifier);
+    assert_eq!((plain.data_directory, plain.superuser, plain.may_replicate), (None, false, false));
+}
+
+async fn settings_of_role_and_database_do_not_reach_our_statements(major: u32) {
+    let server = Server::start(major, &[("statement_timeout", "1s"), ("lock_timeout", "1s")]).await;
+    server
+        .run(
+            "postgres",
+            &[
+                "ALTER ROLE postgres SET search_path = evil, pg_catalog",
+                "ALTER ROLE postgres SET statement_timeout = '5ms'",
+                "ALTER DATABASE postgres SET default_transaction_read_only = off",
+                "ALTER ROLE postgres SET client_encoding = 'LATIN1'",
+                "ALTER ROLE postgres SET row_security = on",
+                "CREATE SCHEMA evil",
+                "CREATE FUNCTION evil.pg_backend_pid() RETURNS int LANGUAGE sql AS 'SELECT 1'",
+                "CREATE FUNCTION evil.current_setting(text, boolean) RETURNS text LANGUAGE sql AS 'SELECT NULL::text'",
+            ],
+        )
+        .await;
+    let session = open(&server.target("postgres")).await;
+    for (name, value) in [
+        ("search_path", "pg_catalog, pg_temp"),
+        ("statement_timeout", "30s"),
+        ("lock_timeout", "2s"),
+        ("idle_session_timeout", "0"),
+        ("default_transaction_read_only", "on"),
+        ("client_encoding", "UTF8"),
+        ("row_security", "off"),
+        ("application_name", "pgmuster/05060708090a"),
+    ] {
+        assert_eq!(
+            text(&session, &format!("SELECT current_setting('{name}')")).await,
+            value,
+            "{name}"
+        );
+    }
+    assert!(
+        session.run("write", "CREATE TABLE public.t ()").await.is_err(),
+        "asking must not write"
+    );
+    let backup = connect(&server.target("postgres"), &Purpose::backup(&job())).await.unwrap();
+    assert_eq!(text(&backup, "SELECT current_setting('statement_timeout')").await, "0");
+}
+
+async fn a_dropped_session_takes_its_statement_with_it(major: u32) {
+    let server = Server::start(major, &[]).await;
+    let ours = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'pgmuster/%'";
+    let asleep = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'pgmuster/%' AND wait_event = 'PgSleep'";
+    let session = connect(&server.target("postgres"), &Purpose::backup(&job())).await.unwrap();
+    let sleeping = tokio::spawn(async move { session.run("sleep", "SELECT pg_sleep(1000)").await });
+    server.until(asleep, 1).await;
+    sleeping.abort();
+    server.until(ours, 0).await;
+
+    let session = open(&server.target("postgres")).await;
+    assert_eq!(server.number(ours).await, 1);
+    session.close().await;
+    server.until(ours, 0).await;
+}
+
+async fn a_cancelled_session_can_be_used_again(major: u32) {
+    let server = Server::start(major, &[]).await;
+    let session = open(&server.target("postgres")).await;
+    let cancel = CancellationToken::new();
+    let sleep = || session.run("sleep", "SELECT pg_sleep(1000)");
+    let begun = Instant::now();
+    let error = tokio::join!(session.within("sleep", &cancel, None, sleep()), async {
+        server.until("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'", 1).await;
+        cancel.cancel();
+    });
+    assert!(matches!(error.0, Err(Error::Cancelled { .. })));
+    assert_eq!(text(&session, "SELECT 'usable'").await, "usable");
+
+    let deadline = Some(Instant::now() + Duration::from_millis(50));
+    let error =
+        session.within("sleep", &CancellationToken::new(), deadline, sleep()).await.unwrap_err();
+    assert!(matches!(error, Error::Deadline { .. }), "{}", shown(&error));
+    assert_eq!(text(&session, "SELECT 'usable'").await, "usable");
+    assert!(begun.elapsed() < Duration::from_secs(60));
+}
+
+async fn locks_are_found_held_and_lost(major: u32) {
+    let server = Server::start(major, &[]).await;
+    let take = async |class| {
+        let session = connect_maintenance(&server.target("postgres"), &purpose()).await.unwrap();
+        ClusterLock::try_take(session, class).await
+    };
+    let lock = take(Class::Maintenance).await.unwrap();
+    assert!(lock.still_held().await.unwrap());
+    take(Class::Backup).await.expect("another class of work is not disturbed");
+    let Err(error) = take(Class::Maintenance).await else { panic!("taken twice") };
+    assert!(
+        shown(&error).contains(&format!("process {}", lock.session().backend_pid())),
+        "{}",
+        shown(&error)
+    );
+    let failure = Failure::from(error);
+    assert_eq!((failure.code, failure.action), (Code::ClusterBusy, Action::Retry));
+
+    let kill = format!("SELECT pg_terminate_backend({})", lock.session().backend_pid());
+    server.run("postgres", &[&kill]).await;
+    servers::wait_for("the lock to be lost", async || !lock.still_held().await.unwrap()).await;
+    let again = take(Class::Maintenance).await.unwrap();
+    again.release().await;
+    server.until("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'", 0).await;
+}
+
+async fn a_dropped_maintenance_database_is_no_obstacle(major: u32) {
+    let server = Server::start(major, &[]).await;
+    server.run("template1", &["CREATE DATABASE orders", "DROP DATABASE postgres"]).await;
+    let session = connect_maintenance(&server.target("orders"), &purpose()).await.unwrap();
+    assert_eq!(text(&session, "SELECT current_database()::text").await, "template1");
+}
+
+async fn what_the_server_refuses_is_told_with_a_cure_and_no_password(major: u32) {
+    let mut server = Server::with(major, &[], |options| options.tcp_port = Some(0)).await;
+    let secret = "correct horse";
+    server
+        .run(
+            "postgres",
+            &[
+                &format!("CREATE ROLE worker LOGIN PASSWORD '{secret}'"),
+                "CREATE ROLE nologin",
+                "CREATE DATABASE shut",
+                "REVOKE CONNECT ON DATABASE shut FROM PUBLIC",
+            ],
+        )
+        .await;
+    let url = |user: &str, password: &str, database: &str| {
+        Target::parse(&server.instance.tcp_url(user, password, database).unwrap(), &nobody())
+            .unwrap()
+    };
+    let session = open(&url("worker", secret, "postgres")).await;
+    assert_eq!(text(&session, "SELECT current_user::text").await, "worker");
+
+    for (target, hint) in [
+        (url("worker", "wrong battery", "postgres"), "Correct the password of role worker"),
+        (url("nobody", "wrong battery", "postgres"), "Correct the password of role nobody"),
+        (server.target_of("nologin", "postgres"), "Let role nologin exist with LOGIN"),
+        (server.target("absent"), "Create database absent"),
+        (url("worker", secret, "shut"), "GRANT CONNECT ON DATABASE \"shut\" TO \"worker\";"),
+    ] {
+        let error = refusal(&target).await;
+        let shown = format!("{error:?} {}", shown(&error));
+        let failure = Failure::from(error);
+        assert_eq!(
+            (failure.code, failure.action),
+            (Code::ServerUnreachable, Action::FixConfig),
+            "{failure}"
+        );
+        assert!(failure.hint.contains(hint), "{failure:?}");
+        for secret in [secret, "wrong battery"] {
+            assert!(!format!("{shown} {failure:?}").contains(secret), "{failure:?}");
+        }
+    }
+    // A password file does as well as a password; a server that is not there is worth another try.
+    let port = server.instance.port();
+    let passfile = server.directory.path().join("pgpass");
+    std::fs::write(&passfile, format!("127.0.0.1:{port}:*:worker:{secret}\n")).unwrap();
+    std::fs::set_permissions(&passfile, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let by_file = format!(
+        "host=127.0.0.1 port={port} user=worker dbname=postgres passfile={}",
+        passfile.display()
+    );
+    open(&Target::parse(&by_file, &nobody()).unwrap()).await;
+    server.instance.stop(StopMode::Fast).await.unwrap();
+    let failure = Failure::from(refusal(&Target::parse(&by_file, &nobody()).unwrap()).await);
+    assert_eq!(
+        (failure.code, failure.action),
+        (Code::ServerUnreachable, Action::Retry),
+        "{failure}"
+    );
+    assert!(!format!("{failure:?}").contains(secret));
+}
+
+/// A certificate authority with a certificate for `localhost`, and another authority that signed nothing.
+struct Certificates {
+    directory: PathBuf,
+}
+
+impl Certificates {
+    fn make(directory: &Path) -> Self {
+        let authority = |name: &str| {
+            let mut parameters = rcgen::CertificateParams::new(Vec::new()).unwrap();
+            parameters.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+            parameters.distinguished_name.push(rcgen::DnType::CommonName, name);
+            let key = rcgen::KeyPair::generate().unwrap();
+            let certificate = parameters.self_signed(&key).unwrap();
+            (certificate.pem(), rcgen::Issuer::new(parameters, key))
+        };
+        let (root, issuer) = authority("ours");
+        let (other_root, _) = authority("somebody else's");
+        let key = rcgen::KeyPair::generate().unwrap();
+        let server = rcgen::CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+        let server = server.signed_by(&key, &issuer).unwrap();
+        let write = |name: &str, text: &str| {
+            std::fs::write(directory.join(name), text).unwrap();
+            std::fs::set_permissions(directory.join(name), std::fs::Permissions::from_mode(0o600))
+                .unwrap();
+        };
+        write("root.crt", &root);
+        write("other.crt", &other_root);
+        write("server.crt", &server.pem());
+        write("server.key", &key.serialize_pem());
+        Self { directory: directory.to_owned() }
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.directory.join(name).display().to_string()
+    }
+}
+
+async fn tls(major: u32) {
+    let directory = tempfile::tempdir().unwrap();
+    let certificates = Certificates::make(directory.path());
+    let (certificate, key) = (certificates.path("server.crt"), certificates.path("server.key"));
+    let mut server = Server::with(
+        major,
+        &[("ssl", "on"), ("ssl_cert_file", &certificate), ("ssl_key_file", &key)],
+        |options| {
+            options.tcp_port = Some(0);
+        },
+    )
+    .await;
+    server.run("postgres", &["CREATE ROLE worker LOGIN PASSWORD 's'"]).await;
+    let port = server.instance.port();
+    let target = |words: &str| {
+        let all =
+            format!("port={port} user=worker password=s dbname=postgres connect_timeout=5 {words}");
+        Target::parse(&all, &nobody()).unwrap()
+    };
+    let (root, other) = (certificates.path("root.crt"), certificates.path("other.crt"));
+    let encrypted = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()";
+    for (words, wanted) in [
+        ("host=127.0.0.1 sslmode=disable".to_owned(), false),
+        ("host=127.0.0.1 sslmode=prefer".to_owned(), true),
+        ("host=127.0.0.1 sslmode=require".to_owned(), true),
+        (format!("host=127.0.0.1 sslmode=require sslrootcert={root}"), true),
+        (format!("host=127.0.0.1 sslmode=verify-ca sslrootcert={root}"), true),
+        (format!("host=localhost sslmode=verify-full sslrootcert={root}"), true),
+        (
+            format!("host=localhost sslmode=verify-full sslrootcert={root} sslnegotiation=direct"),
+            true,
+        ),
+        (
+            format!(
+                "host=localhost hostaddr=127.0.0.1 sslmode=verify-full sslrootcert={root} channel_binding=require"
+            ),
+            true,
+        ),
+    ] {
+        let session = open(&target(&words)).await;
+        let is_encrypted: bool = session.one("ask", encrypted, &[]).await.unwrap().get(0);
+        assert_eq!(is_encrypted, wanted, "{words}");
+    }
+    for words in [
+        format!("host=127.0.0.1 sslmode=require sslrootcert={other}"),
+        format!("host=127.0.0.1 sslmode=verify-ca sslrootcert={other}"),
+        format!("host=127.0.0.1 sslmode=verify-full sslrootcert={root}"),
+        format!("host=localhost sslmode=verify-full sslrootcert={other}"),
+        "host=localhost sslmode=verify-full".to_owned(),
+        "host=127.0.0.1 sslmode=verify-ca sslrootcert=system".to_owned(),
+        "host=127.0.0.1 sslmode=disable channel_binding=require".to_owned(),
+    ] {
+        let failure = Failure::from(refusal(&target(&words)).await);
+        assert_eq!(failure.action, Action::FixConfig, "{words}: {failure}");
+    }
+    // A statement is cancelled over TLS as well.
+    let session =
+        open(&target(&format!("host=localhost sslmode=verify-full sslrootcert={root}"))).await;
+    let deadline = Some(Instant::now() + Duration::from_millis(50));
+    let sleep = session.run("sleep", "SELECT pg_sleep(1000)");
+    session.within("sleep", &CancellationToken::new(), deadline, sleep).await.unwrap_err();
+    assert_eq!(text(&session, "SELECT 'usable'").await, "usable");
+
+    server.instance.set(&[("ssl", "off")]).unwrap();
+    server.instance.restart().await.unwrap();
+    open(&target("host=127.0.0.1 sslmode=prefer")).await;
+    let failure = Failure::from(refusal(&target("host=127.0.0.1 sslmode=require")).await);
+    assert_eq!(failure.action, Action::FixConfig, "{failure}");
+}
+
+/// A `PgBouncer` that ends with the test.
+struct Bouncer(Child);
+
+impl Drop for Bouncer {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn bouncer(server: &Server, directory: &Path, more: &str) -> Bouncer {
+    let ini = directory.join("pgbouncer.ini");
+    let host = server.instance.socket_directory().display();
+    let text = format!(
+        "[databases]\n* = host={host} port={}\n[pgbouncer]\nlisten_port = 6543\nunix_socket_dir = {}\n\
+         auth_type = any\nadmin_users = postgres\n{more}\n",
+        server.instance.port(),
+        directory.display()
+    )
+    .replace("* = host", "postgres = user=postgres host");
+    std::fs::write(&ini, text).unwrap();
+    let child = Command::new(service("PGMUSTER_TEST_PGBOUNCER"))
+        .arg("-q")
+        .arg(&ini)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    Bouncer(child)
+}
+
+async fn poolers(major: u32) {
+    let server = Server::start(major, &[]).await;
+    for more in [
+        "pool_mode = transaction",
+        "pool_mode = transaction\nignore_startup_parameters = options,extra_float_digits",
+        "pool_mode = session\nignore_startup_parameters = options,extra_float_digits",
+        "pool_mode = statement\nignore_startup_parameters = options,extra_float_digits",
+    ] {
+        // The path of a socket must be short.
+        let directory = tempfile::Builder::new().prefix("b").tempdir_in("/tmp").unwrap();
+        let _bouncer = bouncer(&server, directory.path(), more);
+        let socket = directory.path().join(".s.PGSQL.6543");
+        servers::wait_for("pgbouncer to listen", async || socket.exists()).await;
+        let target = Target::on_socket(directory.path(), 6543, "postgres", "postgres");
+        let error = refusal(&target).await;
+        assert!(matches!(error, Error::Pooler { .. }), "{more}: {}", shown(&error));
+        let failure = Failure::from(error);
+        assert_eq!((failure.code, failure.action), (Code::PoolerDetected, Action::FixConfig));
+    }
+    open(&server.target("postgres")).await;
+}
