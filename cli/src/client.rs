@@ -17,7 +17,7 @@ const REQUEST_MAX: Duration = Duration::from_secs(30);
 
 /// A client of one coordinator.
 #[derive(Debug)]
-pub struct Client {
+pub(crate) struct Client {
     http: reqwest::Client,
     base: String,
     place: String,
@@ -26,7 +26,10 @@ pub struct Client {
 
 impl Client {
     /// A client for `coordinator` (a socket's path or a URL); finds the one of this machine when absent.
-    pub fn new(coordinator: Option<&str>, token_file: Option<&Path>) -> Result<Self, Failure> {
+    pub(crate) fn new(
+        coordinator: Option<&str>,
+        token_file: Option<&Path>,
+    ) -> Result<Self, Failure> {
         match coordinator {
             Some(url) if url.starts_with("http://") || url.starts_with("https://") => {
                 Self::over_http(url, token_file)
@@ -37,7 +40,7 @@ impl Client {
     }
 
     /// A client over a Unix socket.
-    pub fn over_socket(path: &Path) -> Result<Self, Failure> {
+    pub(crate) fn over_socket(path: &Path) -> Result<Self, Failure> {
         let http = builder().unix_socket(path).build().map_err(|error| bug(&error))?;
         let place = path.display().to_string();
         Ok(Self { http, base: "http://coordinator".to_owned(), place, token: None })
@@ -48,7 +51,10 @@ impl Client {
             Failure::new(Code::ConfigInvalid, Action::FixConfig, what).with_hint(hint)
         };
         let parsed = reqwest::Url::parse(url).map_err(|error| {
-            refuse(format!("the coordinator's URL cannot be read: {error}"), "Write https://host:port.")
+            refuse(
+                format!("the coordinator's URL cannot be read: {error}"),
+                "Write https://host:port.",
+            )
         })?;
         let loopback = match parsed.host_str() {
             Some("localhost") => true,
@@ -78,12 +84,12 @@ impl Client {
     }
 
     /// Asks for something.
-    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
+    pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
         self.send(self.http.get(format!("{}{path}", self.base)), REQUEST_MAX).await
     }
 
     /// Asks for something that the coordinator may answer up to `wait` later.
-    pub async fn get_waiting<T: DeserializeOwned>(
+    pub(crate) async fn get_waiting<T: DeserializeOwned>(
         &self,
         path: &str,
         wait: Duration,
@@ -92,7 +98,7 @@ impl Client {
     }
 
     /// Orders something.
-    pub async fn post<T: DeserializeOwned>(
+    pub(crate) async fn post<T: DeserializeOwned>(
         &self,
         path: &str,
         body: &impl Serialize,

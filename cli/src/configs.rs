@@ -6,7 +6,7 @@ use proto::{Action, Code, Failure};
 use serde::de::DeserializeOwned;
 
 /// Reads a configuration; `problems` adds what its own check finds.
-pub fn read<T: DeserializeOwned>(
+pub(crate) fn read<T: DeserializeOwned>(
     path: &Path,
     problems: impl Fn(&T) -> Vec<String>,
 ) -> Result<T, Failure> {
@@ -21,7 +21,7 @@ pub fn read<T: DeserializeOwned>(
 }
 
 /// Parses a configuration from its text. The error says where.
-pub fn parse<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+pub(crate) fn parse<T: DeserializeOwned>(text: &str) -> Result<T, String> {
     let deserializer = toml::Deserializer::parse(text).map_err(|error| error.to_string())?;
     serde_path_to_error::deserialize(deserializer).map_err(|error| {
         let path = error.path().to_string();
@@ -36,7 +36,8 @@ pub fn parse<T: DeserializeOwned>(text: &str) -> Result<T, String> {
 
 /// The expected key that is nearest to an unknown one, from serde's message: "unknown field `a`, expected one of `b`, `c`".
 fn suggestion(message: &str) -> Option<&str> {
-    let (unknown, expected) = message.strip_prefix("unknown field `")?.split_once("`, expected ")?;
+    let (unknown, expected) =
+        message.strip_prefix("unknown field `")?.split_once("`, expected ")?;
     expected
         .split('`')
         .skip(1)

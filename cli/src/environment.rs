@@ -3,25 +3,25 @@
 use std::path::PathBuf;
 
 /// The value of a variable, when it is set and not empty.
-pub fn variable(name: &str) -> Option<String> {
+pub(crate) fn variable(name: &str) -> Option<String> {
     #[expect(clippy::disallowed_methods, reason = "the one place that reads the environment")]
     std::env::var(name).ok().filter(|value| !value.is_empty())
 }
 
 /// Where this user's pgmuster keeps what it has to remember: `$PGMUSTER_HOME`, `$XDG_DATA_HOME/pgmuster` or
 /// `~/.local/share/pgmuster`.
-pub fn home() -> PathBuf {
+pub(crate) fn home() -> PathBuf {
     if let Some(home) = variable("PGMUSTER_HOME") {
         return home.into();
     }
-    let data = variable("XDG_DATA_HOME").map(PathBuf::from).or_else(|| {
-        variable("HOME").map(|home| PathBuf::from(home).join(".local").join("share"))
-    });
+    let data = variable("XDG_DATA_HOME")
+        .map(PathBuf::from)
+        .or_else(|| variable("HOME").map(|home| PathBuf::from(home).join(".local").join("share")));
     data.unwrap_or_else(std::env::temp_dir).join("pgmuster")
 }
 
 /// Unix time in milliseconds.
-pub fn now_ms() -> i64 {
+pub(crate) fn now_ms() -> i64 {
     #[expect(clippy::disallowed_methods, reason = "the one clock of the command line")]
     let now = std::time::SystemTime::now();
     let since = now.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
@@ -29,12 +29,13 @@ pub fn now_ms() -> i64 {
 }
 
 /// Bytes nobody can guess, from the kernel.
-pub fn random<const N: usize>() -> [u8; N] {
+pub(crate) fn random<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
     let mut filled = 0;
     while filled < N {
-        filled += rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty())
-            .expect("the kernel's random numbers need no permission and no memory");
+        filled +=
+            rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty())
+                .expect("the kernel's random numbers need no permission and no memory");
     }
     bytes
 }

@@ -1,2 +1,7 @@
-//! p
-fn main(){}
+//! The `pgmuster` program.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::main().into()
+}

@@ -9,7 +9,7 @@ use secrecy::SecretString;
 const SECRET_MAX_BYTES: usize = 64 << 10;
 
 /// Reads the secret a reference points to.
-pub fn resolve(reference: &SecretRef) -> Result<SecretString, Failure> {
+pub(crate) fn resolve(reference: &SecretRef) -> Result<SecretString, Failure> {
     let fail = |why: String| {
         Failure::new(
             Code::ConfigInvalid,

@@ -33,12 +33,6 @@ pub struct WorkerConfig {
     /// How backups are made.
     #[serde(default)]
     pub backup: BackupConfig,
-    /// Prometheus metrics of this worker; none when absent.
-    #[serde(default)]
-    pub metrics: Option<MetricsConfig>,
-    /// Traces; none when absent.
-    #[serde(default)]
-    pub otlp: Option<OtlpConfig>,
     /// Where backups live.
     #[serde(default)]
     pub repositories: Vec<RepositoryConfig>,
@@ -51,8 +45,8 @@ pub struct WorkerConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BrokerConfig {
-    /// Where the URL is: `file:/etc/pgmuster/amqp.url`, whose content is `amqps://user:password@host:5671/vhost`.
-    pub url: SecretRef,
+    /// `amqps://user@host/vhost` without a password, or where the whole URL is: `file:/etc/pgmuster/amqp.url`.
+    pub url: String,
 }
 
 /// How much runs at once.
@@ -115,22 +109,6 @@ impl Default for BackupConfig {
     fn default() -> Self {
         Self { processes: 0, compression_level: 3, census_s: 600 }
     }
-}
-
-/// Where `/metrics` is served.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct MetricsConfig {
-    /// Address and port, for example `127.0.0.1:9188`.
-    pub listen: std::net::SocketAddr,
-}
-
-/// Where traces go.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct OtlpConfig {
-    /// Base URL of an OTLP/HTTP receiver, for example `http://127.0.0.1:4318`.
-    pub endpoint: String,
 }
 
 /// A repository.
@@ -201,6 +179,22 @@ impl WorkerConfig {
             require(
                 root.is_absolute() && root.components().count() > 1,
                 format!("allow.restore_roots: {root}: an absolute path that is not /"),
+            );
+        }
+        let url = &self.broker.url;
+        let is_url = url.starts_with("amqp://") || url.starts_with("amqps://");
+        let authority = url.splitn(4, '/').nth(2).unwrap_or_default();
+        let user = authority.rsplit_once('@').map_or("", |(user, _)| user);
+        if is_url && user.contains(':') {
+            require(
+                false,
+                "broker.url holds a password; put the whole URL into a file and write file:/path"
+                    .to_owned(),
+            );
+        } else {
+            require(
+                is_url || url == "memory" || url.parse::<SecretRef>().is_ok(),
+                "broker.url: amqp://, amqps://, or a reference (file:, env: or exec:)".to_owned(),
             );
         }
         let mut repositories = BTreeSet::new();

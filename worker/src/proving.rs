@@ -193,9 +193,8 @@ async fn in_sandbox(
 ) -> Result<(), Failure> {
     let facts = backup.facts();
     let binaries = Binaries::find(facts.server_version_num / 10_000, &workshop.bin_dirs).await?;
-    let (root, name) =
-        (workshop.directory.to_owned(), format!("pgmuster-proof-{}", cx.spec.attempt));
-    let room = blocking(move || Ok(SandboxRoom::create(&root, &name, None)?)).await?;
+    let name = format!("pgmuster-proof-{}", cx.spec.attempt);
+    let room = SandboxRoom::create(workshop.directory, &name, None).await?;
 
     let started = Instant::now();
     let destination = Destination {

@@ -1,0 +1,88 @@
+//! `backups list` and `backups show`.
+
+use coordinator::api::types::BackupView;
+use proto::{Action, Code, Failure};
+
+use crate::args::{BackupsCommand, Output};
+use crate::client::Client;
+use crate::exit::Exit;
+use crate::{environment, output};
+
+/// `backups …`.
+pub(crate) async fn run(
+    client: &Client,
+    command: BackupsCommand,
+    format: Output,
+) -> Result<Exit, Failure> {
+    match command {
+        BackupsCommand::List { cluster } => {
+            let query = cluster.map_or(String::new(), |cluster| format!("?cluster={cluster}"));
+            let backups: Vec<BackupView> = client.get(&format!("/v1/backups{query}")).await?;
+            output::show(format, &backups, |rows| table(rows));
+        }
+        BackupsCommand::Show { backup } => {
+            let backups: Vec<BackupView> = client.get("/v1/backups?limit=1000").await?;
+            let found = backups.into_iter().find(|view| view.id == backup).ok_or_else(|| {
+                let message = format!("the catalog knows no backup {backup}");
+                Failure::new(Code::BackupUnknown, Action::FixConfig, message)
+                    .with_hint("pgmuster backups list shows the newest; pgmuster repo list asks the repository itself.")
+            })?;
+            output::show(format, &found, details);
+        }
+    }
+    Ok(Exit::Ok)
+}
+
+fn table(backups: &[BackupView]) -> String {
+    let now_ms = environment::now_ms();
+    let rows = backups.iter().map(|backup| {
+        let proof = backup.proof.as_ref().map(|proof| &proof.record);
+        vec![
+            backup.id.to_string(),
+            backup.cluster.to_string(),
+            output::ago(now_ms, Some(backup.facts.stopped_at_ms)),
+            output::bytes(backup.facts.size_bytes),
+            output::bytes(backup.facts.stored_bytes),
+            proof.map_or_else(
+                || "-".to_owned(),
+                |proof| {
+                    let level =
+                        proof.level_reached.map_or("none".to_owned(), |level| level.to_string());
+                    let verdict = if proof.passed { "passed" } else { "FAILED" };
+                    format!("{level} {verdict} {}", output::ago(now_ms, Some(proof.at_ms)))
+                },
+            ),
+        ]
+    });
+    output::table(&["BACKUP", "CLUSTER", "TAKEN", "SIZE", "STORED", "PROOF"], rows.collect())
+}
+
+fn details(backup: &BackupView) -> String {
+    let facts = &backup.facts;
+    let mut lines = vec![
+        format!("backup {} of {}", backup.id, backup.cluster),
+        format!("  repository   {}", facts.repository),
+        format!(
+            "  positions    {} to {} on timeline {}",
+            facts.start_lsn, facts.stop_lsn, facts.timeline
+        ),
+        format!("  files        {}", facts.files),
+        format!("  size         {}", output::bytes(facts.size_bytes)),
+        format!("  read         {}", output::bytes(facts.read_bytes)),
+        format!("  stored       {}", output::bytes(facts.stored_bytes)),
+        format!("  WAL          {}", output::bytes(facts.wal_bytes)),
+        format!("  bad pages    {}", facts.bad_pages),
+        format!("  taken by     {} (job {})", backup.worker, backup.job),
+    ];
+    if let Some(proof) = &backup.proof {
+        lines.push(format!("  proof        {}", worker::proving::sentence(&proof.record)));
+        for check in &proof.record.checks {
+            let outcome = format!("{:?}", check.outcome).to_lowercase();
+            lines.push(format!(
+                "    {} {:<22} {outcome}: {}",
+                check.level, check.name, check.detail
+            ));
+        }
+    }
+    lines.join("\n")
+}

@@ -1,0 +1,92 @@
+//! `cluster list` and `cluster show`.
+
+use coordinator::api::types::ClusterView;
+use proto::Failure;
+
+use crate::args::{ClusterCommand, Output};
+use crate::client::Client;
+use crate::exit::Exit;
+use crate::{environment, output};
+
+/// `cluster …`.
+pub(crate) async fn run(
+    client: &Client,
+    command: ClusterCommand,
+    format: Output,
+) -> Result<Exit, Failure> {
+    match command {
+        ClusterCommand::List => {
+            let clusters: Vec<ClusterView> = client.get("/v1/clusters").await?;
+            output::show(format, &clusters, |rows| table(rows, environment::now_ms()));
+        }
+        ClusterCommand::Show { cluster } => {
+            let view: ClusterView = client.get(&format!("/v1/clusters/{cluster}")).await?;
+            output::show(format, &view, |view| details(view, environment::now_ms()));
+        }
+    }
+    Ok(Exit::Ok)
+}
+
+/// Clusters as rows.
+pub(crate) fn table(clusters: &[ClusterView], now_ms: i64) -> String {
+    let rows = clusters.iter().map(|cluster| {
+        let backup = cluster.backup.as_ref();
+        let proof = backup.and_then(|backup| backup.proof.as_ref()).map(|proof| &proof.record);
+        vec![
+            cluster.name.to_string(),
+            cluster.state.to_string(),
+            output::ago(now_ms, backup.map(|backup| backup.facts.stopped_at_ms)),
+            proof.map_or_else(
+                || "-".to_owned(),
+                |proof| {
+                    let level =
+                        proof.level_reached.map_or("none".to_owned(), |level| level.to_string());
+                    format!("{level} {}", output::ago(now_ms, Some(proof.at_ms)))
+                },
+            ),
+            proof.map_or_else(
+                || "not measured".to_owned(),
+                |proof| output::duration(i64::try_from(proof.recovery_time_ms()).unwrap_or(0)),
+            ),
+            cluster.reason.clone(),
+        ]
+    });
+    output::table(&["CLUSTER", "STATE", "LAST BACKUP", "PROOF", "RTO", "WHY"], rows.collect())
+}
+
+fn details(view: &ClusterView, now_ms: i64) -> String {
+    let mut lines = vec![format!("{} is {}: {}", view.name, view.state, view.reason)];
+    let mut row = |name: &str, value: String| lines.push(format!("  {name:<12} {value}"));
+    let text = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
+    row("site", text(view.site.as_ref().map(ToString::to_string)));
+    row("worker", text(view.worker.as_ref().map(ToString::to_string)));
+    row("seen", output::ago(now_ms, view.seen_at_ms));
+    row(
+        "server",
+        text(
+            view.server_version_num
+                .map(|num| format!("PostgreSQL {}.{}", num / 10_000, num % 10_000)),
+        ),
+    );
+    row("identifier", text(view.system_identifier.map(|id| id.to_string())));
+    row(
+        "repository",
+        match (&view.repository, &view.repository_location) {
+            (Some(name), Some(place)) => format!("{name} ({place})"),
+            (name, _) => text(name.clone()),
+        },
+    );
+    if let Some(backup) = &view.backup {
+        row(
+            "backup",
+            format!("{} {}", backup.id, output::ago(now_ms, Some(backup.facts.stopped_at_ms))),
+        );
+        if let Some(proof) = &backup.proof {
+            row("proof", worker::proving::sentence(&proof.record));
+        }
+    }
+    for job in &view.open_jobs {
+        row("open job", format!("{} {} {}", job.id, job.kind, job.state));
+    }
+    lines.join("\n")
+}

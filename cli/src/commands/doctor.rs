@@ -1,0 +1,172 @@
+//! `doctor`: what this machine has, what the fleet says, and what a configuration can reach.
+
+use std::path::Path;
+use std::time::Duration;
+
+use broker::{Broker, RabbitOptions};
+use coordinator::api::types::{HealthView, WorkerView};
+use postgres::binaries::Binaries;
+use postgres::{Environment, Purpose, connect_maintenance};
+use proto::{Failure, JobId, SecretRef};
+use secrecy::SecretString;
+use serde::Serialize;
+use worker::config::WorkerConfig;
+use worker::engines::native;
+use worker::places::Places;
+
+use crate::args::{Doctor, Output};
+use crate::client::Client;
+use crate::exit::Exit;
+use crate::{configs, environment, output, secrets};
+
+/// How long RabbitMQ may take to answer.
+const BROKER_MAX: Duration = Duration::from_secs(10);
+
+/// One thing that was looked at.
+#[derive(Debug, Serialize)]
+struct Finding {
+    what: String,
+    good: bool,
+    detail: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    hint: String,
+}
+
+/// `doctor`.
+pub(crate) async fn run(
+    client: Result<Client, Failure>,
+    args: &Doctor,
+    format: Output,
+) -> Result<Exit, Failure> {
+    let mut findings = Vec::new();
+    binaries(&mut findings).await;
+    for path in &args.config {
+        configuration(path, &mut findings).await;
+    }
+    match client {
+        Ok(client) => coordinator(&client, args.config.is_empty(), &mut findings).await,
+        Err(failure) => findings.push(bad("coordinator", &failure)),
+    }
+    output::show(format, &findings, |findings| {
+        let row = |finding: &Finding| {
+            let mark = if finding.good { "ok  " } else { "FAIL" };
+            let hint = match finding.hint.as_str() {
+                "" => String::new(),
+                hint => format!("\n     {:<26} {hint}", ""),
+            };
+            format!("{mark} {:<26} {}{hint}", finding.what, finding.detail)
+        };
+        findings.iter().map(row).collect::<Vec<_>>().join("\n")
+    });
+    let all_good = findings.iter().all(|finding| finding.good);
+    Ok(if all_good { Exit::Ok } else { Exit::Findings })
+}
+
+fn good(what: impl Into<String>, detail: impl Into<String>) -> Finding {
+    Finding { what: what.into(), good: true, detail: detail.into(), hint: String::new() }
+}
+
+fn bad(what: impl Into<String>, failure: &Failure) -> Finding {
+    let detail = failure.to_string();
+    Finding { what: what.into(), good: false, detail, hint: failure.hint.clone() }
+}
+
+async fn binaries(findings: &mut Vec<Finding>) {
+    let mut versions = Vec::new();
+    for major in 14..=18 {
+        if let Ok(found) = Binaries::find(major, &[]).await {
+            versions.push(format!("{}.{}", found.major(), found.minor()));
+        }
+    }
+    if versions.is_empty() {
+        let what = "no PostgreSQL programs are installed, so nothing can be proved here";
+        let failure = Failure::new(proto::Code::BinariesMissing, proto::Action::FixConfig, what)
+            .with_hint("Install the server's package, for example apt-get install postgresql-15.");
+        findings.push(bad("PostgreSQL programs", &failure));
+    } else {
+        findings.push(good("PostgreSQL programs", versions.join(", ")));
+    }
+}
+
+async fn coordinator(client: &Client, required: bool, findings: &mut Vec<Finding>) {
+    match client.get::<HealthView>("/healthz").await {
+        Err(failure) if required => findings.push(bad("coordinator", &failure)),
+        Err(failure) => findings.push(good("coordinator", format!("not looked at: {failure}"))),
+        Ok(health) => {
+            let detail = format!("version {}, leading: {}", health.version, health.leader);
+            findings.push(good("coordinator", detail));
+        }
+    }
+    if let Ok(workers) = client.get::<Vec<WorkerView>>("/v1/workers").await {
+        let now_ms = environment::now_ms();
+        for worker in workers {
+            let seen = output::ago(now_ms, worker.seen_at_ms);
+            let detail = format!("site {}, last pulse {seen}", worker.site);
+            findings.push(Finding {
+                good: worker.alive,
+                ..good(format!("worker {}", worker.name), detail)
+            });
+            for cluster in worker.offers.iter().flat_map(|offers| &offers.clusters) {
+                let what = format!("cluster {}", cluster.name);
+                findings.push(match &cluster.problem {
+                    Some(failure) => bad(what, failure),
+                    None => good(what, format!("served by {}", worker.name)),
+                });
+            }
+        }
+    }
+}
+
+async fn configuration(path: &Path, findings: &mut Vec<Finding>) {
+    let what = path.display().to_string();
+    let config: WorkerConfig = match configs::read(path, WorkerConfig::problems) {
+        Ok(config) => config,
+        Err(failure) => return findings.push(bad(what, &failure)),
+    };
+    findings.push(good(what, "can be read"));
+    findings.push(match broker(&config.broker.url).await {
+        Ok(()) => good("RabbitMQ", "answers"),
+        Err(failure) => bad("RabbitMQ", &failure),
+    });
+    let places = match Places::resolve(&config, &Environment::of_process(), &secrets::resolve) {
+        Ok(places) => places,
+        Err(failure) => return findings.push(bad("secrets", &failure)),
+    };
+    for place in places.repositories() {
+        let what = format!("repository {}", place.config.name);
+        findings.push(match place.open().await {
+            Ok(repository) => good(what, repository.describe()),
+            Err(failure) => bad(what, &failure),
+        });
+    }
+    let now_ms = u64::try_from(environment::now_ms()).unwrap_or(0);
+    let purpose = Purpose::ask(&JobId::mint(now_ms, environment::random()));
+    for cluster in places.clusters() {
+        let what = format!("cluster {}", cluster.config.name);
+        let looked = async {
+            let session = connect_maintenance(&cluster.target, &purpose).await?;
+            let server = session.identity().await?;
+            postgres::settings::require_for_backup(&session).await?;
+            session.close().await;
+            let directory = native::data_directory(cluster, &server)?;
+            let version = server.version.0;
+            let (major, minor) = (version / 10_000, version % 10_000);
+            Ok::<String, Failure>(format!("PostgreSQL {major}.{minor} in {}", directory.display()))
+        };
+        findings.push(match looked.await {
+            Ok(detail) => good(what, detail),
+            Err(failure) => bad(what, &failure),
+        });
+    }
+}
+
+async fn broker(setting: &str) -> Result<(), Failure> {
+    let url = match setting.parse::<SecretRef>() {
+        Ok(reference) => secrets::resolve(&reference)?,
+        Err(_) => SecretString::from(setting.to_owned()),
+    };
+    let broker = Broker::rabbit(RabbitOptions::new(url, "pgmuster doctor"));
+    let answered = broker.wait_up(BROKER_MAX).await;
+    broker.close().await;
+    Ok(answered?)
+}

@@ -1,0 +1,175 @@
+//! `job …`: look at jobs, follow them, stop them.
+
+use std::time::Duration;
+
+use coordinator::api::types::{AttemptView, JobList, JobView, TraceView};
+use proto::{Action, Code, Failure, JobId};
+
+use crate::args::{JobCommand, JobRef, Output};
+use crate::client::Client;
+use crate::exit::Exit;
+use crate::{environment, follow, output};
+
+/// Columns of the waterfall.
+const WATERFALL_COLUMNS: i64 = 40;
+
+/// `job …`.
+pub(crate) async fn run(
+    client: &Client,
+    command: JobCommand,
+    format: Output,
+) -> Result<Exit, Failure> {
+    match command {
+        JobCommand::List { cluster, state, limit } => {
+            let mut query = format!("?limit={limit}");
+            if let Some(cluster) = cluster {
+                query.push_str(&format!("&cluster={cluster}"));
+            }
+            if let Some(state) = state {
+                query.push_str(&format!("&state={state}"));
+            }
+            let list: JobList = client.get(&format!("/v1/jobs{query}")).await?;
+            output::show(format, &list.jobs, |jobs| table(jobs));
+        }
+        JobCommand::Show { job } => {
+            let view: JobView =
+                client.get(&format!("/v1/jobs/{}", find(client, job).await?)).await?;
+            output::show(format, &view, details);
+        }
+        JobCommand::Watch { job, timeout } => {
+            let job = find(client, job).await?;
+            let view = tokio::select! {
+                view = follow::wait(client, job, Duration::from_secs(timeout), true) => view?,
+                () = follow::interrupted() => return Ok(Exit::Interrupted),
+            };
+            follow::report(&view, format);
+            return Ok(Exit::of_job(view.state, view.failure.as_ref()));
+        }
+        JobCommand::Trace { job } => {
+            let job = find(client, job).await?;
+            let trace: TraceView = client.get(&format!("/v1/jobs/{job}/trace")).await?;
+            output::show(format, &trace, waterfall);
+        }
+        JobCommand::Cancel { job } => {
+            let job = find(client, job).await?;
+            let view: JobView = client.post(&format!("/v1/jobs/{job}/cancel"), &()).await?;
+            output::show(format, &view, |view| format!("{} is {}", view.id, view.state));
+        }
+        JobCommand::Retry { job, waiting } => {
+            let job = find(client, job).await?;
+            let view: JobView = client.post(&format!("/v1/jobs/{job}/retry"), &()).await?;
+            return follow::after_order(client, view, &waiting, format).await;
+        }
+    }
+    Ok(Exit::Ok)
+}
+
+async fn find(client: &Client, job: JobRef) -> Result<JobId, Failure> {
+    match job {
+        JobRef::Id(id) => Ok(id),
+        JobRef::Last => {
+            let list: JobList = client.get("/v1/jobs?limit=1").await?;
+            list.jobs.first().map(|job| job.id).ok_or_else(|| {
+                Failure::new(Code::JobUnknown, Action::FixConfig, "there is no job yet")
+                    .with_hint("Order one: pgmuster backup CLUSTER.")
+            })
+        }
+    }
+}
+
+fn table(jobs: &[JobView]) -> String {
+    let now_ms = environment::now_ms();
+    let rows = jobs.iter().map(|job| {
+        let took = job.started_at_ms.map(|start| job.ended_at_ms.unwrap_or(now_ms) - start);
+        let why = job.failure.as_ref().map(ToString::to_string).or_else(|| job.reason.clone());
+        vec![
+            job.id.to_string(),
+            job.cluster.to_string(),
+            job.kind.to_string(),
+            job.state.to_string(),
+            output::ago(now_ms, Some(job.submitted_at_ms)),
+            took.map_or_else(|| "-".to_owned(), output::duration),
+            why.unwrap_or_default(),
+        ]
+    });
+    output::table(&["JOB", "CLUSTER", "KIND", "STATE", "ORDERED", "TOOK", "WHY"], rows.collect())
+}
+
+fn details(view: &JobView) -> String {
+    let mut lines = vec![
+        format!("job {}: {}", view.id, follow::result_line(view)),
+        format!("  state        {}", view.state),
+        format!("  lane         {}", view.lane),
+        format!("  ordered by   {}", view.requested_by),
+        format!("  attempts     {} of {}", view.attempts_used, view.attempts_max),
+    ];
+    if let Some(worker) = &view.worker {
+        lines.push(format!("  worker       {worker}"));
+    }
+    if let Some(failure) = &view.failure {
+        lines.push(format!("  failure      {failure}"));
+        lines.push(format!("  hint         {}", failure.hint));
+    }
+    for next in &view.followed_by {
+        lines.push(format!("  followed by  {next}"));
+    }
+    lines.push(format!("  trace        {}", view.traceparent));
+    lines.join("\n")
+}
+
+fn waterfall(trace: &TraceView) -> String {
+    let job = &trace.job;
+    let mut lines =
+        vec![format!("{} of {} is {}; trace {}", job.kind, job.cluster, job.state, trace.trace_id)];
+    for attempt in &trace.attempts {
+        let worker =
+            attempt.worker.as_ref().map_or(String::new(), |worker| format!(" on {worker}"));
+        let waited = attempt.granted_at_ms.map_or(0, |granted| granted - job.submitted_at_ms);
+        lines.push(format!(
+            "attempt {}{worker}: {}, granted {} after the order",
+            attempt.id,
+            attempt.state,
+            output::duration(waited)
+        ));
+        lines.extend(steps(attempt));
+    }
+    lines.join("\n")
+}
+
+fn steps(attempt: &AttemptView) -> Vec<String> {
+    let now_ms = environment::now_ms();
+    let end = |step: &proto::Step| step.ended_at_ms.unwrap_or(now_ms);
+    let first = attempt.steps.iter().map(|step| step.started_at_ms).min().unwrap_or(0);
+    let last = attempt.steps.iter().map(end).max().unwrap_or(first);
+    let whole = (last - first).max(1);
+    let width = attempt.steps.iter().map(|step| step.name.len()).max().unwrap_or(0);
+    let columns = |ms: i64| usize::try_from(ms * WATERFALL_COLUMNS / whole).unwrap_or(0);
+    let line = |step: &proto::Step| {
+        let before = columns(step.started_at_ms - first);
+        let bar = columns(end(step) - step.started_at_ms).max(1);
+        let figures: Vec<String> =
+            step.figures.iter().map(|(name, value)| figure(name, *value)).collect();
+        let state = match (step.failed, step.ended_at_ms) {
+            (true, _) => " FAILED",
+            (false, None) => " running",
+            (false, Some(_)) => "",
+        };
+        format!(
+            "  {:<width$} {}{:<rest$} {:>8}{state}  {}",
+            step.name,
+            " ".repeat(before),
+            "█".repeat(bar),
+            output::duration(end(step) - step.started_at_ms),
+            figures.join(", "),
+            rest = usize::try_from(WATERFALL_COLUMNS).unwrap_or(0).saturating_sub(before) + 1,
+        )
+    };
+    attempt.steps.iter().map(|step| line(step).trim_end().to_owned()).collect()
+}
+
+fn figure(name: &str, value: u64) -> String {
+    match name.strip_suffix("_bytes") {
+        Some(what) => format!("{what} {}", output::bytes(value)),
+        None => format!("{} {value}", name.replace('_', " ")),
+    }
+}

@@ -1,0 +1,49 @@
+//! The commands: one file a group, wiring and printing only.
+
+mod backups;
+mod cluster;
+mod config;
+mod demo;
+mod doctor;
+mod job;
+mod order;
+mod repo;
+mod restore;
+mod roles;
+mod status;
+mod up;
+
+pub(crate) use repo::{init as init_repository, write_secret};
+pub(crate) use up::sockets;
+
+use proto::Failure;
+
+use crate::args::{Cli, Command};
+use crate::client::Client;
+use crate::exit::Exit;
+
+/// Runs what was typed.
+pub(crate) async fn run(cli: Cli) -> Result<Exit, Failure> {
+    let format = cli.output;
+    let client = || Client::new(cli.coordinator.as_deref(), cli.token_file.as_deref());
+    match cli.command {
+        Command::Up(args) => up::run(args).await,
+        Command::Demo(args) => demo::run(args).await,
+        Command::Coordinator(args) => roles::coordinator(&args.config).await,
+        Command::Worker(args) => roles::worker(args, client, format).await,
+        Command::Backup(args) => order::backup(&client()?, args, format).await,
+        Command::Verify(args) => order::verify(&client()?, args, format).await,
+        Command::Maintain(args) => order::maintain(&client()?, args, format).await,
+        Command::Restore(args) => match args.repository {
+            Some(_) => restore::offline(args, format).await,
+            None => order::restore(&client()?, args, format).await,
+        },
+        Command::Status => status::run(&client()?, format).await,
+        Command::Cluster(command) => cluster::run(&client()?, command, format).await,
+        Command::Backups(command) => backups::run(&client()?, command, format).await,
+        Command::Job(command) => job::run(&client()?, command, format).await,
+        Command::Repo(command) => repo::run(command, format).await,
+        Command::Doctor(args) => doctor::run(client(), &args, format).await,
+        Command::Config(command) => config::run(&command, format),
+    }
+}

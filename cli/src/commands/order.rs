@@ -1,0 +1,116 @@
+//! Orders: backup, verify, maintain, restore through the queue.
+
+use std::path::{Component, Path};
+
+use coordinator::api::types::{JobView, SubmitRequest, WorkerView};
+use proto::job::{Analyze, RestoreTarget, Vacuum, VerifyRestore};
+use proto::{Action, Code, Failure, Task, WorkerName};
+
+use crate::args::{Backup, Maintain, MaintenanceTask, Output, Restore, Verify};
+use crate::client::Client;
+use crate::exit::Exit;
+use crate::follow;
+
+/// `backup CLUSTER`.
+pub(crate) async fn backup(client: &Client, args: Backup, format: Output) -> Result<Exit, Failure> {
+    let task = Task::Backup(proto::job::Backup {
+        fast_checkpoint: !args.spread_checkpoint,
+        full_read: args.full_read,
+        compression_level: None,
+    });
+    let request = SubmitRequest { verify: args.verify, ..SubmitRequest::new(args.cluster, task) };
+    let view: JobView = client.post("/v1/jobs", &request).await?;
+    follow::after_order(client, view, &args.waiting, format).await
+}
+
+/// `verify CLUSTER`.
+pub(crate) async fn verify(client: &Client, args: Verify, format: Output) -> Result<Exit, Failure> {
+    let task = Task::VerifyRestore(VerifyRestore { backup: args.backup, level: args.level });
+    let request = SubmitRequest::new(args.cluster, task);
+    let view: JobView = client.post("/v1/jobs", &request).await?;
+    follow::after_order(client, view, &args.waiting, format).await
+}
+
+/// `maintain CLUSTER`.
+pub(crate) async fn maintain(
+    client: &Client,
+    args: Maintain,
+    format: Output,
+) -> Result<Exit, Failure> {
+    let databases = (!args.databases.is_empty()).then_some(args.databases);
+    let task = match args.task {
+        MaintenanceTask::Analyze => {
+            Task::Analyze(Analyze { databases, plan_only: args.plan, ..Analyze::default() })
+        }
+        MaintenanceTask::Vacuum => Task::Vacuum(Vacuum {
+            databases,
+            bloat_ratio_min: args.bloat_ratio,
+            plan_only: args.plan,
+            ..Vacuum::default()
+        }),
+    };
+    let view: JobView = client.post("/v1/jobs", &SubmitRequest::new(args.cluster, task)).await?;
+    let mut waiting = args.waiting;
+    // A plan that nobody sees is no use.
+    waiting.wait |= args.plan;
+    follow::after_order(client, view, &waiting, format).await
+}
+
+/// `restore CLUSTER --into DIR`.
+pub(crate) async fn restore(
+    client: &Client,
+    args: Restore,
+    format: Output,
+) -> Result<Exit, Failure> {
+    let workers: Vec<WorkerView> = client.get("/v1/workers").await?;
+    let (worker, target) = place(&workers, &args.into, args.on.as_ref())?;
+    let cluster = args.cluster.ok_or_else(|| {
+        Failure::new(Code::RequestInvalid, Action::FixConfig, "no cluster was named")
+            .with_hint("Write pgmuster restore CLUSTER --into DIR.")
+    })?;
+    let plan_only = args.plan;
+    let task = Task::Restore(proto::job::Restore { backup: args.backup, target, plan_only });
+    let request = SubmitRequest { worker: Some(worker), ..SubmitRequest::new(cluster, task) };
+    let view: JobView = client.post("/v1/jobs", &request).await?;
+    let mut waiting = args.waiting;
+    waiting.wait |= plan_only;
+    follow::after_order(client, view, &waiting, format).await
+}
+
+/// Which worker restores into a directory: one with a restore root above it.
+fn place(
+    workers: &[WorkerView],
+    into: &Path,
+    on: Option<&WorkerName>,
+) -> Result<(WorkerName, RestoreTarget), Failure> {
+    let plain = into.is_absolute()
+        && into.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+    if !plain {
+        let message = format!("{} is not an absolute path without . and ..", into.display());
+        return Err(Failure::new(Code::RequestInvalid, Action::FixConfig, message)
+            .with_hint("Give the whole path of the directory on the worker's host."));
+    }
+    let mut roots = Vec::new();
+    for worker in workers.iter().filter(|w| w.alive && on.is_none_or(|on| w.name == *on)) {
+        for root in worker.offers.iter().flat_map(|offers| &offers.restore_roots) {
+            roots.push(format!("{root} on {}", worker.name));
+            let Some(below) = into.strip_prefix(root).ok().and_then(Path::to_str) else { continue };
+            if below.is_empty() {
+                continue;
+            }
+            let directory = below.parse().map_err(|error| {
+                Failure::new(Code::RequestInvalid, Action::FixConfig, format!("failed to {error}"))
+                    .with_hint("Choose a plainer name for the directory.")
+            })?;
+            let target = RestoreTarget { root: root.clone(), directory };
+            return Ok((worker.name.clone(), target));
+        }
+    }
+    let roots = if roots.is_empty() { "none".to_owned() } else { roots.join(", ") };
+    Err(Failure::new(
+        Code::TargetOutsideRoots,
+        Action::FixConfig,
+        format!("{} is below no restore root of a living worker", into.display()),
+    )
+    .with_hint(format!("Restore roots are: {roots}. A worker's are in its allow.restore_roots.")))
+}

@@ -1,0 +1,99 @@
+//! `restore --repository`: with the repository and its key, and nothing else.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use proto::job::RestoreTarget;
+use proto::message::{SCHEMA, Spec};
+use proto::{Action, AttemptId, Code, Failure, JobId, Step, Task};
+use worker::context::JobContext;
+use worker::restoring::{self, Destination};
+
+use crate::args::{Output, Restore};
+use crate::commands::repo;
+use crate::exit::Exit;
+use crate::{environment, follow, output};
+
+/// `restore --repository URL --key FILE --into DIR`.
+pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failure> {
+    let (Some(url), Some(key)) = (&args.repository, &args.key) else {
+        return Err(Failure::bug("a restore without a coordinator needs --repository and --key"));
+    };
+    let into = std::path::absolute(&args.into).map_err(|error| {
+        let message = format!("{}: {error}", args.into.display());
+        Failure::new(Code::RequestInvalid, Action::FixConfig, message)
+    })?;
+    let repository = repo::open(url, key).await?;
+    let backup = restoring::find(&repository, args.cluster.as_ref(), None, args.backup).await?;
+    let given = Destination {
+        data_directory: into,
+        tablespaces: args.tablespace.iter().cloned().collect(),
+    };
+    let destination = given.complete(backup.facts());
+    let done = if args.plan {
+        restoring::plan(&backup, &destination).await?
+    } else {
+        let cx = context(&backup.facts().cluster);
+        let stop = cx.clone();
+        let interrupted = tokio::spawn(async move {
+            follow::interrupted().await;
+            stop.stop(Failure::new(Code::Cancelled, Action::Abandon, "interrupted"));
+        });
+        let shown = tokio::spawn(show_progress(cx.clone()));
+        let done = restoring::restore(&cx, &backup, &destination, 0).await;
+        interrupted.abort();
+        shown.abort();
+        done?
+    };
+    output::show(format, &done, |done| {
+        if done.planned_only {
+            return done.plan.join("\n");
+        }
+        format!(
+            "Restored backup {} of {} into {}: {} files, {}; a server started there recovers to {}",
+            done.backup,
+            backup.facts().cluster,
+            done.directory,
+            done.files,
+            output::bytes(done.size_bytes),
+            done.stop_lsn
+        )
+    });
+    Ok(Exit::Ok)
+}
+
+/// A context for work that no coordinator knows of.
+fn context(cluster: &proto::ClusterName) -> JobContext {
+    let now_ms = u64::try_from(environment::now_ms()).unwrap_or(0);
+    let target = RestoreTarget {
+        root: "/".to_owned(),
+        directory: "restore".parse().expect("it is a relative path"),
+    };
+    let spec = Spec {
+        schema: SCHEMA,
+        job: JobId::mint(now_ms, environment::random()),
+        attempt: AttemptId::mint(now_ms, environment::random()),
+        predecessor: None,
+        cluster: cluster.clone(),
+        system_identifier: None,
+        task: Task::Restore(proto::job::Restore { backup: None, target, plan_only: false }),
+        deadline_ms: u64::MAX,
+        traceparent: None,
+    };
+    JobContext::new(spec, Arc::new(|_: &Step| {}))
+}
+
+async fn show_progress(cx: JobContext) {
+    if !output::is_watched() {
+        return;
+    }
+    let bar = indicatif::ProgressBar::new(0);
+    let mut ticks = tokio::time::interval(Duration::from_millis(300));
+    loop {
+        ticks.tick().await;
+        if let Some(progress) = cx.current_progress() {
+            bar.set_length(progress.total.unwrap_or(0));
+            bar.set_position(progress.done);
+        }
+    }
+}

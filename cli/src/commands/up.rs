@@ -1,0 +1,207 @@
+//! `up`: the whole product for one server, from nothing to a proved backup.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use coordinator::api::types::{ClusterView, JobView, SubmitRequest};
+use postgres::{Environment, Purpose, Target, connect_maintenance};
+use proto::{Action, Code, Failure, JobId, ProofLevel, Task};
+use worker::config::ClusterConfig;
+use worker::engines::native;
+use worker::places::Cluster;
+
+use crate::args::Up;
+use crate::embedded::{Embedded, Served};
+use crate::exit::Exit;
+use crate::{environment, follow, output};
+
+/// Where servers of this machine have their sockets.
+const SOCKET_DIRECTORIES: [&str; 2] = ["/var/run/postgresql", "/tmp"];
+/// The first backup and its proof may take this long before `up` stops watching them.
+const FIRST_MAX: Duration = Duration::from_secs(7 * 86_400);
+
+/// `up [URL]`.
+pub(crate) async fn run(args: Up) -> Result<Exit, Failure> {
+    let home = args.home.clone().unwrap_or_else(environment::home);
+    let home = std::path::absolute(&home).map_err(|error| {
+        let message = format!("{}: {error}", home.display());
+        Failure::new(Code::RequestInvalid, Action::FixConfig, message)
+    })?;
+    let connection = match &args.url {
+        Some(url) => url.clone(),
+        None => local_server()?,
+    };
+    let server = look(&args, &connection).await?;
+    output::talk(&format!("  server      {server}"));
+    let served = Served {
+        name: args.name.clone(),
+        connection,
+        data_directory: args.data_directory.clone(),
+        bin_dirs: Vec::new(),
+        restore_roots: vec![home.join("restore")],
+    };
+    let whole = Embedded::start(&home, &served).await?;
+    output::talk(&format!("  state       {}", home.display()));
+    if whole.is_new {
+        output::talk(&format!(
+            "  key         {}; print {} and keep it elsewhere",
+            home.join("repository.key").display(),
+            home.join("recovery-sheet.txt").display()
+        ));
+    }
+    let ended = tokio::select! {
+        ended = first_proof(&whole, &args) => ended,
+        () = follow::interrupted() => Ok(Exit::Interrupted),
+    };
+    if args.once || !matches!(ended, Ok(Exit::Ok)) {
+        whole.stop().await;
+        return ended;
+    }
+    output::talk(
+        "  Another terminal can order now: pgmuster backup, pgmuster status. Ctrl-C stops.",
+    );
+    follow::interrupted().await;
+    whole.stop().await;
+    Ok(Exit::Ok)
+}
+
+/// Backs the cluster up, proves the backup and says so.
+async fn first_proof(whole: &Embedded, args: &Up) -> Result<Exit, Failure> {
+    let done = back_up_and_prove(whole, &args.name, args.level).await?;
+    if done == Exit::Ok {
+        let cluster: ClusterView = whole.client.get(&format!("/v1/clusters/{}", args.name)).await?;
+        if let Some(proof) = cluster.backup.and_then(|backup| backup.proof) {
+            output::data(&worker::proving::sentence(&proof.record));
+        }
+    }
+    Ok(done)
+}
+
+/// Orders a backup and its proof, shows both, and returns how the last of them ended.
+pub(crate) async fn back_up_and_prove(
+    whole: &Embedded,
+    cluster: &proto::ClusterName,
+    level: ProofLevel,
+) -> Result<Exit, Failure> {
+    announced(whole, cluster).await?;
+    let task = Task::Backup(proto::job::Backup { fast_checkpoint: true, ..Default::default() });
+    let request = SubmitRequest {
+        verify: Some(level),
+        attempts_max: Some(1),
+        ..SubmitRequest::new(cluster.clone(), task)
+    };
+    let backup: JobView = whole.client.post("/v1/jobs", &request).await?;
+    let mut view = follow::wait(&whole.client, backup.id, FIRST_MAX, true).await?;
+    tell(&view);
+    while view.state == proto::JobState::Succeeded
+        && let Some(next) = view.followed_by.first().copied()
+    {
+        view = follow::wait(&whole.client, next, FIRST_MAX, true).await?;
+        tell(&view);
+    }
+    Ok(Exit::of_job(view.state, view.failure.as_ref()))
+}
+
+fn tell(view: &JobView) {
+    output::talk(&format!(
+        "  {:<11} {}",
+        view.kind.as_str().replace('_', " "),
+        follow::result_line(view)
+    ));
+    if let Some(failure) = &view.failure {
+        output::failure(failure);
+    }
+}
+
+/// Waits until the worker has announced the cluster; it does so within a moment of its start.
+async fn announced(whole: &Embedded, cluster: &proto::ClusterName) -> Result<(), Failure> {
+    for _ in 0..300 {
+        let clusters: Vec<ClusterView> = whole.client.get("/v1/clusters").await?;
+        if clusters.iter().any(|view| view.name == *cluster) {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    Err(Failure::bug("the worker in this process did not announce its cluster"))
+}
+
+/// Asks the server who it is and whether its files can be read, before anything is made.
+async fn look(args: &Up, connection: &str) -> Result<String, Failure> {
+    let target = Target::parse(connection, &Environment::of_process())?;
+    let now_ms = u64::try_from(environment::now_ms()).unwrap_or(0);
+    let purpose = Purpose::ask(&JobId::mint(now_ms, environment::random()));
+    let session = connect_maintenance(&target, &purpose).await?;
+    let server = session.identity().await?;
+    session.close().await;
+    let config = ClusterConfig {
+        name: args.name.clone(),
+        connection: String::new(),
+        password: None,
+        data_directory: args
+            .data_directory
+            .clone()
+            .and_then(|directory| camino::Utf8PathBuf::from_path_buf(directory).ok()),
+        repository: None,
+        labels: Default::default(),
+        kinds: None,
+    };
+    let directory = native::data_directory(&Cluster { config, target }, &server)?;
+    readable(&directory)?;
+    let version = server.version.0;
+    Ok(format!("PostgreSQL {}.{} in {}", version / 10_000, version % 10_000, directory.display()))
+}
+
+fn readable(directory: &Path) -> Result<(), Failure> {
+    std::fs::read_dir(directory.join("base")).map(drop).map_err(|error| {
+        let message = format!("failed to read {}: {error}", directory.display());
+        Failure::new(Code::DataDirectoryUnreadable, Action::FixConfig, message).with_hint(
+            "Run pgmuster on the database's host as the server's user; a server whose files cannot be read needs \
+             engine stream, which this version does not have.",
+        )
+    })
+}
+
+/// The one server of this machine.
+fn local_server() -> Result<String, Failure> {
+    let sockets = sockets();
+    match sockets.as_slice() {
+        [(directory, port)] => {
+            Ok(format!("host={} port={port} dbname=postgres", directory.display()))
+        }
+        [] => Err(Failure::new(
+            Code::ServerUnreachable,
+            Action::FixConfig,
+            "no PostgreSQL server has a socket in /var/run/postgresql or /tmp",
+        )
+        .with_hint("Start one, or give its URL: pgmuster up postgres://user@host/postgres. pgmuster demo needs none.")),
+        many => {
+            let list: Vec<String> = many
+                .iter()
+                .map(|(directory, port)| format!("host={} port={port}", directory.display()))
+                .collect();
+            Err(Failure::new(
+                Code::RequestInvalid,
+                Action::FixConfig,
+                format!("this machine has {} servers: {}", many.len(), list.join("; ")),
+            )
+            .with_hint("Say which: pgmuster up 'host=… port=… dbname=postgres'."))
+        }
+    }
+}
+
+/// Sockets of servers on this machine: directory and port.
+pub(crate) fn sockets() -> Vec<(PathBuf, u16)> {
+    let mut found = Vec::new();
+    for directory in SOCKET_DIRECTORIES {
+        let Ok(entries) = std::fs::read_dir(directory) else { continue };
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let port = name.to_str().and_then(|name| name.strip_prefix(".s.PGSQL."));
+            if let Some(port) = port.and_then(|port| port.parse().ok()) {
+                found.push((PathBuf::from(directory), port));
+            }
+        }
+    }
+    found.sort();
+    found
+}

@@ -1,0 +1,185 @@
+//! The whole product in one process: coordinator, one worker, the broker between them. The same code as in production;
+//! only the broker is inside, the catalog is SQLite and the repository a directory.
+
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+
+use broker::Broker;
+use coordinator::{Clock, Coordinator, Handle};
+use postgres::Environment;
+use proto::envelope::{Credentials, SigningKey};
+use proto::{Action, ClusterName, Code, Failure};
+use secrecy::SecretString;
+use tokio_util::sync::CancellationToken;
+use worker::Worker;
+use worker::config::WorkerConfig;
+use worker::places::Places;
+
+use crate::client::Client;
+use crate::commands::{init_repository, write_secret};
+use crate::{configs, environment, identity, secrets};
+
+/// The kernel's limit on the path of a Unix socket.
+const SOCKET_PATH_MAX: usize = 107;
+
+/// The cluster an embedded worker serves.
+#[derive(Debug)]
+pub(crate) struct Served {
+    /// What it is called.
+    pub(crate) name: ClusterName,
+    /// How to connect.
+    pub(crate) connection: String,
+    /// Its data directory, when it is not the one the server names.
+    pub(crate) data_directory: Option<PathBuf>,
+    /// Further directories with PostgreSQL's programs.
+    pub(crate) bin_dirs: Vec<PathBuf>,
+    /// Directories below which restores may write.
+    pub(crate) restore_roots: Vec<PathBuf>,
+}
+
+/// A running whole.
+#[derive(Debug)]
+pub(crate) struct Embedded {
+    handle: Handle,
+    worker: Worker,
+    broker: Broker,
+    /// A client of its coordinator.
+    pub(crate) client: Client,
+    /// Whether the repository was made just now.
+    pub(crate) is_new: bool,
+}
+
+impl Embedded {
+    /// Starts everything, keeping its state in `home`.
+    pub(crate) async fn start(home: &Path, served: &Served) -> Result<Self, Failure> {
+        let unusable = |what: String| {
+            Failure::new(Code::ConfigInvalid, Action::FixConfig, what)
+                .with_hint("Choose another directory: --home DIR, or the variable PGMUSTER_HOME.")
+        };
+        let socket = home.join("coordinator.sock");
+        if socket.as_os_str().len() > SOCKET_PATH_MAX {
+            return Err(unusable(format!(
+                "the path of the socket {} is longer than {SOCKET_PATH_MAX} bytes",
+                socket.display()
+            )));
+        }
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(home)
+            .map_err(|error| unusable(format!("failed to make {}: {error}", home.display())))?;
+        let is_new = make_repository(home).await?;
+
+        let broker = Broker::memory();
+        let handle = start_coordinator(home, &socket, broker.another("coordinator")).await?;
+        let worker = start_worker(home, served, &handle, broker.another("worker")).await?;
+        let client = Client::over_socket(&socket)?;
+        Ok(Self { handle, worker, broker, client, is_new })
+    }
+
+    /// Ends everything, running jobs included.
+    pub(crate) async fn stop(self) {
+        let now = CancellationToken::new();
+        now.cancel();
+        self.worker.drain(now).await;
+        self.handle.shutdown().await;
+        self.broker.close().await;
+    }
+}
+
+async fn make_repository(home: &Path) -> Result<bool, Failure> {
+    let key = home.join("repository.key");
+    if key.exists() {
+        return Ok(false);
+    }
+    let url = format!("file://{}", home.join("repository").display());
+    let sheet = init_repository(&url, &key).await?;
+    write_secret(&home.join("recovery-sheet.txt"), sheet.as_bytes())?;
+    Ok(true)
+}
+
+async fn start_coordinator(home: &Path, socket: &Path, broker: Broker) -> Result<Handle, Failure> {
+    let key = home.join("signing.key");
+    if !key.exists() {
+        write_secret(&key, identity::seed_text(&environment::random()).as_bytes())?;
+    }
+    let catalog = format!("sqlite:{}", home.join("catalog.sqlite").display());
+    let config = toml::toml! {
+        signing_key = "file:/replaced"
+        [catalog]
+        url = "sqlite:/replaced"
+        [broker]
+        url = "memory"
+        // One process: nobody's pulse gets lost on the way, and a person watches.
+        [timing]
+        beacon_ms = 1000
+    };
+    let config: coordinator::Config =
+        config.try_into().map_err(|error| Failure::bug(format!("its own settings: {error}")))?;
+    let reference = proto::SecretRef::File(key.display().to_string());
+    let seed = secrets::resolve(&reference)?;
+    let seed = identity::seed(secrecy::ExposeSecret::expose_secret(&seed)).ok_or_else(|| {
+        Failure::new(Code::ConfigInvalid, Action::FixConfig, format!("{reference} is damaged"))
+    })?;
+    let options = coordinator::Options {
+        config: coordinator::Config {
+            signing_key: reference,
+            catalog: coordinator::config::CatalogConfig { url: catalog.clone() },
+            listen: coordinator::config::ListenConfig {
+                socket: Some(socket.to_owned()),
+                ..coordinator::config::ListenConfig::default()
+            },
+            ..config
+        },
+        catalog_url: SecretString::from(catalog),
+        signing_key: SigningKey::from_seed(&seed),
+    };
+    Ok(Coordinator::start(options, broker, Clock::system()).await?)
+}
+
+async fn start_worker(
+    home: &Path,
+    served: &Served,
+    handle: &Handle,
+    broker: Broker,
+) -> Result<Worker, Failure> {
+    let text = |path: &Path| toml::Value::String(path.display().to_string());
+    let paths = |paths: &[PathBuf]| toml::Value::Array(paths.iter().map(|p| text(p)).collect());
+    let mut cluster = toml::Table::new();
+    cluster.insert("name".to_owned(), served.name.as_str().into());
+    cluster.insert("connection".to_owned(), served.connection.as_str().into());
+    cluster.insert("repository".to_owned(), "main".into());
+    if let Some(directory) = &served.data_directory {
+        cluster.insert("data_directory".to_owned(), text(directory));
+    }
+    let repository = toml::toml! { name = "main" };
+    let mut repository = repository;
+    let url = format!("file://{}", home.join("repository").display());
+    let key = format!("file:{}", home.join("repository.key").display());
+    repository.insert("url".to_owned(), url.into());
+    repository.insert("key".to_owned(), key.into());
+    let mut config = toml::toml! {
+        name = "local"
+        site = "local"
+        [broker]
+        url = "memory"
+    };
+    config.insert("state_dir".to_owned(), text(&home.join("worker")));
+    let mut sandbox = toml::Table::new();
+    sandbox.insert("directory".to_owned(), text(&home.join("sandbox")));
+    sandbox.insert("postgres_bin_dirs".to_owned(), paths(&served.bin_dirs));
+    config.insert("sandbox".to_owned(), sandbox.into());
+    let mut allow = toml::Table::new();
+    allow.insert("restore_roots".to_owned(), paths(&served.restore_roots));
+    config.insert("allow".to_owned(), allow.into());
+    config.insert("repositories".to_owned(), vec![toml::Value::from(repository)].into());
+    config.insert("clusters".to_owned(), vec![toml::Value::from(cluster)].into());
+    let config: WorkerConfig = configs::parse(&config.to_string()).map_err(Failure::bug)?;
+
+    let key = SigningKey::from_seed(&environment::random());
+    let certificate = handle.certify(&config.name, &config.site, key.public());
+    let credentials = Credentials::new(key, certificate, handle.public_key())
+        .map_err(|error| Failure::bug(format!("failed to {error}")))?;
+    let places = Places::resolve(&config, &Environment::of_process(), &secrets::resolve)?;
+    Worker::start(config, credentials, places, broker).await
+}

@@ -1,0 +1,178 @@
+//! Waiting for a job, and showing how far it is.
+
+use std::time::{Duration, Instant};
+
+use coordinator::api::types::JobView;
+use indicatif::{ProgressBar, ProgressStyle};
+use proto::job::{JobState, Outcome};
+use proto::{Failure, JobId};
+
+use crate::args::{Output, Waiting};
+use crate::client::Client;
+use crate::exit::Exit;
+use crate::output;
+
+/// One long poll asks the coordinator to wait this long.
+const POLL_S: u64 = 20;
+
+/// Waits until a job is over or `limit` passed; returns the job as it is then.
+pub(crate) async fn wait(
+    client: &Client,
+    job: JobId,
+    limit: Duration,
+    shown: bool,
+) -> Result<JobView, Failure> {
+    let started = Instant::now();
+    let bar = shown.then(bar);
+    let mut said = String::new();
+    let mut view: JobView = client.get(&format!("/v1/jobs/{job}")).await?;
+    loop {
+        if let Some(bar) = &bar {
+            let now = state_line(&view);
+            match (output::is_watched(), view.progress.as_ref()) {
+                (true, Some(progress)) => {
+                    bar.set_length(progress.total.unwrap_or(0));
+                    bar.set_position(progress.done);
+                }
+                (true, None) => bar.set_position(0),
+                (false, _) if now != said => output::talk(&now),
+                (false, _) => {}
+            }
+            bar.set_message(now.clone());
+            said = now;
+        }
+        let left = limit.saturating_sub(started.elapsed());
+        if view.state.is_final() || left.is_zero() {
+            if let Some(bar) = bar {
+                bar.finish_and_clear();
+            }
+            return Ok(view);
+        }
+        // Progress does not change the version: a watched job is looked at more often.
+        let wait_s = if shown { 1 } else { POLL_S.min(left.as_secs().max(1)) };
+        let path = format!("/v1/jobs/{job}?after_version={}&wait_s={wait_s}", view.version);
+        view = client.get_waiting(&path, Duration::from_secs(wait_s)).await?;
+    }
+}
+
+fn bar() -> ProgressBar {
+    if !output::is_watched() {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("{spinner} {msg} {wide_bar} {percent:>3} %")
+        .expect("the template is a constant");
+    let bar = ProgressBar::new(0).with_style(style);
+    bar.enable_steady_tick(Duration::from_millis(120));
+    bar
+}
+
+fn state_line(view: &JobView) -> String {
+    let step = view.progress.as_ref().map_or(String::new(), |p| format!(", {}", p.step));
+    let reason = view.reason.as_ref().map_or(String::new(), |reason| format!(": {reason}"));
+    format!("{} {} {}{step}{reason}", view.kind, view.cluster, view.state)
+}
+
+/// After an order: waits as asked, then prints the job.
+pub(crate) async fn after_order(
+    client: &Client,
+    view: JobView,
+    waiting: &Waiting,
+    format: Output,
+) -> Result<Exit, Failure> {
+    if !(waiting.wait || waiting.watch) {
+        output::show(format, &view, |view| {
+            format!("{} ({} of {}, {})", view.id, view.kind, view.cluster, view.state)
+        });
+        output::talk(&format!("Follow it with: pgmuster job watch {}", view.id));
+        return Ok(Exit::Ok);
+    }
+    let limit = Duration::from_secs(waiting.timeout);
+    let mut view = tokio::select! {
+        view = wait(client, view.id, limit, waiting.watch) => view?,
+        () = interrupted() => {
+            output::talk(&format!("Detached; the job goes on. Stop it with: pgmuster job cancel {}", view.id));
+            return Ok(Exit::Interrupted);
+        }
+    };
+    report(&view, format);
+    // What was ordered together is waited for together: a backup and its proof.
+    while view.state == JobState::Succeeded
+        && let Some(next) = view.followed_by.first().copied()
+    {
+        view = wait(client, next, limit, waiting.watch).await?;
+        report(&view, format);
+    }
+    Ok(Exit::of_job(view.state, view.failure.as_ref()))
+}
+
+/// Resolves at Ctrl-C.
+pub(crate) async fn interrupted() {
+    if tokio::signal::ctrl_c().await.is_err() {
+        // Without a handler the signal ends the program by itself.
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Prints a job that was waited for.
+pub(crate) fn report(view: &JobView, format: Output) {
+    output::show(format, view, result_line);
+    if format == Output::Table
+        && let Some(failure) = &view.failure
+    {
+        output::failure(failure);
+    }
+}
+
+/// A job's result in one line.
+pub(crate) fn result_line(view: &JobView) -> String {
+    let took = view.started_at_ms.zip(view.ended_at_ms).map_or(0, |(start, end)| end - start);
+    let took = output::duration(took);
+    match (&view.state, &view.outcome) {
+        (JobState::Succeeded, Some(Outcome::Backup(done))) => format!(
+            "Backed up {} ({}, {} files) in {took}: {} read, {} stored; backup {}",
+            view.cluster,
+            output::bytes(done.size_bytes),
+            done.files,
+            output::bytes(done.read_bytes),
+            output::bytes(done.stored_bytes),
+            done.backup
+        ),
+        (_, Some(Outcome::VerifyRestore(done))) => worker::proving::sentence(&done.proof),
+        (JobState::Succeeded, Some(Outcome::Restore(done))) if done.planned_only => {
+            done.plan.join("\n")
+        }
+        (JobState::Succeeded, Some(Outcome::Restore(done))) => format!(
+            "Restored backup {} of {} into {} in {took}: {} files, {}; recovery will end at {}",
+            done.backup,
+            view.cluster,
+            done.directory,
+            done.files,
+            output::bytes(done.size_bytes),
+            done.stop_lsn
+        ),
+        (JobState::Succeeded, Some(Outcome::Analyze(done))) if !done.plan.is_empty() => {
+            done.plan.join("\n")
+        }
+        (JobState::Succeeded, Some(Outcome::Analyze(done))) => format!(
+            "Analyzed {} tables in {} databases of {} in {took}, {} skipped",
+            done.analyzed,
+            done.databases,
+            view.cluster,
+            done.skipped.len()
+        ),
+        (JobState::Succeeded, Some(Outcome::Vacuum(done))) if !done.plan.is_empty() => {
+            done.plan.join("\n")
+        }
+        (JobState::Succeeded, Some(Outcome::Vacuum(done))) => format!(
+            "Vacuumed {} tables in {} databases of {} in {took}, {} skipped",
+            done.vacuumed.len(),
+            done.databases,
+            view.cluster,
+            done.skipped.len()
+        ),
+        (state, _) => {
+            let reason = view.reason.as_ref().map_or(String::new(), |why| format!(": {why}"));
+            format!("{} of {} is {state}{reason} ({})", view.kind, view.cluster, view.id)
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! The only place that writes to standard output (what was asked for) and standard error (talk about it).
+
+use std::io::{IsTerminal as _, Write as _};
+
+use comfy_table::{ContentArrangement, Table, presets};
+use proto::Failure;
+use serde::Serialize;
+
+use crate::args::Output;
+
+/// Writes what was asked for. A reader that went away (`| head`) is no failure.
+pub(crate) fn data(text: &str) {
+    let mut out = std::io::stdout().lock();
+    // Nobody is left to tell when this fails.
+    let _ = writeln!(out, "{}", text.trim_end()).and_then(|()| out.flush());
+}
+
+/// Says something about the work.
+pub(crate) fn talk(text: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "{text}");
+}
+
+/// Prints a value as JSON, or as people read it.
+pub(crate) fn show<T: Serialize>(output: Output, value: &T, people: impl FnOnce(&T) -> String) {
+    match output {
+        Output::Json => data(&json(value)),
+        Output::Table => data(&people(value)),
+    }
+}
+
+/// One JSON document.
+pub(crate) fn json<T: Serialize>(value: &T) -> String {
+    serde_json::to_string_pretty(value).expect("what is shown serialises to JSON")
+}
+
+/// Tells a failure: what happened, the cure, and where there is more.
+pub(crate) fn failure(failure: &Failure) {
+    talk(&format!("error: {failure}"));
+    if !failure.hint.is_empty() {
+        talk(&format!("hint: {}", failure.hint));
+    }
+}
+
+/// A table without frames: it can be read, and cut into columns by other programs.
+pub(crate) fn table(head: &[&str], rows: Vec<Vec<String>>) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    table.set_content_arrangement(ContentArrangement::Dynamic);
+    if !std::io::stdout().is_terminal() {
+        table.set_content_arrangement(ContentArrangement::Disabled);
+    }
+    table.set_header(head.to_vec());
+    for row in rows {
+        table.add_row(row);
+    }
+    let text = table.to_string();
+    let lines: Vec<&str> = text.lines().map(str::trim_end).collect();
+    lines.join("\n")
+}
+
+/// Whether somebody watches standard error.
+pub(crate) fn is_watched() -> bool {
+    std::io::stderr().is_terminal()
+}
+
+/// A number of bytes as people say it.
+pub(crate) fn bytes(count: u64) -> String {
+    bytesize::ByteSize(count).display().iec().to_string()
+}
+
+/// A length of time as people say it, from milliseconds.
+pub(crate) fn duration(ms: i64) -> String {
+    let s = ms / 1_000;
+    match ms {
+        ..0 => "0 ms".to_owned(),
+        0..1_000 => format!("{ms} ms"),
+        1_000..10_000 => format!("{}.{} s", s, (ms % 1_000) / 100),
+        10_000..60_000 => format!("{s} s"),
+        60_000..3_600_000 => format!("{}m{:02}s", s / 60, s % 60),
+        3_600_000..172_800_000 => format!("{}h{:02}m", s / 3_600, s / 60 % 60),
+        _ => format!("{}d{:02}h", s / 86_400, s / 3_600 % 24),
+    }
+}
+
+/// How long ago, or a dash.
+pub(crate) fn ago(now_ms: i64, then_ms: Option<i64>) -> String {
+    then_ms.map_or_else(|| "-".to_owned(), |then| format!("{} ago", duration(now_ms - then)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_said_in_units_that_fit() {
+        let said: Vec<String> =
+            [5, 1_500, 59_999, 61_000, 3_661_000, 400_000_000].into_iter().map(duration).collect();
+        assert_eq!(said, ["5 ms", "1.5 s", "59 s", "1m01s", "1h01m", "4d15h"]);
+    }
+}
