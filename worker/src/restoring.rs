@@ -5,6 +5,7 @@
 //! purpose: a server that finds one recreates the links of the source.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -163,10 +164,23 @@ pub async fn restore(
         () = tell => return Err(Failure::bug("the progress of a restore ended before the restore")),
     };
     match restored {
-        Ok(done) => Ok(outcome(backup, destination, done.files, done.bytes, done.fetched_bytes)),
+        Ok(done) => {
+            private(&destination.data_directory)?;
+            Ok(outcome(backup, destination, done.files, done.bytes, done.fetched_bytes))
+        }
         Err(_) if cx.cancel.is_cancelled() => Err(cx.stopped()),
         Err(error) => Err(error.into()),
     }
+}
+
+/// A server refuses a data directory that others may enter.
+fn private(directory: &Path) -> Result<(), Failure> {
+    let mode = std::fs::Permissions::from_mode(0o700);
+    std::fs::set_permissions(directory, mode).map_err(|error| {
+        let message = format!("failed to make {} private: {error}", directory.display());
+        Failure::new(Code::TargetUnwritable, Action::FixConfig, message)
+            .with_hint("The directory must belong to the user who restores.")
+    })
 }
 
 fn outcome(

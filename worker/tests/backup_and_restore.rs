@@ -209,7 +209,8 @@ async fn nothing_is_left_on(house: &House) {
 }
 
 async fn restores_and_is_proved(major: u32) {
-    let house = House::new(major, InstanceOptions { fsync: false, ..InstanceOptions::default() }).await;
+    let house =
+        House::new(major, InstanceOptions { fsync: false, ..InstanceOptions::default() }).await;
     house.sql(DATA).await;
     let outcome = house.back_up().await;
     assert_eq!(outcome.server_version_num / 10_000, major);
@@ -238,8 +239,6 @@ async fn restores_and_is_proved(major: u32) {
 
 /// Starts a restored directory as an administrator would.
 async fn start_plainly(directory: &Path, major: u32) -> (postgres::process::Running, String) {
-    use std::os::unix::fs::PermissionsExt as _;
-    std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o700)).unwrap();
     let sockets = tempfile::Builder::new().prefix("pgm").tempdir_in("/tmp").unwrap().keep();
     let binaries = Binaries::at(&bin_dir(major)).await.unwrap();
     let arguments = [
@@ -278,7 +277,8 @@ async fn a_backup_of_18_restores_and_is_proved() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_second_backup_stores_what_changed_and_restores_alone() {
-    let house = House::new(15, InstanceOptions { fsync: false, ..InstanceOptions::default() }).await;
+    let house =
+        House::new(15, InstanceOptions { fsync: false, ..InstanceOptions::default() }).await;
     house.sql(DATA).await;
     house.sql("CHECKPOINT").await;
     let first = house.back_up().await;
@@ -336,7 +336,8 @@ async fn a_server_that_stops_in_the_middle_fails_the_backup_and_nothing_is_commi
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cancelled_backup_leaves_nothing_on_the_server_and_cannot_commit() {
-    let house = House::new(15, InstanceOptions { fsync: false, ..InstanceOptions::default() }).await;
+    let house =
+        House::new(15, InstanceOptions { fsync: false, ..InstanceOptions::default() }).await;
     house.sql(DATA).await;
     let cx = house.cx();
     let stop = cx.clone();
