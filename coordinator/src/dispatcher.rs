@@ -82,6 +82,14 @@ struct Situation {
     outstanding: HashMap<String, u32>,
 }
 
+impl Situation {
+    /// Whether no worker has room in this lane. (A person's job is always looked at: it may overtake a ticket.)
+    fn is_full(&self, lane: Lane) -> bool {
+        let free = |worker: &Candidate| worker.alive && !worker.draining && worker.free(lane) > 0;
+        lane == Lane::Routine && !self.workers.iter().any(free)
+    }
+}
+
 /// One plan. Answers the jobs that were missed.
 async fn plan(core: &Core, epoch: i64) -> Result<Vec<Job>> {
     let now_ms = core.now_ms();
@@ -93,7 +101,9 @@ async fn plan(core: &Core, epoch: i64) -> Result<Vec<Job>> {
                 let mut situation = look(tx, now_ms, ticket_ms).await?;
                 repeat_tickets(tx, &mut situation).await?;
                 for lane in Lane::ALL {
-                    for job in jobs::ready(tx.db(), lane, now_ms).await? {
+                    // Without any room, a night's thousand waiting jobs need not be read again at every ring.
+                    let unseen = situation.is_full(lane);
+                    for job in jobs::ready(tx.db(), lane, unseen, now_ms).await? {
                         plan_one(tx, &mut situation, job).await?;
                     }
                 }
@@ -105,7 +115,6 @@ async fn plan(core: &Core, epoch: i64) -> Result<Vec<Job>> {
 
 async fn miss_overdue(tx: &mut Tx<'_>, now_ms: i64) -> Result<Vec<Job>> {
     let mut missed = jobs::overdue(tx, now_ms).await?;
-    missed.retain(|job| job.started_at_ms.is_none());
     for job in &mut missed {
         if let Some(open) = job.attempt {
             withdraw(tx, open, AttemptState::Superseded, "the job's time passed", now_ms).await?;

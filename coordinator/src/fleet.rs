@@ -18,9 +18,6 @@ use crate::core::Core;
 use crate::error::Result;
 use crate::metrics::{ClusterMoment, Moment};
 
-/// Proofs of one backup that are looked at.
-const PROOFS_MAX: i64 = 100;
-
 /// A cluster with everything that is known of it.
 struct Known {
     cluster: Cluster,
@@ -40,6 +37,10 @@ async fn look(core: &Core, only: Option<&ClusterName>) -> Result<Vec<Known>> {
     };
     let mut newest: HashMap<ClusterName, Backup> =
         backups::newest(&mut db).await?.into_iter().map(|b| (b.cluster.clone(), b)).collect();
+    let mut proofs: HashMap<BackupId, Vec<ProofRow>> = HashMap::new();
+    for row in backups::newest_proofs(&mut db).await? {
+        proofs.entry(row.proof.backup).or_default().push(row);
+    }
     let mut last_backup: BTreeMap<ClusterName, Job> = jobs::last_ended(&mut db, JobKind::Backup)
         .await?
         .into_iter()
@@ -57,10 +58,7 @@ async fn look(core: &Core, only: Option<&ClusterName>) -> Result<Vec<Known>> {
     let mut known = Vec::with_capacity(all.len());
     for cluster in all {
         let backup = newest.remove(&cluster.name);
-        let proofs = match &backup {
-            Some(backup) => proofs_of(&mut db, backup.id).await?,
-            None => Vec::new(),
-        };
+        let proofs = backup.as_ref().and_then(|b| proofs.remove(&b.id)).unwrap_or_default();
         let last = last_backup.remove(&cluster.name);
         let facts = facts(&cluster, backup.as_ref(), &proofs, last.as_ref());
         let judgement = judge_cluster(&facts, &Objectives::default(), now_ms);
@@ -72,10 +70,6 @@ async fn look(core: &Core, only: Option<&ClusterName>) -> Result<Vec<Known>> {
         a.judgement.state.cmp(&b.judgement.state).then_with(|| a.cluster.name.cmp(&b.cluster.name))
     });
     Ok(known)
-}
-
-async fn proofs_of(db: &mut sqlx::AnyConnection, backup: BackupId) -> Result<Vec<ProofRow>> {
-    backups::list_proofs(db, "", &backup.to_string(), PROOFS_MAX).await
 }
 
 fn eligible(cluster: &ClusterName, workers: &[Worker], now_ms: i64) -> i64 {

@@ -66,7 +66,7 @@ pub struct Options {
 #[derive(Debug)]
 pub struct Coordinator;
 
-/// A running coordinator. Dropped without [`shutdown`](Self::shutdown), it stops without stepping down.
+/// A running coordinator. Dropped, it stops in the background; [`shutdown`](Self::shutdown) waits for that.
 #[derive(Debug)]
 pub struct Handle {
     core: Arc<Core>,
@@ -156,6 +156,12 @@ impl Handle {
         self.core.catalog.close().await;
         self.stop.cancel();
         self.tasks.wait().await;
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.stop.cancel();
     }
 }
 

@@ -136,7 +136,9 @@ async fn apply(tx: &mut Tx<'_>, core: &Core, report: &Envelope, now_ms: i64) -> 
         Said::Succeeded { outcome, steps } if live => {
             put_steps(tx, attempt.id, seq, &steps).await?;
             free_slot(tx, &attempt).await?;
-            let ending = Ending::Succeeded { outcome, reason: None };
+            let unread = "it succeeded, in words this coordinator is too old to read";
+            let reason = outcome.is_none().then(|| unread.to_owned());
+            let ending = Ending::Succeeded { outcome, reason };
             Ok(Applied::Settled(Box::new(
                 end(tx, &core.config, now_ms, job, attempt, ending).await?,
             )))

@@ -89,12 +89,35 @@ pub(crate) async fn newest(db: &mut AnyConnection) -> Result<Vec<Backup>> {
     rows.into_iter().map(|row| Backup::from_row(&Row(row))).collect()
 }
 
+/// Proofs of the newest backup of each cluster, newest first.
+pub(crate) async fn newest_proofs(db: &mut AnyConnection) -> Result<Vec<ProofRow>> {
+    let rows = sqlx::query(
+        "-- newest_proofs
+         SELECT * FROM proofs WHERE backup IN (
+             SELECT id FROM backups AS b WHERE NOT EXISTS (
+                 SELECT 1 FROM backups AS later WHERE later.cluster = b.cluster
+                     AND (later.stopped_at_ms > b.stopped_at_ms
+                         OR (later.stopped_at_ms = b.stopped_at_ms AND later.id > b.id))
+             )
+         ) ORDER BY at_ms DESC, id DESC",
+    )
+    .fetch_all(db)
+    .await?;
+    rows.into_iter().map(|row| ProofRow::from_row(&Row(row))).collect()
+}
+
 /// A proof as it was reported.
 #[derive(Debug, Clone)]
 pub(crate) struct ProofRow {
     pub(crate) id: AttemptId,
     pub(crate) job: JobId,
     pub(crate) proof: Proof,
+}
+
+impl ProofRow {
+    fn from_row(row: &Row) -> Result<Self> {
+        Ok(Self { id: row.parsed("id")?, job: row.parsed("job")?, proof: row.json("record")? })
+    }
 }
 
 /// Writes a proof once; the key is the attempt that made it.
@@ -138,14 +161,5 @@ pub(crate) async fn list_proofs(
     .bind(limit)
     .fetch_all(db)
     .await?;
-    rows.into_iter()
-        .map(|row| {
-            let row = Row(row);
-            Ok(ProofRow {
-                id: row.parsed("id")?,
-                job: row.parsed("job")?,
-                proof: row.json("record")?,
-            })
-        })
-        .collect()
+    rows.into_iter().map(|row| ProofRow::from_row(&Row(row))).collect()
 }

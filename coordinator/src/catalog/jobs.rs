@@ -249,16 +249,24 @@ pub(crate) async fn list(db: &mut AnyConnection, filter: &Filter) -> Result<Vec<
     rows.into_iter().map(|row| Job::from_row(&Row(row))).collect()
 }
 
-/// Jobs that want an attempt and have none, those people wait for first, then by age.
-pub(crate) async fn ready(db: &mut AnyConnection, lane: Lane, now_ms: i64) -> Result<Vec<Job>> {
+/// Jobs of a lane that want an attempt and have none, the oldest first; only those that nobody has looked at yet when
+/// `unseen` is set.
+pub(crate) async fn ready(
+    db: &mut AnyConnection,
+    lane: Lane,
+    unseen: bool,
+    now_ms: i64,
+) -> Result<Vec<Job>> {
     let rows = sqlx::query(
         "-- ready_jobs
          SELECT * FROM jobs
-         WHERE state IN ('queued', 'waiting') AND lane = $1 AND attempt IS NULL AND not_before_at_ms <= $2
+         WHERE state IN ('queued', 'waiting') AND lane = $1 AND attempt IS NULL
+             AND not_before_at_ms <= $2 AND ($3 = 0 OR reason IS NULL)
          ORDER BY id",
     )
     .bind(lane.as_str())
     .bind(now_ms)
+    .bind(i64::from(unseen))
     .fetch_all(db)
     .await?;
     rows.into_iter().map(|row| Job::from_row(&Row(row))).collect()
@@ -273,7 +281,7 @@ pub(crate) async fn next_due(db: &mut AnyConnection, now_ms: i64) -> Result<Opti
              WHERE state IN ('queued', 'waiting') AND attempt IS NULL AND not_before_at_ms > $1
              UNION ALL
              SELECT not_after_at_ms FROM jobs
-             WHERE state IN ('queued', 'waiting') AND not_after_at_ms IS NOT NULL
+             WHERE state IN ('queued', 'waiting') AND not_after_at_ms IS NOT NULL AND started_at_ms IS NULL
              UNION ALL
              SELECT ticket_until_at_ms FROM attempts WHERE state = 'ticketed'
          ) AS moments",
@@ -288,7 +296,8 @@ pub(crate) async fn next_due(db: &mut AnyConnection, now_ms: i64) -> Result<Opti
 pub(crate) async fn overdue(tx: &mut Tx<'_>, now_ms: i64) -> Result<Vec<Job>> {
     let rows = sqlx::query(
         "-- overdue_jobs
-         SELECT * FROM jobs WHERE state IN ('queued', 'waiting') AND not_after_at_ms <= $1",
+         SELECT * FROM jobs
+         WHERE state IN ('queued', 'waiting') AND not_after_at_ms <= $1 AND started_at_ms IS NULL",
     )
     .bind(now_ms)
     .fetch_all(tx.db())

@@ -17,11 +17,15 @@ pub(crate) mod leader;
 pub(crate) mod outbox;
 pub(crate) mod row;
 pub(crate) mod steps;
+#[cfg(test)]
+mod suite;
 pub(crate) mod tokens;
 pub(crate) mod workers;
 
+use std::fs::OpenOptions;
 use std::future::Future;
 use std::marker::PhantomData;
+use std::os::unix::fs::OpenOptionsExt;
 use std::pin::Pin;
 use std::sync::{Arc, Once};
 use std::time::Duration;
@@ -84,6 +88,7 @@ impl Catalog {
         let dialect = Dialect::of_url(url.expose_secret()).ok_or(Error::CatalogUrl)?;
         let url = match dialect {
             Dialect::Sqlite if !url.expose_secret().contains('?') => {
+                make_private(url.expose_secret());
                 SecretString::from(format!("{}?mode=rwc", url.expose_secret()))
             }
             Dialect::Sqlite | Dialect::Postgres => url.clone(),
@@ -182,6 +187,14 @@ impl Catalog {
             Err(error) => Err(error),
         }
     }
+}
+
+/// Makes the file of a new catalog readable by its owner only; SQLite gives its side files the same mode. When this
+/// cannot be done, opening it says why.
+fn make_private(url: &str) {
+    let path = url.trim_start_matches("sqlite:");
+    let path = path.strip_prefix("//").unwrap_or(path);
+    let _ = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
 }
 
 async fn pool(dialect: Dialect, url: &SecretString, connections_max: u32) -> Result<AnyPool> {

@@ -1,0 +1,527 @@
+//! The catalog's suite: every case on SQLite and on PostgreSQL.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use postgres::binaries::Binaries;
+use postgres::instance::{Instance, InstanceOptions, StopMode};
+use proto::failure::{Action, Code, Failure};
+use proto::job::{Analyze, Backup, JobState, Lane, Task};
+use proto::step::{Progress, Step};
+use secrecy::SecretString;
+
+use super::attempts::{self, Attempt, AttemptState};
+use super::jobs::{self, Job};
+use super::workers::{self, Worker};
+use super::{Catalog, events, leader, outbox, steps};
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::settle::new_job;
+
+/// Gives fresh, empty databases.
+enum Server {
+    Sqlite(tempfile::TempDir),
+    Postgres { instance: Box<Instance>, _directory: tempfile::TempDir },
+}
+
+impl Server {
+    async fn sqlite() -> Self {
+        Self::Sqlite(tempfile::tempdir().unwrap())
+    }
+
+    async fn postgres() -> Self {
+        let bin = variable("PGMUSTER_TEST_PG_BIN_15");
+        let binaries = Binaries::at(PathBuf::from(bin)).await.unwrap();
+        let directory = tempfile::Builder::new().prefix("pgm").tempdir_in("/tmp").unwrap();
+        let options =
+            InstanceOptions { tcp_port: Some(0), fsync: false, ..InstanceOptions::default() };
+        let mut instance =
+            Instance::create(&binaries, &directory.path().join("c"), options).await.unwrap();
+        instance.start().await.unwrap();
+        let admin = catalog(&instance.url("postgres")).await;
+        let mut db = admin.read().await.unwrap();
+        sqlx::query("ALTER USER postgres PASSWORD 'p'").execute(&mut *db).await.unwrap();
+        Self::Postgres { instance: Box::new(instance), _directory: directory }
+    }
+
+    /// The URL of a fresh database.
+    async fn fresh(&self, name: &str) -> String {
+        match self {
+            Self::Sqlite(directory) => {
+                format!("sqlite:{}/{name}.sqlite", directory.path().display())
+            }
+            Self::Postgres { instance, .. } => {
+                let admin = catalog(&instance.url("postgres")).await;
+                let mut db = admin.read().await.unwrap();
+                sqlx::query(sqlx::AssertSqlSafe(format!("CREATE DATABASE {name}")))
+                    .execute(&mut *db)
+                    .await
+                    .unwrap();
+                instance.tcp_url("postgres", "p", name).unwrap()
+            }
+        }
+    }
+
+    async fn stop(self) {
+        if let Self::Postgres { mut instance, .. } = self {
+            instance.stop(StopMode::Fast).await.unwrap();
+        }
+    }
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "tests are told where the services are by the environment"
+)]
+fn variable(name: &str) -> String {
+    std::env::var(name).expect("run ./tests/run, which starts the services")
+}
+
+async fn catalog(url: &str) -> Catalog {
+    Catalog::connect(&SecretString::from(url)).await.unwrap()
+}
+
+/// Every case, on a database of its own.
+async fn every_case(server: Server) {
+    macro_rules! cases {
+        ($($case:ident),* $(,)?) => {$(
+            let url = server.fresh(stringify!($case)).await;
+            $case(&url).await;
+        )*};
+    }
+    cases![
+        a_catalog_is_opened_twice,
+        one_leads_and_the_others_wait,
+        a_stale_epoch_cannot_write,
+        epochs_and_tokens_jump_ahead_of_an_old_copy,
+        what_fails_leaves_nothing,
+        every_column_of_a_job_comes_back,
+        every_column_of_an_attempt_comes_back,
+        one_attempt_of_a_class_runs,
+        no_update_is_lost,
+        steps_never_go_backwards,
+        a_ticket_is_in_the_outbox_once,
+        refusals_are_forgotten_by_worker,
+        ready_jobs_come_oldest_first,
+    ];
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn on_sqlite() {
+    every_case(Server::sqlite().await).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn on_postgres() {
+    every_case(Server::postgres().await).await;
+}
+
+fn config() -> Config {
+    serde_json::from_str(
+        r#"{"signing_key": "file:/k", "catalog": {"url": "sqlite:/c"}, "broker": {"url": "memory"}}"#,
+    )
+    .unwrap()
+}
+
+fn job(task: Task, at_ms: i64) -> Job {
+    new_job(&config(), "orders".parse().unwrap(), task, Lane::Urgent, "ann", at_ms)
+}
+
+fn backup() -> Task {
+    Task::Backup(Backup::default())
+}
+
+fn attempt_of(job: &Job, state: AttemptState) -> Attempt {
+    Attempt {
+        id: crate::chance::attempt(5),
+        job: job.id,
+        cluster: job.cluster.clone(),
+        kind: job.kind(),
+        lane: job.lane,
+        state,
+        reason: None,
+        predecessor: Some(crate::chance::attempt(4)),
+        queue: "worker.w1.urgent".to_owned(),
+        target_worker: Some("w1".parse().unwrap()),
+        target_site: None,
+        created_at_ms: 5,
+        ticket_until_at_ms: 6,
+        tickets_sent: 1,
+        worker: None,
+        boot: None,
+        nonce: None,
+        token: None,
+        grant: None,
+        granted_at_ms: None,
+        lease_until_at_ms: None,
+        listed_at_ms: None,
+        progress: None,
+        started_at_ms: None,
+        ended_at_ms: None,
+        suspect_at_ms: None,
+        probe: None,
+        probe_at_ms: None,
+        failure: None,
+    }
+}
+
+async fn insert(catalog: &Catalog, job: &Job) {
+    catalog.transact("test", |tx| Box::pin(jobs::insert(tx, job))).await.unwrap();
+}
+
+async fn get(catalog: &Catalog, job: &Job) -> Job {
+    let mut db = catalog.read().await.unwrap();
+    jobs::get(&mut db, job.id).await.unwrap().unwrap()
+}
+
+async fn a_catalog_is_opened_twice(url: &str) {
+    let first = catalog(url).await;
+    let second = catalog(url).await;
+    let wanted = job(backup(), 1);
+    insert(&first, &wanted).await;
+    assert_eq!(get(&second, &wanted).await.id, wanted.id);
+}
+
+async fn one_leads_and_the_others_wait(url: &str) {
+    let (a, b) = (catalog(url).await, catalog(url).await);
+    let first = a.elect("a", true, 1_000, 2_000).await.unwrap().unwrap();
+    assert_eq!(b.elect("b", true, 1_999, 3_000).await.unwrap(), None, "a's time is not over");
+    a.renew_leader(first, 3_000).await.unwrap();
+    assert_eq!(b.elect("b", true, 2_500, 3_500).await.unwrap(), None, "a renewed");
+    assert_eq!(
+        a.elect("a", false, 2_500, 3_500).await.unwrap(),
+        None,
+        "the same name is not enough later"
+    );
+    let again = a.elect("a", true, 2_500, 3_500).await.unwrap().unwrap();
+    assert!(again > first, "a restarted a takes its own row back, in a new epoch");
+    let second = b.elect("b", true, 3_500, 4_500).await.unwrap().unwrap();
+    assert!(second > again);
+}
+
+async fn a_stale_epoch_cannot_write(url: &str) {
+    let (a, b) = (catalog(url).await, catalog(url).await);
+    let old = a.elect("a", true, 1_000, 2_000).await.unwrap().unwrap();
+    let new = b.elect("b", true, 2_000, 3_000).await.unwrap().unwrap();
+    let wanted = job(backup(), 1);
+    let wanted = &wanted;
+    let written = a.lead(old, "test", |tx| Box::pin(jobs::insert(tx, wanted))).await;
+    assert!(matches!(written, Err(Error::StaleEpoch { epoch }) if epoch == old), "{written:?}");
+    assert!(a.renew_leader(old, 9_000).await.is_err());
+    let mut db = a.read().await.unwrap();
+    assert!(jobs::get(&mut db, wanted.id).await.unwrap().is_none());
+    drop(db);
+    b.lead(new, "test", |tx| Box::pin(jobs::insert(tx, wanted))).await.unwrap();
+}
+
+async fn epochs_and_tokens_jump_ahead_of_an_old_copy(url: &str) {
+    let catalog = catalog(url).await;
+    let epoch = catalog.elect("a", true, 1_790_000_000_000, 0).await.unwrap().unwrap();
+    assert!(epoch >= 1_790_000_000_000);
+    let token = |epoch| catalog.lead(epoch, "test", |tx| Box::pin(leader::next_token(tx)));
+    let first = token(epoch).await.unwrap();
+    assert!(first > 1_790_000_000_000);
+    assert_eq!(token(epoch).await.unwrap(), first + 1);
+    let next = catalog.elect("b", true, 1_790_000_000_000, 0).await.unwrap().unwrap();
+    assert_eq!(next, epoch + 1, "and never repeat, even if the clock stands still");
+    assert!(token(next).await.unwrap() > first + 1);
+}
+
+async fn what_fails_leaves_nothing(url: &str) {
+    let catalog = catalog(url).await;
+    let wanted = job(backup(), 1);
+    let wanted = &wanted;
+    let result: Result<()> = catalog
+        .transact("test", |tx| {
+            Box::pin(async move {
+                jobs::insert(tx, wanted).await?;
+                Err(Error::Refused(Failure::bug("no")))
+            })
+        })
+        .await;
+    assert!(matches!(result, Err(Error::Refused(_))));
+    let twice = catalog
+        .transact("test", |tx| {
+            Box::pin(async move {
+                jobs::insert(tx, wanted).await?;
+                jobs::insert(tx, wanted).await
+            })
+        })
+        .await;
+    assert!(matches!(twice, Err(Error::Catalog { doing: "test", .. })), "{twice:?}");
+    let mut db = catalog.read().await.unwrap();
+    assert!(jobs::get(&mut db, wanted.id).await.unwrap().is_none());
+    drop(db);
+    insert(&catalog, wanted).await;
+}
+
+async fn every_column_of_a_job_comes_back(url: &str) {
+    let catalog = catalog(url).await;
+    let mut wanted = job(Task::Analyze(Analyze::default()), 1);
+    insert(&catalog, &wanted).await;
+    assert_eq!(format!("{:?}", get(&catalog, &wanted).await), format!("{wanted:?}"), "all absent");
+    let mut full = job(backup(), 2);
+    full.idempotency_key = Some("k".to_owned());
+    full.request_digest = Some("d".to_owned());
+    full.only_worker = Some("w1".parse().unwrap());
+    full.not_after_at_ms = Some(i64::MAX);
+    full.verify = Some(proto::ProofLevel::L5);
+    full.follows = Some(wanted.id);
+    full.retry_of = Some(wanted.id);
+    full.probe_of = Some(crate::chance::attempt(1));
+    full.last_attempt = Some(crate::chance::attempt(2));
+    full.requested_by = "o'brien \u{1f418}".to_owned();
+    insert(&catalog, &full).await;
+    assert_eq!(format!("{:?}", get(&catalog, &full).await), format!("{full:?}"), "inserted");
+    wanted.state = JobState::Waiting;
+    wanted.reason = Some("a 'reason'".to_owned());
+    wanted.rather_not = Some("w2".parse().unwrap());
+    wanted.refused = BTreeSet::from(["w1".parse().unwrap()]);
+    wanted.not_before_at_ms = 77;
+    wanted.attempts_used = 2;
+    wanted.attempt = Some(crate::chance::attempt(3));
+    wanted.last_attempt = Some(crate::chance::attempt(3));
+    wanted.started_at_ms = Some(-1);
+    wanted.ended_at_ms = Some(i64::MAX);
+    wanted.cancel_asked_at_ms = Some(8);
+    wanted.failure = Some(Failure::new(Code::WalMissing, Action::Retry, "m").with_hint("h"));
+    wanted.outcome = Some(proto::Outcome::Analyze(proto::job::AnalyzeOutcome::default()));
+    let row = &wanted;
+    catalog.transact("test", |tx| Box::pin(jobs::update(tx, row))).await.unwrap();
+    wanted.version += 1;
+    assert_eq!(format!("{:?}", get(&catalog, &wanted).await), format!("{wanted:?}"), "updated");
+}
+
+async fn every_column_of_an_attempt_comes_back(url: &str) {
+    let catalog = catalog(url).await;
+    let parent = job(backup(), 1);
+    let mut wanted = attempt_of(&parent, AttemptState::Ticketed);
+    let read = async |id| {
+        let mut db = catalog.read().await.unwrap();
+        attempts::get(&mut db, id).await.unwrap().unwrap()
+    };
+    let row = &wanted;
+    catalog.transact("test", |tx| Box::pin(attempts::insert(tx, row))).await.unwrap();
+    assert_eq!(format!("{:?}", read(wanted.id).await), format!("{wanted:?}"), "all absent");
+    wanted.state = AttemptState::Suspect;
+    wanted.reason = Some("r".to_owned());
+    wanted.tickets_sent = 2;
+    wanted.worker = Some("w1".parse().unwrap());
+    wanted.boot = Some(proto::BootId::mint(1, [1; 10]));
+    wanted.nonce = Some("n".to_owned());
+    wanted.token = Some(1 << 60);
+    wanted.grant = Some("{}".to_owned());
+    wanted.granted_at_ms = Some(1);
+    wanted.lease_until_at_ms = Some(2);
+    wanted.listed_at_ms = Some(3);
+    wanted.progress =
+        Some(Progress { step: "copy".to_owned(), done: 1, total: None, unit: "bytes".to_owned() });
+    wanted.started_at_ms = Some(4);
+    wanted.ended_at_ms = Some(5);
+    wanted.suspect_at_ms = Some(6);
+    wanted.probe = Some(parent.id);
+    wanted.probe_at_ms = Some(7);
+    wanted.failure = Some(Failure::bug("m"));
+    let row = &wanted;
+    catalog.transact("test", |tx| Box::pin(attempts::update(tx, row))).await.unwrap();
+    assert_eq!(format!("{:?}", read(wanted.id).await), format!("{wanted:?}"), "all there");
+}
+
+async fn one_attempt_of_a_class_runs(url: &str) {
+    let catalog = catalog(url).await;
+    let parent = job(backup(), 1);
+    let put = async |attempt: &Attempt| {
+        catalog.transact("test", |tx| Box::pin(attempts::insert(tx, attempt))).await
+    };
+    put(&attempt_of(&parent, AttemptState::Running)).await.unwrap();
+    assert!(
+        put(&attempt_of(&parent, AttemptState::Suspect)).await.is_err(),
+        "a second of its class"
+    );
+    put(&attempt_of(&parent, AttemptState::Ticketed)).await.unwrap();
+    let other = job(Task::Analyze(Analyze::default()), 1);
+    put(&attempt_of(&other, AttemptState::Running)).await.unwrap();
+}
+
+async fn no_update_is_lost(url: &str) {
+    let (a, b) = (catalog(url).await, catalog(url).await);
+    let wanted = job(backup(), 1);
+    insert(&a, &wanted).await;
+    let id = wanted.id;
+    let bump = |catalog: Catalog| {
+        tokio::spawn(async move {
+            for _ in 0..20 {
+                catalog
+                    .transact("test", |tx| {
+                        Box::pin(async move {
+                            let mut row = jobs::get(tx.db(), id).await?.unwrap();
+                            row.attempts_used += 1;
+                            jobs::update(tx, &row).await
+                        })
+                    })
+                    .await
+                    .unwrap();
+            }
+        })
+    };
+    let (one, two) = (bump(a.clone()), bump(b.clone()));
+    one.await.unwrap();
+    two.await.unwrap();
+    assert_eq!(get(&a, &wanted).await.attempts_used, 40);
+}
+
+async fn steps_never_go_backwards(url: &str) {
+    let catalog = catalog(url).await;
+    let attempt = crate::chance::attempt(1);
+    let step = |ended_at_ms| Step {
+        number: 1,
+        name: "copy".to_owned(),
+        span_id: "00f067aa0ba902b7".to_owned(),
+        started_at_ms: 1,
+        ended_at_ms,
+        failed: false,
+        figures: [("files".to_owned(), 3)].into(),
+    };
+    let (begun, ended) = (&step(None), &step(Some(9)));
+    let put = async |seq, step| {
+        catalog.transact("test", |tx| Box::pin(steps::put(tx, attempt, seq, step))).await
+    };
+    put(2, begun).await.unwrap();
+    put(5, ended).await.unwrap();
+    put(2, begun).await.unwrap();
+    put(5, begun).await.unwrap();
+    let mut db = catalog.read().await.unwrap();
+    assert_eq!(steps::of_attempt(&mut db, attempt).await.unwrap(), [step(Some(9))]);
+}
+
+async fn a_ticket_is_in_the_outbox_once(url: &str) {
+    let catalog = catalog(url).await;
+    let ticket = |urgent, created_at_ms| outbox::Outgoing {
+        attempt: crate::chance::attempt(created_at_ms),
+        routing_key: "site.fra1.urgent".to_owned(),
+        body: "{}".to_owned(),
+        traceparent: "t".to_owned(),
+        urgent,
+        created_at_ms,
+    };
+    let (routine, urgent) = (&ticket(false, 1), &ticket(true, 2));
+    for one in [routine, routine, urgent] {
+        catalog.transact("test", |tx| Box::pin(outbox::put(tx, one))).await.unwrap();
+    }
+    let pending = async || {
+        let mut db = catalog.read().await.unwrap();
+        outbox::pending(&mut db, 10)
+            .await
+            .unwrap()
+            .into_iter()
+            .map(|t| t.attempt)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(pending().await, [urgent.attempt, routine.attempt], "urgent first");
+    catalog.transact("test", |tx| Box::pin(outbox::remove(tx, urgent.attempt))).await.unwrap();
+    assert_eq!(pending().await, [routine.attempt]);
+}
+
+async fn refusals_are_forgotten_by_worker(url: &str) {
+    let catalog = catalog(url).await;
+    let mut wanted = job(backup(), 1);
+    wanted.refused = ["w1", "w12"].into_iter().map(|name| name.parse().unwrap()).collect();
+    insert(&catalog, &wanted).await;
+    let name = "w1".parse().unwrap();
+    let name = &name;
+    catalog.transact("test", |tx| Box::pin(jobs::forget_refusals(tx, name))).await.unwrap();
+    assert_eq!(get(&catalog, &wanted).await.refused, BTreeSet::from(["w12".parse().unwrap()]));
+}
+
+async fn ready_jobs_come_oldest_first(url: &str) {
+    let catalog = catalog(url).await;
+    let (first, second, mut later) = (job(backup(), 1), job(backup(), 2), job(backup(), 3));
+    later.not_before_at_ms = 100;
+    for one in [&second, &later, &first] {
+        insert(&catalog, one).await;
+    }
+    let mut db = catalog.read().await.unwrap();
+    let ready: Vec<_> = jobs::ready(&mut db, Lane::Urgent, false, 50)
+        .await
+        .unwrap()
+        .into_iter()
+        .map(|j| j.id)
+        .collect();
+    assert_eq!(ready, [first.id, second.id]);
+    assert!(jobs::ready(&mut db, Lane::Routine, false, 50).await.unwrap().is_empty());
+    assert_eq!(jobs::next_due(&mut db, 50).await.unwrap(), Some(100));
+    assert_eq!(jobs::next_due(&mut db, 100).await.unwrap(), None);
+}
+
+/// Events and workers are read back by the API's tests; here only that odd text survives.
+#[tokio::test]
+async fn odd_text_survives() {
+    let server = Server::sqlite().await;
+    let catalog = catalog(&server.fresh("odd").await).await;
+    let event = events::Event {
+        at_ms: 1,
+        name: "n".to_owned(),
+        message: "a'b\"c; DROP TABLE jobs; -- \u{0}\u{202e}".replace('\0', ""),
+        ..events::Event::default()
+    };
+    let row = &event;
+    catalog.transact("test", |tx| Box::pin(events::add(tx, row))).await.unwrap();
+    let mut db = catalog.read().await.unwrap();
+    assert_eq!(events::list(&mut db, 1).await.unwrap()[0].message, event.message);
+}
+
+mod lives {
+    //! The life of a worker's row: which pulse counts.
+
+    use proto::BootId;
+    use proto::envelope::{Certificate, SigningKey};
+    use proto::message::{Pulse, Slots};
+
+    use super::{Worker, workers::Life};
+
+    fn certificate(seed: u8, issued_at_ms: i64) -> Certificate {
+        Certificate {
+            worker: "w1".parse().unwrap(),
+            site: "fra1".parse().unwrap(),
+            key: SigningKey::from_seed(&[seed; 32]).public(),
+            issued_at_ms,
+        }
+    }
+
+    fn pulse(boot: u8, seq: u64) -> Pulse {
+        Pulse {
+            schema: 1,
+            worker: "w1".parse().unwrap(),
+            site: "fra1".parse().unwrap(),
+            boot: BootId::mint(1, [boot; 10]),
+            seq,
+            at_ms: 0,
+            every_ms: 1_000,
+            slots: Slots { urgent_free: 1, routine_free: 1 },
+            draining: false,
+            running: Vec::new(),
+            offers: None,
+        }
+    }
+
+    #[test]
+    fn a_late_pulse_of_a_former_boot_is_not_a_new_life() {
+        let mut worker = Worker::of_certificate(&certificate(1, 1));
+        let lives: Vec<Life> = [(1, 1), (1, 2), (1, 2), (2, 1), (1, 9), (2, 2), (3, 1), (2, 3)]
+            .into_iter()
+            .map(|(boot, seq)| worker.hear(&pulse(boot, seq), 10))
+            .collect();
+        use Life::{New, Past, Same};
+        assert_eq!(lives, [New, Same, Past, New, Past, Same, New, Past]);
+    }
+
+    #[test]
+    fn a_replaced_certificate_is_refused() {
+        let mut worker = Worker::of_certificate(&certificate(1, 5));
+        assert!(worker.accept(&certificate(1, 5)));
+        assert!(!worker.accept(&certificate(2, 5)), "another key of the same moment");
+        assert!(worker.accept(&certificate(2, 6)), "enrolled anew");
+        assert!(!worker.accept(&certificate(1, 5)), "the old one");
+    }
+}

@@ -1,0 +1,271 @@
+//! The API at its edge: who may call, what is refused and how it is told.
+
+use std::os::unix::fs::PermissionsExt;
+
+use coordinator::api::types::{
+    EnrolRequest, EnrolResponse, EnrolmentTokenRequest, JobList, JobView, Role, TokenRequest,
+    TokenResponse,
+};
+use proto::envelope::{Credentials, SigningKey};
+use proto::failure::Code;
+use proto::{Failure, JobState};
+
+use crate::support::{Fleet, Worker, backup_request, http};
+
+async fn tcp(
+    fleet: &Fleet,
+    token: Option<&str>,
+    method: &str,
+    path: &str,
+    body: Option<String>,
+) -> (u16, String) {
+    let stream = tokio::net::TcpStream::connect(fleet.handle().tcp().unwrap()).await.unwrap();
+    let bearer = token.map(|token| format!("Bearer {token}"));
+    let headers: Vec<(&str, &str)> =
+        bearer.iter().map(|value| ("authorization", value.as_str())).collect();
+    let (code, body) = http(stream, method, path, body, &headers).await;
+    (code.as_u16(), body)
+}
+
+fn code(body: &str) -> Code {
+    serde_json::from_str::<Failure>(body).unwrap().code
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_socket_is_the_owners_alone() {
+    let fleet = Fleet::new().await;
+    let mode = std::fs::metadata(fleet.socket()).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let second = coordinator::Options {
+        config: fleet.config.clone(),
+        catalog_url: fleet.catalog_url.as_str().into(),
+        signing_key: SigningKey::from_seed(&crate::support::SEED),
+    };
+    let refused =
+        coordinator::Coordinator::start(second, fleet.broker.another("x"), fleet.clock.clone())
+            .await;
+    let error = proto::failure::chain(&refused.unwrap_err());
+    assert!(error.contains("another coordinator listens there"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn over_tcp_a_token_decides_what_is_allowed() {
+    let fleet = Fleet::new().await;
+    let _w1 = Worker::new(&fleet, "w1").await;
+    let token = async |name: &str, role| {
+        let request = TokenRequest { name: name.to_owned(), role, valid_ms: Some(60_000) };
+        fleet.post::<TokenResponse>("/v1/tokens", &request).await.token
+    };
+    let viewer = token("ann", Role::Viewer).await;
+    let operator = token("bob", Role::Operator).await;
+    let order = || Some(serde_json::to_string(&backup_request()).unwrap());
+
+    let (status, body) = tcp(&fleet, None, "GET", "/v1/status", None).await;
+    assert_eq!((status, code(&body)), (401, Code::Unauthorized));
+    for wrong in ["", "nonsense", &viewer[..viewer.len() - 1]] {
+        let (status, body) = tcp(&fleet, Some(wrong), "GET", "/v1/status", None).await;
+        assert_eq!((status, code(&body)), (401, Code::Unauthorized), "{wrong:?}");
+    }
+    for path in ["/metrics", "/v1/jobs", "/v1/tokens", "/v1/workers", "/v1/events"] {
+        assert_eq!(tcp(&fleet, None, "GET", path, None).await.0, 401, "{path}");
+    }
+    assert_eq!(tcp(&fleet, None, "GET", "/healthz", None).await.0, 200);
+    assert_eq!(tcp(&fleet, Some(&viewer), "GET", "/v1/status", None).await.0, 200);
+    let (status, body) = tcp(&fleet, Some(&viewer), "POST", "/v1/jobs", order()).await;
+    assert_eq!((status, code(&body)), (403, Code::NotAllowed));
+    let (status, body) = tcp(&fleet, Some(&operator), "POST", "/v1/jobs", order()).await;
+    assert_eq!(status, 201, "{body}");
+    assert_eq!(serde_json::from_str::<JobView>(&body).unwrap().requested_by, "bob");
+    let more = serde_json::to_string(&TokenRequest {
+        name: "eve".to_owned(),
+        role: Role::Admin,
+        valid_ms: None,
+    });
+    assert_eq!(
+        tcp(&fleet, Some(&operator), "POST", "/v1/tokens", Some(more.unwrap())).await.0,
+        403
+    );
+
+    assert_eq!(fleet.request("DELETE", "/v1/tokens/bob", None).await.0.as_u16(), 204);
+    assert_eq!(tcp(&fleet, Some(&operator), "GET", "/v1/status", None).await.0, 401, "removed");
+    fleet.hand.advance(60_000);
+    assert_eq!(tcp(&fleet, Some(&viewer), "GET", "/v1/status", None).await.0, 401, "expired");
+    let (_, listed) = fleet.request("GET", "/v1/tokens", None).await;
+    assert!(listed.contains("ann") && !listed.contains(&viewer) && !listed.contains("digest"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_is_enrolled_once_by_its_token() {
+    let fleet = Fleet::new().await;
+    let request = EnrolmentTokenRequest {
+        worker: "w7".parse().unwrap(),
+        site: "fra1".parse().unwrap(),
+        valid_ms: Some(10_000),
+    };
+    let made: TokenResponse = fleet.post("/v1/workers/tokens", &request).await;
+    assert!(made.token.starts_with("pgmuster_enrol_"));
+    let key = |seed| SigningKey::from_seed(&[seed; 32]);
+    let ask = |seed, token: &str| {
+        let request = EnrolRequest { token: token.to_owned(), public_key: key(seed).public() };
+        Some(serde_json::to_string(&request).unwrap())
+    };
+    let (status, body) = tcp(&fleet, None, "POST", "/v1/workers/enrol", ask(1, &made.token)).await;
+    assert_eq!(status, 201, "{body}");
+    let answer: EnrolResponse = serde_json::from_str(&body).unwrap();
+    let credentials = Credentials::new(key(1), answer.certificate, answer.coordinator_key).unwrap();
+    assert_eq!(credentials.identity().worker.as_str(), "w7");
+    assert_eq!(answer.coordinator_key, fleet.handle().public_key());
+    let (status, _) = tcp(&fleet, None, "POST", "/v1/workers/enrol", ask(1, &made.token)).await;
+    assert_eq!(status, 201, "the answer may have got lost");
+    let (status, body) = tcp(&fleet, None, "POST", "/v1/workers/enrol", ask(2, &made.token)).await;
+    assert_eq!((status, code(&body)), (401, Code::Unauthorized), "another key");
+    let (status, _) =
+        tcp(&fleet, None, "POST", "/v1/workers/enrol", ask(1, "pgmuster_enrol_x")).await;
+    assert_eq!(status, 401);
+    fleet.hand.advance(10_000);
+    let (status, _) = tcp(&fleet, None, "POST", "/v1/workers/enrol", ask(1, &made.token)).await;
+    assert_eq!(status, 401, "expired");
+    assert_eq!(fleet.events("worker_enrolled").await.len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_refused_is_told_as_a_failure() {
+    let fleet = Fleet::new().await;
+    let _w1 = Worker::new(&fleet, "w1").await;
+    let order = |text: &str| Some(text.to_owned());
+    let table = [
+        ("GET", "/nowhere", None, 400, Code::RequestInvalid),
+        ("PUT", "/v1/jobs", None, 400, Code::RequestInvalid),
+        ("GET", "/v1/jobs/not-an-id", None, 400, Code::RequestInvalid),
+        ("GET", "/v1/jobs?limit=0", None, 400, Code::RequestInvalid),
+        ("GET", "/v1/jobs?colour=red", None, 400, Code::RequestInvalid),
+        ("GET", "/v1/jobs/01990000-0000-7000-8000-000000000000", None, 404, Code::JobUnknown),
+        ("GET", "/v1/clusters/nobody", None, 404, Code::ClusterUnknown),
+        ("GET", "/v1/clusters/No%20Name", None, 400, Code::RequestInvalid),
+        ("POST", "/v1/jobs", order("{"), 400, Code::RequestInvalid),
+        (
+            "POST",
+            "/v1/jobs",
+            order(r#"{"cluster":"orders","task":{"backup":{"sql":"x"}}}"#),
+            400,
+            Code::RequestInvalid,
+        ),
+        (
+            "POST",
+            "/v1/jobs",
+            order(r#"{"cluster":"nobody","task":{"backup":{}}}"#),
+            404,
+            Code::ClusterUnknown,
+        ),
+        (
+            "POST",
+            "/v1/jobs",
+            order(r#"{"cluster":"orders","task":{"backup":{}},"worker":"w9"}"#),
+            404,
+            Code::WorkerUnknown,
+        ),
+        (
+            "POST",
+            "/v1/jobs",
+            order(r#"{"cluster":"orders","task":{"backup":{"compression_level":99}}}"#),
+            400,
+            Code::RequestInvalid,
+        ),
+        (
+            "POST",
+            "/v1/jobs",
+            order(
+                r#"{"cluster":"orders","task":{"verify_restore":{"level":"L5","backup":"01990000-0000-7000-8000-000000000000"}}}"#,
+            ),
+            404,
+            Code::BackupUnknown,
+        ),
+        (
+            "POST",
+            "/v1/jobs",
+            order(
+                r#"{"cluster":"orders","task":{"probe":{"attempt":"01990000-0000-7000-8000-000000000000"}}}"#,
+            ),
+            400,
+            Code::RequestInvalid,
+        ),
+        (
+            "POST",
+            "/v1/jobs",
+            order(r#"{"cluster":"orders","task":{"analyze":{"lock_timeout_ms":1}},"verify":"L5"}"#),
+            400,
+            Code::RequestInvalid,
+        ),
+    ];
+    for (method, path, body, status, code) in table {
+        let (seen, failure) = fleet.refused(method, path, body.clone()).await;
+        assert_eq!((seen, failure.code), (status, code), "{method} {path} {body:?}: {failure}");
+        assert!(!failure.message.is_empty());
+    }
+    let jobs: JobList = fleet.get("/v1/jobs").await;
+    assert!(jobs.jobs.is_empty(), "nothing was written");
+    let large = "x".repeat(2 << 20);
+    assert_eq!(fleet.request("POST", "/v1/jobs", Some(large)).await.0.as_u16(), 413);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_same_key_is_the_same_job() {
+    let fleet = Fleet::new().await;
+    let _w1 = Worker::new(&fleet, "w1").await;
+    let post = async |request: &_, key: &str| {
+        let stream = tokio::net::UnixStream::connect(fleet.socket()).await.unwrap();
+        let body = serde_json::to_string(request).unwrap();
+        http(stream, "POST", "/v1/jobs", Some(body), &[("idempotency-key", key)]).await
+    };
+    let (first, body) = post(&backup_request(), "k1").await;
+    let (second, again) = post(&backup_request(), "k1").await;
+    assert_eq!((first.as_u16(), second.as_u16()), (201, 200));
+    let id = |body: &str| serde_json::from_str::<JobView>(body).unwrap().id;
+    assert_eq!(id(&body), id(&again));
+    let mut other = backup_request();
+    other.attempts_max = Some(1);
+    let (status, body) = post(&other, "k1").await;
+    assert_eq!((status.as_u16(), code(&body)), (409, Code::StateConflict));
+    let jobs: JobList = fleet.get("/v1/jobs?cluster=orders&kind=backup").await;
+    assert_eq!(jobs.jobs.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wait_ends_with_the_change_it_waits_for() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    let job = fleet.backup().await;
+    let ticket = w1.ticket().await;
+    let now = fleet.until(job.id, "ticketed", |job| job.attempt.is_some()).await;
+    let path = format!("/v1/jobs/{}?after_version={}&wait_s=20", job.id, now.version);
+    let (waited, _work) = tokio::join!(fleet.get::<JobView>(&path), w1.take(&ticket));
+    assert_eq!(waited.state, JobState::Running);
+    let began = tokio::time::Instant::now();
+    let path = format!("/v1/jobs/{}?after_version={}&wait_s=1", job.id, waited.version + 10);
+    let same: JobView = fleet.get(&path).await;
+    assert_eq!(same.state, JobState::Running);
+    assert!(began.elapsed() < std::time::Duration::from_secs(10));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn metrics_name_what_is_there() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    let job = fleet.backup().await;
+    let ticket = w1.ticket().await;
+    let mut work = w1.take(&ticket).await;
+    w1.succeed(&mut work).await;
+    fleet.until_state(job.id, JobState::Succeeded).await;
+    for (line, value) in [
+        (r#"pgmuster_jobs_total{kind="backup",result="succeeded"}"#, 1.0),
+        (r#"pgmuster_cluster_state{cluster="orders",state="TAKEN"}"#, 1.0),
+        (r#"pgmuster_cluster_state{cluster="orders",state="PROVED"}"#, 0.0),
+        (r#"pgmuster_cluster_eligible_workers{cluster="orders"}"#, 1.0),
+        (r#"pgmuster_workers{state="alive"}"#, 1.0),
+        (r#"pgmuster_backup_last_size_bytes{cluster="orders"}"#, 1000.0),
+        ("pgmuster_leader", 1.0),
+        ("pgmuster_broker_up", 1.0),
+    ] {
+        assert_eq!(fleet.metric(line).await, Some(value), "{line}");
+    }
+}

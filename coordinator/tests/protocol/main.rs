@@ -1,0 +1,9 @@
+//! The job protocol at the coordinator's edge: real messages through the in-process broker, real HTTP over the Unix
+//! socket, a clock that tests move, and a worker that is a script.
+
+mod api;
+mod attempts;
+mod orders;
+mod several;
+mod silence;
+mod support;

@@ -1,0 +1,192 @@
+//! What people order: waiting, cancelling, deadlines, who goes first.
+
+use coordinator::api::types::{JobView, SubmitRequest};
+use proto::failure::{Action, Code, Failure};
+use proto::job::{Analyze, Task};
+use proto::message::{Control, DenialReason};
+use proto::{JobState, Lane};
+
+use crate::support::{Fleet, Worker, backup_request, orders};
+
+async fn cancel(fleet: &Fleet, job: &JobView) -> JobView {
+    fleet.post(&format!("/v1/jobs/{}/cancel", job.id), &()).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_job_that_nobody_began_is_cancelled_at_once() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    let job = fleet.backup().await;
+    let ticket = w1.ticket().await;
+    let cancelled = cancel(&fleet, &job).await;
+    assert_eq!(cancelled.state, JobState::Cancelled);
+    assert_eq!(cancelled.reason.as_deref(), Some("cancelled by local before anybody began it"));
+    assert_eq!(w1.denied(&ticket, "n1").await, DenialReason::Cancelled);
+    assert_eq!(cancel(&fleet, &job).await.version, cancelled.version, "twice is once");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_running_job_is_cancelled_on_evidence_only() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    let job = fleet.backup().await;
+    let ticket = w1.ticket().await;
+    let mut work = w1.take(&ticket).await;
+    assert_eq!(cancel(&fleet, &job).await.state, JobState::Cancelling);
+    let (pushed, _) = w1.answer().await;
+    let Control::Cancel(pushed) = pushed else { panic!("{pushed:?}") };
+    assert_eq!((pushed.attempt, pushed.token), (ticket.attempt, work.grant.token));
+    fleet.hand.advance(500);
+    w1.beacon(|beacon| beacon.revoked.iter().any(|r| r.attempt == ticket.attempt)).await;
+    assert_eq!(fleet.job(job.id).await.state, JobState::Cancelling, "no evidence yet");
+    w1.fail(&mut work, Failure::new(Code::Cancelled, Action::Abandon, "stopped")).await;
+    let done = fleet.until_state(job.id, JobState::Cancelled).await;
+    assert!(done.ended_at_ms.is_some());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_finished_before_it_could_be_cancelled_is_a_success() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    let job = fleet.backup().await;
+    let ticket = w1.ticket().await;
+    let mut work = w1.take(&ticket).await;
+    cancel(&fleet, &job).await;
+    w1.succeed(&mut work).await;
+    fleet.until_state(job.id, JobState::Succeeded).await;
+    let (code, failure) = fleet.refused("POST", &format!("/v1/jobs/{}/cancel", job.id), None).await;
+    assert_eq!((code, failure.code), (409, Code::StateConflict));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_who_can_is_a_visible_reason_until_somebody_comes() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    w1.clusters = vec!["billing"];
+    w1.announce(&fleet).await;
+    let job = fleet.backup().await;
+    let reason = "no worker of site fra1 serves orders";
+    fleet
+        .until(job.id, reason, |job| {
+            job.reason.as_deref() == Some(reason) && job.state == JobState::Waiting
+        })
+        .await;
+    w1.clusters = vec!["billing", "orders"];
+    w1.announce(&fleet).await;
+    assert_eq!(w1.ticket().await.job, job.id);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_without_its_queue_is_a_visible_reason_until_it_is_back() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::undeclared(&fleet, "w1", 1);
+    w1.announce(&fleet).await;
+    let job = fleet.backup().await;
+    fleet
+        .until(job.id, "unroutable", |job| {
+            job.state == JobState::Waiting
+                && job.reason.as_ref().is_some_and(|reason| {
+                    reason == "worker w1 is silent"
+                        || reason == "queue pgmuster.jobs.worker.w1.urgent is gone with its worker"
+                })
+        })
+        .await;
+    let declaration = broker::Declaration::worker(&w1.name, &w1.site);
+    w1.broker.declare(&[declaration]).await.unwrap();
+    w1.pulse().await;
+    assert_eq!(w1.ticket().await.job, job.id);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_of_a_class_runs_and_the_other_says_behind_whom_it_waits() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    let first = fleet.backup().await;
+    let ticket = w1.ticket().await;
+    let mut work = w1.take(&ticket).await;
+    let second = fleet.backup().await;
+    let reason = format!("another backup of orders has its turn: job {}", first.id);
+    fleet.until(second.id, &reason, |job| job.reason.as_ref() == Some(&reason)).await;
+    let other =
+        fleet.submit(&SubmitRequest::new(orders(), Task::Analyze(Analyze::default()))).await;
+    assert_eq!(w1.ticket().await.job, other.id, "another class of work need not wait");
+    w1.succeed(&mut work).await;
+    assert_eq!(w1.ticket().await.job, second.id);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_person_goes_before_the_night() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    let routine = fleet.submit(&SubmitRequest { lane: Lane::Routine, ..backup_request() }).await;
+    let late = w1.ticket().await;
+    assert_eq!(late.job, routine.id);
+    let urgent = fleet.backup().await;
+    let ticket = w1.ticket().await;
+    assert_eq!(ticket.job, urgent.id);
+    assert_eq!(w1.denied(&late, "n0").await, DenialReason::Taken);
+    let mut work = w1.take(&ticket).await;
+    w1.succeed(&mut work).await;
+    fleet.until_state(urgent.id, JobState::Succeeded).await;
+    assert_eq!(w1.ticket().await.job, routine.id);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tickets_go_out_only_toward_room() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::undeclared(&fleet, "w1", 1);
+    let declaration = broker::Declaration::worker(&w1.name, &w1.site);
+    w1.broker.declare(&[declaration]).await.unwrap();
+    w1.clusters = vec!["a", "b", "c"];
+    w1.slots = proto::message::Slots { urgent_free: 0, routine_free: 2 };
+    w1.announce(&fleet).await;
+    let mut jobs = Vec::new();
+    for name in ["a", "b", "c"] {
+        let mut request = backup_request();
+        request.cluster = name.parse().unwrap();
+        request.lane = Lane::Routine;
+        jobs.push(fleet.submit(&request).await.id);
+    }
+    let reason = "no routine slot is free at worker w1";
+    fleet.until(jobs[2], reason, |job| job.reason.as_deref() == Some(reason)).await;
+    let first = w1.ticket().await;
+    let mut work = w1.take(&first).await;
+    let second = w1.ticket().await;
+    assert_eq!([first.job, second.job], jobs[..2]);
+    assert_eq!(fleet.job(jobs[2]).await.state, JobState::Waiting);
+    w1.succeed(&mut work).await;
+    w1.pulse().await;
+    assert_eq!(w1.ticket().await.job, jobs[2]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_job_whose_time_passed_is_missed_and_says_why() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    w1.clusters.clear();
+    let known = fleet.submit(&backup_request()).await;
+    cancel(&fleet, &known).await;
+    w1.announce(&fleet).await;
+    let job =
+        fleet.submit(&SubmitRequest { start_within_ms: Some(1_000), ..backup_request() }).await;
+    fleet.until_state(job.id, JobState::Waiting).await;
+    fleet.hand.advance(1_000);
+    let missed = fleet.until_state(job.id, JobState::Missed).await;
+    assert_eq!(
+        missed.reason.as_deref(),
+        Some("nobody began it in time: no worker of site fra1 serves orders")
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_paused_cluster_is_left_alone() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    let early = fleet.backup().await;
+    let ticket = w1.ticket().await;
+    let _: serde_json::Value = fleet.post("/v1/clusters/orders/pause", &()).await;
+    assert_eq!(w1.denied(&ticket, "n1").await, DenialReason::Held);
+    fleet.until(early.id, "paused", |job| job.reason.as_deref() == Some("orders is paused")).await;
+    let _: serde_json::Value = fleet.post("/v1/clusters/orders/resume", &()).await;
+    assert_eq!(w1.ticket().await.job, early.id);
+}
