@@ -225,7 +225,7 @@ pub async fn lists_more_than_a_page(store: &dyn Store) {
     let expected: Vec<String> = (0..1_050).map(|n| format!("contract/paged/{n:04}/x")).collect();
     futures::stream::iter(&expected)
         .for_each_concurrent(16, |key| async move {
-            store.put(key, Bytes::from_static(b"x")).await.expect("put")
+            store.put(key, Bytes::from_static(b"x")).await.expect("put");
         })
         .await;
     assert_eq!(keys(store, "contract/paged/").await, expected);

@@ -124,8 +124,9 @@ pub struct Listed {
 /// leaves nothing behind that a later sweep could not see.
 #[async_trait]
 pub trait Upload: Send {
-    /// Adds the next part. Parts are at least 5 MiB, the last one excepted; the call returns when the part is
-    /// accepted for sending, and at most a few parts are in flight (so memory stays bounded).
+    /// Adds the next part. Parts are at least 5 MiB and of one size (some servers insist), the last one excepted; the
+    /// call returns when the part is accepted for sending, and at most a few parts are in flight over all uploads of
+    /// a store (so memory stays bounded). After an error the upload can only be thrown away.
     async fn part(&mut self, bytes: Bytes) -> Result<(), StoreError>;
     /// Makes the object visible and durable.
     async fn complete(self: Box<Self>) -> Result<(), StoreError>;

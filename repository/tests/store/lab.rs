@@ -44,8 +44,8 @@ pub(crate) async fn bucket(test: &str) -> S3Options {
 /// Limits for tests that wait for the worst.
 pub(crate) fn impatient() -> Limits {
     Limits {
-        answer: Duration::from_secs(3),
-        stall: Duration::from_millis(500),
+        answer: Duration::from_secs(5),
+        stall: Duration::from_secs(1),
         attempts: 4,
         pause: Duration::from_millis(10),
         settle: Duration::from_secs(3),

@@ -9,6 +9,7 @@ use aws_sdk_s3::config::http::HttpResponse;
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::primitives::{DateTime, DateTimeFormat};
 
+use super::{READ, SIZE};
 use crate::store::StoreError;
 
 /// The longest text taken from a server.
@@ -133,6 +134,12 @@ impl Answer {
                     "the store cannot {operation} in the way a repository needs: {self}"
                 ),
             },
+            (403, "AccessDenied") if matches!(operation, READ | SIZE) => {
+                let reason = format!(
+                    "{self}; without the right to list the bucket S3 says this of a missing object, too"
+                );
+                StoreError::Forbidden { operation, key, source: reason.into() }
+            }
             (401 | 403, _) => StoreError::Forbidden { operation, key, source: self.into() },
             _ => StoreError::Unavailable { operation, key, source: self.into() },
         }

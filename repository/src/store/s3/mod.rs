@@ -32,6 +32,7 @@ use aws_sdk_s3::primitives::ByteStream;
 use aws_sdk_s3::types::MultipartUpload;
 use bytes::{Bytes, BytesMut};
 use secrecy::ExposeSecret;
+use tokio::sync::Semaphore;
 
 use self::answer::{Answer, chain};
 pub use self::options::{Checksums, Limits, S3Credentials, S3Options};
@@ -43,6 +44,10 @@ const WRITE_ID: &str = "pgmuster-write-id";
 
 /// S3's code for an upload that was completed, ended, or never begun.
 const NO_SUCH_UPLOAD: &str = "NoSuchUpload";
+
+/// The verbs that find out whether an object is there.
+const READ: &str = "read";
+const SIZE: &str = "find the size of";
 
 /// How often a body is fetched again that broke off.
 const BODY_ATTEMPTS: u32 = 3;
@@ -59,6 +64,8 @@ struct Inner {
     /// Empty, or ending in `/`.
     prefix: String,
     limits: Limits,
+    /// A permit for each part on its way.
+    parts: Arc<Semaphore>,
     description: String,
 }
 
@@ -110,7 +117,14 @@ impl S3Store {
             if options.prefix.is_empty() { String::new() } else { format!("{}/", options.prefix) };
         let client = Client::from_conf(config.build());
         Ok(Self {
-            inner: Arc::new(Inner { client, bucket: options.bucket, prefix, limits, description }),
+            inner: Arc::new(Inner {
+                client,
+                bucket: options.bucket,
+                prefix,
+                parts: Arc::new(Semaphore::new(usize::from(limits.parts.max(1)))),
+                limits,
+                description,
+            }),
         })
     }
 
@@ -167,7 +181,7 @@ impl S3Store {
         accept: impl Fn(Option<u64>, Option<&str>) -> Result<u64, String> + Send + Sync,
     ) -> Result<Bytes, StoreError> {
         let unreadable = |why: String| StoreError::Unavailable {
-            operation: "read",
+            operation: READ,
             key: key.to_owned(),
             source: why.into(),
         };
@@ -181,7 +195,7 @@ impl S3Store {
                 .set_range(range.clone())
                 .send()
                 .await
-                .map_err(|error| self.failed("read", key, &error))?;
+                .map_err(|error| self.failed(READ, key, &error))?;
             let length = output.content_length().and_then(|length| u64::try_from(length).ok());
             let most = accept(length, output.content_range()).map_err(unreadable)?;
             match self.body(output.body, length, most).await {
@@ -350,7 +364,7 @@ impl Store for S3Store {
     }
 
     async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
-        check_key("read", key)?;
+        check_key(READ, key)?;
         self.fetch(key, None, |length, _| match length {
             Some(length) if length > limit_bytes => Err(format!(
                 "the object has {length} bytes, more than the {limit_bytes} allowed here"
@@ -361,7 +375,7 @@ impl Store for S3Store {
     }
 
     async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
-        check_key("read", key)?;
+        check_key(READ, key)?;
         let Some(last) = range.end.checked_sub(1).filter(|last| *last >= range.start) else {
             // HTTP has no word for an empty range.
             let size = self.size(key).await?;
@@ -369,7 +383,7 @@ impl Store for S3Store {
                 Ok(Bytes::new())
             } else {
                 Err(StoreError::Unavailable {
-                    operation: "read",
+                    operation: READ,
                     key: key.to_owned(),
                     source: format!("bytes {range:?} of an object of {size} bytes were asked for")
                         .into(),
@@ -393,7 +407,7 @@ impl Store for S3Store {
     }
 
     async fn size(&self, key: &str) -> Result<u64, StoreError> {
-        check_key("find the size of", key)?;
+        check_key(SIZE, key)?;
         let length = match self.head(key).await {
             Ok(head) => head.content_length(),
             // The answer to HEAD has no body, so a missing bucket looks like a missing object: ask again with a verb
@@ -405,15 +419,15 @@ impl Store for S3Store {
                 .key(self.full_key(key))
                 .send()
                 .await
-                .map_err(|error| self.failed("find the size of", key, &error))?
+                .map_err(|error| self.failed(SIZE, key, &error))?
                 .content_length(),
             Err(answer) => {
-                return Err(answer.into_error("find the size of", key, &self.inner.bucket));
+                return Err(answer.into_error(SIZE, key, &self.inner.bucket));
             }
         };
         length.and_then(|length| u64::try_from(length).ok()).ok_or_else(|| {
             StoreError::Unavailable {
-                operation: "find the size of",
+                operation: SIZE,
                 key: key.to_owned(),
                 source: "the store did not say how large the object is".into(),
             }

@@ -76,6 +76,8 @@ pub struct Limits {
     pub settle: Duration,
     /// Keys in one page of a listing, at most 1000.
     pub page_keys: u16,
+    /// Parts on their way at once, over all uploads of this store: what bounds their memory.
+    pub parts: u16,
 }
 
 impl Default for Limits {
@@ -89,6 +91,7 @@ impl Default for Limits {
             pause: Duration::from_millis(200),
             settle: Duration::from_mins(2),
             page_keys: 1000,
+            parts: 6,
         }
     }
 }
@@ -135,7 +138,7 @@ impl S3Options {
                 "region" if !value.is_empty() => options.region = Some(value),
                 "path-style" => {
                     options.path_style =
-                        Some(choice(name, &value, &[("true", true), ("false", false)])?)
+                        Some(choice(name, &value, &[("true", true), ("false", false)])?);
                 }
                 "checksums" => {
                     options.checksums = choice(
@@ -201,12 +204,16 @@ impl S3Options {
                  components",
             ));
         }
+        let region = self.region.as_deref().unwrap_or_default();
+        if !region.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_')) {
+            return Err(unsuitable("the S3 region is a name such as eu-central-1"));
+        }
         if let Some(endpoint) = &self.endpoint {
             let rest = endpoint
                 .strip_prefix("https://")
                 .or_else(|| endpoint.strip_prefix("http://"))
                 .ok_or_else(|| unsuitable("the S3 endpoint begins with http:// or https://"))?;
-            if rest.is_empty() || rest.contains(['@', '?', '#', ' ']) {
+            if rest.is_empty() || rest.contains(['@', '?', '#', '&', '%', ' ']) {
                 return Err(unsuitable(
                     "the S3 endpoint is http(s)://HOST[:PORT], without credentials or a query",
                 ));
@@ -227,18 +234,17 @@ impl S3Options {
         }
     }
 
-    /// The URL form, for people.
+    /// The URL that leads to the same place, without what defaults say anyway.
     pub(super) fn describe(&self) -> String {
-        let mut url = format!("s3://{}", self.bucket);
-        if !self.prefix.is_empty() {
-            url.push('/');
-            url.push_str(&self.prefix);
-        }
-        if let Some(endpoint) = &self.endpoint {
-            url.push_str("?endpoint=");
-            url.push_str(endpoint);
-        }
-        url
+        let slash = if self.prefix.is_empty() { "" } else { "/" };
+        let path_style = self.path_style.map(|path_style| path_style.to_string());
+        let query: Vec<String> =
+            [("endpoint", &self.endpoint), ("region", &self.region), ("path-style", &path_style)]
+                .into_iter()
+                .filter_map(|(name, value)| Some(format!("{name}={}", value.as_ref()?)))
+                .collect();
+        let mark = if query.is_empty() { "" } else { "?" };
+        format!("s3://{}{slash}{}{mark}{}", self.bucket, self.prefix, query.join("&"))
     }
 }
 
@@ -289,7 +295,13 @@ mod tests {
         assert_eq!(options.region.as_deref(), Some("eu-central-1"));
         assert!(!options.uses_path_style());
         assert!(options.uses_checksums());
-        assert_eq!(options.describe(), "s3://backups/fra1/main?endpoint=http://minio:9000");
+        let described = options.describe();
+        assert_eq!(
+            described,
+            "s3://backups/fra1/main?endpoint=http://minio:9000&region=eu-central-1&path-style=false"
+        );
+        assert_eq!(parse(&described).describe(), described, "it leads to the same place");
+        assert_eq!(parse("s3://backups").describe(), "s3://backups");
     }
 
     #[test]
@@ -315,6 +327,7 @@ mod tests {
             "s3://backups?endpoint=http%3",
             "s3://backups?path-style=TOPSECRET",
             "s3://backups?region=",
+            "s3://backups?region=TOP%26SECRET",
         ] {
             let refused = S3Options::from_url(url, &Credentials::default()).expect_err(url);
             assert!(matches!(refused, StoreError::Unsuitable { .. }), "{url}: {refused:?}");

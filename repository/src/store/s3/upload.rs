@@ -2,6 +2,8 @@
 //! the object itself proves it.
 
 use async_trait::async_trait;
+use std::sync::Arc;
+
 use aws_sdk_s3::primitives::ByteStream;
 use aws_sdk_s3::types::{CompletedMultipartUpload, CompletedPart};
 use bytes::Bytes;
@@ -12,7 +14,7 @@ use super::answer::Answer;
 use super::{NO_SUCH_UPLOAD, Pauses, S3Store, WRITE_ID, write_id};
 use crate::store::{Store, StoreError, Upload};
 
-/// Parts on their way at the same time.
+/// Parts of one upload on their way at the same time.
 const PARTS_IN_FLIGHT: usize = 4;
 
 /// S3 refuses smaller parts, the last one excepted.
@@ -20,6 +22,16 @@ const PART_BYTES_MIN: usize = 5 * 1024 * 1024;
 
 /// S3's limit.
 const PARTS_MAX: i32 = 10_000;
+
+/// What may come next.
+enum State {
+    /// Another part, or the end.
+    Open,
+    /// The end: the last part was a short one.
+    Ended,
+    /// Nothing: a part is missing, because it failed or because its caller did not wait for it.
+    Broken(&'static str),
+}
 
 pub(super) struct S3Upload {
     store: S3Store,
@@ -33,8 +45,7 @@ pub(super) struct S3Upload {
     done: Vec<CompletedPart>,
     parts: i32,
     size: u64,
-    /// Set when no part may follow, with the reason.
-    closed: Option<&'static str>,
+    state: State,
 }
 
 impl S3Upload {
@@ -49,7 +60,7 @@ impl S3Upload {
             done: Vec::new(),
             parts: 0,
             size: 0,
-            closed: None,
+            state: State::Open,
         }
     }
 
@@ -96,11 +107,11 @@ impl S3Upload {
                 None => return Ok(()),
                 Some(Ok(Ok(part))) => self.done.push(part),
                 Some(Ok(Err(error))) => {
-                    self.closed = Some("an earlier part failed");
+                    self.state = State::Broken("a part of it failed");
                     return Err(error);
                 }
                 Some(Err(join)) => {
-                    self.closed = Some("an earlier part failed");
+                    self.state = State::Broken("a part of it failed");
                     return Err(self.refused(join.to_string()));
                 }
             }
@@ -190,8 +201,10 @@ impl S3Upload {
 #[async_trait]
 impl Upload for S3Upload {
     async fn part(&mut self, bytes: Bytes) -> Result<(), StoreError> {
-        if let Some(why) = self.closed {
-            return Err(self.refused(why));
+        match self.state {
+            State::Open => {}
+            State::Ended => return Err(self.refused("a part of less than 5 MiB is the last one")),
+            State::Broken(why) => return Err(self.refused(why)),
         }
         if self.parts == PARTS_MAX {
             return Err(self.refused(format!("an object has at most {PARTS_MAX} parts")));
@@ -199,25 +212,37 @@ impl Upload for S3Upload {
         if bytes.is_empty() && self.parts > 0 {
             return Ok(());
         }
-        if bytes.len() < PART_BYTES_MIN {
-            self.closed = Some("a part of less than 5 MiB is the last one");
-        }
+        let after = if bytes.len() < PART_BYTES_MIN { State::Ended } else { State::Open };
         self.parts += 1;
         self.size += bytes.len() as u64;
         if self.parts == 1 && bytes.len() < PART_BYTES_MIN {
             self.held = Some(bytes);
+            self.state = after;
             return Ok(());
         }
+        self.state = State::Broken("a part of it was given up");
         let upload_id = self.start().await?;
         self.settle_to(PARTS_IN_FLIGHT - 1).await?;
+        // Beside this upload's own: the memory of a part is given back when the part has arrived, not before.
+        let memory = Arc::clone(&self.store.inner.parts);
+        let permit =
+            memory.acquire_owned().await.map_err(|error| self.refused(error.to_string()))?;
         let store = self.store.clone();
         let key = self.key.clone();
         let number = self.parts;
-        self.in_flight.spawn(async move { send(&store, &key, &upload_id, number, bytes).await });
+        self.in_flight.spawn(async move {
+            let sent = send(&store, &key, &upload_id, number, bytes).await;
+            drop(permit);
+            sent
+        });
+        self.state = after;
         Ok(())
     }
 
     async fn complete(mut self: Box<Self>) -> Result<(), StoreError> {
+        if let State::Broken(why) = self.state {
+            return Err(self.refused(why));
+        }
         let Some(upload_id) = self.upload_id.clone() else {
             let whole = self.held.take().unwrap_or_default();
             return self.store.put(&self.key, whole).await;
