@@ -8,8 +8,8 @@ use std::time::Duration;
 use crate::support::node::Node;
 use crate::support::{eventually, within};
 use broker::{
-    Broker, Consumer, Declaration, Declared, Delivery, Error, ExchangeKind, Link, Publish,
-    PublishError, Published, Queue, RabbitOptions, Settled,
+    Broker, ClientIdentity, Consumer, Declaration, Declared, Delivery, Error, ExchangeKind, Link,
+    Publish, PublishError, Published, Queue, RabbitOptions, Settled,
 };
 use proto::topology;
 use secrecy::SecretString;
@@ -158,13 +158,77 @@ async fn started(mut node: Node) -> Node {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_broker_out_of_memory_patience_or_breath_stops_nothing_of_ours() {
     let node = started(Node::prepared()).await;
+    // How long a queue waits for the dead letters' queue before it tries again.
+    node.eval("application:set_env(rabbit, dead_letter_worker_publisher_confirm_timeout, 500).");
     let broker = Broker::rabbit(options(&node));
     broker.wait_up(PATIENCE).await.expect("a link");
     assert_eq!(broker.declare(&[declaration()]).await, Ok(Declared::Now));
+    over_tls(&node).await;
+    out_of_graves(&broker).await;
     out_of_memory(&node, &broker).await;
     out_of_patience(&node, &broker).await;
     out_of_breath(&node, &broker).await;
     broker.close().await;
+}
+
+/// A certificate is checked on both sides.
+async fn over_tls(node: &Node) {
+    let strange = RabbitOptions::new(SecretString::from(node.tls_url()), "test");
+    let error = wait_up_briefly(strange.clone()).await.expect_err("an authority nobody knows");
+    assert!(
+        matches!(&error, Error::Unreachable { cause, .. } if cause.contains("certificate")),
+        "{error:?}"
+    );
+    let nameless = RabbitOptions { ca_pem: Some(node.pem("ca.pem")), ..strange };
+    let error = wait_up_briefly(nameless.clone()).await.expect_err("no certificate of ours");
+    assert!(matches!(&error, Error::Unreachable { .. }), "{error:?}");
+    let identity = ClientIdentity {
+        certificate_pem: node.pem("client.pem"),
+        key_pem: SecretString::from(node.pem("client.key")),
+    };
+    let broker = Broker::rabbit(RabbitOptions { identity: Some(identity), ..nameless });
+    broker.wait_up(PATIENCE).await.expect("a link over TLS");
+    assert_eq!(broker.declare(&[declaration()]).await, Ok(Declared::Now));
+    assert_eq!(broker.publish(message("sealed")).await, Ok(Published::Routed));
+    let mut consumer = broker.consume("q", 1);
+    let delivery = next(&mut consumer).await;
+    assert_eq!(delivery.message_id, "sealed");
+    assert_eq!(delivery.ack().await, Settled::Done);
+    broker.close().await;
+}
+
+/// Long enough for a few tries to connect.
+async fn wait_up_briefly(options: RabbitOptions) -> Result<(), Error> {
+    Broker::rabbit(options).wait_up(Duration::from_millis(1500)).await
+}
+
+/// A dead letter of a quorum queue stays where it died until there is a place for it.
+async fn out_of_graves(broker: &Broker) {
+    let grave = Queue::classic("grave");
+    let dying = Queue { dead_letter_exchange: Some("graves".to_owned()), ..Queue::quorum("dying") };
+    let before = Declaration::default()
+        .exchange("graves", ExchangeKind::Fanout)
+        .bound(dying, "test", "dying");
+    assert_eq!(broker.declare(&[declaration(), before]).await, Ok(Declared::Now));
+    for id in ["dead", "alive"] {
+        let message = Publish { routing_key: "dying".to_owned(), ..message(id) };
+        assert_eq!(broker.publish(message).await, Ok(Published::Routed));
+    }
+    let mut consumer = broker.consume("dying", 1);
+    assert_eq!(next(&mut consumer).await.reject().await, Settled::Done);
+    // The second message comes when the first is settled.
+    assert_eq!(next(&mut consumer).await.ack().await, Settled::Done);
+    consumer.stop().await;
+    let after =
+        Declaration::default().exchange("graves", ExchangeKind::Fanout).bound(grave, "graves", "");
+    assert_eq!(broker.declare(&[after]).await, Ok(Declared::Now));
+    let mut mourner = broker.consume("grave", 1);
+    let letter = next(&mut mourner).await;
+    assert_eq!(
+        (letter.message_id.as_str(), letter.deaths[0].reason.as_str()),
+        ("dead", "rejected")
+    );
+    assert_eq!(letter.ack().await, Settled::Done);
 }
 
 /// Publishing is blocked and says so in time; what was delivered can be settled all the while.

@@ -25,11 +25,31 @@ impl Node {
     /// A place for a node that does not run yet, on free ports.
     pub(crate) fn prepared() -> Self {
         let home = TempDir::with_prefix("rabbit-").expect("a directory for RabbitMQ");
-        Self { home, port: free_ports(), script: None }
+        let port = free_ports();
+        let dir = home.path().to_str().expect("a path in UTF-8");
+        make_certificates(home.path());
+        let tls = format!(
+            "listeners.ssl.1 = 127.0.0.1:{}\nssl_options.cacertfile = {dir}/ca.pem\n\
+             ssl_options.certfile = {dir}/server.pem\nssl_options.keyfile = {dir}/server.key\n\
+             ssl_options.verify = verify_peer\nssl_options.fail_if_no_peer_cert = true\n",
+            port + 4
+        );
+        std::fs::write(home.path().join("extra.conf"), tls).expect("its settings");
+        Self { home, port, script: None }
     }
 
     pub(crate) fn url(&self) -> String {
         format!("amqp://guest:guest@127.0.0.1:{}", self.port)
+    }
+
+    /// The listener that wants a certificate of whoever comes.
+    pub(crate) fn tls_url(&self) -> String {
+        format!("amqps://guest:guest@127.0.0.1:{}", self.port + 4)
+    }
+
+    /// `ca.pem`, `client.pem`, `client.key`.
+    pub(crate) fn pem(&self, name: &str) -> String {
+        std::fs::read_to_string(self.home.path().join(name)).expect("a PEM file")
     }
 
     pub(crate) fn management(&self) -> Management {
@@ -134,12 +154,34 @@ impl Drop for Node {
     }
 }
 
-/// A port below 32768 with its three successors free: above, the kernel may give the port of a node that is down to
+/// An authority, and what it signed for the server and for a client.
+fn make_certificates(dir: &Path) {
+    let openssl = |arguments: &str| {
+        let output = Command::new("openssl")
+            .args(arguments.split(' '))
+            .current_dir(dir)
+            .output()
+            .expect("openssl");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "openssl {arguments}: {said}");
+    };
+    let key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes";
+    openssl(&format!("req -x509 {key} -keyout ca.key -out ca.pem -subj /CN=authority -days 2"));
+    std::fs::write(dir.join("names"), "subjectAltName=IP:127.0.0.1").expect("a file of names");
+    for who in ["server", "client"] {
+        openssl(&format!("req {key} -keyout {who}.key -out {who}.csr -subj /CN={who}"));
+        openssl(&format!(
+            "x509 -req -in {who}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -extfile names -days 2 -out {who}.pem"
+        ));
+    }
+}
+
+/// A port below 32768 with its four successors free: above, the kernel may give the port of a node that is down to
 /// somebody's outgoing connection, and the node could not start again.
 fn free_ports() -> u16 {
     let start = u16::try_from(std::process::id() % 2_000).expect("less than 2000");
     (0..2_000)
         .map(|number| 10_000 + (start + number) % 2_000 * 10)
-        .find(|port| (*port..port + 4).all(|port| TcpListener::bind(("127.0.0.1", port)).is_ok()))
+        .find(|port| (*port..port + 5).all(|port| TcpListener::bind(("127.0.0.1", port)).is_ok()))
         .expect("free ports below 32768")
 }
