@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use proto::{JobId, Lsn, SystemIdentifier, Timeline};
 use tokio::time::Instant;
+use tokio_postgres::Row;
 use tokio_postgres::error::SqlState;
 use tokio_util::sync::CancellationToken;
 
@@ -27,7 +28,7 @@ use crate::settings;
 use crate::target::Target;
 
 /// How long any statement but the start may take: all are answered from memory, or after one flush of WAL.
-const STATEMENT: Duration = Duration::from_secs(60);
+const STATEMENT: Duration = Duration::from_mins(1);
 
 /// How to begin a backup.
 #[derive(Debug, Clone)]
@@ -82,10 +83,12 @@ pub struct Stopped {
 pub struct Standing {
     /// The slot holds WAL from here.
     pub held_from: Lsn,
-    /// Where the server writes now.
+    /// What the server has flushed: every segment that ends at or before this is complete on its disk.
     pub current_lsn: Lsn,
     /// What `pg_replication_slots.wal_status` says: `reserved`, `extended` or `unreserved` (about to be lost).
     pub wal_status: String,
+    /// The server's clock, Unix milliseconds.
+    pub server_time_ms: i64,
 }
 
 impl Standing {
@@ -100,6 +103,9 @@ impl Standing {
 pub struct BackupSession {
     session: Session,
     watch: Session,
+    /// For a new watch, should the first be lost: that is no harm to the backup.
+    watch_target: Target,
+    watch_purpose: Purpose,
     started: Started,
     backend_started_at_us: i64,
     advanced_to: Lsn,
@@ -115,7 +121,8 @@ impl BackupSession {
         let ask = Purpose { statement_timeout: STATEMENT, ..Purpose::ask(&options.job) };
         let database =
             session.one("ask for the database", "SELECT current_database()::text", &[]).await?;
-        let watch = connect(&target.with_database(database.get(0)), &ask).await?;
+        let watch_target = target.with_database(database.get(0));
+        let watch = connect(&watch_target, &ask).await?;
         refuse_shared_backend(&session, &watch).await?;
 
         // Nothing below that can fail for a reason we can foresee is left to the backup's own session.
@@ -141,6 +148,8 @@ impl BackupSession {
             backend_started_at_us: backend_start(&watch, session.backend_pid()).await?,
             session,
             watch,
+            watch_target,
+            watch_purpose: ask,
             started: Started {
                 start_lsn,
                 timeline: server.timeline,
@@ -190,10 +199,7 @@ impl BackupSession {
         if self.session.is_closed() {
             return Err(self.gone("the connection is closed"));
         }
-        let what = "look after the backup";
-        let row =
-            self.watch.one(what, CHECK, &[&self.started.slot_name, &self.backend_pid()]).await;
-        let row = row.map_err(Error::or_session_lost)?;
+        let (row, holds_lock) = self.look().await?;
         if row.get::<_, Option<i64>>("backend_started_at_us") != Some(self.backend_started_at_us) {
             return Err(self.gone("its server process has ended"));
         }
@@ -222,14 +228,39 @@ impl BackupSession {
                 })
             }
             (Some(pid), Some(held_from), Some(wal_status)) if pid == self.backend_pid() => {
-                if !locks::still_held(&self.watch, pid, Class::Backup).await? {
+                if !holds_lock {
                     return Err(lost("it no longer holds the cluster's lock"));
                 }
-                let current_lsn = position(what, row.get("current_lsn"))?;
-                Ok(Standing { held_from: position(what, held_from)?, current_lsn, wal_status })
+                Ok(Standing {
+                    held_from: position(LOOK, held_from)?,
+                    current_lsn: position(LOOK, row.get("current_lsn"))?,
+                    wal_status,
+                    server_time_ms: row.get("server_time_ms"),
+                })
             }
             _ => Err(lost("its replication slot is gone; an error in the session drops it")),
         }
+    }
+
+    /// Asks on the second session, or on a new one when that is gone.
+    async fn look(&self) -> Result<(Row, bool), Error> {
+        if !self.watch.is_closed() {
+            match self.look_with(&self.watch).await {
+                Err(error) if error.is_closed() => {}
+                outcome => return outcome,
+            }
+        }
+        match connect(&self.watch_target, &self.watch_purpose).await {
+            Ok(spare) => self.look_with(&spare).await.map_err(Error::or_session_lost),
+            Err(_) if self.session.is_closed() => Err(self.gone("the connection is closed")),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn look_with(&self, watch: &Session) -> Result<(Row, bool), Error> {
+        let pid = self.backend_pid();
+        let row = watch.one(LOOK, CHECK, &[&self.started.slot_name, &pid]).await?;
+        Ok((row, locks::still_held(watch, pid, Class::Backup).await?))
     }
 
     /// Lets the server recycle the WAL before `position`: all of it must be stored. Positions that go back are ignored.
@@ -260,8 +291,8 @@ SELECT (pg_replication_slot_advance(slot_name, $2::text::pg_lsn)).end_lsn::text
         }
     }
 
-    /// Completes the current WAL segment, so that it can be stored and let go. Needs no right that a backup needs
-    /// otherwise; without it the segment completes when it is full.
+    /// Completes the current WAL segment, so that it can be stored and let go. Needs a right that the backup itself does
+    /// not need; without it the segment completes when it is full.
     pub async fn switch_wal(&self) -> Result<Lsn, Error> {
         let what = "switch to a new WAL segment";
         let grant = grant("pg_catalog.pg_switch_wal()", self.watch.user());
@@ -285,9 +316,7 @@ SELECT (pg_replication_slot_advance(slot_name, $2::text::pg_lsn)).end_lsn::text
         let stop_lsn = position(what, row.get(0))?;
         self.stopped = true;
         // The server refuses a stop on another timeline only for standbys.
-        self.check().await?;
-        let now = "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8";
-        let server_time_ms = self.watch.one("read the server's clock", now, &[]).await?.get(0);
+        let server_time_ms = self.check().await?.server_time_ms;
         Ok(Stopped {
             stop_lsn,
             backup_label: row.get(1),
@@ -312,6 +341,8 @@ SELECT (pg_replication_slot_advance(slot_name, $2::text::pg_lsn)).end_lsn::text
     }
 }
 
+const LOOK: &str = "look after the backup";
+
 const CHECK: &str = "\
 -- pgmuster: look after a backup
 SELECT (SELECT (extract(epoch FROM backend_start) * 1000000)::int8 FROM pg_stat_activity WHERE pid = $2)
@@ -321,8 +352,9 @@ SELECT (SELECT (extract(epoch FROM backend_start) * 1000000)::int8 FROM pg_stat_
        CASE WHEN pg_is_in_recovery() THEN (SELECT timeline_id FROM pg_control_checkpoint())
             ELSE ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int4
        END AS timeline,
-       CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END::text
+       CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_flush_lsn() END::text
            AS current_lsn,
+       (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS server_time_ms,
        s.active_pid, s.restart_lsn::text AS restart_lsn, s.wal_status
   FROM (SELECT 1) one LEFT JOIN pg_replication_slots s ON s.slot_name = $1 AND s.temporary";
 

@@ -255,37 +255,49 @@ fn listed(places: &[PathBuf]) -> String {
 /// What a server or a connection said, without connection strings, passwords or user data.
 #[derive(Debug, Clone)]
 pub struct ServerMessage {
+    // Boxed, because errors travel through every result of this crate.
+    inner: Box<Message>,
+}
+
+#[derive(Debug, Clone)]
+struct Message {
     state: Option<SqlState>,
     text: String,
     closed: bool,
 }
 
+impl From<Message> for ServerMessage {
+    fn from(message: Message) -> Self {
+        Self { inner: Box::new(message) }
+    }
+}
+
 impl ServerMessage {
     /// The SQLSTATE, when the server itself spoke.
     pub fn state(&self) -> Option<&SqlState> {
-        self.state.as_ref()
+        self.inner.state.as_ref()
     }
 
     /// Whether the connection is gone, so that nothing further can be said on it.
     pub fn is_closed(&self) -> bool {
-        self.closed
+        self.inner.closed
     }
 
     /// A message of our own in the place of the server's.
     pub fn local(text: impl Into<String>) -> Self {
-        Self { state: None, text: text.into(), closed: false }
+        Message { state: None, text: text.into(), closed: false }.into()
     }
 
     /// A message of our own about a connection that is gone.
     pub fn gone(text: impl Into<String>) -> Self {
-        Self { state: None, text: text.into(), closed: true }
+        Message { state: None, text: text.into(), closed: true }.into()
     }
 
     /// The same message with every occurrence of `secret` blotted out.
     #[must_use]
     pub fn without(mut self, secret: &str) -> Self {
         if !secret.is_empty() {
-            self.text = self.text.replace(secret, "***");
+            self.inner.text = self.inner.text.replace(secret, "***");
         }
         self
     }
@@ -293,8 +305,8 @@ impl ServerMessage {
 
 impl fmt::Display for ServerMessage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.text)?;
-        match &self.state {
+        f.write_str(&self.inner.text)?;
+        match &self.inner.state {
             Some(state) => write!(f, " (SQLSTATE {})", state.code()),
             None => Ok(()),
         }
@@ -314,7 +326,7 @@ impl From<tokio_postgres::Error> for ServerMessage {
                     "57P01" | "57P02" | "57P03" | "57P04" | "57P05" | "25P03" | "25P04"
                 )
                 || state.code().starts_with("08");
-            return Self { text: db.message().to_owned(), state: Some(state), closed };
+            return Message { text: db.message().to_owned(), state: Some(state), closed }.into();
         }
         let lost =
             |e: &(dyn std::error::Error + 'static)| e.downcast_ref::<std::io::Error>().is_some();
@@ -324,7 +336,7 @@ impl From<tokio_postgres::Error> for ServerMessage {
             closed |= lost(inner);
             cause = inner.source();
         }
-        Self { state: None, text: failure::chain(&error), closed }
+        Message { state: None, text: failure::chain(&error), closed }.into()
     }
 }
 

@@ -35,6 +35,10 @@ SELECT current_setting('server_version_num')::int4 AS version,
 
 /// What a server says about itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "facts of a server that do not exclude each other"
+)]
 pub struct ServerIdentity {
     /// Its version.
     pub version: ServerVersion,

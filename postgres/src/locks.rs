@@ -64,7 +64,7 @@ pub async fn try_lock(session: &Session, class: Class) -> Result<(), Error> {
             let mut text = format!("process {} holds it", row.get::<_, i32>(0));
             for (word, value) in [("named", field(1)), ("from", field(2)), ("since", field(3))] {
                 if let Some(value) = value {
-                    text.push_str(&format!(", {word} {value}"));
+                    text = format!("{text}, {word} {value}");
                 }
             }
             text

@@ -64,16 +64,14 @@ pub async fn require_for_backup(session: &Session) -> Result<(), Error> {
     let what = "prepare a physical backup";
     let sql = "\
 -- pgmuster: settings a backup needs
-SELECT current_setting('wal_level'), current_setting('max_wal_senders')::int4,
-       current_setting('max_replication_slots')::int4,
-       (SELECT count(*) FROM pg_replication_slots)::int4,
-       current_setting('full_page_writes')";
+SELECT current_setting('wal_level'), current_setting('max_replication_slots')::int4,
+       (SELECT count(*) FROM pg_replication_slots)::int4";
     let row = session.one(what, sql, &[]).await?;
     let refuse = |found: String, cure: &str| {
         Err(Error::Setting { what: what.to_owned(), found, cure: cure.to_owned() })
     };
     let wal_level: String = row.get(0);
-    let (senders, slots, used): (i32, i32, i32) = (row.get(1), row.get(2), row.get(3));
+    let (slots, used): (i32, i32) = (row.get(1), row.get(2));
     if wal_level == "minimal" {
         return refuse(
             "wal_level is minimal, which leaves out what a backup needs".to_owned(),
@@ -90,12 +88,6 @@ SELECT current_setting('wal_level'), current_setting('max_wal_senders')::int4,
         return refuse(
             format!("all {slots} replication slots are in use (max_replication_slots)"),
             "Drop replication slots that nobody uses (pg_replication_slots), or raise max_replication_slots and restart.",
-        );
-    }
-    if senders == 0 {
-        return refuse(
-            "max_wal_senders is 0".to_owned(),
-            "ALTER SYSTEM SET max_wal_senders = 10; then restart the server.",
         );
     }
     Ok(())

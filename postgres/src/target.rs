@@ -24,7 +24,7 @@ const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_RETRIES: u32 = 3;
 /// Unacknowledged data means a dead peer after this long.
-const TCP_USER_TIMEOUT: Duration = Duration::from_secs(60);
+const TCP_USER_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// What the process's surroundings say about PostgreSQL connections: read once at start, or made up by a test.
 #[derive(Debug, Clone, Default)]
@@ -349,8 +349,14 @@ impl Target {
                 }
                 "options" => target.options = value,
                 // Accepted and not used: ours is always pgmuster/JOB, and our reading needs UTF-8.
-                "application_name" | "fallback_application_name" | "client_encoding" => {}
-                "sslcompression" | "gssencmode" | "krbsrvname" | "sslsni" => {}
+                // The rest concerns what rustls does not do.
+                "application_name"
+                | "fallback_application_name"
+                | "client_encoding"
+                | "sslcompression"
+                | "gssencmode"
+                | "krbsrvname"
+                | "sslsni" => {}
                 _ => return Err(wrong(format!("the keyword {key:?} is unknown or not supported"))),
             }
         }
@@ -527,13 +533,13 @@ fn url_settings(rest: &str) -> Result<Settings, Error> {
             pair.split_once('=').ok_or_else(|| wrong("the URL has a parameter without a value"))?;
         let key = percent_decode(key)?;
         let value = percent_decode(value)?;
-        match (key.as_str(), value.as_str()) {
-            ("ssl", "true") => pairs.push(("sslmode".to_owned(), "require".to_owned())),
-            _ => {
-                pairs.retain(|(existing, _)| *existing != key);
-                pairs.push((key, value));
-            }
-        }
+        // What JDBC writes, and libpq reads as well.
+        let (key, value) = match (key.as_str(), value.as_str()) {
+            ("ssl", "true") => ("sslmode".to_owned(), "require".to_owned()),
+            _ => (key, value),
+        };
+        pairs.retain(|(existing, _)| *existing != key);
+        pairs.push((key, value));
     }
     Ok(Settings { pairs })
 }
@@ -681,7 +687,7 @@ mod tests {
     fn nothing_that_is_shown_holds_the_password() {
         let secret = "hunter2";
         let target = Target::parse(&format!("postgres://bob:{secret}@db1/x"), &nobody()).unwrap();
-        assert!(!format!("{target} {target:?} {:#?}", target).contains(secret));
+        assert!(!format!("{target} {target:?} {target:#?}").contains(secret));
         for bad in [
             format!("postgres://bob:{secret}%zz@db1/x"),
             format!("host=a password={secret} sslmode={secret}"),

@@ -206,9 +206,9 @@ impl WalChanges {
                 let (table, _) = self.first_block(record)?;
                 let changes = self.changes(table);
                 if info & HEAP_OPERATION == HEAP_INSERT {
-                    changes.inserted += 1
+                    changes.inserted += 1;
                 } else {
-                    changes.deleted += 1
+                    changes.deleted += 1;
                 }
             }
             RMGR_HEAP2 if info & HEAP_OPERATION == HEAP2_MULTI_INSERT => {

@@ -1,5 +1,7 @@
 //! Sessions with real servers: who answers, what was agreed, what is refused, and that nothing stays open.
 
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
 mod servers;
 
 use std::os::unix::fs::PermissionsExt as _;
@@ -158,7 +160,7 @@ async fn a_cancelled_session_can_be_used_again(major: u32) {
         session.within("sleep", &CancellationToken::new(), deadline, sleep()).await.unwrap_err();
     assert!(matches!(error, Error::Deadline { .. }), "{}", shown(&error));
     assert_eq!(text(&session, "SELECT 'usable'").await, "usable");
-    assert!(begun.elapsed() < Duration::from_secs(60));
+    assert!(begun.elapsed() < Duration::from_mins(1));
 }
 
 async fn locks_are_found_held_and_lost(major: u32) {

@@ -99,7 +99,7 @@ SELECT pg_is_in_recovery() AS in_recovery,
             let shown = format!("{}.{} in {database}", table.schema, table.table);
             match content.tables.get(&key) {
                 None => {
-                    self.finding("relations_present").bad.push(format!("table {shown} is missing"))
+                    self.finding("relations_present").bad.push(format!("table {shown} is missing"));
                 }
                 Some(found) => self.compare_rows(&shown, table, *found),
             }

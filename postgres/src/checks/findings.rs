@@ -113,11 +113,11 @@ pub(super) fn conclude(
     let nothing = Findings::default();
     let findings = findings.unwrap_or(&nothing);
     let list = |items: &[String]| {
-        let mut text = items.iter().take(NAMED_FINDINGS).cloned().collect::<Vec<_>>().join("; ");
-        if items.len() > NAMED_FINDINGS {
-            text.push_str(&format!("; and {} more", items.len() - NAMED_FINDINGS));
+        let text = items.iter().take(NAMED_FINDINGS).cloned().collect::<Vec<_>>().join("; ");
+        match items.len().checked_sub(NAMED_FINDINGS) {
+            None | Some(0) => text,
+            Some(more) => format!("{text}; and {more} more"),
         }
-        text
     };
     let (outcome, detail) = if !findings.bad.is_empty() {
         (CheckOutcome::Failed, format!("{} wrong: {}", findings.bad.len(), list(&findings.bad)))
