@@ -29,7 +29,7 @@ use crate::redact::scrub;
 /// The instrumentation scope of every span.
 pub(crate) const SCOPE: &str = "pgmuster";
 
-/// Whose tracing spans are exported. Libraries are left out: an exporter that traced its own HTTP client would feed
+/// Whose tracing spans are exported, from level INFO on. Libraries are left out: an exporter that traced its own HTTP client would feed
 /// itself.
 const TRACED: [&str; 13] = [
     "broker",
@@ -159,9 +159,7 @@ pub fn init(options: &Options) -> Result<Guard, TelemetryError> {
         .with_location(false)
         .with_threads(false)
         .with_tracked_inactivity(false)
-        .with_filter(
-            Targets::new().with_targets(TRACED.map(|target| (target, LevelFilter::DEBUG))),
-        );
+        .with_filter(Targets::new().with_targets(TRACED.map(|target| (target, LevelFilter::INFO))));
     let subscriber = tracing_subscriber::registry().with(spans).with(lines);
     tracing::subscriber::set_global_default(subscriber)
         .map_err(|_| TelemetryError::AlreadyInstalled)?;
