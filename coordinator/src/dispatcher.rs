@@ -55,7 +55,7 @@ pub(crate) async fn run(core: &Core, epoch: i64, over: &CancellationToken) -> Re
         };
         let send_again = async {
             if all_sent {
-                std::future::pending().await
+                std::future::pending::<()>().await;
             } else {
                 tokio::time::sleep(SEND_RETRY).await;
             }

@@ -43,8 +43,10 @@ use dialect::Dialect;
 
 /// Connections that only read.
 const READERS_MAX: u32 = 4;
-/// How often a transaction is begun anew before its error is believed.
+/// How often a transaction is begun anew before its error is believed,
 const TRIES_MAX: u32 = 8;
+/// and for how long: a database that stays locked is told, not waited for.
+const TRY_FOR: Duration = Duration::from_secs(5);
 /// How long a connection may be waited for.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -143,7 +145,9 @@ impl Catalog {
             tries += 1;
             match self.once(name, epoch, &mut body).await {
                 Err(Error::Catalog { source, .. })
-                    if tries < TRIES_MAX && self.dialect.is_passing(&source) =>
+                    if tries < TRIES_MAX
+                        && began.elapsed() < TRY_FOR
+                        && self.dialect.is_passing(&source) =>
                 {
                     self.metrics.catalog_retried(name);
                     // Grows from 2 ms to a quarter of a second.

@@ -25,7 +25,7 @@ enum Server {
 }
 
 impl Server {
-    async fn sqlite() -> Self {
+    fn sqlite() -> Self {
         Self::Sqlite(tempfile::tempdir().unwrap())
     }
 
@@ -91,6 +91,7 @@ async fn every_case(server: Server) {
     }
     cases![
         a_catalog_is_opened_twice,
+        a_newer_catalog_is_refused,
         one_leads_and_the_others_wait,
         a_stale_epoch_cannot_write,
         epochs_and_tokens_jump_ahead_of_an_old_copy,
@@ -109,7 +110,7 @@ async fn every_case(server: Server) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn on_sqlite() {
-    every_case(Server::sqlite().await).await;
+    every_case(Server::sqlite()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -181,6 +182,27 @@ async fn a_catalog_is_opened_twice(url: &str) {
     let wanted = job(backup(), 1);
     insert(&first, &wanted).await;
     assert_eq!(get(&second, &wanted).await.id, wanted.id);
+}
+
+async fn a_newer_catalog_is_refused(url: &str) {
+    let first = catalog(url).await;
+    first
+        .transact("test", |tx| {
+            Box::pin(async move {
+                sqlx::query(
+                    "-- a migration of a later version
+                     INSERT INTO _sqlx_migrations
+                     SELECT 9999, description, installed_on, success, checksum, execution_time FROM _sqlx_migrations",
+                )
+                .execute(tx.db())
+                .await?;
+                Ok(())
+            })
+        })
+        .await
+        .unwrap();
+    let refused = Catalog::connect(&SecretString::from(url)).await;
+    assert!(matches!(refused, Err(Error::Migrate(_))), "{refused:?}");
 }
 
 async fn one_leads_and_the_others_wait(url: &str) {
@@ -454,10 +476,32 @@ async fn ready_jobs_come_oldest_first(url: &str) {
     assert_eq!(jobs::next_due(&mut db, 100).await.unwrap(), None);
 }
 
+#[tokio::test]
+async fn the_file_of_a_catalog_is_its_owners_alone() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let Server::Sqlite(directory) = Server::sqlite() else { panic!() };
+    let path = directory.path().join("c.sqlite");
+    let opened = catalog(&format!("sqlite:{}", path.display())).await;
+    insert(&opened, &job(backup(), 1)).await;
+    for suffix in ["", "-wal", "-shm"] {
+        let file = format!("{}{suffix}", path.display());
+        assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600, "{file}");
+    }
+}
+
+#[tokio::test]
+async fn a_url_of_another_database_is_refused() {
+    for url in ["mysql://h/d", "/var/lib/catalog", ""] {
+        let refused = Catalog::connect(&SecretString::from(url)).await;
+        assert!(matches!(refused, Err(Error::CatalogUrl)), "{url}: {refused:?}");
+    }
+}
+
 /// Events and workers are read back by the API's tests; here only that odd text survives.
 #[tokio::test]
 async fn odd_text_survives() {
-    let server = Server::sqlite().await;
+    let server = Server::sqlite();
     let catalog = catalog(&server.fresh("odd").await).await;
     let event = events::Event {
         at_ms: 1,
@@ -507,12 +551,13 @@ mod lives {
 
     #[test]
     fn a_late_pulse_of_a_former_boot_is_not_a_new_life() {
+        use Life::{New, Past, Same};
+
         let mut worker = Worker::of_certificate(&certificate(1, 1));
         let lives: Vec<Life> = [(1, 1), (1, 2), (1, 2), (2, 1), (1, 9), (2, 2), (3, 1), (2, 3)]
             .into_iter()
             .map(|(boot, seq)| worker.hear(&pulse(boot, seq), 10))
             .collect();
-        use Life::{New, Past, Same};
         assert_eq!(lives, [New, Same, Past, New, Past, Same, New, Past]);
     }
 

@@ -1,12 +1,12 @@
 //! What people order: waiting, cancelling, deadlines, who goes first.
 
-use coordinator::api::types::{JobView, SubmitRequest};
+use coordinator::api::types::{ClusterView, JobView, SubmitRequest};
 use proto::failure::{Action, Code, Failure};
 use proto::job::{Analyze, Task};
 use proto::message::{Control, DenialReason};
 use proto::{JobState, Lane};
 
-use crate::support::{Fleet, Worker, backup_request, orders};
+use crate::support::{Fleet, Worker, backup_request, eventually, orders};
 
 async fn cancel(fleet: &Fleet, job: &JobView) -> JobView {
     fleet.post(&format!("/v1/jobs/{}/cancel", job.id), &()).await
@@ -189,4 +189,25 @@ async fn a_paused_cluster_is_left_alone() {
     fleet.until(early.id, "paused", |job| job.reason.as_deref() == Some("orders is paused")).await;
     let _: serde_json::Value = fleet.post("/v1/clusters/orders/resume", &()).await;
     assert_eq!(w1.ticket().await.job, early.id);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_server_under_a_cluster_s_name_is_told_until_it_is_adopted() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    w1.identifier = proto::SystemIdentifier(43);
+    w1.announce(&fleet).await;
+    let told = || async {
+        let view: ClusterView = fleet.get("/v1/clusters/orders").await;
+        view.reason.contains("orders shows system identifier 43, 42 is expected").then_some(())
+    };
+    eventually("it is told", told).await;
+    let job = fleet.backup().await;
+    let ticket = w1.ticket().await;
+    let work = w1.take(&ticket).await;
+    assert_eq!(work.spec.system_identifier, Some(proto::SystemIdentifier(42)));
+    cancel(&fleet, &job).await;
+    let adopted: ClusterView = fleet.post("/v1/clusters/orders/adopt", &()).await;
+    assert_eq!(adopted.system_identifier, Some(proto::SystemIdentifier(43)));
+    assert_eq!(adopted.reason, "no backup has been taken yet");
 }

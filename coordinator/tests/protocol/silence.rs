@@ -46,7 +46,7 @@ async fn a_silent_attempt_is_lost_on_evidence_and_the_next_one_names_it() {
     let mut w9 = witness(&fleet).await;
     let job = fleet.backup().await;
     let ticket = w1.ticket().await;
-    let _dead = w1.take(&ticket).await;
+    let dead = w1.take(&ticket).await;
 
     let mut looking = probe(&fleet, &mut w9).await;
     let Task::Probe(asked) = &looking.spec.task else { panic!("{:?}", looking.spec.task) };
@@ -88,7 +88,7 @@ async fn a_silent_attempt_is_lost_on_evidence_and_the_next_one_names_it() {
     let next = w2.ticket().await;
     let work = w2.take(&next).await;
     assert_eq!(work.spec.predecessor, Some(ticket.attempt));
-    assert!(work.grant.token > _dead.grant.token);
+    assert!(work.grant.token > dead.grant.token);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -170,20 +170,19 @@ async fn a_restarted_worker_has_lost_what_it_does_not_list() {
     assert_eq!(w1.denied(&next, "n5").await, proto::message::DenialReason::Taken);
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn many_leases_at_once_are_a_storm_that_is_raised_and_harms_nobody() {
-    let fleet = Fleet::new().await;
+/// Three workers, each with a backup of a cluster of its own.
+async fn three_at_work(fleet: &Fleet) -> (Vec<(Worker, Work)>, Vec<proto::JobId>) {
     let mut workers = Vec::new();
     let mut jobs = Vec::new();
     for (name, cluster) in [("w1", "a"), ("w2", "b"), ("w3", "c")] {
-        let mut worker = Worker::undeclared(&fleet, name, 1);
+        let mut worker = Worker::undeclared(fleet, name, 1);
         worker.clusters = vec![cluster];
         worker
             .broker
             .declare(&[broker::Declaration::worker(&worker.name, &worker.site)])
             .await
             .unwrap();
-        worker.announce(&fleet).await;
+        worker.announce(fleet).await;
         let mut request = backup_request();
         request.cluster = cluster.parse().unwrap();
         let job = fleet.submit(&request).await;
@@ -192,6 +191,13 @@ async fn many_leases_at_once_are_a_storm_that_is_raised_and_harms_nobody() {
         jobs.push(job.id);
         workers.push((worker, work));
     }
+    (workers, jobs)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_leases_at_once_are_a_storm_that_is_raised_and_harms_nobody() {
+    let fleet = Fleet::new().await;
+    let (mut workers, jobs) = three_at_work(&fleet).await;
     fleet
         .pass_until("the storm is told", || async {
             (!fleet.events("lease_storm").await.is_empty()).then_some(())
@@ -208,6 +214,17 @@ async fn many_leases_at_once_are_a_storm_that_is_raised_and_harms_nobody() {
     for job in &jobs {
         fleet.until_state(*job, JobState::Succeeded).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_storm_that_lasts_is_judged_one_by_one() {
+    let fleet = Fleet::new().await;
+    let (_workers, jobs) = three_at_work(&fleet).await;
+    for job in jobs {
+        fleet.pass_until_job(job, "given up", |job| job.state == JobState::Waiting).await;
+    }
+    assert_eq!(fleet.events("lease_storm").await.len(), 1, "told once");
+    assert_eq!(fleet.events("attempt_lost").await.len(), 3);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -30,28 +30,28 @@ use serde::de::DeserializeOwned;
 /// Nothing in these tests takes this long.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// When the tests begin.
-pub const START: i64 = 1_790_000_000_000;
+pub(crate) const START: i64 = 1_790_000_000_000;
 /// The seed of the coordinator's key.
-pub const SEED: [u8; 32] = [7; 32];
+pub(crate) const SEED: [u8; 32] = [7; 32];
 
-pub struct Fleet {
-    pub directory: tempfile::TempDir,
-    pub broker: Broker,
-    pub clock: Clock,
-    pub hand: Hand,
-    pub handle: Option<Handle>,
-    pub config: Config,
-    pub catalog_url: String,
+pub(crate) struct Fleet {
+    pub(crate) directory: tempfile::TempDir,
+    pub(crate) broker: Broker,
+    pub(crate) clock: Clock,
+    pub(crate) hand: Hand,
+    pub(crate) handle: Option<Handle>,
+    pub(crate) config: Config,
+    pub(crate) catalog_url: String,
 }
 
 impl Fleet {
-    pub async fn new() -> Self {
+    pub(crate) async fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let catalog_url = format!("sqlite:{}/catalog.sqlite", directory.path().display());
         Self::on(directory, catalog_url).await
     }
 
-    pub async fn on(directory: tempfile::TempDir, catalog_url: String) -> Self {
+    pub(crate) async fn on(directory: tempfile::TempDir, catalog_url: String) -> Self {
         let (clock, hand) = Clock::manual(START);
         let config = config("c1", directory.path().join("api.sock"));
         let mut fleet = Self {
@@ -68,13 +68,13 @@ impl Fleet {
     }
 
     /// Starts a coordinator (again) and waits until it leads.
-    pub async fn start(&mut self) {
+    pub(crate) async fn start(&mut self) {
         let handle = self.another(self.config.clone()).await;
         self.handle = Some(handle);
         self.wait_until_it_leads().await;
     }
 
-    pub async fn another(&self, config: Config) -> Handle {
+    pub(crate) async fn another(&self, config: Config) -> Handle {
         let options = Options {
             config,
             catalog_url: SecretString::from(self.catalog_url.as_str()),
@@ -85,20 +85,20 @@ impl Fleet {
             .unwrap()
     }
 
-    pub async fn wait_until_it_leads(&self) {
+    pub(crate) async fn wait_until_it_leads(&self) {
         eventually("the coordinator leads", || async { self.handle().leads().then_some(()) }).await;
     }
 
-    pub fn handle(&self) -> &Handle {
+    pub(crate) fn handle(&self) -> &Handle {
         self.handle.as_ref().unwrap()
     }
 
-    pub fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.config.listen.socket.clone().unwrap()
     }
 
     /// One HTTP request over the socket.
-    pub async fn request(
+    pub(crate) async fn request(
         &self,
         method: &str,
         path: &str,
@@ -108,13 +108,13 @@ impl Fleet {
         http(stream, method, path, body, &[]).await
     }
 
-    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> T {
+    pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> T {
         let (code, body) = self.request("GET", path, None).await;
         assert_eq!(code, StatusCode::OK, "{path}: {body}");
         serde_json::from_str(&body).unwrap()
     }
 
-    pub async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> T {
+    pub(crate) async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> T {
         let body = serde_json::to_string(body).unwrap();
         let (code, body) = self.request("POST", path, Some(body)).await;
         assert!(code.is_success(), "{path}: {code} {body}");
@@ -122,35 +122,45 @@ impl Fleet {
     }
 
     /// A request that is refused: the status and the failure.
-    pub async fn refused(&self, method: &str, path: &str, body: Option<String>) -> (u16, Failure) {
+    pub(crate) async fn refused(
+        &self,
+        method: &str,
+        path: &str,
+        body: Option<String>,
+    ) -> (u16, Failure) {
         let (code, body) = self.request(method, path, body).await;
         assert!(!code.is_success(), "{path}: {code} {body}");
         (code.as_u16(), serde_json::from_str(&body).unwrap())
     }
 
-    pub async fn submit(&self, request: &SubmitRequest) -> JobView {
+    pub(crate) async fn submit(&self, request: &SubmitRequest) -> JobView {
         self.post("/v1/jobs", request).await
     }
 
-    pub async fn backup(&self) -> JobView {
+    pub(crate) async fn backup(&self) -> JobView {
         self.submit(&backup_request()).await
     }
 
-    pub async fn job(&self, id: JobId) -> JobView {
+    pub(crate) async fn job(&self, id: JobId) -> JobView {
         self.get(&format!("/v1/jobs/{id}")).await
     }
 
-    pub async fn trace(&self, id: JobId) -> TraceView {
+    pub(crate) async fn trace(&self, id: JobId) -> TraceView {
         self.get(&format!("/v1/jobs/{id}/trace")).await
     }
 
-    pub async fn events(&self, name: &str) -> Vec<EventView> {
+    pub(crate) async fn events(&self, name: &str) -> Vec<EventView> {
         let all: Vec<EventView> = self.get("/v1/events").await;
         all.into_iter().filter(|event| event.name == name).collect()
     }
 
     /// Waits until a job is so.
-    pub async fn until(&self, id: JobId, what: &str, so: impl Fn(&JobView) -> bool) -> JobView {
+    pub(crate) async fn until(
+        &self,
+        id: JobId,
+        what: &str,
+        so: impl Fn(&JobView) -> bool,
+    ) -> JobView {
         eventually(what, || async {
             let job = self.job(id).await;
             so(&job).then_some(job)
@@ -158,12 +168,12 @@ impl Fleet {
         .await
     }
 
-    pub async fn until_state(&self, id: JobId, state: JobState) -> JobView {
+    pub(crate) async fn until_state(&self, id: JobId, state: JobState) -> JobView {
         self.until(id, state.as_str(), |job| job.state == state).await
     }
 
     /// Lets time pass, a little at a time, until something is so.
-    pub async fn pass_until<T, F: Future<Output = Option<T>>>(
+    pub(crate) async fn pass_until<T, F: Future<Output = Option<T>>>(
         &self,
         what: &str,
         so: impl Fn() -> F,
@@ -177,7 +187,7 @@ impl Fleet {
     }
 
     /// Lets time pass until a job is so.
-    pub async fn pass_until_job(
+    pub(crate) async fn pass_until_job(
         &self,
         id: JobId,
         what: &str,
@@ -190,7 +200,7 @@ impl Fleet {
         .await
     }
 
-    pub async fn metric(&self, line: &str) -> Option<f64> {
+    pub(crate) async fn metric(&self, line: &str) -> Option<f64> {
         let (_, page) = self.request("GET", "/metrics", None).await;
         let found = page
             .lines()
@@ -199,7 +209,7 @@ impl Fleet {
     }
 }
 
-pub fn config(name: &str, socket: PathBuf) -> Config {
+pub(crate) fn config(name: &str, socket: PathBuf) -> Config {
     Config {
         name: name.parse().unwrap(),
         signing_key: "env:KEY".parse().unwrap(),
@@ -222,7 +232,7 @@ pub fn config(name: &str, socket: PathBuf) -> Config {
 }
 
 /// One HTTP request over any stream.
-pub async fn http(
+pub(crate) async fn http(
     stream: impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin + 'static,
     method: &str,
     path: &str,
@@ -244,7 +254,10 @@ pub async fn http(
 }
 
 /// Waits, with a bound, until something is so.
-pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, so: impl Fn() -> F) -> T {
+pub(crate) async fn eventually<T, F: Future<Output = Option<T>>>(
+    what: &str,
+    so: impl Fn() -> F,
+) -> T {
     let end = tokio::time::Instant::now() + PATIENCE;
     loop {
         if let Some(value) = so().await {
@@ -255,24 +268,26 @@ pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, so: impl F
     }
 }
 
-pub fn orders() -> ClusterName {
+pub(crate) fn orders() -> ClusterName {
     "orders".parse().unwrap()
 }
 
-pub fn backup_request() -> SubmitRequest {
+pub(crate) fn backup_request() -> SubmitRequest {
     SubmitRequest::new(orders(), Task::Backup(Backup::default()))
 }
 
 /// A worker that does what the test says, and says what a real one would.
-pub struct Worker {
-    pub name: WorkerName,
-    pub site: SiteName,
-    pub boot: BootId,
-    pub credentials: Credentials,
-    pub broker: Broker,
-    pub clusters: Vec<&'static str>,
-    pub slots: Slots,
-    pub running: Vec<RunningAttempt>,
+pub(crate) struct Worker {
+    pub(crate) name: WorkerName,
+    pub(crate) site: SiteName,
+    pub(crate) boot: BootId,
+    pub(crate) credentials: Credentials,
+    pub(crate) broker: Broker,
+    pub(crate) clusters: Vec<&'static str>,
+    pub(crate) slots: Slots,
+    pub(crate) running: Vec<RunningAttempt>,
+    /// What its cluster shows.
+    pub(crate) identifier: SystemIdentifier,
     seq: u64,
     own: [Consumer; 2],
     shared: [Consumer; 2],
@@ -281,7 +296,7 @@ pub struct Worker {
 
 impl Worker {
     /// Enrolled, declared, and announced by its first pulse.
-    pub async fn new(fleet: &Fleet, name: &str) -> Self {
+    pub(crate) async fn new(fleet: &Fleet, name: &str) -> Self {
         let worker = Self::undeclared(fleet, name, 1);
         let declaration = Declaration::worker(&worker.name, &worker.site);
         worker.broker.declare(&[declaration]).await.unwrap();
@@ -290,7 +305,7 @@ impl Worker {
         worker
     }
 
-    pub fn undeclared(fleet: &Fleet, name: &str, life: u8) -> Self {
+    pub(crate) fn undeclared(fleet: &Fleet, name: &str, life: u8) -> Self {
         let name: WorkerName = name.parse().unwrap();
         let site: SiteName = "fra1".parse().unwrap();
         let key = || {
@@ -311,6 +326,7 @@ impl Worker {
             clusters: vec!["orders"],
             slots: Slots { urgent_free: 1, routine_free: 2 },
             running: Vec::new(),
+            identifier: SystemIdentifier(42),
             seq: 0,
             own,
             shared,
@@ -322,14 +338,14 @@ impl Worker {
     }
 
     /// The next life of the same worker.
-    pub fn restart(&mut self) {
+    pub(crate) fn restart(&mut self) {
         let life = self.boot.as_bytes()[15] + 1;
         self.boot = BootId::mint(1, [life; 10]);
         self.seq = 0;
         self.running.clear();
     }
 
-    pub fn offers(&self) -> Offers {
+    pub(crate) fn offers(&self) -> Offers {
         Offers {
             version: "0".to_owned(),
             kinds: JobKind::ALL.to_vec(),
@@ -340,7 +356,7 @@ impl Worker {
                     name: name.parse().unwrap(),
                     labels: [("tier".to_owned(), "gold".to_owned())].into(),
                     repository: Some("main".to_owned()),
-                    system_identifier: Some(SystemIdentifier(42)),
+                    system_identifier: Some(self.identifier),
                     server_version_num: Some(150_018),
                     files: true,
                     problem: None,
@@ -361,7 +377,7 @@ impl Worker {
         assert_eq!(self.broker.publish(publish).await.unwrap(), Published::Routed);
     }
 
-    pub async fn pulse_with(&mut self, offers: Option<Offers>) {
+    pub(crate) async fn pulse_with(&mut self, offers: Option<Offers>) {
         self.seq += 1;
         let pulse = Pulse {
             schema: SCHEMA,
@@ -380,18 +396,18 @@ impl Worker {
         self.say(topology::PULSE, "pulse", body).await;
     }
 
-    pub async fn pulse(&mut self) {
+    pub(crate) async fn pulse(&mut self) {
         self.pulse_with(None).await;
     }
 
     /// A pulse with offers, and the wait until the coordinator has it.
-    pub async fn announce(&mut self, fleet: &Fleet) {
+    pub(crate) async fn announce(&mut self, fleet: &Fleet) {
         self.pulse_with(Some(self.offers())).await;
         self.heard(fleet).await;
     }
 
     /// Waits until this boot is the one the coordinator knows, and alive.
-    pub async fn heard(&self, fleet: &Fleet) {
+    pub(crate) async fn heard(&self, fleet: &Fleet) {
         eventually("the worker is known", || async {
             let all: Vec<coordinator::api::types::WorkerView> = fleet.get("/v1/workers").await;
             all.iter()
@@ -402,13 +418,13 @@ impl Worker {
     }
 
     /// The next ticket for this worker alone.
-    pub async fn ticket(&mut self) -> Ticket {
+    pub(crate) async fn ticket(&mut self) -> Ticket {
         let [urgent, routine] = &mut self.own;
         next_ticket(urgent, routine).await
     }
 
     /// The next ticket, whether it is for this worker or for anybody of its site.
-    pub async fn any_ticket(&mut self) -> Ticket {
+    pub(crate) async fn any_ticket(&mut self) -> Ticket {
         let [urgent, routine] = &mut self.own;
         let [shared_urgent, shared_routine] = &mut self.shared;
         tokio::select! {
@@ -418,12 +434,12 @@ impl Worker {
     }
 
     /// The next ticket for anybody of its site.
-    pub async fn site_ticket(&mut self) -> Ticket {
+    pub(crate) async fn site_ticket(&mut self) -> Ticket {
         let [urgent, routine] = &mut self.shared;
         next_ticket(urgent, routine).await
     }
 
-    pub fn claim_of(&self, ticket: &Ticket, nonce: &str) -> ClaimMessage {
+    pub(crate) fn claim_of(&self, ticket: &Ticket, nonce: &str) -> ClaimMessage {
         ClaimMessage::Claim(Claim {
             schema: SCHEMA,
             job: ticket.job,
@@ -434,16 +450,16 @@ impl Worker {
         })
     }
 
-    pub async fn send_claim(&self, message: &ClaimMessage) {
+    pub(crate) async fn send_claim(&self, message: &ClaimMessage) {
         let body = serde_json::to_string(&self.credentials.sign(message)).unwrap();
         self.say(topology::CLAIMS, "claim", body).await;
     }
 
-    pub async fn send_raw_claim(&self, body: String) {
+    pub(crate) async fn send_raw_claim(&self, body: String) {
         self.say(topology::CLAIMS, "claim", body).await;
     }
 
-    pub async fn decline(&self, ticket: &Ticket, reason: DeclineReason) {
+    pub(crate) async fn decline(&self, ticket: &Ticket, reason: DeclineReason) {
         let decline = ClaimMessage::Decline(Decline {
             schema: SCHEMA,
             job: ticket.job,
@@ -457,7 +473,7 @@ impl Worker {
     }
 
     /// The next answer on the control queue, and the exact bytes of it.
-    pub async fn answer(&mut self) -> (Control, String) {
+    pub(crate) async fn answer(&mut self) -> (Control, String) {
         let answer = async {
             loop {
                 let delivery = self.control.next().await.unwrap();
@@ -474,7 +490,7 @@ impl Worker {
     }
 
     /// The next beacon that satisfies a condition.
-    pub async fn beacon(&mut self, so: impl Fn(&Beacon) -> bool) -> Beacon {
+    pub(crate) async fn beacon(&mut self, so: impl Fn(&Beacon) -> bool) -> Beacon {
         let found = async {
             loop {
                 let delivery = self.control.next().await.unwrap();
@@ -493,7 +509,7 @@ impl Worker {
     }
 
     /// Claims a ticket and gets the grant.
-    pub async fn take(&mut self, ticket: &Ticket) -> Work {
+    pub(crate) async fn take(&mut self, ticket: &Ticket) -> Work {
         self.send_claim(&self.claim_of(ticket, "n1")).await;
         match self.answer().await.0 {
             Control::Grant(grant) => self.begin(*grant),
@@ -501,7 +517,7 @@ impl Worker {
         }
     }
 
-    pub async fn denied(&mut self, ticket: &Ticket, nonce: &str) -> DenialReason {
+    pub(crate) async fn denied(&mut self, ticket: &Ticket, nonce: &str) -> DenialReason {
         self.send_claim(&self.claim_of(ticket, nonce)).await;
         match self.answer().await.0 {
             Control::Denial(denial) => {
@@ -522,12 +538,12 @@ impl Worker {
         Work { grant, spec, seq: 0 }
     }
 
-    pub async fn report(&self, work: &mut Work, body: ReportBody) {
+    pub(crate) async fn report(&self, work: &mut Work, body: ReportBody) {
         work.seq += 1;
         self.report_as(work, work.seq, work.grant.token, body).await;
     }
 
-    pub async fn report_as(&self, work: &Work, seq: u64, token: u64, body: ReportBody) {
+    pub(crate) async fn report_as(&self, work: &Work, seq: u64, token: u64, body: ReportBody) {
         let report = Report {
             schema: SCHEMA,
             job: work.spec.job,
@@ -544,7 +560,7 @@ impl Worker {
     }
 
     /// Reports success of a backup.
-    pub async fn succeed(&mut self, work: &mut Work) {
+    pub(crate) async fn succeed(&mut self, work: &mut Work) {
         let body = ReportBody::Succeeded {
             outcome: Box::new(backup_outcome(work.grant.attempt)),
             steps: vec![],
@@ -552,11 +568,11 @@ impl Worker {
         self.end(work, body).await;
     }
 
-    pub async fn fail(&mut self, work: &mut Work, failure: Failure) {
+    pub(crate) async fn fail(&mut self, work: &mut Work, failure: Failure) {
         self.end(work, ReportBody::Failed { failure, outcome: None, steps: vec![] }).await;
     }
 
-    pub async fn end(&mut self, work: &mut Work, body: ReportBody) {
+    pub(crate) async fn end(&mut self, work: &mut Work, body: ReportBody) {
         self.running.retain(|running| running.attempt != work.grant.attempt);
         self.report(work, body).await;
     }
@@ -580,13 +596,13 @@ async fn next_ticket(urgent: &mut Consumer, routine: &mut Consumer) -> Ticket {
 }
 
 /// A grant in hand.
-pub struct Work {
-    pub grant: Grant,
-    pub spec: Spec,
-    pub seq: u64,
+pub(crate) struct Work {
+    pub(crate) grant: Grant,
+    pub(crate) spec: Spec,
+    pub(crate) seq: u64,
 }
 
-pub fn backup_outcome(attempt: AttemptId) -> Outcome {
+pub(crate) fn backup_outcome(attempt: AttemptId) -> Outcome {
     Outcome::Backup(BackupOutcome {
         backup: BackupId::from(attempt),
         lineage: LineageId::mint(1, [1; 10]),
