@@ -63,8 +63,8 @@ const MINIMUMS: [(&str, u32, u32); 5] = [
     ("max_connections", 20, 14),
     ("max_prepared_transactions", 0, 14),
     ("max_locks_per_transaction", 64, 14),
-    ("max_replication_slots", 10, 14),
-    ("max_active_replication_origins", 10, 18),
+    ("max_replication_slots", 64, 14),
+    ("max_active_replication_origins", 64, 18),
 ];
 /// What makes the copy inert, and small. By name, value, and the first version that knows it.
 const INERT: [(&str, &str, u32); 50] = [

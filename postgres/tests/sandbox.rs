@@ -139,6 +139,9 @@ async fn a_copy_boots_to_the_end_of_its_backup_and_is_inert() {
             value: "auto_explain,no_such_library".into(),
         }];
         options.preload_libraries = vec!["auto_explain".to_owned()];
+        // An engine that forgets to leave the slots behind: the copy must not keep them.
+        let slot = Path::new("pg_replslot/kept");
+        copy(&instance.data_directory().join(slot), &room.data_directory().join(slot));
         let stop_lsn = options.stop_lsn;
         let room_path = room.path().to_owned();
         let mut sandbox = Sandbox::boot(instance.binaries(), room, options).await.unwrap();
@@ -377,6 +380,38 @@ async fn a_cluster_without_the_usual_superuser_is_proved_too() {
         assert_eq!((sandbox.role(), sandbox.replay_end()), ("postgres", stop_lsn));
         let copy = connect(&sandbox.url("template1")).await;
         assert_eq!(text(&copy, "SELECT current_user").await, "postgres");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_subscribers_copy_has_room_for_its_replication_origins() {
+    for major in [15, 18] {
+        let name =
+            if major >= 18 { "max_active_replication_origins" } else { "max_replication_slots" };
+        let (instance, directory) = cluster(major, &[(name, "80")]).await;
+        let client = connect(&instance.url("postgres")).await;
+        client.batch_execute("CREATE TABLE t (i int)").await.unwrap();
+        // What apply workers do, more often than a server has room for by default: commits that
+        // carry the origin they came from. Replay has to remember each of them.
+        let applied: String = (0..70)
+            .map(|n| {
+                format!(
+                    "SELECT pg_replication_origin_create('o{n}'); \
+                     SELECT pg_replication_origin_session_setup('o{n}'); \
+                     BEGIN; SELECT pg_replication_origin_xact_setup('0/{n:X}', now()); \
+                     INSERT INTO t VALUES ({n}); COMMIT; \
+                     SELECT pg_replication_origin_session_reset();"
+                )
+            })
+            .collect();
+        let rooms = directory.path().join("rooms");
+        let (room, mut options) = copied_by_hand(&instance, &rooms, &applied).await;
+        options.settings = vec![Setting { name: name.to_owned(), value: "80".to_owned() }];
+        let sandbox = Sandbox::boot(instance.binaries(), room, options).await.unwrap();
+        let copy = connect(&sandbox.url("postgres")).await;
+        assert_eq!(text(&copy, "SELECT count(*) FROM public.t").await, "70");
+        let remembered = "SELECT count(*) FROM pg_show_replication_origin_status()";
+        assert_eq!(text(&copy, remembered).await, "70");
     }
 }
 
