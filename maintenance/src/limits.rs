@@ -44,7 +44,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             lock_timeout: Duration::from_secs(2),
-            table_timeout: Duration::from_secs(3_600),
+            table_timeout: Duration::from_hours(1),
             deadline: None,
         }
     }

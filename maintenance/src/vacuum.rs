@@ -24,7 +24,7 @@ pub const BLOAT_RATIO: f64 = 2.0;
 /// Smaller tables are not worth a lock: all their bloat fits into memory many times over.
 pub const MIN_SIZE_BYTES: u64 = 1 << 20;
 /// A snapshot this old keeps so many dead rows that vacuuming now frees little.
-pub const MAX_SNAPSHOT_AGE: Duration = Duration::from_secs(3_600);
+pub const MAX_SNAPSHOT_AGE: Duration = Duration::from_hours(1);
 /// PostgreSQL 14 counts in a separate process and answers late.
 const COUNTERS_LATE: Duration = Duration::from_secs(2);
 const COUNTERS_POLL: Duration = Duration::from_millis(50);
@@ -127,7 +127,7 @@ impl VacuumOptions {
         if let Some(limit) = self.buffer_limit_kb
             && server_major >= 16
         {
-            sql.push_str(&format!(", BUFFER_USAGE_LIMIT '{limit} kB'"));
+            sql += &[", BUFFER_USAGE_LIMIT '", &limit.to_string(), " kB'"].concat();
         }
         sql
     }

@@ -80,7 +80,7 @@ impl Server {
         Self { instance, major, _directory: directory }
     }
 
-    /// A session as a job opens it: search_path pinned, limits set by the execution.
+    /// A session as a job opens it: `search_path` pinned, limits set by the execution.
     pub(crate) async fn session(&self) -> Session {
         self.session_of("postgres").await
     }
