@@ -4,6 +4,7 @@
 //! from `tests/services`; a test whose service is missing fails and says how to start it.
 
 pub mod bucket;
+pub mod fleet;
 pub mod program;
 pub mod proxy;
 pub mod rabbit;
@@ -11,6 +12,7 @@ pub mod services;
 pub mod wait;
 
 pub use bucket::Bucket;
+pub use fleet::{Cluster, Fleet, Place, WorkerSetup};
 pub use program::{Finished, Pgmuster};
 pub use proxy::Proxy;
 pub use rabbit::{Rabbit, Vhost};

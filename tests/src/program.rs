@@ -123,6 +123,11 @@ impl Pgmuster {
         kill_process(pid.context("read the program's pid")?, signal).context("send a signal")
     }
 
+    /// Whether it has ended.
+    pub fn has_ended(&mut self) -> anyhow::Result<bool> {
+        Ok(self.child.try_wait()?.is_some())
+    }
+
     /// Waits until it ends by itself.
     pub fn wait(mut self, bound: Duration) -> anyhow::Result<Finished> {
         let what = format!("the end of pgmuster {}", self.arguments);

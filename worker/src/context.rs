@@ -86,6 +86,7 @@ impl JobContext {
         name: &str,
         work: impl Future<Output = Result<T, Failure>>,
     ) -> Result<T, Failure> {
+        let work = Box::pin(work);
         self.step_with(name, |_| work).await
     }
 
@@ -106,7 +107,12 @@ impl JobContext {
         );
         let index = self.begin_step(name, span_id);
         let handle = StepHandle { context: self.clone(), index };
-        let result = work(handle).instrument(span).await;
+        // On the heap: the future of a whole job would otherwise be moved through every frame of the stack.
+        let result = Box::pin(async {
+            self.until_stopped(crate::failpoint::reached(name)).await?;
+            Box::pin(work(handle)).await
+        });
+        let result = result.instrument(span).await;
         self.end_step(index, result.is_err());
         result
     }

@@ -12,6 +12,7 @@ mod consume;
 pub mod context;
 mod control;
 pub mod engines;
+pub mod failpoint;
 mod jobs;
 mod offers;
 mod outbound;

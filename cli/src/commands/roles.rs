@@ -97,6 +97,10 @@ async fn enroll(
 }
 
 async fn run_worker(path: &Path) -> Result<Exit, Failure> {
+    if let Some(text) = environment::variable("PGMUSTER_FAILPOINT") {
+        let armed = worker::failpoint::arm(&text);
+        tracing::warn!(armed, "This worker will fail on purpose: PGMUSTER_FAILPOINT={text}");
+    }
     let config: WorkerConfig = configs::read(path, WorkerConfig::problems)?;
     let credentials = identity::load(config.state_dir.as_std_path())?;
     let places = Places::resolve(&config, &Environment::of_process(), &secrets::resolve)?;

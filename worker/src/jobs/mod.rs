@@ -19,19 +19,32 @@ use crate::shared::Shared;
 /// Runs the job of this context.
 pub(crate) async fn run(shared: &Arc<Shared>, cx: &JobContext) -> Ended {
     let places = &shared.places;
+    // Each on the heap: the largest of them would otherwise set the size of all.
     match &cx.spec.task {
         Task::Backup(task) => {
-            plain(backup::run(cx, places, &shared.config, task).await.map(Outcome::Backup))
+            let work = Box::pin(backup::run(cx, places, &shared.config, task));
+            plain(work.await.map(Outcome::Backup))
         }
         Task::VerifyRestore(task) => {
-            verify_restore::run(cx, places, &shared.config, &shared.credentials, task).await
+            let (config, credentials) = (&shared.config, &shared.credentials);
+            Box::pin(verify_restore::run(cx, places, config, credentials, task)).await
         }
         Task::Restore(task) => {
-            plain(restore::run(cx, places, &shared.config, task).await.map(Outcome::Restore))
+            let work = Box::pin(restore::run(cx, places, &shared.config, task));
+            plain(work.await.map(Outcome::Restore))
         }
-        Task::Analyze(task) => plain(analyze::run(cx, places, task).await.map(Outcome::Analyze)),
-        Task::Vacuum(task) => plain(vacuum::run(cx, places, task).await.map(Outcome::Vacuum)),
-        Task::Probe(task) => plain(probe::run(cx, places, task).await.map(Outcome::Probe)),
+        Task::Analyze(task) => {
+            let work = Box::pin(analyze::run(cx, places, task));
+            plain(work.await.map(Outcome::Analyze))
+        }
+        Task::Vacuum(task) => {
+            let work = Box::pin(vacuum::run(cx, places, task));
+            plain(work.await.map(Outcome::Vacuum))
+        }
+        Task::Probe(task) => {
+            let work = Box::pin(probe::run(cx, places, task));
+            plain(work.await.map(Outcome::Probe))
+        }
     }
 }
 

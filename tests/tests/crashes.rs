@@ -1,0 +1,129 @@
+//! kill -9 of everybody, in the middle of everything: no backup is lost, none is invented, nothing is left behind.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use postgres::instance::InstanceOptions;
+use tests::{Cluster, Fleet, Place, Rabbit, Vhost, WorkerSetup};
+
+/// A job that has to survive somebody's death may take this long.
+const LATER: Duration = Duration::from_secs(120);
+
+async fn fleet(amqp: &str) -> anyhow::Result<(Fleet, Cluster)> {
+    let cluster = Cluster::start(15, InstanceOptions::default()).await?;
+    let mut fleet = Fleet::prepare(amqp, "", Place::Directory)?;
+    fleet.start_coordinator()?;
+    Ok((fleet, cluster))
+}
+
+/// The worker dies at the beginning of a step and is started again; the job succeeds all the same, once.
+async fn worker_dies_at(
+    steps: &[&str],
+    order: &[&str],
+    backups_before: usize,
+) -> anyhow::Result<()> {
+    let vhost = Vhost::create()?;
+    let (mut fleet, cluster) = fleet(&vhost.url()).await?;
+    let setup = WorkerSetup::of("w1", "orders", cluster.url());
+    fleet.start_worker(&setup)?;
+    for _ in 0..backups_before {
+        fleet.expect(&["backup", "orders", "--wait"])?;
+    }
+    for step in steps {
+        let before = fleet.backups()?;
+        fleet.worker("w1")?.kill()?;
+        fleet.start_worker(&setup.clone().failing_at(format!("{step}=abort")))?;
+        let job = fleet.order(order)?;
+        let died = tests::eventually(format!("the worker to die at {step}"), LATER, || {
+            Ok(fleet.worker("w1")?.has_ended()?.then_some(()))
+        });
+        died.with_context(|| fleet.said())?;
+        fleet.start_worker(&setup)?;
+        let view = fleet.await_state(job, &["succeeded", "failed", "lost"], LATER)?;
+        ensure!(view["state"] == "succeeded", "{step}: {view}\n{}", fleet.said());
+        let expected = before + usize::from(order[0] == "backup");
+        let after = fleet.backups()?;
+        ensure!(after == expected, "{step}: {before} backups became {after}");
+        cluster.is_left_alone().await.with_context(|| (*step).to_owned())?;
+        ensure!(fleet.sandboxes()?.is_empty(), "{step}: {:?}", fleet.sandboxes()?);
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_killed_at_any_step_of_a_backup_loses_and_invents_none() -> anyhow::Result<()> {
+    let steps =
+        ["begin", "start_backup", "copy", "stop_backup", "store_wal", "write_manifest", "commit"];
+    worker_dies_at(&steps, &["backup", "orders"], 0).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_killed_at_any_step_of_a_proof_leaves_no_server_behind() -> anyhow::Result<()> {
+    let steps = ["restore", "boot", "check", "store_proof"];
+    worker_dies_at(&steps, &["verify", "orders", "--level", "4"], 1).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_coordinator_killed_in_the_middle_forgets_nothing() -> anyhow::Result<()> {
+    let vhost = Vhost::create()?;
+    let (mut fleet, cluster) = fleet(&vhost.url()).await?;
+    fleet.start_worker(&WorkerSetup::of("w1", "orders", cluster.url()))?;
+    // A spread checkpoint keeps the backup busy while the coordinator is away.
+    cluster.run("ALTER SYSTEM SET checkpoint_timeout = '30s'; SELECT pg_reload_conf()").await?;
+    cluster.run("CREATE TABLE public.dirt AS SELECT g FROM generate_series(1, 100000) g").await?;
+    let job = fleet.order(&["backup", "orders", "--spread-checkpoint"])?;
+    fleet.await_step(job, "start_backup")?;
+    fleet.coordinator()?.kill()?;
+    cluster.run("CHECKPOINT").await?;
+    fleet.start_coordinator()?;
+    let view = fleet.await_state(job, &["succeeded", "failed", "lost"], LATER)?;
+    ensure!(view["state"] == "succeeded", "{view}\n{}", fleet.said());
+    ensure!(view["attempts_used"] == 1, "it ran once: {view}");
+    ensure!(fleet.backups()? == 1);
+    cluster.is_left_alone().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_killed_in_the_middle_runs_nothing_twice() -> anyhow::Result<()> {
+    let mut rabbit = Rabbit::start()?;
+    let (mut fleet, cluster) = fleet(&rabbit.url()).await?;
+    let setup = WorkerSetup::of("w1", "orders", cluster.url()).failing_at("stop_backup=pause");
+    fleet.start_worker(&setup)?;
+    let paused = fleet.order(&["backup", "orders"])?;
+    fleet.await_step(paused, "stop_backup")?;
+    rabbit.kill()?;
+    rabbit.start_again()?;
+    // The lease outlived the broker: the attempt still runs, and a cancel still reaches it.
+    fleet.expect(&["job", "cancel", &paused.to_string()])?;
+    let view = fleet.await_state(paused, &["cancelled", "succeeded", "failed", "lost"], LATER)?;
+    ensure!(view["state"] == "cancelled", "{view}\n{}", fleet.said());
+    ensure!(view["attempts_used"] == 1, "{view}");
+    cluster.is_left_alone().await?;
+    ensure!(fleet.backups()? == 0, "a cancelled backup is none");
+    fleet.worker("w1")?.kill()?;
+    fleet.start_worker(&WorkerSetup::of("w1", "orders", cluster.url()))?;
+    fleet.expect(&["backup", "orders", "--wait"])?;
+    ensure!(fleet.backups()? == 1);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_is_told_to_stop_hands_its_job_back() -> anyhow::Result<()> {
+    let vhost = Vhost::create()?;
+    let (mut fleet, cluster) = fleet(&vhost.url()).await?;
+    let setup = WorkerSetup::of("w1", "orders", cluster.url());
+    fleet.start_worker(&setup.clone().failing_at("copy=pause"))?;
+    let job = fleet.order(&["backup", "orders"])?;
+    fleet.await_step(job, "copy")?;
+    fleet.worker("w1")?.terminate()?;
+    fleet.worker("w1")?.terminate()?;
+    tests::eventually("the worker to end", LATER, || {
+        Ok(fleet.worker("w1")?.has_ended()?.then_some(()))
+    })?;
+    cluster.is_left_alone().await?;
+    fleet.start_worker(&setup)?;
+    let view = fleet.await_state(job, &["succeeded", "failed", "lost"], LATER)?;
+    ensure!(view["state"] == "succeeded", "{view}\n{}", fleet.said());
+    ensure!(view["attempts_used"] == 2, "{view}");
+    Ok(())
+}

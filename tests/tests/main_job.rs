@@ -1,0 +1,131 @@
+//! The main job, end to end: a person orders a backup, RabbitMQ carries it, a worker takes it and stores it in S3, restores
+//! it in a sandbox and proves it; then the repository and its key alone bring everything back.
+
+use anyhow::{Context as _, ensure};
+use postgres::instance::InstanceOptions;
+use tests::fleet::text;
+use tests::{Bucket, Cluster, Fleet, Place, Vhost, WorkerSetup};
+
+/// Ordered, queued, taken, stored, restored, proved.
+async fn story(catalog: &str, major: u32) -> anyhow::Result<()> {
+    let vhost = Vhost::create()?;
+    let cluster = Cluster::start(major, InstanceOptions::default()).await?;
+    let bucket = Bucket::create().await?;
+    let mut fleet = Fleet::prepare(&vhost.url(), catalog, Place::S3(bucket.clone()))?;
+    fleet.start_coordinator()?;
+    fleet.start_worker(&WorkerSetup::of("w1", "orders", cluster.url()))?;
+
+    let first = fleet.expect(&["backup", "orders", "--verify", "5", "--wait"])?;
+    ensure!(first.contains("orders is PROVED (L5)"), "{first}\n{}", fleet.said());
+    let status = fleet.expect(&["status"])?;
+    ensure!(status.contains("PROVED"), "{status}");
+    cluster.is_left_alone().await?;
+    ensure!(fleet.sandboxes()?.is_empty(), "a sandbox is left: {:?}", fleet.sandboxes()?);
+    ensure!(!bucket.keys("backups/").await?.is_empty(), "nothing is in the bucket");
+
+    cluster
+        .run("INSERT INTO public.items SELECT g, 'new' FROM generate_series(5001, 5100) g")
+        .await?;
+    let second = fleet.expect(&["backup", "orders", "--verify", "5", "--wait"])?;
+    ensure!(second.contains("orders is PROVED (L5)"), "{second}");
+    let backups = fleet.json(&["backups", "list", "orders", "-o", "json"])?;
+    let stored = |row: usize| backups[row]["facts"]["stored_bytes"].as_u64();
+    ensure!(stored(0) < stored(1), "the second backup stores less: {backups}");
+    ensure!(backups[0]["facts"]["compared_with"] == backups[1]["id"], "{backups}");
+
+    let trace = fleet.expect(&["job", "trace", "@last"])?;
+    for step in ["inventory", "restore", "boot", "check", "store_proof"] {
+        ensure!(trace.contains(step), "the waterfall has no step {step}:\n{trace}");
+    }
+
+    let analyzed = fleet.expect(&["maintain", "orders", "--task", "analyze", "--wait"])?;
+    ensure!(analyzed.contains("Analyzed"), "{analyzed}");
+    let fresh = cluster
+        .number("SELECT count(*) FROM pg_stats WHERE tablename = 'parts' AND schemaname = 'public'")
+        .await?;
+    ensure!(fresh > 0, "the partitioned parent has statistics now");
+    let plan = fleet.expect(&["maintain", "orders", "--task", "vacuum", "--plan"])?;
+    ensure!(!plan.is_empty(), "a plan prints itself");
+
+    let through_the_queue = fleet.path("restore/orders");
+    fleet.expect(&["restore", "orders", "--into", text(&through_the_queue)?, "--wait"])?;
+    ensure!(through_the_queue.join("backup_label").exists(), "no data directory was restored");
+
+    disaster(&fleet, major).await
+}
+
+/// The coordinator, the worker, the broker and the server are gone: the repository and its key are left.
+async fn disaster(fleet: &Fleet, major: u32) -> anyhow::Result<()> {
+    let (into, key) = (fleet.path("rescued"), fleet.path("repository.key"));
+    let url = fleet.repository_url();
+    let arguments = ["restore", "--repository", &url, "--key", text(&key)?, "--into", text(&into)?];
+    let plan = fleet.expect(&[&arguments[..], &["--plan"]].concat())?;
+    ensure!(plan.contains("recovers to"), "{plan}");
+    ensure!(!into.exists(), "a plan writes nothing");
+    fleet.expect(&arguments)?;
+    let version = std::fs::read_to_string(into.join("PG_VERSION")).context("no data directory")?;
+    ensure!(version.trim() == major.to_string(), "{version}");
+    let again = fleet.run(&arguments)?;
+    ensure!(again.code() == 5, "a restore over a restored directory is refused: {again}");
+    ensure!(again.stderr.contains("TARGET_NOT_EMPTY"), "{again}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_the_catalog_in_sqlite() -> anyhow::Result<()> {
+    story("", 15).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_the_catalog_in_postgresql() -> anyhow::Result<()> {
+    let catalog = Cluster::start(
+        15,
+        InstanceOptions {
+            tcp_port: Some(0),
+            hba: vec!["host all all 127.0.0.1/32 trust".to_owned()],
+            ..InstanceOptions::default()
+        },
+    )
+    .await?;
+    catalog.run("CREATE DATABASE catalog").await?;
+    let port = catalog
+        .server
+        .tcp_url("postgres", "", "catalog")
+        .and_then(|url| url.split(':').nth(3)?.split('/').next().map(str::to_owned))
+        .context("the catalog's server has no port")?;
+    story(&format!("postgres://postgres@127.0.0.1:{port}/catalog"), 18).await
+}
+
+#[test]
+fn embedded_in_one_process() -> anyhow::Result<()> {
+    let done = tests::Pgmuster::run(&["demo", "--scale", "1", "--major", "15"])?;
+    ensure!(done.code() == 0, "{done}");
+    ensure!(done.stdout.starts_with("demo is PROVED (L5): restored in "), "{done}");
+    ensure!(done.stderr.contains("every row is as it was"), "{done}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn up_proves_the_readers_own_server_and_stops() -> anyhow::Result<()> {
+    let cluster = Cluster::start(15, InstanceOptions::default()).await?;
+    let home = tempfile::Builder::new().prefix("up").tempdir_in("/tmp")?;
+    let home_text = text(home.path())?;
+    let url = cluster.url();
+    for _ in 0..2 {
+        let done = tests::Pgmuster::run(&["up", "--once", "--home", home_text, &url])?;
+        ensure!(done.code() == 0, "{done}");
+        ensure!(done.stdout.contains("main is PROVED (L5)"), "{done}");
+    }
+    cluster.is_left_alone().await?;
+    ensure!(home.path().join("recovery-sheet.txt").exists(), "there is no recovery sheet");
+    let refused = tests::Pgmuster::run(&[
+        "up",
+        "--once",
+        "--home",
+        home_text,
+        "postgres://nobody@127.0.0.1:1/x",
+    ])?;
+    ensure!(refused.code() == 8, "{refused}");
+    ensure!(refused.stderr.contains("SERVER_UNREACHABLE"), "{refused}");
+    Ok(())
+}

@@ -1,0 +1,39 @@
+//! Places where a test can make this process die or stand still: the beginning of each step.
+//!
+//! Armed once at start, from the environment of the worker's own process, by nobody else. Unarmed, a step pays one load.
+
+use std::sync::OnceLock;
+
+/// What happens when the armed step begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Effect {
+    /// The process dies at once, like by `kill -9`: nothing is cleaned up, nothing is told.
+    Abort,
+    /// The step never begins; only a cancel, a deadline or the end of the process ends the wait.
+    Pause,
+}
+
+static ARMED: OnceLock<(String, Effect)> = OnceLock::new();
+
+/// Arms one step: `STEP=abort` or `STEP=pause`. The first call counts. `false` for anything else.
+pub fn arm(text: &str) -> bool {
+    let Some((step, effect)) = text.split_once('=') else { return false };
+    let effect = match effect {
+        "abort" => Effect::Abort,
+        "pause" => Effect::Pause,
+        _ => return false,
+    };
+    ARMED.set((step.to_owned(), effect)).is_ok()
+}
+
+/// Called when a step begins.
+pub(crate) async fn reached(step: &str) {
+    let Some((armed, effect)) = ARMED.get() else { return };
+    if armed != step {
+        return;
+    }
+    match effect {
+        Effect::Abort => std::process::abort(),
+        Effect::Pause => std::future::pending().await,
+    }
+}
