@@ -37,12 +37,13 @@ const SEND_RETRY: Duration = Duration::from_millis(500);
 pub(crate) async fn run(core: &Core, epoch: i64, over: &CancellationToken) -> Result<()> {
     let mut link = core.broker.link();
     loop {
-        let missed = plan(core, epoch).await?;
+        // What becomes due while this plan is made is due for the next one: both look from the same moment.
+        let now_ms = core.now_ms();
+        let missed = plan(core, epoch, now_ms).await?;
         for job in &missed {
             tell_job(core, job);
         }
         let all_sent = send(core, epoch).await?;
-        let now_ms = core.now_ms();
         let due_at_ms = {
             let mut db = core.catalog.read().await?;
             jobs::next_due(&mut db, now_ms).await?
@@ -91,8 +92,7 @@ impl Situation {
 }
 
 /// One plan. Answers the jobs that were missed.
-async fn plan(core: &Core, epoch: i64) -> Result<Vec<Job>> {
-    let now_ms = core.now_ms();
+async fn plan(core: &Core, epoch: i64, now_ms: i64) -> Result<Vec<Job>> {
     let ticket_ms = i64::from(core.config.timing.ticket_ms);
     core.catalog
         .lead(epoch, "plan", move |tx| {

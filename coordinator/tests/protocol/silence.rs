@@ -47,6 +47,7 @@ async fn a_silent_attempt_is_lost_on_evidence_and_the_next_one_names_it() {
     let job = fleet.backup().await;
     let ticket = w1.ticket().await;
     let dead = w1.take(&ticket).await;
+    drop(w1);
 
     let mut looking = probe(&fleet, &mut w9).await;
     let Task::Probe(asked) = &looking.spec.task else { panic!("{:?}", looking.spec.task) };
@@ -235,6 +236,7 @@ async fn a_silent_attempt_that_should_stop_is_ended_on_the_server_first() {
     let job = fleet.backup().await;
     let ticket = w1.ticket().await;
     w1.take(&ticket).await;
+    drop(w1);
     let _: serde_json::Value = fleet.post(&format!("/v1/jobs/{}/cancel", job.id), &()).await;
     let mut looking = probe(&fleet, &mut w9).await;
     let Task::Probe(asked) = &looking.spec.task else { panic!() };

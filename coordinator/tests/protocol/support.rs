@@ -161,11 +161,15 @@ impl Fleet {
         what: &str,
         so: impl Fn(&JobView) -> bool,
     ) -> JobView {
-        eventually(what, || async {
+        let end = tokio::time::Instant::now() + PATIENCE;
+        loop {
             let job = self.job(id).await;
-            so(&job).then_some(job)
-        })
-        .await
+            if so(&job) {
+                return job;
+            }
+            assert!(tokio::time::Instant::now() < end, "never came: {what}: {job:#?}");
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
     }
 
     pub(crate) async fn until_state(&self, id: JobId, state: JobState) -> JobView {
