@@ -48,6 +48,7 @@ on_both! {
     other_settings_are_a_conflict_that_names_the_queue,
     a_closed_client_gives_everything_back,
     a_lost_link_makes_deliveries_stale_and_they_come_again,
+    what_was_fetched_over_a_lost_link_is_not_given_out,
     a_lost_link_is_mended_for_publishers,
     two_thousand_at_once_and_not_one_mistaken,
 }
@@ -524,6 +525,29 @@ async fn a_lost_link_makes_deliveries_stale_and_they_come_again(fixture: &Fixtur
     }
     send(broker, "classic", &["2"]).await;
     assert_eq!(next(&mut classic).await.message_id, "2", "the consumer goes on by itself");
+}
+
+async fn what_was_fetched_over_a_lost_link_is_not_given_out(fixture: &Fixture) {
+    let broker = &fixture.broker;
+    declare(broker, &[Queue::classic("q")]).await;
+    send(broker, "q", &["1", "2", "3"]).await;
+    let mut consumer = broker.consume("q", 3);
+    let in_hand = next(&mut consumer).await;
+    eventually("everything being fetched", || async {
+        (waiting(broker, "q").await == Some(0)).then_some(())
+    })
+    .await;
+    fixture.break_link(1).await;
+    assert_eq!(in_hand.ack().await, Settled::Stale);
+    for id in ["1", "2", "3"] {
+        let delivery = next(&mut consumer).await;
+        assert_eq!((delivery.message_id.as_str(), delivery.redelivered), (id, true));
+        assert_eq!(
+            delivery.ack().await,
+            Settled::Done,
+            "{id} was given out when it could not be settled"
+        );
+    }
 }
 
 async fn a_lost_link_is_mended_for_publishers(fixture: &Fixture) {

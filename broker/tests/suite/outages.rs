@@ -22,6 +22,7 @@ fn declaration() -> Declaration {
         .exchange("test", ExchangeKind::Direct)
         .exchange(topology::DEAD, ExchangeKind::Fanout)
         .bound(Queue::quorum("q"), "test", "q")
+        .bound(Queue::classic("unread"), "test", "unread")
 }
 
 fn message(id: &str) -> Publish {
@@ -92,6 +93,9 @@ async fn a_broker_that_comes_late_stops_and_dies_loses_nothing_confirmed() {
 
     let mut node = started(node).await;
     broker.wait_up(PATIENCE).await.expect("a link to a broker that came late");
+    // Up means declared, what nobody consumes included.
+    let unread = Publish { routing_key: "unread".to_owned(), ..message("unread") };
+    assert_eq!(broker.publish(unread).await, Ok(Published::Routed));
     let sent = Arc::new(Sent::default());
     let senders: Vec<_> =
         (0..8).map(|_| tokio::spawn(keep_sending(broker.clone(), sent.clone()))).collect();
@@ -249,9 +253,9 @@ async fn out_of_memory(node: &Node, broker: &Broker) {
         "{error:?}"
     );
     let mut link = broker.link();
-    within("the link saying so", link.wait_for(|link| matches!(link, Link::Blocked { .. })))
-        .await
-        .expect("a link");
+    let says =
+        |link: &Link| matches!(link, Link::Blocked { reason, .. } if reason.contains("memory"));
+    within("the link saying so", link.wait_for(says)).await.expect("a link");
     let error = within("an answer", broker.publish(message("y"))).await.expect_err("blocked");
     assert!(
         matches!(&error, PublishError::NotSent { cause: Error::Blocked { .. }, .. }),
