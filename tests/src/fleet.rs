@@ -21,7 +21,7 @@ use crate::{Bucket, Finished, Pgmuster, eventually, services};
 /// Bound of one command, a backup with its proof included.
 const COMMAND_MAX: Duration = Duration::from_secs(150);
 /// Bound of everything that should take a moment.
-pub const SOON: Duration = Duration::from_secs(60);
+pub const SOON: Duration = Duration::from_mins(1);
 
 /// Where the backups of a fleet go.
 #[derive(Debug)]

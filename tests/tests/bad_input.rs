@@ -8,7 +8,7 @@ use postgres::instance::InstanceOptions;
 use tests::fleet::text;
 use tests::{Cluster, Finished, Fleet, Pgmuster, Place, Vhost, WorkerSetup};
 
-const LATER: Duration = Duration::from_secs(60);
+const LATER: Duration = Duration::from_mins(1);
 
 fn says(done: &Finished, exit: i32, code: &str) -> anyhow::Result<()> {
     ensure!(done.code() == exit, "exit code {exit} is expected: {done}");

@@ -7,7 +7,7 @@ use postgres::instance::InstanceOptions;
 use tests::{Cluster, Fleet, Place, Rabbit, Vhost, WorkerSetup};
 
 /// A job that has to survive somebody's death may take this long.
-const LATER: Duration = Duration::from_secs(120);
+const LATER: Duration = Duration::from_mins(2);
 
 async fn fleet(amqp: &str) -> anyhow::Result<(Fleet, Cluster)> {
     let cluster = Cluster::start(15, InstanceOptions::default()).await?;

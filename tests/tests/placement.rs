@@ -6,7 +6,7 @@ use anyhow::ensure;
 use postgres::instance::InstanceOptions;
 use tests::{Cluster, Fleet, Place, Vhost, WorkerSetup};
 
-const LATER: Duration = Duration::from_secs(60);
+const LATER: Duration = Duration::from_mins(1);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn each_job_reaches_the_host_that_has_the_cluster() -> anyhow::Result<()> {

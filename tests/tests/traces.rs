@@ -76,7 +76,7 @@ async fn the_spans_of_a_job_arrive_under_its_own_trace() -> anyhow::Result<()> {
     let setup = exporting(WorkerSetup::of("w1", "orders", cluster.url()), collector.port);
     fleet.start_worker(&setup)?;
     let job = fleet.order(&["backup", "orders"])?;
-    fleet.await_state(job, &["succeeded"], Duration::from_secs(60))?;
+    fleet.await_state(job, &["succeeded"], Duration::from_mins(1))?;
     // OTLP carries ids as bytes and names as text.
     tests::eventually("the job's spans to arrive", Duration::from_secs(30), || {
         let all = collector.has(job.as_bytes())

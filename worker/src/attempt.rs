@@ -19,7 +19,7 @@ use crate::spool::{Spool, Spooled};
 use crate::{clock, jobs};
 
 /// How long a job that was told to stop may take to clean up before it is dropped.
-const CLEAN_UP_MAX: Duration = Duration::from_secs(120);
+const CLEAN_UP_MAX: Duration = Duration::from_mins(2);
 
 /// How an attempt ended.
 pub(crate) struct Ended {
@@ -107,12 +107,12 @@ pub(crate) fn hand_back(shared: &Shared, grant: &Grant) {
 }
 
 /// Starts a granted attempt in a task of its own.
-pub(crate) fn start(shared: &Arc<Shared>, grant: Grant, slot: Slot) {
+pub(crate) fn start(shared: &Arc<Shared>, grant: &Grant, slot: Slot) {
     let spec: Spec = match serde_path_to_error::deserialize(&grant.spec) {
         Ok(spec) => spec,
-        Err(error) => return refuse(shared, &grant, &error.to_string()),
+        Err(error) => return refuse(shared, grant, &error.to_string()),
     };
-    let reporter = Reporter::new(shared, spec.job, &grant);
+    let reporter = Reporter::new(shared, spec.job, grant);
     let steps = reporter.clone();
     let sink = move |step: &Step| steps.tell(ReportBody::Step(step.clone()));
     let cx = JobContext::new(spec, Arc::new(sink));

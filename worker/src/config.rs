@@ -183,7 +183,7 @@ impl WorkerConfig {
         }
         let url = &self.broker.url;
         let is_url = url.starts_with("amqp://") || url.starts_with("amqps://");
-        let authority = url.splitn(4, '/').nth(2).unwrap_or_default();
+        let authority = url.split('/').nth(2).unwrap_or_default();
         let user = authority.rsplit_once('@').map_or("", |(user, _)| user);
         if is_url && user.contains(':') {
             require(

@@ -96,7 +96,7 @@ async fn answer(shared: &Arc<Shared>, delivery: &Delivery) -> Settlement {
         }
         Ok(slot) => match claim(shared, &ticket).await {
             Some(Answer::Grant(grant)) => {
-                attempt::start(shared, *grant, slot);
+                attempt::start(shared, &grant, slot);
                 Settlement::Ack
             }
             Some(Answer::Denial(denial)) => {

@@ -47,10 +47,6 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "one constructor, one caller; each is another part"
-    )]
     pub(crate) fn new(
         config: WorkerConfig,
         boot: BootId,

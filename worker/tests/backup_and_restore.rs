@@ -1,7 +1,7 @@
 //! The engine without a queue: a running server is backed up, restored with the repository and its key alone, booted,
 //! and equal.
 
-#![expect(clippy::unwrap_used, reason = "a test says what it expects")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test says what it expects")]
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -18,7 +18,7 @@ use crate::exit::Exit;
 use crate::{environment, follow, output};
 
 /// No part of the demonstration takes longer.
-const STEP_MAX: Duration = Duration::from_secs(3_600);
+const STEP_MAX: Duration = Duration::from_hours(1);
 
 /// What a shop remembers, beside pgbench's four tables.
 const SHOP: &str = "

@@ -21,13 +21,9 @@ pub(crate) async fn run(
 ) -> Result<Exit, Failure> {
     match command {
         JobCommand::List { cluster, state, limit } => {
-            let mut query = format!("?limit={limit}");
-            if let Some(cluster) = cluster {
-                query.push_str(&format!("&cluster={cluster}"));
-            }
-            if let Some(state) = state {
-                query.push_str(&format!("&state={state}"));
-            }
+            let cluster = cluster.map_or(String::new(), |cluster| format!("&cluster={cluster}"));
+            let state = state.map_or(String::new(), |state| format!("&state={state}"));
+            let query = format!("?limit={limit}{cluster}{state}");
             let list: JobList = client.get(&format!("/v1/jobs{query}")).await?;
             output::show(format, &list.jobs, |jobs| table(jobs));
         }

@@ -15,12 +15,11 @@ pub(crate) async fn run(client: &Client, format: Output) -> Result<Exit, Failure
     output::show(format, &status, |status| {
         let counted: Vec<String> =
             status.states.iter().map(|row| format!("{} {}", row.clusters, row.state)).collect();
-        let mut text = status.sentence.clone();
-        if !status.clusters.is_empty() {
-            text.push_str(&format!("\n{}\n\n", counted.join(" · ")));
-            text.push_str(&cluster::table(&status.clusters, status.at_ms));
+        if status.clusters.is_empty() {
+            return status.sentence.clone();
         }
-        text
+        let table = cluster::table(&status.clusters, status.at_ms);
+        format!("{}\n{}\n\n{table}", status.sentence, counted.join(" · "))
     });
     let findings = status.clusters.iter().any(|cluster| cluster.state.is_finding());
     Ok(if findings { Exit::Findings } else { Exit::Ok })

@@ -1,5 +1,6 @@
 //! `up`: the whole product for one server, from nothing to a proved backup.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -18,7 +19,7 @@ use crate::{environment, follow, output};
 /// Where servers of this machine have their sockets.
 const SOCKET_DIRECTORIES: [&str; 2] = ["/var/run/postgresql", "/tmp"];
 /// The first backup and its proof may take this long before `up` stops watching them.
-const FIRST_MAX: Duration = Duration::from_secs(7 * 86_400);
+const FIRST_MAX: Duration = Duration::from_hours(7 * 24);
 
 /// `up [URL]`.
 pub(crate) async fn run(args: Up) -> Result<Exit, Failure> {
@@ -142,7 +143,7 @@ async fn look(args: &Up, connection: &str) -> Result<String, Failure> {
             .clone()
             .and_then(|directory| camino::Utf8PathBuf::from_path_buf(directory).ok()),
         repository: None,
-        labels: Default::default(),
+        labels: BTreeMap::new(),
         kinds: None,
     };
     let directory = native::data_directory(&Cluster { config, target }, &server)?;

@@ -31,7 +31,7 @@ use crate::places::Cluster;
 /// How often the session is looked at, finished WAL is stored and the server may let go of it.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 /// One table's count may hold its snapshot no longer.
-const TABLE_COUNT_MAX: Duration = Duration::from_secs(60);
+const TABLE_COUNT_MAX: Duration = Duration::from_mins(1);
 /// Marking a failed attempt as aborted is a courtesy to the next one; it must not hold up the report.
 const ABORT_MAX: Duration = Duration::from_secs(10);
 
@@ -108,7 +108,7 @@ async fn give_up(
         Ok(Ok(_)) => {}
         Ok(Err(error)) => tracing::warn!(%error, "Failed to mark the attempt as aborted"),
         Err(_) => {
-            tracing::warn!("The repository did not answer when the attempt was to be aborted")
+            tracing::warn!("The repository did not answer when the attempt was to be aborted");
         }
     }
 }
@@ -139,7 +139,8 @@ async fn from_attempt(
         .step_with("copy", |step| {
             let (session, wal, writer, progress) = (&mut session, &mut wal, &mut writer, &progress);
             async move {
-                let copied = copy(cx, request, ready, writer, session, wal, progress).await?;
+                let copy = copy(cx, request, ready, writer, session, wal, progress);
+                let copied = Box::pin(copy).await?;
                 let done = progress.snapshot();
                 step.figure("files", done.files);
                 step.figure("read_bytes", done.bytes_read);
