@@ -1,5 +1,6 @@
 //! Throwaway clusters on real servers: they start, they stop, and above all they never outlive
 //! their owner.
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on ends there")]
 
 #[path = "throwaway/owners.rs"]
 mod owners;

@@ -8,13 +8,13 @@ use tempfile::TempDir;
 use tokio_postgres::{Client, NoTls};
 
 /// The programs of a major version that the test run must provide.
-pub async fn binaries(major: u32) -> Binaries {
+pub(crate) async fn binaries(major: u32) -> Binaries {
     optional_binaries(major).await.expect("run ./tests/run, which starts the services")
 }
 
 /// The programs of a major version, where the test run provides them.
 #[expect(clippy::disallowed_methods, reason = "tests are told of their services by variables")]
-pub async fn optional_binaries(major: u32) -> Option<Binaries> {
+pub(crate) async fn optional_binaries(major: u32) -> Option<Binaries> {
     let directory = std::env::var(format!("PGMUSTER_TEST_PG_BIN_{major}")).ok()?;
     let binaries = Binaries::at(directory).await.unwrap();
     assert_eq!(binaries.major(), major);
@@ -22,14 +22,14 @@ pub async fn optional_binaries(major: u32) -> Option<Binaries> {
 }
 
 /// A running cluster with small WAL segments, and the directory it lives in.
-pub async fn cluster(major: u32, settings: &[(&str, &str)]) -> (Instance, TempDir) {
+pub(crate) async fn cluster(major: u32, settings: &[(&str, &str)]) -> (Instance, TempDir) {
     let directory = tempfile::tempdir().unwrap();
     let instance = cluster_in(&directory.path().join("cluster"), major, settings).await;
     (instance, directory)
 }
 
 /// The same in a directory that somebody else removes.
-pub async fn cluster_in(place: &Path, major: u32, settings: &[(&str, &str)]) -> Instance {
+pub(crate) async fn cluster_in(place: &Path, major: u32, settings: &[(&str, &str)]) -> Instance {
     let settings = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
     let options = InstanceOptions {
         settings: settings.collect(),
@@ -43,14 +43,14 @@ pub async fn cluster_in(place: &Path, major: u32, settings: &[(&str, &str)]) -> 
 }
 
 /// A connection, served by a task of its own.
-pub async fn connect(url: &str) -> Client {
+pub(crate) async fn connect(url: &str) -> Client {
     let (client, connection) = tokio_postgres::connect(url, NoTls).await.unwrap();
     tokio::spawn(connection);
     client
 }
 
 /// The first column of the first row, as text.
-pub async fn text(client: &Client, sql: &str) -> String {
+pub(crate) async fn text(client: &Client, sql: &str) -> String {
     for message in client.simple_query(sql).await.unwrap() {
         if let tokio_postgres::SimpleQueryMessage::Row(row) = message {
             return row.get(0).unwrap_or_default().to_owned();

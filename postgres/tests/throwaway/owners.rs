@@ -5,8 +5,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// Waits until `done`, at most a minute.
-pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(60);
+pub(crate) fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_mins(1);
     while !done() {
         assert!(Instant::now() < deadline, "waited a minute for {what}");
         std::thread::sleep(Duration::from_millis(10));
@@ -14,7 +14,7 @@ pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 /// Processes whose working directory lies below `directory`: all of a server's do.
-pub fn processes_in(directory: &Path) -> Vec<u32> {
+pub(crate) fn processes_in(directory: &Path) -> Vec<u32> {
     let directory = directory.canonicalize().unwrap();
     let all = std::fs::read_dir("/proc").unwrap().filter_map(|entry| {
         let entry = entry.ok()?;
@@ -27,7 +27,7 @@ pub fn processes_in(directory: &Path) -> Vec<u32> {
 
 /// This test program again, running only `test`, as the owner of something that is to be killed.
 /// `directory` tells the test that it is the owner, see [`owned_directory`].
-pub fn owner_process(test: &str, directory: &Path) -> Child {
+pub(crate) fn owner_process(test: &str, directory: &Path) -> Child {
     Command::new(std::env::current_exe().unwrap())
         .args([test, "--exact", "--nocapture"])
         .env("PGMUSTER_TEST_OWNER", directory)
@@ -39,6 +39,6 @@ pub fn owner_process(test: &str, directory: &Path) -> Child {
 
 /// The directory given to an [`owner_process`]; nothing in the process that nextest started.
 #[expect(clippy::disallowed_methods, reason = "tells the two processes of one test apart")]
-pub fn owned_directory() -> Option<PathBuf> {
+pub(crate) fn owned_directory() -> Option<PathBuf> {
     std::env::var("PGMUSTER_TEST_OWNER").ok().map(PathBuf::from)
 }
