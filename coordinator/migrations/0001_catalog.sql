@@ -126,7 +126,7 @@ CREATE TABLE outbox (
     body TEXT NOT NULL,
     traceparent TEXT NOT NULL,
     urgent BIGINT NOT NULL,
-    created_at_ms BIGINT NOT NULL
+    submitted_at_ms BIGINT NOT NULL
 );
 
 CREATE TABLE steps (

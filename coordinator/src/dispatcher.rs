@@ -205,7 +205,7 @@ async fn repeat_tickets(tx: &mut Tx<'_>, situation: &mut Situation) -> Result<()
             attempt.ticket_until_at_ms = situation.now_ms + situation.ticket_ms;
             attempt.tickets_sent += 1;
             attempts::update(tx, &attempt).await?;
-            outbox::put(tx, &outgoing(&job, &attempt, situation.now_ms)).await?;
+            outbox::put(tx, &outgoing(&job, &attempt)).await?;
         } else {
             let reason = "nobody answered its ticket";
             withdraw(tx, attempt.id, AttemptState::Superseded, reason, situation.now_ms).await?;
@@ -328,7 +328,7 @@ async fn plan_one(tx: &mut Tx<'_>, situation: &mut Situation, mut job: Job) -> R
         failure: None,
     };
     attempts::insert(tx, &attempt).await?;
-    outbox::put(tx, &outgoing(&job, &attempt, now_ms)).await?;
+    outbox::put(tx, &outgoing(&job, &attempt)).await?;
     job.attempt = Some(attempt.id);
     job.state = JobState::Queued;
     job.reason = None;
@@ -347,7 +347,7 @@ async fn wait(tx: &mut Tx<'_>, mut job: Job, reason: String) -> Result<()> {
     jobs::update(tx, &job).await
 }
 
-fn outgoing(job: &Job, attempt: &Attempt, now_ms: i64) -> Outgoing {
+fn outgoing(job: &Job, attempt: &Attempt) -> Outgoing {
     let ticket = Ticket {
         schema: SCHEMA,
         job: job.id,
@@ -363,7 +363,7 @@ fn outgoing(job: &Job, attempt: &Attempt, now_ms: i64) -> Outgoing {
         body: row::json(&ticket),
         traceparent: TraceContext::of_attempt(job.id, attempt.id).to_string(),
         urgent: job.lane == Lane::Urgent,
-        created_at_ms: now_ms,
+        submitted_at_ms: job.submitted_at_ms,
     }
 }
 

@@ -16,13 +16,13 @@ pub(crate) struct Outgoing {
     pub(crate) body: String,
     pub(crate) traceparent: String,
     pub(crate) urgent: bool,
-    pub(crate) created_at_ms: i64,
+    pub(crate) submitted_at_ms: i64,
 }
 
 pub(crate) async fn put(tx: &mut Tx<'_>, ticket: &Outgoing) -> Result<()> {
     sqlx::query(
         "-- put_outbox
-         INSERT INTO outbox (attempt, routing_key, body, traceparent, urgent, created_at_ms)
+         INSERT INTO outbox (attempt, routing_key, body, traceparent, urgent, submitted_at_ms)
          VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (attempt) DO NOTHING",
     )
     .bind(ticket.attempt.to_string())
@@ -30,17 +30,17 @@ pub(crate) async fn put(tx: &mut Tx<'_>, ticket: &Outgoing) -> Result<()> {
     .bind(ticket.body.as_str())
     .bind(ticket.traceparent.as_str())
     .bind(i64::from(ticket.urgent))
-    .bind(ticket.created_at_ms)
+    .bind(ticket.submitted_at_ms)
     .execute(tx.db())
     .await?;
     Ok(())
 }
 
-/// What is to be sent, urgent tickets first.
+/// What is to be sent: urgent tickets first, then the oldest jobs.
 pub(crate) async fn pending(db: &mut AnyConnection, limit: i64) -> Result<Vec<Outgoing>> {
     let rows = sqlx::query(
         "-- pending_outbox
-         SELECT * FROM outbox ORDER BY urgent DESC, created_at_ms, attempt LIMIT $1",
+         SELECT * FROM outbox ORDER BY urgent DESC, submitted_at_ms, attempt LIMIT $1",
     )
     .bind(limit)
     .fetch_all(db)
@@ -54,7 +54,7 @@ pub(crate) async fn pending(db: &mut AnyConnection, limit: i64) -> Result<Vec<Ou
                 body: row.text("body")?,
                 traceparent: row.text("traceparent")?,
                 urgent: row.flag("urgent")?,
-                created_at_ms: row.number("created_at_ms")?,
+                submitted_at_ms: row.number("submitted_at_ms")?,
             })
         })
         .collect()

@@ -419,13 +419,13 @@ async fn steps_never_go_backwards(url: &str) {
 
 async fn a_ticket_is_in_the_outbox_once(url: &str) {
     let catalog = catalog(url).await;
-    let ticket = |urgent, created_at_ms| outbox::Outgoing {
-        attempt: crate::chance::attempt(created_at_ms),
+    let ticket = |urgent, submitted_at_ms| outbox::Outgoing {
+        attempt: crate::chance::attempt(submitted_at_ms),
         routing_key: "site.fra1.urgent".to_owned(),
         body: "{}".to_owned(),
         traceparent: "t".to_owned(),
         urgent,
-        created_at_ms,
+        submitted_at_ms,
     };
     let (routine, urgent) = (&ticket(false, 1), &ticket(true, 2));
     for one in [routine, routine, urgent] {
