@@ -92,7 +92,7 @@ impl Repository {
             }
             match self.store.get(&object.key, CONDEMNED_BYTES_MAX).await {
                 Ok(bytes) => {
-                    packs.extend(note::read::<Condemned>(&self.keys, &object.key, &bytes)?.packs)
+                    packs.extend(note::read::<Condemned>(&self.keys, &object.key, &bytes)?.packs);
                 }
                 // Retired since it was listed: everything on it is deleted, and a predecessor chosen from now on
                 // does not need it.

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use crate::entry::{Body, Content, Entry, Extent};
 use crate::error::Error;
 use crate::layout;
-use crate::limits::{FRAME_BYTES_MAX, SHARD_UNITS, TAG_BYTES};
+use crate::limits::{FRAME_BYTES_MAX, SHARD_UNITS, TAG_LENGTH};
 use crate::pack::{FrameRef, HEADER_BYTES, PackId, PackRecord, TAIL_BYTES, Tail, undigested_bytes};
 use crate::progress::Progress;
 use crate::reader::Backup;
@@ -299,7 +299,7 @@ fn open_pack(
     let mut content = Vec::new();
     let mut rest = frames.as_slice();
     while let Some(first) = rest.first() {
-        if rest.iter().any(|frame| frame.stored_bytes > FRAME_BYTES_MAX + TAG_BYTES as u32) {
+        if rest.iter().any(|frame| frame.stored_bytes > FRAME_BYTES_MAX + TAG_LENGTH) {
             return Err(damaged("a frame is larger than the format allows"));
         }
         let count = rest

@@ -11,6 +11,8 @@ pub(crate) const FRAME_BYTES: usize = 512 << 10;
 pub(crate) const FRAME_BYTES_MAX: u32 = 16 << 20;
 /// Bytes that AES-GCM adds to a frame.
 pub(crate) const TAG_BYTES: usize = 16;
+/// The same, where lengths in objects are 32 bits.
+pub(crate) const TAG_LENGTH: u32 = 16;
 /// A writer closes a pack when it has grown past this.
 pub(crate) const PACK_BYTES: u64 = 48 << 20;
 /// The largest pack a reader accepts.
@@ -27,6 +29,8 @@ pub(crate) const INLINE_UNITS: u32 = 32;
 pub(crate) const SHARD_ENTRIES: usize = 512;
 /// Bytes of a detection hash.
 pub(crate) const HASH_BYTES: usize = 8;
+/// The same, where lengths in objects are 32 bits.
+pub(crate) const HASH_LENGTH: u32 = 8;
 /// Bytes of a path.
 pub(crate) const PATH_BYTES_MAX: usize = 4096;
 /// Bytes of one component of a path.

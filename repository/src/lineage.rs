@@ -157,14 +157,12 @@ impl Repository {
             })
         };
         let proofs = names.iter().filter(|name| name.starts_with("proof.")).count();
-        let intent = match has("intent") {
-            true => self.read_note(&layout::of_attempt(lineage, attempt, "intent")).await?,
-            false => None,
+        let intent = if has("intent") {
+            self.read_note(&layout::of_attempt(lineage, attempt, "intent")).await?
+        } else {
+            None
         };
-        let verdict = match has("verdict") {
-            true => self.verdict(lineage, attempt).await?,
-            false => None,
-        };
+        let verdict = if has("verdict") { self.verdict(lineage, attempt).await? } else { None };
         Ok(AttemptSummary {
             attempt,
             intent,

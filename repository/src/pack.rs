@@ -11,7 +11,7 @@ use zeroize::Zeroizing;
 
 use crate::error::Error;
 use crate::key::{Class, Keys};
-use crate::limits::{FRAME_BYTES_MAX, PACK_FRAMES_MAX, PART_BYTES, TAG_BYTES};
+use crate::limits::{FRAME_BYTES_MAX, PACK_FRAMES_MAX, PART_BYTES, TAG_BYTES, TAG_LENGTH};
 use crate::wire::{Decoder, Encoder, Malformed};
 use crate::{chance, crypto, hex};
 
@@ -417,12 +417,11 @@ impl PackBuilder {
             let limit = content.len().saturating_sub(1);
             compressor.compress_to_buffer(content, &mut room[..limit]).ok()
         });
-        let (length, codec) = match packed {
-            Some(length) => (length, Codec::Zstd),
-            None => {
-                room[..content.len()].copy_from_slice(content);
-                (content.len(), Codec::Raw)
-            }
+        let (length, codec) = if let Some(length) = packed {
+            (length, Codec::Zstd)
+        } else {
+            room[..content.len()].copy_from_slice(content);
+            (content.len(), Codec::Raw)
         };
         let tag = self.cipher.seal(
             number,
@@ -517,7 +516,7 @@ impl Tail {
         size_bytes: u64,
         sealed_table: &mut [u8],
     ) -> Result<Vec<FrameRef>, &'static str> {
-        let raw_bytes = self.table_bytes - TAG_BYTES as u32;
+        let raw_bytes = self.table_bytes - TAG_LENGTH;
         let bound_to = cipher.bound_to(TABLE_NUMBER, Codec::Raw, raw_bytes);
         let table = crypto::open_with(
             &cipher.key,

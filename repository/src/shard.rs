@@ -11,8 +11,8 @@ use crate::entry::{
     Body, Content, Entry, Extent, FileBody, Place, Stamp, check_path, check_target, path_order,
 };
 use crate::limits::{
-    FRAME_BYTES_MAX, HASH_BYTES, INLINE_UNITS, PACK_BYTES_MAX, PATH_BYTES_MAX, SHARD_UNITS,
-    TAG_BYTES, UNIT_BYTES_MAX, UNIT_BYTES_MIN,
+    FRAME_BYTES_MAX, HASH_BYTES, HASH_LENGTH, INLINE_UNITS, PACK_BYTES_MAX, PATH_BYTES_MAX,
+    SHARD_UNITS, TAG_BYTES, TAG_LENGTH, UNIT_BYTES_MAX, UNIT_BYTES_MIN,
 };
 use crate::pack::{Codec, FrameRef, PackId};
 use crate::wire::{Decoder, Encoder, Malformed};
@@ -44,7 +44,7 @@ impl ShardRef {
             number: self.frame.number.saturating_add(1),
             offset: self.frame.end(),
             stored_bytes: self.twin_stored_bytes,
-            raw_bytes: self.units.saturating_mul(HASH_BYTES as u32),
+            raw_bytes: self.units.saturating_mul(HASH_LENGTH),
             codec: Codec::Raw,
         })
     }
@@ -114,7 +114,7 @@ fn decode_frame(packs: &[PackId], from: &mut Decoder<'_>) -> Result<FrameRef, Ma
     let raw = from.number("frame content length")?;
     let raw_bytes = u32::try_from(raw >> 1).map_err(|_| Malformed("frame content length"))?;
     let codec = if raw & 1 == 0 { Codec::Raw } else { Codec::Zstd };
-    let tag_bytes = TAG_BYTES as u32;
+    let tag_bytes = TAG_LENGTH;
     let sound = raw_bytes <= FRAME_BYTES_MAX
         && stored_bytes >= tag_bytes
         && stored_bytes <= FRAME_BYTES_MAX + tag_bytes

@@ -3,6 +3,8 @@
 //! `tests/golden/v1` was written by `write_golden_repository` below. A new format gets a new directory; an existing one is
 //! never written again: were this test to need other bytes, every repository in the world would.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests: what cannot be set up has failed")]
+
 mod common;
 
 use std::path::Path;

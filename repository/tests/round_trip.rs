@@ -43,8 +43,8 @@ fn odd_tree() -> Tree {
         .file("base/1/one-more", rows(6, 256 * 8192 + 1))
         .file("base/1/thirty-two", rows(7, 32 * 8192))
         .file("base/1/thirty-three", rows(8, 32 * 8192 + 1));
-    for n in 0..700 {
-        tree = tree.file(format!("base/1/2{n:04}"), rows(n, (n as usize * 37) % 20_000));
+    for n in 0..700_u32 {
+        tree = tree.file(format!("base/1/2{n:04}"), rows(u64::from(n), (n as usize * 37) % 20_000));
     }
     tree.links.push((b"base/link".to_vec(), b"/nowhere/at all".to_vec()));
     tree

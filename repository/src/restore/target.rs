@@ -262,9 +262,10 @@ pub(super) fn prepare(directory: &Path, backup: &Backup) -> Result<(), Error> {
             });
         }
         // remove_dir_all does not follow links.
-        let removed = match entry.file_type().map_err(failed)?.is_dir() {
-            true => fs::remove_dir_all(entry.path()),
-            false => fs::remove_file(entry.path()),
+        let removed = if entry.file_type().map_err(failed)?.is_dir() {
+            fs::remove_dir_all(entry.path())
+        } else {
+            fs::remove_file(entry.path())
         };
         removed
             .map_err(|source| Error::Target { path: entry.path().display().to_string(), source })?;

@@ -265,18 +265,15 @@ impl Writer<'_> {
 
     fn write(&mut self, file: &TargetFile, offset: u64, part: &[u8]) -> Result<(), Error> {
         let found = self.open.iter().position(|(id, _)| *id == file.id);
-        let at = match found {
-            Some(at) => at,
-            None => {
-                if self.open.len() >= OPEN_FILES {
-                    self.open.pop_front();
-                }
-                self.open.push_back((
-                    file.id,
-                    self.tree.open_file(&file.path, file.mode, file.size_bytes)?,
-                ));
-                self.open.len() - 1
+        let at = if let Some(at) = found {
+            at
+        } else {
+            if self.open.len() >= OPEN_FILES {
+                self.open.pop_front();
             }
+            self.open
+                .push_back((file.id, self.tree.open_file(&file.path, file.mode, file.size_bytes)?));
+            self.open.len() - 1
         };
         let handle = &self.open[at].1;
         handle.write_all_at(part, offset).map_err(|error| self.tree.failed(&file.path, error))?;

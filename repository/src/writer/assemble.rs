@@ -2,7 +2,7 @@
 //!
 //! Where a shard is cut depends on paths alone, so that one file more or less moves no cut but its own.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use crossbeam_channel::Receiver;
@@ -74,10 +74,8 @@ impl ShardWriter {
     ) -> Result<ShardRef, Error> {
         let frame =
             self.stream.append(&bytes, self.compressor.as_mut().map(|boxed| &mut boxed.0))?;
-        let twin_stored_bytes = match hashes.is_empty() {
-            true => 0,
-            false => self.stream.append(hashes, None)?.stored_bytes,
-        };
+        let twin_stored_bytes =
+            if hashes.is_empty() { 0 } else { self.stream.append(hashes, None)?.stored_bytes };
         self.stream.roll()?;
         if !packs.contains(&frame.pack) {
             packs.push(frame.pack);
@@ -312,7 +310,7 @@ impl<'a> Assembler<'a> {
             match hashes {
                 Hashes::Here(hashes) => all.extend_from_slice(&hashes),
                 Hashes::There(old) => {
-                    all.extend_from_slice(&old.shard.inline_hashes(old.index, self.stop)?)
+                    all.extend_from_slice(&old.shard.inline_hashes(old.index, self.stop)?);
                 }
             }
         }
@@ -323,6 +321,6 @@ impl<'a> Assembler<'a> {
 }
 
 /// Packs by their names, for the manifest.
-pub(super) fn reached<'a>(references: impl Iterator<Item = &'a ShardRef>) -> HashMap<PackId, ()> {
-    references.flat_map(|reference| reference.packs.iter().map(|pack| (*pack, ()))).collect()
+pub(super) fn reached<'a>(references: impl Iterator<Item = &'a ShardRef>) -> HashSet<PackId> {
+    references.flat_map(|reference| reference.packs.iter().copied()).collect()
 }

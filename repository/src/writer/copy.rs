@@ -130,15 +130,13 @@ impl<'a> Copier<'a> {
 
     fn copy(&mut self, job: &Job) -> Result<(), Error> {
         let failed = |source| Error::Source { path: show(&job.entry.path), source };
-        let mut file: Box<dyn SourceFile> = match &job.entry.content {
-            Some(bytes) => Box::new(InMemory(bytes.clone())),
-            None => match self.source.open(&job.entry).map_err(failed)? {
-                Some(file) => file,
-                None => {
-                    self.progress.add_vanished();
-                    return self.send(job.seq, Event::Vanished);
-                }
-            },
+        let mut file: Box<dyn SourceFile> = if let Some(bytes) = &job.entry.content {
+            Box::new(InMemory(bytes.clone()))
+        } else if let Some(file) = self.source.open(&job.entry).map_err(failed)? {
+            file
+        } else {
+            self.progress.add_vanished();
+            return self.send(job.seq, Event::Vanished);
         };
         file.advise(job.start, job.length);
         let unit_bytes = job.unit_bytes as usize;

@@ -277,7 +277,7 @@ impl BackupWriter {
         let references =
             files.shards.iter().chain(&late.shards).chain(&wal).map(|root| &root.shard);
         let mut packs = HashMap::new();
-        for id in assemble::reached(references).into_keys() {
+        for id in assemble::reached(references) {
             let record = added
                 .get(&id)
                 .or_else(|| old.as_ref().and_then(|old| old.root.packs.get(&id)))

@@ -2,12 +2,13 @@
 //!
 //! Nothing here stands in for the repository: stores are real directories, and what is restored is read from disk.
 
-#![allow(
-    dead_code,
-    unreachable_pub,
-    missing_docs,
-    clippy::allow_attributes,
-    reason = "each test binary uses a part of this, and expectations would differ between them"
+#![expect(dead_code, unreachable_pub, reason = "each test binary uses another part of this")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
+#![expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::option_option,
+    reason = "small numbers chosen here; a file is as scanned, gone, or something else"
 )]
 
 use std::collections::BTreeMap;
