@@ -1,7 +1,7 @@
 //! What the API takes and gives: plain values, shared with the command line.
 //!
 //! Fields are only ever added. Times are Unix milliseconds by the coordinator's clock unless a field says otherwise.
-//! Every error is a [`Failure`](proto::Failure) as JSON, with a status code.
+//! Every error is a [`Failure`] as JSON, with a status code.
 
 use std::collections::BTreeMap;
 
