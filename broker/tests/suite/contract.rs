@@ -153,7 +153,7 @@ async fn what_is_handed_back_comes_again(fixture: &Fixture) {
         [("classic", Queue::classic("classic")), ("quorum", Queue::quorum("quorum"))]
     {
         declare(broker, &[queue]).await;
-        send(broker, name, &["m"]).await;
+        send(broker, name, &["m", "behind it"]).await;
         let mut consumer = broker.consume(name, 1);
         let delivery = next(&mut consumer).await;
         assert!(!delivery.redelivered, "{name}");
@@ -161,6 +161,7 @@ async fn what_is_handed_back_comes_again(fixture: &Fixture) {
         let again = next(&mut consumer).await;
         assert_eq!((again.message_id.as_str(), again.redelivered), ("m", true), "{name}");
         assert_eq!(again.ack().await, Settled::Done);
+        assert_eq!(next(&mut consumer).await.message_id, "behind it");
     }
 }
 
