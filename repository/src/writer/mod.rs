@@ -393,6 +393,7 @@ fn run_threads(
     let (events, results) = crossbeam_channel::bounded(CREDITS);
     let (jobs, work) = crossbeam_channel::bounded(JOBS);
     let assembled = std::thread::scope(|scope| {
+        let mut threads = Vec::with_capacity(processes + 1);
         for n in 0..processes {
             let (work, events) = (work.clone(), events.clone());
             let body = move || {
@@ -401,12 +402,14 @@ fn run_threads(
                     Copier::new(source, uploads, detection, level, events)?.run(&work)
                 });
             };
-            spawn(scope, stop, format!("copy-{n}"), body);
+            threads.push(spawn(scope, stop, format!("copy-{n}"), body));
         }
         drop(work);
         let planner =
             Planner::new(predecessor.map(Walk::new), trust, stop, progress, credits, jobs, events);
-        spawn(scope, stop, "plan".to_owned(), move || guarded(stop, || planner.run(entries)));
+        threads.push(spawn(scope, stop, "plan".to_owned(), move || {
+            guarded(stop, || planner.run(entries))
+        }));
         let mut assembled = None;
         guarded(stop, || {
             assembled = Some(Assembler::new(stop, progress, shards).run(&results, &put_away)?);
@@ -414,6 +417,10 @@ fn run_threads(
         });
         // Whoever still sends finds nobody listening and ends.
         drop((results, put_away));
+        // The scope waits for their work only; this waits until they are gone. A panic was caught where it happened.
+        for thread in threads.into_iter().flatten() {
+            let _ = thread.join();
+        }
         assembled
     });
     stop.check()?;
@@ -425,10 +432,11 @@ fn spawn<'scope>(
     stop: &Stop,
     name: String,
     body: impl FnOnce() + Send + 'scope,
-) {
-    if let Err(error) = std::thread::Builder::new().name(name).spawn_scoped(scope, body) {
-        stop.fail(Error::Source { path: "a thread for the copy".into(), source: error });
-    }
+) -> Option<std::thread::ScopedJoinHandle<'scope, ()>> {
+    let spawned = std::thread::Builder::new().name(name).spawn_scoped(scope, body);
+    spawned
+        .map_err(|source| stop.fail(Error::Source { path: "a thread for the copy".into(), source }))
+        .ok()
 }
 
 /// Runs one thread's work; its failure, or a panic in the caller's code, ends the others.

@@ -201,11 +201,7 @@ async fn store_pack(
     mut parts: mpsc::Receiver<Message>,
 ) -> Result<PackRecord, Error> {
     let mut upload: Option<Box<dyn Upload>> = None;
-    let stored = tokio::select! {
-        biased;
-        () = shared.stop.token().cancelled() => Err(Error::Cancelled),
-        stored = store_parts(shared, key, &mut parts, &mut upload) => stored,
-    };
+    let stored = store_parts(shared, key, &mut parts, &mut upload).await;
     if stored.is_err()
         && let Some(upload) = upload
         && let Err(error) = upload.abort().await
@@ -221,7 +217,14 @@ async fn store_parts(
     parts: &mut mpsc::Receiver<Message>,
     upload: &mut Option<Box<dyn Upload>>,
 ) -> Result<PackRecord, Error> {
-    while let Some(message) = parts.recv().await {
+    loop {
+        // The end is looked for between calls of the store and not within them: a call that was given up could still
+        // leave a part behind after everything was aborted, and each is bounded in time.
+        let message = tokio::select! {
+            biased;
+            () = shared.stop.token().cancelled() => return Err(Error::Cancelled),
+            message = parts.recv() => message.ok_or(Error::Cancelled)?,
+        };
         let (bytes, permit, record) = match message {
             Message::Part(bytes, permit) => (bytes, permit, None),
             Message::End(bytes, permit, record) => (bytes, permit, Some(record)),
@@ -251,5 +254,4 @@ async fn store_parts(
         drop(permit);
         shared.progress.add_stored(length);
     }
-    Err(Error::Cancelled)
 }
