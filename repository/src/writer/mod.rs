@@ -435,7 +435,9 @@ fn spawn<'scope>(
 ) -> Option<std::thread::ScopedJoinHandle<'scope, ()>> {
     let spawned = std::thread::Builder::new().name(name).spawn_scoped(scope, body);
     spawned
-        .map_err(|source| stop.fail(Error::Source { path: "a thread for the copy".into(), source }))
+        .map_err(|source| {
+            stop.fail(Error::Source { path: "a thread for the copy".into(), source });
+        })
         .ok()
 }
 
