@@ -408,7 +408,7 @@ fn run_threads(
         let planner =
             Planner::new(predecessor.map(Walk::new), trust, stop, progress, credits, jobs, events);
         threads.push(spawn(scope, stop, "plan".to_owned(), move || {
-            guarded(stop, || planner.run(entries))
+            guarded(stop, || planner.run(entries));
         }));
         let mut assembled = None;
         guarded(stop, || {
