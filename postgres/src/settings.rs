@@ -5,7 +5,7 @@ use proto::backup::{Setting, Tablespace};
 use crate::error::Error;
 use crate::session::Session;
 
-/// Kept with every backup. The first five are minimums: hot standby and recovery refuse or stop below the source's
+/// Kept with every backup. The first seven are minimums: hot standby and recovery refuse or stop below the source's
 /// values. The next shape the data or are needed to read it; the last help a person to rebuild the server.
 const KEPT: &[&str] = &[
     "max_connections",
@@ -13,6 +13,8 @@ const KEPT: &[&str] = &[
     "max_wal_senders",
     "max_prepared_transactions",
     "max_locks_per_transaction",
+    "max_replication_slots",
+    "max_active_replication_origins",
     "block_size",
     "segment_size",
     "wal_block_size",

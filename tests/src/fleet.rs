@@ -191,7 +191,7 @@ impl Fleet {
         let place = self.place.path().display();
         let bins: Vec<String> = [15, 18]
             .into_iter()
-            .map(|major| services::postgres_bin(major).map(|dir| format!("{dir:?}")))
+            .map(|major| services::postgres_bin(major).map(|dir| format!("\"{}\"", dir.display())))
             .collect::<anyhow::Result<_>>()?;
         let mut config = format!(
             r#"

@@ -196,7 +196,13 @@ impl Rabbit {
     fn wait_until_gone(&mut self) -> anyhow::Result<()> {
         let script = &mut self.script;
         eventually("the end of RabbitMQ", STOP_BOUND, || Ok(script.try_wait()?))?;
-        std::fs::remove_file(self.home.path().join("rabbit.pid")).context("remove the pid file")
+        // A node that stopped cleanly has removed it by itself.
+        match std::fs::remove_file(self.home.path().join("rabbit.pid")) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error).context("remove the pid file")
+            }
+            _ => Ok(()),
+        }
     }
 
     fn log(&self) -> PathBuf {

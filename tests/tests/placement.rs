@@ -35,9 +35,10 @@ async fn each_job_reaches_the_host_that_has_the_cluster() -> anyhow::Result<()> 
     let waiting = tests::eventually("the job to say why it waits", LATER, || {
         let view = fleet.job(job)?;
         let reason = view["reason"].as_str().unwrap_or_default().to_owned();
-        Ok((view["state"] == "waiting" && reason.contains("billing")).then_some(reason))
+        ensure!(view["state"] == "waiting" && reason.contains("host-b"), "{view}");
+        Ok(Some(reason))
     })?;
-    ensure!(waiting.contains("worker") || waiting.contains("host-b"), "{waiting}");
+    ensure!(waiting.contains("silent"), "{waiting}");
     fleet.start_worker(&WorkerSetup::of("host-b", "billing", billing.url()))?;
     let view = fleet.await_state(job, &["succeeded", "failed", "missed"], LATER)?;
     ensure!(view["state"] == "succeeded", "{view}\n{}", fleet.said());
