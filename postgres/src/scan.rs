@@ -10,7 +10,8 @@ use std::collections::{HashMap, HashSet};
 use std::fs::{FileType, Metadata};
 use std::io;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
 
 use crate::Error;
 use crate::control_file::CONTROL_FILE_PATH;
@@ -35,7 +36,7 @@ const EMPTIED: [&str; 8] = [
 ];
 /// Files that describe the running server, an older backup or a finished recovery. A prefix where
 /// the server appends.
-const SKIPPED: [&str; 7] = [
+const SKIPPED: [&str; 9] = [
     "postmaster.pid",
     "postmaster.opts",
     "postgresql.auto.conf.tmp",
@@ -43,6 +44,9 @@ const SKIPPED: [&str; 7] = [
     "recovery.signal",
     "standby.signal",
     ".DS_Store",
+    // What an earlier restore left: its note that it is not done, and the settings files of then.
+    "pgmuster-restore-incomplete",
+    EXTERNAL_ROOT,
 ];
 const SKIPPED_WITH_SUFFIX: [&str; 3] = ["backup_label", "tablespace_map", "backup_manifest"];
 /// Directories that hold the server's own data: a link in or on one of them would be lost in a
@@ -279,22 +283,23 @@ impl<'a> Walk<'a> {
                 self.scan.warnings.push(ScanWarning::StrangeTablespace(path));
                 continue;
             };
-            if in_place {
-                self.push(path.clone(), link.clone(), EntryKind::Directory, &metadata);
-            } else {
-                let Some(target) = tablespace_directory(&link, &location)? else { continue };
-                self.tablespace_places
-                    .insert((target.dev(), target.ino()), (oid, location.clone()));
+            let Some(directory) = tablespace_directory(&link, &location)? else { continue };
+            if !in_place {
+                let id = (directory.dev(), directory.ino());
+                self.tablespace_places.insert(id, (oid, location.clone()));
             }
-            self.scan.tablespaces.push(ScannedTablespace { oid, location, in_place });
-            found.push((format!("{path}/{versioned}"), link.join(&versioned)));
+            found.push((link, directory, ScannedTablespace { oid, location, in_place }));
         }
-        for (path, source) in found {
-            let Some(metadata) = vanishing(&source, std::fs::symlink_metadata(&source))? else {
-                continue;
-            };
+        // Only now are all places known: a tablespace may lie inside another.
+        for (link, directory, tablespace) in found {
+            let source = link.join(&versioned);
+            let Some(metadata) = versioned_directory(&link, &source)? else { continue };
+            let path = format!("pg_tblspc/{}", tablespace.oid);
+            self.push(path.clone(), link, EntryKind::Directory, &directory);
+            let path = format!("{path}/{versioned}");
             self.push(path.clone(), source.clone(), EntryKind::Directory, &metadata);
             self.directory(&format!("{path}/"), &source, Place::Databases)?;
+            self.scan.tablespaces.push(tablespace);
         }
         Ok(())
     }
@@ -414,26 +419,52 @@ impl<'a> Walk<'a> {
         let resolved = path.canonicalize();
         let data_directory = self.options.data_directory.canonicalize();
         if let (Ok(resolved), Ok(data_directory)) = (&resolved, &data_directory)
-            && resolved.starts_with(data_directory)
+            && let Ok(inside) = resolved.strip_prefix(data_directory)
+            && !inside.starts_with(EXTERNAL_ROOT)
         {
             return;
         }
+        // A way back (`..`) has no place in a backup.
+        let plain = path.components().all(|part| part != Component::ParentDir);
+        let named = resolved.as_deref().ok().filter(|_| !plain).unwrap_or(path);
         let readable = std::fs::File::open(path).and_then(|file| file.metadata());
-        match (readable, path.to_str()) {
+        let pushed = match (readable, named.to_str()) {
             (Ok(metadata), Some(name)) if metadata.is_file() => {
-                let name = format!("{EXTERNAL_ROOT}/{}", name.trim_start_matches('/'));
-                self.push(name, path.to_owned(), EntryKind::External, &metadata);
+                self.external_file(path, name, &metadata)
             }
             (Ok(_), Some(name)) => {
                 self.scan.warnings.push(ScanWarning::SpecialFile(name.to_owned()));
+                Ok(())
             }
-            (Ok(_), None) => self.scan.warnings.push(ScanWarning::NameNotText(path.to_owned())),
-            (Err(error), _) => {
-                let warning =
-                    ScanWarning::SettingsFileUnreadable(path.to_owned(), error.to_string());
-                self.scan.warnings.push(warning);
+            (Ok(_), None) => {
+                self.scan.warnings.push(ScanWarning::NameNotText(path.to_owned()));
+                Ok(())
             }
+            (Err(error), _) => Err(error),
+        };
+        if let Err(error) = pushed {
+            let warning = ScanWarning::SettingsFileUnreadable(path.to_owned(), error.to_string());
+            self.scan.warnings.push(warning);
         }
+    }
+
+    /// The file and every directory above it, which nobody else may read in a copy. A directory
+    /// that was listed for another file before is listed again; the end of the scan removes it.
+    fn external_file(&mut self, source: &Path, name: &str, metadata: &Metadata) -> io::Result<()> {
+        let mut place = PathBuf::from("/");
+        let mut path = EXTERNAL_ROOT.to_owned();
+        let parts = name.split('/').filter(|part| !matches!(*part, "" | "."));
+        for part in parts {
+            let directory = std::fs::metadata(&place)?;
+            self.push(path.clone(), place.clone(), EntryKind::Directory, &directory);
+            if let Some(entry) = self.scan.entries.last_mut() {
+                entry.mode = 0o700;
+            }
+            place.push(part);
+            path = format!("{path}/{part}");
+        }
+        self.push(path, source.to_owned(), EntryKind::External, metadata);
+        Ok(())
     }
 
     /// Names and paths of a directory's content; empty when it is gone.
@@ -525,6 +556,27 @@ fn tablespace_directory(link: &Path, location: &Path) -> Result<Option<Metadata>
         }),
         Err(error) => Err(io_error(link, error)),
     }
+}
+
+/// The directory of this server inside a tablespace; `None` when the tablespace was dropped since it
+/// was listed. One that is missing though the tablespace exists means that another file system was
+/// mounted there: a backup without its files would look complete.
+fn versioned_directory(link: &Path, directory: &Path) -> Result<Option<Metadata>> {
+    // DROP TABLESPACE removes the directory a moment before it removes the link.
+    for _ in 0..100 {
+        if let Some(metadata) = vanishing(directory, std::fs::symlink_metadata(directory))? {
+            return Ok(Some(metadata));
+        }
+        if vanishing(link, std::fs::symlink_metadata(link))?.is_none() {
+            return Ok(None);
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Err(Error::Shape {
+        path: directory.to_owned(),
+        what: format!("the tablespace {} has no such directory", link.display()),
+        cure: "Mount the tablespace's file system again, or drop the tablespace.".to_owned(),
+    })
 }
 
 /// `None` for what is gone by now.

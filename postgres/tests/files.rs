@@ -441,10 +441,6 @@ async fn a_scan_lists_what_the_servers_own_base_backup_copies() {
         // The tool copies this one leftover of an earlier backup.
         assert!(!ours.contains("backup_label.old"));
         theirs.remove("backup_label.old");
-        // A link on their side, a tablespace on ours.
-        for tablespace in scan.tablespaces.iter().filter(|tablespace| !tablespace.in_place) {
-            theirs.remove(&format!("pg_tblspc/{}", tablespace.oid));
-        }
         assert_eq!(
             ours.difference(&theirs).collect::<Vec<_>>(),
             Vec::<&String>::new(),
@@ -469,6 +465,79 @@ async fn a_scan_lists_what_the_servers_own_base_backup_copies() {
             let is_directory = entry.source.metadata().unwrap().is_dir();
             assert_eq!(is_directory, entry.kind == EntryKind::Directory, "{}", entry.path);
         }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_parent_of_every_entry_is_a_directory_of_the_backup() {
+    let (instance, directory) = cluster(15, &[("allow_in_place_tablespaces", "on")]).await;
+    let data = instance.data_directory();
+    let settings = directory.path().join("etc/main");
+    std::fs::create_dir_all(&settings).unwrap();
+    let files = [settings.join("pg_hba.conf"), settings.join("../main/pg_ident.conf")];
+    for file in &files {
+        std::fs::write(file, "# of now").unwrap();
+    }
+    // What an earlier restore left stands for nothing of today; `notes/` is the user's own.
+    for old in [data.join(EXTERNAL_ROOT), data.join("notes").join(EXTERNAL_ROOT)] {
+        let old = old.join(settings.strip_prefix("/").unwrap());
+        std::fs::create_dir_all(&old).unwrap();
+        std::fs::write(old.join("pg_hba.conf"), "# of then, and longer").unwrap();
+    }
+    std::fs::write(data.join("pgmuster-restore-incomplete"), "").unwrap();
+    std::fs::write(data.join("notes/pgmuster-restore-incomplete"), "").unwrap();
+    let space = directory.path().join("space");
+    std::fs::create_dir(&space).unwrap();
+    let client = connect(&instance.url("postgres")).await;
+    let make = format!("CREATE TABLESPACE there LOCATION '{}'", space.display());
+    client.batch_execute(&make).await.unwrap();
+    client.batch_execute("CREATE TABLESPACE here LOCATION ''").await.unwrap();
+    client.batch_execute("CREATE TABLE t TABLESPACE there AS SELECT 1").await.unwrap();
+
+    let options = ScanOptions { settings_files: files.to_vec(), ..scan_options(&instance) };
+    let scanned = scan(&options).unwrap();
+    assert_eq!(scanned.warnings, []);
+    assert_eq!(scanned.tablespaces.len(), 2);
+    let find = |path: &str| scanned.entries.iter().find(|entry| entry.path == path);
+    for entry in &scanned.entries {
+        let Some((parent, _)) = entry.path.rsplit_once('/') else { continue };
+        let parent = find(parent).unwrap_or_else(|| panic!("{} has no parent", entry.path));
+        assert_eq!(parent.kind, EntryKind::Directory, "{}", entry.path);
+    }
+    assert!(scanned.entries.is_sorted_by(|a, b| a.path < b.path));
+    let root = format!("{EXTERNAL_ROOT}/");
+    let external: Vec<_> =
+        scanned.entries.iter().filter(|entry| entry.path.starts_with(&root)).collect();
+    let (files, directories): (Vec<_>, Vec<_>) =
+        external.into_iter().partition(|entry| entry.kind == EntryKind::External);
+    let names: Vec<_> = files.iter().map(|file| file.path.rsplit_once('/').unwrap().1).collect();
+    assert_eq!(names, ["pg_hba.conf", "pg_ident.conf"]);
+    assert!(files.iter().all(|file| file.size == 8 && !file.path.contains("..")), "{files:?}");
+    assert!(directories.iter().all(|it| (it.kind, it.mode) == (EntryKind::Directory, 0o700)));
+    assert!(find("pgmuster-restore-incomplete").is_none());
+    assert!(find("notes/pgmuster-restore-incomplete").is_some());
+    assert!(find(&format!("notes/{EXTERNAL_ROOT}")).is_some());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tablespace_that_is_not_mounted_ends_the_scan() {
+    let (mut instance, directory) = cluster(15, &[]).await;
+    let space = directory.path().join("space");
+    std::fs::create_dir(&space).unwrap();
+    let client = connect(&instance.url("postgres")).await;
+    let make = format!("CREATE TABLESPACE there LOCATION '{}'", space.display());
+    client.batch_execute(&make).await.unwrap();
+    instance.stop(StopMode::Fast).await.unwrap();
+    let options = scan_options(&instance);
+    assert_eq!(scan(&options).unwrap().tablespaces.len(), 1);
+    let mounted = directory.path().join("mounted");
+    std::fs::rename(&space, &mounted).unwrap();
+    // No mount point, and one without its file system.
+    for expected in ["does not exist", "has no such directory"] {
+        let error = scan(&options).unwrap_err();
+        let Error::Shape { what, .. } = &error else { panic!("{error}") };
+        assert!(what.contains(expected), "{what}");
+        let _ = std::fs::create_dir(&space);
     }
 }
 
