@@ -123,9 +123,17 @@ impl Repository {
                 Ok(backup) => {
                     let doomed =
                         backup.root.packs.keys().any(|pack| condemned.contains(&pack.to_string()));
-                    if !doomed {
+                    if doomed {
+                        continue;
+                    }
+                    // What is lost cannot be referred to: the next backup stores it again.
+                    if backup.check_inventory().await?.is_sound() {
                         return Ok(Some(backup));
                     }
+                    tracing::warn!(
+                        backup.id = %candidate,
+                        "Backup {candidate} is not compared with: packs of it are missing or cut",
+                    );
                 }
                 Err(
                     error @ (Error::Missing { .. } | Error::Damaged { .. } | Error::Version { .. }),
@@ -163,11 +171,20 @@ impl Repository {
     async fn put_verdict(&self, lineage: LineageId, verdict: Verdict) -> Result<Verdict, Error> {
         let key = layout::of_attempt(lineage, verdict.attempt, "verdict");
         let bytes = note::write(&self.keys, &key, &verdict)?;
-        match self.store.put_if_absent(&key, bytes).await? {
-            PutOutcome::Created => Ok(verdict),
-            PutOutcome::Exists => {
+        match self.store.put_if_absent(&key, bytes).await {
+            Ok(PutOutcome::Created) => Ok(verdict),
+            Ok(PutOutcome::Exists) => {
                 self.verdict(lineage, verdict.attempt).await?.ok_or(Error::Missing { key })
             }
+            // It may be there all the same. One that is seen stands, ours or not; one that is not seen may still appear.
+            Err(source) => match self.verdict(lineage, verdict.attempt).await {
+                Ok(Some(stands)) => Ok(stands),
+                Ok(None) | Err(_) => Err(Error::VerdictUnknown {
+                    attempt: verdict.attempt,
+                    word: verdict.outcome.word(),
+                    source,
+                }),
+            },
         }
     }
 

@@ -6,12 +6,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::FutureExt as _;
+use proto::envelope::PAYLOAD_MAX_BYTES;
 use proto::message::{Grant, Report, ReportBody, SCHEMA, Spec};
 use proto::{Action, AttemptId, BootId, Code, Failure, JobId, Outcome, Step, WorkerName};
 use telemetry::TraceContext;
 use tracing::Instrument as _;
 
-use crate::context::JobContext;
+use crate::context::{JobContext, blocking};
 use crate::outbound::Outbound;
 use crate::shared::Shared;
 use crate::slots::Slot;
@@ -75,15 +76,27 @@ impl Reporter {
     fn tell(&self, body: ReportBody) {
         let (seq, body) = self.signed(body);
         let message_id = format!("{}.{seq}", self.attempt);
-        self.outbound.report(Spooled { message_id, body, file: None });
+        self.outbound.report(Spooled { message_id, body, file: None, must_arrive: false });
     }
 
-    /// The final report: on disk first.
-    fn finish(&self, body: ReportBody) {
-        let (seq, body) = self.signed(body);
-        let report = self.spool.keep(self.attempt, seq, body.clone()).unwrap_or_else(|error| {
-            tracing::error!(%error, "Failed to keep a final report on disk; it is only in memory");
-            Spooled { message_id: format!("{}.{seq}", self.attempt), body, file: None }
+    /// The final report: on disk first. The disk may be busy with a backup, so it is written beside the runtime's threads.
+    async fn finish(&self, body: ReportBody) {
+        let (seq, mut body) = self.signed(body);
+        if body.len() > PAYLOAD_MAX_BYTES {
+            let what = format!("the job's result is too large to report ({} bytes)", body.len());
+            let failure = Failure::bug(what);
+            let (_, smaller) =
+                self.signed(ReportBody::Failed { failure, outcome: None, steps: Vec::new() });
+            body = smaller;
+        }
+        let (spool, attempt, copy) = (self.spool.clone(), self.attempt, body.clone());
+        let kept = blocking(move || {
+            spool.keep(attempt, seq, copy).map_err(|error| Failure::bug(error.to_string()))
+        });
+        let report = kept.await.unwrap_or_else(|failure| {
+            tracing::error!(%failure, "Failed to keep a final report on disk; it is only in memory");
+            let message_id = format!("{}.{seq}", self.attempt);
+            Spooled { message_id, body, file: None, must_arrive: true }
         });
         self.outbound.report(report);
     }
@@ -95,15 +108,11 @@ pub(crate) fn hand_back(shared: &Shared, grant: &Grant) {
         return;
     };
     let failure = Failure::new(
-        Code::DeadlineExceeded,
+        Code::WorkerDraining,
         Action::Retry,
-        "the grant arrived after the worker had given its claim up",
+        "the grant arrived when the worker could not begin with it any more",
     );
-    Reporter::new(shared, job, grant).finish(ReportBody::Failed {
-        failure,
-        outcome: None,
-        steps: Vec::new(),
-    });
+    give_back(shared, Reporter::new(shared, job, grant), failure);
 }
 
 /// Starts a granted attempt in a task of its own.
@@ -112,6 +121,18 @@ pub(crate) fn start(shared: &Arc<Shared>, grant: &Grant, slot: Slot) {
         Ok(spec) => spec,
         Err(error) => return refuse(shared, grant, &error.to_string()),
     };
+    // A ticket is unsigned: what it said of the kind was only good for asking.
+    let kind = spec.task.kind();
+    if !shared.config.allows(kind, &spec.cluster) || spec.attempt != grant.attempt {
+        let message = format!(
+            "the configuration of worker {} does not allow {kind} for {}",
+            shared.config.name, spec.cluster
+        );
+        let failure = Failure::new(Code::NotAllowed, Action::RetryElsewhere, message)
+            .with_hint("Allow the kind in the worker's configuration, or use another worker.");
+        give_back(shared, Reporter::new(shared, spec.job, grant), failure);
+        return;
+    }
     let reporter = Reporter::new(shared, spec.job, grant);
     let steps = reporter.clone();
     let sink = move |step: &Step| steps.tell(ReportBody::Step(step.clone()));
@@ -141,10 +162,14 @@ fn refuse(shared: &Shared, grant: &Grant, error: &str) {
         format!("worker {} does not understand the job: {error}", shared.config.name),
     )
     .with_hint("Upgrade the worker, or run the job on a newer one.");
-    Reporter::new(shared, job, grant).finish(ReportBody::Failed {
-        failure,
-        outcome: None,
-        steps: Vec::new(),
+    give_back(shared, Reporter::new(shared, job, grant), failure);
+}
+
+/// Reports an attempt that never began.
+fn give_back(shared: &Shared, reporter: Reporter, failure: Failure) {
+    shared.jobs.spawn(async move {
+        let nothing = ReportBody::Failed { failure, outcome: None, steps: Vec::new() };
+        reporter.finish(nothing).await;
     });
 }
 
@@ -173,7 +198,7 @@ async fn run(shared: &Arc<Shared>, cx: &JobContext, reporter: &Reporter) {
             ReportBody::Failed { failure, outcome: ended.found.map(Box::new), steps }
         }
     };
-    reporter.finish(body);
+    reporter.finish(body).await;
 }
 
 /// Runs the job under its deadline; a panic in it becomes a failure, and a job that does not stop when told is dropped.

@@ -83,9 +83,6 @@ async fn answer(shared: &Arc<Shared>, delivery: &Delivery) -> Settlement {
             return Settlement::Reject;
         }
     };
-    if ticket.not_after_ms < clock::now_ms() {
-        return Settlement::Ack;
-    }
     match accept(shared, &ticket) {
         Err((reason, detail)) => {
             if decline(shared, &ticket, reason, detail).await {
@@ -96,7 +93,11 @@ async fn answer(shared: &Arc<Shared>, delivery: &Delivery) -> Settlement {
         }
         Ok(slot) => match claim(shared, &ticket).await {
             Some(Answer::Grant(grant)) => {
-                attempt::start(shared, &grant, slot);
+                if shared.drain.is_cancelled() {
+                    attempt::hand_back(shared, &grant);
+                } else {
+                    attempt::start(shared, &grant, slot);
+                }
                 Settlement::Ack
             }
             Some(Answer::Denial(denial)) => {
@@ -161,6 +162,9 @@ async fn claim(shared: &Shared, ticket: &Ticket) -> Option<Answer> {
         if let Ok(answer) = tokio::time::timeout(CLAIM_REPEAT, &mut waiting.answer).await {
             return answer.ok();
         }
+    }
+    if let Some(answer) = waiting.last_look() {
+        return Some(answer);
     }
     tracing::warn!(attempt = %ticket.attempt, "No coordinator answered a claim; the ticket goes back");
     None

@@ -10,7 +10,7 @@ use proto::message::{Beacon, Control, Grant};
 use proto::topology::control_queue;
 
 use crate::attempt;
-use crate::claims::Answer;
+use crate::claims::{Answer, Handed};
 use crate::shared::Shared;
 
 /// How many control messages may be in hand; they are handled at once.
@@ -63,12 +63,11 @@ fn granted(shared: &Arc<Shared>, grant: Box<Grant>) {
         return;
     }
     let nonce = grant.nonce.clone();
-    if let Err(Answer::Grant(grant)) = shared.claims.answer(&nonce, Answer::Grant(grant)) {
-        // A repeated grant of something that runs or ran is an echo; an unknown one came too late, and saying so
-        // frees the job at once instead of after its lease.
-        if !shared.attempts.has_seen(grant.attempt, grant.token) {
-            attempt::hand_back(shared, &grant);
-        }
+    // A grant that nobody waits for came too late; saying so frees the job at once instead of after its lease.
+    if let Handed::Late(Answer::Grant(grant)) = shared.claims.answer(&nonce, Answer::Grant(grant))
+        && !shared.attempts.has_seen(grant.attempt, grant.token)
+    {
+        attempt::hand_back(shared, &grant);
     }
 }
 

@@ -8,6 +8,7 @@ use postgres::{Purpose, connect_maintenance};
 use proto::message::{ClusterOffer, Offers, RepositoryOffer};
 use proto::{Action, Code, Failure, JobId};
 
+use crate::context::blocking;
 use crate::engines::native;
 use crate::places::Cluster;
 use crate::shared::Shared;
@@ -36,6 +37,11 @@ pub(crate) async fn look(shared: &Shared) -> Offers {
         restore_roots: shared.config.allow.restore_roots.iter().map(ToString::to_string).collect(),
         postgres_majors: majors(&bin_dirs).await,
     }
+}
+
+fn silent(cluster: &proto::ClusterName, what: &str) -> Failure {
+    let message = format!("the {what} of {cluster} did not answer within {} s", LOOK_MAX.as_secs());
+    Failure::new(Code::ServerUnreachable, Action::Retry, message)
 }
 
 async fn majors(bin_dirs: &[std::path::PathBuf]) -> Vec<u32> {
@@ -67,15 +73,20 @@ async fn look_at(shared: &Shared, cluster: &Cluster) -> ClusterOffer {
         Ok(Ok(identity)) => {
             offer.system_identifier = Some(identity.system_identifier);
             offer.server_version_num = Some(identity.version.0);
-            match native::data_directory(cluster, &identity) {
-                Ok(_) => offer.files = true,
+            let (config, target) = (cluster.config.clone(), cluster.target.clone());
+            let looked = blocking(move || {
+                native::data_directory(&Cluster { config, target }, &identity).map(drop)
+            });
+            // A dead mount answers nobody.
+            let looked = tokio::time::timeout(LOOK_MAX, looked).await;
+            match looked.unwrap_or_else(|_| Err(silent(&offer.name, "file system"))) {
+                Ok(()) => offer.files = true,
                 Err(failure) => offer.problem = Some(failure),
             }
         }
         Ok(Err(error)) => offer.problem = Some(error.into()),
         Err(_) => {
-            let message = format!("{} did not answer within {} s", offer.name, LOOK_MAX.as_secs());
-            offer.problem = Some(Failure::new(Code::ServerUnreachable, Action::Retry, message));
+            offer.problem = Some(silent(&offer.name, "server"));
         }
     }
     offer

@@ -134,7 +134,7 @@ async fn deliver_one(broker: &Broker, report: &Spooled) {
                 tracing::warn!(error = %proto::failure::chain(&error), "Failed to publish a report");
             }
         }
-        if report.file.is_none() {
+        if !report.must_arrive {
             return;
         }
         tokio::time::sleep(pause).await;

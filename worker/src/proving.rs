@@ -332,8 +332,12 @@ pub fn sentence(proof: &Proof) -> String {
         );
     }
     let seconds = proof.recovery_time_ms().div_ceil(1_000);
+    let what = match proof.level_reached {
+        Some(ProofLevel::L5) => "match",
+        _ => "were read",
+    };
     format!(
-        "{} is PROVED ({level}): restored in {seconds} s, {} tables, {} rows match",
+        "{} is PROVED ({level}): restored in {seconds} s, {} tables, {} rows {what}",
         proof.cluster,
         grouped(proof.tables),
         grouped(proof.rows)

@@ -12,25 +12,43 @@ use crate::{clock, offers};
 
 /// How often at least. The coordinator's lease is several times this.
 pub(crate) const PULSE_EVERY: Duration = Duration::from_secs(3);
+/// How long the first pulse waits for the first look.
+const FIRST_LOOK_MAX: Duration = Duration::from_secs(5);
 /// How often the offers are looked at for changes.
 const OFFERS_EVERY: Duration = Duration::from_secs(30);
 
-/// Pulses until `stop` fires; the last pulse says that the worker drains.
-pub(crate) async fn beat(shared: Arc<Shared>, stop: CancellationToken) {
-    let mut seq = 0;
-    let mut offered = None;
-    let mut looked_at: Option<tokio::time::Instant> = None;
+/// Offers are repeated every so many pulses, in case one was lost on its way.
+const REPEAT_OFFERS: u64 = 20;
+
+/// Looks at the servers again and again; a server that hangs delays the next look and no pulse.
+pub(crate) async fn look_around(shared: Arc<Shared>) {
     loop {
-        if looked_at.is_none_or(|at| at.elapsed() >= OFFERS_EVERY) {
-            let offers = offers::look(&shared).await;
-            looked_at = Some(tokio::time::Instant::now());
-            if offered.as_ref() != Some(&offers) {
-                shared.offers_due.store(true, Ordering::SeqCst);
-                offered = Some(offers);
-            }
+        let offers = offers::look(&shared).await;
+        let changed = shared.offered.send_if_modified(|offered| {
+            let changed = offered.as_ref() != Some(&offers);
+            *offered = Some(offers);
+            changed
+        });
+        if changed {
+            shared.offers_due.store(true, Ordering::SeqCst);
+            shared.pulse_now.notify_one();
         }
-        let with_offers = shared.offers_due.swap(false, Ordering::SeqCst);
+        tokio::time::sleep(OFFERS_EVERY).await;
+    }
+}
+
+/// Pulses until `stop` fires; the last pulse says that the worker drains. The first one waits for the first look, so
+/// that a new boot does not seem to serve nothing.
+pub(crate) async fn beat(shared: Arc<Shared>, stop: CancellationToken) {
+    let mut looked = shared.offered.subscribe();
+    // A hung server must not keep a worker from being seen at all.
+    let _ = tokio::time::timeout(FIRST_LOOK_MAX, looked.wait_for(Option::is_some)).await;
+    let mut seq: u64 = 0;
+    loop {
         seq += 1;
+        let due = shared.offers_due.swap(false, Ordering::SeqCst);
+        let with_offers = due || seq.is_multiple_of(REPEAT_OFFERS);
+        let offered = shared.offered.borrow().clone();
         let pulse = Pulse {
             schema: SCHEMA,
             worker: shared.config.name.clone(),
@@ -42,7 +60,7 @@ pub(crate) async fn beat(shared: Arc<Shared>, stop: CancellationToken) {
             slots: shared.slots.free(),
             draining: shared.drain.is_cancelled(),
             running: shared.attempts.running(),
-            offers: offered.clone().filter(|_| with_offers),
+            offers: offered.filter(|_| with_offers),
         };
         let body = shared.outbound.sign(&pulse);
         if !shared.outbound.pulse(format!("{}.{seq}", shared.boot), body).await && with_offers {

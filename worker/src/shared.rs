@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 
 use proto::envelope::Credentials;
+use proto::message::Offers;
 use proto::{BootId, Failure};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -39,6 +40,8 @@ pub(crate) struct Shared {
     pub(crate) drain: CancellationToken,
     /// Wakes the pulse before its time.
     pub(crate) pulse_now: Notify,
+    /// What the worker can do, as it looked last.
+    pub(crate) offered: watch::Sender<Option<Offers>>,
     /// Set when the next pulse has to carry the offers.
     pub(crate) offers_due: AtomicBool,
     beacon_at_ms: AtomicI64,
@@ -70,6 +73,7 @@ impl Shared {
             jobs: TaskTracker::new(),
             drain,
             pulse_now: Notify::new(),
+            offered: watch::Sender::new(None),
             offers_due: AtomicBool::new(true),
             beacon_at_ms: AtomicI64::new(0),
             beacon_seen: Notify::new(),

@@ -23,8 +23,10 @@ pub(crate) struct Spooled {
     pub(crate) message_id: String,
     /// The signed report.
     pub(crate) body: Vec<u8>,
-    /// The file to remove afterwards; absent for reports that may be lost.
+    /// The file to remove afterwards; absent for reports that are only in memory.
     pub(crate) file: Option<PathBuf>,
+    /// Whether it is sent until the broker confirms it.
+    pub(crate) must_arrive: bool,
 }
 
 impl Spool {
@@ -44,7 +46,7 @@ impl Spool {
         temporary.as_file().sync_all()?;
         temporary.persist(&file).map_err(|error| error.error)?;
         std::fs::File::open(&self.directory)?.sync_all()?;
-        Ok(Spooled { message_id, body, file: Some(file) })
+        Ok(Spooled { message_id, body, file: Some(file), must_arrive: true })
     }
 
     /// What an earlier life of the worker could not deliver, oldest first.
@@ -58,7 +60,8 @@ impl Spool {
                 continue;
             };
             let message_id = message_id.to_owned();
-            found.push(Spooled { message_id, body: std::fs::read(&file)?, file: Some(file) });
+            let body = std::fs::read(&file)?;
+            found.push(Spooled { message_id, body, file: Some(file), must_arrive: true });
         }
         found.sort_by(|a, b| a.message_id.cmp(&b.message_id));
         Ok(found)

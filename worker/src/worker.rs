@@ -21,6 +21,8 @@ use crate::{clock, consume, control, pulse};
 const DRAIN_MAX: Duration = Duration::from_secs(20);
 /// How long handed-back jobs may take to clean up.
 const HAND_BACK_MAX: Duration = Duration::from_secs(30);
+/// The same after a second signal.
+const HAND_BACK_AT_ONCE: Duration = Duration::from_secs(5);
 /// How long the last reports may take to be confirmed; they stay on disk otherwise.
 const LAST_REPORTS_MAX: Duration = Duration::from_secs(10);
 
@@ -29,6 +31,7 @@ const LAST_REPORTS_MAX: Duration = Duration::from_secs(10);
 pub struct Worker {
     shared: Arc<Shared>,
     parts: JoinSet<()>,
+    consumers: JoinSet<()>,
     deliverer: tokio::task::JoinHandle<()>,
     stop: CancellationToken,
     abandon: CancellationToken,
@@ -90,11 +93,13 @@ impl Worker {
         let mut parts = JoinSet::new();
         parts.spawn(control::listen(Arc::clone(&shared), broker.clone()));
         parts.spawn(pulse::beat(Arc::clone(&shared), stop.clone()));
+        parts.spawn(pulse::look_around(Arc::clone(&shared)));
         parts.spawn(crate::jobs::clean_up_after_the_dead(Arc::clone(&shared)));
+        let mut consumers = JoinSet::new();
         for queue in consume::queues(&shared) {
-            parts.spawn(consume::serve(Arc::clone(&shared), broker.clone(), queue));
+            consumers.spawn(consume::serve(Arc::clone(&shared), broker.clone(), queue));
         }
-        Ok(Self { shared, parts, deliverer, stop, abandon })
+        Ok(Self { shared, parts, consumers, deliverer, stop, abandon })
     }
 
     /// Stops taking jobs, lets short ones finish, hands long ones back, delivers the last reports. `now` ends the
@@ -102,6 +107,13 @@ impl Worker {
     pub async fn drain(mut self, now: CancellationToken) {
         self.shared.drain.cancel();
         self.shared.pulse_now.notify_one();
+        // A claim on its way may still be granted: its grant is handed back by whoever waits for it.
+        let settled = async { while self.consumers.join_next().await.is_some() {} };
+        tokio::select! {
+            () = settled => {}
+            () = tokio::time::sleep(DRAIN_MAX) => {}
+            () = now.cancelled() => {}
+        }
         self.shared.jobs.close();
         let ended = tokio::select! {
             () = self.shared.jobs.wait() => true,
@@ -113,7 +125,8 @@ impl Worker {
                 &Failure::new(Code::WorkerDraining, Action::Retry, "the worker is shutting down")
                     .with_hint("The job will be given out again."),
             );
-            let waited = tokio::time::timeout(HAND_BACK_MAX, self.shared.jobs.wait()).await;
+            let patience = if now.is_cancelled() { HAND_BACK_AT_ONCE } else { HAND_BACK_MAX };
+            let waited = tokio::time::timeout(patience, self.shared.jobs.wait()).await;
             if waited.is_err() {
                 tracing::warn!("Some jobs did not stop in time; their leases will run out");
             }
@@ -123,6 +136,7 @@ impl Worker {
             self.abandon.cancel();
             tracing::warn!("Some reports could not be delivered; the next start will deliver them");
         }
+        self.consumers.shutdown().await;
         self.parts.shutdown().await;
     }
 }

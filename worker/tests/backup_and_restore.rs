@@ -357,3 +357,66 @@ async fn a_cancelled_backup_leaves_nothing_on_the_server_and_cannot_commit() {
     assert_eq!(attempts.len(), 1);
     assert!(attempts[0].verdict.is_some() && attempts[0].backup().is_none());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tablespaces_and_settings_outside_the_data_directory_come_back() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let mut house =
+        House::new(15, InstanceOptions { fsync: false, ..InstanceOptions::default() }).await;
+    let space = house.place.path().join("space");
+    std::fs::create_dir(&space).unwrap();
+    let data = house.server.data_directory();
+    let hba = house.place.path().join("pg_hba.conf");
+    std::fs::copy(data.join("pg_hba.conf"), &hba).unwrap();
+    // As private keys are: its owner may only read it.
+    std::fs::write(data.join("server.key"), "secret").unwrap();
+    std::fs::set_permissions(data.join("server.key"), std::fs::Permissions::from_mode(0o400))
+        .unwrap();
+    house.server.set(&[("hba_file", hba.to_str().unwrap())]).unwrap();
+    house.server.restart().await.unwrap();
+    house.sql(DATA).await;
+    house.sql(&format!("CREATE TABLESPACE elsewhere LOCATION '{}'", space.display())).await;
+    house
+        .sql("CREATE TABLE public.far TABLESPACE elsewhere AS SELECT g FROM generate_series(1, 20000) g")
+        .await;
+    let outcome = house.back_up().await;
+    let proof = house.prove(ProofLevel::L5).await;
+    assert!(proof.passed, "{:#?}", proof.checks);
+
+    let repository = house.reopened().await;
+    let backup = restoring::find(&repository, None, None, Some(outcome.backup)).await.unwrap();
+    let directory = house.place.path().join("restored");
+    let destination = Destination::below(&directory, backup.facts());
+    restoring::restore(&house.cx(), &backup, &destination, 2).await.unwrap();
+    let (oid, place) = destination.tablespaces.first_key_value().unwrap();
+    let link = std::fs::read_link(directory.join("pg_tblspc").join(oid.to_string())).unwrap();
+    assert_eq!(link, *place, "the link leads to the copy and not to production");
+    let key = std::fs::metadata(directory.join("server.key")).unwrap();
+    assert_eq!(key.permissions().mode() & 0o777, 0o400);
+    let (_running, url) = start_plainly(&directory, 15).await;
+    assert_eq!(number(&url, "SELECT count(*) FROM public.far").await, 20_000);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_after_a_lost_pack_does_not_refer_to_it() {
+    let house =
+        House::new(15, InstanceOptions { fsync: false, ..InstanceOptions::default() }).await;
+    house.sql(DATA).await;
+    let first = house.back_up().await;
+    let packs = house.place.path().join(format!("repository/lineages/{}/packs", first.lineage));
+    let mut files: Vec<PathBuf> = Vec::new();
+    let mut open = vec![packs];
+    while let Some(directory) = open.pop() {
+        for entry in std::fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() { open.push(path) } else { files.push(path) }
+        }
+    }
+    let largest = files.iter().max_by_key(|path| path.metadata().unwrap().len()).unwrap();
+    std::fs::remove_file(largest).unwrap();
+    let second = house.back_up().await;
+    assert_eq!(second.compared_with, None, "what is lost is stored again");
+    let proof = house.prove(ProofLevel::L5).await;
+    assert_eq!(proof.backup, second.backup);
+    assert!(proof.passed, "{:#?}", proof.checks);
+}

@@ -13,6 +13,11 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 
 use crate::error::{Error, show};
 
+/// Whether a file gets its mode only when everything is written.
+pub(super) fn is_set_late(bits: u32) -> bool {
+    bits & 0o200 == 0
+}
+
 /// Handles kept open besides the root and the mapped directories.
 const KEPT_MAX: usize = 64;
 
@@ -122,10 +127,34 @@ impl Tree {
             .map_err(|error| self.failed(path, error))?;
         let file = File::from(file);
         file.set_len(size_bytes).map_err(|error| self.failed(path, error))?;
-        if bits & 0o7777 != 0o600 {
+        // A file that its owner may not write gets its mode at the end: it is opened again to be written.
+        if bits & 0o7777 != 0o600 && !is_set_late(bits) {
             rustix::fs::fchmod(&file, mode(bits)).map_err(|error| self.failed(path, error))?;
         }
         Ok(file)
+    }
+
+    /// Sets the mode of a file that was made by [`Self::open_file`].
+    pub(super) fn set_file_mode(&self, path: &[u8], bits: u32) -> Result<(), Error> {
+        let (parent, name) = split(path);
+        rustix::fs::chmodat(self.directory(parent)?, name, mode(bits), AtFlags::empty())
+            .map_err(|error| self.failed(path, error))
+    }
+
+    /// Makes sure that no other restore writes here, for as long as this value lives.
+    pub(super) fn lock(directory: &Path) -> Result<File, Error> {
+        let failed = |source| Error::Target { path: directory.display().to_string(), source };
+        std::fs::create_dir_all(directory).map_err(failed)?;
+        let handle = File::open(directory).map_err(failed)?;
+        let exclusive = rustix::fs::FlockOperation::NonBlockingLockExclusive;
+        match rustix::fs::flock(&handle, exclusive) {
+            Ok(()) => Ok(handle),
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::TargetNotEmpty {
+                target: directory.display().to_string(),
+                reason: "another restore is writing there".into(),
+            }),
+            Err(error) => Err(failed(error.into())),
+        }
     }
 
     pub(super) fn make_symlink(&self, path: &[u8], target: &[u8]) -> Result<(), Error> {

@@ -35,6 +35,11 @@ pub(super) fn run(
     options: &RestoreOptions,
     stop: &Arc<Stop>,
 ) -> Result<RestoreSummary, Error> {
+    // An attempt that was given up for lost may still be at it.
+    let mut locks = vec![Tree::lock(&target.directory)?];
+    for elsewhere in target.mapping.values() {
+        locks.push(Tree::lock(elsewhere)?);
+    }
     target::prepare(&target.directory, backup)?;
     for elsewhere in target.mapping.values() {
         target::prepare(elsewhere, backup)?;
@@ -50,6 +55,7 @@ pub(super) fn run(
         progress,
         next_id: 0,
         directories: Vec::new(),
+        late_modes: Vec::new(),
         links: Vec::new(),
     };
     let root = &backup.root;
@@ -73,11 +79,15 @@ pub(super) fn run(
     tree.sync()?;
     // Only now what makes the directory look complete.
     walk.phase(1, |walk, fetcher| walk.shards(&root.late, fetcher))?;
+    for (path, mode) in &walk.late_modes {
+        tree.set_file_mode(path, *mode)?;
+    }
     for (path, mode) in walk.directories.iter().rev() {
         tree.set_directory_mode(path, *mode)?;
     }
     tree.sync()?;
     tree.unmark(MARKER)?;
+    drop(locks);
     let counted = progress.snapshot();
     Ok(RestoreSummary {
         files: counted.files,
@@ -95,6 +105,7 @@ struct Walk<'a> {
     next_id: u64,
     /// Modes that are set when nothing more is written into them.
     directories: Vec<(Vec<u8>, u32)>,
+    late_modes: Vec<(Vec<u8>, u32)>,
     /// Links that are made when nothing more is written, so that nothing can be written through them.
     links: Vec<(Vec<u8>, Vec<u8>)>,
 }
@@ -179,6 +190,9 @@ impl Walk<'_> {
         fetcher: &mut Fetcher<'_>,
     ) -> Result<(), Error> {
         self.next_id += 1;
+        if super::tree::is_set_late(mode) {
+            self.late_modes.push((path.clone(), mode));
+        }
         let target =
             Arc::new(TargetFile { id: self.next_id, path, mode, size_bytes: file.size_bytes });
         // Made here even when writers will come: an empty or all-zero file has none.

@@ -5,7 +5,7 @@
 use postgres::connect::application_name;
 use postgres::{Purpose, connect_maintenance};
 use proto::job::{Probe, ProbeOutcome, SeenVerdict};
-use proto::{AttemptId, Failure};
+use proto::{Action, AttemptId, Code, Failure};
 use repository::Outcome;
 
 use super::session_owner;
@@ -47,6 +47,17 @@ pub(crate) async fn run(
 async fn sessions(cx: &JobContext, cluster: &Cluster, task: &Probe) -> Result<(u32, u32), Failure> {
     let purpose = Purpose::ask(&session_owner(cx.spec.attempt));
     let session = connect_maintenance(&cluster.target, &purpose).await?;
+    let server = session.identity().await?;
+    let other = cx.spec.system_identifier.is_some_and(|id| id != server.system_identifier);
+    if server.in_recovery || other {
+        // Jobs work on the primary; another server's silence is no evidence.
+        session.close().await;
+        return Err(Failure::new(
+            Code::SystemIdentifierMismatch,
+            Action::RetryElsewhere,
+            "this is not the server that the attempt worked on",
+        ));
+    }
     let name = application_name(&session_owner(task.attempt));
     let sql = "-- probe: sessions of an attempt, ended when asked
         SELECT count(*)::int4 AS seen,

@@ -26,6 +26,9 @@ pub(crate) async fn run(
         })
         .await?;
     let destination = Destination::below(&directory, backup.facts());
+    for place in destination.tablespaces.values() {
+        below_root(config, &task.target.root, place)?;
+    }
     if task.plan_only {
         return cx.step("plan", restoring::plan(&backup, &destination)).await;
     }
@@ -38,35 +41,43 @@ pub(crate) async fn run(
     .await
 }
 
-/// The directory, if the worker's own configuration allows it. Links are resolved as far as the path exists, so that one
-/// below a root cannot lead out of it.
+/// The directory, if the worker's own configuration allows it.
 fn target(config: &WorkerConfig, task: &Restore) -> Result<PathBuf, Failure> {
-    let outside = |what: String| {
-        let roots: Vec<&str> = config.allow.restore_roots.iter().map(|r| r.as_str()).collect();
-        let roots = if roots.is_empty() { "none".to_owned() } else { roots.join(", ") };
-        Failure::new(Code::TargetOutsideRoots, Action::FixConfig, what).with_hint(format!(
-            "This worker may restore below: {roots} (allow.restore_roots in its configuration)."
-        ))
-    };
-    let root = config
-        .allow
-        .restore_roots
-        .iter()
-        .find(|root| root.as_str() == task.target.root)
-        .ok_or_else(|| {
-            outside(format!("{} is no restore root of this worker", task.target.root))
-        })?;
-    let resolved_root = std::fs::canonicalize(root)
-        .map_err(|error| outside(format!("the restore root {root} cannot be used: {error}")))?;
-    let directory = resolved_root.join(task.target.directory.as_str());
-    let existing = directory.ancestors().find(|place| place.exists()).unwrap_or(Path::new("/"));
-    let resolved = std::fs::canonicalize(existing)
-        .map_err(|error| outside(format!("{} cannot be used: {error}", existing.display())))?;
-    if resolved.starts_with(&resolved_root) {
-        Ok(directory)
-    } else {
-        Err(outside(format!("{} leads to {}", directory.display(), resolved.display())))
+    let root = &task.target.root;
+    let known = config.allow.restore_roots.iter().any(|allowed| allowed.as_str() == root);
+    if !known {
+        return Err(outside(config, format!("{root} is no restore root of this worker")));
     }
+    let resolved = std::fs::canonicalize(root).map_err(|error| {
+        outside(config, format!("the restore root {root} cannot be used: {error}"))
+    })?;
+    let directory = resolved.join(task.target.directory.as_str());
+    below_root(config, root, &directory)?;
+    Ok(directory)
+}
+
+/// Makes sure that a path leads below a root. Links are resolved as far as it exists, so that one below the root cannot
+/// lead out of it.
+fn below_root(config: &WorkerConfig, root: &str, path: &Path) -> Result<(), Failure> {
+    let resolve = |place: &Path| {
+        std::fs::canonicalize(place).map_err(|error| {
+            outside(config, format!("{} cannot be used: {error}", place.display()))
+        })
+    };
+    let existing = path.ancestors().find(|place| place.exists()).unwrap_or(Path::new("/"));
+    let (resolved, root) = (resolve(existing)?, resolve(Path::new(root))?);
+    if resolved.starts_with(root) {
+        return Ok(());
+    }
+    Err(outside(config, format!("{} leads to {}", path.display(), resolved.display())))
+}
+
+fn outside(config: &WorkerConfig, what: String) -> Failure {
+    let roots: Vec<&str> = config.allow.restore_roots.iter().map(|root| root.as_str()).collect();
+    let roots = if roots.is_empty() { "none".to_owned() } else { roots.join(", ") };
+    Failure::new(Code::TargetOutsideRoots, Action::FixConfig, what).with_hint(format!(
+        "This worker may restore below: {roots} (allow.restore_roots in its configuration)."
+    ))
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use postgres::control_file::ControlFile;
 use postgres::{BackupOptions, BackupSession, Purpose, connect_maintenance, settings};
-use proto::backup::{Setting, Tablespace};
+use proto::backup::Setting;
 use proto::{Action, Code, Failure};
 
 use super::data_directory;
@@ -17,7 +17,6 @@ pub(super) struct Ready {
     pub(super) server: postgres::ServerIdentity,
     pub(super) directory: PathBuf,
     pub(super) settings: Vec<Setting>,
-    pub(super) tablespaces: Vec<Tablespace>,
     pub(super) settings_files: Vec<PathBuf>,
 }
 
@@ -57,7 +56,6 @@ pub(super) async fn ready(cx: &JobContext, cluster: &Cluster) -> Result<Ready, F
             .filter(|setting| is_file(&setting.name) && !setting.value.is_empty())
             .map(|setting| PathBuf::from(&setting.value))
             .collect(),
-        tablespaces: settings::tablespaces(&session).await?,
         settings,
         server,
         directory,

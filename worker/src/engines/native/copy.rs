@@ -1,7 +1,8 @@
 //! A backup from its first question to its verdict.
 
 use std::io;
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,12 +13,14 @@ use postgres::scan::{EntryKind, Scan, ScanEntry, ScanOptions, scan};
 use postgres::wal::WalOrigin;
 use postgres::wal_changes::WalChanges;
 use postgres::{BackupSession, Stopped};
-use proto::backup::{BackupFacts, Census};
+use proto::backup::{BackupFacts, Census, Tablespace};
 use proto::job::{Backup, BackupOutcome};
-use proto::{Failure, LineageId, Lsn, Progress, Timeline};
+use proto::{Action, Code, Failure, LineageId, Lsn, Progress, Timeline};
 use repository::{
     Aborted, BackupWriter, Intent, Repository, SourceEntry, SourceKind, WriteOptions, path_order,
 };
+
+use tokio_util::sync::CancellationToken;
 
 use super::begin::{Ready, enter, ready};
 use super::source::{DataDirectory, Found};
@@ -60,6 +63,11 @@ pub async fn back_up(
     let attempt = cx.step("begin", begin(cx, &request, &ready)).await?;
     let lineage = attempt.lineage();
     let result = Box::pin(from_attempt(cx, &request, &ready, attempt)).await;
+    // Whatever was in the middle of something says "cancelled" when it is told to stop; why it was told is for us to say.
+    let result = result.map_err(|failure| match failure.code {
+        Code::Cancelled if cx.cancel.is_cancelled() => cx.stopped(),
+        _ => failure,
+    });
     if let Err(failure) = &result {
         give_up(cx, &request, lineage, failure).await;
     }
@@ -92,7 +100,16 @@ async fn begin(
         by: request.by.to_owned(),
         began_at_ms: now_ms,
     };
-    Ok(request.repository.begin(identity.lineage, intent).await?)
+    match request.repository.begin(identity.lineage, intent).await {
+        Ok(attempt) => Ok(attempt),
+        Err(error @ repository::Error::AttemptExists { .. }) => Err(error.into()),
+        Err(error) => {
+            // The intent may stand already; an open one would hold back the collection of garbage.
+            let failure = error.into();
+            give_up(cx, request, identity.lineage, &failure).await;
+            Err(failure)
+        }
+    }
 }
 
 async fn give_up(
@@ -135,7 +152,7 @@ async fn from_attempt(
     let mut wal = collector(&session, ready, &writer);
     wal.store_history().await?;
 
-    let copied = cx
+    let mut copied = cx
         .step_with("copy", |step| {
             let (session, wal, writer, progress) = (&mut session, &mut wal, &mut writer, &progress);
             async move {
@@ -156,16 +173,17 @@ async fn from_attempt(
     let stopped_at_ms = clock::now_ms();
     let census = cx
         .step_with("store_wal", |step| {
-            let (wal, stopped, counted) = (&mut wal, &stopped, copied.counted);
+            let (wal, stopped, counted) = (&mut wal, &stopped, copied.counted.take());
             async move {
                 wal.store_through(stopped.stop_lsn).await?;
                 step.figure("wal_bytes", wal.bytes());
+                // The slot held all of it until now; had the session been lost, files might have been recycled under us.
+                session.check().await?;
+                session.finish().await;
                 Ok(finish_counting(cx, request, counted, wal, stopped).await)
             }
         })
         .await?;
-    // Everything that the server held for us is stored.
-    session.finish().await;
 
     let found = copied.files.found();
     let facts = facts(
@@ -177,6 +195,7 @@ async fn from_attempt(
         &stopped,
         census,
         &found,
+        &copied.tablespaces,
     );
     let written = cx
         .step("write_manifest", async {
@@ -218,6 +237,8 @@ struct Copied {
     control: ControlFile,
     control_bytes: Vec<u8>,
     start_lsn: Lsn,
+    /// As they were when the files were listed.
+    tablespaces: Vec<Tablespace>,
 }
 
 fn collector(session: &BackupSession, ready: &Ready, writer: &BackupWriter) -> WalCollector {
@@ -232,6 +253,16 @@ fn collector(session: &BackupSession, ready: &Ready, writer: &BackupWriter) -> W
     WalCollector::new(directory, origin, started.timeline, started.start_lsn, writer.wal(), changes)
 }
 
+/// The time by the clock that stamps the files: the starting checkpoint has just written the control file. On a network
+/// file system that clock is another host's.
+fn stamped_now_ns(directory: &Path) -> i64 {
+    let now_ns = clock::now_ms().saturating_mul(1_000_000);
+    let written_ns = std::fs::metadata(directory.join(CONTROL_FILE_PATH)).map_or(now_ns, |file| {
+        file.ctime().saturating_mul(1_000_000_000).saturating_add(file.ctime_nsec())
+    });
+    now_ns.min(written_ns)
+}
+
 /// Copies the files and counts the rows, while the session is watched and the WAL is stored. The control file comes last.
 async fn copy(
     cx: &JobContext,
@@ -244,7 +275,7 @@ async fn copy(
 ) -> Result<Copied, Failure> {
     let start_lsn = session.started().start_lsn;
     let control = read_control(ready.directory.clone()).await?.0;
-    let scanned_at_ns = clock::now_ms().saturating_mul(1_000_000);
+    let scanned_at_ns = stamped_now_ns(&ready.directory);
     let scanned = walk(ready, &control).await?;
     for warning in &scanned.warnings {
         tracing::warn!(cluster.name = %cx.spec.cluster, "{warning}");
@@ -256,22 +287,33 @@ async fn copy(
         backup_start: start_lsn,
     };
     let total = scanned.total_bytes();
+    let tablespaces = scanned.tablespaces.iter().filter(|space| !space.in_place);
+    let tablespaces = tablespaces
+        .map(|space| Tablespace { oid: space.oid, location: space.location.display().to_string() });
+    let tablespaces = tablespaces.collect();
     let files = Arc::new(DataDirectory::new(&scanned.entries, rules));
     let entries = entries(scanned, control.block_size, scanned_at_ns);
     let counted = {
         let copying = async {
             writer.copy(files.clone(), entries).await.map_err(|error| stopped_or(cx, error))
         };
-        let work = async { tokio::try_join!(copying, count(cx, request)) };
+        // The watcher ends between two rounds, never inside one: a segment that was half stored would be stored and
+        // counted twice.
+        let copied = CancellationToken::new();
+        let work = async {
+            let done = tokio::try_join!(copying, count(cx, request));
+            copied.cancel();
+            done
+        };
+        let watching = watch(cx, session, wal, progress, total, &copied);
         tokio::select! {
             biased;
             () = cx.cancel.cancelled() => return Err(cx.stopped()),
-            failure = watch(cx, session, wal, progress, total) => return Err(failure),
-            done = work => done?.1,
+            done = async { tokio::try_join!(work, watching) } => done?.0.1,
         }
     };
     let (control, control_bytes) = read_control(ready.directory.clone()).await?;
-    Ok(Copied { files, counted, control, control_bytes, start_lsn })
+    Ok(Copied { files, counted, control, control_bytes, start_lsn, tablespaces })
 }
 
 async fn read_control(directory: PathBuf) -> Result<(ControlFile, Vec<u8>), Failure> {
@@ -324,18 +366,22 @@ fn source_entry(entry: ScanEntry, block_size: u32, scanned_at_ns: i64) -> Source
     }
 }
 
-/// Watches over the session for as long as the copy runs; returns only with the failure that ends the backup.
+/// Watches over the session until the files are copied; a failure ends the backup.
 async fn watch(
     cx: &JobContext,
     session: &mut BackupSession,
     wal: &mut WalCollector,
     progress: &repository::Progress,
     total: u64,
-) -> Failure {
+    copied: &CancellationToken,
+) -> Result<(), Failure> {
     let mut ticks = tokio::time::interval(WATCH_EVERY);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
-        ticks.tick().await;
+        tokio::select! {
+            () = copied.cancelled() => return Ok(()),
+            _ = ticks.tick() => {}
+        }
         let done = progress.snapshot().bytes;
         cx.progress(Progress {
             step: "copy".to_owned(),
@@ -343,14 +389,10 @@ async fn watch(
             total: Some(total.max(done)),
             unit: "bytes".to_owned(),
         });
-        let let_go = async {
-            let standing = session.check().await?;
-            let stored = wal.store_until(standing.current_lsn).await?;
-            session.advance(stored).await?;
-            Ok::<(), Failure>(())
-        };
-        if let Err(failure) = let_go.await {
-            return failure;
+        let standing = session.check().await?;
+        // Segment by segment, so that a slow repository holds back as little WAL as it can.
+        while wal.store_one(standing.current_lsn).await? {
+            session.advance(wal.stored_until()).await?;
         }
     }
 }
@@ -418,6 +460,7 @@ fn facts(
     stopped: &Stopped,
     census: Option<Census>,
     found: &Found,
+    tablespaces: &[Tablespace],
 ) -> BackupFacts {
     BackupFacts {
         cluster: cx.spec.cluster.clone(),
@@ -434,11 +477,18 @@ fn facts(
         stopped_at_ms,
         backup_label: stopped.backup_label.clone(),
         tablespace_map: stopped.tablespace_map.clone(),
-        tablespaces: ready.tablespaces.clone(),
+        tablespaces: tablespaces.to_vec(),
         settings: ready.settings.clone(),
         census,
         bad_pages: found.bad_pages.clone(),
     }
+}
+
+/// Replay of such a backup would make directories where production has its own.
+fn tablespaces_changed() -> Failure {
+    let message = "a tablespace was created or dropped while the backup ran";
+    Failure::new(Code::DataDirectoryShape, Action::Retry, message)
+        .with_hint("The next attempt takes the tablespaces as they are then.")
 }
 
 /// The reason of the stop, when that is why something ended early.

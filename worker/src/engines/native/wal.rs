@@ -7,7 +7,8 @@ use std::io::Read as _;
 use std::path::PathBuf;
 
 use bytes::{Buf as _, Bytes};
-use postgres::wal::{Segment, WalOrigin, history_file_name};
+use postgres::relation::read_full_at;
+use postgres::wal::{SEGMENT_HEADER_BYTES, Segment, WalOrigin, history_file_name};
 use postgres::wal_changes::WalChanges;
 use proto::{Action, Code, Failure, Lsn, Timeline};
 use repository::WalWriter;
@@ -38,14 +39,18 @@ impl WalCollector {
         Self { directory, origin, next, writer, changes: Some(changes), bytes: 0 }
     }
 
-    /// Stores every segment that is complete at `written`, a position the server has gone past. Returns the position up
-    /// to which everything is stored.
-    pub(crate) async fn store_until(&mut self, written: Lsn) -> Result<Lsn, Failure> {
-        let size = self.origin.segment_size;
-        while self.next.end(size) <= written {
-            self.store_next().await?;
+    /// Stores the next segment if it is complete at `written`, a position the server has flushed. `false` when it is not.
+    pub(crate) async fn store_one(&mut self, written: Lsn) -> Result<bool, Failure> {
+        if self.next.end(self.origin.segment_size) > written {
+            return Ok(false);
         }
-        Ok(self.next.start(size))
+        self.store_next().await?;
+        Ok(true)
+    }
+
+    /// Everything before this position is stored.
+    pub(crate) fn stored_until(&self) -> Lsn {
+        self.next.start(self.origin.segment_size)
     }
 
     /// Stores every segment up to the one that holds the byte before `stop`.
@@ -123,9 +128,11 @@ impl WalCollector {
                     bytes.len()
                 )));
             }
-            // The slot kept it until now; a header that still fits after the reading shows that it was not recycled
-            // under us.
-            origin.verify(segment, &bytes).map_err(|what| {
+            // The slot kept it until now; a file whose header still fits after the reading was not recycled under us.
+            let mut header = [0; SEGMENT_HEADER_BYTES];
+            let length = read_full_at(&file, &mut header, 0)
+                .map_err(|error| unreadable(&directory.join(&name), &error))?;
+            origin.verify(segment, &header[..length]).map_err(|what| {
                 gone(format!("WAL segment {name} is not what it should be: {what}"))
             })?;
             Ok(bytes.into())
