@@ -16,7 +16,6 @@ use crate::pack::{FrameRef, HEADER_BYTES, PackId, PackRecord, TAIL_BYTES, Tail, 
 use crate::progress::Progress;
 use crate::reader::Backup;
 use crate::stop::Stop;
-use crate::store::StoreError;
 
 /// What of a backup is in the store.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -270,12 +269,8 @@ fn open_pack(
     }
     let get = |range: std::ops::Range<u64>| {
         let length = range.end - range.start;
-        let bytes = stop.wait(async {
-            store.get_range(&key, range).await.map_err(|error| match error {
-                StoreError::NotFound { key } => Error::Missing { key },
-                other => other.into(),
-            })
-        })?;
+        let bytes =
+            stop.wait(async { store.get_range(&key, range).await.map_err(Error::needed) })?;
         options.progress.add_stored(length);
         Ok::<Vec<u8>, Error>(bytes.into())
     };

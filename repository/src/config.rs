@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 use crate::manifest::FORMAT;
+use crate::store::probe::Capabilities;
 
 pub(crate) const MAGIC: &str = "pgmuster-repository";
 
@@ -18,6 +19,9 @@ pub(crate) struct Config {
     /// What a program must know before it may read, write or delete. Names it does not know forbid that.
     #[serde(default)]
     pub(crate) features: Features,
+    /// What the probe found the store to honour, when one was made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) store: Option<Capabilities>,
 }
 
 /// Required features by what they are required for.
@@ -32,13 +36,18 @@ pub(crate) struct Features {
 }
 
 impl Config {
-    pub(crate) fn new(repository: RepositoryId, created_at_ms: i64) -> Self {
+    pub(crate) fn new(
+        repository: RepositoryId,
+        created_at_ms: i64,
+        store: Option<Capabilities>,
+    ) -> Self {
         Self {
             magic: MAGIC.to_owned(),
             format: FORMAT,
             repository,
             created_at_ms,
             features: Features::default(),
+            store,
         }
     }
 

@@ -76,6 +76,17 @@ pub enum Error {
         /// Their reason.
         why: String,
     },
+    /// The store did not say whether a verdict was written, and did not show one when it was asked.
+    #[error("learn whether the {word} of attempt {attempt} was written: it may stand")]
+    VerdictUnknown {
+        /// The attempt.
+        attempt: AttemptId,
+        /// COMMIT or ABORT.
+        word: &'static str,
+        /// What the store said.
+        #[source]
+        source: StoreError,
+    },
     /// There is no committed backup of this name.
     #[error("find a committed backup {backup} in lineage {lineage}")]
     BackupUnknown {
@@ -153,10 +164,14 @@ impl Error {
         Self::Entry { path: show(path), reason: reason.into() }
     }
 
-    /// A missing object is the repository's fault when something committed names it.
+    /// A missing or cut object is the repository's fault when something committed names it.
     pub(crate) fn needed(error: StoreError) -> Self {
         match error {
             StoreError::NotFound { key } => Self::Missing { key },
+            StoreError::Short { key, source } => Self::Damaged {
+                key,
+                reason: format!("it is shorter than it was written: {source}"),
+            },
             other => Self::Store(other),
         }
     }
@@ -175,7 +190,7 @@ impl From<Error> for Failure {
             Error::NoRepository { .. } => (
                 Code::RepositoryMissing,
                 Action::FixConfig,
-                "Check the repository's URL, or create it with `pgmuster repository init`.",
+                "Check the repository's URL, or create it with `pgmuster repo init`.",
             ),
             Error::RepositoryExists { .. } => (
                 Code::RepositoryExists,
@@ -195,12 +210,12 @@ impl From<Error> for Failure {
             Error::Missing { .. } => (
                 Code::ObjectMissing,
                 Action::FixData,
-                "Run `pgmuster check` to see which backups are affected, and take a new backup.",
+                "Run `pgmuster verify CLUSTER --level 2` to see which backups are affected, and take a new backup.",
             ),
             Error::Damaged { .. } | Error::Limit { .. } => (
                 Code::ObjectDamaged,
                 Action::FixData,
-                "Run `pgmuster check` to see which backups are affected, and take a new backup.",
+                "Run `pgmuster verify CLUSTER --level 2` to see which backups are affected, and take a new backup.",
             ),
             Error::AttemptExists { .. } => (
                 Code::AttemptSuperseded,
@@ -212,10 +227,15 @@ impl From<Error> for Failure {
                 Action::Abandon,
                 "A later attempt took over; look at that one.",
             ),
+            Error::VerdictUnknown { source, .. } => {
+                let (code, action, _) = of_store(source);
+                let hint = "Once the store answers, `pgmuster repo list URL --key FILE` shows whether it is a backup.";
+                (code, action, hint)
+            }
             Error::BackupUnknown { .. } | Error::LineageUnknown { .. } => (
                 Code::BackupUnknown,
                 Action::FixConfig,
-                "List what there is with `pgmuster backups`.",
+                "List what there is with `pgmuster backups list`.",
             ),
             Error::Source { source, .. } => match source.kind() {
                 io::ErrorKind::PermissionDenied => (
@@ -268,7 +288,12 @@ fn of_store(error: &StoreError) -> (Code, Action, &'static str) {
         StoreError::NotFound { .. } => (
             Code::ObjectMissing,
             Action::FixData,
-            "Run `pgmuster check` to see which backups are affected, and take a new backup.",
+            "Run `pgmuster verify CLUSTER --level 2` to see which backups are affected, and take a new backup.",
+        ),
+        StoreError::Short { .. } => (
+            Code::ObjectDamaged,
+            Action::FixData,
+            "Run `pgmuster verify CLUSTER --level 2` to see which backups are affected, and take a new backup.",
         ),
         StoreError::Forbidden { .. } => (
             Code::StoreForbidden,

@@ -46,7 +46,7 @@ pub use progress::{Progress, ProgressSnapshot};
 pub use proof::StoredProof;
 pub use reader::{Backup, WalFile};
 pub use record::{Identity, Intent, Outcome, Verdict};
-pub use repository::{Created, Encryption, InitOptions, Repository};
+pub use repository::{Created, Encryption, InitOptions, NewRepository, Repository};
 pub use restore::{Place, RestoreOptions, RestorePlan, RestoreSummary, RestoreTarget};
 pub use writer::{
     BackupSummary, BackupWriter, Source, SourceFile, WalWriter, WriteOptions, Written,

@@ -19,7 +19,7 @@ pub(crate) const PACK_BYTES: u64 = 48 << 20;
 pub(crate) const PACK_BYTES_MAX: u64 = 1 << 30;
 /// Frames in one pack at most: far below what AES-GCM allows under one key.
 pub(crate) const PACK_FRAMES_MAX: u32 = 1 << 20;
-/// Bytes handed to an upload at once; object stores want at least 5 MiB for all parts but the last.
+/// Bytes handed to an upload at once, the last part excepted: object stores want at least 5 MiB, some want all equal.
 pub(crate) const PART_BYTES: usize = 8 << 20;
 /// Units in a shard of a large file.
 pub(crate) const SHARD_UNITS: u32 = 256;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use futures::{StreamExt, TryStreamExt, stream};
 use proto::{AttemptId, BackupId, ClusterName, LineageId, SystemIdentifier};
 
 use crate::error::Error;
@@ -11,6 +12,9 @@ use crate::note;
 use crate::record::{Identity, Intent, Outcome, Verdict};
 use crate::repository::Repository;
 use crate::store::{PutOutcome, StoreError};
+
+/// Attempts whose notes are read at the same time: a lineage of years has thousands, each a round trip or two away.
+const NOTES_IN_FLIGHT: usize = 16;
 
 /// What is known of one attempt from its small objects.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -138,18 +142,16 @@ impl Repository {
             let Ok(attempt) = attempt.parse() else { continue };
             names.entry(attempt).or_default().push(name.to_owned());
         }
-        let mut attempts = Vec::with_capacity(names.len());
-        for (attempt, names) in names {
-            attempts.push(self.summarise(lineage, attempt, &names).await?);
-        }
-        Ok(attempts)
+        let summaries =
+            names.into_iter().map(|(attempt, names)| self.summarise(lineage, attempt, names));
+        stream::iter(summaries).buffered(NOTES_IN_FLIGHT).try_collect().await
     }
 
     async fn summarise(
         &self,
         lineage: LineageId,
         attempt: AttemptId,
-        names: &[String],
+        names: Vec<String>,
     ) -> Result<AttemptSummary, Error> {
         let has = |wanted: &str| {
             names.iter().any(|name| {

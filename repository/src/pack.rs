@@ -311,6 +311,9 @@ impl PackCipher {
 /// A frame's compressor. One a thread: it keeps its tables.
 pub(crate) type Compressor = zstd::bulk::Compressor<'static>;
 
+/// Room behind a part for the frame that completes it.
+const PART_ROOM_BYTES: usize = 1 << 20;
+
 /// Writes one container, a part at a time.
 pub(crate) struct PackBuilder {
     id: PackId,
@@ -379,7 +382,7 @@ impl PackBuilder {
         if self.buffer.len() < end {
             // Grows to a whole part at once when the pack is more than small.
             let length =
-                if end > PART_BYTES / 8 { end.max(PART_BYTES + (1 << 20)) } else { end * 2 };
+                if end > PART_BYTES / 8 { end.max(PART_BYTES + PART_ROOM_BYTES) } else { end * 2 };
             if self.buffer.is_empty() {
                 // Fresh pages are zero already; resizing would clear them a second time.
                 self.buffer = vec![0; length];
@@ -438,9 +441,17 @@ impl PackBuilder {
         Ok(FrameRef { pack: self.id, number, offset, stored_bytes, raw_bytes, codec })
     }
 
-    /// The next part, once there is a whole one.
+    /// The next part, once there is a whole one: exactly [`PART_BYTES`], since some stores insist that all parts but
+    /// the last have one size.
     pub(crate) fn take_part(&mut self) -> Option<Bytes> {
-        (self.filled >= PART_BYTES).then(|| self.take())
+        let rest = self.filled.checked_sub(PART_BYTES)?;
+        let mut part =
+            std::mem::replace(&mut self.buffer, vec![0; rest.max(PART_BYTES) + PART_ROOM_BYTES]);
+        self.buffer[..rest].copy_from_slice(&part[PART_BYTES..self.filled]);
+        part.truncate(PART_BYTES);
+        self.taken_bytes += PART_BYTES as u64;
+        self.filled = rest;
+        Some(part.into())
     }
 
     fn take(&mut self) -> Bytes {
@@ -602,4 +613,37 @@ pub(crate) fn digest_of(bytes: &[u8]) -> Option<[u8; 32]> {
 /// How many bytes at the end of a container its digest leaves out.
 pub(crate) fn undigested_bytes() -> u64 {
     UNDIGESTED_BYTES as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::key::MasterKey;
+
+    #[test]
+    fn all_parts_but_the_last_are_equal_and_make_the_object() {
+        let keys = MasterKey::generate().keys(proto::RepositoryId::mint(1, [1; 10]));
+        let lineage = keys.lineage_id("c", 1, 0);
+        let mut builder = PackBuilder::new(&keys, lineage, ObjectType::Data, [7; 16]).unwrap();
+        let contents: Vec<Vec<u8>> = (1_u8..)
+            .zip([700_001, 5 << 20, 3 << 20, PART_BYTES - TAG_BYTES, FRAME_BYTES_MAX as usize, 1])
+            .map(|(byte, length)| vec![byte; length])
+            .collect();
+        let mut parts = Vec::new();
+        for content in &contents {
+            let frame = builder.append(content, None).unwrap();
+            assert_eq!(frame.end(), builder.size_bytes());
+            parts.extend(std::iter::from_fn(|| builder.take_part()));
+        }
+        assert_eq!(parts.len(), 4);
+        assert!(parts.iter().all(|part| part.len() == PART_BYTES));
+        let (last, record) = builder.finish().unwrap();
+        assert!(last.len() <= PART_BYTES);
+        parts.push(last);
+        let whole = parts.concat();
+        assert_eq!(whole.len() as u64, record.size_bytes);
+        assert_eq!(digest_of(&whole), Some(record.digest));
+        let read = open_whole(&keys, lineage, ObjectType::Data, [7; 16], whole, 1 << 30).unwrap();
+        assert!(read == contents);
+    }
 }

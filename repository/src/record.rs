@@ -68,6 +68,16 @@ pub enum Outcome {
     },
 }
 
+impl Outcome {
+    /// As it stands in the verdict.
+    pub(crate) fn word(&self) -> &'static str {
+        match self {
+            Self::Commit { .. } => "COMMIT",
+            Self::Abort { .. } => "ABORT",
+        }
+    }
+}
+
 /// A list of packs that a collector is about to delete.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Condemned {

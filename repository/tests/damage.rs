@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use common::{Bench, NOW_MS, Node, Tree, noise};
-use proto::BackupId;
+use proto::{Action, BackupId, Code, Failure};
 use repository::store::Store;
 use repository::store::directory::DirectoryStore;
 use repository::{CheckOptions, Error, KeyFile, Repository};
@@ -192,4 +192,27 @@ async fn checks_name_every_damaged_pack() {
     }
     let needed = backup.check_inventory().await.unwrap().packs;
     assert_eq!(found, needed * 8, "every flip in every pack of the backup");
+}
+
+/// A pack that ends early does not come back by asking again: it is damage, and not a store that is out of reach.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pack_that_was_cut_is_damage_and_no_outage() {
+    let (bench, backups, _) = damaged_bench().await;
+    let packs = common::files_below(&bench.store_path()).into_iter().filter(|path| is_pack(path));
+    let mut refused = 0;
+    for pack in packs {
+        let original = std::fs::read(&pack).unwrap();
+        for length in [0, 200, original.len() / 2] {
+            std::fs::write(&pack, &original[..length]).unwrap();
+            let restored = try_restore(&bench.store_path(), &bench.key, &bench, backups[1]).await;
+            if let Err(error) = restored {
+                assert!(matches!(error, Error::Damaged { .. }), "{}: {error:?}", pack.display());
+                let failure = Failure::from(error);
+                assert_eq!((failure.code, failure.action), (Code::ObjectDamaged, Action::FixData));
+                refused += 1;
+            }
+        }
+        std::fs::write(&pack, original).unwrap();
+    }
+    assert!(refused >= 6, "{refused}");
 }

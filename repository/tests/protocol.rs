@@ -3,12 +3,18 @@
 mod common;
 
 use std::io;
+use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
+use async_trait::async_trait;
+use bytes::Bytes;
 use common::{Bench, NOW_MS, SharedTree, Tree, facts, noise};
 use proto::{Code, Failure, SystemIdentifier};
-use repository::store::Store;
 use repository::store::directory::DirectoryStore;
+use repository::store::probe::probe;
+use repository::store::{Listed, PutOutcome, Store, StoreError, Upload};
 use repository::{
     Aborted, Encryption, Error, InitOptions, KeyFile, Outcome, Repository, RestoreOptions,
     RestoreTarget, Source, SourceEntry, WriteOptions,
@@ -357,4 +363,174 @@ async fn proofs_are_numbered_and_stored_once() {
     assert_eq!(bench.repository.list_backups(bench.lineage).await.unwrap()[0].proofs, 2);
     let open = bench.begin(NOW_MS).await;
     bench.repository.add_proof(bench.lineage, open.id().into(), "x".into()).await.unwrap_err();
+}
+
+/// A store that does not answer the create of one name, having done it or not, and counts what is read at once.
+#[derive(Debug)]
+struct Deaf {
+    inner: DirectoryStore,
+    name: &'static str,
+    does: bool,
+    reading: AtomicUsize,
+    most: AtomicUsize,
+}
+
+impl Deaf {
+    fn over(place: &Path, name: &'static str, does: bool) -> Arc<Self> {
+        let inner = DirectoryStore::new(place);
+        let (reading, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        Arc::new(Self { inner, name, does, reading, most })
+    }
+}
+
+#[async_trait]
+impl Store for Deaf {
+    fn describe(&self) -> String {
+        self.inner.describe()
+    }
+    async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
+        let reading = self.reading.fetch_add(1, Ordering::SeqCst) + 1;
+        self.most.fetch_max(reading, Ordering::SeqCst);
+        // Whoever reads beside this one begins before any of them goes on.
+        tokio::task::yield_now().await;
+        let got = self.inner.get(key, limit_bytes).await;
+        self.reading.fetch_sub(1, Ordering::SeqCst);
+        got
+    }
+    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+        self.inner.get_range(key, range).await
+    }
+    async fn size(&self, key: &str) -> Result<u64, StoreError> {
+        self.inner.size(key).await
+    }
+    async fn put(&self, key: &str, bytes: Bytes) -> Result<(), StoreError> {
+        self.inner.put(key, bytes).await
+    }
+    async fn put_if_absent(&self, key: &str, bytes: Bytes) -> Result<PutOutcome, StoreError> {
+        let deaf = key.ends_with(self.name);
+        if deaf && !self.does {
+            return Err(unheard(key));
+        }
+        let outcome = self.inner.put_if_absent(key, bytes).await?;
+        if deaf { Err(unheard(key)) } else { Ok(outcome) }
+    }
+    async fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError> {
+        self.inner.upload(key).await
+    }
+    async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
+        self.inner.list(prefix).await
+    }
+    async fn delete(&self, key: &str) -> Result<(), StoreError> {
+        self.inner.delete(key).await
+    }
+    async fn abort_uploads(&self, keys: &[String]) -> Result<usize, StoreError> {
+        self.inner.abort_uploads(keys).await
+    }
+}
+
+fn unheard(key: &str) -> StoreError {
+    StoreError::Unavailable {
+        operation: "create",
+        key: key.to_owned(),
+        source: "no answer came".into(),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_verdict_whose_answer_was_lost_is_read_and_otherwise_said_to_be_unknown() {
+    let bench = Bench::new().await;
+    for (does, at_ms) in [(true, NOW_MS), (false, NOW_MS + 1)] {
+        let store = Deaf::over(&bench.store_path(), "/verdict", does);
+        let repository = Repository::open(store, Some(&bench.key)).await.unwrap();
+        let tree = small_tree();
+        let intent = bench.intent(at_ms);
+        let id = intent.attempt;
+        let attempt = repository.begin(bench.lineage, intent).await.unwrap();
+        let mut writer = attempt.write(WriteOptions::default()).unwrap();
+        writer.copy(source(&tree), tree.entries().into_iter().map(Ok)).await.unwrap();
+        let written = writer.finish(source(&tree), vec![], facts()).await.unwrap();
+        let committed = written.commit(at_ms).await;
+        if does {
+            assert_eq!(committed.unwrap().backup, id.into());
+        } else {
+            let failure = Failure::from(committed.unwrap_err());
+            assert_eq!(failure.code, Code::StoreUnavailable);
+            assert!(failure.message.contains("COMMIT"), "{failure}");
+            assert!(failure.message.contains("may stand"), "{failure}");
+        }
+    }
+    assert_eq!(bench.repository.list_backups(bench.lineage).await.unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn a_key_is_in_hand_before_the_repository_is_in_its_store() {
+    let place = tempfile::tempdir().unwrap();
+    let options = InitOptions { encryption: Encryption::KeyFile, now_ms: NOW_MS };
+    let store: Arc<dyn Store> = Arc::new(DirectoryStore::new(place.path()));
+    let new = Repository::prepare(Arc::clone(&store), options).unwrap();
+    let other = Repository::prepare(Arc::clone(&store), options).unwrap();
+    assert!(common::files_below(place.path()).is_empty(), "preparing writes nothing");
+    let key: KeyFile = new.key_file.as_ref().unwrap().parse().unwrap();
+    let sheet = new.recovery_sheet.to_string();
+    let restore = format!("restore --repository 'file://{}' --key", place.path().display());
+    assert!(sheet.contains(&restore) && sheet.contains(" --into /"), "{sheet}");
+    assert!(!format!("{new:?}").contains("pgmuster-key-1"));
+
+    let found = probe(store.as_ref()).await.unwrap();
+    let id = new.id();
+    let created = new.create(Some(found.clone())).await.unwrap();
+    assert_eq!(created.probed(), Some(&found));
+    let opened = Repository::open(Arc::clone(&store), Some(&key)).await.unwrap();
+    assert_eq!((opened.id(), opened.probed()), (id, Some(&found)));
+
+    let error = other.create(None).await.unwrap_err();
+    assert!(matches!(error, Error::RepositoryExists { .. }), "{error}");
+    assert_eq!(store.list("keys/").await.unwrap().len(), 1, "the loser leaves no key");
+}
+
+#[tokio::test]
+async fn a_repository_whose_creation_was_not_answered_is_created() {
+    for name in ["config", "keys/open"] {
+        let place = tempfile::tempdir().unwrap();
+        let store = Deaf::over(place.path(), name, true);
+        let options = InitOptions { encryption: Encryption::Off, now_ms: NOW_MS };
+        let created = Repository::init(store, options).await.unwrap();
+        let store: Arc<dyn Store> = Arc::new(DirectoryStore::new(place.path()));
+        assert_eq!(Repository::open(store, None).await.unwrap().id(), created.repository.id());
+    }
+}
+
+/// Without encryption the key has one name, so a creation that died behind it would be in the way for ever.
+#[tokio::test]
+async fn a_creation_that_died_is_repeated() {
+    let place = tempfile::tempdir().unwrap();
+    let options = InitOptions { encryption: Encryption::Off, now_ms: NOW_MS };
+    let dies = Deaf::over(place.path(), "config", false);
+    Repository::init(dies, options).await.unwrap_err();
+    let store: Arc<dyn Store> = Arc::new(DirectoryStore::new(place.path()));
+    assert_eq!(store.list("").await.unwrap().len(), 1);
+    let created = Repository::init(Arc::clone(&store), options).await.unwrap();
+    created
+        .repository
+        .find_or_mint_lineage(&"orders".parse().unwrap(), SystemIdentifier(7), NOW_MS)
+        .await
+        .unwrap();
+    let opened = Repository::open(store, None).await.unwrap();
+    assert_eq!(opened.list_lineages().await.unwrap().len(), 1, "its notes are believed");
+}
+
+#[tokio::test]
+async fn attempts_are_listed_in_order_with_their_notes_read_side_by_side() {
+    let bench = Bench::new().await;
+    let mut began = Vec::new();
+    for n in 0..40 {
+        began.push(bench.begin(NOW_MS + n).await.id());
+    }
+    let store = Deaf::over(&bench.store_path(), "nothing", true);
+    let as_store: Arc<dyn Store> = Arc::<Deaf>::clone(&store);
+    let repository = Repository::open(as_store, Some(&bench.key)).await.unwrap();
+    let listed = repository.list_attempts(bench.lineage).await.unwrap();
+    assert_eq!(listed.iter().map(|attempt| attempt.attempt).collect::<Vec<_>>(), began);
+    assert!(listed.iter().all(|attempt| attempt.intent.is_some()));
+    assert_eq!(store.most.load(Ordering::SeqCst), 16);
 }

@@ -8,14 +8,14 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use rustix::fs::{CWD, RenameFlags};
 
-use super::{Listed, PutOutcome, Store, StoreError, Upload};
+use super::{Listed, PutOutcome, Store, StoreError, Upload, check_key};
 use crate::chance;
 
 /// Where unfinished objects are. Not a valid key, so no object can be there.
@@ -92,7 +92,16 @@ impl DirectoryStore {
                 path.parent().map_or(Ok(()), sync_directory)?;
                 Ok(PutOutcome::Created)
             }
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(PutOutcome::Exists),
+            // A network file system whose answer was lost sends the call again, and the second one finds the first
+            // one's name: it is ours when it is our file.
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                let (ours, there) = (temporary.file.metadata()?, fs::symlink_metadata(&path)?);
+                if (ours.dev(), ours.ino()) != (there.dev(), there.ino()) {
+                    return Ok(PutOutcome::Exists);
+                }
+                path.parent().map_or(Ok(()), sync_directory)?;
+                Ok(PutOutcome::Created)
+            }
             Err(error) => Err(error),
         }
     }
@@ -105,9 +114,9 @@ impl Store for DirectoryStore {
     }
 
     async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
+        check_key("get", key)?;
         self.blocking("get", key, move |store, key| {
-            let file = File::open(store.path(key))?;
-            let size = file.metadata()?.len();
+            let (file, size) = open_object(&store.path(key))?;
             if size > limit_bytes {
                 return Err(io::Error::new(
                     ErrorKind::FileTooLarge,
@@ -122,11 +131,11 @@ impl Store for DirectoryStore {
     }
 
     async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+        check_key("get", key)?;
         self.blocking("get", key, move |store, key| {
-            let mut file = File::open(store.path(key))?;
-            let length = range.end.saturating_sub(range.start);
+            let (mut file, size) = open_object(&store.path(key))?;
+            let length = range.end.checked_sub(range.start).ok_or(ErrorKind::InvalidInput)?;
             // The size is checked before memory is taken: ranges come from objects that may be forged.
-            let size = file.metadata()?.len();
             if range.end > size {
                 return Err(io::Error::new(
                     ErrorKind::UnexpectedEof,
@@ -146,10 +155,12 @@ impl Store for DirectoryStore {
     }
 
     async fn size(&self, key: &str) -> Result<u64, StoreError> {
-        self.blocking("look at", key, |store, key| Ok(fs::metadata(store.path(key))?.len())).await
+        check_key("look at", key)?;
+        self.blocking("look at", key, |store, key| Ok(open_object(&store.path(key))?.1)).await
     }
 
     async fn put(&self, key: &str, bytes: Bytes) -> Result<(), StoreError> {
+        check_key("put", key)?;
         self.blocking("put", key, move |store, key| {
             let temporary = store.write(&bytes)?;
             let path = store.path(key);
@@ -161,6 +172,7 @@ impl Store for DirectoryStore {
     }
 
     async fn put_if_absent(&self, key: &str, bytes: Bytes) -> Result<PutOutcome, StoreError> {
+        check_key("put", key)?;
         self.blocking("put", key, move |store, key| {
             if fs::symlink_metadata(store.path(key)).is_ok() {
                 return Ok(PutOutcome::Exists);
@@ -172,6 +184,7 @@ impl Store for DirectoryStore {
     }
 
     async fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError> {
+        check_key("put", key)?;
         let temporary =
             self.blocking("put", key, |store, _| Temporary::create(&store.root)).await?;
         Ok(Box::new(DirectoryUpload {
@@ -182,6 +195,9 @@ impl Store for DirectoryStore {
     }
 
     async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
+        if !prefix.is_empty() {
+            check_key("list", prefix.trim_end_matches('/'))?;
+        }
         self.blocking("list", prefix, |store, prefix| {
             let mut found = Vec::new();
             let folder = prefix.rsplit_once('/').map_or("", |(folder, _)| folder);
@@ -193,6 +209,9 @@ impl Store for DirectoryStore {
     }
 
     async fn list_directories(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        if !prefix.is_empty() {
+            check_key("list", prefix.trim_end_matches('/'))?;
+        }
         self.blocking("list", prefix, |store, prefix| {
             let mut names = Vec::new();
             for entry in read_directory(&store.path(prefix.trim_end_matches('/')))? {
@@ -209,6 +228,7 @@ impl Store for DirectoryStore {
     }
 
     async fn delete(&self, key: &str) -> Result<(), StoreError> {
+        check_key("delete", key)?;
         self.blocking("delete", key, |store, key| {
             let path = store.path(key);
             match fs::remove_file(&path) {
@@ -313,6 +333,16 @@ fn sync_directory(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 
+/// An object and its size. A directory is not one: a key may be tried that others have below them.
+fn open_object(path: &Path) -> io::Result<(File, u64)> {
+    let file = File::open(path)?;
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Err(ErrorKind::NotFound.into());
+    }
+    Ok((file, metadata.len()))
+}
+
 /// The entries of a directory; one that does not exist has none.
 fn read_directory(path: &Path) -> io::Result<Vec<fs::DirEntry>> {
     match fs::read_dir(path) {
@@ -356,6 +386,8 @@ fn classify(operation: &'static str, key: &str, source: io::Error) -> StoreError
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
             StoreError::Full { key, source: source.into() }
         }
+        // Of reading a range alone.
+        ErrorKind::UnexpectedEof => StoreError::Short { key, source: source.into() },
         _ => StoreError::Unavailable { operation, key, source: source.into() },
     }
 }

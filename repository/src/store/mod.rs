@@ -80,6 +80,15 @@ pub enum StoreError {
         #[source]
         source: Cause,
     },
+    /// The object ends before the range that was asked for.
+    #[error("read as much of {key} as was asked for")]
+    Short {
+        /// The key.
+        key: String,
+        /// The range and the object's size, as far as the store tells.
+        #[source]
+        source: Cause,
+    },
     /// Anything else, after the retries that were safe.
     #[error("{operation} {key}")]
     Unavailable {
@@ -143,7 +152,7 @@ pub trait Store: Send + Sync + std::fmt::Debug {
     fn describe(&self) -> String;
     /// The whole object, refused when it is larger than `limit_bytes`.
     async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError>;
-    /// Exactly the bytes `range` of the object; a shorter object is an error.
+    /// Exactly the bytes `range` of the object; a shorter object is [`StoreError::Short`].
     async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError>;
     /// The object's size.
     async fn size(&self, key: &str) -> Result<u64, StoreError>;

@@ -18,8 +18,10 @@ const RACES: u8 = 3;
 const PART_BYTES: usize = 5 * 1024 * 1024;
 
 /// What a store was seen to honour. That creating is atomic, that ranges are exact and that uploads work is not among
-/// it: without these there is no repository, and [`probe`] fails.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// it: without these there is no repository, and [`probe`] fails. A repository keeps it in its config; what is absent there
+/// was not seen.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 #[expect(clippy::struct_excessive_bools, reason = "four independent findings, each with a name")]
 pub struct Capabilities {
     /// Races of eight creators that had exactly one winner: all that were run.

@@ -13,7 +13,7 @@ use crate::chance;
 use crate::error::Error;
 use crate::key::Keys;
 use crate::layout;
-use crate::limits::PACK_BYTES;
+use crate::limits::{PACK_BYTES, PART_BYTES};
 use crate::pack::{Compressor, FrameRef, ObjectType, PackBuilder, PackRecord};
 use crate::progress::Progress;
 use crate::stop::Stop;
@@ -118,7 +118,7 @@ impl PackStream {
             None => self.open.insert(OpenPack::begin(&self.uploads, self.kind)?),
         };
         let frame = open.builder.append(content, compressor)?;
-        if let Some(part) = open.builder.take_part() {
+        while let Some(part) = open.builder.take_part() {
             let permit = self.uploads.permit()?;
             open.send(&self.uploads.stop, Message::Part(part, permit))?;
         }
@@ -227,7 +227,16 @@ async fn store_parts(
         };
         let (bytes, permit, record) = match message {
             Message::Part(bytes, permit) => (bytes, permit, None),
-            Message::End(bytes, permit, record) => (bytes, permit, Some(record)),
+            Message::End(mut bytes, permit, record) => {
+                // A long table: the last part is not larger than the others.
+                if let Some(upload) = upload.as_mut() {
+                    while bytes.len() > PART_BYTES {
+                        upload.part(bytes.split_to(PART_BYTES)).await?;
+                        shared.progress.add_stored(PART_BYTES as u64);
+                    }
+                }
+                (bytes, permit, Some(record))
+            }
         };
         let length = bytes.len() as u64;
         match (record, upload.as_mut()) {

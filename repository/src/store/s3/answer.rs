@@ -129,6 +129,8 @@ impl Answer {
                     ),
                 }
             }
+            // Of reading a range alone: it begins behind the object's end.
+            (416, _) => StoreError::Short { key, source: self.into() },
             (501, _) => StoreError::Unsuitable {
                 reason: format!(
                     "the store cannot {operation} in the way a repository needs: {self}"

@@ -178,13 +178,8 @@ impl S3Store {
         &self,
         key: &str,
         range: Option<String>,
-        accept: impl Fn(Option<u64>, Option<&str>) -> Result<u64, String> + Send + Sync,
+        accept: impl Fn(Option<u64>, Option<&str>) -> Result<u64, StoreError> + Send + Sync,
     ) -> Result<Bytes, StoreError> {
-        let unreadable = |why: String| StoreError::Unavailable {
-            operation: READ,
-            key: key.to_owned(),
-            source: why.into(),
-        };
         let mut attempt = 1;
         loop {
             let output = self
@@ -197,7 +192,7 @@ impl S3Store {
                 .await
                 .map_err(|error| self.failed(READ, key, &error))?;
             let length = output.content_length().and_then(|length| u64::try_from(length).ok());
-            let most = accept(length, output.content_range()).map_err(unreadable)?;
+            let most = accept(length, output.content_range())?;
             match self.body(output.body, length, most).await {
                 Ok(bytes) => return Ok(bytes),
                 Err(why) if attempt < BODY_ATTEMPTS => {
@@ -205,7 +200,7 @@ impl S3Store {
                     tokio::time::sleep(self.inner.limits.pause * attempt).await;
                     attempt += 1;
                 }
-                Err(why) => return Err(unreadable(format!("{why}, {attempt} times"))),
+                Err(why) => return Err(unreadable(key, format!("{why}, {attempt} times"))),
             }
         }
     }
@@ -366,9 +361,12 @@ impl Store for S3Store {
     async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
         check_key(READ, key)?;
         self.fetch(key, None, |length, _| match length {
-            Some(length) if length > limit_bytes => Err(format!(
-                "the object has {length} bytes, more than the {limit_bytes} allowed here"
-            )),
+            Some(length) if length > limit_bytes => {
+                let why = format!(
+                    "the object has {length} bytes, more than the {limit_bytes} allowed here"
+                );
+                Err(unreadable(key, why))
+            }
             _ => Ok(limit_bytes),
         })
         .await
@@ -379,15 +377,12 @@ impl Store for S3Store {
         let Some(last) = range.end.checked_sub(1).filter(|last| *last >= range.start) else {
             // HTTP has no word for an empty range.
             let size = self.size(key).await?;
-            return if range.start == range.end && range.end <= size {
-                Ok(Bytes::new())
+            return if range.start != range.end {
+                Err(unreadable(key, format!("bytes {range:?} were asked for")))
+            } else if range.end > size {
+                Err(short(key, &range, size))
             } else {
-                Err(StoreError::Unavailable {
-                    operation: READ,
-                    key: key.to_owned(),
-                    source: format!("bytes {range:?} of an object of {size} bytes were asked for")
-                        .into(),
-                })
+                Ok(Bytes::new())
             };
         };
         let wanted = last - range.start + 1;
@@ -397,10 +392,13 @@ impl Store for S3Store {
                 (Some(length), Some(part)) if length == wanted && part.starts_with(&begins) => {
                     Ok(wanted)
                 }
-                (_, part) => Err(format!(
-                    "bytes {range:?} were asked for and {} came",
-                    part.unwrap_or("something else")
-                )),
+                (_, part) => Err(match part.and_then(size_in) {
+                    Some(size) if size < range.end => short(key, &range, size),
+                    _ => {
+                        let came = part.unwrap_or("something else");
+                        unreadable(key, format!("bytes {range:?} were asked for and {came} came"))
+                    }
+                }),
             }
         })
         .await
@@ -528,6 +526,20 @@ impl Store for S3Store {
         }
         Ok(ended)
     }
+}
+
+fn unreadable(key: &str, why: String) -> StoreError {
+    StoreError::Unavailable { operation: READ, key: key.to_owned(), source: why.into() }
+}
+
+fn short(key: &str, range: &Range<u64>, size: u64) -> StoreError {
+    let source = format!("bytes {} to {} of {size}", range.start, range.end).into();
+    StoreError::Short { key: key.to_owned(), source }
+}
+
+/// The whole object's size in a `Content-Range`: `bytes 0-9/10`.
+fn size_in(part: &str) -> Option<u64> {
+    part.rsplit_once('/')?.1.parse().ok()
 }
 
 /// The base of the SDK's configuration: region and credentials, given or from the AWS chain.
