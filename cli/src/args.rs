@@ -5,28 +5,34 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use proto::{BackupId, ClusterName, JobId, JobState, ProofLevel, SiteName, WorkerName};
 
+/// The heading of the options that every command has.
+const GLOBAL: &str = "Options of every command";
+
 /// Keeps a fleet of PostgreSQL clusters recoverable, and proves it by restoring.
 ///
-/// Begin with `pgmuster demo` (a throwaway cluster, broken and repaired before your eyes) or `pgmuster up` (coordinator
-/// and worker in one process, for the server on this machine).
+/// Begin with `pgmuster demo` (a throwaway cluster, broken and repaired before your eyes) or `pgmuster up` (coordinator and
+/// worker in one process, for the server on this machine).
 #[derive(Debug, Parser)]
 #[command(name = "pgmuster", version, propagate_version = true, max_term_width = 100)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
-    /// How to print what was asked for.
-    #[arg(short, long, global = true, value_enum, default_value_t = Output::Table)]
+    /// How to print what was asked for: `table` for people, `json` for programs.
+    #[arg(short, long, global = true, value_enum, default_value_t = Output::Table, value_name = "FORMAT",
+        hide_possible_values = true, help_heading = GLOBAL)]
     pub output: Output,
     /// Where the coordinator is: the path of its socket, or an `https://` (on this machine also `http://`) URL.
-    #[arg(long, global = true, env = "PGMUSTER_COORDINATOR", value_name = "SOCKET|URL")]
+    #[arg(long, global = true, env = "PGMUSTER_COORDINATOR", value_name = "SOCKET|URL", hide_env_values = true,
+        help_heading = GLOBAL)]
     pub coordinator: Option<String>,
     /// File with the token for a coordinator reached by URL.
-    #[arg(long, global = true, env = "PGMUSTER_TOKEN_FILE", value_name = "FILE")]
+    #[arg(long, global = true, env = "PGMUSTER_TOKEN_FILE", value_name = "FILE", hide_env_values = true,
+        help_heading = GLOBAL)]
     pub token_file: Option<PathBuf>,
-    /// What the program says on standard error about its own doing: `error`, `warn`, `info`, `debug`, or a filter such as
-    /// `worker=debug`.
-    #[arg(long, global = true, env = "PGMUSTER_LOG", value_name = "FILTER")]
+    /// How much the program logs on standard error: `error`, `warn`, `info`, `debug`, or a filter such as `worker=debug`.
+    #[arg(long, global = true, env = "PGMUSTER_LOG", value_name = "FILTER", hide_env_values = true,
+        help_heading = GLOBAL)]
     pub log: Option<String>,
 }
 
@@ -44,8 +50,9 @@ pub enum Output {
 pub enum Command {
     /// Run the whole product in one process for one server.
     ///
-    /// Coordinator, one worker, a broker inside the process, a SQLite catalog, a repository in a directory with a fresh
-    /// key. Takes a backup, proves it by restoring it, says the result in one sentence, and keeps running until Ctrl-C.
+    /// Starts a coordinator, one worker and a broker inside this process, with a SQLite catalog and a repository in a
+    /// directory with a fresh key. Takes a backup, proves it by restoring it, says the result in one sentence, and keeps
+    /// running until Ctrl-C or SIGTERM.
     Up(Up),
     /// Show what pgmuster does on a throwaway cluster.
     ///
@@ -67,23 +74,28 @@ pub enum Command {
     Restore(Restore),
     /// Order maintenance of a cluster.
     Maintain(Maintain),
-    /// Say which clusters can be recovered, and which cannot, and why. Exit code 3 when one cannot.
+    /// Say which clusters can be recovered, which cannot, and why.
+    ///
+    /// The exit code is 3 when one cannot.
     Status,
     /// Look at clusters.
     #[command(subcommand)]
     Cluster(ClusterCommand),
-    /// Look at backups.
+    /// Look at backups and their proofs.
     #[command(subcommand)]
     Backups(BackupsCommand),
-    /// Look at jobs, follow them, stop them.
+    /// Look at jobs, follow, stop and repeat them.
     #[command(subcommand)]
     Job(JobCommand),
-    /// Make and check repositories.
+    /// Create a repository, or list what one holds.
     #[command(subcommand)]
     Repo(RepoCommand),
-    /// Check this machine and, when a coordinator is reachable, its workers and queues. Exit code 3 on findings.
+    /// Check this machine, the coordinator, its workers and their clusters.
+    ///
+    /// With `--config`, also what a worker's configuration can reach; a coordinator need not answer then. The exit code is 3
+    /// when something is wrong.
     Doctor(Doctor),
-    /// Look at configuration files.
+    /// Check configuration files, or print them with their defaults.
     #[command(subcommand)]
     Config(ConfigCommand),
 }
@@ -91,12 +103,12 @@ pub enum Command {
 /// `up`.
 #[derive(Debug, Args)]
 pub struct Up {
-    /// The server: `postgres://user@host/db`, `host=… user=…`, or a service name. The one on this machine when absent.
+    /// The server: `postgres://user@host/db`, `host=… user=…` or `service=…` [default: the one on this machine].
     pub url: Option<String>,
-    /// What to call it.
+    /// What to call the cluster.
     #[arg(long, default_value = "main")]
     pub name: ClusterName,
-    /// Directory of catalog, repository and key [default: ~/.local/share/pgmuster].
+    /// Directory of catalog, repository and key [default: `$PGMUSTER_HOME`, else `~/.local/share/pgmuster`].
     #[arg(long, value_name = "DIR")]
     pub home: Option<PathBuf>,
     /// The server's data directory, where it differs from what the server says.
@@ -105,7 +117,7 @@ pub struct Up {
     /// Stop after the first backup and its proof instead of running on.
     #[arg(long)]
     pub once: bool,
-    /// How far to prove: 1 to 5.
+    /// How far to prove: 1 present, 2 readable, 3 restored and consistent, 4 the server's own checks, 5 same content.
     #[arg(long, default_value = "5", value_name = "N")]
     pub level: ProofLevel,
 }
@@ -114,10 +126,10 @@ pub struct Up {
 #[derive(Debug, Args)]
 pub struct Demo {
     /// How much data, as pgbench's scale factor (1 is 100,000 rows and about 15 MiB).
-    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    #[arg(long, default_value_t = 10, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub scale: u32,
     /// Major version of PostgreSQL [default: the newest installed].
-    #[arg(long, value_parser = clap::value_parser!(u32).range(14..=18))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(14..=18))]
     pub major: Option<u32>,
     /// Where to work; needs room for three copies of the data [default: the system's temporary directory].
     #[arg(long, value_name = "DIR")]
@@ -127,7 +139,7 @@ pub struct Demo {
 /// A production role.
 #[derive(Debug, Args)]
 pub struct Role {
-    /// Its configuration.
+    /// The coordinator's configuration.
     #[arg(long, value_name = "FILE")]
     pub config: PathBuf,
 }
@@ -136,10 +148,10 @@ pub struct Role {
 #[derive(Debug, Args)]
 #[command(args_conflicts_with_subcommands = true)]
 pub struct WorkerArgs {
-    /// Something other than running.
+    /// Enrolling, instead of running.
     #[command(subcommand)]
     pub command: Option<WorkerCommand>,
-    /// Its configuration.
+    /// The worker's configuration.
     #[arg(long, value_name = "FILE", required = true)]
     pub config: Option<PathBuf>,
 }
@@ -169,20 +181,20 @@ pub struct Enroll {
 pub struct EnrollToken {
     /// The worker it is for.
     pub worker: WorkerName,
-    /// Its site.
+    /// The worker's site.
     pub site: SiteName,
 }
 
 /// Waiting for a job.
 #[derive(Debug, Clone, Args)]
 pub struct Waiting {
-    /// Wait for the end; the exit code tells how it went.
+    /// Wait until the job is over; the exit code tells how it went.
     #[arg(long)]
     pub wait: bool,
     /// Wait, and show the steps as they happen.
     #[arg(long)]
     pub watch: bool,
-    /// How long to wait, seconds. Afterwards the exit code is 10 and the job goes on.
+    /// How long to wait. Afterwards the exit code is 10, and the job goes on.
     #[arg(long, default_value_t = 86_400, value_name = "SECONDS")]
     pub timeout: u64,
 }
@@ -198,7 +210,7 @@ pub struct Backup {
     /// Read every byte, also of files that look unchanged.
     #[arg(long)]
     pub full_read: bool,
-    /// Prove it at this level afterwards: 1 to 5.
+    /// Prove the backup afterwards, at this level: 1 to 5, see `pgmuster help verify`.
     #[arg(long, value_name = "N")]
     pub verify: Option<ProofLevel>,
     /// Waiting.
@@ -234,8 +246,8 @@ pub struct Restore {
     /// The backup [default: the newest].
     #[arg(long, value_name = "ID")]
     pub backup: Option<BackupId>,
-    /// The worker that shall do it [default: one whose restore roots hold DIR].
-    #[arg(long, conflicts_with = "repository")]
+    /// The worker that shall do it [default: one with a restore root above DIR].
+    #[arg(long, value_name = "WORKER", conflicts_with = "repository")]
     pub on: Option<WorkerName>,
     /// Only say what would be done.
     #[arg(long)]
@@ -332,8 +344,8 @@ pub enum JobCommand {
         /// Only in this state.
         #[arg(long)]
         state: Option<JobState>,
-        /// How many.
-        #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1000))]
+        /// At most so many.
+        #[arg(long, default_value_t = 50, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
         limit: u32,
     },
     /// One job.
@@ -345,7 +357,7 @@ pub enum JobCommand {
     Watch {
         /// The job, or `@last`.
         job: JobRef,
-        /// How long to wait, seconds.
+        /// How long to wait. Afterwards the exit code is 10, and the job goes on.
         #[arg(long, default_value_t = 86_400, value_name = "SECONDS")]
         timeout: u64,
     },
@@ -397,17 +409,17 @@ pub enum RepoCommand {
     /// Writes the key file and prints a recovery sheet. Whoever has the repository and the key can restore; without the key
     /// nobody can.
     Init {
-        /// `file:///path` or `s3://bucket/prefix`.
+        /// Where to make it: `file:///path` or `s3://bucket/prefix`.
         url: String,
-        /// Where to write the key; must not exist.
+        /// Where to write the key; the file must not exist.
         #[arg(long, value_name = "FILE")]
         key: PathBuf,
     },
     /// The backups in a repository, read from the repository itself.
     List {
-        /// `file:///path` or `s3://bucket/prefix`.
+        /// Where it is: `file:///path` or `s3://bucket/prefix`.
         url: String,
-        /// The key file.
+        /// Its key file.
         #[arg(long, value_name = "FILE")]
         key: PathBuf,
     },
@@ -416,7 +428,7 @@ pub enum RepoCommand {
 /// `doctor`.
 #[derive(Debug, Args)]
 pub struct Doctor {
-    /// Check this configuration's servers, repositories and broker as well. May be given several times.
+    /// Check the servers, repositories and broker of this worker's configuration as well. May be given several times.
     #[arg(long, value_name = "FILE")]
     pub config: Vec<PathBuf>,
 }
@@ -424,7 +436,9 @@ pub struct Doctor {
 /// `config …`.
 #[derive(Debug, Subcommand)]
 pub enum ConfigCommand {
-    /// Read configuration files and tell every problem. Opens nothing. Exit code 2 when one is wrong.
+    /// Read configuration files and tell every problem.
+    ///
+    /// Connects to nothing. The exit code is 2 when a file is wrong.
     Check {
         /// The files.
         #[arg(required = true, value_name = "FILE")]

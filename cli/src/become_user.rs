@@ -36,17 +36,23 @@ pub(crate) async fn become_owner(cli: &Cli) -> Result<(), Failure> {
     }
     let program = std::env::current_exe()
         .map_err(|error| refused(format!("failed to find this program: {error}")))?;
-    let home = home_of(account.uid).unwrap_or_else(|| PathBuf::from("/tmp"));
+    let user =
+        std::fs::read_to_string("/etc/passwd").ok().and_then(|text| user(&text, account.uid));
+    // `--init-groups` wants a user's name.
+    let (name, groups, home) = match user {
+        Some(user) => (user.name, "--init-groups", user.home),
+        None => (account.uid.to_string(), "--clear-groups", PathBuf::from("/tmp")),
+    };
+    // The current directory stays: relative paths on the command line keep their meaning.
     let error = Process::new("setpriv")
-        .arg(format!("--reuid={}", account.uid))
+        .arg(format!("--reuid={name}"))
         .arg(format!("--regid={}", account.gid))
-        .args(["--clear-groups", "--"])
+        .args([groups, "--"])
         .arg(program)
         .args(std::env::args_os().skip(1))
         .env(MARK, "1")
         .env("HOME", home)
         .env_remove("XDG_DATA_HOME")
-        .current_dir("/")
         .exec();
     Err(refused(format!("failed to become user {}: {error}", account.uid)))
 }
@@ -81,16 +87,22 @@ async fn whom(cli: &Cli) -> Result<Option<Account>, Failure> {
     }
 }
 
-/// Who runs the server that a URL means, told by the owner of its socket.
+/// Who runs the server that a URL means, told by the owner of its socket; `None` where several could be meant.
 fn socket_owner(url: Option<&str>) -> Option<Account> {
-    let found = sockets();
-    let (directory, port) = match url {
-        None => found.first()?.clone(),
-        Some(url) => {
-            found.iter().find(|(directory, _)| url.contains(&*directory.to_string_lossy()))?.clone()
-        }
-    };
+    let (directory, port) = meant(url, sockets())?;
     Account::owner_of(&directory.join(format!(".s.PGSQL.{port}"))).ok()
+}
+
+/// The one socket a URL can mean.
+fn meant(url: Option<&str>, mut found: Vec<(PathBuf, u16)>) -> Option<(PathBuf, u16)> {
+    if let Some(url) = url {
+        found.retain(|(directory, _)| url.contains(&*directory.to_string_lossy()));
+        if found.len() > 1 {
+            found.retain(|(_, port)| url.contains(&port.to_string()));
+        }
+    }
+    let one = found.pop()?;
+    found.is_empty().then_some(one)
 }
 
 /// The owner of the data directory a worker's configuration names, else of its state directory.
@@ -107,12 +119,48 @@ async fn worker_owner(config: &Path) -> Result<Option<Account>, Failure> {
     Ok(Some(Account::named("postgres").await?))
 }
 
-/// A user's home directory in `/etc/passwd`.
-fn home_of(uid: u32) -> Option<PathBuf> {
-    let passwd = std::fs::read_to_string("/etc/passwd").ok()?;
-    let uid = uid.to_string();
+/// What `/etc/passwd` says of a user.
+#[derive(Debug, PartialEq, Eq)]
+struct User {
+    name: String,
+    home: PathBuf,
+}
+
+/// The user of a number, in the text of `/etc/passwd`.
+fn user(passwd: &str, uid: u32) -> Option<User> {
     passwd.lines().find_map(|line| {
         let fields: Vec<&str> = line.split(':').collect();
-        (fields.get(2) == Some(&uid.as_str())).then(|| fields.get(5).map(PathBuf::from))?
+        let [name, _, number, _, _, home, ..] = fields[..] else { return None };
+        let is_it = number.parse::<u32>().is_ok_and(|number| number == uid);
+        is_it.then(|| User { name: name.to_owned(), home: PathBuf::from(home) })
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_user_is_found_by_its_number() {
+        let passwd =
+            "root:x:0:0:root:/root:/bin/bash\npostgres:x:101:104::/var/lib/postgresql:/bin/sh\n+\n";
+        let found = User { name: "postgres".to_owned(), home: "/var/lib/postgresql".into() };
+        assert_eq!(user(passwd, 101), Some(found));
+        assert_eq!(user(passwd, 10), None);
+    }
+
+    #[test]
+    fn among_several_servers_none_is_guessed() {
+        let run = || (PathBuf::from("/var/run/postgresql"), 5432);
+        let second = || (PathBuf::from("/var/run/postgresql"), 5433);
+        let tmp = || (PathBuf::from("/tmp"), 5432);
+        assert_eq!(meant(None, vec![]), None);
+        assert_eq!(meant(None, vec![tmp()]), Some(tmp()));
+        assert_eq!(meant(None, vec![run(), tmp()]), None);
+        let all = || vec![run(), second(), tmp()];
+        assert_eq!(meant(Some("host=/tmp dbname=postgres"), all()), Some(tmp()));
+        assert_eq!(meant(Some("host=/var/run/postgresql port=5433"), all()), Some(second()));
+        assert_eq!(meant(Some("host=/var/run/postgresql"), all()), None);
+        assert_eq!(meant(Some("postgres://db1.example/postgres"), all()), None);
+    }
 }

@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use coordinator::api::types::HealthView;
 use proto::{Action, Code, Failure};
+use reqwest::StatusCode;
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -106,11 +108,31 @@ impl Client {
         self.send(self.http.post(format!("{}{path}", self.base)).json(body), REQUEST_MAX).await
     }
 
+    /// Asks the coordinator how it is. It says so also when it is not well, with status 503.
+    pub(crate) async fn health(&self) -> Result<HealthView, Failure> {
+        let request = self.http.get(format!("{}/healthz", self.base));
+        let (status, body) = self.exchange(request, REQUEST_MAX).await?;
+        match serde_json::from_slice(&body) {
+            Ok(health) => Ok(health),
+            Err(_) => understood(status, &body),
+        }
+    }
+
     async fn send<T: DeserializeOwned>(
         &self,
         request: reqwest::RequestBuilder,
         limit: Duration,
     ) -> Result<T, Failure> {
+        let (status, body) = self.exchange(request, limit).await?;
+        understood(status, &body)
+    }
+
+    /// One request and its answer, whatever it says.
+    async fn exchange(
+        &self,
+        request: reqwest::RequestBuilder,
+        limit: Duration,
+    ) -> Result<(StatusCode, Vec<u8>), Failure> {
         let request = match &self.token {
             Some(token) => request.bearer_auth(token.expose_secret()),
             None => request,
@@ -127,15 +149,20 @@ impl Client {
         let response = request.timeout(limit).send().await.map_err(unreachable)?;
         let status = response.status();
         let body = response.bytes().await.map_err(unreachable)?;
-        if status.is_success() {
-            return serde_json::from_slice(&body).map_err(|error| {
-                Failure::bug(format!("the coordinator's answer is not understood: {error}"))
-            });
-        }
-        Err(serde_json::from_slice(&body).unwrap_or_else(|_| {
-            Failure::bug(format!("the coordinator answered {status} without saying why"))
-        }))
+        Ok((status, body.to_vec()))
     }
+}
+
+/// What was asked for, or the failure the coordinator tells.
+fn understood<T: DeserializeOwned>(status: StatusCode, body: &[u8]) -> Result<T, Failure> {
+    if status.is_success() {
+        return serde_json::from_slice(body).map_err(|error| {
+            Failure::bug(format!("the coordinator's answer is not understood: {error}"))
+        });
+    }
+    Err(serde_json::from_slice(body).unwrap_or_else(|_| {
+        Failure::bug(format!("the coordinator answered {status} without saying why"))
+    }))
 }
 
 fn builder() -> reqwest::ClientBuilder {

@@ -22,16 +22,40 @@ pub(crate) fn read<T: DeserializeOwned>(
 
 /// Parses a configuration from its text. The error says where.
 pub(crate) fn parse<T: DeserializeOwned>(text: &str) -> Result<T, String> {
-    let deserializer = toml::Deserializer::parse(text).map_err(|error| error.to_string())?;
+    let deserializer = toml::Deserializer::parse(text).map_err(|error| told(text, "", &error))?;
     serde_path_to_error::deserialize(deserializer).map_err(|error| {
         let path = error.path().to_string();
-        let what = error.inner().message().to_owned();
         let place = if path == "." { String::new() } else { format!("{path}: ") };
-        match suggestion(&what) {
-            Some(meant) => format!("{place}{what}. Did you mean `{meant}`?"),
-            None => format!("{place}{what}"),
-        }
+        told(text, &place, error.inner())
     })
+}
+
+/// An error without the line it is in, which `Display` would print and which may hold a secret.
+fn told(text: &str, place: &str, error: &toml::de::Error) -> String {
+    let at = error.span().map_or_else(String::new, |span| position(text, span.start));
+    let what = without_value(error.message());
+    match suggestion(&what) {
+        Some(meant) => format!("{at}{place}{what}. Did you mean `{meant}`?"),
+        None => format!("{at}{place}{what}"),
+    }
+}
+
+/// Line and column of a byte, counted from 1, columns in characters.
+fn position(text: &str, byte: usize) -> String {
+    let before = text.get(..byte).unwrap_or(text);
+    let line = before.matches('\n').count() + 1;
+    let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
+    format!("line {line}, column {column}: ")
+}
+
+/// Serde's message without the text it found: "invalid type: string \"hunter2\", expected a map".
+fn without_value(message: &str) -> String {
+    match (message.split_once("string \""), message.rsplit_once("\", expected ")) {
+        (Some((before, _)), Some((_, expected))) if before.starts_with("invalid ") => {
+            format!("{before}a text, expected {expected}")
+        }
+        _ => message.to_owned(),
+    }
 }
 
 /// The expected key that is nearest to an unknown one, from serde's message: "unknown field `a`, expected one of `b`, `c`".
@@ -86,8 +110,23 @@ mod tests {
 
     #[test]
     fn a_secret_in_the_wrong_place_is_not_repeated() {
-        let text = "name = \"w1\"\nsite = \"s\"\nstate_dir = \"/s\"\nbroker = { url = \"amqp://u:hunter2@h\" }\n";
+        for broker in ["{ url = \"amqp://u:hunter2@h\" }", "\"amqp://u:hunter2@h\""] {
+            let text =
+                format!("name = \"w1\"\nsite = \"s\"\nstate_dir = \"/s\"\nbroker = {broker}\n");
+            let error = parse::<WorkerConfig>(&text).unwrap_err();
+            assert!(!error.contains("hunter2"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_broken_line_is_told_by_its_number_and_not_repeated() {
+        let text = "name = \"w1\"\n[broker]\nurl = \"ämqp://u:hunter2@h\" oops\n";
         let error = parse::<WorkerConfig>(text).unwrap_err();
+        assert!(error.starts_with("line 3, column "), "{error}");
+        assert!(!error.contains("hunter2"), "{error}");
+        let open = "name = \"w1\"\npassword = \"hunter2\n";
+        let error = parse::<WorkerConfig>(open).unwrap_err();
+        assert!(error.starts_with("line "), "{error}");
         assert!(!error.contains("hunter2"), "{error}");
     }
 }

@@ -104,3 +104,41 @@ impl From<Exit> for ExitCode {
         Self::from(exit.code())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    /// Every exit in the order of the enum; a new one does not compile without a place here.
+    fn all() -> Vec<Exit> {
+        let next = |exit: &Exit| match exit {
+            Exit::Ok => Some(Exit::Failed),
+            Exit::Failed => Some(Exit::Usage),
+            Exit::Usage => Some(Exit::Findings),
+            Exit::Findings => Some(Exit::Unauthorized),
+            Exit::Unauthorized => Some(Exit::Refused),
+            Exit::Refused => Some(Exit::NotFound),
+            Exit::NotFound => Some(Exit::Conflict),
+            Exit::Conflict => Some(Exit::Unreachable),
+            Exit::Unreachable => Some(Exit::SomeFailed),
+            Exit::SomeFailed => Some(Exit::StillRunning),
+            Exit::StillRunning => Some(Exit::Interrupted),
+            Exit::Interrupted => None,
+        };
+        std::iter::successors(Some(Exit::Ok), next).collect()
+    }
+
+    #[test]
+    fn the_page_lists_the_same_numbers() {
+        let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/exit-codes.md");
+        let page = std::fs::read_to_string(page).unwrap();
+        let listed: Vec<u8> = page
+            .lines()
+            .filter_map(|line| line.strip_prefix("| ")?.split_once(" |")?.0.parse().ok())
+            .collect();
+        let ours: Vec<u8> = all().into_iter().map(Exit::code).collect();
+        assert_eq!(ours, listed, "left: Exit; right: docs/exit-codes.md");
+    }
+}

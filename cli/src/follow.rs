@@ -6,6 +6,7 @@ use coordinator::api::types::JobView;
 use indicatif::{ProgressBar, ProgressStyle};
 use proto::job::{JobState, Outcome};
 use proto::{Failure, JobId};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::args::{Output, Waiting};
 use crate::client::Client;
@@ -14,8 +15,11 @@ use crate::output;
 
 /// One long poll asks the coordinator to wait this long.
 const POLL_S: u64 = 20;
+/// Before a coordinator that did not answer is asked again.
+const PAUSE: Duration = Duration::from_secs(1);
 
-/// Waits until a job is over or `limit` passed; returns the job as it is then.
+/// Waits until a job is over or `limit` passed; returns the job as it is then, or was last known. The first request fails
+/// at once; later ones are tried again until the limit: a coordinator may be restarted while its jobs run.
 pub(crate) async fn wait(
     client: &Client,
     job: JobId,
@@ -26,6 +30,7 @@ pub(crate) async fn wait(
     let bar = shown.then(bar);
     let mut said = String::new();
     let mut view: JobView = client.get(&format!("/v1/jobs/{job}")).await?;
+    let mut silent: Option<Failure> = None;
     loop {
         if let Some(bar) = &bar {
             let now = state_line(&view);
@@ -46,12 +51,31 @@ pub(crate) async fn wait(
             if let Some(bar) = bar {
                 bar.finish_and_clear();
             }
+            if let Some(failure) = silent {
+                output::talk(&format!(
+                    "The waiting ended without an answer, the job was last seen {}: {failure}",
+                    view.state
+                ));
+            }
             return Ok(view);
         }
         // Progress does not change the version: a watched job is looked at more often.
         let wait_s = if shown { 1 } else { POLL_S.min(left.as_secs().max(1)) };
         let path = format!("/v1/jobs/{job}?after_version={}&wait_s={wait_s}", view.version);
-        view = client.get_waiting(&path, Duration::from_secs(wait_s)).await?;
+        match client.get_waiting(&path, Duration::from_secs(wait_s)).await {
+            Ok(next) => {
+                view = next;
+                silent = None;
+            }
+            Err(failure) if Exit::of(&failure) == Exit::Unreachable => {
+                if silent.is_none() {
+                    output::talk(&format!("{failure}; asking again until it answers"));
+                }
+                silent = Some(failure);
+                tokio::time::sleep(PAUSE.min(limit.saturating_sub(started.elapsed()))).await;
+            }
+            Err(failure) => return Err(failure),
+        }
     }
 }
 
@@ -86,30 +110,55 @@ pub(crate) async fn after_order(
         output::talk(&format!("Follow it with: pgmuster job watch {}", view.id));
         return Ok(Exit::Ok);
     }
-    let limit = Duration::from_secs(waiting.timeout);
-    let mut view = tokio::select! {
-        view = wait(client, view.id, limit, waiting.watch) => view?,
-        () = interrupted() => {
-            output::talk(&format!("Detached; the job goes on. Stop it with: pgmuster job cancel {}", view.id));
-            return Ok(Exit::Interrupted);
-        }
+    let mut current = view.id;
+    let interrupted = interrupted();
+    let ended = tokio::select! {
+        ended = to_the_end(client, &mut current, waiting, format) => Some(ended),
+        () = interrupted => None,
     };
-    report(&view, format);
-    // What was ordered together is waited for together: a backup and its proof.
-    while view.state == JobState::Succeeded
-        && let Some(next) = view.followed_by.first().copied()
-    {
-        view = wait(client, next, limit, waiting.watch).await?;
-        report(&view, format);
-    }
-    Ok(Exit::of_job(view.state, view.failure.as_ref()))
+    ended.unwrap_or_else(|| {
+        output::talk(&format!(
+            "Detached; the job goes on. Stop it with: pgmuster job cancel {current}"
+        ));
+        Ok(Exit::Interrupted)
+    })
 }
 
-/// Resolves at Ctrl-C.
-pub(crate) async fn interrupted() {
-    if tokio::signal::ctrl_c().await.is_err() {
-        // Without a handler the signal ends the program by itself.
-        std::future::pending::<()>().await;
+/// Waits for a job and those that follow it, within one limit for all; `current` is the one that is waited for.
+async fn to_the_end(
+    client: &Client,
+    current: &mut JobId,
+    waiting: &Waiting,
+    format: Output,
+) -> Result<Exit, Failure> {
+    let (started, limit) = (Instant::now(), Duration::from_secs(waiting.timeout));
+    loop {
+        let left = limit.saturating_sub(started.elapsed());
+        let view = wait(client, *current, left, waiting.watch).await?;
+        report(&view, format);
+        // What was ordered together is waited for together: a backup and its proof.
+        match view.followed_by.first() {
+            Some(next) if view.state == JobState::Succeeded => *current = *next,
+            _ => return Ok(Exit::of_job(view.state, view.failure.as_ref())),
+        }
+    }
+}
+
+/// Resolves at Ctrl-C or SIGTERM. Listens from the call on, not only from the first poll.
+pub(crate) fn interrupted() -> impl Future<Output = ()> {
+    let listen = || -> std::io::Result<_> {
+        Ok((signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?))
+    };
+    let signals: std::io::Result<(Signal, Signal)> = listen();
+    async move {
+        // Without a handler a signal ends the program by itself.
+        let Ok((mut interrupt, mut terminate)) = signals else {
+            return std::future::pending().await;
+        };
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
     }
 }
 

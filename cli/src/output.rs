@@ -53,6 +53,9 @@ pub(crate) fn table(head: &[&str], rows: Vec<Vec<String>>) -> String {
     for row in rows {
         table.add_row(row);
     }
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
     let text = table.to_string();
     let lines: Vec<&str> = text.lines().map(str::trim_end).collect();
     lines.join("\n")
@@ -90,6 +93,16 @@ pub(crate) fn ago(now_ms: i64, then_ms: Option<i64>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn columns_begin_at_the_edge_and_are_two_spaces_apart() {
+        let rows = vec![
+            vec!["orders".to_owned(), "PROVED".to_owned(), "fine".to_owned()],
+            vec!["x".to_owned(), "AT_RISK".to_owned(), String::new()],
+        ];
+        let lines = "CLUSTER  STATE    WHY\norders   PROVED   fine\nx        AT_RISK";
+        assert_eq!(table(&["CLUSTER", "STATE", "WHY"], rows), lines);
+    }
 
     #[test]
     fn times_are_said_in_units_that_fit() {

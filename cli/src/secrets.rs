@@ -1,5 +1,6 @@
 //! Resolves references to secrets. The values stay in `SecretString` and never reach a log or an error text.
 
+use std::io::Read;
 use std::process::{Command, Stdio};
 
 use proto::{Action, Code, Failure, SecretRef};
@@ -7,17 +8,11 @@ use secrecy::SecretString;
 
 /// A secret is a line or a key file, never more than this.
 const SECRET_MAX_BYTES: usize = 64 << 10;
+const EMPTY_OR_LONG: &str = "it is empty or far too long";
 
 /// Reads the secret a reference points to.
 pub(crate) fn resolve(reference: &SecretRef) -> Result<SecretString, Failure> {
-    let fail = |why: String| {
-        Failure::new(
-            Code::ConfigInvalid,
-            Action::FixConfig,
-            format!("failed to read the secret {reference}: {why}"),
-        )
-        .with_hint("Check that it exists and that this user may read it.")
-    };
+    let fail = |why: String| unreadable(&format!("the secret {reference}"), &why);
     let text = match reference {
         SecretRef::File(path) => {
             let size = std::fs::metadata(path).map_err(|error| fail(error.to_string()))?.len();
@@ -43,10 +38,46 @@ pub(crate) fn resolve(reference: &SecretRef) -> Result<SecretString, Failure> {
             String::from_utf8(output.stdout).map_err(|_| fail("it is not UTF-8".to_owned()))?
         }
     };
-    let text = text.strip_suffix('\n').unwrap_or(&text);
+    checked(&text).ok_or_else(|| fail(EMPTY_OR_LONG.to_owned()))
+}
+
+/// Reads a secret to the end of `source`; `what` names it in errors.
+pub(crate) fn read(what: &str, source: impl Read) -> Result<SecretString, Failure> {
+    let mut text = String::new();
+    source
+        .take(SECRET_MAX_BYTES as u64 + 1)
+        .read_to_string(&mut text)
+        .map_err(|error| unreadable(what, &error.to_string()))?;
+    checked(&text).ok_or_else(|| unreadable(what, EMPTY_OR_LONG))
+}
+
+fn unreadable(what: &str, why: &str) -> Failure {
+    let message = format!("failed to read {what}: {why}");
+    Failure::new(Code::ConfigInvalid, Action::FixConfig, message)
+        .with_hint("Check that it exists and that this user may read it.")
+}
+
+/// A secret without the end of its line.
+fn checked(text: &str) -> Option<SecretString> {
+    let text = text.strip_suffix('\n').unwrap_or(text);
     let text = text.strip_suffix('\r').unwrap_or(text);
-    if text.is_empty() || text.len() > SECRET_MAX_BYTES {
-        return Err(fail("it is empty or far too long".to_owned()));
+    let fits = !text.is_empty() && text.len() <= SECRET_MAX_BYTES;
+    fits.then(|| SecretString::from(text.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use secrecy::ExposeSecret as _;
+
+    use super::*;
+
+    #[test]
+    fn a_secret_ends_with_its_line_and_is_never_empty() {
+        let token = read("the token", &b"abc\r\n"[..]).unwrap();
+        assert_eq!(token.expose_secret(), "abc");
+        for wrong in [b"\n".to_vec(), vec![b'x'; SECRET_MAX_BYTES + 1], vec![0xff]] {
+            let failure = read("the token", &wrong[..]).unwrap_err();
+            assert!(failure.message.starts_with("failed to read the token: "), "{failure}");
+        }
     }
-    Ok(SecretString::from(text.to_owned()))
 }

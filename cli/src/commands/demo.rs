@@ -51,6 +51,16 @@ const FINGERPRINT: &str = "
 
 /// `demo`.
 pub(crate) async fn run(args: Demo) -> Result<Exit, Failure> {
+    let interrupted = CancellationToken::new();
+    let signals = follow::interrupted();
+    let listener = tokio::spawn({
+        let interrupted = interrupted.clone();
+        async move {
+            signals.await;
+            output::talk("Interrupted; clearing up");
+            interrupted.cancel();
+        }
+    });
     let binaries = programs(args.major).await?;
     let root = args.directory.clone().unwrap_or_else(std::env::temp_dir);
     let place = tempfile::Builder::new().prefix("pgmuster-demo-").tempdir_in(&root);
@@ -59,10 +69,9 @@ pub(crate) async fn run(args: Demo) -> Result<Exit, Failure> {
         Failure::new(Code::TargetUnwritable, Action::FixConfig, message)
             .with_hint("Choose another one: pgmuster demo --directory DIR.")
     })?;
-    let ended = tokio::select! {
-        ended = scenes(&args, &binaries, place.path()) => ended,
-        () = follow::interrupted() => Ok(Exit::Interrupted),
-    };
+    // Returns when all it started has ended, also when it was interrupted: only then the directory can go.
+    let ended = scenes(&args, &binaries, place.path(), &interrupted).await;
+    listener.abort();
     let path = place.path().to_owned();
     if let Err(error) = place.close() {
         output::talk(&format!("Failed to remove {}: {error}", path.display()));
@@ -82,10 +91,23 @@ async fn programs(major: Option<u32>) -> Result<Binaries, Failure> {
     Ok(Binaries::find(15, &[]).await?)
 }
 
-async fn scenes(args: &Demo, binaries: &Binaries, place: &Path) -> Result<Exit, Failure> {
+async fn scenes(
+    args: &Demo,
+    binaries: &Binaries,
+    place: &Path,
+    interrupted: &CancellationToken,
+) -> Result<Exit, Failure> {
     let name: ClusterName = "demo".parse().expect("it is a name");
-    let mut server = filled(args, binaries, place).await?;
-    let before = ask(&server, FINGERPRINT).await?;
+    // Dropped unfinished, it ends what it started, and waits for that.
+    let filling = async {
+        let server = filled(args, binaries, place).await?;
+        let before = ask(&server, FINGERPRINT).await?;
+        Ok::<_, Failure>((server, before))
+    };
+    let Some(filled) = interrupted.run_until_cancelled(filling).await else {
+        return Ok(Exit::Interrupted);
+    };
+    let (mut server, before) = filled?;
 
     let restore_root = place.join("restore");
     std::fs::create_dir(&restore_root).map_err(|error| unwritable(&restore_root, &error))?;
@@ -96,19 +118,22 @@ async fn scenes(args: &Demo, binaries: &Binaries, place: &Path) -> Result<Exit, 
         bin_dirs: vec![binaries.directory().to_owned()],
         restore_roots: vec![restore_root.clone()],
     };
+    // Its start is short, and half of it could not be stopped.
     let whole = Embedded::start(&place.join("home"), &served).await?;
-    let ended = after_start(&whole, &name, &mut server, &restore_root, &before).await;
-    let proof = match &ended {
+    let ended = interrupted
+        .run_until_cancelled(after_start(&whole, &name, &mut server, &restore_root, &before))
+        .await
+        .unwrap_or(Ok(Exit::Interrupted));
+    let cluster = match &ended {
         Ok(Exit::Ok) => {
-            let cluster: ClusterView = whole.client.get(&format!("/v1/clusters/{name}")).await?;
-            cluster.backup.and_then(|backup| backup.proof)
+            whole.client.get::<ClusterView>(&format!("/v1/clusters/{name}")).await.map(Some)
         }
-        _ => None,
+        _ => Ok(None),
     };
     whole.stop().await;
     // It may be stopped already, or damaged beyond a clean stop.
     let _ = server.stop(StopMode::Immediate).await;
-    if let Some(proof) = proof {
+    if let Some(proof) = cluster?.and_then(|cluster| cluster.backup?.proof) {
         output::data(&worker::proving::sentence(&proof.record));
     }
     ended

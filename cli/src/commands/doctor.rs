@@ -89,13 +89,10 @@ async fn binaries(findings: &mut Vec<Finding>) {
 }
 
 async fn coordinator(client: &Client, required: bool, findings: &mut Vec<Finding>) {
-    match client.get::<HealthView>("/healthz").await {
+    match client.health().await {
         Err(failure) if required => findings.push(bad("coordinator", &failure)),
         Err(failure) => findings.push(good("coordinator", format!("not looked at: {failure}"))),
-        Ok(health) => {
-            let detail = format!("version {}, leading: {}", health.version, health.leader);
-            findings.push(good("coordinator", detail));
-        }
+        Ok(health) => findings.extend(wellbeing(&health)),
     }
     if let Ok(workers) = client.get::<Vec<WorkerView>>("/v1/workers").await {
         let now_ms = environment::now_ms();
@@ -115,6 +112,40 @@ async fn coordinator(client: &Client, required: bool, findings: &mut Vec<Finding
             }
         }
     }
+}
+
+/// What a coordinator says of itself, one finding each.
+fn wellbeing(health: &HealthView) -> [Finding; 4] {
+    let finding = |what: &str, good: bool, yes: &str, no: &str, hint: &str| Finding {
+        what: format!("coordinator's {what}"),
+        good,
+        detail: if good { yes } else { no }.to_owned(),
+        hint: if good { String::new() } else { hint.to_owned() },
+    };
+    [
+        good("coordinator", format!("answers, version {}", health.version)),
+        finding(
+            "broker",
+            health.broker,
+            "connected",
+            "not connected: no job is given out and no report arrives",
+            "Look at RabbitMQ, and at broker.url in the coordinator's configuration.",
+        ),
+        finding(
+            "catalog",
+            health.catalog,
+            "answers",
+            "does not answer: nothing can be ordered or decided",
+            "Look at the database in catalog.url of the coordinator's configuration, and at its disk.",
+        ),
+        finding(
+            "leadership",
+            health.leader,
+            "this coordinator leads",
+            "this coordinator does not lead",
+            "Right where another coordinator on the same catalog leads: ask that one. Otherwise its log says why not.",
+        ),
+    ]
 }
 
 async fn configuration(path: &Path, findings: &mut Vec<Finding>) {
@@ -169,4 +200,32 @@ async fn broker(setting: &str) -> Result<(), Failure> {
     let answered = broker.wait_up(BROKER_MAX).await;
     broker.close().await;
     Ok(answered?)
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::envelope::SigningKey;
+
+    use super::*;
+
+    #[test]
+    fn each_part_of_a_coordinator_has_its_own_finding() {
+        let sick = HealthView {
+            catalog: false,
+            broker: true,
+            leader: false,
+            version: "0.1.0".to_owned(),
+            public_key: SigningKey::from_seed(&[7; 32]).public(),
+        };
+        let found = wellbeing(&sick);
+        let marks: Vec<(&str, bool)> = found.iter().map(|f| (f.what.as_str(), f.good)).collect();
+        let expected = [
+            ("coordinator", true),
+            ("coordinator's broker", true),
+            ("coordinator's catalog", false),
+            ("coordinator's leadership", false),
+        ];
+        assert_eq!(marks, expected);
+        assert!(found.iter().all(|f| f.good == f.hint.is_empty()), "{found:?}");
+    }
 }

@@ -34,9 +34,10 @@ pub(crate) async fn run(
         }
         JobCommand::Watch { job, timeout } => {
             let job = find(client, job).await?;
+            let interrupted = follow::interrupted();
             let view = tokio::select! {
                 view = follow::wait(client, job, Duration::from_secs(timeout), true) => view?,
-                () = follow::interrupted() => return Ok(Exit::Interrupted),
+                () = interrupted => return Ok(Exit::Interrupted),
             };
             follow::report(&view, format);
             return Ok(Exit::of_job(view.state, view.failure.as_ref()));

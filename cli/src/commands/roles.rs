@@ -63,10 +63,11 @@ pub(crate) async fn worker(
         (None, None) => Err(Failure::bug("a worker is run without a configuration")),
         (Some(WorkerCommand::Enroll(args)), _) => {
             let config: WorkerConfig = configs::read(&args.config, WorkerConfig::problems)?;
-            let token = secrets::resolve(&SecretRef::File(match args.enroll_token.to_str() {
-                Some("-") => "/dev/stdin".to_owned(),
-                _ => args.enroll_token.display().to_string(),
-            }))?;
+            let token = if args.enroll_token.as_os_str() == "-" {
+                secrets::read("the token on standard input", std::io::stdin())?
+            } else {
+                secrets::resolve(&SecretRef::File(args.enroll_token.display().to_string()))?
+            };
             enroll(&client()?, &config, &token).await?;
             output::talk(&format!("{} is enrolled for site {}", config.name, config.site));
             Ok(Exit::Ok)

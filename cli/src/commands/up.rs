@@ -1,6 +1,7 @@
 //! `up`: the whole product for one server, from nothing to a proved backup.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -41,6 +42,8 @@ pub(crate) async fn run(args: Up) -> Result<Exit, Failure> {
         bin_dirs: Vec::new(),
         restore_roots: vec![home.join("restore")],
     };
+    let interrupted = follow::interrupted();
+    tokio::pin!(interrupted);
     let whole = Embedded::start(&home, &served).await?;
     output::talk(&format!("  state       {}", home.display()));
     if whole.is_new {
@@ -52,7 +55,7 @@ pub(crate) async fn run(args: Up) -> Result<Exit, Failure> {
     }
     let ended = tokio::select! {
         ended = first_proof(&whole, &args) => ended,
-        () = follow::interrupted() => Ok(Exit::Interrupted),
+        () = &mut interrupted => Ok(Exit::Interrupted),
     };
     if args.once || !matches!(ended, Ok(Exit::Ok)) {
         whole.stop().await;
@@ -61,7 +64,7 @@ pub(crate) async fn run(args: Up) -> Result<Exit, Failure> {
     output::talk(
         "  Another terminal can order now: pgmuster backup, pgmuster status. Ctrl-C stops.",
     );
-    follow::interrupted().await;
+    interrupted.await;
     whole.stop().await;
     Ok(Exit::Ok)
 }
@@ -190,19 +193,38 @@ fn local_server() -> Result<String, Failure> {
     }
 }
 
-/// Sockets of servers on this machine: directory and port.
+/// Sockets of servers on this machine: directory and port, the system's directory first.
 pub(crate) fn sockets() -> Vec<(PathBuf, u16)> {
-    let mut found = Vec::new();
-    for directory in SOCKET_DIRECTORIES {
-        let Ok(entries) = std::fs::read_dir(directory) else { continue };
-        for entry in entries.flatten() {
-            let name = entry.file_name();
-            let port = name.to_str().and_then(|name| name.strip_prefix(".s.PGSQL."));
-            if let Some(port) = port.and_then(|port| port.parse().ok()) {
-                found.push((PathBuf::from(directory), port));
-            }
+    SOCKET_DIRECTORIES.into_iter().flat_map(|directory| sockets_in(Path::new(directory))).collect()
+}
+
+/// Sockets in one directory, by port. Lock files and what else has such a name do not count.
+fn sockets_in(directory: &Path) -> Vec<(PathBuf, u16)> {
+    let Ok(entries) = std::fs::read_dir(directory) else { return Vec::new() };
+    let port = |entry: std::fs::DirEntry| {
+        let name = entry.file_name();
+        let port = name.to_str()?.strip_prefix(".s.PGSQL.")?.parse().ok()?;
+        entry.file_type().is_ok_and(|kind| kind.is_socket()).then_some(port)
+    };
+    let mut ports: Vec<u16> = entries.flatten().filter_map(port).collect();
+    ports.sort_unstable();
+    ports.into_iter().map(|port| (directory.to_owned(), port)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_sockets_are_servers() {
+        let place = tempfile::tempdir().unwrap();
+        let socket =
+            |name: &str| std::os::unix::net::UnixListener::bind(place.path().join(name)).unwrap();
+        let _open = [socket(".s.PGSQL.5433"), socket(".s.PGSQL.5432"), socket("other")];
+        for name in [".s.PGSQL.5434", ".s.PGSQL.5432.lock"] {
+            std::fs::write(place.path().join(name), "").unwrap();
         }
+        let found: Vec<u16> = sockets_in(place.path()).into_iter().map(|(_, port)| port).collect();
+        assert_eq!(found, [5432, 5433]);
     }
-    found.sort();
-    found
 }
