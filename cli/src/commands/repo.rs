@@ -72,7 +72,8 @@ async fn open_store(url: &str) -> Result<std::sync::Arc<dyn store::Store>, Failu
     Ok(store.map_err(repository::Error::from)?)
 }
 
-/// Makes a repository, writes its key, returns the recovery sheet.
+/// Makes a repository, returns the recovery sheet. The key is on disk before the repository is in its store: a crash in
+/// between leaves a key that opens nothing, never a repository that nothing opens.
 pub(crate) async fn init(url: &str, key: &Path) -> Result<String, Failure> {
     if key.exists() {
         let message = format!("{} exists already", key.display());
@@ -83,20 +84,43 @@ pub(crate) async fn init(url: &str, key: &Path) -> Result<String, Failure> {
     let found = store::probe::probe(store.as_ref()).await.map_err(repository::Error::from)?;
     tracing::info!(?found, "Probed {}", store.describe());
     let options = InitOptions { encryption: Encryption::KeyFile, now_ms: environment::now_ms() };
-    let created = Repository::init(store, options).await?;
-    let text = created.key_file.ok_or_else(|| Failure::bug("a new repository has no key"))?;
+    let mut new = Repository::prepare(store, options)?;
+    let text = new.key_file.take().ok_or_else(|| Failure::bug("a new repository has no key"))?;
+    let sheet = std::mem::take(&mut new.recovery_sheet);
     write_secret(key, text.as_bytes())?;
-    Ok(created.recovery_sheet.to_string())
+    match new.create(Some(found)).await {
+        Ok(_) => Ok(sheet.to_string()),
+        Err(error @ repository::Error::RepositoryExists { .. }) => {
+            // Certainly not its key.
+            if let Err(error) = std::fs::remove_file(key) {
+                tracing::warn!("The unused key {} was not removed: {error}", key.display());
+            }
+            Err(error.into())
+        }
+        Err(error) => {
+            let mut failure = Failure::from(error);
+            failure.message.push_str("; keep the key ");
+            failure.message.push_str(&key.display().to_string());
+            failure.message.push_str(" until it is known that no repository was made");
+            Err(failure)
+        }
+    }
 }
 
 /// Writes a new file that only its owner can read.
 pub(crate) fn write_secret(path: &Path, content: &[u8]) -> Result<(), Failure> {
-    let written = std::fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path)
-        .and_then(|mut file| file.write_all(content).and_then(|()| file.sync_all()));
+    let write = || {
+        let mut file =
+            std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+        let written = file.write_all(content).and_then(|()| file.sync_all()).and_then(|()| {
+            // The name must last as well.
+            let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+            std::fs::File::open(parent.unwrap_or(Path::new(".")))?.sync_all()
+        });
+        // Half a secret would be in the way of the whole one.
+        written.inspect_err(|_| drop(std::fs::remove_file(path)))
+    };
+    let written: std::io::Result<()> = write();
     written.map_err(|error| {
         let message = format!("failed to write {}: {error}", path.display());
         Failure::new(Code::ConfigInvalid, Action::FixConfig, message)
