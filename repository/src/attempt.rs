@@ -73,7 +73,12 @@ impl Repository {
             Order::PredecessorFirst => {
                 let candidates = self.candidates(lineage).await?;
                 let condemned = self.condemned(lineage).await?;
-                self.choose_predecessor(lineage, candidates, &condemned).await?
+                // Without the look at the inventory: a collector may also delete right after it.
+                match candidates.first() {
+                    Some(newest) => Some(self.open_backup(lineage, *newest).await?)
+                        .filter(|backup| !is_doomed(backup, &condemned)),
+                    None => None,
+                }
             }
         };
         Ok(Attempt { repository: self.clone(), lineage, intent, predecessor })
@@ -121,9 +126,7 @@ impl Repository {
         for candidate in candidates {
             match self.open_backup(lineage, candidate).await {
                 Ok(backup) => {
-                    let doomed =
-                        backup.root.packs.keys().any(|pack| condemned.contains(&pack.to_string()));
-                    if doomed {
+                    if is_doomed(&backup, condemned) {
                         continue;
                     }
                     // What is lost cannot be referred to: the next backup stores it again.
@@ -229,6 +232,11 @@ impl Repository {
             }),
         }
     }
+}
+
+/// Whether a collector may be deleting packs of it.
+fn is_doomed(backup: &Backup, condemned: &HashSet<String>) -> bool {
+    backup.root.packs.keys().any(|pack| condemned.contains(&pack.to_string()))
 }
 
 impl Attempt {
