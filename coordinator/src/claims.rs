@@ -88,6 +88,12 @@ async fn decide(
                 if !is_current(tx, certificate).await? {
                     return denied(DenialReason::NotForYou);
                 }
+                let worker = workers::get(tx.db(), &claim.worker).await?;
+                // Nobody is left to run it: this claim was on its way when its process ended.
+                if worker.as_ref().is_some_and(|worker| worker.is_former(claim.boot)) {
+                    return denied(DenialReason::NotForYou);
+                }
+                let every_ms = worker.map_or(0, |worker| worker.every_ms);
                 let Some(mut attempt) = attempts::get(tx.db(), claim.attempt).await? else {
                     return denied(DenialReason::Unknown);
                 };
@@ -121,7 +127,8 @@ async fn decide(
                     return denied(DenialReason::Held);
                 }
                 let first = job.started_at_ms.is_none();
-                let grant = grant(tx, core, claim, &mut job, &mut attempt, now_ms).await?;
+                let grant =
+                    grant(tx, core, claim, &mut job, &mut attempt, every_ms, now_ms).await?;
                 let waited = first.then(|| (job.kind(), now_ms - job.submitted_at_ms));
                 Ok((Answer::Grant(grant), waited))
             })
@@ -173,6 +180,7 @@ async fn grant(
     claim: &Claim,
     job: &mut Job,
     attempt: &mut Attempt,
+    every_ms: i64,
     now_ms: i64,
 ) -> Result<String> {
     let token = leader::next_token(tx).await?;
@@ -209,7 +217,7 @@ async fn grant(
     attempt.token = Some(token);
     attempt.grant = Some(body.clone());
     attempt.granted_at_ms = Some(now_ms);
-    attempt.lease_until_at_ms = Some(now_ms + i64::from(lease_ms));
+    attempt.lease_until_at_ms = Some(now_ms + core.config.lease_ms(every_ms));
     job.state = JobState::Running;
     job.reason = None;
     job.started_at_ms = job.started_at_ms.or(Some(now_ms));

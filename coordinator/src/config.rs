@@ -69,17 +69,21 @@ pub struct ListenConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TimingConfig {
-    /// How long an attempt counts as alive after a pulse of its worker.
+    /// How long an attempt counts as alive after a pulse of its worker; at least three times as long as the worker lets
+    /// pass between two pulses.
     pub lease_ms: u32,
     /// How long a silent attempt may stay without evidence before it counts as lost, unproven.
     pub patience_ms: u32,
-    /// How often the coordinator shows that it is alive.
+    /// How often the coordinator shows that it is alive; workers miss it after 20 seconds.
     pub beacon_ms: u32,
     /// How long a ticket may stay unanswered before it is sent again.
     pub ticket_ms: u32,
     /// How long a leader leads without renewing, and so how long nobody leads after it died.
     pub leader_ms: u32,
 }
+
+/// Workers must hear a few beacons before they believe that nobody is there.
+const BEACON_MAX_MS: u32 = 6_000;
 
 impl Default for TimingConfig {
     fn default() -> Self {
@@ -158,6 +162,12 @@ impl Config {
         };
         at_least("lease_ms", t.lease_ms, 1_000, &mut problems);
         at_least("beacon_ms", t.beacon_ms, 100, &mut problems);
+        if t.beacon_ms > BEACON_MAX_MS {
+            problems.push(format!(
+                "timing.beacon_ms: {} is too long, at most {BEACON_MAX_MS}: workers would take a live coordinator for dead",
+                t.beacon_ms
+            ));
+        }
         at_least("ticket_ms", t.ticket_ms, 1_000, &mut problems);
         at_least("leader_ms", t.leader_ms, 1_000, &mut problems);
         at_least("patience_ms", t.patience_ms, t.lease_ms, &mut problems);
@@ -174,6 +184,11 @@ impl Config {
             );
         }
         problems
+    }
+
+    /// How long an attempt counts as alive after a pulse of a worker that sends one this often: two may be missed.
+    pub(crate) fn lease_ms(&self, every_ms: i64) -> i64 {
+        i64::from(self.timing.lease_ms).max(every_ms.saturating_mul(3))
     }
 
     pub(crate) fn lease_policy(&self) -> LeasePolicy {
@@ -250,12 +265,20 @@ mod tests {
         bad.listen =
             ListenConfig { tcp: Some("0.0.0.0:7700".parse().unwrap()), ..ListenConfig::default() };
         bad.timing.lease_ms = 5;
+        bad.timing.beacon_ms = 6_001;
         bad.jobs.attempts_max = 0;
         let problems = bad.validate();
         let keys: Vec<&str> = problems.iter().map(|p| p.split(':').next().unwrap()).collect();
         assert_eq!(
             keys,
-            ["catalog.url", "broker.url", "listen.tcp", "timing.lease_ms", "jobs.attempts_max"]
+            [
+                "catalog.url",
+                "broker.url",
+                "listen.tcp",
+                "timing.lease_ms",
+                "timing.beacon_ms",
+                "jobs.attempts_max"
+            ]
         );
         assert!(!problems.join(" ").contains("hunter2"));
     }

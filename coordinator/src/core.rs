@@ -37,6 +37,8 @@ pub(crate) struct Core {
     changed: watch::Sender<u64>,
     /// The epoch this coordinator leads in, 0 while it does not.
     epoch: AtomicI64,
+    /// When the newest certificate that is known here was issued.
+    issued_at_ms: AtomicI64,
     /// Attempts that pulses listed although they are over, with token and time.
     wrongly_listed: Mutex<HashMap<AttemptId, (u64, i64)>>,
 }
@@ -74,12 +76,26 @@ impl Core {
             doorbell: Notify::new(),
             changed: watch::Sender::new(0),
             epoch: AtomicI64::new(0),
+            issued_at_ms: AtomicI64::new(0),
             wrongly_listed: Mutex::default(),
         }
     }
 
     pub(crate) fn now_ms(&self) -> i64 {
         self.clock.now_ms()
+    }
+
+    /// A certificate was issued then.
+    pub(crate) fn issued_by(&self, at_ms: i64) {
+        self.issued_at_ms.fetch_max(at_ms, Ordering::AcqRel);
+    }
+
+    /// The time of the next certificate: now, but later than any before, also after the machine's clock went back.
+    pub(crate) fn next_issue_ms(&self) -> i64 {
+        let now_ms = self.now_ms();
+        let next = |last: i64| Some(now_ms.max(last.saturating_add(1)));
+        let last = self.issued_at_ms.fetch_update(Ordering::AcqRel, Ordering::Acquire, next);
+        now_ms.max(last.unwrap_or(0).saturating_add(1))
     }
 
     /// A job changed: whoever waits looks again.

@@ -33,6 +33,9 @@ const BATCH_MAX: i64 = 64;
 /// The pause after the broker did not take a ticket.
 const SEND_RETRY: Duration = Duration::from_millis(500);
 
+/// A plan is made at least this often, whatever happened to the ring that should have asked for it.
+const LOOK_AGAIN: Duration = Duration::from_secs(15);
+
 /// Plans and sends until the term ends.
 pub(crate) async fn run(core: &Core, epoch: i64, over: &CancellationToken) -> Result<()> {
     let mut link = core.broker.link();
@@ -66,6 +69,7 @@ pub(crate) async fn run(core: &Core, epoch: i64, over: &CancellationToken) -> Re
             () = core.doorbell.notified() => {}
             () = due => {}
             () = send_again => {}
+            () = tokio::time::sleep(LOOK_AGAIN) => {}
             changed = link.changed() => if changed.is_err() { return Ok(()) },
         }
     }

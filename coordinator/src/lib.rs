@@ -35,6 +35,7 @@ mod wire;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use broker::{Broker, Declaration};
 use prometheus_client::registry::Registry;
@@ -50,6 +51,9 @@ pub use crate::config::Config;
 use crate::core::Core;
 pub use crate::error::{Error, Result};
 use crate::metrics::Metrics;
+
+/// What has not stopped after this long is left behind: a client or a database that does not answer.
+const SHUTDOWN_MAX: Duration = Duration::from_secs(10);
 
 /// What a coordinator is started with: its file, and the secrets that the file only points to.
 #[derive(Debug)]
@@ -93,7 +97,13 @@ impl Coordinator {
             tracing::warn!("Failed to {}", proto::failure::chain(&error));
         }
         let stop = CancellationToken::new();
+        let issued_at_ms = {
+            let mut db = catalog.read().await?;
+            let workers = catalog::workers::list(&mut db).await?;
+            workers.iter().map(|worker| worker.issued_at_ms).max().unwrap_or(0)
+        };
         let core = Core::new(config, catalog, broker, clock, signing_key, metrics, stop.clone());
+        core.issued_by(issued_at_ms);
         let core = Arc::new(core);
         let tasks = TaskTracker::new();
         let (socket, tcp) = api::serve::open(&core, &tasks, &stop).await?;
@@ -132,7 +142,7 @@ impl Handle {
         site: &SiteName,
         key: PublicKey,
     ) -> Signed<proto::envelope::Certificate> {
-        api::enrol::certificate(&self.core, worker, site, key)
+        api::enrol::certificate(&self.core, worker, site, key, self.core.next_issue_ms())
     }
 
     /// Lets somebody else register metrics that `/metrics` shows too.
@@ -144,8 +154,16 @@ impl Handle {
     /// run go on without a coordinator.
     pub async fn shutdown(self) {
         self.stop.cancel();
-        self.tasks.wait().await;
-        self.core.catalog.close().await;
+        let stopped = async {
+            self.tasks.wait().await;
+            self.core.catalog.close().await;
+        };
+        if tokio::time::timeout(SHUTDOWN_MAX, stopped).await.is_err() {
+            tracing::warn!(
+                "Something did not stop within {} s; the catalog holds what was committed",
+                SHUTDOWN_MAX.as_secs()
+            );
+        }
         if let Some(socket) = &self.socket {
             let _ = std::fs::remove_file(socket);
         }

@@ -13,7 +13,7 @@ use crate::catalog::jobs::{self, Job};
 use crate::catalog::{backups, clusters, workers};
 use crate::core::Core;
 use crate::error::{Error, Result};
-use crate::settle::{finish, new_job, tell_job, withdraw};
+use crate::settle::{finish_cancelled, new_job, tell_job, withdraw};
 use crate::wire;
 
 /// An idempotency key is no longer than this, bytes.
@@ -138,8 +138,13 @@ pub(crate) async fn cancel(core: &Core, id: JobId, requested_by: &str) -> Result
                         )
                         .await?;
                     }
-                    let reason = format!("cancelled by {requested_by} before anybody began it");
-                    finish(&mut job, JobState::Cancelled, Some(reason), now_ms);
+                    let when = if job.attempts_used == 0 {
+                        "before anybody began it"
+                    } else {
+                        "while nobody worked on it"
+                    };
+                    let reason = format!("cancelled by {requested_by} {when}");
+                    finish_cancelled(&mut job, reason, now_ms);
                 }
                 jobs::update(tx, &job).await?;
                 job.version += 1;

@@ -5,7 +5,7 @@
 
 use proto::envelope::{Certificate, Signed};
 use proto::message::{Pulse, RunningAttempt};
-use proto::{BootId, topology};
+use proto::topology;
 
 use crate::catalog::attempts::{self, Attempt, AttemptState};
 use crate::catalog::events::{self, Event};
@@ -16,6 +16,9 @@ use crate::core::Core;
 use crate::error::Result;
 use crate::inbox::refuse;
 use crate::settle::{Ending, Settled, end};
+
+/// How long an attempt that ended may still be listed.
+const WAY_OUT_MS: i64 = 30_000;
 
 /// Takes in a batch of messages of the pulse queue. What is not believed is counted and left out.
 pub(crate) async fn handle(core: &Core, epoch: i64, bodies: &[&[u8]]) -> Result<()> {
@@ -115,17 +118,17 @@ async fn hear(
         || worker.urgent_free > before.urgent_free
         || worker.draining != before.draining;
     workers::put(tx, &worker).await?;
-    announce(tx, pulse, now_ms).await?;
+    announce(tx, pulse, &worker, now_ms).await?;
     if life == Life::New {
         close_former(tx, core, pulse, now_ms, heard).await?;
     }
     for running in &pulse.running {
-        renew(tx, core, pulse.boot, running, now_ms, heard).await?;
+        renew(tx, core, pulse, running, now_ms, heard).await?;
     }
     Ok(())
 }
 
-async fn announce(tx: &mut Tx<'_>, pulse: &Pulse, now_ms: i64) -> Result<()> {
+async fn announce(tx: &mut Tx<'_>, pulse: &Pulse, worker: &Worker, now_ms: i64) -> Result<()> {
     if let Some(offers) = &pulse.offers {
         for offer in &offers.clusters {
             let location = offer.repository.as_ref().and_then(|name| {
@@ -135,7 +138,8 @@ async fn announce(tx: &mut Tx<'_>, pulse: &Pulse, now_ms: i64) -> Result<()> {
         }
         jobs::forget_refusals(tx, &pulse.worker).await?;
     }
-    clusters::seen_through(tx, &pulse.worker, now_ms).await
+    let served = worker.offers.iter().flat_map(|offers| &offers.clusters).map(|offer| &offer.name);
+    clusters::seen(tx, &served.collect::<Vec<_>>(), now_ms).await
 }
 
 /// The worker restarted: what its former boot ran is gone, unless the new one says that it goes on with it.
@@ -174,21 +178,21 @@ async fn close_former(
 async fn renew(
     tx: &mut Tx<'_>,
     core: &Core,
-    boot: BootId,
+    pulse: &Pulse,
     running: &RunningAttempt,
     now_ms: i64,
     heard: &mut Heard,
 ) -> Result<()> {
     let Some(mut attempt) = attempts::get(tx.db(), running.attempt).await? else { return Ok(()) };
-    let same_grant = attempt.boot == Some(boot)
+    let same_grant = attempt.boot == Some(pulse.boot)
         && attempt.token.is_some_and(|token| u64::try_from(token) == Ok(running.token));
     if !(attempt.state.is_granted() && same_grant) {
-        if is_over(&attempt) || !same_grant {
+        if is_over(&attempt, now_ms) || !same_grant {
             heard.wrong.push((running.attempt, running.token));
         }
         return Ok(());
     }
-    attempt.lease_until_at_ms = Some(now_ms + i64::from(core.config.timing.lease_ms));
+    attempt.lease_until_at_ms = Some(now_ms + core.config.lease_ms(i64::from(pulse.every_ms)));
     attempt.listed_at_ms = Some(now_ms);
     if attempt.state == AttemptState::Suspect {
         attempt.state = AttemptState::Running;
@@ -211,17 +215,17 @@ async fn renew(
     attempts::update(tx, &attempt).await
 }
 
-/// Whether a worker that still runs this attempt must stop. (One that succeeded or failed is only on its way out.)
-fn is_over(attempt: &Attempt) -> bool {
+/// Whether a worker that still runs this attempt must stop. One that succeeded or failed is on its way out, for a while:
+/// after that it runs on although its job was told to be over, and may meet the next one of its class.
+fn is_over(attempt: &Attempt, now_ms: i64) -> bool {
     match attempt.state {
         AttemptState::Lost
         | AttemptState::Cancelled
         | AttemptState::Declined
         | AttemptState::Superseded => true,
-        AttemptState::Ticketed
-        | AttemptState::Running
-        | AttemptState::Suspect
-        | AttemptState::Succeeded
-        | AttemptState::Failed => false,
+        AttemptState::Succeeded | AttemptState::Failed => {
+            attempt.ended_at_ms.is_some_and(|at_ms| now_ms - at_ms > WAY_OUT_MS)
+        }
+        AttemptState::Ticketed | AttemptState::Running | AttemptState::Suspect => false,
     }
 }

@@ -177,9 +177,11 @@ async fn judge(
         .as_ref()
         .and_then(|name| workers.get(name))
         .filter(|worker| {
-            worker.is_alive(now_ms)
-                && worker.boot == attempt.boot
-                && worker.seen_at_ms >= attempt.lease_until_at_ms
+            // Its own process speaks and does not list it any more, or another one came after it.
+            let silent =
+                worker.boot == attempt.boot && worker.seen_at_ms >= attempt.lease_until_at_ms;
+            let gone = attempt.boot.is_some_and(|boot| worker.is_former(boot));
+            worker.is_alive(now_ms) && (silent || gone)
         })
         .map(|worker| worker.name.as_str());
     let seen = Seen { disowned_by, probe };

@@ -18,7 +18,7 @@ use crate::claims::{NotTheSender, is_current};
 use crate::core::Core;
 use crate::error::Result;
 use crate::inbox::{Handled, refuse};
-use crate::settle::{Ending, Settled, end, late_success};
+use crate::settle::{Ending, Settled, end, late_outcome, late_success};
 
 /// A report whose body is not understood yet.
 #[derive(Debug, Serialize, Deserialize)]
@@ -147,6 +147,14 @@ async fn apply(tx: &mut Tx<'_>, core: &Core, report: &Envelope, now_ms: i64) -> 
             put_steps(tx, attempt.id, seq, &steps).await?;
             let settled = late_success(tx, &core.config, now_ms, job, attempt, outcome).await?;
             Ok(settled.map_or(Applied::Written, |settled| Applied::Settled(Box::new(settled))))
+        }
+        // It counts as a success already, by the evidence in the repository or in words that were not understood.
+        Said::Succeeded { outcome: Some(outcome), steps }
+            if attempt.state == AttemptState::Succeeded && job.outcome.is_none() =>
+        {
+            put_steps(tx, attempt.id, seq, &steps).await?;
+            late_outcome(tx, now_ms, job, &attempt, outcome).await?;
+            Ok(Applied::Written)
         }
         Said::Failed { failure, outcome, steps } if live => {
             put_steps(tx, attempt.id, seq, &steps).await?;

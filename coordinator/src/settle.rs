@@ -91,12 +91,7 @@ pub(crate) async fn end(
             attempt.failure = Some(failure.clone());
             job.outcome = outcome.map(|outcome| *outcome);
             if cancelled {
-                finish(
-                    &mut job,
-                    JobState::Cancelled,
-                    Some("its worker stopped it".to_owned()),
-                    now_ms,
-                );
+                finish_cancelled(&mut job, "its worker stopped it".to_owned(), now_ms);
             } else {
                 let retry = config.retry_policy(job.attempts_max).after_failure(
                     &failure,
@@ -112,12 +107,7 @@ pub(crate) async fn end(
             attempt.reason = Some(reason.clone());
             add_event(tx, &job, &attempt, "attempt_lost", &reason, now_ms).await?;
             if cancelling {
-                finish(
-                    &mut job,
-                    JobState::Cancelled,
-                    Some(format!("its attempt is gone: {reason}")),
-                    now_ms,
-                );
+                finish_cancelled(&mut job, format!("its attempt is gone: {reason}"), now_ms);
             } else {
                 let retry = config.retry_policy(job.attempts_max).after_loss(
                     &reason,
@@ -167,6 +157,21 @@ pub(crate) async fn late_success(
     Ok(Some(Settled { job, attempt }))
 }
 
+/// Takes the outcome of a job that had counted as a success without one: what it made is remembered, and shown. Nothing
+/// else changes, because the job is over.
+pub(crate) async fn late_outcome(
+    tx: &mut Tx<'_>,
+    now_ms: i64,
+    mut job: Job,
+    attempt: &Attempt,
+    outcome: Box<Outcome>,
+) -> Result<()> {
+    let ending = Ending::Succeeded { outcome: Some(outcome.clone()), reason: None };
+    record(tx, &job, attempt, &ending, now_ms).await?;
+    job.outcome = Some(*outcome);
+    jobs::update(tx, &job).await
+}
+
 /// Takes back an attempt that was never granted, with its ticket if that is still here.
 pub(crate) async fn withdraw(
     tx: &mut Tx<'_>,
@@ -192,6 +197,12 @@ pub(crate) fn finish(job: &mut Job, state: JobState, reason: Option<String>, now
     job.reason = reason;
     job.attempt = None;
     job.ended_at_ms = Some(now_ms);
+}
+
+/// Gives a job that was asked to stop its final state. What an earlier attempt failed with is not why it ended.
+pub(crate) fn finish_cancelled(job: &mut Job, reason: String, now_ms: i64) {
+    job.failure = Some(Failure::new(Code::Cancelled, Action::Abandon, reason.clone()));
+    finish(job, JobState::Cancelled, Some(reason), now_ms);
 }
 
 fn again_or_not(job: &mut Job, attempt: &Attempt, retry: Retry, over: JobState, now_ms: i64) {

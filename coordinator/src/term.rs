@@ -117,7 +117,7 @@ async fn perform(core: &Core, epoch: i64, duty: Duty, over: &CancellationToken) 
             Duty::Claims => inbox::run(core, epoch, Inbox::Claims, over).await,
             Duty::Reports => inbox::run(core, epoch, Inbox::Reports, over).await,
             Duty::Pulses => inbox::run_pulses(core, epoch, over).await,
-            Duty::DeadLetters => inbox::run_dead(core, over).await,
+            Duty::DeadLetters => inbox::run_dead(core, epoch, over).await,
             Duty::Reap => reaper::run(core, epoch, over).await,
             Duty::Beacon => reaper::run_beacon(core, epoch, over).await,
         };

@@ -49,11 +49,16 @@ impl RetryPolicy {
     /// random number.
     pub fn after_failure(&self, failure: &Failure, attempts: u32, chance: u64) -> Retry {
         if failure.code == Code::WorkerDraining && failure.action.is_retryable() {
+            // A worker that hands back what it was granted too late may be granted it too late again: not at once.
+            let pause_ms = match failure.action {
+                Action::Retry => self.pause_ms(1, chance),
+                _ => 0,
+            };
             return Retry::Again {
-                pause_ms: 0,
+                pause_ms,
                 elsewhere: true,
                 counts: false,
-                reason: "its worker shut down and handed it back".to_owned(),
+                reason: format!("its worker handed it back: {}", failure.message),
             };
         }
         let code = failure.code;
@@ -163,6 +168,14 @@ mod tests {
         else {
             panic!("a drained worker's job must go on")
         };
+        let late = Failure::new(Code::WorkerDraining, Action::Retry, "its grant came too late");
+        let Retry::Again { pause_ms, counts: false, elsewhere: true, reason } =
+            RetryPolicy::default().after_failure(&late, 3, 9)
+        else {
+            panic!("what nobody began must go on")
+        };
+        assert!((2_500..=5_000).contains(&pause_ms), "{pause_ms}: no storm of grants");
+        assert_eq!(reason, "its worker handed it back: its grant came too late");
     }
 
     #[test]

@@ -31,7 +31,7 @@ impl Caller {
         }
         let text = format!("token {} has the role {:?}, this needs {role:?}", self.name, self.role);
         Err(Failure::new(Code::NotAllowed, Action::FixConfig, text.to_lowercase())
-            .with_hint("Use a token with that role: pgmuster token create.")
+            .with_hint("Use a token with that role: POST /v1/tokens on the coordinator's socket makes one.")
             .into())
     }
 }
@@ -94,5 +94,5 @@ pub(crate) fn role(name: &str) -> Option<Role> {
 
 pub(crate) fn unauthorized(text: &str) -> Failure {
     Failure::new(Code::Unauthorized, Action::FixConfig, text)
-        .with_hint("Make a token on the coordinator's machine: pgmuster token create.")
+        .with_hint("Make a token: POST /v1/tokens on the coordinator's socket.")
 }

@@ -29,19 +29,15 @@ const API_MS: u64 = 90 * 24 * HOUR_MS;
 /// The longest life of an API token.
 const API_MAX_MS: u64 = 366 * 24 * HOUR_MS;
 
-/// "This key is this worker's", signed now.
+/// "This key is this worker's", signed.
 pub(crate) fn certificate(
     core: &Core,
     worker: &WorkerName,
     site: &SiteName,
     key: PublicKey,
+    issued_at_ms: i64,
 ) -> Signed<Certificate> {
-    core.key.sign(&Certificate {
-        worker: worker.clone(),
-        site: site.clone(),
-        key,
-        issued_at_ms: core.now_ms(),
-    })
+    core.key.sign(&Certificate { worker: worker.clone(), site: site.clone(), key, issued_at_ms })
 }
 
 /// 256 random bits behind a prefix that scanners for leaked secrets recognise.
@@ -89,7 +85,7 @@ pub(crate) async fn enrol(core: &Core, request: &EnrolRequest) -> ApiResult<Enro
     let digest = fingerprint(&request.token);
     let digest = digest.as_str();
     let key = request.public_key;
-    let certificate = core
+    let (certificate, issued_at_ms) = core
         .catalog
         .transact("enrol", move |tx| {
             Box::pin(async move {
@@ -107,11 +103,14 @@ pub(crate) async fn enrol(core: &Core, request: &EnrolRequest) -> ApiResult<Enro
                     _ => {}
                 }
                 tokens::use_enrolment(tx, digest, &key.to_string(), now_ms).await?;
-                let signed = certificate(core, &token.worker, &token.site, key);
+                let known = workers::get(tx.db(), &token.worker).await?;
+                // Newer than the one before, also after this machine's clock went back.
+                let issued_at_ms =
+                    known.as_ref().map_or(now_ms, |known| now_ms.max(known.issued_at_ms + 1));
+                let signed = certificate(core, &token.worker, &token.site, key, issued_at_ms);
                 let issued = signed.verify(&core.public_key).map_err(|_| {
                     Error::Refused(Failure::bug("a certificate just signed did not verify"))
                 })?;
-                let known = workers::get(tx.db(), &token.worker).await?;
                 let mut worker = known.unwrap_or_else(|| Worker::of_certificate(&issued));
                 worker.accept(&issued);
                 workers::put(tx, &worker).await?;
@@ -126,16 +125,17 @@ pub(crate) async fn enrol(core: &Core, request: &EnrolRequest) -> ApiResult<Enro
                     ..Event::default()
                 };
                 events::add(tx, &event).await?;
-                Ok(signed)
+                Ok((signed, issued_at_ms))
             })
         })
         .await?;
+    core.issued_by(issued_at_ms);
     Ok(EnrolResponse { certificate, coordinator_key: core.public_key })
 }
 
 fn enrolment_refused(text: &str) -> Failure {
     let mut failure = unauthorized(text);
-    "Make a new one on the coordinator's machine: pgmuster worker token."
+    "Make a new one on the coordinator's machine: pgmuster worker token NAME SITE."
         .clone_into(&mut failure.hint);
     failure
 }

@@ -11,6 +11,9 @@ use super::Tx;
 use super::row::{Row, json, maybe_json, maybe_text};
 use crate::error::Result;
 
+/// Names in one statement.
+const NAMES_MAX: usize = 500;
+
 /// One row.
 #[derive(Debug, Clone)]
 pub(crate) struct Cluster {
@@ -113,16 +116,21 @@ pub(crate) async fn announce(
     Ok(())
 }
 
-/// A worker that serves these clusters gave a sign of life.
-pub(crate) async fn seen_through(tx: &mut Tx<'_>, worker: &WorkerName, now_ms: i64) -> Result<()> {
-    sqlx::query(
-        "-- clusters_seen
-         UPDATE clusters SET seen_at_ms = $2 WHERE worker = $1",
-    )
-    .bind(worker.as_str())
-    .bind(now_ms)
-    .execute(tx.db())
-    .await?;
+/// A worker that serves these clusters, alone or among others, gave a sign of life.
+pub(crate) async fn seen(tx: &mut Tx<'_>, names: &[&ClusterName], now_ms: i64) -> Result<()> {
+    for names in names.chunks(NAMES_MAX) {
+        let places: Vec<String> = (2..names.len() + 2).map(|n| format!("${n}")).collect();
+        let text = format!(
+            "-- clusters_seen
+             UPDATE clusters SET seen_at_ms = $1 WHERE name IN ({})",
+            places.join(", ")
+        );
+        let mut query = sqlx::query(sqlx::AssertSqlSafe(text)).bind(now_ms);
+        for name in names {
+            query = query.bind(name.as_str());
+        }
+        query.execute(tx.db()).await?;
+    }
     Ok(())
 }
 

@@ -72,6 +72,20 @@ impl Dialect {
             Self::Postgres => matches!(&*code, "40001" | "40P01" | "55P03"),
         }
     }
+
+    /// Whether it is the values themselves that the database refuses, whenever they are written.
+    pub(crate) fn is_lasting(self, error: &Error) -> bool {
+        let Error::Database(database) = error else {
+            return matches!(error, Error::Encode(_) | Error::ColumnDecode { .. });
+        };
+        let code = database.code().unwrap_or_default();
+        match self {
+            // SQLITE_TOOBIG, SQLITE_CONSTRAINT, SQLITE_MISMATCH.
+            Self::Sqlite => code.parse::<u32>().is_ok_and(|code| matches!(code & 0xff, 18..=20)),
+            // Data exceptions (a NUL in a text is one), violated constraints, too large.
+            Self::Postgres => ["22", "23", "54"].iter().any(|class| code.starts_with(class)),
+        }
+    }
 }
 
 /// Applies the settings of a new connection.

@@ -129,6 +129,15 @@ impl Catalog {
         self.repeat(name, Some(epoch), body).await
     }
 
+    /// Whether the same transaction with the same values would fail whenever it is tried.
+    pub(crate) fn fails_for_ever(&self, error: &Error) -> bool {
+        match error {
+            Error::Stored { .. } => true,
+            Error::Catalog { source, .. } => self.dialect.is_lasting(source),
+            _ => false,
+        }
+    }
+
     async fn repeat<'e, T, F>(
         &self,
         name: &'static str,

@@ -538,7 +538,7 @@ mod lives {
             schema: 1,
             worker: "w1".parse().unwrap(),
             site: "fra1".parse().unwrap(),
-            boot: BootId::mint(1, [boot; 10]),
+            boot: BootId::mint(u64::from(boot), [boot; 10]),
             seq,
             at_ms: 0,
             every_ms: 1_000,
@@ -559,6 +559,24 @@ mod lives {
             .map(|(boot, seq)| worker.hear(&pulse(boot, seq), 10))
             .collect();
         assert_eq!(lives, [New, Same, Past, New, Past, Same, New, Past]);
+    }
+
+    #[test]
+    fn a_forgotten_boot_is_not_a_new_life() {
+        let mut worker = Worker::of_certificate(&certificate(1, 1));
+        for boot in 10..40 {
+            assert_eq!(worker.hear(&pulse(boot, 1), 10), Life::New);
+        }
+        for boot in 10..39 {
+            assert_eq!(worker.hear(&pulse(boot, 2), 10), Life::Past, "boot {boot}");
+        }
+        assert_eq!(worker.hear(&pulse(1, 1), 10), Life::Past, "older than all that is remembered");
+        assert_eq!(worker.hear(&pulse(41, 1), 10), Life::New);
+        assert_eq!(worker.hear(&pulse(40, 1), 10), Life::New, "the clock went back a little");
+        // A newer certificate: nothing that a former life signed is believed any more.
+        assert!(worker.accept(&certificate(1, 2)));
+        assert_eq!(worker.hear(&pulse(1, 1), 10), Life::New, "the clock went back far");
+        assert_eq!(worker.hear(&pulse(40, 2), 10), Life::Past);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use super::Tx;
 use super::row::{Row, json, maybe_json, maybe_text};
 use crate::error::Result;
 
-/// Former boots that are remembered, so that a late pulse of an old life does not pass for a new one.
+/// Former boots that are remembered, so that a late message of an old life does not pass for one of a new.
 const FORMER_BOOTS_MAX: usize = 16;
 
 /// One row. Changed in memory and written back by [`put`] within the transaction that read it.
@@ -71,8 +71,19 @@ impl Worker {
             self.issued_at_ms = certificate.issued_at_ms;
             self.public_key = certificate.key.to_string();
             self.site = certificate.site.clone();
+            // Whatever a former life said carries the older certificate.
+            self.former_boots.clear();
         }
         self.public_key == certificate.key.to_string()
+    }
+
+    /// Whether this life is over: another began after it. One that is not remembered is taken for a new life, also
+    /// after the worker's clock went back, but not when it began before everything of a full memory: it may have been
+    /// forgotten.
+    pub(crate) fn is_former(&self, boot: BootId) -> bool {
+        let forgotten = self.former_boots.len() >= FORMER_BOOTS_MAX
+            && self.former_boots.iter().all(|former| boot < *former);
+        self.boot != Some(boot) && (forgotten || self.former_boots.contains(&boot))
     }
 
     /// Takes in a pulse, unless it is from the past.
@@ -81,11 +92,13 @@ impl Worker {
         let life = match self.boot {
             Some(boot) if boot == pulse.boot && seq <= self.seq => return Life::Past,
             Some(boot) if boot == pulse.boot => Life::Same,
-            _ if self.former_boots.contains(&pulse.boot) => return Life::Past,
+            _ if self.is_former(pulse.boot) => return Life::Past,
             _ => Life::New,
         };
         if life == Life::New {
             self.former_boots.extend(self.boot);
+            // Boots sort by the time they began: what is forgotten is older than all that is remembered.
+            self.former_boots.sort_unstable();
             let excess = self.former_boots.len().saturating_sub(FORMER_BOOTS_MAX);
             self.former_boots.drain(..excess);
             self.boot = Some(pulse.boot);

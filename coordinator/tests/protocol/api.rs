@@ -112,11 +112,18 @@ async fn a_worker_is_enrolled_once_by_its_token() {
     let (status, body) = tcp(&fleet, None, "POST", "/v1/workers/enrol", ask(1, &made.token)).await;
     assert_eq!(status, 201, "{body}");
     let answer: EnrolResponse = serde_json::from_str(&body).unwrap();
+    let first_at_ms = answer.certificate.verify(&answer.coordinator_key).unwrap().issued_at_ms;
     let credentials = Credentials::new(key(1), answer.certificate, answer.coordinator_key).unwrap();
     assert_eq!(credentials.identity().worker.as_str(), "w7");
     assert_eq!(answer.coordinator_key, fleet.handle().public_key());
-    let (status, _) = tcp(&fleet, None, "POST", "/v1/workers/enrol", ask(1, &made.token)).await;
+    let (status, body) = tcp(&fleet, None, "POST", "/v1/workers/enrol", ask(1, &made.token)).await;
     assert_eq!(status, 201, "the answer may have got lost");
+    let again: EnrolResponse = serde_json::from_str(&body).unwrap();
+    let again_at_ms = again.certificate.verify(&again.coordinator_key).unwrap().issued_at_ms;
+    assert!(again_at_ms > first_at_ms, "the later one replaces the one before, in one moment too");
+    let by_hand = fleet.handle().certify(&request.worker, &request.site, key(1).public());
+    let by_hand = by_hand.verify(&fleet.handle().public_key()).unwrap();
+    assert!(by_hand.issued_at_ms > again_at_ms);
     let (status, body) = tcp(&fleet, None, "POST", "/v1/workers/enrol", ask(2, &made.token)).await;
     assert_eq!((status, code(&body)), (401, Code::Unauthorized), "another key");
     let (status, _) =

@@ -368,6 +368,24 @@ async fn a_draining_worker_hands_its_job_back_without_cost() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_grant_that_came_too_late_costs_no_attempt_and_is_not_repeated_at_once() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    let job = fleet.backup().await;
+    let ticket = w1.ticket().await;
+    let mut work = w1.take(&ticket).await;
+    let late = Failure::new(Code::WorkerDraining, Action::Retry, "the grant came too late");
+    w1.fail(&mut work, late).await;
+    let waiting = fleet.until_state(job.id, JobState::Waiting).await;
+    assert_eq!(waiting.attempts_used, 0);
+    assert!(waiting.not_before_at_ms > START, "{}", waiting.not_before_at_ms);
+    assert_eq!(
+        waiting.reason.as_deref(),
+        Some("its worker handed it back: the grant came too late")
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_ticket_that_nobody_answers_is_sent_again() {
     let fleet = Fleet::new().await;
     let mut w1 = Worker::new(&fleet, "w1").await;

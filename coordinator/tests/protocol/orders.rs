@@ -21,6 +21,7 @@ async fn a_job_that_nobody_began_is_cancelled_at_once() {
     let cancelled = cancel(&fleet, &job).await;
     assert_eq!(cancelled.state, JobState::Cancelled);
     assert_eq!(cancelled.reason.as_deref(), Some("cancelled by local before anybody began it"));
+    assert_eq!(cancelled.failure.as_ref().unwrap().code, Code::Cancelled);
     assert_eq!(w1.denied(&ticket, "n1").await, DenialReason::Cancelled);
     assert_eq!(cancel(&fleet, &job).await.version, cancelled.version, "twice is once");
 }
@@ -42,6 +43,59 @@ async fn a_running_job_is_cancelled_on_evidence_only() {
     w1.fail(&mut work, Failure::new(Code::Cancelled, Action::Abandon, "stopped")).await;
     let done = fleet.until_state(job.id, JobState::Cancelled).await;
     assert!(done.ended_at_ms.is_some());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cancelled_job_does_not_show_what_an_earlier_attempt_failed_with() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    let away = || Failure::new(Code::StoreUnavailable, Action::Retry, "the bucket is away");
+    let ended = |job: JobView| (job.failure.unwrap().code, job.reason.unwrap());
+
+    // While it waits for its second attempt.
+    let job = fleet.backup().await;
+    let ticket = w1.ticket().await;
+    let mut work = w1.take(&ticket).await;
+    w1.fail(&mut work, away()).await;
+    let waiting = fleet.until_state(job.id, JobState::Waiting).await;
+    assert_eq!(waiting.failure.as_ref().unwrap().code, Code::StoreUnavailable);
+    let reason = "cancelled by local while nobody worked on it".to_owned();
+    assert_eq!(ended(cancel(&fleet, &job).await), (Code::Cancelled, reason));
+
+    // While its second attempt runs.
+    let job = fleet.backup().await;
+    w1.pulse().await;
+    let ticket = w1.ticket().await;
+    let mut work = w1.take(&ticket).await;
+    w1.fail(&mut work, away()).await;
+    let waiting = fleet.until_state(job.id, JobState::Waiting).await;
+    fleet.hand.advance(waiting.not_before_at_ms - fleet.clock.now_ms());
+    w1.pulse().await;
+    let ticket = w1.ticket().await;
+    let mut work = w1.take(&ticket).await;
+    cancel(&fleet, &job).await;
+    assert!(matches!(w1.answer().await.0, Control::Cancel(_)));
+    w1.fail(&mut work, Failure::new(Code::Cancelled, Action::Abandon, "stopped")).await;
+    let done = fleet.until_state(job.id, JobState::Cancelled).await;
+    assert_eq!(ended(done), (Code::Cancelled, "its worker stopped it".to_owned()));
+
+    // While its second attempt is silent, until that is gone.
+    let job = fleet.backup().await;
+    w1.pulse().await;
+    let ticket = w1.ticket().await;
+    let mut work = w1.take(&ticket).await;
+    w1.fail(&mut work, away()).await;
+    let waiting = fleet.until_state(job.id, JobState::Waiting).await;
+    fleet.hand.advance(waiting.not_before_at_ms - fleet.clock.now_ms());
+    w1.pulse().await;
+    let ticket = w1.ticket().await;
+    w1.take(&ticket).await;
+    cancel(&fleet, &job).await;
+    w1.restart();
+    w1.announce(&fleet).await;
+    let done = fleet.until_state(job.id, JobState::Cancelled).await;
+    let reason = "its attempt is gone: worker w1 restarted".to_owned();
+    assert_eq!(ended(done), (Code::Cancelled, reason));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -41,6 +41,29 @@ async fn a_restart_loses_no_job_ticket_grant_or_report() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_report_that_became_a_dead_letter_unread_is_applied() {
+    let mut fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    let job = fleet.backup().await;
+    let ticket = w1.ticket().await;
+    let mut work = w1.take(&ticket).await;
+    fleet.handle.take().unwrap().crash().await;
+    let outcome = Box::new(backup_outcome(ticket.attempt));
+    w1.end(&mut work, ReportBody::Succeeded { outcome, steps: vec![] }).await;
+    // Handed back as often as the broker allows: what many restarts of a coordinator would do.
+    let hands = fleet.broker.another("hands");
+    let mut reports = hands.consume(proto::topology::REPORTS, 1);
+    let dead = proto::topology::DEAD;
+    while hands.depth(dead).await.unwrap().unwrap().messages == 0 {
+        let _ = reports.next().await.unwrap().requeue().await;
+    }
+    reports.stop().await;
+    fleet.start().await;
+    let done = fleet.until_state(job.id, JobState::Succeeded).await;
+    assert_eq!(done.outcome, Some(backup_outcome(ticket.attempt)));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_ticket_that_could_not_be_sent_goes_out_when_the_link_is_back() {
     let mut fleet = Fleet::new().await;
     let mut w1 = Worker::new(&fleet, "w1").await;

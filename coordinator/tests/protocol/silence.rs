@@ -296,3 +296,132 @@ async fn the_clock_of_leases_stands_still_while_the_coordinator_is_cut_off() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_that_only_the_repository_told_of_is_known_once_it_is_reported() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    let mut w9 = witness(&fleet).await;
+    let job = fleet.backup().await;
+    let ticket = w1.ticket().await;
+    let mut work = w1.take(&ticket).await;
+    drop(w1);
+    let mut looking = probe(&fleet, &mut w9).await;
+    let committed =
+        ProbeOutcome { sessions: Some(0), terminated: 0, verdict: Some(SeenVerdict::Commit) };
+    answer(&mut w9, &mut looking, committed).await;
+    let done =
+        fleet.pass_until_job(job.id, "finished", |job| job.state == JobState::Succeeded).await;
+    assert_eq!(done.outcome, None);
+    assert!(done.reason.unwrap().contains("COMMIT"));
+    let mut w1 = Worker::undeclared(&fleet, "w1", 1);
+    w1.succeed(&mut work).await;
+    let known = fleet.until(job.id, "known", |job| job.outcome.is_some()).await;
+    assert_eq!(known.outcome, Some(backup_outcome(ticket.attempt)));
+    assert_eq!((known.state, known.ended_at_ms), (JobState::Succeeded, done.ended_at_ms));
+    let backups: Vec<coordinator::api::types::BackupView> = fleet.get("/v1/backups").await;
+    assert_eq!(backups.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_attempt_that_ended_and_runs_on_is_revoked() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    let job = fleet.backup().await;
+    let ticket = w1.ticket().await;
+    let mut work = w1.take(&ticket).await;
+    w1.succeed(&mut work).await;
+    fleet.until_state(job.id, JobState::Succeeded).await;
+    let token = work.grant.token;
+    let listed = proto::message::RunningAttempt { attempt: ticket.attempt, token, progress: None };
+    w1.running.push(listed);
+    fleet.hand.advance(30_000);
+    // The offers are answered with a change that the test can see: this pulse was taken in.
+    w1.clusters.push("seen");
+    w1.announce(&fleet).await;
+    cluster(&fleet, "seen").await;
+    fleet.hand.advance(500);
+    let now_ms = fleet.clock.now_ms();
+    let beacon = w1.beacon(|beacon| beacon.at_ms >= now_ms).await;
+    assert!(beacon.revoked.is_empty(), "it is on its way out");
+    w1.clusters.push("again");
+    w1.announce(&fleet).await;
+    cluster(&fleet, "again").await;
+    fleet.hand.advance(500);
+    let beacon = w1.beacon(|beacon| !beacon.revoked.is_empty()).await;
+    assert_eq!((beacon.revoked[0].attempt, beacon.revoked[0].token), (ticket.attempt, token));
+}
+
+/// A cluster, as soon as it is known.
+async fn cluster(fleet: &Fleet, name: &str) -> coordinator::api::types::ClusterView {
+    let path = format!("/v1/clusters/{name}");
+    eventually("the cluster is known", || async {
+        let (code, body) = fleet.request("GET", &path, None).await;
+        code.is_success().then(|| serde_json::from_str(&body).unwrap())
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_claim_of_a_life_that_is_over_earns_nothing() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    let job = fleet.backup().await;
+    let ticket = w1.ticket().await;
+    let late = w1.claim_of(&ticket, "n1");
+    w1.restart();
+    w1.announce(&fleet).await;
+    w1.send_claim(&late).await;
+    let (answer, _) = w1.answer().await;
+    let proto::message::Control::Denial(denial) = answer else { panic!("{answer:?}") };
+    assert_eq!(denial.reason, proto::message::DenialReason::NotForYou);
+    assert_eq!(fleet.job(job.id).await.attempts_used, 0);
+    w1.take(&ticket).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_attempt_of_a_life_that_is_over_is_lost_although_it_is_listed() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    let job = fleet.backup().await;
+    let ticket = w1.ticket().await;
+    w1.take(&ticket).await;
+    let listed = w1.running.clone();
+    w1.restart();
+    w1.running = listed;
+    while fleet.job(job.id).await.state == JobState::Running {
+        fleet.hand.advance(200);
+        w1.pulse().await;
+        w1.heard(&fleet).await;
+    }
+    let lost = &fleet.events("attempt_lost").await[0];
+    assert_eq!(lost.message, "worker w1 is alive and no longer runs it");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lease_outlasts_two_pulses_that_got_lost() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    w1.every_ms = 30_000;
+    w1.announce(&fleet).await;
+    let job = fleet.backup().await;
+    let ticket = w1.ticket().await;
+    w1.take(&ticket).await;
+    let granted_at_ms = fleet.clock.now_ms();
+    fleet.pass_until_job(job.id, "suspected", |job| job.reason.is_some()).await;
+    assert!(fleet.clock.now_ms() - granted_at_ms >= 90_000);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_is_seen_through_any_worker_that_serves_it() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    let _w2 = Worker::new(&fleet, "w2").await;
+    fleet.hand.advance(1_000);
+    w1.pulse().await;
+    let now_ms = fleet.clock.now_ms();
+    eventually("the pulse of the other one counts", || async {
+        (cluster(&fleet, "orders").await.seen_at_ms == Some(now_ms)).then_some(())
+    })
+    .await;
+}

@@ -15,7 +15,7 @@ use postgres::wal_changes::WalChanges;
 use postgres::{BackupSession, Stopped};
 use proto::backup::{BackupFacts, Census, Tablespace};
 use proto::job::{Backup, BackupOutcome};
-use proto::{Action, Code, Failure, LineageId, Lsn, Progress, Timeline};
+use proto::{Code, Failure, LineageId, Lsn, Progress, Timeline};
 use repository::{
     Aborted, BackupWriter, Intent, Repository, SourceEntry, SourceKind, WriteOptions, path_order,
 };
@@ -482,13 +482,6 @@ fn facts(
         census,
         bad_pages: found.bad_pages.clone(),
     }
-}
-
-/// Replay of such a backup would make directories where production has its own.
-fn tablespaces_changed() -> Failure {
-    let message = "a tablespace was created or dropped while the backup ran";
-    Failure::new(Code::DataDirectoryShape, Action::Retry, message)
-        .with_hint("The next attempt takes the tablespaces as they are then.")
 }
 
 /// The reason of the stop, when that is why something ended early.
