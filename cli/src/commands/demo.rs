@@ -70,7 +70,8 @@ pub(crate) async fn run(args: Demo) -> Result<Exit, Failure> {
             .with_hint("Choose another one: pgmuster demo --directory DIR.")
     })?;
     // Returns when all it started has ended, also when it was interrupted: only then the directory can go.
-    let ended = scenes(&args, &binaries, place.path(), &interrupted).await;
+    let scenes = scenes(&args, &binaries, place.path(), &interrupted);
+    let ended = Box::pin(scenes).await;
     listener.abort();
     let path = place.path().to_owned();
     if let Err(error) = place.close() {
@@ -104,7 +105,7 @@ async fn scenes(
         let before = ask(&server, FINGERPRINT).await?;
         Ok::<_, Failure>((server, before))
     };
-    let Some(filled) = interrupted.run_until_cancelled(filling).await else {
+    let Some(filled) = Box::pin(interrupted.run_until_cancelled(filling)).await else {
         return Ok(Exit::Interrupted);
     };
     let (mut server, before) = filled?;
@@ -121,7 +122,13 @@ async fn scenes(
     // Its start is short, and half of it could not be stopped.
     let whole = Embedded::start(&place.join("home"), &served).await?;
     let ended = interrupted
-        .run_until_cancelled(after_start(&whole, &name, &mut server, &restore_root, &before))
+        .run_until_cancelled(Box::pin(after_start(
+            &whole,
+            &name,
+            &mut server,
+            &restore_root,
+            &before,
+        )))
         .await
         .unwrap_or(Ok(Exit::Interrupted));
     let cluster = match &ended {

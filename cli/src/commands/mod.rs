@@ -28,7 +28,7 @@ pub(crate) async fn run(cli: Cli) -> Result<Exit, Failure> {
     let client = || Client::new(cli.coordinator.as_deref(), cli.token_file.as_deref());
     match cli.command {
         Command::Up(args) => up::run(args).await,
-        Command::Demo(args) => demo::run(args).await,
+        Command::Demo(args) => Box::pin(demo::run(args)).await,
         Command::Coordinator(args) => roles::coordinator(&args.config).await,
         Command::Worker(args) => roles::worker(args, client, format).await,
         Command::Backup(args) => order::backup(&client()?, args, format).await,
