@@ -51,11 +51,11 @@ async fn story(catalog: &str, major: u32) -> anyhow::Result<()> {
     fleet.expect(&["restore", "orders", "--into", text(&through_the_queue)?, "--wait"])?;
     ensure!(through_the_queue.join("backup_label").exists(), "no data directory was restored");
 
-    disaster(&fleet, major).await
+    disaster(&fleet, major)
 }
 
 /// The coordinator, the worker, the broker and the server are gone: the repository and its key are left.
-async fn disaster(fleet: &Fleet, major: u32) -> anyhow::Result<()> {
+fn disaster(fleet: &Fleet, major: u32) -> anyhow::Result<()> {
     let (into, key) = (fleet.path("rescued"), fleet.path("repository.key"));
     let url = fleet.repository_url();
     let arguments = ["restore", "--repository", &url, "--key", text(&key)?, "--into", text(&into)?];

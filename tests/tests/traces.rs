@@ -27,7 +27,7 @@ impl Collector {
             for mut stream in listener.incoming().flatten() {
                 let kept = Arc::clone(&kept);
                 std::thread::spawn(move || {
-                    let mut buffer = [0; 65_536];
+                    let mut buffer = vec![0; 65_536];
                     while let Ok(n) = stream.read(&mut buffer) {
                         if n == 0 {
                             return;
