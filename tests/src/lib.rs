@@ -12,7 +12,7 @@ pub mod services;
 pub mod wait;
 
 pub use bucket::Bucket;
-pub use fleet::{Cluster, Fleet, Place, WorkerSetup};
+pub use fleet::{Cluster, Fleet, Place, SOON, WorkerSetup};
 pub use program::{Finished, Pgmuster};
 pub use proxy::Proxy;
 pub use rabbit::{Rabbit, Vhost};

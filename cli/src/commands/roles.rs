@@ -10,7 +10,7 @@ use postgres::Environment;
 use proto::envelope::SigningKey;
 use proto::{Action, Code, Failure, SecretRef};
 use secrecy::{ExposeSecret as _, SecretString};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use worker::Worker;
 use worker::config::WorkerConfig;
@@ -45,7 +45,7 @@ pub(crate) async fn coordinator(path: &Path) -> Result<Exit, Failure> {
     let handle = Coordinator::start(options, broker.clone(), Clock::system()).await?;
     tracing::info!(key = %handle.public_key(), "The coordinator is up");
     say_whether_the_broker_answers(&broker).await;
-    terminated().await?;
+    Signals::listen()?.next().await;
     tracing::info!("Stepping down");
     handle.shutdown().await;
     broker.close().await;
@@ -108,14 +108,14 @@ async fn run_worker(path: &Path) -> Result<Exit, Failure> {
     let broker = connect(&config.broker.url, config.name.as_str())?;
     let worker = Worker::start(config, credentials, places, broker.clone()).await?;
     say_whether_the_broker_answers(&broker).await;
-    terminated().await?;
+    let mut signals = Signals::listen()?;
+    signals.next().await;
     tracing::info!("Draining; a second signal stops at once");
     let now = CancellationToken::new();
     let second = now.clone();
     tokio::spawn(async move {
-        if terminated().await.is_ok() {
-            second.cancel();
-        }
+        signals.next().await;
+        second.cancel();
     });
     worker.drain(now).await;
     broker.close().await;
@@ -152,14 +152,25 @@ async fn say_whether_the_broker_answers(broker: &Broker) {
     }
 }
 
-/// Resolves at SIGTERM or SIGINT.
-async fn terminated() -> Result<(), Failure> {
-    let failed = |error| Failure::bug(format!("signals cannot be received: {error}"));
-    let mut term = signal(SignalKind::terminate()).map_err(failed)?;
-    let mut int = signal(SignalKind::interrupt()).map_err(failed)?;
-    tokio::select! {
-        _ = term.recv() => {}
-        _ = int.recv() => {}
+/// SIGTERM and SIGINT. One of these for the life of the process: a signal between two would be nobody's.
+struct Signals {
+    term: Signal,
+    int: Signal,
+}
+
+impl Signals {
+    fn listen() -> Result<Self, Failure> {
+        let failed = |error| Failure::bug(format!("signals cannot be received: {error}"));
+        Ok(Self {
+            term: signal(SignalKind::terminate()).map_err(failed)?,
+            int: signal(SignalKind::interrupt()).map_err(failed)?,
+        })
     }
-    Ok(())
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.term.recv() => {}
+            _ = self.int.recv() => {}
+        }
+    }
 }
