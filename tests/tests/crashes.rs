@@ -4,10 +4,13 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use postgres::instance::InstanceOptions;
-use tests::{Cluster, Fleet, Place, Rabbit, SOON, Vhost, WorkerSetup};
+use tests::{Cluster, Fleet, Place, Rabbit, SOON, Vhost, WorkerSetup, services};
 
 /// A job that has to survive somebody's death may take this long.
 const LATER: Duration = Duration::from_mins(2);
+/// All that a backup does to the server and the repository.
+const BACKUP_STEPS: [&str; 7] =
+    ["begin", "start_backup", "copy", "stop_backup", "store_wal", "write_manifest", "commit"];
 
 async fn fleet(amqp: &str) -> anyhow::Result<(Fleet, Cluster)> {
     let cluster = Cluster::start(15, InstanceOptions::default()).await?;
@@ -52,9 +55,7 @@ async fn worker_dies_at(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_killed_at_any_step_of_a_backup_loses_and_invents_none() -> anyhow::Result<()> {
-    let steps =
-        ["begin", "start_backup", "copy", "stop_backup", "store_wal", "write_manifest", "commit"];
-    worker_dies_at(&steps, &["backup", "orders"], 0).await
+    worker_dies_at(&BACKUP_STEPS, &["backup", "orders"], 0).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -63,29 +64,60 @@ async fn a_worker_killed_at_any_step_of_a_proof_leaves_no_server_behind() -> any
     worker_dies_at(&steps, &["verify", "orders", "--level", "4"], 1).await
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_coordinator_killed_in_the_middle_forgets_nothing() -> anyhow::Result<()> {
+/// Who dies while a worker goes on.
+enum Victim {
+    Coordinator,
+    Broker(Box<Rabbit>),
+}
+
+/// The worker stands still at the beginning of a step; the victim is killed; the worker goes on without it, to its end
+/// if it can; the victim comes back. Each backup is made once, by its first attempt.
+async fn somebody_else_dies_at(steps: &[&str], mut victim: Victim) -> anyhow::Result<()> {
     let vhost = Vhost::create()?;
-    let (mut fleet, cluster) = fleet(&vhost.url()).await?;
-    fleet.start_worker(&WorkerSetup::of("w1", "orders", cluster.url()))?;
-    // A spread checkpoint keeps the backup busy while the coordinator is away.
-    cluster.run("ALTER SYSTEM SET checkpoint_timeout = '30s'").await?;
-    cluster.run("SELECT pg_reload_conf()").await?;
-    cluster.run("CREATE TABLE public.dirt AS SELECT g FROM generate_series(1, 100000) g").await?;
-    let job = fleet.order(&["backup", "orders", "--spread-checkpoint"])?;
-    fleet.await_step(job, "start_backup")?;
-    fleet.coordinator()?.kill()?;
-    cluster.run("CHECKPOINT").await?;
-    fleet.start_coordinator()?;
-    let view = fleet.await_state(job, &["succeeded", "failed", "lost"], LATER)?;
-    ensure!(view["state"] == "succeeded", "{view}\n{}", fleet.said());
-    ensure!(view["attempts_used"] == 1, "it ran once: {view}");
-    ensure!(fleet.backups()? == 1);
-    cluster.is_left_alone().await
+    let amqp = match &victim {
+        Victim::Coordinator => vhost.url(),
+        Victim::Broker(rabbit) => rabbit.url(),
+    };
+    let (mut fleet, cluster) = fleet(&amqp).await?;
+    for (done, step) in steps.iter().enumerate() {
+        let go = fleet.path(&format!("{step}.go"));
+        let held = format!("{step}=hold:{}", go.display());
+        fleet.start_worker(&WorkerSetup::of("w1", "orders", cluster.url()).failing_at(held))?;
+        let job = fleet.order(&["backup", "orders"])?;
+        fleet.await_step(job, step)?;
+        match &mut victim {
+            Victim::Coordinator => fleet.coordinator()?.kill()?,
+            Victim::Broker(rabbit) => rabbit.kill()?,
+        }
+        std::fs::write(&go, "")?;
+        match &mut victim {
+            Victim::Coordinator => fleet.start_coordinator()?,
+            Victim::Broker(rabbit) => rabbit.start_again()?,
+        }
+        let view = fleet.await_state(job, &["succeeded", "failed", "lost"], LATER)?;
+        ensure!(view["state"] == "succeeded", "{step}: {view}\n{}", fleet.said());
+        ensure!(view["attempts_used"] == 1, "{step}: it ran once: {view}");
+        ensure!(fleet.backups()? == done + 1, "{step}: {view}");
+        cluster.is_left_alone().await.with_context(|| (*step).to_owned())?;
+        fleet.worker("w1")?.kill()?;
+    }
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_broker_killed_in_the_middle_runs_nothing_twice() -> anyhow::Result<()> {
+async fn a_coordinator_killed_at_any_step_forgets_nothing() -> anyhow::Result<()> {
+    somebody_else_dies_at(&BACKUP_STEPS, Victim::Coordinator).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_killed_at_a_step_runs_nothing_twice() -> anyhow::Result<()> {
+    // A node takes its time to die and to come back.
+    let steps = if services::long_run() { &BACKUP_STEPS[..] } else { &["copy", "commit"] };
+    somebody_else_dies_at(steps, Victim::Broker(Box::new(Rabbit::start()?))).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_is_cancelled_across_the_death_of_the_broker() -> anyhow::Result<()> {
     let mut rabbit = Rabbit::start()?;
     let (mut fleet, cluster) = fleet(&rabbit.url()).await?;
     let setup = WorkerSetup::of("w1", "orders", cluster.url()).failing_at("stop_backup=pause");
