@@ -95,6 +95,16 @@ pub enum Error {
         /// The backup looked for.
         backup: BackupId,
     },
+    /// A backup that is not to be forgotten, or that is forgotten already.
+    #[error("{what} backup {backup}: {reason}")]
+    Wanted {
+        /// `forget` or `hold`.
+        what: &'static str,
+        /// The backup.
+        backup: BackupId,
+        /// What stands against it.
+        reason: String,
+    },
     /// There is no such lineage.
     #[error("find lineage {lineage}")]
     LineageUnknown {
@@ -236,6 +246,11 @@ impl From<Error> for Failure {
                 Code::BackupUnknown,
                 Action::FixConfig,
                 "List what there is with `pgmuster backups list`.",
+            ),
+            Error::Wanted { .. } => (
+                Code::StateConflict,
+                Action::FixConfig,
+                "Nothing was changed. Prove a newer backup, or release the hold, and ask again.",
             ),
             Error::Source { source, .. } => match source.kind() {
                 io::ErrorKind::PermissionDenied => (

@@ -40,6 +40,12 @@ pub(crate) fn pack(lineage: LineageId, id: PackId) -> String {
     format!("{LINEAGES}{lineage}/packs/{}/{id}", &id[..2])
 }
 
+/// Where the lists of condemned packs are.
 pub(crate) fn condemned(lineage: LineageId) -> String {
     format!("{LINEAGES}{lineage}/gc/")
+}
+
+/// An object of one run of a collector: `condemned`, `done`.
+pub(crate) fn of_run(lineage: LineageId, run: &str, name: &str) -> String {
+    format!("{LINEAGES}{lineage}/gc/{run}/{name}")
 }

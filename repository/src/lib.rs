@@ -10,6 +10,7 @@
 mod attempt;
 mod chance;
 mod check;
+mod collect;
 mod config;
 mod crypto;
 mod entry;
@@ -32,10 +33,12 @@ mod shard;
 mod stop;
 pub mod store;
 mod wire;
+mod wishes;
 mod writer;
 
 pub use attempt::{Aborted, Attempt};
 pub use check::{CheckOptions, DecryptReport, Inventory};
+pub use collect::{Amount, CollectOptions, CollectPlan, CollectSummary, Collected, Fate};
 pub use entry::{SourceEntry, SourceKind, path_order};
 pub use error::Error;
 pub use key::{KeyFile, KeyFileError};
@@ -45,7 +48,7 @@ pub use pack::PackId;
 pub use progress::{Progress, ProgressSnapshot};
 pub use proof::StoredProof;
 pub use reader::{Backup, WalFile};
-pub use record::{Identity, Intent, Outcome, Verdict};
+pub use record::{Identity, Intent, Outcome, Verdict, Wish};
 pub use repository::{Created, Encryption, InitOptions, NewRepository, Repository};
 pub use restore::{Place, RestoreOptions, RestorePlan, RestoreSummary, RestoreTarget};
 pub use writer::{

@@ -83,3 +83,14 @@ impl Outcome {
 pub(crate) struct Condemned {
     pub(crate) packs: Vec<String>,
 }
+
+/// Somebody's wish about a backup: that it goes (`forget`) or stays (`hold`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wish {
+    /// Who wishes it.
+    pub by: String,
+    /// Why, for people.
+    pub why: String,
+    /// Their clock, Unix milliseconds.
+    pub at_ms: i64,
+}

@@ -262,6 +262,7 @@ pub struct Bench {
     pub directory: tempfile::TempDir,
     pub repository: Repository,
     pub key: KeyFile,
+    key_text: String,
     pub lineage: LineageId,
     next: AtomicU64,
 }
@@ -277,13 +278,28 @@ impl Bench {
     pub async fn over(directory: tempfile::TempDir, store: Arc<dyn Store>) -> Self {
         let options = InitOptions { encryption: Encryption::KeyFile, now_ms: NOW_MS };
         let created = Repository::init(store, options).await.unwrap();
-        let key = created.key_file.unwrap().parse().unwrap();
+        let key_text = created.key_file.unwrap().to_string();
+        let key = key_text.parse().unwrap();
         let repository = created.repository;
         let identity = repository
             .find_or_mint_lineage(&"orders".parse().unwrap(), SystemIdentifier(7), NOW_MS)
             .await
             .unwrap();
-        Self { directory, repository, key, lineage: identity.lineage, next: AtomicU64::new(0) }
+        let next = AtomicU64::new(0);
+        Self { directory, repository, key, key_text, lineage: identity.lineage, next }
+    }
+
+    /// Another program on the same repository.
+    pub async fn beside(&self) -> Self {
+        let store: Arc<dyn Store> = Arc::new(DirectoryStore::new(self.store_path()));
+        Self {
+            directory: tempfile::tempdir().unwrap(),
+            repository: Repository::open(store, Some(&self.key)).await.unwrap(),
+            key: self.key_text.parse().unwrap(),
+            key_text: self.key_text.clone(),
+            lineage: self.lineage,
+            next: AtomicU64::new(100),
+        }
     }
 
     pub fn store_path(&self) -> std::path::PathBuf {
