@@ -416,13 +416,69 @@ pub enum RepoCommand {
         key: PathBuf,
     },
     /// The backups in a repository, read from the repository itself.
-    List {
-        /// Where it is: `file:///path` or `s3://bucket/prefix`.
-        url: String,
-        /// Its key file.
-        #[arg(long, value_name = "FILE")]
-        key: PathBuf,
+    List(RepositoryAt),
+    /// Give a backup up: its space is freed by a later `repo gc`.
+    ///
+    /// Refused for the newest backup, for the newest one that was proved, and for one that is held. From a day later on,
+    /// `repo gc` deletes what only this backup needs; every other backup restores as before.
+    Delete {
+        /// Which repository.
+        #[command(flatten)]
+        at: RepositoryAt,
+        /// The backup.
+        backup: BackupId,
+        /// Why; kept in the repository.
+        #[arg(long, value_name = "TEXT", default_value = "")]
+        why: String,
     },
+    /// Keep a backup from being given up until it is released.
+    Hold {
+        /// Which repository.
+        #[command(flatten)]
+        at: RepositoryAt,
+        /// The backup.
+        backup: BackupId,
+        /// Why; kept in the repository.
+        #[arg(long, value_name = "TEXT", default_value = "")]
+        why: String,
+    },
+    /// End the hold of a backup.
+    Release {
+        /// Which repository.
+        #[command(flatten)]
+        at: RepositoryAt,
+        /// The backup.
+        backup: BackupId,
+    },
+    /// Delete what no wanted backup needs: what backups that were given up leave, and rests of failed attempts.
+    ///
+    /// Safe beside running backups and other collections. While a backup is being written nothing is deleted; an attempt
+    /// that has been open for two days counts as dead and is aborted. Says first what goes and what stays; more than a
+    /// fifth at once needs --confirm-large. Needs the right to delete in the store.
+    Gc {
+        /// Which repository.
+        #[command(flatten)]
+        at: RepositoryAt,
+        /// Only this cluster's.
+        #[arg(long, value_name = "CLUSTER")]
+        cluster: Option<ClusterName>,
+        /// Only say what would be deleted.
+        #[arg(long)]
+        plan: bool,
+        /// Also delete when that is more than a fifth of what is there.
+        #[arg(long)]
+        confirm_large: bool,
+    },
+}
+
+/// A repository and its key.
+#[derive(Debug, Args)]
+pub struct RepositoryAt {
+    /// Where it is: `file:///path` or `s3://bucket/prefix`.
+    pub url: String,
+    /// Its key file.
+    #[arg(long, value_name = "FILE")]
+    pub key: PathBuf,
 }
 
 /// `doctor`.

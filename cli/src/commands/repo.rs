@@ -1,13 +1,17 @@
-//! `repo init` and `repo list`: what needs a repository and nothing else.
+//! `repo …`: what needs a repository and its key and nothing else.
 
 use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
-use proto::{Action, Code, Failure, SecretRef};
-use repository::{Encryption, InitOptions, KeyFile, Repository, store};
+use proto::{Action, BackupId, ClusterName, Code, Failure, LineageId, SecretRef};
+use repository::{
+    Amount, CollectOptions, Collected, Encryption, Fate, InitOptions, KeyFile, Repository, Wish,
+    store,
+};
 use secrecy::ExposeSecret as _;
 use serde::Serialize;
+use tokio_util::sync::CancellationToken;
 
 use crate::args::{Output, RepoCommand};
 use crate::exit::Exit;
@@ -21,7 +25,15 @@ struct Row {
     backup: String,
     committed_at_ms: Option<i64>,
     proofs: u32,
+    /// `given up` or `held`.
+    wish: Option<&'static str>,
 }
+
+/// A backup that was given up is deleted a day later at the earliest: whoever restores it may finish, and whoever gave it
+/// up may see that it was the wrong one.
+const FORGOTTEN_FOR_MS: i64 = 24 * 3_600_000;
+/// An attempt that is open for longer is dead.
+const OPEN_FOR_MS: i64 = 48 * 3_600_000;
 
 /// `repo …`.
 pub(crate) async fn run(command: RepoCommand, format: Output) -> Result<Exit, Failure> {
@@ -34,8 +46,8 @@ pub(crate) async fn run(command: RepoCommand, format: Output) -> Result<Exit, Fa
                 key.display()
             ));
         }
-        RepoCommand::List { url, key } => {
-            let rows = list(&open(&url, &key).await?).await?;
+        RepoCommand::List(at) => {
+            let rows = list(&open(&at.url, &at.key).await?).await?;
             output::show(format, &rows, |rows| {
                 let now_ms = environment::now_ms();
                 let row = |row: &Row| {
@@ -45,14 +57,164 @@ pub(crate) async fn run(command: RepoCommand, format: Output) -> Result<Exit, Fa
                         row.backup.clone(),
                         output::ago(now_ms, row.committed_at_ms),
                         row.proofs.to_string(),
+                        row.wish.unwrap_or_default().to_owned(),
                     ]
                 };
-                let head = ["CLUSTER", "SYSTEM IDENTIFIER", "BACKUP", "COMMITTED", "PROOFS"];
+                let head =
+                    ["CLUSTER", "SYSTEM IDENTIFIER", "BACKUP", "COMMITTED", "PROOFS", "WISH"];
                 output::table(&head, rows.iter().map(row).collect())
             });
         }
+        RepoCommand::Delete { at, backup, why } => {
+            let repository = open(&at.url, &at.key).await?;
+            let lineage = lineage_of(&repository, backup).await?;
+            repository.forget(lineage, backup, &wish(why)).await?;
+            output::talk(&format!(
+                "Backup {backup} is given up. From tomorrow on, `pgmuster repo gc` frees its space."
+            ));
+        }
+        RepoCommand::Hold { at, backup, why } => {
+            let repository = open(&at.url, &at.key).await?;
+            let lineage = lineage_of(&repository, backup).await?;
+            repository.hold(lineage, backup, &wish(why)).await?;
+            output::talk(&format!("Backup {backup} is held until `pgmuster repo release`."));
+        }
+        RepoCommand::Release { at, backup } => {
+            let repository = open(&at.url, &at.key).await?;
+            repository.release(lineage_of(&repository, backup).await?, backup).await?;
+            output::talk(&format!("Backup {backup} is not held any more."));
+        }
+        RepoCommand::Gc { at, cluster, plan, confirm_large } => {
+            let repository = open(&at.url, &at.key).await?;
+            return collect(&repository, cluster.as_ref(), plan, confirm_large, format).await;
+        }
     }
     Ok(Exit::Ok)
+}
+
+fn wish(why: String) -> Wish {
+    Wish { by: who(), why, at_ms: environment::now_ms() }
+}
+
+/// Who does this, for people who look at it later.
+fn who() -> String {
+    let user = environment::variable("USER").unwrap_or_else(|| "somebody".to_owned());
+    format!("{user}@{}", rustix::system::uname().nodename().to_string_lossy())
+}
+
+async fn lineage_of(repository: &Repository, backup: BackupId) -> Result<LineageId, Failure> {
+    for identity in repository.list_lineages().await? {
+        let backups = repository.list_backups(identity.lineage).await?;
+        if backups.iter().any(|summary| summary.backup() == Some(backup)) {
+            return Ok(identity.lineage);
+        }
+    }
+    let message = format!("{} has no backup {backup}", repository.describe());
+    Err(Failure::new(Code::BackupUnknown, Action::FixConfig, message)
+        .with_hint("List what there is with `pgmuster repo list`."))
+}
+
+/// What became of one lineage, or would.
+#[derive(Debug, Serialize)]
+struct Collection {
+    cluster: String,
+    lineage: String,
+    delete: Amount,
+    keep: Amount,
+    given_up: Vec<GivenUp>,
+    result: String,
+}
+
+#[derive(Debug, Serialize)]
+struct GivenUp {
+    backup: String,
+    fate: Fate,
+}
+
+async fn collect(
+    repository: &Repository,
+    cluster: Option<&ClusterName>,
+    plan_only: bool,
+    confirm_large: bool,
+    format: Output,
+) -> Result<Exit, Failure> {
+    let options = CollectOptions {
+        by: who(),
+        now_ms: environment::now_ms(),
+        grace_ms: FORGOTTEN_FOR_MS,
+        patience_ms: OPEN_FOR_MS,
+        cancel: CancellationToken::new(),
+    };
+    let mut rows = Vec::new();
+    let mut exit = Exit::Ok;
+    for identity in repository.list_lineages().await? {
+        if cluster.is_some_and(|cluster| *cluster != identity.cluster) {
+            continue;
+        }
+        let plan = repository.plan_collection(identity.lineage, &options).await?;
+        let mut row = Collection {
+            cluster: identity.cluster.to_string(),
+            lineage: identity.lineage.to_string(),
+            delete: plan.delete,
+            keep: plan.keep,
+            given_up: plan
+                .forgotten
+                .iter()
+                .map(|(backup, fate)| GivenUp { backup: backup.to_string(), fate: *fate })
+                .collect(),
+            result: "planned".to_owned(),
+        };
+        if plan.is_large() && !confirm_large {
+            "more than a fifth would go: look at it, then --confirm-large"
+                .clone_into(&mut row.result);
+            if !plan_only {
+                exit = Exit::Refused;
+            }
+        } else if !plan_only {
+            row.result = match plan.collect(&options).await? {
+                Collected::Nothing => "nothing to delete".to_owned(),
+                Collected::Postponed { open } => {
+                    exit = Exit::Conflict;
+                    format!("postponed: {} backup(s) are being written", open.len())
+                }
+                Collected::Done(done) => {
+                    row.delete = done.deleted;
+                    "deleted".to_owned()
+                }
+            };
+        }
+        rows.push(row);
+    }
+    if rows.is_empty()
+        && let Some(cluster) = cluster
+    {
+        let message = format!("{} has no cluster {cluster}", repository.describe());
+        return Err(Failure::new(Code::ClusterUnknown, Action::FixConfig, message)
+            .with_hint("List what there is with `pgmuster repo list`."));
+    }
+    output::show(format, &rows, |rows| {
+        let amount =
+            |amount: Amount| format!("{} in {} packs", output::bytes(amount.bytes), amount.packs);
+        let row = |row: &Collection| {
+            let result = row.given_up.iter().fold(row.result.clone(), |text, given_up| {
+                format!("{text}; {} {}", given_up.backup, fate(given_up.fate, options.now_ms))
+            });
+            vec![row.cluster.clone(), amount(row.delete), amount(row.keep), result]
+        };
+        output::table(&["CLUSTER", "DELETE", "KEEP", "RESULT"], rows.iter().map(row).collect())
+    });
+    Ok(exit)
+}
+
+/// What becomes of a backup that was given up, as the end of a sentence.
+fn fate(fate: Fate, now_ms: i64) -> String {
+    match fate {
+        Fate::Goes => "goes".to_owned(),
+        Fate::GoesAt(at_ms) => format!("goes in {}", output::duration(at_ms - now_ms)),
+        Fate::Held => "is held".to_owned(),
+        Fate::Needed => "is the newest or the newest proved one and stays".to_owned(),
+        Fate::NotBelieved => "stays: whoever gave it up had no key".to_owned(),
+    }
 }
 
 /// Opens a repository with a key file and, for S3, the standard AWS credentials.
@@ -138,6 +300,11 @@ async fn list(repository: &Repository) -> Result<Vec<Row>, Failure> {
                 backup: summary.attempt.to_string(),
                 committed_at_ms: summary.committed_at_ms(),
                 proofs: summary.proofs,
+                wish: match (summary.held, summary.forgotten) {
+                    (true, _) => Some("held"),
+                    (false, true) => Some("given up"),
+                    (false, false) => None,
+                },
             });
         }
     }
