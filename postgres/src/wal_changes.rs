@@ -1,4 +1,5 @@
-//! Which tables changed rows between two positions, read from the write-ahead log itself.
+//! Which tables changed rows between two positions, and whether a tablespace came or went, read from the write-ahead log
+//! itself.
 //!
 //! The server's statistics cannot answer that: sessions report them late, without a bound when a long transaction follows,
 //! and they can be reset. The WAL of a backup passes through the worker anyway, and holds every change exactly once.
@@ -22,9 +23,14 @@ const RECORD_HEADER: usize = 24;
 const LARGEST_RECORD: usize = 1020 * 1024 * 1024;
 
 const RMGR_XLOG: u8 = 0;
+const RMGR_TABLESPACE: u8 = 5;
 const RMGR_HEAP2: u8 = 9;
 const RMGR_HEAP: u8 = 10;
 const XLOG_SWITCH: u8 = 0x40;
+/// The bits of a record's `info` that belong to its resource manager.
+const OPERATION: u8 = 0xf0;
+const TABLESPACE_CREATE: u8 = 0x00;
+const TABLESPACE_DROP: u8 = 0x10;
 const HEAP_OPERATION: u8 = 0x70;
 const HEAP_INSERT: u8 = 0x00;
 const HEAP_DELETE: u8 = 0x10;
@@ -60,6 +66,7 @@ pub struct WalChanges {
     record_start: Lsn,
     previous: Lsn,
     tables: HashMap<(u32, u32), RowChanges>,
+    tablespaces_changed: bool,
 }
 
 impl WalChanges {
@@ -73,6 +80,7 @@ impl WalChanges {
             record_start: start,
             previous: Lsn::INVALID,
             tables: HashMap::new(),
+            tablespaces_changed: false,
         }
     }
 
@@ -118,6 +126,13 @@ impl WalChanges {
         }
         let changes = self.tables.get(&(database, file_node)).copied().unwrap_or_default();
         Some(if changes.last < from { RowChanges::default() } else { changes })
+    }
+
+    /// A tablespace was created or dropped in what was read. Replay repeats it at the tablespace's path on the machine that
+    /// replays, which is not where a restore put the files. Also true for one after the stop position of the backup, when
+    /// its segment was read whole; what was not read ([`Self::read_to`]) says nothing.
+    pub const fn tablespaces_changed(&self) -> bool {
+        self.tablespaces_changed
     }
 
     fn wrong(&self, what: String) -> Error {
@@ -201,7 +216,10 @@ impl WalChanges {
         self.previous = self.record_start;
         let (info, manager) = (record[16], record[17]);
         match manager {
-            RMGR_XLOG if info & 0xf0 == XLOG_SWITCH => return Ok(Next::Segment),
+            RMGR_XLOG if info & OPERATION == XLOG_SWITCH => return Ok(Next::Segment),
+            RMGR_TABLESPACE if matches!(info & OPERATION, TABLESPACE_CREATE | TABLESPACE_DROP) => {
+                self.tablespaces_changed = true;
+            }
             RMGR_HEAP if matches!(info & HEAP_OPERATION, HEAP_INSERT | HEAP_DELETE) => {
                 let (table, _) = self.first_block(record)?;
                 let changes = self.changes(table);
@@ -246,7 +264,7 @@ impl WalChanges {
             match fields.u8()? {
                 BLOCK_DATA_SHORT => {
                     let length = usize::from(fields.u8()?);
-                    return Some((table?, record.get(record.len() - length..)?));
+                    return Some((table?, record.get(record.len().checked_sub(length)?..)?));
                 }
                 BLOCK_DATA_LONG => {
                     let length = fields.u32()? as usize;
@@ -361,6 +379,54 @@ mod tests {
         let mut changes = WalChanges::new(ServerVersion(150_000), Lsn(0x100_0028));
         assert!(changes.feed(Lsn(0x200_0000), &[0; 8192]).is_err());
         assert_eq!(changes.of_table(1, 1, Lsn(0x100_0028), Lsn(0x100_0030)), None);
+    }
+
+    /// The first segment's first page, which holds the one record: `payload` after its header.
+    fn page_with(manager: u8, info: u8, payload: &[u8]) -> Vec<u8> {
+        let mut page = vec![0; 8192];
+        page[2..4].copy_from_slice(&LONG_HEADER.to_ne_bytes());
+        page[8..16].copy_from_slice(&0x100_0000_u64.to_ne_bytes());
+        page[36..40].copy_from_slice(&8192_u32.to_ne_bytes());
+        let length = u32::try_from(RECORD_HEADER + payload.len()).unwrap();
+        page[40..44].copy_from_slice(&length.to_ne_bytes());
+        page[56..58].copy_from_slice(&[info, manager]);
+        page[64..64 + payload.len()].copy_from_slice(payload);
+        page
+    }
+
+    fn read(page: &[u8]) -> (WalChanges, Result<(), Error>) {
+        let mut changes = WalChanges::new(ServerVersion(150_000), Lsn(0x100_0028));
+        let result = changes.feed(Lsn(0x100_0000), page);
+        (changes, result)
+    }
+
+    #[test]
+    fn a_tablespace_that_came_or_went_is_told() {
+        for (manager, info, changed) in [
+            (RMGR_TABLESPACE, TABLESPACE_CREATE, true),
+            (RMGR_TABLESPACE, TABLESPACE_DROP, true),
+            (RMGR_TABLESPACE, 0x20, false),
+            (RMGR_XLOG, TABLESPACE_DROP, false),
+        ] {
+            let (changes, result) = read(&page_with(manager, info, &[BLOCK_DATA_SHORT, 0]));
+            result.unwrap();
+            assert_eq!(changes.tablespaces_changed(), changed, "{manager} {info:#x}");
+            assert_eq!(changes.read_to(), Lsn(0x100_0048), "{manager} {info:#x}");
+        }
+    }
+
+    #[test]
+    fn main_data_longer_than_its_record_is_an_error() {
+        for payload in [&[BLOCK_DATA_SHORT, 255][..], &[BLOCK_DATA_LONG, 255, 255, 255, 255]] {
+            let (_, result) = read(&page_with(RMGR_HEAP, HEAP_INSERT, payload));
+            assert!(matches!(result, Err(Error::WalFormat { .. })), "{result:?}");
+        }
+        // A multi-insert whose main data ends before its count.
+        let mut payload = vec![0, 0, 0, 0];
+        payload.extend([0; 16]);
+        payload.extend([BLOCK_DATA_SHORT, 3, 0, 0, 0]);
+        let (_, result) = read(&page_with(RMGR_HEAP2, HEAP2_MULTI_INSERT, &payload));
+        assert!(matches!(result, Err(Error::WalFormat { .. })), "{result:?}");
     }
 
     proptest! {
