@@ -37,6 +37,11 @@ servers::on_each_major! {
     the_wrong_cluster_and_a_missed_stop_position_are_found,
     another_collation_version_is_no_damage,
     a_missing_library_is_no_damage,
+    a_table_that_cannot_be_read_here_is_not_called_read,
+    a_closed_database_is_read_too,
+    without_amcheck_the_proof_says_so,
+    code_of_an_index_that_finds_nothing_is_no_damage,
+    a_server_that_dies_in_the_checks_is_a_finding,
 }
 
 const PAGE: u64 = 8192;
@@ -249,8 +254,12 @@ async fn rows_within_the_bounds_are_accepted_and_beyond_them_not(major: u32) {
         assert_eq!(report.failed().count() == 0, good, "{change}: {:#?}", report.checks);
         assert_eq!((report.tables_exact, report.tables_bounded), (0, 1));
     }
+    // Nothing bounds the only table: nothing was compared.
     backup.census.databases[0].tables[0].drift = None;
-    assert_healthy(&backup.check(&server).await);
+    let report = backup.check(&server).await;
+    let (outcome, detail) = outcome(&report, "row_counts");
+    assert!(outcome == CheckOutcome::Skipped && detail.contains("1 tables"), "{detail}");
+    assert_eq!((report.level_reached(), report.failed().count()), (Some(ProofLevel::L4), 0));
 }
 
 async fn a_canary_that_did_not_commit_is_found(major: u32) {
@@ -451,4 +460,108 @@ async fn a_missing_library_is_no_damage(major: u32) {
         "{detail}"
     );
     assert_eq!(report.level_reached(), Some(ProofLevel::L5));
+}
+
+async fn a_table_that_cannot_be_read_here_is_not_called_read(major: u32) {
+    let server = filled(major).await;
+    server
+        .run(
+            "postgres",
+            &[
+                "CREATE EXTENSION hstore SCHEMA public",
+                "CREATE TABLE pairs AS SELECT hstore('a', 'b') AS pair",
+                "UPDATE pg_proc SET probin = '$libdir/not_installed_here' WHERE proname = 'hstore_out'",
+            ],
+        )
+        .await;
+    let backup = back_up(&server).await;
+    let report = backup.check(&server).await;
+    let (readable, detail) = outcome(&report, "tables_readable");
+    assert_eq!(readable, CheckOutcome::Skipped, "{detail}");
+    for told in ["public.pairs in postgres", "not_installed_here"] {
+        assert!(detail.contains(told), "{detail}");
+    }
+    assert_eq!((report.level_reached(), report.failed().count()), (Some(ProofLevel::L3), 0));
+}
+
+async fn a_closed_database_is_read_too(major: u32) {
+    let server = filled(major).await;
+    server.run("postgres", &["ALTER DATABASE second ALLOW_CONNECTIONS false"]).await;
+    let backup = back_up(&server).await;
+    let tables_of = async || {
+        let report = backup.check(&server).await;
+        assert_healthy(&report);
+        report.tables
+    };
+    let closed = tables_of().await;
+    server.run("postgres", &["ALTER DATABASE second ALLOW_CONNECTIONS true"]).await;
+    assert_eq!(closed, tables_of().await);
+}
+
+async fn without_amcheck_the_proof_says_so(major: u32) {
+    let server = filled(major).await;
+    // A function of its name stands in the way of the extension.
+    server
+        .run(
+            "postgres",
+            &[
+                "CREATE SCHEMA pgmuster_checks",
+                "CREATE FUNCTION pgmuster_checks.bt_index_check(regclass) RETURNS void LANGUAGE sql AS ''",
+            ],
+        )
+        .await;
+    let backup = back_up(&server).await;
+    let report = backup.check(&server).await;
+    for check in ["amcheck_tables", "amcheck_indexes"] {
+        let (outcome, detail) = outcome(&report, check);
+        assert_eq!(outcome, CheckOutcome::Skipped, "{check}: {detail}");
+        assert!(detail.contains("postgres without extension amcheck"), "{check}: {detail}");
+    }
+    assert_eq!((report.level_reached(), report.failed().count()), (Some(ProofLevel::L5), 0));
+}
+
+async fn code_of_an_index_that_finds_nothing_is_no_damage(major: u32) {
+    let server = filled(major).await;
+    server
+        .run(
+            "postgres",
+            &[
+                "CREATE TABLE rates AS SELECT 1 AS id",
+                "CREATE FUNCTION rated(int) RETURNS int IMMUTABLE LANGUAGE plpgsql \
+                 AS 'BEGIN RETURN (SELECT count(*) FROM rates); END'",
+                "CREATE TABLE goods AS SELECT generate_series(1, 10) AS id",
+                // From 17 on the index is built with the search_path that the check has, too.
+                "ALTER FUNCTION rated(int) SET search_path = public",
+                "CREATE INDEX goods_rated ON goods (rated(id))",
+                "ALTER FUNCTION rated(int) RESET search_path",
+            ],
+        )
+        .await;
+    let backup = back_up(&server).await;
+    let options = CheckOptions { every_row_in_indexes: true, ..backup.options() };
+    let report = backup.check_with(&server, &options).await;
+    let (indexes, detail) = outcome(&report, "amcheck_indexes");
+    assert_eq!(indexes, CheckOutcome::Skipped, "{detail}");
+    assert!(detail.contains("rows of public.goods_rated in postgres"), "{detail}");
+    assert_eq!((report.level_reached(), report.failed().count()), (Some(ProofLevel::L5), 0));
+}
+
+async fn a_server_that_dies_in_the_checks_is_a_finding(major: u32) {
+    let mut server = filled(major).await;
+    let backup = back_up(&server).await;
+    let holder = server.session("second").await;
+    holder.run("lock", "BEGIN; LOCK TABLE t IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    let target = server.target("postgres");
+    let options = backup.options();
+    let (report, ()) = tokio::join!(run_checks(&target, &options), async {
+        // The last database is being read, and everything of the first has been.
+        let waiting =
+            "SELECT count(*) FROM pg_locks WHERE NOT granted AND mode = 'AccessShareLock'";
+        server.until(waiting, 1).await;
+        server.instance.stop(StopMode::Immediate).await.unwrap();
+    });
+    let report = report.unwrap_or_else(|e| panic!("{}", shown(&e)));
+    assert_failed(&report, "tables_readable", "public.t in second");
+    assert_failed(&report, "canary", "transaction");
+    assert_eq!(report.level_reached(), Some(ProofLevel::L3));
 }

@@ -3,7 +3,8 @@
 use proto::Lsn;
 use proto::backup::{DatabaseCensus, TableCount};
 
-use super::Run;
+use super::{Run, purpose};
+use crate::connect::connect_maintenance;
 use crate::error::Error;
 use crate::session::Session;
 
@@ -36,7 +37,7 @@ SELECT pg_is_in_recovery() AS in_recovery,
         self.options.census?.databases.iter().find(|census| census.database.as_str() == database)
     }
 
-    pub(super) async fn compare(&mut self, session: &Session) -> Result<(), Error> {
+    pub(super) async fn compare(&mut self) -> Result<(), Error> {
         let Some(census) = self.options.census else {
             for check in ["relations_present", "row_counts", "canary"] {
                 self.unseen(check, "the backup has no census".to_owned());
@@ -46,6 +47,16 @@ SELECT pg_is_in_recovery() AS in_recovery,
         for database in &census.databases {
             self.compare_database(database);
         }
+        let tables = || census.databases.iter().flat_map(|database| &database.tables);
+        let incomparable = tables().filter(|table| table.rows.and(table.drift).is_none()).count();
+        if incomparable > 0 {
+            self.unseen(
+                "row_counts",
+                format!(
+                    "how many rows {incomparable} tables had at the end of the backup is not known"
+                ),
+            );
+        }
         // A census without tables is an empty cluster, and an empty cluster is healthy.
         self.finding("relations_present");
         self.finding("row_counts");
@@ -53,18 +64,25 @@ SELECT pg_is_in_recovery() AS in_recovery,
             self.unseen("canary", "the backup has none".to_owned());
             return Ok(());
         };
-        let status = session
-            .maybe("look for the canary", "SELECT pg_xact_status($1::text::xid8)", &[canary])
-            .await;
-        let status = match status {
-            Ok(row) => row
-                .and_then(|row| row.get::<_, Option<String>>(0))
-                .unwrap_or_else(|| "unknown".to_owned()),
-            Err(error) if error.is_closed() => return Err(error),
+        let status = match self.status_of(canary).await {
+            Ok(status) => status.unwrap_or_else(|| "unknown".to_owned()),
+            Err(error @ (Error::Cancelled { .. } | Error::Deadline { .. })) => return Err(error),
+            // A server that is gone by now has died of its copy, which is what there is to tell.
             Err(error) => proto::failure::chain(&error),
         };
         self.note("canary", status == "committed", || format!("transaction {canary} is: {status}"));
         Ok(())
+    }
+
+    /// In a session of its own: the one that the checks began with may have died with a damaged page.
+    async fn status_of(&self, transaction: &String) -> Result<Option<String>, Error> {
+        let session = connect_maintenance(self.target, &purpose(self.options)).await?;
+        let sql = "SELECT pg_xact_status($1::text::xid8)";
+        let row =
+            self.within(&session, session.maybe("look for the canary", sql, &[transaction])).await;
+        let status = row?.and_then(|row| row.get(0));
+        session.close().await;
+        Ok(status)
     }
 
     fn compare_database(&mut self, census: &DatabaseCensus) {

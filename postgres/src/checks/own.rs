@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::Run;
+use super::findings::{is_corruption, is_lost_object};
 use super::read::{Collation, Relation};
 use crate::error::Error;
 use crate::quote;
@@ -65,8 +66,8 @@ SELECT oid, collname::text, collversion, coalesce(pg_collation_actual_version(oi
         mismatched: &BTreeSet<u32>,
     ) -> Result<(), Error> {
         let usable = self.usable(session, database).await?;
-        let Some(schema) = self.extension(usable, "amcheck", "amcheck_indexes", database).await?
-        else {
+        let checks = ["amcheck_tables", "amcheck_indexes"];
+        let Some(schema) = self.extension(usable, "amcheck", &checks, database).await? else {
             return Ok(());
         };
         let heap =
@@ -113,10 +114,19 @@ SELECT c.oid, n.nspname::text, c.relname::text, i.indcollation::oid[]
                 continue;
             }
             let usable = self.usable(session, database).await?;
+            let what = "check an index";
             let every_row = self.options.every_row_in_indexes;
-            let checked = self
-                .within(usable, usable.query("check an index", &check, &[&oid, &every_row]))
-                .await;
+            let checked =
+                self.within(usable, usable.query(what, &check, &[&oid, &every_row])).await;
+            let checked = match checked {
+                // The rows cannot be looked up without the code of the index; its order can be checked still.
+                Err(error) if every_row && is_lost_object(&error) => {
+                    let text = format!("rows of {thing}: {}", proto::failure::chain(&error));
+                    self.unseen("amcheck_indexes", text);
+                    self.within(usable, usable.query(what, &check, &[&oid, &false])).await
+                }
+                checked => checked,
+            };
             self.outcome("amcheck_indexes", &thing, checked)?;
         }
         Ok(())
@@ -133,8 +143,8 @@ SELECT c.oid, n.nspname::text, c.relname::text, i.indcollation::oid[]
             return Ok(());
         }
         let usable = self.usable(session, database).await?;
-        let Some(schema) = self.extension(usable, "pg_prewarm", "page_checksums", database).await?
-        else {
+        let checks = ["page_checksums"];
+        let Some(schema) = self.extension(usable, "pg_prewarm", &checks, database).await? else {
             return Ok(());
         };
         // Only the main fork: free space maps are not protected by WAL, and the server repairs them as it goes.
@@ -176,12 +186,13 @@ SELECT DISTINCT probin FROM pg_proc JOIN pg_language l ON l.oid = prolang
         Ok(())
     }
 
-    /// The quoted schema of an extension, which is created when it is installed on this machine.
+    /// The quoted schema of an extension, which is created when it is installed on this machine. When it is not, the checks
+    /// that need it say so.
     async fn extension(
         &mut self,
         session: &Session,
         name: &str,
-        check: &'static str,
+        checks: &[&'static str],
         database: &str,
     ) -> Result<Option<String>, Error> {
         let what = "prepare an extension";
@@ -202,9 +213,17 @@ SELECT DISTINCT probin FROM pg_proc JOIN pg_language l ON l.oid = prolang
             Ok(()) => Ok(Some(quote::identifier(OWN_SCHEMA))),
             Err(error) if error.is_closed() => Err(error),
             Err(error) => {
-                let text =
-                    format!("{database}: no extension {name}: {}", proto::failure::chain(&error));
-                self.unseen(check, text);
+                let text = format!(
+                    "{database} without extension {name}: {}",
+                    proto::failure::chain(&error)
+                );
+                for check in checks {
+                    if is_corruption(&error) {
+                        self.finding(check).bad.push(text.clone());
+                    } else {
+                        self.unseen(check, text.clone());
+                    }
+                }
                 Ok(None)
             }
         }

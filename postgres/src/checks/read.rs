@@ -51,6 +51,7 @@ pub(super) struct Collation {
 
 impl Run<'_> {
     pub(super) async fn read_everything(&mut self, session: &Session) -> Result<(), Error> {
+        self.open_databases(session).await?;
         let sql = format!(
             "-- pgmuster: databases to check\n\
              SELECT oid, datname::text AS name, {} AS actual, {} AS recorded FROM pg_database \
@@ -66,6 +67,23 @@ impl Run<'_> {
             if let Err(error) = self.read_database(&name, &collation, index == 0).await {
                 // The server may have crashed on what it read; the next database tells whether it came back.
                 self.outcome::<()>("tables_readable", &format!("database {name}"), Err(error))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets the checks into databases that were closed to everybody; their tables are part of the backup too.
+    async fn open_databases(&mut self, session: &Session) -> Result<(), Error> {
+        let what = "open a closed database";
+        // `template0` holds nothing of the user's; -2 marks what an interrupted DROP DATABASE has left.
+        let sql = "SELECT datname::text FROM pg_database \
+                   WHERE NOT datallowconn AND datconnlimit <> -2 AND datname <> 'template0'";
+        for row in session.query(what, sql, &[]).await? {
+            let name: String = row.get(0);
+            let sql = format!("ALTER DATABASE {} ALLOW_CONNECTIONS true", quote::identifier(&name));
+            if let Err(error) = session.run(what, &sql).await {
+                let text = format!("database {name}: {}", proto::failure::chain(&error));
+                self.finding("tables_readable").bad.push(text);
             }
         }
         Ok(())
