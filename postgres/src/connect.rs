@@ -18,6 +18,13 @@ use crate::version::ServerVersion;
 /// The databases that may hold our locks, in the order they are tried. The first that exists is used by everybody.
 const MAINTENANCE_DATABASES: [&str; 2] = ["postgres", "template1"];
 
+/// By these the server notices within two minutes that a worker is gone whose connection nobody closed: its backup ends
+/// then, and the temporary slot that holds back WAL goes with it. The system's own defaults let both live for hours.
+const SERVER_KEEPALIVES: &str = " SET tcp_keepalives_idle = 60; \
+     SET tcp_keepalives_interval = 10; \
+     SET tcp_keepalives_count = 6; \
+     SET tcp_user_timeout = 60000;";
+
 /// What a session is for, and how much the server may make it wait.
 #[derive(Debug, Clone)]
 pub struct Purpose {
@@ -86,7 +93,7 @@ pub async fn connect(target: &Target, purpose: &Purpose) -> Result<Session, Erro
         }
     };
     let session = Session::new(target, client, connection, tls);
-    let version = prepare(&session, purpose).await?;
+    let version = prepare(&session, purpose, !target.is_socket()).await?;
     if !version.is_supported() {
         return Err(Error::Version { target: target.to_string(), found: version.to_string() });
     }
@@ -114,7 +121,11 @@ fn nonce() -> String {
     format!("{:x}_{count:x}_{random:x}", std::process::id())
 }
 
-async fn prepare(session: &Session, purpose: &Purpose) -> Result<ServerVersion, Error> {
+async fn prepare(
+    session: &Session,
+    purpose: &Purpose,
+    is_tcp: bool,
+) -> Result<ServerVersion, Error> {
     let on_off = |on: bool| if on { "on" } else { "off" };
     // One simple query and no function call: it runs before our search_path holds.
     let mut settings = format!(
@@ -151,6 +162,10 @@ async fn prepare(session: &Session, purpose: &Purpose) -> Result<ServerVersion, 
     })?);
     if !version.is_supported() {
         return Ok(version);
+    }
+    if is_tcp {
+        // A server whose system has no such limit notes that in its log and goes on.
+        settings.push_str(SERVER_KEEPALIVES);
     }
     if version.major() >= 17 {
         settings.push_str(" SET transaction_timeout = 0;");

@@ -216,6 +216,12 @@ async fn what_the_server_refuses_is_told_with_a_cure_and_no_password(major: u32)
     };
     let session = open(&url("worker", secret, "postgres")).await;
     assert_eq!(text(&session, "SELECT current_user::text").await, "worker");
+    // Read back from the socket itself: the server notices by them when this side has vanished.
+    let keepalives = "SELECT string_agg(setting, ' ' ORDER BY name) FROM pg_settings \
+                      WHERE name LIKE 'tcp\\_keepalives%' OR name = 'tcp_user_timeout'";
+    assert_eq!(text(&session, keepalives).await, "6 60 10 60000");
+    let on_socket = open(&server.target("postgres")).await;
+    assert_eq!(text(&on_socket, keepalives).await, "0 0 0 0");
 
     for (target, hint) in [
         (url("worker", "wrong battery", "postgres"), "Correct the password of role worker"),
