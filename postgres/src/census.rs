@@ -129,6 +129,8 @@ pub async fn take_census(target: &Target, options: &CensusOptions) -> Result<Cen
 
 /// Completes a census after the backup was stopped at `stop_lsn`. `changes` has read the backup's WAL up to there; without
 /// it the counts stay, but nothing is known of how they may have changed.
+///
+/// A database that cannot be looked at again before the deadline is left out; when that is all of them there is no census.
 pub async fn finish_census(
     target: &Target,
     options: &CensusOptions,
@@ -136,17 +138,35 @@ pub async fn finish_census(
     changes: Option<&WalChanges>,
     stop_lsn: Lsn,
 ) -> Result<Census, Error> {
+    let what = || "finish the census".to_owned();
     let mut databases = Vec::new();
+    let mut seen = 0_usize;
+    let mut first_error = None;
     for database in draft.databases {
-        match finish_database(target, options, &database, changes, stop_lsn).await {
-            Ok(Some(finished)) => databases.push(finished),
-            Ok(None) => {}
-            Err(error @ Error::Cancelled { .. }) => return Err(error),
+        // Its session goes with the future that is dropped, and a running statement with the session.
+        let finished = tokio::select! {
+            biased;
+            () = options.cancel.cancelled() => return Err(Error::Cancelled { what: what() }),
+            () = tokio::time::sleep_until(options.deadline) => Err(Error::Deadline { what: what() }),
+            finished = finish_database(target, options, &database, changes, stop_lsn) => finished,
+        };
+        match finished {
+            Ok(finished) => {
+                seen += 1;
+                databases.extend(finished);
+            }
             Err(error) => {
                 let (name, why) = (&database.name, proto::failure::chain(&error));
                 tracing::warn!(database = %name, "Left database {name} out of the census: {why}");
+                first_error.get_or_insert(error);
             }
         }
+    }
+    // An empty census would say that there was nothing to compare with.
+    if let Some(error) = first_error
+        && seen == 0
+    {
+        return Err(error);
     }
     Ok(Census { canary: draft.canary, databases })
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use postgres::census::{CensusDraft, CensusOptions, finish_census, take_census};
 use postgres::wal::Segment;
 use postgres::wal_changes::WalChanges;
-use postgres::{BackupOptions, BackupSession, Stopped};
+use postgres::{BackupOptions, BackupSession, Error, Stopped};
 use proto::backup::{Census, TableCount};
 use servers::{Server, job, shown};
 use tokio::time::Instant;
@@ -25,6 +25,7 @@ servers::on_each_major! {
     the_census_waits_for_nobody,
     what_the_role_may_not_read_is_not_counted,
     without_wal_nothing_is_exact,
+    a_census_that_saw_no_database_again_is_an_error,
     changes_agree_with_the_servers_own_reading_of_its_wal,
 }
 
@@ -404,6 +405,31 @@ async fn without_wal_nothing_is_exact(major: u32) {
         (Some(1), None),
         "WAL that was not read to the end proves nothing"
     );
+}
+
+async fn a_census_that_saw_no_database_again_is_an_error(major: u32) {
+    let server = Server::start(major, &[]).await;
+    server.run("postgres", &["CREATE TABLE t AS SELECT 1 AS id", "CREATE DATABASE other"]).await;
+    let mut walk = Walk::begin(&server).await;
+    let stopped = walk.stop().await;
+    let target = server.target("postgres");
+    let finish = async |options: &CensusOptions| {
+        finish_census(&target, options, walk.draft.clone(), None, stopped.stop_lsn).await
+    };
+    let late = CensusOptions { deadline: Instant::now(), ..census_options() };
+    let error = finish(&late).await.unwrap_err();
+    assert!(matches!(error, Error::Deadline { .. }), "{}", shown(&error));
+
+    // One that cannot be entered is left out, and the others are told.
+    let shut = |name: &str| format!("ALTER DATABASE {name} ALLOW_CONNECTIONS false");
+    server.run("template1", &[&shut("postgres")]).await;
+    let census = finish(&census_options()).await.unwrap();
+    let names: Vec<_> = census.databases.iter().map(|d| d.database.as_str()).collect();
+    assert_eq!(names, ["other"]);
+
+    server.run("template1", &[&shut("other")]).await;
+    let error = finish(&census_options()).await.unwrap_err();
+    assert!(matches!(error, Error::Refused { .. }), "{}", shown(&error));
 }
 
 /// The oracle is `pg_waldump` of the same version: the same inserts and deletes for each table.
