@@ -229,7 +229,16 @@ pub enum Error {
         /// What is wrong with it.
         what: String,
     },
-    /// A restored copy did not become a running server.
+    /// A restored copy was not started, or ended, for want of something on this machine. That says nothing about the
+    /// backup.
+    #[error("start the restored server: this machine {what}: {evidence}")]
+    SandboxUnfit {
+        /// What is wrong with the machine.
+        what: String,
+        /// What the server or the system said.
+        evidence: String,
+    },
+    /// A restored copy did not become a running server, and nothing says that it was this machine's fault.
     #[error("start the restored server: {what}: {output}")]
     Sandbox {
         /// What happened.
@@ -504,7 +513,12 @@ impl From<Error> for Failure {
                     "Install them: apt-get install {package} (from apt.postgresql.org where the system's own release lacks it), or name their directory in the worker's configuration."
                 ),
             ),
-            Error::ProgramStart { .. } | Error::Program { .. } => told(
+            Error::SandboxUnfit { .. } | Error::ProgramStart { .. } => told(
+                Code::SandboxUnfit,
+                Action::RetryElsewhere,
+                "The backup is neither proved nor blamed. Give this machine what it lacks, or let a worker elsewhere prove.",
+            ),
+            Error::Program { .. } => told(
                 Code::SandboxFailed,
                 Action::FixConfig,
                 "The last lines of the program's output say why.",

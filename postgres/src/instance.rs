@@ -417,10 +417,13 @@ pub(crate) fn open_log(path: &Path, account: Account) -> Result<File> {
 }
 
 pub(crate) fn log_tail(path: &Path) -> String {
+    last_lines(&log_end(path), LOG_LINES)
+}
+
+/// The whole log of a server that has not run long. A runaway one is cut.
+pub(crate) fn log_end(path: &Path) -> String {
     let text = std::fs::read(path).unwrap_or_default();
-    // A server's log in a test is short; a runaway one is cut.
-    let tail = &text[text.len().saturating_sub(64 << 10)..];
-    last_lines(&String::from_utf8_lossy(tail), LOG_LINES)
+    String::from_utf8_lossy(&text[text.len().saturating_sub(64 << 10)..]).into_owned()
 }
 
 /// The text of a `postgresql.conf`; later settings win.

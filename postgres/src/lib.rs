@@ -24,6 +24,7 @@ pub mod session;
 pub mod settings;
 pub mod target;
 pub mod tls;
+mod unfit;
 pub mod version;
 pub mod wal;
 pub mod wal_changes;

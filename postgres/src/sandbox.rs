@@ -22,6 +22,7 @@
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -37,15 +38,18 @@ use crate::Error;
 use crate::binaries::Binaries;
 use crate::control_file::ControlFile;
 use crate::instance::{
-    PostmasterStatus, SOCKET_PORT, SocketDirectory, give_to, log_tail, make_private_directory,
-    open_log, postmaster_status, settings_text, socket_url, write_private,
+    PostmasterStatus, SOCKET_PORT, SocketDirectory, give_to, log_end, log_tail,
+    make_private_directory, open_log, postmaster_status, settings_text, socket_url, write_private,
 };
 use crate::process::{
     Account, DeathSignal, Isolation, ProcessIdentity, Program, Result, Running, describe,
     wait_blocking,
 };
+use crate::unfit::{self, Unfit};
 use crate::wal::Segment;
 
+/// Says in a room that it is one, and whose; locked while its owner lives.
+const OWNER_FILE: &str = "owner";
 /// First line of a room's owner file: what does not begin so is never removed.
 const OWNER_MARK: &str = "pgmuster sandbox";
 /// Between two looks at a booting server.
@@ -174,7 +178,7 @@ impl SandboxRoom {
     }
 
     fn furnish(path: &Path, account: Account) -> Result<Self> {
-        let owner_path = path.join("owner");
+        let owner_path = path.join(OWNER_FILE);
         let failed = |source| Error::io("write", &owner_path, source);
         let open = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&owner_path);
         let mut owner = open.map_err(failed)?;
@@ -215,7 +219,7 @@ impl SandboxRoom {
 
     /// Removes the room and says when that fails; dropping removes it too, silently. Blocking.
     pub fn remove(self) -> Result<()> {
-        std::fs::remove_dir_all(&self.path)
+        remove_room(&self.path)
             .map_err(|source| Error::io("remove the directory", &self.path, source))
     }
 }
@@ -223,7 +227,7 @@ impl SandboxRoom {
 impl Drop for SandboxRoom {
     fn drop(&mut self) {
         // Gone already after `remove`. What cannot be removed now is found by the next sweep.
-        let _ = std::fs::remove_dir_all(&self.path);
+        let _ = remove_room(&self.path);
     }
 }
 
@@ -312,8 +316,9 @@ impl Sandbox {
     /// Boots the copy that lies in `room` and returns when it has replayed to the end of its backup
     /// and answers queries.
     ///
-    /// On every error the server is ended and the room removed; the error carries the last lines of
-    /// the log.
+    /// On every error the server is ended and the room removed. [`Error::Sandbox`] carries the last
+    /// lines of the log; [`Error::SandboxUnfit`] says that this machine is to blame, and the copy is
+    /// not.
     pub async fn boot(
         binaries: &Binaries,
         room: SandboxRoom,
@@ -330,9 +335,9 @@ impl Sandbox {
             NetworkIsolation::WherePossible => Isolation::probe(Some(account)).await,
             NetworkIsolation::Required => match Isolation::probe(Some(account)).await {
                 Isolation::None(reason) => {
-                    return Err(Error::Sandbox {
-                        what: "no network of its own can be made".to_owned(),
-                        output: reason,
+                    return Err(Error::SandboxUnfit {
+                        what: "cannot give it a network of its own".to_owned(),
+                        evidence: reason,
                     });
                 }
                 isolation @ Isolation::Namespaces { .. } => isolation,
@@ -464,7 +469,7 @@ pub fn sweep(root: &Path) -> Result<Vec<Swept>> {
     let mut swept = Vec::new();
     for entry in entries {
         let path = entry.map_err(failed)?.path();
-        let Ok(mut owner) = File::open(path.join("owner")) else { continue };
+        let Ok(mut owner) = File::open(path.join(OWNER_FILE)) else { continue };
         let mut text = String::new();
         let is_room =
             owner.read_to_string(&mut text).is_ok() && text.lines().next() == Some(OWNER_MARK);
@@ -480,8 +485,7 @@ pub fn sweep(root: &Path) -> Result<Vec<Swept>> {
             }
             let _ = std::fs::remove_dir(sockets);
         }
-        std::fs::remove_dir_all(&path)
-            .map_err(|source| Error::io("remove the directory", &path, source))?;
+        remove_room(&path).map_err(|source| Error::io("remove the directory", &path, source))?;
         swept.push(Swept { path, n_processes });
     }
     Ok(swept)
@@ -541,7 +545,14 @@ impl Boot<'_> {
             watch.look();
             let ended = server.ended();
             if let Some(status) = ended.map_err(|source| Error::io("watch", &pid_file, source))? {
-                return Err(self.failed(format!("it ended with {}", describe(status))));
+                return Err(match status.signal() {
+                    // Nobody but the system does that, for want of memory, or a person.
+                    Some(9) => Error::SandboxUnfit {
+                        what: unfit::KILLED.to_owned(),
+                        evidence: format!("it ended with {}", describe(status)),
+                    },
+                    _ => self.failed(format!("it ended with {}", describe(status))),
+                });
             }
             let status = server.pid().map(|pid| postmaster_status(&pid_file, pid));
             if status == Some(PostmasterStatus::Ready) {
@@ -646,7 +657,8 @@ impl Boot<'_> {
             .arg("template1")
             .stdin(query)
             .run(SINGLE_USER_TIMEOUT, &self.options.cancel)
-            .await?;
+            .await
+            .map_err(|error| judged("its superuser cannot be found", error))?;
         // One line a column: `1: rolname = "boss"	(typeid = 19, …)`.
         let text = output.stdout_text();
         let name =
@@ -655,8 +667,25 @@ impl Boot<'_> {
             .ok_or_else(|| self.failed("none of its superusers may log in".to_owned()))
     }
 
+    /// What happened, blamed on this machine or else on the copy by what stands in the server's log.
     fn failed(&self, what: String) -> Error {
-        Error::Sandbox { what, output: log_tail(&self.room.log_path()) }
+        let log_path = self.room.log_path();
+        blamed(what, &log_end(&log_path), || log_tail(&log_path))
+    }
+}
+
+fn blamed(what: String, said: &str, output: impl FnOnce() -> String) -> Error {
+    match unfit::unfit(said) {
+        Some(Unfit { what, evidence }) => Error::SandboxUnfit { what: what.to_owned(), evidence },
+        None => Error::Sandbox { what, output: output() },
+    }
+}
+
+/// The same for a program of PostgreSQL that looked at the copy and ended badly.
+fn judged(what: &str, error: Error) -> Error {
+    match error {
+        Error::Program { output, .. } => blamed(what.to_owned(), &output, || output.clone()),
+        other => other,
     }
 }
 
@@ -778,12 +807,7 @@ async fn refuse_tablespaces_created_meanwhile(
         .args(["-e", &options.stop_lsn.to_string(), "-r", "Tablespace"])
         .run(options.timeout, &options.cancel)
         .await
-        .map_err(|error| match error {
-            Error::Program { output, .. } => {
-                Error::Sandbox { what: "the WAL of the backup cannot be read".to_owned(), output }
-            }
-            other => other,
-        })?;
+        .map_err(|error| judged("the WAL of the backup cannot be read", error))?;
     for line in output.stdout_text().lines() {
         // `rmgr: Tablespace … desc: CREATE 16390 "/place"`; an empty place is one inside the data
         // directory.
@@ -1034,6 +1058,26 @@ fn processes_in(directory: &Path) -> Vec<ProcessIdentity> {
             works_in.starts_with(directory).then(|| ProcessIdentity::of(pid)).flatten()
         })
         .collect()
+}
+
+/// Removes a room, and last of all the file that makes it one: a process that dies on the way leaves
+/// what the next sweep recognises.
+fn remove_room(path: &Path) -> io::Result<()> {
+    for entry in std::fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_name() == OWNER_FILE {
+            continue;
+        }
+        if entry.file_type()?.is_dir() {
+            std::fs::remove_dir_all(entry.path())?;
+        } else {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    match std::fs::remove_file(path.join(OWNER_FILE)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => std::fs::remove_dir(path),
+    }
 }
 
 /// Locks a directory of rooms for as long as the returned file lives.

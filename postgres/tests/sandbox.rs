@@ -7,7 +7,7 @@ mod owners;
 mod throwaway;
 
 use std::fmt::Write as _;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ use postgres::instance::Instance;
 use postgres::process::{Account, Isolation};
 use postgres::sandbox::{NetworkIsolation, Sandbox, SandboxOptions, SandboxRoom, Swept, sweep};
 use proto::backup::Setting;
-use proto::{Lsn, SystemIdentifier, Timeline};
+use proto::{Action, Code, Failure, Lsn, SystemIdentifier, Timeline};
 use tempfile::TempDir;
 use throwaway::{binaries, cluster, cluster_in, connect, text};
 use tokio_util::sync::CancellationToken;
@@ -256,6 +256,75 @@ async fn a_copy_that_lacks_the_end_of_its_wal_never_opens() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_the_machine_lacks_is_not_held_against_the_backup() {
+    for major in [15, 18] {
+        let (instance, directory) = with_rows(major).await;
+        let rooms = directory.path().join("rooms");
+        let unfit = async |room: SandboxRoom, options: SandboxOptions, line: &str| {
+            let error = refused(&instance, room, options).await;
+            let Error::SandboxUnfit { evidence, .. } = &error else { panic!("{error}") };
+            assert!(evidence.contains(line), "{evidence}");
+            let failure = Failure::from(error);
+            assert_eq!(
+                (failure.code, failure.action),
+                (Code::SandboxUnfit, Action::RetryElsewhere)
+            );
+        };
+        // A library that the source has and this machine has not.
+        let (room, mut options) = copied(&instance, &rooms).await;
+        let name = "shared_preload_libraries".to_owned();
+        options.settings.push(Setting { name, value: "not_installed_here".to_owned() });
+        options.preload_libraries.push("not_installed_here".to_owned());
+        unfit(room, options, "could not access file \"not_installed_here\"").await;
+
+        // More memory than a server can have.
+        let (room, mut options) = copied(&instance, &rooms).await;
+        options.shared_buffers_mb = u32::MAX;
+        unfit(room, options, "postgresql.conf\" contains errors").await;
+
+        // A file that was restored so that the server may not read it.
+        let (room, options) = copied(&instance, &rooms).await;
+        let map = room.data_directory().join("global/pg_filenode.map");
+        std::fs::set_permissions(&map, std::fs::Permissions::from_mode(0o000)).unwrap();
+        unfit(room, options, "Permission denied").await;
+
+        // The same file is not there at all: that is the copy's fault.
+        let (room, options) = copied(&instance, &rooms).await;
+        std::fs::remove_file(room.data_directory().join("global/pg_filenode.map")).unwrap();
+        let error = refused(&instance, room, options).await;
+        assert!(matches!(&error, Error::Sandbox { .. }), "{error}");
+        assert!(error.to_string().contains("pg_filenode.map"), "{error}");
+        let failure = Failure::from(error);
+        assert_eq!((failure.code, failure.action), (Code::SandboxFailed, Action::FixData));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_room_that_was_half_removed_is_found_by_the_next_sweep() {
+    let directory = tempfile::tempdir().unwrap();
+    let rooms = directory.path().join("rooms");
+    let room = SandboxRoom::create(&rooms, "proof", None).await.unwrap();
+    let path = room.path().to_owned();
+    // Whichever way the removal walks, here it gets stuck.
+    for part in ["data", "run", "tablespaces"] {
+        let stuck = path.join(part).join("stuck");
+        std::fs::create_dir(&stuck).unwrap();
+        std::fs::write(stuck.join("file"), "").unwrap();
+        std::fs::set_permissions(&stuck, std::fs::Permissions::from_mode(0o500)).unwrap();
+    }
+    room.remove().unwrap_err();
+    assert!(path.exists());
+    for part in ["data", "run", "tablespaces"] {
+        let stuck = path.join(part).join("stuck");
+        if stuck.exists() {
+            std::fs::set_permissions(&stuck, std::fs::Permissions::from_mode(0o700)).unwrap();
+        }
+    }
+    assert_eq!(sweep(&rooms).unwrap(), [Swept { path: path.clone(), n_processes: 0 }]);
+    assert!(!path.exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_stop_position_that_the_server_did_not_reach_is_an_error() {
     let (instance, directory) = with_rows(15).await;
     // More WAL than the backup needs lies in pg_wal; recovery stops at the end of the backup all
@@ -447,7 +516,9 @@ async fn a_network_of_its_own_is_had_where_it_is_required() {
         (Isolation::Namespaces { .. }, Ok(sandbox)) => {
             assert!(matches!(sandbox.isolation(), Isolation::Namespaces { .. }));
         }
-        (Isolation::None(reason), Err(Error::Sandbox { output, .. })) => assert_eq!(output, reason),
+        (Isolation::None(reason), Err(Error::SandboxUnfit { evidence, .. })) => {
+            assert_eq!(evidence, reason);
+        }
         (found, result) => panic!("{found:?} {result:?}"),
     }
 }

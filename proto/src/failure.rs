@@ -164,6 +164,8 @@ codes! {
     TargetUnwritable = "TARGET_UNWRITABLE",
     /// The restored server did not start.
     SandboxFailed = "SANDBOX_FAILED",
+    /// The machine cannot run the restored server; nothing is known about the backup.
+    SandboxUnfit = "SANDBOX_UNFIT",
     /// The restored server ended recovery somewhere else than planned.
     StopPositionMissed = "STOP_POSITION_MISSED",
     /// The restored server failed a check.

@@ -1,0 +1,150 @@
+//! Whose trouble it is when a restored server does not start: its copy's, or that of the machine it was to run on.
+//!
+//! Decides by the sentence with which the server gave up. The machine's are only those that no content of a data directory
+//! can cause: a full disk, missing memory or libraries, refused rights. Everything else, and every sentence that is not
+//! known here, is held against the copy: a bad backup must not be excused.
+
+/// What the machine is short of, and the line that says so.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Unfit {
+    /// Completes "this machine …".
+    pub(crate) what: &'static str,
+    /// The line of the server's log.
+    pub(crate) evidence: String,
+}
+
+const FULL: &str = "has no room left";
+const MEMORY: &str = "has too little memory";
+const FILES: &str = "lets too few files be open";
+const LIBRARY: &str = "lacks a library that the cluster needs";
+const RIGHTS: &str = "does not let the server use its own files";
+const DISK: &str = "has a disk that fails";
+const SOCKET: &str = "has no place for the server's socket";
+const SETTINGS: &str = "gives the server settings that it refuses";
+const BUILD: &str = "has programs that were built for another kind of cluster";
+const LOCALE: &str = "lacks a locale of the cluster";
+pub(crate) const KILLED: &str = "killed the server";
+
+/// Parts of the server's last sentence. The server prints in English and the system in its own words, because the
+/// sandbox sets no locale.
+const SENTENCES: [(&str, &str); 27] = [
+    ("No space left on device", FULL),
+    ("Disk quota exceeded", FULL),
+    ("File too large", FULL),
+    ("Cannot allocate memory", MEMORY),
+    // Also "out of shared memory", whose size is that of our own settings.
+    ("out of memory", MEMORY),
+    ("out of shared memory", MEMORY),
+    ("could not map anonymous shared memory", MEMORY),
+    ("could not create shared memory segment", MEMORY),
+    ("could not create semaphores", MEMORY),
+    ("could not fork", MEMORY),
+    ("Too many open files", FILES),
+    ("insufficient file descriptors available", FILES),
+    // Only libraries are "accessed"; files of the data directory are opened.
+    ("could not access file \"", LIBRARY),
+    ("could not load library \"", LIBRARY),
+    ("resource manager with ID", LIBRARY),
+    ("Permission denied", RIGHTS),
+    ("Operation not permitted", RIGHTS),
+    ("Read-only file system", RIGHTS),
+    ("has wrong ownership", RIGHTS),
+    ("has invalid permissions", RIGHTS),
+    ("Input/output error", DISK),
+    ("Stale file handle", DISK),
+    ("could not create any Unix-domain sockets", SOCKET),
+    ("contains errors", SETTINGS),
+    ("insufficient parameter settings", SETTINGS),
+    ("database files are incompatible with server", BUILD),
+    ("locale is incompatible with operating system", LOCALE),
+];
+
+/// Looks for the sentence with which the server gave up: the first of its kind, because what follows are consequences.
+/// `None` when it speaks of the copy, or is not there.
+pub(crate) fn unfit(log: &str) -> Option<Unfit> {
+    let told = |what, line: &str| Some(Unfit { what, evidence: line.trim().to_owned() });
+    if let Some(line) = log.lines().find(|line| line.contains("was terminated by signal 9")) {
+        return told(KILLED, line);
+    }
+    let mut lines = log.lines();
+    let last_words = lines.find(|line| {
+        let gives_up = ["FATAL:", "PANIC:", "ERROR:", " error:", " fatal:"];
+        // Whoever asks a new server for its roles and databases hears that one is not there.
+        gives_up.iter().any(|severity| line.contains(severity))
+            && !line.contains("\" does not exist")
+    })?;
+    // What the system said may stand in the line below.
+    let detail = lines.next().filter(|line| line.contains("DETAIL:"));
+    [Some(last_words), detail].into_iter().flatten().find_map(|line| {
+        let (_, what) = SENTENCES.iter().find(|(part, _)| line.contains(part))?;
+        told(what, line)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_only_a_machine_can_cause_is_told_with_its_line() {
+        for (line, what) in [
+            (
+                r#"FATAL:  could not write to file "pg_wal/xlogtemp.31": No space left on device"#,
+                FULL,
+            ),
+            ("FATAL:  could not map anonymous shared memory: Cannot allocate memory", MEMORY),
+            ("FATAL:  out of memory", MEMORY),
+            (r#"FATAL:  could not access file "timescaledb": No such file or directory"#, LIBRARY),
+            ("FATAL:  resource manager with ID 138 not registered", LIBRARY),
+            (
+                r#"PANIC:  could not open file "global/pg_control": Too many open files in system"#,
+                FILES,
+            ),
+            (r#"FATAL:  could not open file "global/1262": Permission denied"#, RIGHTS),
+            (r#"FATAL:  could not read block 3 in file "base/5/1259": Input/output error"#, DISK),
+            (r#"FATAL:  configuration file "/room/run/postgresql.conf" contains errors"#, SETTINGS),
+            ("FATAL:  database files are incompatible with server", BUILD),
+            ("FATAL:  database locale is incompatible with operating system", LOCALE),
+            ("LOG:  startup process (PID 17) was terminated by signal 9: Killed", KILLED),
+        ] {
+            let line = format!("2026-01-02 03:04:05.678 UTC [17] {line}");
+            let log = format!(
+                "2026-01-02 03:04:05.000 UTC [17] LOG:  starting\n{line}\nLOG:  database system is shut down\n"
+            );
+            assert_eq!(unfit(&log), Some(Unfit { what, evidence: line }));
+        }
+    }
+
+    #[test]
+    fn what_a_copy_can_cause_is_held_against_it() {
+        for line in [
+            r#"FATAL:  could not open file "pg_xact/0000": No such file or directory"#,
+            r#"FATAL:  could not read block 3 in file "base/5/1259": read only 0 of 8192 bytes"#,
+            "FATAL:  recovery ended before configured recovery target was reached",
+            "PANIC:  could not locate a valid checkpoint record",
+            "FATAL:  incorrect checksum in control file",
+            "FATAL:  could not access status of transaction 0\nDETAIL:  Could not open file \"pg_xact/0000\": No such file or directory.",
+            "FATAL:  invalid memory alloc request size 18446744073709551613",
+            "LOG:  startup process (PID 17) was terminated by signal 6: Aborted",
+        ] {
+            assert_eq!(unfit(&format!("{line}\n")), None, "{line}");
+        }
+        // What follows is a consequence.
+        let both = "PANIC:  WAL contains references to invalid pages\nFATAL:  could not write: No space left on device\n";
+        assert_eq!(unfit(both), None);
+        assert_eq!(unfit(""), None);
+    }
+
+    #[test]
+    fn the_systems_own_words_may_stand_in_the_detail() {
+        let detail = r#"DETAIL:  Could not write to file "pg_xact/0000" at offset 8192: No space left on device."#;
+        let log = format!("FATAL:  could not access status of transaction 0\n{detail}\n");
+        assert_eq!(unfit(&log), Some(Unfit { what: FULL, evidence: detail.to_owned() }));
+    }
+
+    #[test]
+    fn a_missing_role_is_not_the_last_word() {
+        let log = "FATAL:  role \"postgres\" does not exist\nFATAL:  out of memory\n";
+        assert_eq!(unfit(log).map(|unfit| unfit.what), Some(MEMORY));
+    }
+}
