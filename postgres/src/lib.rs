@@ -18,6 +18,7 @@ pub mod page;
 pub mod process;
 pub mod quote;
 pub mod relation;
+pub mod roots;
 pub mod sandbox;
 pub mod scan;
 pub mod session;

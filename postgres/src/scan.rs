@@ -17,6 +17,7 @@ use crate::Error;
 use crate::control_file::CONTROL_FILE_PATH;
 use crate::process::{Account, Result};
 use crate::relation::{Fork, RelationFile};
+use crate::roots::Roots;
 
 /// Below this name a backup keeps the settings files that lie outside the data directory, each by
 /// its absolute path.
@@ -165,6 +166,8 @@ pub struct Scan {
     pub warnings: Vec<ScanWarning>,
     /// Sorted by OID.
     pub tablespaces: Vec<ScannedTablespace>,
+    /// The directories that were walked: to be verified when everything was copied.
+    pub roots: Roots,
 }
 
 impl Scan {
@@ -253,7 +256,10 @@ impl<'a> Walk<'a> {
                 cure: "Give the directory that SHOW data_directory names.".to_owned(),
             });
         }
-        Ok(Self { options, tablespace_places: HashMap::new(), scan: Scan::default() })
+        let roots = Roots::of(&options.data_directory)
+            .map_err(|source| io_error(&options.data_directory, source))?;
+        let scan = Scan { roots, ..Scan::default() };
+        Ok(Self { options, tablespace_places: HashMap::new(), scan })
     }
 
     /// Tablespaces come first: the walk of the data directory must know the directories that are
@@ -284,6 +290,7 @@ impl<'a> Walk<'a> {
                 continue;
             };
             let Some(directory) = tablespace_directory(&link, &location)? else { continue };
+            self.scan.roots.remember(&link, &directory, true);
             if !in_place {
                 let id = (directory.dev(), directory.ino());
                 self.tablespace_places.insert(id, (oid, location.clone()));
@@ -356,6 +363,9 @@ impl<'a> Walk<'a> {
             return Ok(());
         }
         self.push(path.to_owned(), source.to_owned(), EntryKind::Directory, metadata);
+        if self.scan.roots.is_elsewhere(metadata) && place == Place::Root {
+            self.scan.roots.remember(source, metadata, false);
+        }
         let inside = match place {
             Place::Root if EMPTIED.contains(&path) => return self.emptied(path, source),
             // Walked already.

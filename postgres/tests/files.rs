@@ -541,6 +541,42 @@ async fn a_tablespace_that_is_not_mounted_ends_the_scan() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_directory_that_is_replaced_while_it_is_copied_is_noticed() {
+    let (mut instance, directory) = cluster(15, &[]).await;
+    let client = connect(&instance.url("postgres")).await;
+    for name in ["kept", "dropped"] {
+        let space = directory.path().join(name);
+        std::fs::create_dir(&space).unwrap();
+        let make = format!("CREATE TABLESPACE {name} LOCATION '{}'", space.display());
+        client.batch_execute(&make).await.unwrap();
+    }
+    let roots = scan_of(&instance).roots;
+    roots.verify().unwrap();
+    // What the server itself does is no accident.
+    for change in ["DROP TABLESPACE dropped", "CREATE TABLE t (i int)"] {
+        client.batch_execute(change).await.unwrap();
+    }
+    roots.verify().unwrap();
+    drop(client);
+    instance.stop(StopMode::Fast).await.unwrap();
+    roots.verify().unwrap();
+
+    for place in [directory.path().join("kept"), instance.data_directory()] {
+        let aside = directory.path().join("aside");
+        std::fs::rename(&place, &aside).unwrap();
+        for expected in ["it went away", "another directory was put in its place"] {
+            let error = roots.verify().unwrap_err();
+            let Error::Shape { what, .. } = &error else { panic!("{error}") };
+            assert!(what.contains(expected), "{what}");
+            let _ = std::fs::create_dir(&place);
+        }
+        std::fs::remove_dir(&place).unwrap();
+        std::fs::rename(&aside, &place).unwrap();
+        roots.verify().unwrap();
+    }
+}
+
 /// Every path below `root`, links to directories followed.
 fn list(root: &Path, prefix: &Path, found: &mut BTreeSet<String>) {
     for entry in std::fs::read_dir(root).unwrap() {
