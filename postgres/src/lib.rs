@@ -6,6 +6,7 @@
 
 pub mod backup_session;
 pub mod binaries;
+mod cancel;
 pub mod census;
 pub mod checks;
 pub mod connect;

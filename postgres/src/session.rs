@@ -10,10 +10,11 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 use tokio_postgres::tls::MakeTlsConnect;
 use tokio_postgres::types::ToSql;
-use tokio_postgres::{CancelToken, Client, Connection, Row, Socket};
+use tokio_postgres::{Client, Connection, Row, Socket};
 use tokio_postgres_rustls::MakeRustlsConnect;
 use tokio_util::sync::CancellationToken;
 
+pub use crate::cancel::Canceller;
 use crate::error::{During as _, Error, ServerMessage};
 use crate::target::Target;
 
@@ -37,24 +38,6 @@ pub struct Session {
     backend_pid: AtomicI32,
 }
 
-/// Cancels the running statement of a session, over a connection of its own with the same TLS settings.
-#[derive(Clone)]
-pub struct Canceller {
-    token: CancelToken,
-    tls: MakeRustlsConnect,
-}
-
-impl Canceller {
-    /// Asks the server to cancel what the session is doing. Success says that the request arrived, not that anything was
-    /// cancelled.
-    pub async fn cancel(&self) -> Result<(), Error> {
-        match timeout(CLOSING, self.token.cancel_query(self.tls.clone())).await {
-            Ok(outcome) => outcome.during("cancel a statement"),
-            Err(_) => Err(Error::Deadline { what: "cancel a statement".to_owned() }),
-        }
-    }
-}
-
 impl Session {
     pub(crate) fn new(
         target: &Target,
@@ -62,7 +45,7 @@ impl Session {
         connection: Connection<Socket, Stream>,
         tls: MakeRustlsConnect,
     ) -> Self {
-        let canceller = Canceller { token: client.cancel_token(), tls };
+        let canceller = Canceller::new(client.cancel_token(), tls, target.sole_address());
         let last_words = Arc::new(OnceLock::new());
         let (dropped, on_drop) = oneshot::channel();
         let task =

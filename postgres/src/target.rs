@@ -12,6 +12,7 @@ use std::time::Duration;
 use secrecy::{ExposeSecret as _, SecretString};
 use tokio_postgres::config::{ChannelBinding, SslMode, SslNegotiation};
 
+use crate::cancel::Address;
 use crate::error::Error;
 use crate::tls;
 
@@ -185,6 +186,21 @@ impl Target {
     /// Whether only this machine can be meant: every host is the directory of a Unix socket.
     pub fn is_socket(&self) -> bool {
         self.addresses.is_empty() && self.hosts.iter().all(|host| host.starts_with('/'))
+    }
+
+    /// Where the server is, when only one can be meant.
+    pub(crate) fn sole_address(&self) -> Option<Address> {
+        let [name] = &self.hosts[..] else { return None };
+        let port = self.ports.first().copied().unwrap_or(5432);
+        let host = match self.addresses[..] {
+            [] if name.starts_with('/') => {
+                return Some(Address::Socket(Path::new(name).join(format!(".s.PGSQL.{port}"))));
+            }
+            [] => name.clone(),
+            [address] => address.to_string(),
+            _ => return None,
+        };
+        Some(Address::Tcp { name: name.clone(), host, port })
     }
 
     pub(crate) fn tls(&self) -> &tls::Options {
@@ -700,6 +716,21 @@ mod tests {
             let told = format!("{told} {:?}", proto::Failure::from(error));
             assert!(!told.contains(secret), "{told}");
         }
+    }
+
+    #[test]
+    fn one_host_is_one_address() {
+        let address = |text: &str| Target::parse(text, &nobody()).unwrap().sole_address();
+        let tcp = |name: &str, host: &str, port| {
+            Some(Address::Tcp { name: name.to_owned(), host: host.to_owned(), port })
+        };
+        assert_eq!(address("host=db1 user=a"), tcp("db1", "db1", 5432));
+        assert_eq!(address("host=db1 hostaddr=10.0.0.1 port=7 user=a"), tcp("db1", "10.0.0.1", 7));
+        assert_eq!(
+            address("host=/run/pg port=7 user=a"),
+            Some(Address::Socket("/run/pg/.s.PGSQL.7".into()))
+        );
+        assert_eq!(address("host=db1,db2 user=a"), None);
     }
 
     #[test]

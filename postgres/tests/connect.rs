@@ -24,6 +24,7 @@ servers::on_each_major! {
     settings_of_role_and_database_do_not_reach_our_statements,
     a_dropped_session_takes_its_statement_with_it,
     a_cancelled_session_can_be_used_again,
+    a_cancel_request_has_been_dealt_with_when_it_returns,
     locks_are_found_held_and_lost,
     a_dropped_maintenance_database_is_no_obstacle,
     what_the_server_refuses_is_told_with_a_cure_and_no_password,
@@ -124,6 +125,24 @@ async fn settings_of_role_and_database_do_not_reach_our_statements(major: u32) {
     );
     let backup = connect(&server.target("postgres"), &Purpose::backup(&job())).await.unwrap();
     assert_eq!(text(&backup, "SELECT current_setting('statement_timeout')").await, "0");
+}
+
+async fn a_cancel_request_has_been_dealt_with_when_it_returns(major: u32) {
+    let server = Server::with(major, &[], |options| options.tcp_port = Some(0)).await;
+    server.run("postgres", &["CREATE ROLE worker LOGIN PASSWORD 's'"]).await;
+    let tcp = server.instance.tcp_url("worker", "s", "postgres").unwrap();
+    for target in [server.target("postgres"), Target::parse(&tcp, &nobody()).unwrap()] {
+        let session = open(&target).await;
+        let canceller = session.canceller();
+        // A request that is still on its way when it is believed to be over ends the next statement.
+        for _ in 0..50 {
+            canceller.cancel().await.unwrap();
+            session
+                .run("go on", "SELECT pg_sleep(0.01)")
+                .await
+                .unwrap_or_else(|e| panic!("{}", shown(&e)));
+        }
+    }
 }
 
 async fn a_dropped_session_takes_its_statement_with_it(major: u32) {
@@ -342,6 +361,7 @@ async fn tls(major: u32) {
         let session = open(&target(&words)).await;
         let is_encrypted: bool = session.one("ask", encrypted, &[]).await.unwrap().get(0);
         assert_eq!(is_encrypted, wanted, "{words}");
+        session.canceller().cancel().await.unwrap_or_else(|e| panic!("{words}: {}", shown(&e)));
     }
     for words in [
         format!("host=127.0.0.1 sslmode=require sslrootcert={other}"),
