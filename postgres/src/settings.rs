@@ -1,5 +1,8 @@
 //! Settings of the server: which prevent a backup, and which a restored server must have.
 
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
 use proto::backup::{Setting, Tablespace};
 
 use crate::error::Error;
@@ -48,6 +51,48 @@ pub async fn kept(session: &Session) -> Result<Vec<Setting>, Error> {
 SELECT name, setting FROM pg_settings WHERE name = ANY($1) ORDER BY array_position($1::text[], name)";
     let rows = session.query("read the server's settings", sql, &[&KEPT]).await?;
     Ok(rows.iter().map(|row| Setting { name: row.get(0), value: row.get(1) }).collect())
+}
+
+/// Every file outside the data directory that the server reads its settings from: the three that it names itself, and what they
+/// include, as far as the role may see it. Included files are all told to a role that may read `pg_file_settings` (and, from 16
+/// on, `pg_hba_file_rules` and `pg_ident_file_mappings`); to others only those of which a setting is in effect. Sorted.
+pub async fn files_outside(session: &Session) -> Result<Vec<PathBuf>, Error> {
+    let what = "find the server's settings files";
+    let mut sql = "\
+-- pgmuster: settings files
+SELECT setting AS file FROM pg_settings WHERE name IN ('config_file', 'hba_file', 'ident_file')
+UNION SELECT sourcefile FROM pg_settings"
+        .to_owned();
+    let views = "\
+-- pgmuster: views of settings files
+SELECT oid::regclass::text, file FROM (VALUES ('pg_file_settings', 'pg_show_all_file_settings', 'sourcefile'),
+       ('pg_hba_file_rules', 'pg_hba_file_rules', 'file_name'),
+       ('pg_ident_file_mappings', 'pg_ident_file_mappings', 'file_name')) AS known (view, source, file)
+  JOIN pg_class c ON oid = to_regclass('pg_catalog.' || view)
+ WHERE has_table_privilege(oid, 'SELECT')
+   AND (SELECT bool_and(has_function_privilege(p.oid, 'EXECUTE')) FROM pg_proc p
+         WHERE proname = source AND pronamespace = 'pg_catalog'::regnamespace)
+   AND EXISTS (SELECT FROM pg_attribute WHERE attrelid = c.oid AND attname = file)";
+    for row in session.query(what, views, &[]).await? {
+        let (view, file): (&str, &str) = (row.get(0), row.get(1));
+        // Both are names of the catalogue's own, written above.
+        let _ = write!(sql, "\nUNION SELECT {file} FROM {view}");
+    }
+    let directory = "SELECT setting FROM pg_settings WHERE name = 'data_directory'";
+    let directory: Option<String> =
+        session.maybe(what, directory, &[]).await?.and_then(|row| row.get(0));
+    let mut files: Vec<PathBuf> = session
+        .query(what, &sql, &[])
+        .await?
+        .iter()
+        .filter_map(|row| row.get::<_, Option<String>>(0))
+        .map(PathBuf::from)
+        .filter(|file| file.is_absolute())
+        .filter(|file| directory.as_ref().is_none_or(|directory| !file.starts_with(directory)))
+        .collect();
+    files.sort();
+    files.dedup();
+    Ok(files)
 }
 
 /// The tablespaces outside the data directory. In-place ones (relative paths, a developer's setting) are not among them.

@@ -13,7 +13,7 @@ use postgres::connect::{Purpose, connect, connect_maintenance};
 use postgres::error::Error;
 use postgres::instance::StopMode;
 use postgres::locks::{Class, ClusterLock};
-use postgres::{Session, Target};
+use postgres::{Session, Target, settings};
 use proto::{Action, Code, Failure};
 use servers::{Server, job, nobody, service, shown};
 use tokio::time::Instant;
@@ -25,6 +25,7 @@ servers::on_each_major! {
     a_dropped_session_takes_its_statement_with_it,
     a_cancelled_session_can_be_used_again,
     a_cancel_request_has_been_dealt_with_when_it_returns,
+    settings_files_outside_the_data_directory_are_all_told,
     locks_are_found_held_and_lost,
     a_dropped_maintenance_database_is_no_obstacle,
     what_the_server_refuses_is_told_with_a_cure_and_no_password,
@@ -125,6 +126,55 @@ async fn settings_of_role_and_database_do_not_reach_our_statements(major: u32) {
     );
     let backup = connect(&server.target("postgres"), &Purpose::backup(&job())).await.unwrap();
     assert_eq!(text(&backup, "SELECT current_setting('statement_timeout')").await, "0");
+}
+
+async fn settings_files_outside_the_data_directory_are_all_told(major: u32) {
+    let server = Server::start(major, &[]).await;
+    let outside = server.directory.path().join("etc");
+    let place = |name: &str| outside.join(name);
+    std::fs::create_dir_all(place("conf.d")).unwrap();
+    let file = |name: &str, text: &str| std::fs::write(place(name), text).unwrap();
+    file("one.conf", "work_mem = '5MB'\ninclude_dir 'conf.d'\n");
+    file("conf.d/two.conf", "maintenance_work_mem = '50MB'\n");
+    // Nothing of it is in effect.
+    file("conf.d/overruled.conf", "deadlock_timeout = '3s'\n");
+    file("conf.d/overruling.conf", "deadlock_timeout = '4s'\n");
+    file("conf.d/not_read.txt", "");
+    file("hba.conf", "local all all trust\n");
+    let data = server.instance.data_directory();
+    let append = |name: &str, line: String| {
+        let text = std::fs::read_to_string(data.join(name)).unwrap();
+        std::fs::write(data.join(name), text + &line).unwrap();
+    };
+    std::fs::write(data.join("inside.conf"), "").unwrap();
+    append(
+        "postgresql.conf",
+        format!("include '{}'\ninclude 'inside.conf'\n", place("one.conf").display()),
+    );
+    let mut expected: Vec<_> =
+        ["conf.d/overruled.conf", "conf.d/overruling.conf", "conf.d/two.conf", "one.conf"]
+            .map(place)
+            .into();
+    if major >= 16 {
+        append("pg_hba.conf", format!("\ninclude {}\n", place("hba.conf").display()));
+        expected.insert(3, place("hba.conf"));
+    }
+    server
+        .run(
+            "postgres",
+            &["CREATE ROLE reader LOGIN IN ROLE pg_read_all_settings", "SELECT pg_reload_conf()"],
+        )
+        .await;
+    server
+        .until("SELECT count(*) FROM pg_settings WHERE name = 'work_mem' AND setting = '5120'", 1)
+        .await;
+    let session = open(&server.target("postgres")).await;
+    assert_eq!(settings::files_outside(&session).await.unwrap(), expected);
+
+    // A role that may not look into the files hears of those that count.
+    let session = open(&server.target_of("reader", "postgres")).await;
+    let in_effect = ["conf.d/overruling.conf", "conf.d/two.conf", "one.conf"].map(place);
+    assert_eq!(settings::files_outside(&session).await.unwrap(), in_effect);
 }
 
 async fn a_cancel_request_has_been_dealt_with_when_it_returns(major: u32) {
