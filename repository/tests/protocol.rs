@@ -220,6 +220,28 @@ async fn a_failing_source_and_a_cancelled_copy_end_cleanly() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn wal_that_is_stopped_by_a_failure_beside_it_says_which() {
+    let bench = Bench::new().await;
+    let mut tree =
+        (0..20).fold(Tree::new(), |tree, n| tree.file(format!("f{n:03}"), noise(n, 300_000)));
+    tree.fail_at = Some(b"f010".to_vec());
+    let tree = Arc::new(tree);
+    let attempt = bench.begin(NOW_MS).await;
+    let mut writer = attempt.write(WriteOptions::default()).unwrap();
+    let wal = writer.wal();
+    let mut copying =
+        std::pin::pin!(writer.copy(source(&tree), tree.entries().into_iter().map(Ok)));
+    // The copy begins, and nobody looks how it ends; the segment has no end but the one the copy makes.
+    tokio::select! {
+        biased;
+        _ = &mut copying => panic!("twenty files are not copied within one look"),
+        () = std::future::ready(()) => {}
+    }
+    let error = wal.add("000000010000000000000002", io::repeat(7)).await.unwrap_err();
+    assert!(matches!(&error, Error::Source { path, .. } if path == "f010"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lists_that_cannot_be_stored_are_refused_by_name() {
     let bench = Bench::new().await;
     let file = |path: &str| SourceEntry::bytes(path, 0o600, "x");

@@ -37,10 +37,14 @@ impl WalWriter {
         }
         check_path(name.as_bytes()).map_err(|reason| Error::entry(name.as_bytes(), reason))?;
         let (this, owned) = (self.clone(), name.to_owned());
-        let (bytes, extents, task) =
-            tokio::task::spawn_blocking(move || this.store(&owned, content))
-                .await
-                .map_err(|gone| Error::Bug(format!("storing WAL ended: {gone}")))??;
+        let stored = tokio::task::spawn_blocking(move || this.store(&owned, content))
+            .await
+            .map_err(|gone| Error::Bug(format!("storing WAL ended: {gone}")))?;
+        // What stopped it may have happened to the files beside it: whoever learns of the end first tells why.
+        let (bytes, extents, task) = stored.map_err(|error| match error {
+            Error::Cancelled => self.uploads.stop.cause(),
+            error => error,
+        })?;
         let record = match task {
             Some(task) => match joined(task).await {
                 Ok(record) => record,
