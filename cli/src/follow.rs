@@ -45,6 +45,13 @@ pub(crate) async fn wait(
             }
             bar.set_message(now.clone());
             said = now;
+        } else if view.state == JobState::Waiting && view.reason.is_some() {
+            // Who only waits for the end is told at least why nothing begins.
+            let now = state_line(&view);
+            if now != said {
+                output::talk(&now);
+                said = now;
+            }
         }
         let left = limit.saturating_sub(started.elapsed());
         if view.state.is_final() || left.is_zero() {

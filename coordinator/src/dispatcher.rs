@@ -177,7 +177,11 @@ pub(crate) fn candidate(worker: &Worker, granted: &[Attempt], now_ms: i64) -> Ca
         clusters: offers
             .iter()
             .flat_map(|offers| &offers.clusters)
-            .map(|offer| Served { cluster: offer.name.clone(), files: offer.files })
+            .map(|offer| Served {
+                cluster: offer.name.clone(),
+                files: offer.files,
+                problem: offer.problem.as_ref().map(ToString::to_string),
+            })
             .collect(),
         repositories: offers
             .iter()

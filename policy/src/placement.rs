@@ -103,6 +103,8 @@ pub struct Served {
     pub cluster: ClusterName,
     /// Whether the worker can read its data directory.
     pub files: bool,
+    /// Why it can do nothing for it, as it found when it looked last: code and message of the failure.
+    pub problem: Option<String>,
 }
 
 impl Candidate {
@@ -188,7 +190,7 @@ pub fn place(need: &Need<'_>, workers: &[Candidate]) -> Placed {
         (Box::new(|w| w.reaches(need)), what_is_missing),
         (
             Box::new(|w| need.kind != JobKind::Backup || w.reads_files_of(cluster)),
-            format!("no worker can read the data directory of {cluster}"),
+            unread(need, workers),
         ),
         (
             Box::new(|w| w.has_root(need)),
@@ -223,6 +225,20 @@ pub fn place(need: &Need<'_>, workers: &[Candidate]) -> Placed {
         return Placed::Nobody { reason: format!("refused by {}", list(&names, 3)) };
     }
     choose(need, &willing, workers)
+}
+
+/// Why nobody can read a cluster's files: in the words of a worker that tried, where one did.
+fn unread(need: &Need<'_>, workers: &[Candidate]) -> String {
+    let cluster = need.cluster;
+    let asked = workers.iter().filter(|w| need.only.is_none_or(|only| w.worker == *only));
+    let told = asked.flat_map(|w| w.clusters.iter().map(move |served| (&w.worker, served)));
+    let mut problems = told
+        .filter(|(_, served)| served.cluster == *cluster)
+        .filter_map(|(worker, served)| Some((worker, served.problem.as_deref()?)));
+    match problems.next() {
+        Some((worker, problem)) => format!("worker {worker} cannot use {cluster}: {problem}"),
+        None => format!("no worker can read the data directory of {cluster}"),
+    }
 }
 
 fn place_of(need: &Need<'_>, workers: &[Candidate]) -> String {
@@ -290,7 +306,11 @@ mod tests {
             draining: false,
             slots: Slots { urgent_free: 1, routine_free: 2 },
             kinds: JobKind::ALL.to_vec(),
-            clusters: vec![Served { cluster: "orders".parse().unwrap(), files: true }],
+            clusters: vec![Served {
+                cluster: "orders".parse().unwrap(),
+                files: true,
+                problem: None,
+            }],
             repositories: vec!["main".to_owned()],
             restore_roots: vec!["/restore".to_owned()],
         }
@@ -413,6 +433,14 @@ mod tests {
         assert_eq!(
             backup.queue(&with(|w| w.clusters[0].files = false)),
             "no worker can read the data directory of orders"
+        );
+        let behind_a_pooler = with(|w| {
+            w.clusters[0].files = false;
+            w.clusters[0].problem = Some("POOLER_DETECTED: one stands in between".to_owned());
+        });
+        assert_eq!(
+            backup.queue(&behind_a_pooler),
+            "worker w1 cannot use orders: POOLER_DETECTED: one stands in between"
         );
         assert_eq!(
             backup.queue(&with(|w| w.kinds.clear())),

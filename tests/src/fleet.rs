@@ -4,7 +4,9 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::io::{Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -54,13 +56,15 @@ pub struct WorkerSetup<'a> {
     pub environment: Vec<(&'a str, String)>,
     /// Further lines of its configuration, before the tables.
     pub lines: &'a str,
+    /// What starts it, when it is not started directly: see [`Pgmuster::start_under`].
+    pub under: Vec<String>,
 }
 
 impl<'a> WorkerSetup<'a> {
     /// A worker that serves one cluster.
     pub fn of(name: &'a str, cluster: &'a str, connection: String) -> Self {
         let clusters = vec![(cluster, connection)];
-        Self { name, clusters, environment: Vec::new(), lines: "" }
+        Self { name, clusters, environment: Vec::new(), lines: "", under: Vec::new() }
     }
 
     /// The same, failing on purpose at a step: `copy=abort`.
@@ -168,7 +172,8 @@ impl Fleet {
                 text(&token)?,
             ])?;
         }
-        let program = Pgmuster::start_with(&["worker", "--config", text(&config)?], |command| {
+        let arguments = ["worker", "--config", text(&config)?];
+        let program = Pgmuster::start_under(&setup.under, &arguments, |command| {
             command.envs(setup.environment.iter().map(|(name, value)| (*name, value.as_str())));
         })?;
         self.workers.insert(setup.name.to_owned(), program);
@@ -242,17 +247,55 @@ impl Fleet {
         self.coordinator.as_mut().context("there is no coordinator")
     }
 
-    /// Runs a command against this fleet.
-    pub fn run(&self, arguments: &[&str]) -> anyhow::Result<Finished> {
+    /// Starts a command against this fleet, to be watched while it runs.
+    pub fn start(&self, arguments: &[&str]) -> anyhow::Result<Pgmuster> {
         let socket = self.path("c.sock");
         let arguments: Vec<&str> = ["--coordinator", text(&socket)?]
             .into_iter()
             .chain(arguments.iter().copied())
             .collect();
-        let program = Pgmuster::start_with(&arguments, |command| {
+        Pgmuster::start_with(&arguments, |command| {
             command.env("AWS_ACCESS_KEY_ID", "AK").env("AWS_SECRET_ACCESS_KEY", "SKSKSKSK");
-        })?;
-        program.wait(COMMAND_MAX).with_context(|| self.said())
+        })
+    }
+
+    /// Runs a command against this fleet.
+    pub fn run(&self, arguments: &[&str]) -> anyhow::Result<Finished> {
+        self.start(arguments)?.wait(COMMAND_MAX).with_context(|| self.said())
+    }
+
+    /// One request to the coordinator's socket, as a program makes it that is not ours. Gives status and body.
+    pub fn http(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &str,
+    ) -> anyhow::Result<(u16, String)> {
+        let mut stream = UnixStream::connect(self.path("c.sock"))?;
+        stream.set_read_timeout(Some(SOON))?;
+        let headers = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n"));
+        let headers: String = headers.collect();
+        let length = body.len();
+        write!(
+            stream,
+            "{method} {path} HTTP/1.1\r\nhost: coordinator\r\nconnection: close\r\n{headers}\
+             content-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
+        )?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let (head, text) = answer.split_once("\r\n\r\n").context("find the answer's body")?;
+        let status = head.split(' ').nth(1).context("find the answer's status")?.parse()?;
+        Ok((status, text.to_owned()))
+    }
+
+    /// One figure of the coordinator's `/metrics`, named as it stands there, labels included; 0 before it is first
+    /// counted.
+    pub fn metric(&self, name: &str) -> anyhow::Result<f64> {
+        let (status, page) = self.http("GET", "/metrics", &[], "")?;
+        anyhow::ensure!(status == 200, "{status}: {page}");
+        let value = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        Ok(value.map_or(Ok(0.0), str::parse)?)
     }
 
     /// Runs a command that must succeed; gives what it printed.
@@ -381,6 +424,20 @@ impl Cluster {
         Ok(cluster)
     }
 
+    /// Makes one that also takes anybody's TCP connections on the loopback interface: for a catalog.
+    pub async fn start_with_tcp(major: u32) -> anyhow::Result<Self> {
+        let hba = vec!["host all all 127.0.0.1/32 trust".to_owned()];
+        let options = InstanceOptions { tcp_port: Some(0), hba, ..InstanceOptions::default() };
+        Self::start(major, options).await
+    }
+
+    /// The URL of a database of it over TCP, without a password.
+    pub fn tcp_url(&self, database: &str) -> anyhow::Result<String> {
+        let url = self.server.tcp_url("postgres", "", database);
+        let url = url.context("this cluster has no TCP port")?;
+        Ok(url.replace("postgresql://postgres:@", "postgres://postgres@"))
+    }
+
     /// How to connect.
     pub fn url(&self) -> String {
         self.server.url("postgres")
@@ -403,6 +460,14 @@ impl Cluster {
         session.run("prepare the story", statements).await?;
         session.close().await;
         Ok(())
+    }
+
+    /// Makes a spread checkpoint take long: a backup that waits for one stands in `start_backup` until the story says
+    /// `CHECKPOINT`.
+    pub async fn holds_checkpoints_up(&self) -> anyhow::Result<()> {
+        self.run("ALTER SYSTEM SET checkpoint_timeout = '30s'").await?;
+        self.run("SELECT pg_reload_conf()").await?;
+        self.run("CREATE TABLE public.dirt AS SELECT g FROM generate_series(1, 100000) g").await
     }
 
     /// Asks for a number.

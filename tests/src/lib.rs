@@ -5,6 +5,7 @@
 
 pub mod bucket;
 pub mod fleet;
+pub mod pooler;
 pub mod program;
 pub mod proxy;
 pub mod rabbit;
@@ -13,6 +14,7 @@ pub mod wait;
 
 pub use bucket::Bucket;
 pub use fleet::{Cluster, Fleet, Place, SOON, WorkerSetup};
+pub use pooler::Pooler;
 pub use program::{Finished, Pgmuster};
 pub use proxy::Proxy;
 pub use rabbit::{Rabbit, Vhost};

@@ -60,7 +60,24 @@ impl Pgmuster {
         arguments: &[impl AsRef<OsStr>],
         prepare: impl FnOnce(&mut Command),
     ) -> anyhow::Result<Self> {
-        let mut command = Command::new(services::pgmuster()?);
+        Self::start_under(&[], arguments, prepare)
+    }
+
+    /// The same, started by another program that in the end becomes it: `env`, `unshare`. `under` is that program and
+    /// its first arguments; the path of `pgmuster` and its arguments follow them.
+    pub fn start_under(
+        under: &[String],
+        arguments: &[impl AsRef<OsStr>],
+        prepare: impl FnOnce(&mut Command),
+    ) -> anyhow::Result<Self> {
+        let mut command = match under {
+            [] => Command::new(services::pgmuster()?),
+            [first, rest @ ..] => {
+                let mut command = Command::new(first);
+                command.args(rest).arg(services::pgmuster()?);
+                command
+            }
+        };
         command.args(arguments);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         prepare(&mut command);
@@ -115,6 +132,12 @@ impl Pgmuster {
         self.child.kill().context("kill pgmuster")?;
         self.child.wait().context("wait for the killed pgmuster")?;
         Ok(())
+    }
+
+    /// How many lines it has written, on either stream, that hold `part`.
+    pub fn count_lines(&self, part: &str) -> usize {
+        let count = |text: String| text.lines().filter(|line| line.contains(part)).count();
+        count(self.stdout.so_far()) + count(self.stderr.so_far())
     }
 
     /// Any signal: STOP and CONT make a worker that hangs and comes back.

@@ -40,13 +40,19 @@ impl Proxy {
     /// A proxy in front of `port` of this machine.
     pub fn to(port: u16) -> anyhow::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        let listener = runtime.block_on(TcpListener::bind(any)).context("listen for the proxy")?;
+        // A story may be asynchronous itself: nothing here may block on this runtime but its own thread.
+        let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0));
+        let listener = listener.context("listen for the proxy")?;
+        listener.set_nonblocking(true)?;
         let (mode, watched) = watch::channel(Mode::Pass);
         let forwarded = Arc::new(AtomicU64::new(0));
         let own_port = listener.local_addr()?.port();
         let upstream = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
         let count = Arc::clone(&forwarded);
+        let listener = {
+            let _entered = runtime.enter();
+            TcpListener::from_std(listener)?
+        };
         let serve = move || runtime.block_on(accept(listener, upstream, watched, count));
         let thread = std::thread::Builder::new().name("proxy".to_owned()).spawn(serve)?;
         Ok(Self { port: own_port, mode, forwarded, thread: Some(thread) })

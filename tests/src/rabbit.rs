@@ -78,6 +78,35 @@ impl Vhost {
             .map(|entry| entry.get("messages").and_then(Value::as_u64).unwrap_or(0)))
     }
 
+    /// Publishes a message as somebody who can reach the broker, and nothing else, could.
+    pub fn publish(&self, exchange: &str, key: &str, kind: &str, body: &str) -> anyhow::Result<()> {
+        let message = json!({"routing_key": key, "payload": body, "payload_encoding": "string",
+            "properties": {"type": kind, "message_id": unique()?, "delivery_mode": 2}});
+        let path = format!("exchanges/{}/{exchange}/publish", self.name);
+        let answer = self.management.post(&path, &message)?;
+        ensure!(answer["routed"] == true, "nobody has a queue for {key} of {exchange}");
+        Ok(())
+    }
+
+    /// From now on keeps a copy of every message of an exchange with this routing key; gives the queue's name, for
+    /// [`Vhost::heard`].
+    pub fn overhear(&self, exchange: &str, key: &str) -> anyhow::Result<String> {
+        let queue = format!("overheard.{exchange}.{key}");
+        self.management.put(&format!("queues/{}/{queue}", self.name), &json!({"durable": true}))?;
+        let path = format!("bindings/{}/e/{exchange}/q/{queue}", self.name);
+        self.management.post(&path, &json!({"routing_key": key}))?;
+        Ok(queue)
+    }
+
+    /// The bodies that were overheard since the last call, oldest first.
+    pub fn heard(&self, queue: &str) -> anyhow::Result<Vec<String>> {
+        let how = json!({"count": 1_000, "ackmode": "ack_requeue_false", "encoding": "auto"});
+        let path = format!("queues/{}/{queue}/get", self.name);
+        let messages = self.management.post(&path, &how)?;
+        let bodies = messages.as_array().context("read the messages")?.iter();
+        Ok(bodies.filter_map(|one| one["payload"].as_str().map(str::to_owned)).collect())
+    }
+
     /// Ends every connection to this virtual host, as an operator or a failing network would.
     pub fn close_connections(&self) -> anyhow::Result<usize> {
         let connections = self.management.get(&format!("vhosts/{}/connections", self.name))?;

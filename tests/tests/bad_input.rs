@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use postgres::instance::InstanceOptions;
 use tests::fleet::text;
-use tests::{Cluster, Finished, Fleet, Pgmuster, Place, Vhost, WorkerSetup};
+use tests::{Cluster, Finished, Fleet, Pgmuster, Place, Pooler, Vhost, WorkerSetup};
 
 const LATER: Duration = Duration::from_mins(1);
 
@@ -140,6 +140,55 @@ async fn a_role_without_rights_is_told_the_exact_grant() -> anyhow::Result<()> {
     cluster.is_left_alone().await?;
     ensure!(fleet.backups()? == 0);
     Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pooler_before_the_server_is_refused_and_leaves_nothing() -> anyhow::Result<()> {
+    let vhost = Vhost::create()?;
+    let cluster = Cluster::start(15, InstanceOptions::default()).await?;
+    let pooler = Pooler::start(&cluster.server, "transaction")?;
+    let mut fleet = Fleet::prepare(&vhost.url(), "", Place::Directory)?;
+    fleet.start_coordinator()?;
+    // One address, behind which the server stands, and then the pooler.
+    let (door, server) = (fleet.path("door"), &cluster.server);
+    std::fs::create_dir(&door)?;
+    let socket = door.join(".s.PGSQL.6543");
+    let behind_it = |other: &std::path::Path| {
+        drop(std::fs::remove_file(&socket));
+        std::os::unix::fs::symlink(other, &socket)
+    };
+    let straight = server.socket_directory().join(format!(".s.PGSQL.{}", server.port()));
+    let connection = format!("host={} port=6543 user=postgres dbname=postgres", door.display());
+    let setup = WorkerSetup::of("w1", "orders", connection);
+    behind_it(&straight)?;
+    fleet.start_worker(&setup)?;
+
+    // The worker finds it when it begins.
+    behind_it(&pooler.socket())?;
+    let done = fleet.run(&["backup", "orders", "--wait"])?;
+    says(&done, 5, "POOLER_DETECTED")?;
+    ensure!(done.stderr.contains("straight to the server"), "the cure is told: {done}");
+    ensure!(fleet.backups()? == 0);
+
+    // It knows before it begins: the job is not given out, and whoever waits for it is told why.
+    fleet.worker("w1")?.kill()?;
+    fleet.start_worker(&setup)?;
+    let doctor = fleet.run(&["doctor"])?;
+    ensure!(doctor.code() == 3 && doctor.stdout.contains("POOLER_DETECTED"), "{doctor}");
+    let mut command = fleet.start(&["backup", "orders", "--wait"])?;
+    let told = command.wait_for_line("POOLER_DETECTED", LATER).with_context(|| fleet.said())?;
+    ensure!(told.contains("worker w1 cannot use orders"), "{told}");
+
+    // Its own connections to the server end with the pooler; what would be left after that is ours.
+    drop(pooler);
+    cluster.is_left_alone().await?;
+    behind_it(&straight)?;
+    fleet.worker("w1")?.kill()?;
+    fleet.start_worker(&setup)?;
+    let done = command.wait(LATER)?;
+    ensure!(done.code() == 0, "the waiting job runs by itself: {done}\n{}", fleet.said());
+    ensure!(fleet.backups()? == 1);
+    cluster.is_left_alone().await
 }
 
 #[tokio::test(flavor = "multi_thread")]

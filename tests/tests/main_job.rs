@@ -78,22 +78,9 @@ async fn with_the_catalog_in_sqlite() -> anyhow::Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn with_the_catalog_in_postgresql() -> anyhow::Result<()> {
-    let catalog = Cluster::start(
-        15,
-        InstanceOptions {
-            tcp_port: Some(0),
-            hba: vec!["host all all 127.0.0.1/32 trust".to_owned()],
-            ..InstanceOptions::default()
-        },
-    )
-    .await?;
+    let catalog = Cluster::start_with_tcp(15).await?;
     catalog.run("CREATE DATABASE catalog").await?;
-    let port = catalog
-        .server
-        .tcp_url("postgres", "", "catalog")
-        .and_then(|url| url.split(':').nth(3)?.split('/').next().map(str::to_owned))
-        .context("the catalog's server has no port")?;
-    story(&format!("postgres://postgres@127.0.0.1:{port}/catalog"), 18).await
+    story(&catalog.tcp_url("catalog")?, 18).await
 }
 
 #[test]
