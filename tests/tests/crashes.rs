@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use postgres::instance::InstanceOptions;
+use proto::topology;
+use rustix::process::Signal;
 use tests::{Cluster, Fleet, Place, Rabbit, SOON, Vhost, WorkerSetup, services};
 
 /// A job that has to survive somebody's death may take this long.
@@ -114,6 +116,55 @@ async fn a_broker_killed_at_a_step_runs_nothing_twice() -> anyhow::Result<()> {
     // A node takes its time to die and to come back.
     let steps = if services::long_run() { &BACKUP_STEPS[..] } else { &["copy", "commit"] };
     somebody_else_dies_at(steps, Victim::Broker(Box::new(Rabbit::start()?))).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_that_waits_outlives_its_coordinator() -> anyhow::Result<()> {
+    let vhost = Vhost::create()?;
+    let (mut fleet, cluster) = fleet(&vhost.url()).await?;
+    fleet.start_worker(&WorkerSetup::of("w1", "orders", cluster.url()))?;
+    cluster.holds_checkpoints_up().await?;
+    let mut command = fleet.start(&["backup", "orders", "--spread-checkpoint", "--wait"])?;
+    tests::eventually("the backup to begin", SOON, || {
+        let trace = fleet.expect(&["job", "trace", "@last"])?;
+        Ok(trace.contains("start_backup").then_some(()))
+    })?;
+    fleet.coordinator()?.kill()?;
+    command.wait_for_line("asking again until it answers", SOON)?;
+    fleet.start_coordinator()?;
+    cluster.run("CHECKPOINT").await?;
+    let done = command.wait(LATER).with_context(|| fleet.said())?;
+    ensure!(done.code() == 0, "{done}\n{}", fleet.said());
+    ensure!(done.stdout.starts_with("Backed up orders"), "{done}");
+    ensure!(fleet.backups()? == 1);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_ticket_that_comes_while_the_coordinator_is_dead_runs_once() -> anyhow::Result<()> {
+    let vhost = Vhost::create()?;
+    let (mut fleet, cluster) = fleet(&vhost.url()).await?;
+    fleet.start_worker(&WorkerSetup::of("w1", "orders", cluster.url()))?;
+    let tickets = vhost.overhear(topology::JOBS, "worker.w1.urgent")?;
+    // It sleeps for a moment that nobody notices: long enough for a ticket to be sent, and for its sender to die.
+    fleet.worker("w1")?.signal(Signal::STOP)?;
+    let job = fleet.order(&["backup", "orders"])?;
+    tests::eventually("the ticket to be sent", SOON, || {
+        Ok((!vhost.heard(&tickets)?.is_empty()).then_some(()))
+    })?;
+    fleet.coordinator()?.kill()?;
+    let claims = vhost.overhear(topology::CLAIMS, topology::CLAIMS)?;
+    fleet.worker("w1")?.signal(Signal::CONT)?;
+    tests::eventually("the worker to claim the ticket", SOON, || {
+        Ok((!vhost.heard(&claims)?.is_empty()).then_some(()))
+    })?;
+    ensure!(fleet.backups()? == 0, "nothing runs without a grant");
+    fleet.start_coordinator()?;
+    let view = fleet.await_state(job, &["succeeded", "failed", "lost"], LATER)?;
+    ensure!(view["state"] == "succeeded", "{view}\n{}", fleet.said());
+    ensure!(view["attempts_used"] == 1, "it ran once: {view}");
+    ensure!(fleet.backups()? == 1);
+    cluster.is_left_alone().await
 }
 
 #[tokio::test(flavor = "multi_thread")]

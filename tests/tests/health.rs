@@ -1,0 +1,58 @@
+//! Whether a coordinator can do its work, as a load balancer or a supervisor asks it.
+
+use anyhow::{Context as _, ensure};
+use postgres::instance::StopMode;
+use serde_json::Value;
+use tests::{Cluster, Fleet, Place, Proxy, SOON, Vhost, eventually};
+
+fn health(fleet: &Fleet) -> anyhow::Result<(u16, Value)> {
+    let (status, body) = fleet.http("GET", "/healthz", &[], "")?;
+    Ok((status, serde_json::from_str(&body)?))
+}
+
+/// Waits until the coordinator says this of its catalog and its broker.
+fn becomes(fleet: &Fleet, catalog: bool, broker: bool) -> anyhow::Result<()> {
+    eventually(format!("catalog {catalog}, broker {broker}"), SOON, || {
+        let (status, body) = health(fleet)?;
+        ensure!(body["catalog"] == catalog && body["broker"] == broker, "{status}: {body}");
+        let expected = if catalog && broker { 200 } else { 503 };
+        ensure!(status == expected, "{status}: {body}");
+        Ok(Some(()))
+    })
+    .with_context(|| fleet.said())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_coordinator_without_its_catalog_or_its_broker_says_503() -> anyhow::Result<()> {
+    let (vhost, mut catalog) = (Vhost::create()?, Cluster::start_with_tcp(15).await?);
+    catalog.run("CREATE DATABASE catalog").await?;
+    let amqp: u16 = vhost.url().rsplit([':', '/']).nth(1).context("a port")?.parse()?;
+    let proxy = Proxy::to(amqp)?;
+    let url = catalog.tcp_url("catalog")?;
+    let mut fleet = Fleet::prepare(&vhost.url_through(proxy.port()), &url, Place::Directory)?;
+    fleet.start_coordinator()?;
+    becomes(&fleet, true, true)?;
+
+    proxy.cut();
+    becomes(&fleet, true, false)?;
+    let doctor = fleet.run(&["doctor"])?;
+    ensure!(doctor.code() == 3, "{doctor}");
+    ensure!(doctor.stdout.contains("no job is given out"), "{doctor}");
+    proxy.heal();
+    becomes(&fleet, true, true)?;
+
+    catalog.server.stop(StopMode::Fast).await?;
+    becomes(&fleet, false, true)?;
+    let doctor = fleet.run(&["doctor"])?;
+    ensure!(doctor.code() == 3, "{doctor}");
+    ensure!(doctor.stdout.contains("nothing can be ordered"), "{doctor}");
+    let refused = fleet.run(&["backup", "orders"])?;
+    ensure!(refused.code() == 8, "{refused}");
+    ensure!(refused.stderr.contains("CATALOG_UNAVAILABLE"), "{refused}");
+    catalog.server.start().await?;
+    becomes(&fleet, true, true)?;
+    // And it leads again, by itself.
+    eventually("the coordinator to lead", SOON, || {
+        Ok((health(&fleet)?.1["leader"] == true).then_some(()))
+    })
+}
