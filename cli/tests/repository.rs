@@ -1,0 +1,102 @@
+//! `repo init` and `repo list` as a person runs them: the key comes first and stays secret, nothing is made twice, and only
+//! its key opens a repository.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn pgmuster(arguments: &[&str]) -> Output {
+    let program = env!("CARGO_BIN_EXE_pgmuster");
+    // Nothing of a store's or coordinator's settings comes from whoever runs the tests.
+    Command::new(program).args(arguments).env_clear().output().unwrap()
+}
+
+fn said(output: &Output) -> String {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    format!(
+        "{}\n--- stdout\n{}--- stderr\n{}",
+        output.status,
+        text(&output.stdout),
+        text(&output.stderr)
+    )
+}
+
+#[track_caller]
+fn refused(output: &Output, exit: i32, code: &str) {
+    assert_eq!(output.status.code(), Some(exit), "{}", said(output));
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(stderr.starts_with(&format!("error: {code}: ")), "{}", said(output));
+    assert!(stderr.contains("hint: "), "{}", said(output));
+    assert!(output.stdout.is_empty(), "{}", said(output));
+}
+
+fn init(url: &str, key: &Path) -> Output {
+    pgmuster(&["repo", "init", url, "--key", key.to_str().unwrap()])
+}
+
+fn list(url: &str, key: &Path) -> Output {
+    pgmuster(&["repo", "list", url, "--key", key.to_str().unwrap(), "-o", "json"])
+}
+
+#[test]
+fn a_repository_is_made_once_and_opened_by_its_key_alone() {
+    let place = tempfile::tempdir().unwrap();
+    let (key, directory) = (place.path().join("key"), place.path().join("repository"));
+    let url = format!("file://{}", directory.display());
+
+    let made = init(&url, &key);
+    assert!(made.status.success(), "{}", said(&made));
+    let mode = std::fs::metadata(&key).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600, "nobody else reads the key");
+    let sheet = String::from_utf8(made.stdout).unwrap();
+    let secret = std::fs::read_to_string(&key).unwrap();
+    let secret = secret.split_whitespace().last().unwrap();
+    assert!(sheet.contains(&url) || sheet.contains(&directory.display().to_string()), "{sheet}");
+    assert!(!String::from_utf8_lossy(&made.stderr).contains(secret), "talk may be logged");
+    let listed = list(&url, &key);
+    assert!(listed.status.success(), "{}", said(&listed));
+    assert_eq!(String::from_utf8_lossy(&listed.stdout).trim(), "[]");
+
+    // The same place once more: refused, and the second key, which opens nothing, is not left.
+    let other = place.path().join("other");
+    refused(&init(&url, &other), 7, "REPOSITORY_EXISTS");
+    assert!(!other.exists(), "a key that opens nothing is in the way");
+    assert!(list(&url, &key).status.success(), "the repository is what it was");
+
+    // A key is never overwritten, whatever the place.
+    let elsewhere = format!("file://{}", place.path().join("elsewhere").display());
+    let before = std::fs::read(&key).unwrap();
+    refused(&init(&elsewhere, &key), 7, "STATE_CONFLICT");
+    assert_eq!(std::fs::read(&key).unwrap(), before);
+    assert!(!place.path().join("elsewhere").exists(), "nothing was made without its key");
+
+    // Another repository's key, a damaged one, none.
+    assert!(init(&elsewhere, &other).status.success());
+    refused(&list(&url, &other), 1, "KEY_WRONG");
+    let damaged = place.path().join("damaged");
+    std::fs::write(&damaged, "no key at all\n").unwrap();
+    std::fs::set_permissions(&damaged, std::fs::Permissions::from_mode(0o600)).unwrap();
+    refused(&list(&url, &damaged), 1, "KEY_WRONG");
+    refused(&list(&url, &place.path().join("none")), 2, "CONFIG_INVALID");
+    let absent = format!("file://{}", place.path().join("absent").display());
+    refused(&list(&absent, &key), 6, "REPOSITORY_MISSING");
+}
+
+#[test]
+fn the_key_is_on_disk_before_there_is_a_repository_that_needs_it() {
+    let place = tempfile::tempdir().unwrap();
+    // The key cannot be written: then nothing may be made that only it would open.
+    let key = place.path().join("no such directory/key");
+    let directory = place.path().join("repository");
+    let url = format!("file://{}", directory.display());
+    refused(&init(&url, &key), 2, "CONFIG_INVALID");
+    let config = directory.join("config");
+    assert!(!config.exists(), "a repository without a key was made");
+    // And what the look at the place left behind is not in the way.
+    let key = place.path().join("key");
+    let made = init(&url, &key);
+    assert!(made.status.success(), "{}", said(&made));
+    assert!(config.exists(), "the file whose absence was looked at is the one that counts");
+}
