@@ -1,4 +1,4 @@
-//! A real PgBouncer in front of a throwaway cluster.
+//! A real pooler in front of a throwaway cluster.
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -21,7 +21,7 @@ pub struct Pooler {
 }
 
 impl Pooler {
-    /// Starts one; `mode` is PgBouncer's `pool_mode`. It hands through what a client may set at its start, as one does
+    /// Starts one; `mode` is its `pool_mode`. It hands through what a client may set at its start, as one does
     /// that was configured for drivers which insist on that.
     pub fn start(server: &Instance, mode: &str) -> anyhow::Result<Self> {
         // The path of a socket must be short.

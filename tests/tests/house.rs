@@ -95,9 +95,12 @@ fn files(ending: &str) -> Vec<PathBuf> {
     fn walk(folder: &Path, found: &mut Vec<PathBuf>) {
         for entry in std::fs::read_dir(folder).expect("the checkout can be read").flatten() {
             let path = entry.path();
-            let hidden = path == root().join("target") || path == root().join(".git");
+            // In a second worktree `.git` is a file.
+            if path == root().join("target") || path == root().join(".git") {
+                continue;
+            }
             match entry.file_type() {
-                Ok(kind) if kind.is_dir() && !hidden => walk(&path, found),
+                Ok(kind) if kind.is_dir() => walk(&path, found),
                 Ok(kind) if kind.is_file() => found.push(path),
                 _ => {}
             }
