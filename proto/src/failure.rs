@@ -128,6 +128,8 @@ codes! {
     PageChecksum = "PAGE_CHECKSUM",
     /// WAL that the backup needs is gone from the server.
     WalMissing = "WAL_MISSING",
+    /// A backup made the server keep more WAL than it may.
+    WalHeld = "WAL_HELD",
     /// The PostgreSQL programs of the needed version are not installed.
     BinariesMissing = "BINARIES_MISSING",
 

@@ -103,11 +103,24 @@ pub struct BackupConfig {
     pub compression_level: i32,
     /// How long the row census of a backup may take, seconds; 0 counts nothing (proofs then end at L4).
     pub census_s: u32,
+    /// How much WAL a backup may make the server keep, bytes, at least 64 MiB. A repository that takes WAL more slowly
+    /// than the server writes it ends the backup here. Four segments are always allowed.
+    pub wal_held_max_bytes: u64,
+    /// The backup also ends when less than this is free on the file system of `pg_wal` and it holds back more than four
+    /// segments. Absent: 1 GiB, or 5 % of that file system when that is more. 0 switches it off.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub wal_free_min_bytes: Option<u64>,
 }
 
 impl Default for BackupConfig {
     fn default() -> Self {
-        Self { processes: 0, compression_level: 3, census_s: 600 }
+        Self {
+            processes: 0,
+            compression_level: 3,
+            census_s: 600,
+            wal_held_max_bytes: 64 << 30,
+            wal_free_min_bytes: None,
+        }
     }
 }
 
@@ -173,6 +186,10 @@ impl WorkerConfig {
         require(
             (-7..=19).contains(&self.backup.compression_level),
             "backup.compression_level: -7 to 19".to_owned(),
+        );
+        require(
+            self.backup.wal_held_max_bytes >= 64 << 20,
+            "backup.wal_held_max_bytes: at least 67108864 (64 MiB)".to_owned(),
         );
         require(self.backup.processes <= 256, "backup.processes: 0 to 256".to_owned());
         for root in &self.allow.restore_roots {

@@ -3,16 +3,22 @@
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test says what it expects")]
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
+use async_trait::async_trait;
+use bytes::Bytes;
 use postgres::binaries::Binaries;
 use postgres::instance::{Instance, InstanceOptions, StopMode};
 use postgres::{Environment, Purpose, Target, connect};
 use proto::job::{Backup, BackupOutcome};
 use proto::message::Spec;
-use proto::{AttemptId, Code, Failure, JobId, ProofLevel, Task};
-use repository::{Encryption, InitOptions, KeyFile, Repository, store};
+use proto::{Action, AttemptId, Code, Failure, JobId, ProofLevel, Task};
+use repository::store::directory::DirectoryStore;
+use repository::store::{Listed, PutOutcome, Store, StoreError, Upload};
+use repository::{Encryption, InitOptions, KeyFile, Outcome, Repository, store};
 use tempfile::TempDir;
 use worker::config::WorkerConfig;
 use worker::context::JobContext;
@@ -128,6 +134,33 @@ impl House {
         Repository::open(store, Some(&key)).await.unwrap()
     }
 
+    /// Puts a store in front of the repository that takes packs only while its gate is open.
+    async fn with_gate(&mut self) -> Arc<Gated> {
+        let inner = DirectoryStore::new(self.place.path().join("repository"));
+        let gated = Arc::new(Gated { inner, open: tokio::sync::watch::Sender::new(false) });
+        let key: KeyFile = self.key_file.parse().unwrap();
+        let as_store: Arc<dyn Store> = Arc::<Gated>::clone(&gated);
+        self.repository = Repository::open(as_store, Some(&key)).await.unwrap();
+        gated
+    }
+
+    /// Takes a backup, and has the server write `segments` segments of WAL once files are copied.
+    async fn back_up_while_wal_is_written(&self, segments: u32) -> Result<BackupOutcome, Failure> {
+        let cx = self.cx();
+        let writing = async {
+            while !cx.steps().iter().any(|step| step.name == "copy") {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            for _ in 0..segments {
+                self.sql("INSERT INTO public.empty VALUES (1)").await;
+                self.sql("SELECT pg_switch_wal()").await;
+            }
+        };
+        let both = async { tokio::join!(self.back_up_as(&cx), writing).0 };
+        let ended = tokio::time::timeout(Duration::from_mins(2), Box::pin(both)).await;
+        ended.expect("the backup ends by itself")
+    }
+
     async fn prove(&self, level: ProofLevel) -> proto::Proof {
         let repository = self.reopened().await;
         let backup = restoring::find(&repository, None, None, None).await.unwrap();
@@ -157,13 +190,64 @@ impl House {
     }
 }
 
+/// A directory that takes packs only while its gate is open, as a store that has stopped answering does.
+#[derive(Debug)]
+struct Gated {
+    inner: DirectoryStore,
+    open: tokio::sync::watch::Sender<bool>,
+}
+
+impl Gated {
+    async fn pass(&self, key: &str) {
+        if key.contains("/packs/") {
+            self.open.subscribe().wait_for(|open| *open).await.unwrap();
+        }
+    }
+}
+
+#[async_trait]
+impl Store for Gated {
+    fn describe(&self) -> String {
+        self.inner.describe()
+    }
+    async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
+        self.inner.get(key, limit_bytes).await
+    }
+    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+        self.inner.get_range(key, range).await
+    }
+    async fn size(&self, key: &str) -> Result<u64, StoreError> {
+        self.inner.size(key).await
+    }
+    async fn put(&self, key: &str, bytes: Bytes) -> Result<(), StoreError> {
+        self.pass(key).await;
+        self.inner.put(key, bytes).await
+    }
+    async fn put_if_absent(&self, key: &str, bytes: Bytes) -> Result<PutOutcome, StoreError> {
+        self.inner.put_if_absent(key, bytes).await
+    }
+    async fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError> {
+        self.pass(key).await;
+        self.inner.upload(key).await
+    }
+    async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
+        self.inner.list(prefix).await
+    }
+    async fn delete(&self, key: &str) -> Result<(), StoreError> {
+        self.inner.delete(key).await
+    }
+    async fn abort_uploads(&self, keys: &[String]) -> Result<usize, StoreError> {
+        self.inner.abort_uploads(keys).await
+    }
+}
+
 async fn session(url: &str) -> postgres::Session {
     let target = Target::parse(url, &Environment::default()).unwrap();
     let purpose = Purpose {
         application_name: "test".to_owned(),
         read_only: false,
-        statement_timeout: std::time::Duration::ZERO,
-        lock_timeout: std::time::Duration::ZERO,
+        statement_timeout: Duration::ZERO,
+        lock_timeout: Duration::ZERO,
     };
     connect(&target, &purpose).await.unwrap()
 }
@@ -203,7 +287,7 @@ async fn nothing_is_left_on(house: &House) {
         if house.number(leftovers()).await == 0 {
             return;
         }
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
     panic!("a slot, lock or session of ours is still on the server");
 }
@@ -260,7 +344,7 @@ async fn start_plainly(directory: &Path, major: u32) -> (postgres::process::Runn
         if connect(&target, &purpose).await.is_ok() {
             return (running, url);
         }
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
     panic!("the restored server did not start");
 }
@@ -345,7 +429,7 @@ async fn a_cancelled_backup_leaves_nothing_on_the_server_and_cannot_commit() {
         while !stop.steps().iter().any(|step| step.name == "copy") {
             tokio::task::yield_now().await;
         }
-        stop.stop(Failure::new(Code::Cancelled, proto::Action::Abandon, "cancelled by the test"));
+        stop.stop(Failure::new(Code::Cancelled, Action::Abandon, "cancelled by the test"));
     });
     let failure = house.back_up_as(&cx).await.unwrap_err();
     canceller.await.unwrap();
@@ -356,6 +440,50 @@ async fn a_cancelled_backup_leaves_nothing_on_the_server_and_cannot_commit() {
     let attempts = repository.list_attempts(lineage).await.unwrap();
     assert_eq!(attempts.len(), 1);
     assert!(attempts[0].verdict.is_some() && attempts[0].backup().is_none());
+}
+
+/// The attempt has its ABORT, and the server nothing of it.
+async fn was_given_up(house: &House, failure: &Failure) {
+    assert_eq!((failure.code, failure.action), (Code::WalHeld, Action::Retry), "{failure:?}");
+    nothing_is_left_on(house).await;
+    let repository = house.reopened().await;
+    let lineage = repository.list_lineages().await.unwrap()[0].lineage;
+    let attempts = repository.list_attempts(lineage).await.unwrap();
+    let verdict = attempts.last().unwrap().verdict.as_ref().unwrap();
+    let Outcome::Abort { why } = &verdict.outcome else { panic!("{verdict:?}") };
+    assert!(why.contains("WAL_HELD"), "{why}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_stands_still_does_not_make_the_server_keep_wal_without_bound() {
+    let mut house =
+        House::new(15, InstanceOptions { fsync: false, ..InstanceOptions::default() }).await;
+    house.sql(DATA).await;
+    house.config.backup.wal_held_max_bytes = 96 << 20;
+    let gated = house.with_gate().await;
+    let failure = house.back_up_while_wal_is_written(8).await.unwrap_err();
+    assert!(failure.message.contains("more than the 100663296"), "{failure}");
+    was_given_up(&house, &failure).await;
+
+    gated.open.send_replace(true);
+    house.back_up().await;
+    nothing_is_left_on(&house).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_ends_before_it_fills_the_disk_of_pg_wal() {
+    let mut house =
+        House::new(15, InstanceOptions { fsync: false, ..InstanceOptions::default() }).await;
+    house.sql(DATA).await;
+    house.config.backup.wal_free_min_bytes = Some(u64::MAX);
+    let gated = house.with_gate().await;
+    gated.open.send_replace(true);
+    house.back_up().await;
+
+    gated.open.send_replace(false);
+    let failure = house.back_up_while_wal_is_written(6).await.unwrap_err();
+    assert!(failure.message.contains("that stay free"), "{failure}");
+    was_given_up(&house, &failure).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -397,13 +525,9 @@ async fn tablespaces_and_settings_outside_the_data_directory_come_back() {
     assert_eq!(number(&url, "SELECT count(*) FROM public.far").await, 20_000);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_backup_after_a_lost_pack_does_not_refer_to_it() {
-    let house =
-        House::new(15, InstanceOptions { fsync: false, ..InstanceOptions::default() }).await;
-    house.sql(DATA).await;
-    let first = house.back_up().await;
-    let packs = house.place.path().join(format!("repository/lineages/{}/packs", first.lineage));
+/// The packs of a lineage.
+fn packs(house: &House, lineage: proto::LineageId) -> Vec<PathBuf> {
+    let packs = house.place.path().join(format!("repository/lineages/{lineage}/packs"));
     let mut files: Vec<PathBuf> = Vec::new();
     let mut open = vec![packs];
     while let Some(directory) = open.pop() {
@@ -412,6 +536,16 @@ async fn a_backup_after_a_lost_pack_does_not_refer_to_it() {
             if path.is_dir() { open.push(path) } else { files.push(path) }
         }
     }
+    files
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_after_a_lost_pack_does_not_refer_to_it() {
+    let house =
+        House::new(15, InstanceOptions { fsync: false, ..InstanceOptions::default() }).await;
+    house.sql(DATA).await;
+    let first = house.back_up().await;
+    let files = packs(&house, first.lineage);
     let largest = files.iter().max_by_key(|path| path.metadata().unwrap().len()).unwrap();
     std::fs::remove_file(largest).unwrap();
     let second = house.back_up().await;

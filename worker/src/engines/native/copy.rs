@@ -23,6 +23,7 @@ use repository::{
 use tokio_util::sync::CancellationToken;
 
 use super::begin::{Ready, enter, ready};
+use super::hold::{Hold, LOOK_EVERY};
 use super::source::{DataDirectory, Found};
 use super::wal::WalCollector;
 use crate::clock;
@@ -31,8 +32,6 @@ use crate::context::{JobContext, blocking};
 use crate::jobs::session_owner;
 use crate::places::Cluster;
 
-/// How often the session is looked at, finished WAL is stored and the server may let go of it.
-const WATCH_EVERY: Duration = Duration::from_secs(1);
 /// One table's count may hold its snapshot no longer.
 const TABLE_COUNT_MAX: Duration = Duration::from_mins(1);
 /// Marking a failed attempt as aborted is a courtesy to the next one; it must not hold up the report.
@@ -150,14 +149,17 @@ async fn from_attempt(
         cancel: cx.cancel.clone(),
     })?;
     let mut wal = collector(&session, ready, &writer);
-    wal.store_history().await?;
+    let hold = Hold::new(&ready.directory, ready.server.wal_segment_size, request.config);
+    // The slot was reserved at the checkpoint before the one that started the backup; that WAL is not needed.
+    session.advance(wal.stored_until()).await?;
+    hold.beside(&session, wal.store_history()).await?;
 
     let mut copied = cx
         .step_with("copy", |step| {
-            let (session, wal, writer, progress) = (&mut session, &mut wal, &mut writer, &progress);
+            let (writer, progress) = (&mut writer, &*progress);
+            let kept = Kept { session: &mut session, wal: &mut wal, hold: &hold, progress };
             async move {
-                let copy = copy(cx, request, ready, writer, session, wal, progress);
-                let copied = Box::pin(copy).await?;
+                let copied = Box::pin(copy(cx, request, ready, writer, kept)).await?;
                 let done = progress.snapshot();
                 step.figure("files", done.files);
                 step.figure("read_bytes", done.bytes_read);
@@ -174,8 +176,11 @@ async fn from_attempt(
     let census = cx
         .step_with("store_wal", |step| {
             let (wal, stopped, counted) = (&mut wal, &stopped, copied.counted.take());
+            let hold = &hold;
             async move {
-                wal.store_through(stopped.stop_lsn).await?;
+                while hold.beside(&session, wal.store_one_through(stopped.stop_lsn)).await? {
+                    session.advance(wal.stored_until()).await?;
+                }
                 step.figure("wal_bytes", wal.bytes());
                 // The slot held all of it until now; had the session been lost, files might have been recycled under us.
                 session.check().await?;
@@ -230,6 +235,14 @@ async fn from_attempt(
     })
 }
 
+/// What is looked after while files are copied.
+struct Kept<'a> {
+    session: &'a mut BackupSession,
+    wal: &'a mut WalCollector,
+    hold: &'a Hold,
+    progress: &'a repository::Progress,
+}
+
 /// What the copy leaves for the rest.
 struct Copied {
     files: Arc<DataDirectory>,
@@ -269,14 +282,12 @@ async fn copy(
     request: &BackupRequest<'_>,
     ready: &Ready,
     writer: &mut BackupWriter,
-    session: &mut BackupSession,
-    wal: &mut WalCollector,
-    progress: &repository::Progress,
+    kept: Kept<'_>,
 ) -> Result<Copied, Failure> {
-    let start_lsn = session.started().start_lsn;
+    let start_lsn = kept.session.started().start_lsn;
     let control = read_control(ready.directory.clone()).await?.0;
     let scanned_at_ns = stamped_now_ns(&ready.directory);
-    let scanned = walk(ready, &control).await?;
+    let scanned = kept.hold.beside(kept.session, walk(ready, &control)).await?;
     for warning in &scanned.warnings {
         tracing::warn!(cluster.name = %cx.spec.cluster, "{warning}");
     }
@@ -305,7 +316,7 @@ async fn copy(
             copied.cancel();
             done
         };
-        let watching = watch(cx, session, wal, progress, total, &copied);
+        let watching = watch(cx, kept, total, &copied);
         tokio::select! {
             biased;
             () = cx.cancel.cancelled() => return Err(cx.stopped()),
@@ -369,13 +380,12 @@ fn source_entry(entry: ScanEntry, block_size: u32, scanned_at_ns: i64) -> Source
 /// Watches over the session until the files are copied; a failure ends the backup.
 async fn watch(
     cx: &JobContext,
-    session: &mut BackupSession,
-    wal: &mut WalCollector,
-    progress: &repository::Progress,
+    kept: Kept<'_>,
     total: u64,
     copied: &CancellationToken,
 ) -> Result<(), Failure> {
-    let mut ticks = tokio::time::interval(WATCH_EVERY);
+    let Kept { session, wal, hold, progress } = kept;
+    let mut ticks = tokio::time::interval(LOOK_EVERY);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
@@ -389,9 +399,9 @@ async fn watch(
             total: Some(total.max(done)),
             unit: "bytes".to_owned(),
         });
-        let standing = session.check().await?;
+        let standing = hold.look(session).await?;
         // Segment by segment, so that a slow repository holds back as little WAL as it can.
-        while wal.store_one(standing.current_lsn).await? {
+        while hold.beside(session, wal.store_one(standing.current_lsn)).await? {
             session.advance(wal.stored_until()).await?;
         }
     }

@@ -6,6 +6,7 @@
 
 mod begin;
 mod copy;
+mod hold;
 mod source;
 mod wal;
 

@@ -53,13 +53,14 @@ impl WalCollector {
         self.next.start(self.origin.segment_size)
     }
 
-    /// Stores every segment up to the one that holds the byte before `stop`.
-    pub(crate) async fn store_through(&mut self, stop: Lsn) -> Result<(), Failure> {
+    /// Stores the next segment of those up to the one that holds the byte before `stop`. `false` when all are stored.
+    pub(crate) async fn store_one_through(&mut self, stop: Lsn) -> Result<bool, Failure> {
         let last = Segment::ending_at(stop, self.next.timeline, self.origin.segment_size);
-        while self.next.number <= last.number {
-            self.store_next().await?;
+        if self.next.number > last.number {
+            return Ok(false);
         }
-        Ok(())
+        self.store_next().await?;
+        Ok(true)
     }
 
     /// Stores the history of the timeline, which a restore needs to know where it came from.
