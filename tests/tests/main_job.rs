@@ -51,7 +51,30 @@ async fn story(catalog: &str, major: u32) -> anyhow::Result<()> {
     fleet.expect(&["restore", "orders", "--into", text(&through_the_queue)?, "--wait"])?;
     ensure!(through_the_queue.join("backup_label").exists(), "no data directory was restored");
 
+    giving_up(&fleet, &backups)?;
     disaster(&fleet, major)
+}
+
+/// The older backup can be given up, the newest cannot; a plan of the collection says what will become of it.
+fn giving_up(fleet: &Fleet, backups: &serde_json::Value) -> anyhow::Result<()> {
+    let (key, url) = (fleet.path("repository.key"), fleet.repository_url());
+    let id = |row: usize| backups[row]["id"].as_str().unwrap_or_default().to_owned();
+    let delete = |backup: &str| fleet.run(&["repo", "delete", &url, backup, "--key", text(&key)?]);
+    let refused = delete(&id(0))?;
+    ensure!(refused.code() == 7 && refused.stderr.contains("it is the newest one"), "{refused}");
+    let done = delete(&id(1))?;
+    ensure!(done.code() == 0, "{done}");
+    let hold = fleet.run(&["repo", "hold", &url, &id(1), "--key", text(&key)?])?;
+    ensure!(hold.code() == 7 && hold.stderr.contains("it is forgotten"), "{hold}");
+    let gc =
+        |more: &str| fleet.json(&["repo", "gc", &url, "--key", text(&key)?, "-o", "json", more]);
+    for rows in [gc("--plan")?, gc("--confirm-large")?] {
+        let row = &rows[0];
+        let goes_at = &row["given_up"][0]["fate"]["goes_at"];
+        ensure!(row["given_up"][0]["backup"] == id(1) && goes_at.is_i64(), "{rows}");
+        ensure!(row["delete"]["packs"] == 0 && row["keep"]["packs"].as_u64() > Some(1), "{rows}");
+    }
+    Ok(())
 }
 
 /// The coordinator, the worker, the broker and the server are gone: the repository and its key are left.
