@@ -19,6 +19,9 @@ use repository::{Backup, Repository, RestoreOptions, RestorePlan, RestoreTarget}
 use crate::context::JobContext;
 use crate::engines::native;
 
+/// How long an attempt waits for the one before it to leave the target: that one has two minutes to clean up once it is
+/// told to stop.
+const PREDECESSOR_MAX: Duration = Duration::from_mins(3);
 /// How often the progress of a restore is told.
 const TELL_EVERY: Duration = Duration::from_millis(500);
 
@@ -134,14 +137,22 @@ pub async fn plan(backup: &Backup, destination: &Destination) -> Result<RestoreO
 }
 
 /// Restores. What an interrupted restore of the same backup left is cleared first; everything else in the target is
-/// refused.
+/// refused. An attempt that follows another one waits until that one has left the target.
 pub async fn restore(
     cx: &JobContext,
     backup: &Backup,
     destination: &Destination,
     processes: u32,
 ) -> Result<RestoreOutcome, Failure> {
-    let plan = backup.restore_plan(destination.target()).await?;
+    let target = destination.target();
+    // A person who restores to where another restore is running wants to be told at once.
+    if cx.spec.predecessor.is_some() {
+        match target.wait_until_free(PREDECESSOR_MAX, &cx.cancel).await {
+            Err(_) if cx.cancel.is_cancelled() => return Err(cx.stopped()),
+            waited => waited?,
+        }
+    }
+    let plan = backup.restore_plan(target).await?;
     plan.check()?;
     let total = plan.bytes;
     let counters = Arc::new(repository::Progress::default());

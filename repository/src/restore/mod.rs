@@ -11,6 +11,7 @@ mod write;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
@@ -31,6 +32,41 @@ pub struct RestoreTarget {
     pub mapping: BTreeMap<Vec<u8>, PathBuf>,
     /// The directory, relative, that receives the WAL the backup brought along; `None` leaves it in the repository.
     pub wal_directory: Option<Vec<u8>>,
+}
+
+/// How often a target that is in use is looked at again.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
+
+impl RestoreTarget {
+    /// Waits until no other restore writes into the target, at most `patience`: an attempt that was given up for lost may
+    /// need a while to notice it. Whoever restores afterwards makes the plan afterwards, too.
+    pub async fn wait_until_free(
+        &self,
+        patience: Duration,
+        cancel: &CancellationToken,
+    ) -> Result<(), Error> {
+        let mut directories: Vec<PathBuf> = self.mapping.values().cloned().collect();
+        directories.push(self.directory.clone());
+        let busy = || -> Result<bool, Error> {
+            let looked = directories.iter().map(|directory| tree::Tree::is_locked(directory));
+            looked.reduce(|one, other| Ok(one? || other?)).unwrap_or(Ok(false))
+        };
+        let waiting = async {
+            while busy()? {
+                tokio::select! {
+                    () = cancel.cancelled() => return Err(Error::Cancelled),
+                    () = tokio::time::sleep(LOOK_AGAIN) => {}
+                }
+            }
+            Ok(())
+        };
+        tokio::time::timeout(patience, waiting).await.unwrap_or_else(|_| {
+            Err(Error::TargetNotEmpty {
+                target: self.directory.display().to_string(),
+                reason: format!("another restore is still writing there after {patience:?}"),
+            })
+        })
+    }
 }
 
 /// How a restore runs.

@@ -157,6 +157,22 @@ impl Tree {
         }
     }
 
+    /// Whether a restore writes there now.
+    pub(super) fn is_locked(directory: &Path) -> Result<bool, Error> {
+        match directory.try_exists() {
+            Ok(false) => return Ok(false),
+            Ok(true) => {}
+            Err(source) => {
+                return Err(Error::Target { path: directory.display().to_string(), source });
+            }
+        }
+        match Self::lock(directory) {
+            Ok(_) => Ok(false),
+            Err(Error::TargetNotEmpty { .. }) => Ok(true),
+            Err(error) => Err(error),
+        }
+    }
+
     pub(super) fn make_symlink(&self, path: &[u8], target: &[u8]) -> Result<(), Error> {
         let (parent, name) = split(path);
         rustix::fs::symlinkat(target, self.directory(parent)?, name)
