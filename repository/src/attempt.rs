@@ -1,16 +1,18 @@
 //! Beginning and ending an attempt. The order of the steps here is what keeps collected garbage and new backups apart;
 //! FORMAT.md section "Commit protocol" says why.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
+use futures::{StreamExt, TryStreamExt, stream};
 use proto::{AttemptId, BackupId, LineageId};
 
 use crate::error::Error;
 use crate::layout;
 use crate::limits::{CONDEMNED_BYTES_MAX, MANIFEST_BYTES_MAX};
+use crate::lineage::{NOTES_IN_FLIGHT, has};
 use crate::manifest::Root;
 use crate::note;
-use crate::pack;
+use crate::pack::{self, ObjectType, PackId};
 use crate::record::{Condemned, Intent, Outcome, Verdict};
 use crate::repository::Repository;
 use crate::store::{PutOutcome, StoreError};
@@ -23,7 +25,22 @@ pub struct Attempt {
     pub(crate) lineage: LineageId,
     pub(crate) intent: Intent,
     pub(crate) predecessor: Option<Backup>,
+    passed_over: Vec<PassedOver>,
 }
+
+/// A committed backup that is not compared with, although it is newer than the one that is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PassedOver {
+    /// The backup.
+    pub backup: BackupId,
+    /// What of it is missing, damaged or not understood.
+    pub why: String,
+}
+
+/// Damaged backups that are looked at in search of a sound one. When so many are bad, it is quicker to store everything.
+const CANDIDATES_MAX: usize = 8;
+/// Metadata packs that are read at the same time.
+const DIGESTS_IN_FLIGHT: usize = 4;
 
 /// How an attempt that was to be aborted ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,15 +80,16 @@ impl Repository {
         if self.store.put_if_absent(&key, bytes).await? == PutOutcome::Exists {
             return Err(Error::AttemptExists { attempt });
         }
+        let mut passed_over = Vec::new();
         let predecessor = match order {
             Order::CondemnedFirst => {
                 let condemned = self.condemned(lineage).await?;
-                let candidates = self.candidates(lineage).await?;
-                self.choose_predecessor(lineage, candidates, &condemned).await?
+                let candidates = self.candidates(lineage, &mut passed_over).await?;
+                self.choose_predecessor(lineage, candidates, &condemned, &mut passed_over).await?
             }
             #[cfg(test)]
             Order::PredecessorFirst => {
-                let candidates = self.candidates(lineage).await?;
+                let candidates = self.candidates(lineage, &mut passed_over).await?;
                 let condemned = self.condemned(lineage).await?;
                 // Without the look at the inventory: a collector may also delete right after it.
                 match candidates.first() {
@@ -81,7 +99,13 @@ impl Repository {
                 }
             }
         };
-        Ok(Attempt { repository: self.clone(), lineage, intent, predecessor })
+        for PassedOver { backup, why } in &passed_over {
+            tracing::warn!(
+                backup.id = %backup,
+                "Backup {backup} cannot be compared with; prove it before you rely on it: {why}",
+            );
+        }
+        Ok(Attempt { repository: self.clone(), lineage, intent, predecessor, passed_over })
     }
 
     /// The packs on every list that is not done with.
@@ -108,48 +132,130 @@ impl Repository {
         Ok(packs)
     }
 
-    /// Committed backups that nobody wants gone, newest first.
-    async fn candidates(&self, lineage: LineageId) -> Result<Vec<BackupId>, Error> {
-        let backups = self.list_backups(lineage).await?;
-        let wanted = backups.iter().rev().filter(|backup| !backup.forgotten);
-        Ok(wanted.filter_map(crate::lineage::AttemptSummary::backup).collect())
+    /// Committed backups that nobody wants gone, newest first. One whose verdict cannot be believed is passed over: an
+    /// old object that has rotted must not hold up every later backup.
+    async fn candidates(
+        &self,
+        lineage: LineageId,
+        passed_over: &mut Vec<PassedOver>,
+    ) -> Result<Vec<BackupId>, Error> {
+        let mut attempts = self.names_of_attempts(lineage).await?;
+        attempts.retain(|_, names| has(names, "verdict") && !has(names, "forget"));
+        let verdicts = attempts.into_keys().map(|attempt| async move {
+            match self.verdict(lineage, attempt).await {
+                Ok(verdict) => Ok((attempt, Ok(verdict))),
+                Err(Error::Damaged { reason, .. }) => Ok((attempt, Err(reason))),
+                Err(error) => Err(error),
+            }
+        });
+        let verdicts: Vec<(AttemptId, Result<Option<Verdict>, String>)> =
+            stream::iter(verdicts).buffered(NOTES_IN_FLIGHT).try_collect().await?;
+        let mut found = Vec::new();
+        for (attempt, verdict) in verdicts {
+            match verdict {
+                Ok(Some(Verdict { outcome: Outcome::Commit { .. }, at_ms, .. })) => {
+                    found.push((at_ms, attempt));
+                }
+                Ok(_) => {}
+                Err(reason) => passed_over.push(PassedOver {
+                    backup: attempt.into(),
+                    why: format!("its verdict cannot be trusted: {reason}"),
+                }),
+            }
+        }
+        found.sort_unstable();
+        Ok(found.into_iter().rev().map(|(_, attempt)| attempt.into()).collect())
     }
 
-    /// The newest candidate that can be read and none of whose packs is condemned. One that cannot be read costs time,
-    /// never a backup: the next older one is taken, or everything is stored anew.
+    /// The newest candidate that is sound and none of whose packs is condemned. One that is not costs time, never a
+    /// backup: the next older one is taken, or everything is stored anew.
+    ///
+    /// Metadata is read here and held against its digests, all of it: what nobody reads later, because nothing changed,
+    /// is referred to all the same. File content is left to proofs.
     async fn choose_predecessor(
         &self,
         lineage: LineageId,
         candidates: Vec<BackupId>,
         condemned: &HashSet<String>,
+        passed_over: &mut Vec<PassedOver>,
     ) -> Result<Option<Backup>, Error> {
+        let mut looked_at = HashMap::new();
+        let mut damaged = 0;
         for candidate in candidates {
-            match self.open_backup(lineage, candidate).await {
-                Ok(backup) => {
-                    if is_doomed(&backup, condemned) {
-                        continue;
-                    }
-                    // What is lost cannot be referred to: the next backup stores it again.
-                    if backup.check_inventory().await?.is_sound() {
-                        return Ok(Some(backup));
-                    }
-                    tracing::warn!(
-                        backup.id = %candidate,
-                        "Backup {candidate} is not compared with: packs of it are missing or cut",
-                    );
-                }
+            if damaged == CANDIDATES_MAX {
+                break;
+            }
+            let why = match self.open_backup(lineage, candidate).await {
+                Ok(backup) if is_doomed(&backup, condemned) => continue,
+                Ok(backup) => match self.unsound(&backup, &mut looked_at).await? {
+                    None => return Ok(Some(backup)),
+                    Some(why) => why,
+                },
                 Err(
                     error @ (Error::Missing { .. } | Error::Damaged { .. } | Error::Version { .. }),
-                ) => {
-                    tracing::warn!(
-                        backup.id = %candidate,
-                        "Backup {candidate} cannot be compared with: {error}",
-                    );
-                }
+                ) => error.to_string(),
                 Err(error) => return Err(error),
-            }
+            };
+            damaged += 1;
+            passed_over.push(PassedOver { backup: candidate, why });
         }
         Ok(None)
+    }
+
+    /// Why a backup may not be referred to, if so. `looked_at` remembers metadata packs, which backups share.
+    async fn unsound(
+        &self,
+        backup: &Backup,
+        looked_at: &mut HashMap<PackId, Option<String>>,
+    ) -> Result<Option<String>, Error> {
+        let known = backup.root.packs.keys().find_map(|pack| looked_at.get(pack)?.clone());
+        if known.is_some() {
+            return Ok(known);
+        }
+        let inventory = backup.check_inventory().await?;
+        if let Some(key) = inventory.missing.first() {
+            let others = inventory.missing.len() - 1;
+            return Ok(Some(format!("{key} is missing, and {others} other packs")));
+        }
+        if let Some(key) = inventory.wrong_size.first() {
+            return Ok(Some(format!("{key} has another size than was written")));
+        }
+        let lineage = backup.lineage();
+        let unread = backup.root.packs.values().filter(|record| {
+            record.kind == ObjectType::Metadata && !looked_at.contains_key(&record.id)
+        });
+        let reading = unread.map(|record| async move {
+            Ok::<_, Error>((record.id, self.wrong_digest(lineage, record).await?))
+        });
+        let reading: Vec<_> = reading.collect();
+        let read: Vec<(PackId, Option<String>)> =
+            stream::iter(reading).buffer_unordered(DIGESTS_IN_FLIGHT).try_collect().await?;
+        let wrong = read.iter().find_map(|(_, wrong)| wrong.clone());
+        looked_at.extend(read);
+        Ok(wrong)
+    }
+
+    /// Makes sure that what is about to be committed is in the store: whatever deleted a pack since it was stored, or
+    /// since it was chosen to be referred to, did so before there was a backup that needs it.
+    pub(crate) async fn require_all(&self, root: &Root) -> Result<(), Error> {
+        let inventory = self.inventory(root).await?;
+        let unseen: HashSet<&String> =
+            inventory.missing.iter().chain(&inventory.wrong_size).collect();
+        for record in root.packs.values() {
+            let key = layout::pack(root.head.lineage, record.id);
+            if !unseen.contains(&key) {
+                continue;
+            }
+            // Some stores list late: the object itself has the last word.
+            let reason = match self.store.size(&key).await {
+                Ok(size) if size == record.size_bytes => continue,
+                Ok(size) => format!("{key} has {size} bytes, not {}", record.size_bytes),
+                Err(StoreError::NotFound { .. }) => format!("{key} is not in the store any more"),
+                Err(error) => return Err(error.into()),
+            };
+            return Err(Error::Incomplete { attempt: root.head.attempt, reason });
+        }
+        Ok(())
     }
 
     /// Ends an attempt that is not to become a backup. Competes with its COMMIT: the first verdict stays.
@@ -253,6 +359,11 @@ impl Attempt {
     /// The backup it is compared with, and whose bytes it may refer to.
     pub fn predecessor(&self) -> Option<BackupId> {
         self.predecessor.as_ref().map(Backup::id)
+    }
+
+    /// Newer backups that could not be compared with, because they are damaged.
+    pub fn passed_over(&self) -> &[PassedOver] {
+        &self.passed_over
     }
 
     /// What the predecessor says about its source.
@@ -392,8 +503,8 @@ mod tests {
 
     /// An old backup exists. A collector planned before it was committed: its packs are on a list, the list of open
     /// attempts was taken before ours began. Now we begin; and between our two looks somebody forgets the old backup,
-    /// and the collector checks once more, deletes the packs and retires its list. Returns the committed backup's state.
-    async fn race(order: Order) -> (Repository, LineageId, BackupId) {
+    /// and the collector checks once more, deletes the packs and retires its list. Returns what became of our attempt.
+    async fn race(order: Order) -> (Repository, LineageId, Result<BackupId, Error>) {
         let place = tempfile::tempdir().unwrap().keep();
         let store = Arc::new(Interleaved {
             inner: DirectoryStore::new(place),
@@ -412,7 +523,7 @@ mod tests {
         let old = write(repository.begin(lineage, intent(1)).await.unwrap()).await.unwrap();
         // It has deleted the content and not yet the metadata, so that the writer notices nothing.
         let root = repository.open_backup(lineage, old).await.unwrap().root;
-        let data = root.packs.values().filter(|record| record.kind == pack::ObjectType::Data);
+        let data = root.packs.values().filter(|record| record.kind == ObjectType::Data);
         let packs: Vec<_> = data.map(|record| record.id).collect();
 
         let run = format!("{}run-1", layout::condemned(lineage));
@@ -429,25 +540,26 @@ mod tests {
 
         let attempt = repository.begin_in_order(lineage, intent(2), order).await.unwrap();
         assert!(!store.armed.load(Ordering::SeqCst), "the collector had its turn");
-        let backup = write(attempt).await.unwrap();
+        let backup = write(attempt).await;
         (repository, lineage, backup)
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_collector_between_the_two_looks_costs_nothing() {
         let (repository, lineage, backup) = race(Order::CondemnedFirst).await;
-        let backup = repository.open_backup(lineage, backup).await.unwrap();
+        let backup = repository.open_backup(lineage, backup.unwrap()).await.unwrap();
         assert!(backup.check_inventory().await.unwrap().is_sound());
         assert!(backup.check_decrypt(crate::CheckOptions::default()).await.unwrap().is_sound());
     }
 
-    /// The reason for the order: the same collector, the looks exchanged, and a committed backup misses its packs.
+    /// The reason for the order: the same collector, the looks exchanged, and the manifest names packs that are deleted.
+    /// Here the look before the verdict sees it; it would not, had the collector taken its time.
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn the_looks_exchanged_would_lose_data() {
         let place = race(Order::PredecessorFirst);
         let (repository, lineage, backup) = place.await;
-        let backup = repository.open_backup(lineage, backup).await.unwrap();
-        assert!(!backup.check_inventory().await.unwrap().missing.is_empty());
+        assert!(matches!(backup, Err(Error::Incomplete { .. })), "{backup:?}");
+        assert_eq!(repository.list_backups(lineage).await.unwrap().len(), 1, "the old one only");
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use proto::LineageId;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
@@ -12,9 +13,11 @@ use crate::entry::{Body, Content, Entry, Extent};
 use crate::error::Error;
 use crate::layout;
 use crate::limits::{FRAME_BYTES_MAX, SHARD_UNITS, TAG_LENGTH};
+use crate::manifest::Root;
 use crate::pack::{FrameRef, HEADER_BYTES, PackId, PackRecord, TAIL_BYTES, Tail, undigested_bytes};
 use crate::progress::Progress;
 use crate::reader::Backup;
+use crate::repository::Repository;
 use crate::stop::Stop;
 
 /// What of a backup is in the store.
@@ -74,18 +77,19 @@ impl Default for CheckOptions {
     }
 }
 
-impl Backup {
-    /// L1: every pack is there and has its size. One listing, nothing is read.
-    pub async fn check_inventory(&self) -> Result<Inventory, Error> {
-        let listed = self.repository.store.list(&layout::packs(self.lineage())).await?;
+impl Repository {
+    /// Looks for every pack of a manifest in one listing.
+    pub(crate) async fn inventory(&self, root: &Root) -> Result<Inventory, Error> {
+        let lineage = root.head.lineage;
+        let listed = self.store.list(&layout::packs(lineage)).await?;
         let sizes: HashMap<&str, u64> =
             listed.iter().map(|object| (object.key.as_str(), object.size_bytes)).collect();
         let mut inventory =
             Inventory { packs: 0, bytes: 0, missing: Vec::new(), wrong_size: Vec::new() };
-        for record in self.root.packs.values() {
+        for record in root.packs.values() {
             inventory.packs += 1;
             inventory.bytes += record.size_bytes;
-            let key = layout::pack(self.lineage(), record.id);
+            let key = layout::pack(lineage, record.id);
             match sizes.get(key.as_str()) {
                 None => inventory.missing.push(key),
                 Some(size) if *size != record.size_bytes => inventory.wrong_size.push(key),
@@ -95,6 +99,40 @@ impl Backup {
         inventory.missing.sort();
         inventory.wrong_size.sort();
         Ok(inventory)
+    }
+
+    /// Reads a pack and holds it against the digest its manifest remembers. `None` when it is right, else what is wrong.
+    pub(crate) async fn wrong_digest(
+        &self,
+        lineage: LineageId,
+        record: &PackRecord,
+    ) -> Result<Option<String>, Error> {
+        let key = layout::pack(lineage, record.id);
+        let end = record.size_bytes.saturating_sub(undigested_bytes());
+        let mut hasher = blake3::Hasher::new();
+        let mut at = 0;
+        while at < end {
+            let range = at..end.min(at + DIGEST_REQUEST_BYTES);
+            at = range.end;
+            match self.store.get_range(&key, range).await.map_err(Error::needed) {
+                Ok(bytes) => hasher.update(&bytes),
+                Err(Error::Damaged { reason, .. }) => return Ok(Some(format!("{key}: {reason}"))),
+                Err(Error::Missing { .. }) => return Ok(Some(format!("{key} is missing"))),
+                Err(error) => return Err(error),
+            };
+        }
+        let right = *hasher.finalize().as_bytes() == record.digest;
+        Ok((!right).then(|| format!("the bytes of {key} are not those that were written")))
+    }
+}
+
+/// Bytes of a pack in memory while it is held against its digest.
+const DIGEST_REQUEST_BYTES: u64 = 2 << 20;
+
+impl Backup {
+    /// L1: every pack is there and has its size. One listing, nothing is read.
+    pub async fn check_inventory(&self) -> Result<Inventory, Error> {
+        self.repository.inventory(&self.root).await
     }
 
     /// L2: every byte of every pack is read and has the digest the manifest remembers, every frame opens and unpacks, and

@@ -76,6 +76,14 @@ pub enum Error {
         /// Their reason.
         why: String,
     },
+    /// Something the attempt needs is gone again before it was committed.
+    #[error("commit attempt {attempt}: {reason}")]
+    Incomplete {
+        /// The attempt.
+        attempt: AttemptId,
+        /// Which object.
+        reason: String,
+    },
     /// The store did not say whether a verdict was written, and did not show one when it was asked.
     #[error("learn whether the {word} of attempt {attempt} was written: it may stand")]
     VerdictUnknown {
@@ -236,6 +244,11 @@ impl From<Error> for Failure {
                 Code::CommitRefused,
                 Action::Abandon,
                 "A later attempt took over; look at that one.",
+            ),
+            Error::Incomplete { .. } => (
+                Code::ObjectMissing,
+                Action::Retry,
+                "Find out what deletes from the store (a lifecycle rule, a clean-up job); the next attempt stores it again.",
             ),
             Error::VerdictUnknown { source, .. } => {
                 let (code, action, _) = of_store(source);

@@ -36,7 +36,7 @@ mod wire;
 mod wishes;
 mod writer;
 
-pub use attempt::{Aborted, Attempt};
+pub use attempt::{Aborted, Attempt, PassedOver};
 pub use check::{CheckOptions, DecryptReport, Inventory};
 pub use collect::{Amount, CollectOptions, CollectPlan, CollectSummary, Collected, Fate};
 pub use entry::{SourceEntry, SourceKind, path_order};

@@ -14,7 +14,7 @@ use crate::repository::Repository;
 use crate::store::{PutOutcome, StoreError};
 
 /// Attempts whose notes are read at the same time: a lineage of years has thousands, each a round trip or two away.
-const NOTES_IN_FLIGHT: usize = 16;
+pub(crate) const NOTES_IN_FLIGHT: usize = 16;
 
 /// What is known of one attempt from its small objects.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,6 +46,13 @@ impl AttemptSummary {
     pub fn committed_at_ms(&self) -> Option<i64> {
         self.backup().and(self.verdict.as_ref()).map(|verdict| verdict.at_ms)
     }
+}
+
+/// Whether an attempt has an object of this name, or a numbered one.
+pub(crate) fn has(names: &[String], wanted: &str) -> bool {
+    names.iter().any(|name| {
+        name == wanted || name.strip_prefix(wanted).is_some_and(|rest| rest.starts_with('.'))
+    })
 }
 
 impl Repository {
@@ -131,6 +138,17 @@ impl Repository {
 
     /// Every attempt of a lineage, oldest first: backups, aborted and open ones.
     pub async fn list_attempts(&self, lineage: LineageId) -> Result<Vec<AttemptSummary>, Error> {
+        let names = self.names_of_attempts(lineage).await?;
+        let summaries =
+            names.into_iter().map(|(attempt, names)| self.summarise(lineage, attempt, names));
+        stream::iter(summaries).buffered(NOTES_IN_FLIGHT).try_collect().await
+    }
+
+    /// The objects of every attempt, by their last names.
+    pub(crate) async fn names_of_attempts(
+        &self,
+        lineage: LineageId,
+    ) -> Result<BTreeMap<AttemptId, Vec<String>>, Error> {
         let prefix = layout::backups(lineage);
         let mut names: BTreeMap<AttemptId, Vec<String>> = BTreeMap::new();
         for object in self.store.list(&prefix).await? {
@@ -142,9 +160,7 @@ impl Repository {
             let Ok(attempt) = attempt.parse() else { continue };
             names.entry(attempt).or_default().push(name.to_owned());
         }
-        let summaries =
-            names.into_iter().map(|(attempt, names)| self.summarise(lineage, attempt, names));
-        stream::iter(summaries).buffered(NOTES_IN_FLIGHT).try_collect().await
+        Ok(names)
     }
 
     async fn summarise(
@@ -153,11 +169,7 @@ impl Repository {
         attempt: AttemptId,
         names: Vec<String>,
     ) -> Result<AttemptSummary, Error> {
-        let has = |wanted: &str| {
-            names.iter().any(|name| {
-                name == wanted || name.strip_prefix(wanted).is_some_and(|n| n.starts_with('.'))
-            })
-        };
+        let has = |wanted: &str| has(&names, wanted);
         let proofs = names.iter().filter(|name| name.starts_with("proof.")).count();
         let intent = if has("intent") {
             self.read_note(&layout::of_attempt(lineage, attempt, "intent")).await?

@@ -107,6 +107,81 @@ async fn no_flipped_bit_cut_end_or_missing_object_gives_wrong_bytes() {
     );
 }
 
+/// Flips a bit in the middle of a file.
+fn rot(path: &Path) {
+    let mut bytes = std::fs::read(path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 4;
+    std::fs::write(path, bytes).unwrap();
+}
+
+/// Packs of metadata: their type stands in their header.
+fn metadata_packs(bench: &Bench) -> Vec<PathBuf> {
+    let mut packs = common::files_below(&bench.store_path());
+    packs.retain(|path| is_pack(path) && std::fs::read(path).unwrap()[9] == 2);
+    packs
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_with_rotten_metadata_poisons_no_later_one() {
+    let bench = Bench::new().await;
+    let tree = Arc::new(
+        Tree::new()
+            .directory("d")
+            .file("d/a", noise(1, 30_000))
+            // Described by shards of its own, which nobody reads while it does not change.
+            .file("d/large", noise(2, 600_000)),
+    );
+    let first = bench.back_up(&tree, NOW_MS).await;
+    let of_first = metadata_packs(&bench);
+    tree.write("d/a", 9000, b"changed");
+    let second = bench.back_up(&tree, NOW_MS + 1).await;
+    assert_eq!(second.predecessor, Some(first.backup));
+    let of_second: Vec<PathBuf> =
+        metadata_packs(&bench).into_iter().filter(|pack| !of_first.contains(pack)).collect();
+
+    // The newest is bad: the one before it is compared with.
+    for pack in &of_second {
+        rot(pack);
+    }
+    let attempt = bench.begin(NOW_MS + 2).await;
+    assert_eq!(attempt.predecessor(), Some(first.backup));
+    let passed: Vec<BackupId> = attempt.passed_over().iter().map(|over| over.backup).collect();
+    assert_eq!(passed, [second.backup]);
+    let third = bench.back_up(&tree, NOW_MS + 3).await;
+    assert_eq!(third.predecessor, Some(first.backup));
+    assert_eq!(bench.restore(&third).await, tree.expected());
+
+    // All of them are: everything is stored anew, and nothing bad is referred to.
+    for pack in &of_first {
+        rot(pack);
+    }
+    let fourth = bench.back_up(&tree, NOW_MS + 4).await;
+    assert_eq!((fourth.predecessor, fourth.packs_reused), (None, 0));
+    assert_eq!(bench.restore(&fourth).await, tree.expected());
+    let report = bench.open(&fourth).await.check_decrypt(CheckOptions::default()).await.unwrap();
+    assert!(report.is_sound(), "{report:?}");
+    assert_eq!(bench.back_up(&tree, NOW_MS + 5).await.predecessor, Some(fourth.backup));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rotten_manifest_or_verdict_poisons_no_later_backup() {
+    for name in ["manifest", "verdict", "intent"] {
+        let bench = Bench::new().await;
+        let tree = Arc::new(Tree::new().file("a", noise(1, 30_000)));
+        let first = bench.back_up(&tree, NOW_MS).await;
+        let second = bench.back_up(&tree, NOW_MS + 1).await;
+        let of_second = format!("{}/{name}", second.backup);
+        let files = common::files_below(&bench.store_path());
+        rot(files.iter().find(|path| path.to_str().unwrap().ends_with(&of_second)).unwrap());
+        let third = bench.back_up(&tree, NOW_MS + 2).await;
+        // An intent says nothing that a restore or a comparison needs.
+        let expected = if name == "intent" { second.backup } else { first.backup };
+        assert_eq!(third.predecessor, Some(expected), "{name}");
+        assert_eq!(bench.restore(&third).await, tree.expected());
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn objects_that_change_places_are_noticed() {
     let (bench, backups, expected) = damaged_bench().await;

@@ -134,6 +134,42 @@ async fn an_attempt_that_was_aborted_cannot_commit_and_is_no_backup() {
     assert_eq!(bench.repository.list_backups(bench.lineage).await.unwrap().len(), 1);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pack_that_is_gone_or_cut_before_the_verdict_is_no_success() {
+    let bench = Bench::new().await;
+    let tree = small_tree();
+    let first = bench.back_up(&tree, NOW_MS).await;
+    for (at_ms, cut) in [(NOW_MS + 1, false), (NOW_MS + 2, true)] {
+        let known = common::files_below(&bench.store_path());
+        let options = WriteOptions { full_read: true, ..WriteOptions::default() };
+        let attempt = bench.begin(at_ms).await;
+        let id = attempt.id();
+        let mut writer = attempt.write(options).unwrap();
+        tree.write("d/a", 0, &noise(at_ms.unsigned_abs(), 9000));
+        writer.copy(source(&tree), tree.entries().into_iter().map(Ok)).await.unwrap();
+        let written = writer.finish(source(&tree), vec![], facts()).await.unwrap();
+        let stored = common::files_below(&bench.store_path());
+        let is_new = |path: &&std::path::PathBuf| {
+            path.to_str().unwrap().contains("/packs/") && !known.contains(path)
+        };
+        let pack = stored.iter().find(is_new).unwrap();
+        if cut {
+            let file = std::fs::File::options().write(true).open(pack).unwrap();
+            file.set_len(file.metadata().unwrap().len() - 1).unwrap();
+        } else {
+            std::fs::remove_file(pack).unwrap();
+        }
+        let error = written.commit(at_ms).await.unwrap_err();
+        assert!(matches!(error, Error::Incomplete { .. }), "{error}");
+        let failure = Failure::from(error);
+        assert_eq!((failure.code, failure.action), (Code::ObjectMissing, proto::Action::Retry));
+        assert_eq!(bench.repository.verdict(bench.lineage, id).await.unwrap(), None);
+    }
+    let next = bench.back_up(&tree, NOW_MS + 3).await;
+    assert_eq!(next.predecessor, Some(first.backup));
+    assert_eq!(bench.restore(&next).await, tree.expected());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn of_a_commit_and_an_abort_at_the_same_time_exactly_one_wins() {
     let bench = Arc::new(Bench::new().await);

@@ -164,15 +164,20 @@ async fn a_change_that_no_time_shows_is_found_within_thirty_days() {
     tree.change("f33", |file| file.content[0] ^= 1);
     tree.change("large", |file| file.content[5 << 20] ^= 1);
     tree.bytes_read();
-    let mut total = 0;
+    let (mut total, mut silent) = (0, 0);
     let mut last = None;
     for day in 1..=30 {
-        last = Some(bench.back_up(&tree, NOW_MS + day * DAY_MS).await);
+        let options =
+            WriteOptions { continuity: Some("here".to_owned()), ..WriteOptions::default() };
+        let progress = Arc::clone(&options.progress);
+        last = Some(bench.back_up_with(&tree, NOW_MS + day * DAY_MS, options).await.unwrap());
+        silent += progress.snapshot().silent_changes;
         let read = tree.bytes_read();
         assert!(read < 3 << 20, "day {day} reads its share only: {read}");
         total += read;
     }
     assert_eq!(total, 60 * 20_000 + (6 << 20), "everything once");
+    assert_eq!(silent, 2, "and each change is counted");
     assert_eq!(bench.restore(&last.unwrap()).await, tree.expected());
 }
 

@@ -442,6 +442,36 @@ async fn a_cancelled_backup_leaves_nothing_on_the_server_and_cannot_commit() {
     assert!(attempts[0].verdict.is_some() && attempts[0].backup().is_none());
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_later_attempt_of_a_restore_waits_for_the_one_before() {
+    let house =
+        House::new(15, InstanceOptions { fsync: false, ..InstanceOptions::default() }).await;
+    house.sql(DATA).await;
+    house.back_up().await;
+    let repository = house.reopened().await;
+    let backup = restoring::find(&repository, None, None, None).await.unwrap();
+    let directory = house.place.path().join("restored");
+    let destination = Destination::below(&directory, backup.facts());
+    // The restore of the attempt before is still at it.
+    std::fs::create_dir(&directory).unwrap();
+    let before = std::fs::File::open(&directory).unwrap();
+    before.lock().unwrap();
+
+    let first = house.cx();
+    let refused = restoring::restore(&first, &backup, &destination, 2).await.unwrap_err();
+    assert_eq!(refused.code, Code::TargetNotEmpty, "{refused}");
+
+    let spec = Spec { predecessor: Some(first.spec.attempt), ..(*house.cx().spec).clone() };
+    let second = JobContext::new(spec, Arc::new(|_| {}));
+    let restore = restoring::restore(&second, &backup, &destination, 2);
+    tokio::pin!(restore);
+    let early = tokio::time::timeout(Duration::from_secs(1), &mut restore).await;
+    assert!(early.is_err(), "it does not end while the other is there: {early:?}");
+    drop(before);
+    restore.await.unwrap();
+    assert!(directory.join("backup_label").exists());
+}
+
 /// The attempt has its ABORT, and the server nothing of it.
 async fn was_given_up(house: &House, failure: &Failure) {
     assert_eq!((failure.code, failure.action), (Code::WalHeld, Action::Retry), "{failure:?}");
@@ -525,6 +555,48 @@ async fn tablespaces_and_settings_outside_the_data_directory_come_back() {
     assert_eq!(number(&url, "SELECT count(*) FROM public.far").await, 20_000);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_page_is_told_by_every_backup_until_it_is_gone() {
+    use std::os::unix::fs::FileExt as _;
+    let options = InstanceOptions { fsync: false, checksums: true, ..InstanceOptions::default() };
+    let mut house = House::new(15, options).await;
+    house.sql(DATA).await;
+    let path = {
+        let session = session(&house.server.url("postgres")).await;
+        let row =
+            session.one("look", "SELECT pg_relation_filepath('public.orders')", &[]).await.unwrap();
+        row.get::<_, String>(0)
+    };
+    house.server.stop(StopMode::Fast).await.unwrap();
+    let file = house.server.data_directory().join(&path);
+    let file = std::fs::File::options().write(true).open(file).unwrap();
+    file.write_all_at(b"rotten", 3 * 8192 + 5000).unwrap();
+    house.server.start().await.unwrap();
+
+    // Files are skipped once their last change is a few seconds old.
+    let skipped = async {
+        loop {
+            let cx = house.cx();
+            let outcome = house.back_up_as(&cx).await.unwrap();
+            assert_eq!(outcome.bad_pages, 1);
+            let repository = house.reopened().await;
+            let found = restoring::find(&repository, None, None, Some(outcome.backup)).await;
+            let found = found.unwrap();
+            let bad = &found.facts().bad_pages;
+            assert_eq!((bad.len(), &bad[0].path, bad[0].block), (1, &path, 3));
+            let steps = cx.steps();
+            let copied = steps.iter().find(|step| step.name == "copy").unwrap();
+            if copied.figures["unread_bytes"] > outcome.size_bytes / 2 {
+                return;
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_mins(1), Box::pin(skipped)).await.unwrap();
+
+    house.sql("DROP TABLE public.orders; CHECKPOINT").await;
+    assert_eq!(house.back_up().await.bad_pages, 0);
+}
+
 /// The packs of a lineage.
 fn packs(house: &House, lineage: proto::LineageId) -> Vec<PathBuf> {
     let packs = house.place.path().join(format!("repository/lineages/{lineage}/packs"));
@@ -537,6 +609,32 @@ fn packs(house: &House, lineage: proto::LineageId) -> Vec<PathBuf> {
         }
     }
     files
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_after_a_damaged_index_does_not_refer_to_it() {
+    let house =
+        House::new(15, InstanceOptions { fsync: false, ..InstanceOptions::default() }).await;
+    house.sql(DATA).await;
+    let first = house.back_up().await;
+    for pack in packs(&house, first.lineage) {
+        let mut bytes = std::fs::read(&pack).unwrap();
+        // The type of a pack stands in its header; 2 is metadata.
+        if bytes[9] == 2 {
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 1;
+            std::fs::write(&pack, bytes).unwrap();
+        }
+    }
+    let cx = house.cx();
+    let second = house.back_up_as(&cx).await.unwrap();
+    assert_eq!(second.compared_with, None, "what is damaged is stored again");
+    let steps = cx.steps();
+    let began = steps.iter().find(|step| step.name == "begin").unwrap();
+    assert_eq!(began.figures["damaged_backups"], 1);
+    let proof = house.prove(ProofLevel::L5).await;
+    assert_eq!(proof.backup, second.backup);
+    assert!(proof.passed, "{:#?}", proof.checks);
 }
 
 #[tokio::test(flavor = "multi_thread")]

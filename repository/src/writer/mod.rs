@@ -17,7 +17,7 @@ mod source;
 mod stream;
 mod wal;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -55,6 +55,8 @@ pub struct WriteOptions {
     pub level: i32,
     /// Read every file, whatever its times say.
     pub full_read: bool,
+    /// Files that are read again whatever their times say: something is known to be wrong with them.
+    pub read_again: HashSet<Vec<u8>>,
     /// Names the node, file system and timeline the files are on. Files are skipped by their times only when the
     /// predecessor has an equal one; `None` reads everything.
     pub continuity: Option<String>,
@@ -70,6 +72,7 @@ impl Default for WriteOptions {
             processes: 2,
             level: 3,
             full_read: false,
+            read_again: HashSet::new(),
             continuity: None,
             progress: Arc::default(),
             cancel: CancellationToken::new(),
@@ -104,6 +107,7 @@ pub struct Written {
     repository: Repository,
     lineage: LineageId,
     attempt: AttemptId,
+    root: Arc<Root>,
     predecessor: Option<BackupId>,
     by: String,
     manifest_bytes: u64,
@@ -195,7 +199,11 @@ impl BackupWriter {
             old.root.head.continuity.is_some()
                 && old.root.head.continuity == self.options.continuity
         });
-        let trust = Trust { stamps: same_place && !self.options.full_read, reread: self.reread };
+        let trust = Trust {
+            stamps: same_place && !self.options.full_read,
+            reread: self.reread,
+            read_again: self.options.read_again.clone(),
+        };
         let processes = self.options.processes.max(1);
         let files =
             self.pipeline(source, entries.into_iter(), predecessor, trust, processes).await?;
@@ -215,7 +223,8 @@ impl BackupWriter {
             .files
             .take()
             .ok_or_else(|| Error::Bug("a backup is finished before its files".into()))?;
-        let trust = Trust { stamps: false, reread: Reread::since(0, 0) };
+        let (reread, read_again) = (Reread::since(0, 0), HashSet::new());
+        let trust = Trust { stamps: false, reread, read_again };
         let mut late = late;
         late.sort_by(|a, b| crate::entry::path_order(&a.path, &b.path));
         let late_names: Vec<String> =
@@ -254,6 +263,7 @@ impl BackupWriter {
             lineage: root.head.lineage,
             attempt: root.head.attempt,
             predecessor: root.head.predecessor,
+            root: Arc::clone(&root),
             by: self.attempt.intent.by.clone(),
             manifest_bytes: stored.0,
             manifest_blake3: stored.1,
@@ -456,8 +466,10 @@ impl Written {
         self.counts
     }
 
-    /// Makes it a backup, unless somebody aborted the attempt first. `now_ms` stands in the verdict.
+    /// Makes it a backup, unless somebody aborted the attempt first, or a pack it needs is not in the store any more.
+    /// `now_ms` stands in the verdict.
     pub async fn commit(self, now_ms: i64) -> Result<BackupSummary, Error> {
+        self.repository.require_all(&self.root).await?;
         let outcome = Outcome::Commit {
             manifest_bytes: self.manifest_bytes,
             manifest_blake3: self.manifest_blake3.clone(),

@@ -1,5 +1,6 @@
 //! The first thread of a copy: walks the new entries beside the predecessor's and decides what is read.
 
+use std::collections::HashSet;
 use std::io;
 use std::sync::Arc;
 
@@ -16,11 +17,13 @@ use crate::progress::Progress;
 use crate::stop::Stop;
 
 /// What may be taken over without being read.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Trust {
     /// Files with the same stamp may be: node and timeline are the predecessor's.
     pub(super) stamps: bool,
     pub(super) reread: Reread,
+    /// Files that may not be.
+    pub(super) read_again: HashSet<Vec<u8>>,
 }
 
 /// The share of unchanged stretches that is read all the same: those whose number lies in a window that moves round once
@@ -116,8 +119,9 @@ impl<'a> Planner<'a> {
     fn file(&mut self, entry: SourceEntry, old: Option<Old>) -> Result<(), Error> {
         let stamp = entry.stamp();
         let known = old.as_ref().and_then(Old::file);
-        let trusted =
-            entry.content.is_none() && known.is_some_and(|file| self.may_trust(file, &stamp));
+        let trusted = entry.content.is_none()
+            && known.is_some_and(|file| self.may_trust(file, &stamp))
+            && !self.trust.read_again.contains(&entry.path);
         let unit_bytes = unit_bytes(&entry, known);
         if let (true, Some(file)) = (trusted, known) {
             let pieces = match &file.content {

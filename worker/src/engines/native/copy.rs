@@ -1,5 +1,6 @@
 //! A backup from its first question to its verdict.
 
+use std::collections::HashSet;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -24,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::begin::{Ready, enter, ready};
 use super::hold::{Hold, LOOK_EVERY};
-use super::source::{DataDirectory, Found};
+use super::source::{BAD_PAGES_NAMED_MAX, DataDirectory, Found};
 use super::wal::WalCollector;
 use crate::clock;
 use crate::config::BackupConfig;
@@ -59,7 +60,19 @@ pub async fn back_up(
     request: BackupRequest<'_>,
 ) -> Result<BackupOutcome, Failure> {
     let ready = cx.step("connect", ready(cx, request.cluster)).await?;
-    let attempt = cx.step("begin", begin(cx, &request, &ready)).await?;
+    let attempt = cx
+        .step_with("begin", |step| {
+            let (request, ready) = (&request, &ready);
+            async move {
+                let attempt = begin(cx, request, ready).await?;
+                let damaged = attempt.passed_over().len() as u64;
+                if damaged > 0 {
+                    step.figure("damaged_backups", damaged);
+                }
+                Ok(attempt)
+            }
+        })
+        .await?;
     let lineage = attempt.lineage();
     let result = Box::pin(from_attempt(cx, &request, &ready, attempt)).await;
     // Whatever was in the middle of something says "cancelled" when it is told to stop; why it was told is for us to say.
@@ -117,7 +130,8 @@ async fn give_up(
     lineage: LineageId,
     failure: &Failure,
 ) {
-    let why = failure.to_string();
+    let text = failure.to_string();
+    let why = telemetry::scrub(&text);
     let abort =
         request.repository.abort(lineage, cx.spec.attempt, request.by, &why, clock::now_ms());
     match tokio::time::timeout(ABORT_MAX, abort).await {
@@ -140,10 +154,12 @@ async fn from_attempt(
     let mut session = cx.step("start_backup", enter(cx, request.cluster, ready, fast)).await?;
     let progress = Arc::new(repository::Progress::default());
     let timeline = session.started().timeline;
+    let (read_again, read_all) = known_bad(attempt.predecessor_facts());
     let mut writer = attempt.write(WriteOptions {
         processes: processes(request.config.processes),
         level: request.task.compression_level.unwrap_or(request.config.compression_level),
-        full_read: request.task.full_read,
+        full_read: request.task.full_read || read_all,
+        read_again,
         continuity: Some(format!("{} timeline {timeline}", node_name())),
         progress: Arc::clone(&progress),
         cancel: cx.cancel.clone(),
@@ -166,6 +182,16 @@ async fn from_attempt(
                 step.figure("unread_bytes", done.bytes_skipped);
                 step.figure("stored_bytes", done.bytes_stored);
                 step.figure("vanished_files", done.vanished);
+                step.figure("silent_changes", done.silent_changes);
+                if done.silent_changes > 0 {
+                    tracing::warn!(
+                        cluster.name = %cx.spec.cluster,
+                        "{} units of files had changed although times and sizes of the files had not; they are in this \
+                         backup, and earlier ones have what was there before. Look for storage that lost writes, or for \
+                         a copy that kept the times; full_read reads everything",
+                        done.silent_changes,
+                    );
+                }
                 step.figure("bad_pages", copied.files.found().bad_page_count);
                 Ok(copied)
             }
@@ -264,6 +290,14 @@ fn collector(session: &BackupSession, ready: &Ready, writer: &BackupWriter) -> W
     let changes = WalChanges::new(server.version, started.start_lsn);
     let directory = ready.directory.join("pg_wal");
     WalCollector::new(directory, origin, started.timeline, started.start_lsn, writer.wal(), changes)
+}
+
+/// The files in which the predecessor found bad pages: a backup that does not read them again would not say so. The
+/// second part is true when they were too many to be named, so that any file may have some.
+fn known_bad(predecessor: Option<&BackupFacts>) -> (HashSet<Vec<u8>>, bool) {
+    let bad = predecessor.map_or(&[][..], |facts| &facts.bad_pages);
+    let files = bad.iter().map(|page| page.path.clone().into_bytes()).collect();
+    (files, bad.len() >= BAD_PAGES_NAMED_MAX)
 }
 
 /// The time by the clock that stamps the files: the starting checkpoint has just written the control file. On a network

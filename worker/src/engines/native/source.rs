@@ -13,7 +13,7 @@ use proto::backup::BadPage;
 use repository::{Source, SourceEntry, SourceFile};
 
 /// How many bad pages are named one by one; more are only counted.
-const BAD_PAGES_NAMED_MAX: usize = 1_000;
+pub(crate) const BAD_PAGES_NAMED_MAX: usize = 1_000;
 
 /// Where each entry of a scan is read.
 #[derive(Debug)]
