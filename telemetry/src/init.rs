@@ -47,6 +47,10 @@ const TRACED: [&str; 13] = [
     "worker",
 ];
 
+/// What is not logged unless the filter names it. lapin writes whole messages that were returned into its warnings; what
+/// matters of them is told by the broker crate.
+const QUIET: &str = "lapin=off";
+
 /// Spans that may wait for a slow collector. At a few hundred bytes each that is well under 2 MiB.
 const QUEUE_SIZE: usize = 2_048;
 /// Spans sent together.
@@ -67,7 +71,8 @@ pub struct Options {
     pub instance: String,
     /// How log lines look.
     pub log_format: LogFormat,
-    /// Which log lines are written, in the syntax of `tracing_subscriber::EnvFilter`: `info`, `info,worker=debug`.
+    /// Which log lines are written, in the syntax of `tracing_subscriber::EnvFilter`: `info`, `info,worker=debug`. Those of
+    /// lapin, which may hold bodies of messages, only when it is named: `info,lapin=warn`.
     pub log_filter: String,
     /// Where spans go; `None` unless the environment names an endpoint.
     pub otlp: Option<OtlpOptions>,
@@ -146,9 +151,7 @@ pub struct Guard {
 ///
 /// Call it once, early, from any thread.
 pub fn init(options: &Options) -> Result<Guard, TelemetryError> {
-    let filter = EnvFilter::builder().parse(&options.log_filter).map_err(|error| {
-        TelemetryError::Filter { filter: options.log_filter.clone(), reason: error.to_string() }
-    })?;
+    let filter = filter(&options.log_filter)?;
     let tally = Arc::new(Tally::default());
     let provider = provider(options, &tally)?;
 
@@ -202,6 +205,16 @@ impl Guard {
         let _ = self.provider.shutdown_with_timeout(limit.min(SHUTDOWN_LIMIT));
         self.tally.counts()
     }
+}
+
+/// The configured filter behind [`QUIET`]: of two directives for one target the later counts.
+fn filter(configured: &str) -> Result<EnvFilter, TelemetryError> {
+    // What an empty filter means by itself, which it no longer would behind another directive.
+    let rest = if configured.trim().is_empty() { "error" } else { configured };
+    EnvFilter::builder().parse(format!("{QUIET},{rest}")).map_err(|error| TelemetryError::Filter {
+        filter: configured.to_owned(),
+        reason: error.to_string(),
+    })
 }
 
 fn provider(options: &Options, tally: &Arc<Tally>) -> Result<SdkTracerProvider, TelemetryError> {
@@ -360,6 +373,26 @@ mod tests {
     fn url(otlp: Option<&str>, environment: Environment) -> Option<String> {
         let target = Target::of(&options(otlp.map(OtlpOptions::to), environment)).unwrap();
         target.map(|target| target.url)
+    }
+
+    #[test]
+    fn lapin_is_quiet_unless_the_filter_names_it() {
+        let enabled = |configured: &str| {
+            let subscriber = tracing_subscriber::registry().with(filter(configured).unwrap());
+            tracing::subscriber::with_default(subscriber, || {
+                let lapin = tracing::enabled!(target: "lapin::channel", tracing::Level::WARN);
+                let ours = tracing::enabled!(target: "worker", tracing::Level::WARN);
+                (lapin, ours)
+            })
+        };
+        assert_eq!(enabled("info"), (false, true));
+        assert_eq!(enabled("trace"), (false, true));
+        assert_eq!(enabled("info,lapin=warn"), (true, true));
+        assert_eq!(enabled("error,worker=debug"), (false, true));
+        assert_eq!(enabled("off"), (false, false));
+        assert_eq!(filter("").unwrap().max_level_hint(), Some(LevelFilter::ERROR));
+        let error = filter("info,worker=loud").unwrap_err().to_string();
+        assert!(error.contains("\"info,worker=loud\""), "only what was configured: {error}");
     }
 
     #[test]
