@@ -1,5 +1,6 @@
 //! One attempt, from its grant to its final report.
 
+use std::borrow::Cow;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -57,6 +58,7 @@ impl Reporter {
     }
 
     fn signed(&self, body: ReportBody) -> (u64, Vec<u8>) {
+        let body = scrubbed(body);
         let seq = self.seq.fetch_add(1, Ordering::SeqCst) + 1;
         let report = Report {
             schema: SCHEMA,
@@ -99,6 +101,41 @@ impl Reporter {
             Spooled { message_id, body, file: None, must_arrive: true }
         });
         self.outbound.report(report);
+    }
+}
+
+/// A report without secrets in its texts: servers, drivers and libraries quote what they were given. The proof in an
+/// outcome is signed by itself and was scrubbed when it was made.
+fn scrubbed(mut body: ReportBody) -> ReportBody {
+    let outcome = match &mut body {
+        ReportBody::Started | ReportBody::Step(_) => None,
+        ReportBody::Succeeded { outcome, .. } => Some(outcome),
+        ReportBody::Failed { failure, outcome, .. } => {
+            scrub(&mut failure.message);
+            scrub(&mut failure.hint);
+            outcome.as_mut()
+        }
+    };
+    let skipped = match outcome.map(AsMut::as_mut) {
+        Some(Outcome::Analyze(done)) => &mut done.skipped,
+        Some(Outcome::Vacuum(done)) => &mut done.skipped,
+        Some(
+            Outcome::Backup(_)
+            | Outcome::VerifyRestore(_)
+            | Outcome::Restore(_)
+            | Outcome::Probe(_),
+        )
+        | None => return body,
+    };
+    for table in skipped {
+        scrub(&mut table.reason);
+    }
+    body
+}
+
+fn scrub(text: &mut String) {
+    if let Cow::Owned(clean) = telemetry::scrub(text) {
+        *text = clean;
     }
 }
 
@@ -228,5 +265,34 @@ async fn supervised(shared: &Arc<Shared>, cx: &JobContext) -> Ended {
     match tokio::time::timeout(CLEAN_UP_MAX, work).await {
         Ok(ended) => caught(ended),
         Err(_) => dropped(cx.stopped()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::job::{AnalyzeOutcome, SkippedTable};
+
+    use super::*;
+
+    #[test]
+    fn no_secret_of_an_error_text_is_reported() {
+        let text =
+            "failed to reach postgres://backup:hunter2@db1/postgres: password=hunter2 was refused";
+        let failure = Failure::new(Code::ServerUnreachable, Action::Retry, text).with_hint(text);
+        let skipped = SkippedTable {
+            database: "orders".parse().unwrap(),
+            table: "public.orders".to_owned(),
+            reason: text.to_owned(),
+        };
+        let outcome = AnalyzeOutcome { skipped: vec![skipped], ..AnalyzeOutcome::default() };
+        let outcome = Box::new(Outcome::Analyze(outcome));
+        let failed =
+            ReportBody::Failed { failure, outcome: Some(outcome.clone()), steps: Vec::new() };
+        let succeeded = ReportBody::Succeeded { outcome, steps: Vec::new() };
+        for body in [failed, succeeded] {
+            let report = serde_json::to_string(&scrubbed(body)).unwrap();
+            assert!(!report.contains("hunter2"), "{report}");
+            assert!(report.contains("db1") && report.contains("public.orders"), "{report}");
+        }
     }
 }

@@ -17,6 +17,8 @@ use crate::spool::{Spool, Spooled};
 
 /// How many reports may wait in memory; final ones beyond it wait on disk for the next start.
 const QUEUE_MAX: usize = 4_096;
+/// How often a report that must arrive is tried before the others get their turn.
+const TRIES_IN_FRONT: u32 = 4;
 /// Pause before a report is sent again, growing to the second value.
 const RETRY_FIRST: Duration = Duration::from_millis(200);
 const RETRY_LAST: Duration = Duration::from_secs(10);
@@ -83,6 +85,20 @@ fn message(exchange: &str, message_id: String, kind: &'static str, body: Vec<u8>
     Publish::new(exchange, exchange, kind, message_id, body)
 }
 
+/// A report that waits, and how often it was tried in vain.
+struct Waiting {
+    report: Spooled,
+    tries: u32,
+}
+
+impl Waiting {
+    fn new(report: Spooled) -> Self {
+        Self { report, tries: 0 }
+    }
+}
+
+/// Delivers reports in order. One that the broker does not take, for whatever reason, is in nobody's way for long: after
+/// [`TRIES_IN_FRONT`] it goes behind the others, and is tried again for ever.
 async fn deliver(
     broker: Broker,
     undelivered: Vec<Spooled>,
@@ -90,54 +106,131 @@ async fn deliver(
     stop: CancellationToken,
     abandon: CancellationToken,
 ) {
-    let mut waiting: VecDeque<Spooled> = undelivered.into();
+    let mut waiting: VecDeque<Waiting> = undelivered.into_iter().map(Waiting::new).collect();
+    let mut pause = RETRY_FIRST;
     loop {
         while let Ok(report) = receiver.try_recv() {
-            waiting.push_back(report);
+            waiting.push_back(Waiting::new(report));
         }
-        let Some(report) = waiting.pop_front() else {
+        let Some(mut next) = waiting.pop_front() else {
             tokio::select! {
                 () = abandon.cancelled() => return,
                 next = receiver.recv() => match next {
-                    Some(report) => waiting.push_back(report),
+                    Some(report) => waiting.push_back(Waiting::new(report)),
                     None => return,
                 },
                 () = stop.cancelled() => match receiver.try_recv() {
-                    Ok(report) => waiting.push_back(report),
+                    Ok(report) => waiting.push_back(Waiting::new(report)),
                     Err(_) => return,
                 },
             }
             continue;
         };
+        let arrived = tokio::select! {
+            () = abandon.cancelled() => return,
+            arrived = send(&broker, &next.report) => arrived,
+        };
+        if arrived {
+            pause = RETRY_FIRST;
+            if let Err(error) = Spool::delivered(&next.report) {
+                tracing::warn!(%error, "Failed to forget a delivered report; it will be sent twice");
+            }
+            continue;
+        }
+        if !next.report.must_arrive {
+            continue;
+        }
+        next.tries = next.tries.saturating_add(1);
+        if next.tries < TRIES_IN_FRONT {
+            waiting.push_front(next);
+        } else {
+            if next.tries == TRIES_IN_FRONT {
+                tracing::warn!(
+                    message.id = next.report.message_id,
+                    "A final report was not taken {TRIES_IN_FRONT} times; it stays on disk and waits behind the others",
+                );
+            }
+            waiting.push_back(next);
+        }
         tokio::select! {
             () = abandon.cancelled() => return,
-            () = deliver_one(&broker, &report) => {}
+            () = tokio::time::sleep(pause) => {}
+            // Somebody else's news need not wait for it.
+            Some(report) = receiver.recv() => waiting.push_front(Waiting::new(report)),
         }
-        if let Err(error) = Spool::delivered(&report) {
-            tracing::warn!(%error, "Failed to forget a delivered report; it will be sent twice");
-        }
+        pause = (pause * 2).min(RETRY_LAST);
     }
 }
 
-/// Sends one report until the broker confirms it. A report that may be lost is tried once.
-async fn deliver_one(broker: &Broker, report: &Spooled) {
-    let mut pause = RETRY_FIRST;
-    loop {
-        let message =
-            message(topology::REPORTS, report.message_id.clone(), "report", report.body.clone());
-        match broker.publish(message).await {
-            Ok(Published::Routed) => return,
-            Ok(Published::Unroutable) => {
-                tracing::warn!("No coordinator has declared the queue of reports yet");
-            }
-            Err(error) => {
-                tracing::warn!(error = %proto::failure::chain(&error), "Failed to publish a report");
-            }
+/// Sends one report. `true` when the broker has confirmed it.
+async fn send(broker: &Broker, report: &Spooled) -> bool {
+    let message =
+        message(topology::REPORTS, report.message_id.clone(), "report", report.body.clone());
+    match broker.publish(message).await {
+        Ok(Published::Routed) => return true,
+        Ok(Published::Unroutable) => {
+            tracing::warn!("No coordinator has declared the queue of reports yet");
         }
-        if !report.must_arrive {
-            return;
+        Err(error) => {
+            tracing::warn!(error = %proto::failure::chain(&error), "Failed to publish a report");
         }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(RETRY_LAST);
+    }
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use broker::Declaration;
+    use proto::AttemptId;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_report_that_is_not_taken_gets_behind_the_others_and_stays_on_disk() {
+        let broker = Broker::memory();
+        broker.declare(&[Declaration::coordinator()]).await.unwrap();
+        let faults = broker.memory_faults().unwrap();
+        let state = tempfile::tempdir().unwrap();
+        let spool = Spool::open(state.path()).unwrap();
+        let attempt = |n: u8| AttemptId::mint(n.into(), [n; 10]);
+        let first = spool.keep(attempt(1), 1, b"1".to_vec()).unwrap();
+        let second = spool.keep(attempt(2), 1, b"2".to_vec()).unwrap();
+        let names = [&first, &second].map(|report| report.message_id.clone());
+
+        // The broker takes none of the first tries, all of them of the first report.
+        faults.lose_messages(TRIES_IN_FRONT);
+        let mut arriving = broker.another("coordinator").consume(topology::REPORTS, 8);
+        let (sender, receiver) = mpsc::channel(8);
+        let (stop, abandon) = (CancellationToken::new(), CancellationToken::new());
+        let deliverer = tokio::spawn(deliver(
+            broker.clone(),
+            vec![first, second],
+            receiver,
+            stop.clone(),
+            abandon.clone(),
+        ));
+        let mut arrived = Vec::new();
+        let delivery = arriving.next().await.unwrap();
+        arrived.push(delivery.message_id.clone());
+        assert_eq!(delivery.ack().await, broker::Settled::Done);
+        let delivery = arriving.next().await.unwrap();
+        arrived.push(delivery.message_id.clone());
+        assert_eq!(delivery.ack().await, broker::Settled::Done);
+        assert_eq!(arrived, [names[1].clone(), names[0].clone()]);
+
+        // One that is never taken is still there when the worker ends.
+        faults.lose_messages(u32::MAX);
+        let last = spool.keep(attempt(3), 1, b"3".to_vec()).unwrap();
+        let name = last.message_id.clone();
+        sender.send(last).await.unwrap();
+        while sender.capacity() < 8 {
+            tokio::task::yield_now().await;
+        }
+        stop.cancel();
+        abandon.cancel();
+        deliverer.await.unwrap();
+        let left = spool.undelivered().unwrap();
+        assert_eq!(left.len(), 1);
+        assert_eq!(left[0].message_id, name);
     }
 }

@@ -100,6 +100,10 @@ pub async fn prove(
         // It is in the findings already.
         Ok(()) | Err(_) => {}
     }
+    // The record is signed and stored as it is.
+    for check in &mut findings.checks {
+        check.detail = telemetry::scrub(&check.detail).into_owned();
+    }
     let facts = backup.facts();
     let report = findings.report.as_ref();
     Ok(Proof {
