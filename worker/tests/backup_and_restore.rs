@@ -12,6 +12,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use postgres::binaries::Binaries;
 use postgres::instance::{Instance, InstanceOptions, StopMode};
+use postgres::scan::EXTERNAL_ROOT;
 use postgres::{Environment, Purpose, Target, connect};
 use proto::job::{Backup, BackupOutcome};
 use proto::message::Spec;
@@ -530,6 +531,11 @@ async fn tablespaces_and_settings_outside_the_data_directory_come_back() {
     std::fs::write(data.join("server.key"), "secret").unwrap();
     std::fs::set_permissions(data.join("server.key"), std::fs::Permissions::from_mode(0o400))
         .unwrap();
+    // Included files are settings, too.
+    let included = house.place.path().join("conf.d");
+    std::fs::create_dir(&included).unwrap();
+    std::fs::write(included.join("memory.conf"), "work_mem = '7MB'\n").unwrap();
+    house.server.set(&[("include_dir", included.to_str().unwrap())]).unwrap();
     house.server.set(&[("hba_file", hba.to_str().unwrap())]).unwrap();
     house.server.restart().await.unwrap();
     house.sql(DATA).await;
@@ -549,10 +555,57 @@ async fn tablespaces_and_settings_outside_the_data_directory_come_back() {
     let (oid, place) = destination.tablespaces.first_key_value().unwrap();
     let link = std::fs::read_link(directory.join("pg_tblspc").join(oid.to_string())).unwrap();
     assert_eq!(link, *place, "the link leads to the copy and not to production");
+    let kept = format!("{EXTERNAL_ROOT}{}", included.join("memory.conf").display());
+    assert_eq!(std::fs::read_to_string(directory.join(kept)).unwrap(), "work_mem = '7MB'\n");
     let key = std::fs::metadata(directory.join("server.key")).unwrap();
     assert_eq!(key.permissions().mode() & 0o777, 0o400);
     let (_running, url) = start_plainly(&directory, 15).await;
     assert_eq!(number(&url, "SELECT count(*) FROM public.far").await, 20_000);
+}
+
+/// Runs a backup, and something else when it has begun to copy, while it waits.
+async fn back_up_and_meanwhile(house: &House, meanwhile: impl Future<Output = ()>) -> Failure {
+    let cx = house.cx();
+    let mut backup = Box::pin(house.back_up_as(&cx));
+    let in_copy = async {
+        while !cx.steps().iter().any(|step| step.name == "copy") {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::select! {
+        ended = &mut backup => panic!("the backup ended before it copied: {ended:?}"),
+        () = in_copy => {}
+    }
+    meanwhile.await;
+    backup.await.unwrap_err()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tablespaces_that_come_or_vanish_in_the_middle_fail_the_backup() {
+    let house =
+        House::new(15, InstanceOptions { fsync: false, ..InstanceOptions::default() }).await;
+    house.sql(DATA).await;
+    let space = house.place.path().join("space");
+    std::fs::create_dir(&space).unwrap();
+    let create = format!("CREATE TABLESPACE elsewhere LOCATION '{}'", space.display());
+    let failure = Box::pin(back_up_and_meanwhile(&house, house.sql(&create))).await;
+    assert_eq!((failure.code, failure.action), (Code::DataDirectoryShape, Action::Retry));
+    nothing_is_left_on(&house).await;
+    house.back_up().await;
+
+    // As when its file system is unmounted: its files look dropped.
+    let away = house.place.path().join("away");
+    let unmount = async {
+        std::fs::rename(&space, &away).unwrap();
+        std::fs::create_dir(&space).unwrap();
+    };
+    let failure = Box::pin(back_up_and_meanwhile(&house, unmount)).await;
+    assert_eq!(failure.code, Code::DataDirectoryShape, "{failure}");
+    std::fs::remove_dir(&space).unwrap();
+    std::fs::rename(&away, &space).unwrap();
+    nothing_is_left_on(&house).await;
+    let outcome = house.back_up().await;
+    assert!(house.prove(ProofLevel::L5).await.passed, "{outcome:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

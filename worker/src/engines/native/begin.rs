@@ -49,19 +49,9 @@ pub(super) async fn ready(cx: &JobContext, cluster: &Cluster) -> Result<Ready, F
     settings::require_for_backup(&session).await?;
     let directory = data_directory(cluster, &server)?;
     let settings = settings::kept(&session).await?;
-    let is_file = |name: &str| ["config_file", "hba_file", "ident_file"].contains(&name);
-    let ready = Ready {
-        settings_files: settings
-            .iter()
-            .filter(|setting| is_file(&setting.name) && !setting.value.is_empty())
-            .map(|setting| PathBuf::from(&setting.value))
-            .collect(),
-        settings,
-        server,
-        directory,
-    };
+    let settings_files = settings::files_outside(&session).await?;
     session.close().await;
-    Ok(ready)
+    Ok(Ready { server, directory, settings, settings_files })
 }
 
 /// Enters backup mode, and holds the data directory against what the server says.

@@ -16,7 +16,7 @@ use postgres::wal_changes::WalChanges;
 use postgres::{BackupSession, Stopped};
 use proto::backup::{BackupFacts, Census, Tablespace};
 use proto::job::{Backup, BackupOutcome};
-use proto::{Code, Failure, LineageId, Lsn, Progress, Timeline};
+use proto::{Action, Code, Failure, LineageId, Lsn, Progress, Timeline};
 use repository::{
     Aborted, BackupWriter, Intent, Repository, SourceEntry, SourceKind, WriteOptions, path_order,
 };
@@ -210,6 +210,7 @@ async fn from_attempt(
                 step.figure("wal_bytes", wal.bytes());
                 // The slot held all of it until now; had the session been lost, files might have been recycled under us.
                 session.check().await?;
+                same_tablespaces(wal.changes())?;
                 session.finish().await;
                 Ok(finish_counting(cx, request, counted, wal, stopped).await)
             }
@@ -337,6 +338,7 @@ async fn copy(
         .map(|space| Tablespace { oid: space.oid, location: space.location.display().to_string() });
     let tablespaces = tablespaces.collect();
     let files = Arc::new(DataDirectory::new(&scanned.entries, rules));
+    let roots = scanned.roots.clone();
     let entries = entries(scanned, control.block_size, scanned_at_ns);
     let counted = {
         let copying = async {
@@ -357,6 +359,7 @@ async fn copy(
             done = async { tokio::try_join!(work, watching) } => done?.0.1,
         }
     };
+    blocking(move || Ok(roots.verify()?)).await?;
     let (control, control_bytes) = read_control(ready.directory.clone()).await?;
     Ok(Copied { files, counted, control, control_bytes, start_lsn, tablespaces })
 }
@@ -409,6 +412,17 @@ fn source_entry(entry: ScanEntry, block_size: u32, scanned_at_ns: i64) -> Source
         block_size: is_relation.then_some(block_size),
         content: None,
     }
+}
+
+/// The files of a tablespace that came after the scan are not in the copy, and replay would make its directory where the
+/// server has it.
+fn same_tablespaces(changes: Option<&WalChanges>) -> Result<(), Failure> {
+    if !changes.is_some_and(WalChanges::tablespaces_changed) {
+        return Ok(());
+    }
+    let what = "a tablespace was created or dropped while the backup ran";
+    Err(Failure::new(Code::DataDirectoryShape, Action::Retry, what)
+        .with_hint("Nothing is to be done: the next attempt sees the tablespaces as they are now."))
 }
 
 /// Watches over the session until the files are copied; a failure ends the backup.
