@@ -9,6 +9,7 @@ mod error;
 mod limits;
 mod sql;
 mod table;
+pub mod told;
 pub mod vacuum;
 
 pub use error::Error;

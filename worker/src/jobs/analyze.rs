@@ -52,5 +52,5 @@ pub(crate) async fn run(
         }
     }
     maintained.close().await;
-    Ok(outcome)
+    Ok(maintenance::told::analyze(outcome))
 }

@@ -59,5 +59,5 @@ pub(crate) async fn run(
         }
     }
     maintained.close().await;
-    Ok(outcome)
+    Ok(maintenance::told::vacuum(outcome))
 }
