@@ -56,6 +56,8 @@ const OWNER_MARK: &str = "pgmuster sandbox";
 const BOOT_POLL: Duration = Duration::from_millis(20);
 /// How long a sandbox may take to end at once; what is left then is killed.
 const DESTROY_PATIENCE: Duration = Duration::from_secs(10);
+/// A server one of whose processes was killed ends the others and then itself.
+const DEATH_PATIENCE: Duration = Duration::from_secs(2);
 /// A connection over a local socket either works at once or not at all.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 /// Asking a stopped copy for its superuser.
@@ -428,6 +430,15 @@ impl Sandbox {
     /// Whether the server still runs: it does not come back after a crash.
     pub fn is_running(&mut self) -> bool {
         matches!(self.server.ended(), Ok(None))
+    }
+
+    /// Why the server has ended, when that was for want of something on this machine: the system killed one of its
+    /// processes, or took away what it needs. Then what checks found in it says nothing about the backup. `None` when it
+    /// runs, or has died of its copy. Ask when a check failed: it waits two seconds for a server that is about to end.
+    pub async fn unfit(&mut self) -> Option<Error> {
+        tokio::time::timeout(DEATH_PATIENCE, self.server.wait()).await.ok()?.ok()?;
+        let Unfit { what, evidence } = unfit::died_unfit(&log_end(&self.room.log_path()))?;
+        Some(Error::SandboxUnfit { what: what.to_owned(), evidence })
     }
 
     /// The last lines of the server's log.

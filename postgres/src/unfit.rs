@@ -62,13 +62,21 @@ const SENTENCES: [(&str, &str); 27] = [
 /// Looks for the sentence with which the server gave up: the first of its kind, because what follows are consequences.
 /// `None` when it speaks of the copy, or is not there.
 pub(crate) fn unfit(log: &str) -> Option<Unfit> {
+    judge(log, &["FATAL:", "PANIC:", "ERROR:", " error:", " fatal:"])
+}
+
+/// The same for a server that had been asked things before it ended: errors of statements did not end it.
+pub(crate) fn died_unfit(log: &str) -> Option<Unfit> {
+    judge(log, &["PANIC:"])
+}
+
+fn judge(log: &str, gives_up: &[&str]) -> Option<Unfit> {
     let told = |what, line: &str| Some(Unfit { what, evidence: line.trim().to_owned() });
     if let Some(line) = log.lines().find(|line| line.contains("was terminated by signal 9")) {
         return told(KILLED, line);
     }
     let mut lines = log.lines();
     let last_words = lines.find(|line| {
-        let gives_up = ["FATAL:", "PANIC:", "ERROR:", " error:", " fatal:"];
         // Whoever asks a new server for its roles and databases hears that one is not there.
         gives_up.iter().any(|severity| line.contains(severity))
             && !line.contains("\" does not exist")

@@ -19,6 +19,7 @@ use postgres::process::{Account, Isolation};
 use postgres::sandbox::{NetworkIsolation, Sandbox, SandboxOptions, SandboxRoom, Swept, sweep};
 use proto::backup::Setting;
 use proto::{Action, Code, Failure, Lsn, SystemIdentifier, Timeline};
+use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use throwaway::{binaries, cluster, cluster_in, connect, text};
 use tokio_util::sync::CancellationToken;
@@ -296,6 +297,28 @@ async fn what_the_machine_lacks_is_not_held_against_the_backup() {
         assert!(error.to_string().contains("pg_filenode.map"), "{error}");
         let failure = Failure::from(error);
         assert_eq!((failure.code, failure.action), (Code::SandboxFailed, Action::FixData));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_the_system_kills_does_not_blame_the_backup() {
+    let (instance, directory) = with_rows(15).await;
+    let rooms = directory.path().join("rooms");
+    // What a system does that is out of memory, and what a server does that stumbles over its data.
+    for (signal, by_machine) in [(Signal::KILL, true), (Signal::ABORT, false)] {
+        let (room, options) = copied(&instance, &rooms).await;
+        let mut sandbox = Sandbox::boot(instance.binaries(), room, options).await.unwrap();
+        assert!(sandbox.unfit().await.is_none(), "it runs");
+        let copy = connect(&sandbox.url("postgres")).await;
+        let backend: i32 = text(&copy, "SELECT pg_backend_pid()").await.parse().unwrap();
+        kill_process(Pid::from_raw(backend).unwrap(), signal).unwrap();
+        match sandbox.unfit().await {
+            Some(Error::SandboxUnfit { evidence, .. }) if by_machine => {
+                assert!(evidence.contains("signal 9"), "{evidence}");
+            }
+            None if !by_machine => {}
+            other => panic!("{signal:?}: {other:?}"),
+        }
     }
 }
 
