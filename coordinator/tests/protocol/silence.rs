@@ -1,5 +1,6 @@
 //! Workers that fall silent, restart, or come back late.
 
+use coordinator::api::types::{BackupView, ClusterView, JobList};
 use proto::job::{ProbeOutcome, SeenVerdict, Task};
 use proto::message::ReportBody;
 use proto::{JobState, Outcome};
@@ -8,15 +9,7 @@ use crate::support::{Fleet, Work, Worker, backup_outcome, backup_request, eventu
 
 /// A worker near enough to look, which serves nothing itself.
 async fn witness(fleet: &Fleet) -> Worker {
-    let mut witness = Worker::undeclared(fleet, "w9", 1);
-    witness.clusters.clear();
-    witness
-        .broker
-        .declare(&[broker::Declaration::worker(&witness.name, &witness.site)])
-        .await
-        .unwrap();
-    witness.announce(fleet).await;
-    witness
+    Worker::serving(fleet, "w9", &[]).await
 }
 
 async fn answer(witness: &mut Worker, work: &mut Work, outcome: ProbeOutcome) {
@@ -30,8 +23,7 @@ async fn probe(fleet: &Fleet, witness: &mut Worker) -> Work {
         fleet.hand.advance(200);
         witness.pulse().await;
         witness.heard(fleet).await;
-        let jobs: coordinator::api::types::JobList =
-            fleet.get("/v1/jobs?kind=probe&state=queued").await;
+        let jobs: JobList = fleet.get("/v1/jobs?kind=probe&state=queued").await;
         if !jobs.jobs.is_empty() {
             break witness.any_ticket().await;
         }
@@ -166,8 +158,7 @@ async fn a_restarted_worker_has_lost_what_it_does_not_list() {
     w1.report(&mut work, ReportBody::Succeeded { outcome, steps: vec![] }).await;
     let done = fleet.until_state(job.id, JobState::Succeeded).await;
     assert_eq!(done.outcome, Some(backup_outcome(ticket.attempt)));
-    let backups: Vec<coordinator::api::types::BackupView> = fleet.get("/v1/backups").await;
-    assert_eq!(backups.len(), 1);
+    assert_eq!(backups(&fleet).await, 1);
     assert_eq!(w1.denied(&next, "n5").await, proto::message::DenialReason::Taken);
 }
 
@@ -176,14 +167,7 @@ async fn three_at_work(fleet: &Fleet) -> (Vec<(Worker, Work)>, Vec<proto::JobId>
     let mut workers = Vec::new();
     let mut jobs = Vec::new();
     for (name, cluster) in [("w1", "a"), ("w2", "b"), ("w3", "c")] {
-        let mut worker = Worker::undeclared(fleet, name, 1);
-        worker.clusters = vec![cluster];
-        worker
-            .broker
-            .declare(&[broker::Declaration::worker(&worker.name, &worker.site)])
-            .await
-            .unwrap();
-        worker.announce(fleet).await;
+        let mut worker = Worker::serving(fleet, name, &[cluster]).await;
         let mut request = backup_request();
         request.cluster = cluster.parse().unwrap();
         let job = fleet.submit(&request).await;
@@ -319,8 +303,7 @@ async fn a_backup_that_only_the_repository_told_of_is_known_once_it_is_reported(
     let known = fleet.until(job.id, "known", |job| job.outcome.is_some()).await;
     assert_eq!(known.outcome, Some(backup_outcome(ticket.attempt)));
     assert_eq!((known.state, known.ended_at_ms), (JobState::Succeeded, done.ended_at_ms));
-    let backups: Vec<coordinator::api::types::BackupView> = fleet.get("/v1/backups").await;
-    assert_eq!(backups.len(), 1);
+    assert_eq!(backups(&fleet).await, 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -352,8 +335,14 @@ async fn an_attempt_that_ended_and_runs_on_is_revoked() {
     assert_eq!((beacon.revoked[0].attempt, beacon.revoked[0].token), (ticket.attempt, token));
 }
 
+/// How many backups the coordinator knows.
+async fn backups(fleet: &Fleet) -> usize {
+    let all: Vec<BackupView> = fleet.get("/v1/backups").await;
+    all.len()
+}
+
 /// A cluster, as soon as it is known.
-async fn cluster(fleet: &Fleet, name: &str) -> coordinator::api::types::ClusterView {
+async fn cluster(fleet: &Fleet, name: &str) -> ClusterView {
     let path = format!("/v1/clusters/{name}");
     eventually("the cluster is known", || async {
         let (code, body) = fleet.request("GET", &path, None).await;

@@ -300,12 +300,17 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// Enrolled, declared, and announced by its first pulse.
+    /// Enrolled, declared, and announced by its first pulse; it serves `orders`.
     pub(crate) async fn new(fleet: &Fleet, name: &str) -> Self {
-        let worker = Self::undeclared(fleet, name, 1);
+        Self::serving(fleet, name, &["orders"]).await
+    }
+
+    /// The same for other clusters, or none.
+    pub(crate) async fn serving(fleet: &Fleet, name: &str, clusters: &[&'static str]) -> Self {
+        let mut worker = Self::undeclared(fleet, name, 1);
+        worker.clusters = clusters.to_vec();
         let declaration = Declaration::worker(&worker.name, &worker.site);
         worker.broker.declare(&[declaration]).await.unwrap();
-        let mut worker = worker;
         worker.announce(fleet).await;
         worker
     }
