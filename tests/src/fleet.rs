@@ -272,6 +272,22 @@ impl Fleet {
         headers: &[(&str, &str)],
         body: &str,
     ) -> anyhow::Result<(u16, String)> {
+        let mut stream = self.ask(method, path, headers, body)?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let (head, text) = answer.split_once("\r\n\r\n").context("find the answer's body")?;
+        let status = head.split(' ').nth(1).context("find the answer's status")?.parse()?;
+        Ok((status, text.to_owned()))
+    }
+
+    /// The same without waiting for the answer, which comes on the stream.
+    pub fn ask(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &str,
+    ) -> anyhow::Result<UnixStream> {
         let mut stream = UnixStream::connect(self.path("c.sock"))?;
         stream.set_read_timeout(Some(SOON))?;
         let headers = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n"));
@@ -282,11 +298,7 @@ impl Fleet {
             "{method} {path} HTTP/1.1\r\nhost: coordinator\r\nconnection: close\r\n{headers}\
              content-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
         )?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        let (head, text) = answer.split_once("\r\n\r\n").context("find the answer's body")?;
-        let status = head.split(' ').nth(1).context("find the answer's status")?.parse()?;
-        Ok((status, text.to_owned()))
+        Ok(stream)
     }
 
     /// One figure of the coordinator's `/metrics`, named as it stands there, labels included; 0 before it is first

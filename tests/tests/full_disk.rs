@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io::{ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context as _, ensure};
 use postgres::instance::InstanceOptions;
@@ -22,17 +23,20 @@ const MOUNTS: &str = r#"
     exec unshare --user "--map-user=$uid" "--map-group=$gid" -- "$@"
 "#;
 
-/// The same worker with small disks. Whoever may make a user namespace may mount there; the second one gives the program
-/// its user back.
-fn with_small_disks<'a>(fleet: &Fleet, setup: WorkerSetup<'a>) -> WorkerSetup<'a> {
-    let unshare = ["unshare", "--user", "--map-root-user", "--mount", "--"].map(str::to_owned);
-    let shell = ["sh", "-euc", MOUNTS, "sh"].map(str::to_owned);
+/// Whoever may make a user namespace may mount in it.
+const UNSHARE: [&str; 5] = ["unshare", "--user", "--map-root-user", "--mount", "--"];
+
+/// The same worker with small disks. A second namespace gives the program its user back.
+fn with_small_disks<'a>(fleet: &Fleet, setup: WorkerSetup<'a>) -> anyhow::Result<WorkerSetup<'a>> {
+    let [unshare, options @ ..] = UNSHARE;
+    let tried = Command::new(unshare).args(options).arg("true").output()?;
+    ensure!(tried.status.success(), "this machine allows no user namespaces: {tried:?}");
+    let shell = ["sh", "-euc", MOUNTS, "sh"];
+    let place = fleet.path("");
+    let place = text(&place)?.trim_end_matches('/').to_owned();
     let user = [getuid().as_raw().to_string(), getgid().as_raw().to_string()];
-    let place = fleet.path("").display().to_string().trim_end_matches('/').to_owned();
-    WorkerSetup {
-        under: unshare.into_iter().chain(shell).chain([place]).chain(user).collect(),
-        ..setup
-    }
+    let fixed = UNSHARE.iter().chain(&shell).map(|&part| part.to_owned());
+    Ok(WorkerSetup { under: fixed.chain([place]).chain(user).collect(), ..setup })
 }
 
 /// Leaves no more than `room` bytes on the file system of this new file.
@@ -62,7 +66,7 @@ async fn full_disks_are_told_harm_nothing_and_are_gone_on_from() -> anyhow::Resu
     let cluster = Cluster::start(15, InstanceOptions::default()).await?;
     let mut fleet = Fleet::prepare(&vhost.url(), "", Place::Directory)?;
     fleet.start_coordinator()?;
-    let setup = with_small_disks(&fleet, WorkerSetup::of("w1", "orders", cluster.url()));
+    let setup = with_small_disks(&fleet, WorkerSetup::of("w1", "orders", cluster.url()))?;
     fleet.start_worker(&setup)?;
     // What the worker sees, seen from here.
     let root = PathBuf::from(format!("/proc/{}/root", fleet.worker("w1")?.id()));

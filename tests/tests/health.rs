@@ -1,5 +1,7 @@
 //! Whether a coordinator can do its work, as a load balancer or a supervisor asks it.
 
+use std::io::{ErrorKind, Read as _};
+
 use anyhow::{Context as _, ensure};
 use postgres::instance::StopMode;
 use serde_json::Value;
@@ -43,10 +45,21 @@ async fn a_coordinator_without_its_catalog_or_its_broker_says_503() -> anyhow::R
 
     catalog.server.stop(StopMode::Fast).await?;
     becomes(&fleet, false, true)?;
+    // Whoever asks how it is does not wait as long as one who wants something of the catalog: two of the first are
+    // answered while one of the others, who came before them, still waits.
+    let mut patient = fleet.ask("GET", "/v1/status", &[], "")?;
+    for _ in 0..2 {
+        let (status, body) = health(&fleet)?;
+        ensure!(status == 503, "{status}: {body}");
+    }
+    patient.set_nonblocking(true)?;
+    let answered = patient.read(&mut [0; 1]);
+    ensure!(answered.is_err_and(|error| error.kind() == ErrorKind::WouldBlock));
+    drop(patient);
     let doctor = fleet.run(&["doctor"])?;
     ensure!(doctor.code() == 3, "{doctor}");
     ensure!(doctor.stdout.contains("nothing can be ordered"), "{doctor}");
-    let refused = fleet.run(&["backup", "orders"])?;
+    let refused = fleet.run(&["status"])?;
     ensure!(refused.code() == 8, "{refused}");
     ensure!(refused.stderr.contains("CATALOG_UNAVAILABLE"), "{refused}");
     catalog.server.start().await?;

@@ -90,9 +90,17 @@ async fn binaries(findings: &mut Vec<Finding>) {
 
 async fn coordinator(client: &Client, required: bool, findings: &mut Vec<Finding>) {
     match client.health().await {
-        Err(failure) if required => findings.push(bad("coordinator", &failure)),
-        Err(failure) => findings.push(good("coordinator", format!("not looked at: {failure}"))),
-        Ok(health) => findings.extend(wellbeing(&health)),
+        Err(failure) if required => return findings.push(bad("coordinator", &failure)),
+        Err(failure) => {
+            return findings.push(good("coordinator", format!("not looked at: {failure}")));
+        }
+        Ok(health) => {
+            findings.extend(wellbeing(&health));
+            // It knows its workers from the catalog.
+            if !health.catalog {
+                return;
+            }
+        }
     }
     if let Ok(workers) = client.get::<Vec<WorkerView>>("/v1/workers").await {
         let now_ms = environment::now_ms();

@@ -33,6 +33,8 @@ const BODY_MAX_BYTES: usize = 1 << 20;
 const WAIT_MAX_S: u32 = 60;
 /// How often a waiting request looks by itself: another coordinator may have written.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Whoever asks for our health gives up after a few seconds: a catalog that has not answered by then is not well.
+const HEALTH_MAX: Duration = Duration::from_secs(2);
 /// Rows in a list.
 const LIMIT: u32 = 100;
 /// The most rows in a list.
@@ -102,8 +104,9 @@ async fn healthz(State(core): Shared) -> Response {
         let mut db = core.catalog.read().await?;
         clusters::list(&mut db).await
     };
+    let catalog = tokio::time::timeout(HEALTH_MAX, catalog).await;
     let health = HealthView {
-        catalog: catalog.await.is_ok(),
+        catalog: catalog.is_ok_and(|answer| answer.is_ok()),
         broker: core.broker_up(),
         leader: core.epoch().is_some(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
