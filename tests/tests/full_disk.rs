@@ -115,6 +115,7 @@ async fn full_disks_are_told_harm_nothing_and_are_gone_on_from() -> anyhow::Resu
     fill(&repository.join("filler"), 2 << 20)?;
     let done = fleet.run(&["backup", "orders", "--wait"])?;
     says(&done, 8, "STORE_UNAVAILABLE")?;
+    ensure!(done.stderr.contains("find room for "), "the page names these words: {done}");
     cluster.is_left_alone().await?;
     ensure!(in_repository()? == 1, "the backup before is still there, and no other");
     let unfinished = std::fs::read_dir(repository.join(".uploads"))?.count();
