@@ -237,7 +237,7 @@ async fn in_sandbox(
         format!("replay ended at {}, the backup at {}", sandbox.replay_end(), facts.stop_lsn)
     });
     findings.check("consistent_start", ProofLevel::L3, &told);
-    let sandbox = booted?;
+    let mut sandbox = booted?;
     let phases = sandbox.phases();
     findings.timed("start", phases.start, true);
     findings.timed("replay", phases.replay, true);
@@ -269,7 +269,13 @@ async fn in_sandbox(
         })
         .await;
     findings.phase("check", started, false);
+    // A server that this machine killed says nothing about its backup.
+    let looked = report.as_ref().is_ok_and(|report| report.level_reached() >= Some(level));
+    let unfit = if looked { None } else { sandbox.unfit().await };
     let destroyed = cx_free_step(cx, sandbox).await;
+    if let Some(error) = unfit {
+        return Err(error.into());
+    }
     let report = report?;
     if let Some(reached) = report.level_reached() {
         findings.level_reached = Some(reached.min(level));

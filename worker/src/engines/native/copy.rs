@@ -13,7 +13,7 @@ use postgres::relation::PageRules;
 use postgres::scan::{EntryKind, Scan, ScanEntry, ScanOptions, scan};
 use postgres::wal::WalOrigin;
 use postgres::wal_changes::WalChanges;
-use postgres::{BackupSession, Stopped};
+use postgres::{BackupSession, Purpose, Stopped, connect_maintenance, settings};
 use proto::backup::{BackupFacts, Census, Tablespace};
 use proto::job::{Backup, BackupOutcome};
 use proto::{Action, Code, Failure, LineageId, Lsn, Progress, Timeline};
@@ -202,6 +202,7 @@ async fn from_attempt(
     let census = cx
         .step_with("store_wal", |step| {
             let (wal, stopped, counted) = (&mut wal, &stopped, copied.counted.take());
+            let tablespaces = &copied.tablespaces;
             let hold = &hold;
             async move {
                 while hold.beside(&session, wal.store_one_through(stopped.stop_lsn)).await? {
@@ -210,7 +211,7 @@ async fn from_attempt(
                 step.figure("wal_bytes", wal.bytes());
                 // The slot held all of it until now; had the session been lost, files might have been recycled under us.
                 session.check().await?;
-                same_tablespaces(wal.changes())?;
+                same_tablespaces(cx, request.cluster, wal.changes(), tablespaces).await?;
                 session.finish().await;
                 Ok(finish_counting(cx, request, counted, wal, stopped).await)
             }
@@ -415,9 +416,24 @@ fn source_entry(entry: ScanEntry, block_size: u32, scanned_at_ns: i64) -> Source
 }
 
 /// The files of a tablespace that came after the scan are not in the copy, and replay would make its directory where the
-/// server has it.
-fn same_tablespaces(changes: Option<&WalChanges>) -> Result<(), Failure> {
-    if !changes.is_some_and(WalChanges::tablespaces_changed) {
+/// server has it. The backup's own WAL tells; where it could not be read, the server is asked.
+async fn same_tablespaces(
+    cx: &JobContext,
+    cluster: &Cluster,
+    changes: Option<&WalChanges>,
+    copied: &[Tablespace],
+) -> Result<(), Failure> {
+    let changed = if let Some(changes) = changes {
+        changes.tablespaces_changed()
+    } else {
+        let purpose = Purpose::ask(&session_owner(cx.spec.attempt));
+        let session = connect_maintenance(&cluster.target, &purpose).await?;
+        let mut now = settings::tablespaces(&session).await?;
+        session.close().await;
+        now.sort_by_key(|space| space.oid);
+        !now.iter().map(|space| space.oid).eq(copied.iter().map(|space| space.oid))
+    };
+    if !changed {
         return Ok(());
     }
     let what = "a tablespace was created or dropped while the backup ran";
