@@ -626,25 +626,34 @@ async fn a_damaged_page_is_told_by_every_backup_until_it_is_gone() {
     file.write_all_at(b"rotten", 3 * 8192 + 5000).unwrap();
     house.server.start().await.unwrap();
 
-    // Files are skipped once their last change is a few seconds old.
-    let skipped = async {
+    // By its times a file need not be read once the backup before has found it unchanged for more than two seconds.
+    let changed_at_ms = || {
+        let changed = file.metadata().unwrap().modified().unwrap();
+        let since = changed.duration_since(std::time::UNIX_EPOCH).unwrap();
+        i64::try_from(since.as_millis()).unwrap()
+    };
+    let until_it_need_not_be_read = async {
+        let mut before: Option<(i64, i64)> = None;
         loop {
-            let cx = house.cx();
-            let outcome = house.back_up_as(&cx).await.unwrap();
+            let changed = changed_at_ms();
+            let outcome = house.back_up().await;
             assert_eq!(outcome.bad_pages, 1);
             let repository = house.reopened().await;
             let found = restoring::find(&repository, None, None, Some(outcome.backup)).await;
             let found = found.unwrap();
             let bad = &found.facts().bad_pages;
             assert_eq!((bad.len(), &bad[0].path, bad[0].block), (1, &path, 3));
-            let steps = cx.steps();
-            let copied = steps.iter().find(|step| step.name == "copy").unwrap();
-            if copied.figures["unread_bytes"] > outcome.size_bytes / 2 {
+            let settled =
+                before.is_some_and(|(then, started)| then == changed && started > then + 3_000);
+            if settled && changed == changed_at_ms() {
                 return;
             }
+            before = Some((changed, outcome.started_at_ms));
         }
     };
-    tokio::time::timeout(Duration::from_mins(1), Box::pin(skipped)).await.unwrap();
+    tokio::time::timeout(Duration::from_mins(1), Box::pin(until_it_need_not_be_read))
+        .await
+        .unwrap();
 
     house.sql("DROP TABLE public.orders; CHECKPOINT").await;
     assert_eq!(house.back_up().await.bad_pages, 0);
