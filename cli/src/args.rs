@@ -419,8 +419,9 @@ pub enum RepoCommand {
     List(RepositoryAt),
     /// Give a backup up: its space is freed by a later `repo gc`.
     ///
-    /// Refused for the newest backup, for the newest one that was proved, and for one that is held. From a day later on,
-    /// `repo gc` deletes what only this backup needs; every other backup restores as before.
+    /// Refused for the newest backup, for the newest one that was proved, and for one that is held. It cannot be taken back.
+    /// From a day later on, `repo gc` deletes what only this backup needs; until then whoever names it can restore it. Every
+    /// other backup restores as before.
     Delete {
         /// Which repository.
         #[command(flatten)]
@@ -452,9 +453,8 @@ pub enum RepoCommand {
     },
     /// Delete what no wanted backup needs: what backups that were given up leave, and rests of failed attempts.
     ///
-    /// Safe beside running backups and other collections. While a backup is being written nothing is deleted; an attempt
-    /// that has been open for two days counts as dead and is aborted. Says first what goes and what stays; more than a
-    /// fifth at once needs --confirm-large. Needs the right to delete in the store.
+    /// Safe beside running backups and other collections. While a backup is being written nothing is deleted. Says what goes
+    /// and what stays; more than a fifth at once needs --confirm-large. Needs the right to delete in the store.
     Gc {
         /// Which repository.
         #[command(flatten)]
@@ -468,6 +468,9 @@ pub enum RepoCommand {
         /// Also delete when that is more than a fifth of what is there.
         #[arg(long)]
         confirm_large: bool,
+        /// Abort attempts that have been open for more than two days: those of workers that died and were given up.
+        #[arg(long)]
+        abort_open: bool,
     },
 }
 

@@ -108,11 +108,11 @@ impl Repository {
         Ok(Attempt { repository: self.clone(), lineage, intent, predecessor, passed_over })
     }
 
-    /// The packs on every list that is not done with.
-    async fn condemned(&self, lineage: LineageId) -> Result<HashSet<String>, Error> {
+    /// What stands on lists that are not done with.
+    async fn condemned(&self, lineage: LineageId) -> Result<Doomed, Error> {
         let prefix = layout::condemned(lineage);
         let objects = self.store.list(&prefix).await?;
-        let mut packs = HashSet::new();
+        let mut condemned = Doomed::default();
         for object in &objects {
             let Some(run) = object.key.strip_suffix("/condemned") else { continue };
             let done = format!("{run}/done");
@@ -120,16 +120,22 @@ impl Repository {
                 continue;
             }
             match self.store.get(&object.key, CONDEMNED_BYTES_MAX).await {
-                Ok(bytes) => {
-                    packs.extend(note::read::<Condemned>(&self.keys, &object.key, &bytes)?.packs);
-                }
+                Ok(bytes) => match note::read::<Condemned>(&self.keys, &object.key, &bytes) {
+                    Ok(list) => condemned.packs.extend(list.packs),
+                    // It may name anything.
+                    Err(Error::Damaged { key, reason }) => {
+                        tracing::warn!("Nothing is compared with while {key} is there: {reason}");
+                        condemned.all = true;
+                    }
+                    Err(error) => return Err(error),
+                },
                 // Retired since it was listed: everything on it is deleted, and a predecessor chosen from now on
                 // does not need it.
                 Err(StoreError::NotFound { .. }) => {}
                 Err(error) => return Err(error.into()),
             }
         }
-        Ok(packs)
+        Ok(condemned)
     }
 
     /// Committed backups that nobody wants gone, newest first. One whose verdict cannot be believed is passed over: an
@@ -176,7 +182,7 @@ impl Repository {
         &self,
         lineage: LineageId,
         candidates: Vec<BackupId>,
-        condemned: &HashSet<String>,
+        condemned: &Doomed,
         passed_over: &mut Vec<PassedOver>,
     ) -> Result<Option<Backup>, Error> {
         let mut looked_at = HashMap::new();
@@ -340,9 +346,18 @@ impl Repository {
     }
 }
 
+/// What collectors may be deleting.
+#[derive(Debug, Default)]
+struct Doomed {
+    packs: HashSet<String>,
+    /// A list cannot be read.
+    all: bool,
+}
+
 /// Whether a collector may be deleting packs of it.
-fn is_doomed(backup: &Backup, condemned: &HashSet<String>) -> bool {
-    backup.root.packs.keys().any(|pack| condemned.contains(&pack.to_string()))
+fn is_doomed(backup: &Backup, condemned: &Doomed) -> bool {
+    condemned.all
+        || backup.root.packs.keys().any(|pack| condemned.packs.contains(&pack.to_string()))
 }
 
 impl Attempt {

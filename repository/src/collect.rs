@@ -2,7 +2,7 @@
 //! (FORMAT.md, section 8); its order of steps is what keeps it away from backups that are being written.
 //!
 //! Nothing here decides which backups are wanted: `forget` and `hold` say so. Any number of collectors may run, and any
-//! of them may die at any point; the next one finishes.
+//! of them may die at any point; the next one deletes what it left.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -34,8 +34,9 @@ pub struct CollectOptions {
     /// A backup is deleted when it was forgotten this long ago: time for whoever is restoring it, and to think again.
     /// A courtesy; no safety rests on it.
     pub grace_ms: i64,
-    /// An attempt that is open for longer is aborted; a younger one postpones the collection. A courtesy too.
-    pub patience_ms: i64,
+    /// An attempt that is open for longer is aborted; every other open one postpones the collection. `None` aborts nobody.
+    /// A courtesy too.
+    pub patience_ms: Option<i64>,
     /// Ends it between two deletions.
     pub cancel: CancellationToken,
 }
@@ -84,8 +85,21 @@ pub struct CollectPlan {
     pub delete: Amount,
     /// What stays.
     pub keep: Amount,
-    /// Every backup that somebody wanted gone.
+    /// Every backup that somebody wanted gone and that is there.
     pub forgotten: Vec<(BackupId, Fate)>,
+    /// What is being written, and postpones the collection.
+    pub open: Vec<Open>,
+}
+
+/// An attempt without an end.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Open {
+    /// The attempt.
+    pub attempt: AttemptId,
+    /// Who writes it.
+    pub by: String,
+    /// When it began by the writer's clock, Unix milliseconds.
+    pub began_at_ms: i64,
 }
 
 /// How a collection ended.
@@ -96,7 +110,7 @@ pub enum Collected {
     /// Backups are being written that could need what was to go; nothing was deleted.
     Postponed {
         /// Their attempts.
-        open: Vec<AttemptId>,
+        open: Vec<Open>,
     },
     /// It was done.
     Done(CollectSummary),
@@ -144,6 +158,7 @@ impl Repository {
             delete: Amount::default(),
             keep: Amount::default(),
             forgotten: wanted.forgotten,
+            open: self.open_attempts(lineage, options).await?.0,
         };
         for (pack, bytes) in packs {
             if wanted.packs.contains(&pack) {
@@ -242,7 +257,14 @@ impl Repository {
                     Err(StoreError::NotFound { .. }) => continue,
                     Err(error) => return Err(error.into()),
                 };
-                let named = note::read::<Condemned>(&self.keys, &list, &bytes)?.packs;
+                let named = match note::read::<Condemned>(&self.keys, &list, &bytes) {
+                    Ok(list) => list.packs,
+                    Err(Error::Damaged { key, reason }) => {
+                        tracing::warn!("{key} keeps writers from comparing; delete it: {reason}");
+                        continue;
+                    }
+                    Err(error) => return Err(error),
+                };
                 let there = match &packs {
                     Some(there) => there,
                     None => packs.insert(self.list_packs(lineage).await?),
@@ -273,7 +295,8 @@ impl CollectPlan {
     /// Does it.
     pub async fn collect(mut self, options: &CollectOptions) -> Result<Collected, Error> {
         let (repository, lineage) = (self.repository.clone(), self.lineage);
-        if self.garbage.is_empty() {
+        let goes = |(_, fate): &(BackupId, Fate)| *fate == Fate::Goes;
+        if self.garbage.is_empty() && !self.forgotten.iter().any(goes) {
             repository.tidy(lineage).await?;
             return Ok(Collected::Nothing);
         }
@@ -293,10 +316,18 @@ impl CollectPlan {
         };
         // From here on every new attempt keeps away from these packs. Those that began before are asked for their end.
         let mut summary = CollectSummary::default();
-        let young = self.decide_open(options, &mut summary).await?;
-        if !young.is_empty() {
+        let (open, old) = repository.open_attempts(lineage, options).await?;
+        if !open.is_empty() {
             retire().await?;
-            return Ok(Collected::Postponed { open: young });
+            return Ok(Collected::Postponed { open });
+        }
+        for attempt in old {
+            let why = "it was open for too long when garbage was collected";
+            let ended =
+                repository.abort(lineage, attempt, &options.by, why, options.now_ms).await?;
+            if let Aborted::Aborted(_) = ended {
+                summary.aborted.push(attempt);
+            }
         }
         // They may have committed, and refer to what was garbage.
         let wanted = repository.wanted(lineage, options, &mut self.roots).await?;
@@ -309,6 +340,12 @@ impl CollectPlan {
                 doomed.push(layout::pack(lineage, pack));
             }
         }
+        // The papers first: what has lost packs must not look like a backup, to nobody.
+        for (backup, fate) in &wanted.forgotten {
+            if *fate == Fate::Goes {
+                repository.delete_papers((*backup).into(), lineage).await?;
+            }
+        }
         let deletions = doomed.into_iter().map(|key| {
             let (store, cancel) = (Arc::clone(&repository.store), options.cancel.clone());
             async move {
@@ -319,52 +356,43 @@ impl CollectPlan {
             }
         });
         stream::iter(deletions).buffer_unordered(DELETES_IN_FLIGHT).try_collect::<()>().await?;
-        for (backup, fate) in &wanted.forgotten {
-            if *fate == Fate::Goes {
-                repository.delete_papers((*backup).into(), lineage).await?;
-            }
-        }
         retire().await?;
         repository.tidy(lineage).await?;
         Ok(Collected::Done(summary))
     }
-
-    /// Sees to it that every attempt that is open now has a verdict; returns those it would not abort.
-    async fn decide_open(
-        &self,
-        options: &CollectOptions,
-        summary: &mut CollectSummary,
-    ) -> Result<Vec<AttemptId>, Error> {
-        let mut young = Vec::new();
-        let mut old = Vec::new();
-        for open in self.repository.list_attempts(self.lineage).await? {
-            let (Some(intent), None) = (&open.intent, &open.verdict) else { continue };
-            let age_ms = options.now_ms.saturating_sub(intent.began_at_ms);
-            if age_ms < options.patience_ms { &mut young } else { &mut old }.push(open.attempt);
-        }
-        if !young.is_empty() {
-            return Ok(young);
-        }
-        for attempt in old {
-            let why = "it was open for too long when garbage was collected";
-            let ended = self
-                .repository
-                .abort(self.lineage, attempt, &options.by, why, options.now_ms)
-                .await?;
-            if let Aborted::Aborted(_) = ended {
-                summary.aborted.push(attempt);
-            }
-        }
-        Ok(young)
-    }
 }
 
 impl Repository {
-    /// Deletes what a backup that went leaves beside its verdict. The verdict and the wish stay: a late request must
-    /// not be able to make it a backup again.
+    /// The attempts without a verdict: those to wait for, and those that have been open for longer than the patience.
+    async fn open_attempts(
+        &self,
+        lineage: LineageId,
+        options: &CollectOptions,
+    ) -> Result<(Vec<Open>, Vec<AttemptId>), Error> {
+        let (mut open, mut old) = (Vec::new(), Vec::new());
+        for summary in self.list_attempts(lineage).await? {
+            let (Some(intent), None) = (summary.intent, summary.verdict) else { continue };
+            let age_ms = options.now_ms.saturating_sub(intent.began_at_ms);
+            if options.patience_ms.is_some_and(|patience_ms| age_ms >= patience_ms) {
+                old.push(summary.attempt);
+            } else {
+                let (by, began_at_ms) = (intent.by, intent.began_at_ms);
+                open.push(Open { attempt: summary.attempt, by, began_at_ms });
+            }
+        }
+        Ok((open, old))
+    }
+
+    /// Deletes what a backup that goes has beside its verdict: its proofs, and then the manifest, without which it is none.
+    /// Oldest proof first: what is left in between must not look better than the whole. The verdict and the wish stay: a late
+    /// request must not be able to make it a backup again.
     async fn delete_papers(&self, attempt: AttemptId, lineage: LineageId) -> Result<(), Error> {
-        for object in self.store.list(&layout::of_attempt(lineage, attempt, "proof.")).await? {
-            self.store.delete(&object.key).await?;
+        let proofs = layout::of_attempt(lineage, attempt, "proof.");
+        let mut proofs = self.store.list(&proofs).await?;
+        // By number, not by text.
+        proofs.sort_by(|a, b| (a.key.len(), &a.key).cmp(&(b.key.len(), &b.key)));
+        for proof in proofs {
+            self.store.delete(&proof.key).await?;
         }
         Ok(self.store.delete(&layout::of_attempt(lineage, attempt, "manifest")).await?)
     }

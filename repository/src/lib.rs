@@ -38,7 +38,7 @@ mod writer;
 
 pub use attempt::{Aborted, Attempt, PassedOver};
 pub use check::{CheckOptions, DecryptReport, Inventory};
-pub use collect::{Amount, CollectOptions, CollectPlan, CollectSummary, Collected, Fate};
+pub use collect::{Amount, CollectOptions, CollectPlan, CollectSummary, Collected, Fate, Open};
 pub use entry::{SourceEntry, SourceKind, path_order};
 pub use error::Error;
 pub use key::{KeyFile, KeyFileError};

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use futures::{StreamExt, TryStreamExt, stream};
+use futures::{StreamExt, stream};
 use proto::{AttemptId, BackupId, ClusterName, LineageId, SystemIdentifier};
 
 use crate::error::Error;
@@ -21,7 +21,7 @@ pub(crate) const NOTES_IN_FLIGHT: usize = 16;
 pub struct AttemptSummary {
     /// The attempt.
     pub attempt: AttemptId,
-    /// Its intent; absent only when somebody else's ABORT came before it.
+    /// Its intent, while it is open: nobody needs it afterwards.
     pub intent: Option<Intent>,
     /// Its end; `None` while it is open.
     pub verdict: Option<Verdict>,
@@ -31,6 +31,8 @@ pub struct AttemptSummary {
     pub held: bool,
     /// Number of proofs.
     pub proofs: u32,
+    /// Its manifest is there. A backup that was deleted has none.
+    pub has_manifest: bool,
 }
 
 impl AttemptSummary {
@@ -53,6 +55,12 @@ pub(crate) fn has(names: &[String], wanted: &str) -> bool {
     names.iter().any(|name| {
         name == wanted || name.strip_prefix(wanted).is_some_and(|rest| rest.starts_with('.'))
     })
+}
+
+fn backups(mut attempts: Vec<AttemptSummary>) -> Vec<AttemptSummary> {
+    attempts.retain(|attempt| attempt.backup().is_some() && attempt.has_manifest);
+    attempts.sort_by_key(|attempt| (attempt.committed_at_ms(), attempt.attempt));
+    attempts
 }
 
 impl Repository {
@@ -136,12 +144,19 @@ impl Repository {
         Ok(identities)
     }
 
-    /// Every attempt of a lineage, oldest first: backups, aborted and open ones.
+    /// Every attempt of a lineage, oldest first: backups, aborted and open ones. One that cannot be read fails the list.
     pub async fn list_attempts(&self, lineage: LineageId) -> Result<Vec<AttemptSummary>, Error> {
+        self.summaries(lineage).await?.into_iter().collect()
+    }
+
+    async fn summaries(
+        &self,
+        lineage: LineageId,
+    ) -> Result<Vec<Result<AttemptSummary, Error>>, Error> {
         let names = self.names_of_attempts(lineage).await?;
         let summaries =
             names.into_iter().map(|(attempt, names)| self.summarise(lineage, attempt, names));
-        stream::iter(summaries).buffered(NOTES_IN_FLIGHT).try_collect().await
+        Ok(stream::iter(summaries).buffered(NOTES_IN_FLIGHT).collect().await)
     }
 
     /// The objects of every attempt, by their last names.
@@ -171,12 +186,12 @@ impl Repository {
     ) -> Result<AttemptSummary, Error> {
         let has = |wanted: &str| has(&names, wanted);
         let proofs = names.iter().filter(|name| name.starts_with("proof.")).count();
-        let intent = if has("intent") {
+        let verdict = if has("verdict") { self.verdict(lineage, attempt).await? } else { None };
+        let intent = if verdict.is_none() && has("intent") {
             self.read_note(&layout::of_attempt(lineage, attempt, "intent")).await?
         } else {
             None
         };
-        let verdict = if has("verdict") { self.verdict(lineage, attempt).await? } else { None };
         Ok(AttemptSummary {
             attempt,
             intent,
@@ -184,15 +199,33 @@ impl Repository {
             forgotten: has("forget"),
             held: has("hold"),
             proofs: u32::try_from(proofs).unwrap_or(u32::MAX),
+            has_manifest: has("manifest"),
         })
     }
 
-    /// The backups of a lineage, oldest first: attempts with a COMMIT verdict, and nothing else.
+    /// The backups of a lineage, oldest first: attempts with a COMMIT verdict and a manifest. One whose verdict cannot be
+    /// read fails the list: whoever deletes must know them all.
     pub async fn list_backups(&self, lineage: LineageId) -> Result<Vec<AttemptSummary>, Error> {
-        let mut attempts = self.list_attempts(lineage).await?;
-        attempts.retain(|attempt| attempt.backup().is_some());
-        attempts.sort_by_key(|attempt| (attempt.committed_at_ms(), attempt.attempt));
-        Ok(attempts)
+        Ok(backups(self.list_attempts(lineage).await?))
+    }
+
+    /// The same without those that cannot be read, which are told in the log: for whoever looks for one to restore, where a
+    /// rotten object must not stand in the way of the others.
+    pub async fn list_readable_backups(
+        &self,
+        lineage: LineageId,
+    ) -> Result<Vec<AttemptSummary>, Error> {
+        let mut readable = Vec::new();
+        for summary in self.summaries(lineage).await? {
+            match summary {
+                Ok(summary) => readable.push(summary),
+                Err(Error::Damaged { key, reason }) => {
+                    tracing::warn!("What {key} stands for is left out: {reason}");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(backups(readable))
     }
 
     /// The end of an attempt, if it has one.

@@ -8,7 +8,7 @@ use crate::layout;
 use crate::limits::{PROOF_BYTES_MAX, PROOFS_MAX};
 use crate::record::Outcome;
 use crate::repository::Repository;
-use crate::store::PutOutcome;
+use crate::store::{PutOutcome, StoreError};
 
 /// One stored proof.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,6 +37,11 @@ impl Repository {
         if !verdict.is_some_and(|verdict| matches!(verdict.outcome, Outcome::Commit { .. })) {
             return Err(Error::BackupUnknown { lineage, backup });
         }
+        // What was deleted meanwhile must not look proved.
+        self.store
+            .size(&layout::of_backup(lineage, backup, "manifest"))
+            .await
+            .map_err(Error::needed)?;
         let stored = self.list_proofs(lineage, backup).await?;
         if let Some(same) = stored.iter().find(|proof| proof.bytes == bytes) {
             return Ok(same.number);
@@ -65,8 +70,12 @@ impl Repository {
             else {
                 continue;
             };
-            let bytes = self.store.get(&object.key, PROOF_BYTES_MAX).await?;
-            proofs.push(StoredProof { number, bytes });
+            match self.store.get(&object.key, PROOF_BYTES_MAX).await {
+                Ok(bytes) => proofs.push(StoredProof { number, bytes }),
+                // Deleted with its backup since it was listed.
+                Err(StoreError::NotFound { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
         }
         proofs.sort_by_key(|proof| proof.number);
         Ok(proofs)

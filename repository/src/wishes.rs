@@ -4,7 +4,8 @@
 //! each is written first and looks for the other afterwards, so of two at the same time at most one stands.
 
 use proto::envelope::Signed;
-use proto::{BackupId, LineageId, Proof};
+use proto::proof::CheckOutcome;
+use proto::{BackupId, LineageId, Proof, ProofLevel};
 
 use crate::error::Error;
 use crate::layout;
@@ -43,7 +44,12 @@ impl Repository {
             return refuse("it is the newest one that was proved");
         }
         let key = layout::of_backup(lineage, backup, FORGET);
-        self.store.put_if_absent(&key, note::write(&self.keys, &key, wish)?).await?;
+        let put = self.store.put_if_absent(&key, note::write(&self.keys, &key, wish)?).await?;
+        if put == PutOutcome::Exists {
+            // Somebody else's, which may be followed already: it is not ours to take back.
+            let there: Option<Wish> = self.read_note(&key).await?;
+            return if there.is_some() { Ok(()) } else { refuse("ask again") };
+        }
         if self.has(&layout::of_backup(lineage, backup, HOLD)).await? {
             self.store.delete(&key).await?;
             return refuse("somebody held it at the same moment");
@@ -61,8 +67,13 @@ impl Repository {
     ) -> Result<(), Error> {
         self.check_writable()?;
         let backups = self.list_backups(lineage).await?;
-        if !backups.iter().any(|other| other.backup() == Some(backup)) {
+        let Some(summary) = backups.iter().find(|other| other.backup() == Some(backup)) else {
             return Err(Error::BackupUnknown { lineage, backup });
+        };
+        let forgotten =
+            || Err(Error::Wanted { what: HOLD, backup, reason: "it is forgotten".to_owned() });
+        if summary.forgotten {
+            return forgotten();
         }
         let key = layout::of_backup(lineage, backup, HOLD);
         let put = self.store.put_if_absent(&key, note::write(&self.keys, &key, wish)?).await?;
@@ -70,8 +81,7 @@ impl Repository {
             if put == PutOutcome::Created {
                 self.store.delete(&key).await?;
             }
-            let reason = "it is forgotten".to_owned();
-            return Err(Error::Wanted { what: HOLD, backup, reason });
+            return forgotten();
         }
         Ok(())
     }
@@ -80,6 +90,20 @@ impl Repository {
     pub async fn release(&self, lineage: LineageId, backup: BackupId) -> Result<(), Error> {
         self.check_writable()?;
         Ok(self.store.delete(&layout::of_backup(lineage, backup, HOLD)).await?)
+    }
+
+    /// Whether a backup was given up by somebody who has the key.
+    pub async fn is_given_up(
+        &self,
+        lineage: LineageId,
+        summary: &AttemptSummary,
+    ) -> Result<bool, Error> {
+        match summary.backup() {
+            Some(backup) if summary.forgotten => {
+                Ok(self.forgotten_by(lineage, backup).await?.is_some())
+            }
+            _ => Ok(false),
+        }
     }
 
     /// Who wanted a backup gone, when and why; `None` when nobody did, or when whoever did had not the key.
@@ -98,8 +122,8 @@ impl Repository {
         }
     }
 
-    /// The newest of these backups whose last proof passed. Whose signature a proof has is not looked at: a forged one
-    /// can be kept from nobody who may write here.
+    /// The newest of these backups that was restored and booted, and that no check has found anything wrong with since.
+    /// Whose signature a proof has is not looked at: whoever may write here can delete as well.
     pub(crate) async fn newest_proved(
         &self,
         lineage: LineageId,
@@ -107,12 +131,20 @@ impl Repository {
     ) -> Result<Option<BackupId>, Error> {
         for summary in backups.iter().rev().filter(|summary| summary.proofs > 0) {
             let Some(backup) = summary.backup() else { continue };
-            let proofs = self.list_proofs(lineage, backup).await?;
-            let passed = proofs.last().is_some_and(|proof| {
-                serde_json::from_slice::<Signed<Proof>>(&proof.bytes)
-                    .is_ok_and(|proof| proof.unverified().is_ok_and(|proof| proof.passed))
-            });
-            if passed {
+            let mut proved = false;
+            for stored in self.list_proofs(lineage, backup).await? {
+                let proof = serde_json::from_slice::<Signed<Proof>>(&stored.bytes);
+                let Some(proof) = proof.ok().and_then(|proof| proof.unverified().ok()) else {
+                    continue;
+                };
+                // One that could not look says nothing against an earlier one.
+                if proof.checks.iter().any(|check| check.outcome == CheckOutcome::Failed) {
+                    proved = false;
+                } else if proof.level_reached >= Some(ProofLevel::L3) {
+                    proved = true;
+                }
+            }
+            if proved {
                 return Ok(Some(backup));
             }
         }

@@ -5,7 +5,7 @@ mod common;
 
 use std::ops::Range;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
@@ -29,7 +29,9 @@ struct Interrupted {
     left: AtomicI64,
     /// Has its turn in between; `None` lets this call and all after it fail, as for a process that died.
     turn: Mutex<Option<Turn>>,
-    dead: AtomicI64,
+    dead: AtomicBool,
+    /// It dies after a deletion was done and before it heard of it.
+    deletes_first: AtomicBool,
 }
 
 impl std::fmt::Debug for Interrupted {
@@ -41,12 +43,18 @@ impl std::fmt::Debug for Interrupted {
 impl Interrupted {
     fn new(path: &std::path::Path) -> Self {
         let inner = DirectoryStore::new(path);
-        Self { inner, left: (-1).into(), turn: Mutex::default(), dead: 0.into() }
+        Self {
+            inner,
+            left: (-1).into(),
+            turn: Mutex::default(),
+            dead: false.into(),
+            deletes_first: false.into(),
+        }
     }
 
     /// After `calls` more calls it happens.
     fn after(&self, calls: i64, turn: Option<Turn>) {
-        self.dead.store(0, Ordering::SeqCst);
+        self.dead.store(false, Ordering::SeqCst);
         *self.turn.lock().unwrap() = turn;
         self.left.store(calls, Ordering::SeqCst);
     }
@@ -57,13 +65,13 @@ impl Interrupted {
     }
 
     async fn call(&self) -> Result<(), StoreError> {
-        if self.dead.load(Ordering::SeqCst) != 0 {
+        if self.dead.load(Ordering::SeqCst) {
             return Err(dead());
         }
         if self.left.load(Ordering::SeqCst) >= 0 && self.left.fetch_sub(1, Ordering::SeqCst) == 0 {
             let turn = self.turn.lock().unwrap().take();
             let Some(turn) = turn else {
-                self.dead.store(1, Ordering::SeqCst);
+                self.dead.store(true, Ordering::SeqCst);
                 return Err(dead());
             };
             turn.await;
@@ -110,6 +118,9 @@ impl Store for Interrupted {
         self.inner.list(prefix).await
     }
     async fn delete(&self, key: &str) -> Result<(), StoreError> {
+        if self.deletes_first.load(Ordering::SeqCst) && !self.dead.load(Ordering::SeqCst) {
+            self.inner.delete(key).await?;
+        }
         self.call().await?;
         self.inner.delete(key).await
     }
@@ -123,7 +134,7 @@ fn options(now_ms: i64) -> CollectOptions {
         by: "tester".into(),
         now_ms,
         grace_ms: DAY_MS,
-        patience_ms: 2 * DAY_MS,
+        patience_ms: Some(2 * DAY_MS),
         cancel: CancellationToken::new(),
     }
 }
@@ -166,7 +177,11 @@ async fn collect(
 async fn is_clean(repository: &Repository, lineage: LineageId, now_ms: i64) -> bool {
     let plan = repository.plan_collection(lineage, &options(now_ms)).await.unwrap();
     let lists = repository.store().list(&format!("lineages/{lineage}/gc/")).await.unwrap();
-    plan.delete.packs == 0 && lists.is_empty()
+    // A backup that went left its verdict and the wish, and neither manifest nor proof.
+    let goes = plan.forgotten.iter().any(|(_, fate)| *fate == Fate::Goes);
+    let papers = repository.store().list(&format!("lineages/{lineage}/backups/")).await.unwrap();
+    let proofs = papers.iter().filter(|paper| paper.key.contains("/proof.")).count();
+    plan.delete.packs == 0 && lists.is_empty() && !goes && proofs == 0
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -198,6 +213,8 @@ async fn what_only_forgotten_backups_need_goes_and_nothing_else() {
         repository.open_backup(lineage, first.backup).await,
         Err(Error::Missing { .. })
     ));
+    let gone = repository.add_proof(lineage, first.backup, Bytes::from_static(b"late")).await;
+    assert!(matches!(gone, Err(Error::Missing { .. })), "{gone:?}");
     assert_eq!(bench.restore(&third).await, tree.expected());
 
     // The next backup is compared with the one that stayed.
@@ -222,20 +239,29 @@ async fn what_is_needed_cannot_be_forgotten() {
     repository.forget(lineage, first.backup, &wish(NOW_MS)).await.unwrap();
     let error = repository.hold(lineage, first.backup, &wish(NOW_MS)).await.unwrap_err();
     assert!(error.to_string().contains("it is forgotten"), "{error}");
-    // Only the newest proof of a backup counts.
-    let proof = |passed: bool| {
+    let proof = |level: &str, outcome: &str| {
+        let check =
+            serde_json::json!({"name": "x", "level": level, "outcome": outcome, "detail": ""});
         let proof = serde_json::json!({
             "backup": second.backup, "lineage": lineage, "cluster": "orders", "system_identifier": "7",
-            "worker": "w", "at_ms": 1, "level_asked": "L3", "level_reached": "L3", "passed": passed,
+            "worker": "w", "at_ms": 1, "level_asked": "L5", "level_reached": level, "passed": false,
             "phases": [], "size_bytes": 1, "tables": 1, "rows": 1, "tables_exact": 0,
-            "tables_bounded": 0, "checks": [],
+            "tables_bounded": 0, "checks": [check],
         });
         let signed = serde_json::json!({ "payload": proof.to_string(), "signature": "" });
         Bytes::from(signed.to_string())
     };
-    repository.add_proof(lineage, second.backup, proof(true)).await.unwrap();
+    let prove = async |level: &str, outcome: &str| {
+        repository.add_proof(lineage, second.backup, proof(level, outcome)).await.unwrap();
+    };
+    // One that was never booted is not proved; one that could not look further takes nothing back.
+    prove("L4", "passed").await;
+    prove("L3", "skipped").await;
+    prove("L1", "passed").await;
     refused(second.backup, "it is the newest one that was proved").await;
-    repository.add_proof(lineage, second.backup, proof(false)).await.unwrap();
+    // A check that found something wrong does.
+    prove("L2", "failed").await;
+    prove("L1", "passed").await;
     repository.forget(lineage, second.backup, &wish(NOW_MS)).await.unwrap();
 }
 
@@ -255,6 +281,12 @@ async fn a_forged_wish_deletes_nothing() {
 /// A collector dies at every call it makes, in turn; whatever it left, the next one finishes and loses nothing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_collector_that_dies_anywhere_harms_nothing_and_the_next_one_finishes() {
+    for deletes_first in [false, true] {
+        die_anywhere(deletes_first).await;
+    }
+}
+
+async fn die_anywhere(deletes_first: bool) {
     let mut calls = 0;
     loop {
         let directory = tempfile::tempdir().unwrap();
@@ -263,9 +295,11 @@ async fn a_collector_that_dies_anywhere_harms_nothing_and_the_next_one_finishes(
         let (repository, lineage) = (&bench.repository, bench.lineage);
         let tree = tree();
         let [first, second, third] = three(&bench, &tree).await;
+        repository.add_proof(lineage, first.backup, Bytes::from_static(b"?")).await.unwrap();
         repository.forget(lineage, first.backup, &wish(NOW_MS)).await.unwrap();
         let now_ms = NOW_MS + 2 * DAY_MS;
 
+        store.deletes_first.store(deletes_first, Ordering::SeqCst);
         store.after(calls, None);
         let ended = collect(repository, lineage, now_ms).await;
         let finished = store.is_left();
@@ -330,7 +364,12 @@ async fn a_collector_between_any_two_calls_of_a_backup_leaves_no_hole() {
                 aborted += 1;
                 // Told as what it is: aborted, or something vanished under it.
                 assert!(
-                    matches!(error, Error::CommitRefused { .. } | Error::Missing { .. }),
+                    matches!(
+                        error,
+                        Error::CommitRefused { .. }
+                            | Error::Missing { .. }
+                            | Error::Incomplete { .. }
+                    ),
                     "{calls}: {error:?}"
                 );
             }
@@ -347,8 +386,14 @@ async fn a_backup_being_written_postpones_a_collection_until_it_is_old() {
     repository.forget(lineage, first.backup, &wish(NOW_MS)).await.unwrap();
     let began_ms = NOW_MS + DAY_MS;
     let open = bench.begin(began_ms).await;
-    let postponed = collect(repository, lineage, began_ms + DAY_MS).await.unwrap();
-    assert_eq!(postponed, Collected::Postponed { open: vec![open.id()] });
+    let now_ms = began_ms + DAY_MS;
+    let plan = repository.plan_collection(lineage, &options(now_ms)).await.unwrap();
+    assert_eq!(plan.open[0].attempt, open.id());
+    let postponed = collect(repository, lineage, now_ms).await.unwrap();
+    assert_eq!(postponed, Collected::Postponed { open: plan.open });
+    let never = CollectOptions { patience_ms: None, ..options(NOW_MS * 2) };
+    let plan = repository.plan_collection(lineage, &never).await.unwrap();
+    assert!(matches!(plan.collect(&never).await.unwrap(), Collected::Postponed { .. }));
     let Collected::Done(done) = collect(repository, lineage, began_ms + 2 * DAY_MS).await.unwrap()
     else {
         panic!()

@@ -1,6 +1,9 @@
 //! The commit and collection protocol of FORMAT.md, section 8, as a state machine, searched exhaustively: every order of
 //! the steps of writers and collectors, a crash of anybody between any two, a `forget` of any backup at any time.
 //!
+//! A forgotten backup stays so here; holds, proofs and what they protect are not in the model, and a collector that
+//! retires its list before it deletes anything is one that died.
+//!
 //! It shows that the idea is safe, and that each of thirteen weakenings is not. It says nothing about the code; the
 //! tests of `attempt.rs` and `collect.rs` drive that one.
 //!

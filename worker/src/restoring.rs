@@ -97,11 +97,16 @@ pub async fn find(
     }
     let mut newest: Option<(i64, BackupId, proto::LineageId)> = None;
     for identity in &lineages {
-        for summary in repository.list_backups(identity.lineage).await? {
+        for summary in repository.list_readable_backups(identity.lineage).await? {
             let (Some(id), Some(at_ms)) = (summary.backup(), summary.committed_at_ms()) else {
                 continue;
             };
-            if summary.forgotten || backup.is_some_and(|wanted| wanted != id) {
+            // Whoever names one that was given up gets it, while it is there.
+            let meant = match backup {
+                Some(wanted) => wanted == id,
+                None => !repository.is_given_up(identity.lineage, &summary).await?,
+            };
+            if !meant {
                 continue;
             }
             newest = newest.max(Some((at_ms, id, identity.lineage)));

@@ -6,8 +6,8 @@ use std::path::Path;
 
 use proto::{Action, BackupId, ClusterName, Code, Failure, LineageId, SecretRef};
 use repository::{
-    Amount, CollectOptions, Collected, Encryption, Fate, InitOptions, KeyFile, Repository, Wish,
-    store,
+    Amount, CollectOptions, Collected, Encryption, Fate, InitOptions, KeyFile, Open, Repository,
+    Wish, store,
 };
 use secrecy::ExposeSecret as _;
 use serde::Serialize;
@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::args::{Output, RepoCommand};
 use crate::exit::Exit;
-use crate::{environment, output, secrets};
+use crate::{environment, follow, output, secrets};
 
 /// One backup, as the repository itself tells.
 #[derive(Debug, Serialize)]
@@ -29,8 +29,8 @@ struct Row {
     wish: Option<&'static str>,
 }
 
-/// A backup that was given up is deleted a day later at the earliest: whoever restores it may finish, and whoever gave it
-/// up may see that it was the wrong one.
+/// A backup that was given up is deleted a day later at the earliest: whoever restores it may finish, and whoever sees that
+/// it was the wrong one can still restore it.
 const FORGOTTEN_FOR_MS: i64 = 24 * 3_600_000;
 /// An attempt that is open for longer is dead.
 const OPEN_FOR_MS: i64 = 48 * 3_600_000;
@@ -84,9 +84,10 @@ pub(crate) async fn run(command: RepoCommand, format: Output) -> Result<Exit, Fa
             repository.release(lineage_of(&repository, backup).await?, backup).await?;
             output::talk(&format!("Backup {backup} is not held any more."));
         }
-        RepoCommand::Gc { at, cluster, plan, confirm_large } => {
+        RepoCommand::Gc { at, cluster, plan, confirm_large, abort_open } => {
             let repository = open(&at.url, &at.key).await?;
-            return collect(&repository, cluster.as_ref(), plan, confirm_large, format).await;
+            let how = How { plan_only: plan, confirm_large, abort_open };
+            return collect(&repository, cluster.as_ref(), how, format).await;
         }
     }
     Ok(Exit::Ok)
@@ -104,7 +105,7 @@ fn who() -> String {
 
 async fn lineage_of(repository: &Repository, backup: BackupId) -> Result<LineageId, Failure> {
     for identity in repository.list_lineages().await? {
-        let backups = repository.list_backups(identity.lineage).await?;
+        let backups = repository.list_readable_backups(identity.lineage).await?;
         if backups.iter().any(|summary| summary.backup() == Some(backup)) {
             return Ok(identity.lineage);
         }
@@ -122,6 +123,8 @@ struct Collection {
     delete: Amount,
     keep: Amount,
     given_up: Vec<GivenUp>,
+    /// Backups that are being written.
+    open: Vec<Open>,
     result: String,
 }
 
@@ -131,78 +134,123 @@ struct GivenUp {
     fate: Fate,
 }
 
+/// What a collection may do.
+#[derive(Debug, Clone, Copy)]
+struct How {
+    plan_only: bool,
+    confirm_large: bool,
+    abort_open: bool,
+}
+
 async fn collect(
     repository: &Repository,
     cluster: Option<&ClusterName>,
-    plan_only: bool,
-    confirm_large: bool,
+    how: How,
     format: Output,
 ) -> Result<Exit, Failure> {
     let options = CollectOptions {
         by: who(),
         now_ms: environment::now_ms(),
         grace_ms: FORGOTTEN_FOR_MS,
-        patience_ms: OPEN_FOR_MS,
+        patience_ms: how.abort_open.then_some(OPEN_FOR_MS),
         cancel: CancellationToken::new(),
     };
-    let mut rows = Vec::new();
-    let mut exit = Exit::Ok;
-    for identity in repository.list_lineages().await? {
-        if cluster.is_some_and(|cluster| *cluster != identity.cluster) {
-            continue;
-        }
-        let plan = repository.plan_collection(identity.lineage, &options).await?;
-        let mut row = Collection {
-            cluster: identity.cluster.to_string(),
-            lineage: identity.lineage.to_string(),
-            delete: plan.delete,
-            keep: plan.keep,
-            given_up: plan
-                .forgotten
-                .iter()
-                .map(|(backup, fate)| GivenUp { backup: backup.to_string(), fate: *fate })
-                .collect(),
-            result: "planned".to_owned(),
-        };
-        if plan.is_large() && !confirm_large {
-            "more than a fifth would go: look at it, then --confirm-large"
-                .clone_into(&mut row.result);
-            if !plan_only {
-                exit = Exit::Refused;
-            }
-        } else if !plan_only {
-            row.result = match plan.collect(&options).await? {
-                Collected::Nothing => "nothing to delete".to_owned(),
-                Collected::Postponed { open } => {
-                    exit = Exit::Conflict;
-                    format!("postponed: {} backup(s) are being written", open.len())
-                }
-                Collected::Done(done) => {
-                    row.delete = done.deleted;
-                    "deleted".to_owned()
-                }
-            };
-        }
-        rows.push(row);
-    }
-    if rows.is_empty()
-        && let Some(cluster) = cluster
-    {
+    let interrupted = {
+        let interrupted = follow::interrupted();
+        let cancel = options.cancel.clone();
+        tokio::spawn(async move {
+            interrupted.await;
+            cancel.cancel();
+        })
+    };
+    let mut lineages = repository.list_lineages().await?;
+    lineages.retain(|identity| cluster.is_none_or(|cluster| *cluster == identity.cluster));
+    if let (true, Some(cluster)) = (lineages.is_empty(), cluster) {
         let message = format!("{} has no cluster {cluster}", repository.describe());
         return Err(Failure::new(Code::ClusterUnknown, Action::FixConfig, message)
             .with_hint("List what there is with `pgmuster repo list`."));
     }
+    let (mut rows, mut exit) = (Vec::new(), Exit::Ok);
+    for identity in &lineages {
+        let mut row = Collection {
+            cluster: identity.cluster.to_string(),
+            lineage: identity.lineage.to_string(),
+            delete: Amount::default(),
+            keep: Amount::default(),
+            given_up: Vec::new(),
+            open: Vec::new(),
+            result: String::new(),
+        };
+        // One lineage that cannot be collected is no reason to leave the others.
+        match collect_one(repository, identity.lineage, &options, how, &mut row).await {
+            Ok(Exit::Ok) => {}
+            Ok(other) => exit = other,
+            Err(failure) => {
+                exit = Exit::of(&failure);
+                row.result = format!("failed: {failure}");
+            }
+        }
+        rows.push(row);
+    }
+    interrupted.abort();
     output::show(format, &rows, |rows| {
         let amount =
             |amount: Amount| format!("{} in {} packs", output::bytes(amount.bytes), amount.packs);
         let row = |row: &Collection| {
-            let result = row.given_up.iter().fold(row.result.clone(), |text, given_up| {
-                format!("{text}; {} {}", given_up.backup, fate(given_up.fate, options.now_ms))
-            });
-            vec![row.cluster.clone(), amount(row.delete), amount(row.keep), result]
+            let mut said = vec![row.result.clone()];
+            said.extend(row.given_up.iter().map(|given_up| {
+                format!("{} {}", given_up.backup, fate(given_up.fate, options.now_ms))
+            }));
+            said.extend(row.open.iter().map(|open| {
+                let age = output::ago(options.now_ms, Some(open.began_at_ms));
+                format!("{} was begun {age} by {}", open.attempt, open.by)
+            }));
+            vec![row.cluster.clone(), amount(row.delete), amount(row.keep), said.join("; ")]
         };
         output::table(&["CLUSTER", "DELETE", "KEEP", "RESULT"], rows.iter().map(row).collect())
     });
+    Ok(exit)
+}
+
+/// Plans the collection of one lineage, and does it if it may.
+async fn collect_one(
+    repository: &Repository,
+    lineage: LineageId,
+    options: &CollectOptions,
+    how: How,
+    row: &mut Collection,
+) -> Result<Exit, Failure> {
+    let plan = repository.plan_collection(lineage, options).await?;
+    (row.delete, row.keep) = (plan.delete, plan.keep);
+    let given_up = plan.forgotten.iter();
+    row.given_up =
+        given_up.map(|(id, fate)| GivenUp { backup: id.to_string(), fate: *fate }).collect();
+    row.open.clone_from(&plan.open);
+    let postponed =
+        "postponed: what is being written may need it (--abort-open ends what died days ago)";
+    let (result, exit) = if !plan.open.is_empty() {
+        (postponed.to_owned(), if how.plan_only { Exit::Ok } else { Exit::Conflict })
+    } else if plan.is_large() && !how.confirm_large {
+        let result = "more than a fifth would go: look at it, then --confirm-large";
+        (result.to_owned(), if how.plan_only { Exit::Ok } else { Exit::Refused })
+    } else if how.plan_only {
+        ("planned".to_owned(), Exit::Ok)
+    } else {
+        match plan.collect(options).await? {
+            Collected::Nothing => ("nothing to delete".to_owned(), Exit::Ok),
+            Collected::Postponed { open } => {
+                row.open = open;
+                (postponed.to_owned(), Exit::Conflict)
+            }
+            Collected::Done(done) => {
+                row.delete = done.deleted;
+                let aborted: Vec<String> =
+                    done.aborted.iter().map(|attempt| format!("; {attempt} aborted")).collect();
+                (format!("deleted{}", aborted.concat()), Exit::Ok)
+            }
+        }
+    };
+    row.result = result;
     Ok(exit)
 }
 
@@ -293,7 +341,7 @@ pub(crate) fn write_secret(path: &Path, content: &[u8]) -> Result<(), Failure> {
 async fn list(repository: &Repository) -> Result<Vec<Row>, Failure> {
     let mut rows = Vec::new();
     for identity in repository.list_lineages().await? {
-        for summary in repository.list_backups(identity.lineage).await? {
+        for summary in repository.list_readable_backups(identity.lineage).await? {
             rows.push(Row {
                 cluster: identity.cluster.to_string(),
                 system_identifier: identity.system_identifier.to_string(),
