@@ -107,7 +107,8 @@ pub struct BackupConfig {
     /// than the server writes it ends the backup here. Four segments are always allowed.
     pub wal_held_max_bytes: u64,
     /// The backup also ends when less than this is free on the file system of `pg_wal` and it holds back more than four
-    /// segments. Absent: 1 GiB, or 5 % of that file system when that is more. 0 switches it off.
+    /// segments. Absent: 5 % of that file system, at least 1 GiB and at most 16 GiB. 0 switches it
+    /// off.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub wal_free_min_bytes: Option<u64>,
 }

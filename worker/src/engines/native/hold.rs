@@ -20,9 +20,11 @@ pub(super) const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// looks. Giving them back would not help a full disk either.
 const SEGMENTS_ALWAYS: u64 = 4;
 /// What stays free on the file system of `pg_wal` unless the configuration says otherwise: this much, or the share below
-/// when that is more.
+/// when that is more, but no more than the ceiling: on a volume of many terabytes a share of it is room that no server
+/// fills between two looks, and keeping it would end backups that harm nobody.
 const RESERVE_BYTES: u64 = 1 << 30;
 const RESERVE_PERCENT: u64 = 5;
+const RESERVE_MAX_BYTES: u64 = 16 << 30;
 
 /// The limits of one backup.
 #[derive(Debug, Clone)]
@@ -106,8 +108,9 @@ impl Hold {
             return Some(format!("{held}, more than the {} it may", self.max_bytes));
         }
         let Space { total_bytes, free_bytes } = space;
-        let by_share = RESERVE_BYTES.max(total_bytes / 100 * RESERVE_PERCENT);
-        let reserve_bytes = self.reserve_bytes.unwrap_or(by_share);
+        let by_share = total_bytes / 100 * RESERVE_PERCENT;
+        let reserve_bytes =
+            self.reserve_bytes.unwrap_or(by_share.clamp(RESERVE_BYTES, RESERVE_MAX_BYTES));
         (free_bytes < reserve_bytes).then(|| {
             format!(
                 "{held}, and {directory} has {free_bytes} of {total_bytes} bytes left, fewer than the {reserve_bytes} \
@@ -158,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn the_disk_keeps_a_reserve_of_one_gibibyte_or_a_twentieth() {
+    fn the_disk_keeps_a_reserve_of_a_twentieth_between_one_and_sixteen_gibibytes() {
         let held = 100 * MIB;
         let at = |total, free, reserve| {
             let space = Space { total_bytes: total, free_bytes: free };
@@ -166,8 +169,11 @@ mod tests {
         };
         assert!(!at(10 * GIB, GIB, None));
         assert!(at(10 * GIB, GIB - 1, None));
-        assert!(!at(1000 * GIB, 50 * GIB, None));
-        assert!(at(1000 * GIB, 49 * GIB, None));
+        assert!(!at(100 * GIB, 5 * GIB, None));
+        assert!(at(100 * GIB, 5 * GIB - MIB, None));
+        assert!(!at(1000 * GIB, 16 * GIB, None));
+        assert!(at(1000 * GIB, 16 * GIB - 1, None));
+        assert!(!at(10_000 * GIB, 450 * GIB, None), "a large volume with room is no danger");
         assert!(!at(1000 * GIB, GIB, Some(GIB)), "the configuration may ask for less");
         assert!(at(1000 * GIB, 99 * GIB, Some(100 * GIB)), "and for more");
         assert!(!at(1000 * GIB, 0, Some(0)), "0 switches it off");
