@@ -180,7 +180,11 @@ pub(crate) fn candidate(worker: &Worker, granted: &[Attempt], now_ms: i64) -> Ca
             .map(|offer| Served {
                 cluster: offer.name.clone(),
                 files: offer.files,
-                problem: offer.problem.as_ref().map(ToString::to_string),
+                // It becomes the reason that is stored with a job, whatever an older worker has left in it.
+                problem: offer
+                    .problem
+                    .as_ref()
+                    .map(|problem| telemetry::scrub(&problem.to_string()).into_owned()),
             })
             .collect(),
         repositories: offers
@@ -483,4 +487,52 @@ async fn silence(tx: &mut Tx<'_>, name: &WorkerName) -> Result<()> {
         workers::put(tx, &worker).await?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::message::{ClusterOffer, Offers};
+    use proto::{Action, Code, Failure};
+
+    use super::*;
+
+    #[test]
+    fn the_reason_of_a_job_that_waits_has_no_secrets() {
+        let text = "failed to connect: bad option in postgresql://app:hunter2@db/shop";
+        let offer = ClusterOffer {
+            name: "orders".parse().unwrap(),
+            labels: BTreeMap::new(),
+            repository: None,
+            system_identifier: None,
+            server_version_num: None,
+            files: false,
+            problem: Some(Failure::new(Code::ServerUnreachable, Action::Retry, text)),
+        };
+        let offers = Offers {
+            version: "0".to_owned(),
+            kinds: Vec::new(),
+            clusters: vec![offer],
+            repositories: Vec::new(),
+            restore_roots: Vec::new(),
+            postgres_majors: Vec::new(),
+        };
+        let worker = Worker {
+            name: "w1".parse().unwrap(),
+            site: "here".parse().unwrap(),
+            public_key: String::new(),
+            issued_at_ms: 0,
+            boot: None,
+            former_boots: Vec::new(),
+            seq: 0,
+            seen_at_ms: None,
+            every_ms: 0,
+            urgent_free: 0,
+            routine_free: 0,
+            draining: false,
+            offers: Some(offers),
+        };
+        let candidate = candidate(&worker, &[], 0);
+        let problem = candidate.clusters[0].problem.as_deref().unwrap();
+        assert!(problem.contains("bad option") && !problem.contains("hunter2"), "{problem}");
+    }
 }

@@ -111,8 +111,7 @@ fn scrubbed(mut body: ReportBody) -> ReportBody {
         ReportBody::Started | ReportBody::Step(_) => None,
         ReportBody::Succeeded { outcome, .. } => Some(outcome),
         ReportBody::Failed { failure, outcome, .. } => {
-            scrub(&mut failure.message);
-            scrub(&mut failure.hint);
+            scrub_failure(failure);
             outcome.as_mut()
         }
     };
@@ -131,6 +130,12 @@ fn scrubbed(mut body: ReportBody) -> ReportBody {
         scrub(&mut table.reason);
     }
     body
+}
+
+/// Takes the secrets out of a failure that leaves this worker.
+pub(crate) fn scrub_failure(failure: &mut Failure) {
+    scrub(&mut failure.message);
+    scrub(&mut failure.hint);
 }
 
 fn scrub(text: &mut String) {

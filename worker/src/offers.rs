@@ -8,6 +8,7 @@ use postgres::{Purpose, connect_maintenance};
 use proto::message::{ClusterOffer, Offers, RepositoryOffer};
 use proto::{Action, Code, Failure, JobId};
 
+use crate::attempt::scrub_failure;
 use crate::context::blocking;
 use crate::engines::native;
 use crate::places::Cluster;
@@ -89,5 +90,37 @@ async fn look_at(shared: &Shared, cluster: &Cluster) -> ClusterOffer {
             offer.problem = Some(silent(&offer.name, "server"));
         }
     }
+    scrubbed(offer)
+}
+
+/// An offer is stored and becomes the reason why a job waits; servers, drivers and poolers quote what they were given.
+fn scrubbed(mut offer: ClusterOffer) -> ClusterOffer {
+    if let Some(problem) = &mut offer.problem {
+        scrub_failure(problem);
+    }
     offer
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_server_says_leaves_the_worker_without_secrets() {
+        let message = "failed to connect: pooler: bad option in postgresql://app:hunter2@db/shop";
+        let problem = Failure::new(Code::ServerUnreachable, Action::Retry, message)
+            .with_hint("Try password=hunter2 once more.");
+        let offer = scrubbed(ClusterOffer {
+            name: "orders".parse().unwrap(),
+            labels: std::collections::BTreeMap::new(),
+            repository: None,
+            system_identifier: None,
+            server_version_num: None,
+            files: false,
+            problem: Some(problem),
+        });
+        let told = serde_json::to_string(&offer).unwrap();
+        assert!(!told.contains("hunter2"), "{told}");
+        assert!(told.contains("pooler") && told.contains("once more"), "{told}");
+    }
 }
