@@ -53,6 +53,8 @@ pub struct CensusOptions {
 pub struct CensusDraft {
     canary: Option<String>,
     databases: Vec<DatabaseDraft>,
+    /// Databases that are there and could not be looked at.
+    unseen: Vec<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -101,17 +103,21 @@ impl CensusDraft {
     }
 }
 
-/// Commits a canary and counts. A database or table that cannot be read is left out; an error means that there is no
-/// census at all.
+/// Commits a canary and counts. A table that cannot be read is not counted, a database that cannot be read is named as
+/// unseen; an error means that there is no census at all.
 pub async fn take_census(target: &Target, options: &CensusOptions) -> Result<CensusDraft, Error> {
     let session = connect_maintenance(target, &purpose(options)).await?;
     let what = "take the census";
     let canary = canary(&session).await?;
     let rows = session.query(what, &databases_sql(session_version(&session).await?), &[]).await?;
     session.close().await;
-    let mut databases = Vec::new();
+    let (mut databases, mut unseen) = (Vec::new(), Vec::new());
     for row in rows {
-        let Ok(name) = row.get::<_, String>("name").parse::<DatabaseName>() else { continue };
+        let shown: String = row.get("name");
+        let Ok(name) = shown.parse::<DatabaseName>() else {
+            unseen.push(shown);
+            continue;
+        };
         if options.cancel.is_cancelled() {
             return Err(Error::Cancelled { what: what.to_owned() });
         }
@@ -119,18 +125,22 @@ pub async fn take_census(target: &Target, options: &CensusOptions) -> Result<Cen
         match database_draft(target, options, &name, oid, row.get("collation")).await {
             Ok(draft) => databases.push(draft),
             Err(error @ Error::Cancelled { .. }) => return Err(error),
+            // It was dropped since the list was made, and is not in the backup's end either.
+            Err(error) if is_gone(&error) => {}
             Err(error) => {
-                tracing::warn!(database = %name, "Left database {name} out of the census: {}", proto::failure::chain(&error));
+                warn_unseen(&name, &error);
+                unseen.push(shown);
             }
         }
     }
-    Ok(CensusDraft { canary, databases })
+    Ok(CensusDraft { canary, databases, unseen })
 }
 
 /// Completes a census after the backup was stopped at `stop_lsn`. `changes` has read the backup's WAL up to there; without
 /// it the counts stay, but nothing is known of how they may have changed.
 ///
-/// A database that cannot be looked at again before the deadline is left out; when that is all of them there is no census.
+/// A database that cannot be looked at again before the deadline is named as unseen; when that is all of them there is no
+/// census.
 pub async fn finish_census(
     target: &Target,
     options: &CensusOptions,
@@ -139,7 +149,7 @@ pub async fn finish_census(
     stop_lsn: Lsn,
 ) -> Result<Census, Error> {
     let what = || "finish the census".to_owned();
-    let mut databases = Vec::new();
+    let (mut databases, mut unseen) = (Vec::new(), draft.unseen);
     let mut seen = 0_usize;
     let mut first_error = None;
     for database in draft.databases {
@@ -156,8 +166,8 @@ pub async fn finish_census(
                 databases.extend(finished);
             }
             Err(error) => {
-                let (name, why) = (&database.name, proto::failure::chain(&error));
-                tracing::warn!(database = %name, "Left database {name} out of the census: {why}");
+                warn_unseen(&database.name, &error);
+                unseen.push(database.name.to_string());
                 first_error.get_or_insert(error);
             }
         }
@@ -168,7 +178,18 @@ pub async fn finish_census(
     {
         return Err(error);
     }
-    Ok(Census { canary: draft.canary, databases })
+    unseen.sort_unstable();
+    Ok(Census { canary: draft.canary, databases, unseen })
+}
+
+fn warn_unseen(name: &DatabaseName, error: &Error) {
+    let why = proto::failure::chain(error);
+    tracing::warn!(database = %name, "The census cannot tell what is in database {name}: {why}");
+}
+
+/// Whether there is no such database.
+fn is_gone(error: &Error) -> bool {
+    error.state().is_some_and(|state| state.code() == "3D000")
 }
 
 fn purpose(options: &CensusOptions) -> Purpose {
@@ -396,9 +417,7 @@ async fn finish_database(
     let session = match connect(&target.with_database(draft.name.as_str()), &purpose(options)).await
     {
         Ok(session) => session,
-        Err(error) if error.state().is_some_and(|state| state.code() == "3D000") => {
-            return Ok(None);
-        }
+        Err(error) if is_gone(&error) => return Ok(None),
         Err(error) => return Err(error),
     };
     let oid = session.one(

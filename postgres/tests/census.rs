@@ -420,12 +420,13 @@ async fn a_census_that_saw_no_database_again_is_an_error(major: u32) {
     let error = finish(&late).await.unwrap_err();
     assert!(matches!(error, Error::Deadline { .. }), "{}", shown(&error));
 
-    // One that cannot be entered is left out, and the others are told.
+    // One that cannot be entered is named, and the others are told.
     let shut = |name: &str| format!("ALTER DATABASE {name} ALLOW_CONNECTIONS false");
     server.run("template1", &[&shut("postgres")]).await;
     let census = finish(&census_options()).await.unwrap();
     let names: Vec<_> = census.databases.iter().map(|d| d.database.as_str()).collect();
     assert_eq!(names, ["other"]);
+    assert_eq!(census.unseen, ["postgres"]);
 
     server.run("template1", &[&shut("other")]).await;
     let error = finish(&census_options()).await.unwrap_err();

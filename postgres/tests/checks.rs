@@ -36,6 +36,7 @@ servers::on_each_major! {
     event_triggers_do_not_fire,
     the_wrong_cluster_and_a_missed_stop_position_are_found,
     another_collation_version_is_no_damage,
+    a_database_that_the_census_could_not_see_is_not_called_compared,
     a_missing_library_is_no_damage,
     a_table_that_cannot_be_read_here_is_not_called_read,
     a_closed_database_is_read_too,
@@ -439,6 +440,17 @@ async fn another_collation_version_is_no_damage(major: u32) {
         Some(ProofLevel::L5),
         "two machines differ, the backup is sound"
     );
+}
+
+async fn a_database_that_the_census_could_not_see_is_not_called_compared(major: u32) {
+    let server = filled(major).await;
+    let mut backup = back_up(&server).await;
+    assert!(backup.census.unseen.is_empty(), "{:?}", backup.census.unseen);
+    backup.census.unseen.push("late".to_owned());
+    let report = backup.check(&server).await;
+    let (rows, detail) = outcome(&report, "row_counts");
+    assert!(rows == CheckOutcome::Skipped && detail.contains("database late"), "{detail}");
+    assert_eq!((report.level_reached(), report.failed().count()), (Some(ProofLevel::L4), 0));
 }
 
 async fn a_missing_library_is_no_damage(major: u32) {

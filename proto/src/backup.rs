@@ -87,6 +87,10 @@ pub struct Census {
     pub canary: Option<String>,
     /// Each database that accepts connections.
     pub databases: Vec<DatabaseCensus>,
+    /// Databases that should be among them but could not be looked at in time, as the server names them. Nothing is known
+    /// of their content, so a proof cannot reach L5.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unseen: Vec<String>,
 }
 
 /// One database's relations and counts.

@@ -269,9 +269,7 @@ async fn in_sandbox(
         })
         .await;
     findings.phase("check", started, false);
-    // A server that this machine killed says nothing about its backup.
-    let looked = report.as_ref().is_ok_and(|report| report.level_reached() >= Some(level));
-    let unfit = if looked { None } else { sandbox.unfit().await };
+    let unfit = if depends_on_the_end(&report, level) { sandbox.unfit().await } else { None };
     let destroyed = cx_free_step(cx, sandbox).await;
     if let Some(error) = unfit {
         return Err(error.into());
@@ -283,6 +281,15 @@ async fn in_sandbox(
     findings.checks.extend(report.checks.iter().cloned());
     findings.report = Some(report);
     destroyed
+}
+
+/// Whether what ended the server decides about what was found: a server that this machine killed says nothing about its
+/// backup. Damage that was seen before is damage, however the server ended.
+fn depends_on_the_end(report: &Result<CheckReport, Failure>, level: ProofLevel) -> bool {
+    match report {
+        Ok(report) => report.level_reached() < Some(level) && !report.saw_damage,
+        Err(_) => true,
+    }
 }
 
 /// Ends the sandbox whatever happened to the job: its room must be gone before the job says that it ended.
@@ -327,7 +334,8 @@ pub fn shortfall(proof: &Proof) -> Option<Failure> {
             ),
         )
         .with_hint(
-            "The checks that were skipped say what they need; L5 needs a backup with a census.",
+            "The checks that were skipped say what they need; L5 needs a backup with a census of \
+             every database.",
         ),
     })
 }
@@ -383,6 +391,38 @@ pub async fn sweep(directory: Arc<Path>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn damage_that_was_seen_stands_whatever_ended_the_server() {
+        let report = |outcome, saw_damage| {
+            let check = |name: &str, level, outcome| ProofCheck {
+                name: name.to_owned(),
+                level,
+                outcome,
+                detail: String::new(),
+            };
+            Ok(CheckReport {
+                checks: vec![
+                    check("stop_position", ProofLevel::L3, CheckOutcome::Passed),
+                    check("tables_readable", ProofLevel::L4, outcome),
+                ],
+                server_version_num: 180_000,
+                system_identifier: proto::SystemIdentifier(1),
+                reached_lsn: proto::Lsn(1),
+                tables: 1,
+                rows: 1,
+                tables_exact: 0,
+                tables_bounded: 0,
+                saw_damage,
+            })
+        };
+        let (passed, failed) = (CheckOutcome::Passed, CheckOutcome::Failed);
+        assert!(!depends_on_the_end(&report(failed, true), ProofLevel::L4), "pages were broken");
+        assert!(depends_on_the_end(&report(failed, false), ProofLevel::L4), "nobody saw anything");
+        assert!(!depends_on_the_end(&report(passed, false), ProofLevel::L4), "all was seen");
+        let broken_off = Failure::new(Code::ServerUnreachable, Action::Retry, "it is gone");
+        assert!(depends_on_the_end(&Err(broken_off), ProofLevel::L4));
+    }
 
     #[test]
     fn numbers_have_their_thousands_apart() {

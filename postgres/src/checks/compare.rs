@@ -3,6 +3,7 @@
 use proto::Lsn;
 use proto::backup::{DatabaseCensus, TableCount};
 
+use super::findings::is_lost;
 use super::{Run, purpose};
 use crate::connect::connect_maintenance;
 use crate::error::Error;
@@ -47,6 +48,12 @@ SELECT pg_is_in_recovery() AS in_recovery,
         for database in &census.databases {
             self.compare_database(database);
         }
+        for database in &census.unseen {
+            for check in ["relations_present", "row_counts", "extensions_present"] {
+                self.unseen(check, format!("the census could not look at database {database}"));
+                self.finding(check).lacks_much = true;
+            }
+        }
         let tables = || census.databases.iter().flat_map(|database| &database.tables);
         let incomparable = tables().filter(|table| table.rows.and(table.drift).is_none()).count();
         if incomparable > 0 {
@@ -67,7 +74,12 @@ SELECT pg_is_in_recovery() AS in_recovery,
         let status = match self.status_of(canary).await {
             Ok(status) => status.unwrap_or_else(|| "unknown".to_owned()),
             Err(error @ (Error::Cancelled { .. } | Error::Deadline { .. })) => return Err(error),
-            // A server that is gone by now has died of its copy, which is what there is to tell.
+            // Whoever knows what the server died of decides whether that is the copy's fault.
+            Err(error) if is_lost(&error) => {
+                let why = proto::failure::chain(&error);
+                self.blind("canary", format!("transaction {canary} is: {why}"));
+                return Ok(());
+            }
             Err(error) => proto::failure::chain(&error),
         };
         self.note("canary", status == "committed", || format!("transaction {canary} is: {status}"));
@@ -90,8 +102,8 @@ SELECT pg_is_in_recovery() AS in_recovery,
         let content = match self.databases.remove(database) {
             Some(Some(content)) => content,
             Some(None) => {
-                let text = format!("database {database} could not be read");
-                self.finding("row_counts").bad.push(text);
+                // Why stands in tables_readable.
+                self.blind("row_counts", format!("database {database} could not be read"));
                 return;
             }
             None => {
@@ -129,9 +141,10 @@ SELECT pg_is_in_recovery() AS in_recovery,
         let Some((rows, drift)) = table.rows.zip(table.drift) else { return };
         let Some(found) = found else {
             // Why it could not be read stands in tables_readable; what could not be counted does not match.
-            self.finding("row_counts")
-                .bad
-                .push(format!("{shown} could not be counted, {rows} rows were there"));
+            self.blind(
+                "row_counts",
+                format!("{shown} could not be counted, {rows} rows were there"),
+            );
             return;
         };
         let (fewer, more) = drift;

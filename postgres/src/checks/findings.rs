@@ -36,8 +36,20 @@ pub(super) const CHECKS: [(&str, ProofLevel, &str); 12] = [
 #[derive(Default)]
 pub(super) struct Findings {
     pub(super) good: u64,
+    /// What was seen to be wrong, and what could not be seen to be right.
     pub(super) bad: Vec<String>,
+    /// How many of `bad` show no damage themselves: the connection was gone, or they follow from something that has its
+    /// own entry.
+    pub(super) blind: usize,
     pub(super) unseen: Vec<String>,
+    /// Whether what is unseen is so much that what was seen does not make up for it.
+    pub(super) lacks_much: bool,
+}
+
+impl Findings {
+    pub(super) fn saw_damage(&self) -> bool {
+        self.bad.len() > self.blind
+    }
 }
 
 /// Whether an error says that this machine lacks a library or function, which is no fault of the backup.
@@ -68,6 +80,12 @@ pub(super) fn is_corruption(error: &Error) -> bool {
     error.state().is_some_and(|state| matches!(state.code(), "XX001" | "XX002"))
 }
 
+/// Whether an error says only that the server was gone, or about to be.
+pub(super) fn is_lost(error: &Error) -> bool {
+    let ending = |code: &str| matches!(code, "57P01" | "57P02" | "57P03" | "57P05");
+    error.is_closed() || error.state().is_some_and(|state| ending(state.code()))
+}
+
 /// Whether an error says that a page failed its checksum or has a broken header.
 fn is_bad_page(error: &Error) -> bool {
     error.state().is_some_and(|state| state.code() == "XX001")
@@ -85,6 +103,13 @@ impl Run<'_> {
 
     pub(super) fn unseen(&mut self, check: &'static str, what: String) {
         self.finding(check).unseen.push(what);
+    }
+
+    /// Notes what was not right, but shows no damage by itself.
+    pub(super) fn blind(&mut self, check: &'static str, what: String) {
+        let findings = self.finding(check);
+        findings.bad.push(what);
+        findings.blind += 1;
     }
 
     /// Notes how something went that can fail for the backup's fault or for this machine's.
@@ -107,6 +132,8 @@ impl Run<'_> {
                 }
                 if is_environment(&error) {
                     self.unseen(check, text);
+                } else if is_lost(&error) {
+                    self.blind(check, text);
                 } else {
                     self.finding(check).bad.push(text);
                 }
@@ -138,8 +165,9 @@ pub(super) fn conclude(
         (CheckOutcome::Skipped, "the cluster has no page checksums".to_owned())
     } else if !findings.unseen.is_empty() {
         let seen = findings.good;
-        // A busy table cannot be compared, ever; what could be is a look. A table that was not read is none.
-        let outcome = if name == "row_counts" && seen > 0 {
+        // A busy table cannot be compared, ever; what could be is a look. A table that was not read is none, and neither
+        // is a database of which nothing is known.
+        let outcome = if name == "row_counts" && seen > 0 && !findings.lacks_much {
             CheckOutcome::Passed
         } else {
             CheckOutcome::Skipped

@@ -65,6 +65,9 @@ pub struct CheckReport {
     pub tables_exact: u64,
     /// Tables whose rows were compared within bounds.
     pub tables_bounded: u64,
+    /// Whether damage was seen. False when all that failed was asked of a server that was gone, or follows from that: then
+    /// what ended the server decides whether the backup is to blame.
+    pub saw_damage: bool,
 }
 
 impl CheckReport {
@@ -160,6 +163,7 @@ impl Run<'_> {
             rows: counts().flatten().sum(),
             tables_exact: exact as u64,
             tables_bounded: (drifts.len() - exact) as u64,
+            saw_damage: self.findings.values().any(Findings::saw_damage),
             checks: CHECKS
                 .iter()
                 .filter(|(_, level, _)| *level <= self.options.level)
@@ -168,5 +172,53 @@ impl Run<'_> {
                 })
                 .collect(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ServerMessage;
+
+    fn options() -> CheckOptions<'static> {
+        CheckOptions {
+            job: JobId::mint(1, [1; 10]),
+            level: ProofLevel::L4,
+            system_identifier: SystemIdentifier(1),
+            stop_lsn: Lsn(1),
+            census: None,
+            every_row_in_indexes: false,
+            deadline: None,
+            cancel: CancellationToken::new(),
+        }
+    }
+
+    fn said(source: ServerMessage) -> Result<(), Error> {
+        Err(Error::Statement { what: "read all rows".to_owned(), source })
+    }
+
+    #[test]
+    fn only_what_was_seen_counts_as_damage() {
+        let (options, environment) = (options(), crate::target::Environment::default());
+        let target = Target::parse("host=/nowhere user=u dbname=d", &environment).unwrap();
+        let mut run = Run {
+            target: &target,
+            options: &options,
+            version: ServerVersion(180_000),
+            checksums: true,
+            findings: BTreeMap::new(),
+            databases: HashMap::new(),
+        };
+        let saw = |run: &Run<'_>| run.findings.values().any(Findings::saw_damage);
+        run.outcome("tables_readable", "a", Ok(())).unwrap();
+        let gone = said(ServerMessage::gone("server closed the connection unexpectedly"));
+        run.outcome("tables_readable", "b", gone).unwrap();
+        run.blind("row_counts", "b could not be counted".to_owned());
+        assert!(!saw(&run), "nobody looked at b");
+        run.outcome("amcheck_tables", "c", said(ServerMessage::local("c is broken"))).unwrap();
+        assert!(saw(&run));
+        let report = run.report(SystemIdentifier(1), Lsn(1));
+        assert!(report.saw_damage);
+        assert_eq!(report.failed().count(), 2, "what nobody saw failed all the same");
     }
 }
