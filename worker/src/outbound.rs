@@ -98,7 +98,8 @@ impl Waiting {
 }
 
 /// Delivers reports in order. One that the broker does not take, for whatever reason, is in nobody's way for long: after
-/// [`TRIES_IN_FRONT`] it goes behind the others, and is tried again for ever.
+/// [`TRIES_IN_FRONT`] it goes behind the others, and is tried again for ever. News goes in the order in which it comes,
+/// before those; it does not cut short the pause after a failure, because it would go to the same broker.
 async fn deliver(
     broker: Broker,
     undelivered: Vec<Spooled>,
@@ -110,7 +111,7 @@ async fn deliver(
     let mut pause = RETRY_FIRST;
     loop {
         while let Ok(report) = receiver.try_recv() {
-            waiting.push_back(Waiting::new(report));
+            line_up(&mut waiting, report);
         }
         let Some(mut next) = waiting.pop_front() else {
             tokio::select! {
@@ -152,14 +153,24 @@ async fn deliver(
             }
             waiting.push_back(next);
         }
-        tokio::select! {
-            () = abandon.cancelled() => return,
-            () = tokio::time::sleep(pause) => {}
-            // Somebody else's news need not wait for it.
-            Some(report) = receiver.recv() => waiting.push_front(Waiting::new(report)),
+        let paused = tokio::time::sleep(pause);
+        tokio::pin!(paused);
+        loop {
+            tokio::select! {
+                () = abandon.cancelled() => return,
+                () = &mut paused => break,
+                // Taken in while nothing is sent, so that the channel does not fill up.
+                Some(report) = receiver.recv() => line_up(&mut waiting, report),
+            }
         }
         pause = (pause * 2).min(RETRY_LAST);
     }
+}
+
+/// Puts news behind the news before it, and before what was tried too often to be waited for.
+fn line_up(waiting: &mut VecDeque<Waiting>, report: Spooled) {
+    let place = waiting.iter().position(|other| other.tries >= TRIES_IN_FRONT);
+    waiting.insert(place.unwrap_or(waiting.len()), Waiting::new(report));
 }
 
 /// Sends one report. `true` when the broker has confirmed it.
@@ -232,5 +243,51 @@ mod tests {
         let left = spool.undelivered().unwrap();
         assert_eq!(left.len(), 1);
         assert_eq!(left[0].message_id, name);
+    }
+
+    #[tokio::test]
+    async fn news_during_a_pause_keeps_its_order_and_does_not_end_the_pause() {
+        const ROOM: usize = 8;
+        let broker = Broker::memory();
+        broker.declare(&[Declaration::coordinator()]).await.unwrap();
+        let faults = broker.memory_faults().unwrap();
+        let state = tempfile::tempdir().unwrap();
+        let spool = Spool::open(state.path()).unwrap();
+        let attempt = |n: u8| AttemptId::mint(n.into(), [n; 10]);
+        let report = |n: u8| spool.keep(attempt(n), 1, vec![n]).unwrap();
+        let news = [report(2), report(3), report(4)];
+        let names = news.each_ref().map(|report| report.message_id.clone());
+
+        faults.lose_messages(u32::MAX);
+        let begun = std::time::Instant::now();
+        let mut arriving = broker.another("coordinator").consume(topology::REPORTS, 8);
+        let (sender, receiver) = mpsc::channel(ROOM);
+        let (stop, abandon) = (CancellationToken::new(), CancellationToken::new());
+        let first = vec![report(1)];
+        let deliverer =
+            tokio::spawn(deliver(broker.clone(), first, receiver, stop.clone(), abandon.clone()));
+        // The first report is lost; one after the other, the news comes in the pause after that.
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        for report in news {
+            sender.send(report).await.unwrap();
+            while sender.capacity() < ROOM {
+                tokio::task::yield_now().await;
+            }
+        }
+        faults.lose_messages(0);
+        let mut arrived = Vec::new();
+        for _ in 0..4 {
+            let delivery = arriving.next().await.unwrap();
+            assert!(begun.elapsed() >= RETRY_FIRST, "the pause was cut short");
+            if names.contains(&delivery.message_id) {
+                arrived.push(delivery.message_id.clone());
+            }
+            assert_eq!(delivery.ack().await, broker::Settled::Done);
+        }
+        assert_eq!(arrived, names);
+        stop.cancel();
+        deliverer.await.unwrap();
     }
 }
