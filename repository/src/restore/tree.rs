@@ -8,8 +8,9 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags};
 
 use crate::error::{Error, show};
 
@@ -20,6 +21,9 @@ pub(super) fn is_set_late(bits: u32) -> bool {
 
 /// Handles kept open besides the root and the mapped directories.
 const KEPT_MAX: usize = 64;
+/// How often a lock that nobody writes under is tried, and the pause between two tries.
+const LOCK_TRIES: u32 = 100;
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
 #[derive(Debug)]
 pub(super) struct Tree {
@@ -146,31 +150,31 @@ impl Tree {
         let failed = |source| Error::Target { path: directory.display().to_string(), source };
         std::fs::create_dir_all(directory).map_err(failed)?;
         let handle = File::open(directory).map_err(failed)?;
-        let exclusive = rustix::fs::FlockOperation::NonBlockingLockExclusive;
-        match rustix::fs::flock(&handle, exclusive) {
-            Ok(()) => Ok(handle),
-            Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::TargetNotEmpty {
-                target: directory.display().to_string(),
-                reason: "another restore is writing there".into(),
-            }),
-            Err(error) => Err(failed(error.into())),
+        // Who only looks holds the shared lock for a moment: that is no reason to refuse a restore.
+        for _ in 0..LOCK_TRIES {
+            if try_flock(&handle, FlockOperation::NonBlockingLockExclusive).map_err(failed)? {
+                return Ok(handle);
+            }
+            if Self::is_locked(directory)? {
+                break;
+            }
+            std::thread::sleep(LOCK_PAUSE);
         }
+        Err(Error::TargetNotEmpty {
+            target: directory.display().to_string(),
+            reason: "another restore is writing there".into(),
+        })
     }
 
-    /// Whether a restore writes there now.
+    /// Whether a restore writes there now. Any number may look at once.
     pub(super) fn is_locked(directory: &Path) -> Result<bool, Error> {
-        match directory.try_exists() {
-            Ok(false) => return Ok(false),
-            Ok(true) => {}
-            Err(source) => {
-                return Err(Error::Target { path: directory.display().to_string(), source });
-            }
-        }
-        match Self::lock(directory) {
-            Ok(_) => Ok(false),
-            Err(Error::TargetNotEmpty { .. }) => Ok(true),
-            Err(error) => Err(error),
-        }
+        let failed = |source| Error::Target { path: directory.display().to_string(), source };
+        let handle = match File::open(directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            opened => opened.map_err(failed)?,
+        };
+        let shared = FlockOperation::NonBlockingLockShared;
+        try_flock(&handle, shared).map(|free| !free).map_err(failed)
     }
 
     pub(super) fn make_symlink(&self, path: &[u8], target: &[u8]) -> Result<(), Error> {
@@ -214,8 +218,58 @@ impl Tree {
     }
 }
 
+/// Whether the lock was free; it is held until the handle is closed.
+fn try_flock(handle: &File, how: FlockOperation) -> io::Result<bool> {
+    match rustix::fs::flock(handle, how) {
+        Ok(()) => Ok(true),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// The one place where a path of the caller's is followed, links and all: it is theirs.
 fn open_directory(path: &Path) -> Result<OwnedFd, Error> {
     rustix::fs::openat(CWD, path.as_os_str().as_bytes(), DIRECTORY, Mode::empty())
         .map_err(|error| Error::Target { path: path.display().to_string(), source: error.into() })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn one_restore_writes_and_any_number_may_look() {
+        let place = tempfile::tempdir().unwrap();
+        let directory = place.path().join("restored");
+        assert!(!Tree::is_locked(&directory).unwrap());
+        assert!(!directory.exists(), "looking makes nothing");
+        std::fs::create_dir(&directory).unwrap();
+        let other = File::open(&directory).unwrap();
+        other.lock_shared().unwrap();
+        assert!(!Tree::is_locked(&directory).unwrap(), "the other only looks");
+        drop(other);
+        let writing = Tree::lock(&directory).unwrap();
+        assert!(Tree::is_locked(&directory).unwrap());
+        assert!(matches!(Tree::lock(&directory), Err(Error::TargetNotEmpty { .. })));
+        drop(writing);
+        assert!(!Tree::is_locked(&directory).unwrap());
+    }
+
+    #[test]
+    fn a_restore_is_not_refused_because_somebody_looks() {
+        let place = tempfile::tempdir().unwrap();
+        let looking = AtomicBool::new(true);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while looking.load(Ordering::Relaxed) {
+                    Tree::is_locked(place.path()).unwrap();
+                }
+            });
+            let refused = (0..500).filter(|_| Tree::lock(place.path()).is_err()).count();
+            looking.store(false, Ordering::Relaxed);
+            assert_eq!(refused, 0);
+        });
+    }
 }
