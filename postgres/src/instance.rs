@@ -8,6 +8,7 @@
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::Read as _;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -420,8 +421,19 @@ pub(crate) fn log_tail(path: &Path) -> String {
     last_lines(&log_end(path), LOG_LINES)
 }
 
-/// The whole log of a server that has not run long. A runaway one is cut.
-pub(crate) fn log_end(path: &Path) -> String {
+/// The longest log that is read from its beginning.
+const WHOLE_LOG_MAX_BYTES: u64 = 64 << 20;
+
+/// The whole log; `None` when it cannot be read or is a runaway one.
+pub(crate) fn whole_log(path: &Path) -> Option<String> {
+    let mut text = Vec::new();
+    let file = File::open(path).ok()?;
+    file.take(WHOLE_LOG_MAX_BYTES + 1).read_to_end(&mut text).ok()?;
+    (text.len() as u64 <= WHOLE_LOG_MAX_BYTES).then(|| String::from_utf8_lossy(&text).into_owned())
+}
+
+/// The last part of a log.
+fn log_end(path: &Path) -> String {
     let text = std::fs::read(path).unwrap_or_default();
     String::from_utf8_lossy(&text[text.len().saturating_sub(64 << 10)..]).into_owned()
 }

@@ -42,7 +42,7 @@ const STDOUT_LIMIT_BYTES: usize = 4 << 20;
 /// What is kept of a child's standard error, from its end, where the reason stands.
 const STDERR_LIMIT_BYTES: usize = 64 << 10;
 /// Lines of standard error that go into an error text.
-const ERROR_LINES: usize = 12;
+pub(crate) const ERROR_LINES: usize = 12;
 /// How long a server may take over an immediate shutdown before it is killed: the postmaster itself
 /// gives its children five seconds.
 const QUIT_PATIENCE: Duration = Duration::from_secs(8);

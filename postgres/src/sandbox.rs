@@ -21,7 +21,7 @@
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -38,12 +38,12 @@ use crate::Error;
 use crate::binaries::Binaries;
 use crate::control_file::ControlFile;
 use crate::instance::{
-    PostmasterStatus, SOCKET_PORT, SocketDirectory, give_to, log_end, log_tail,
-    make_private_directory, open_log, postmaster_status, settings_text, socket_url, write_private,
+    PostmasterStatus, SOCKET_PORT, SocketDirectory, give_to, log_tail, make_private_directory,
+    open_log, postmaster_status, settings_text, socket_url, whole_log, write_private,
 };
 use crate::process::{
-    Account, DeathSignal, Isolation, ProcessIdentity, Program, Result, Running, describe,
-    wait_blocking,
+    Account, DeathSignal, ERROR_LINES, Isolation, ProcessIdentity, Program, Result, Running,
+    describe, wait_blocking,
 };
 use crate::unfit::{self, Unfit};
 use crate::wal::Segment;
@@ -437,7 +437,7 @@ impl Sandbox {
     /// runs, or has died of its copy. Ask when a check failed: it waits two seconds for a server that is about to end.
     pub async fn unfit(&mut self) -> Option<Error> {
         tokio::time::timeout(DEATH_PATIENCE, self.server.wait()).await.ok()?.ok()?;
-        let Unfit { what, evidence } = unfit::died_unfit(&log_end(&self.room.log_path()))?;
+        let Unfit { what, evidence } = unfit::died_unfit(&whole_log(&self.room.log_path())?)?;
         Some(Error::SandboxUnfit { what: what.to_owned(), evidence })
     }
 
@@ -681,12 +681,14 @@ impl Boot<'_> {
     /// What happened, blamed on this machine or else on the copy by what stands in the server's log.
     fn failed(&self, what: String) -> Error {
         let log_path = self.room.log_path();
-        blamed(what, &log_end(&log_path), || log_tail(&log_path))
+        blamed(what, whole_log(&log_path).as_deref(), || log_tail(&log_path))
     }
 }
 
-fn blamed(what: String, said: &str, output: impl FnOnce() -> String) -> Error {
-    match unfit::unfit(said) {
+/// `said` is all that the server or program said; when it is not there from its beginning, what went wrong first may be
+/// missing, and nothing is excused.
+fn blamed(what: String, said: Option<&str>, output: impl FnOnce() -> String) -> Error {
+    match said.and_then(unfit::unfit) {
         Some(Unfit { what, evidence }) => Error::SandboxUnfit { what: what.to_owned(), evidence },
         None => Error::Sandbox { what, output: output() },
     }
@@ -695,7 +697,10 @@ fn blamed(what: String, said: &str, output: impl FnOnce() -> String) -> Error {
 /// The same for a program of PostgreSQL that looked at the copy and ended badly.
 fn judged(what: &str, error: Error) -> Error {
     match error {
-        Error::Program { output, .. } => blamed(what.to_owned(), &output, || output.clone()),
+        Error::Program { output, .. } => {
+            let said = (output.lines().count() < ERROR_LINES).then_some(output.as_str());
+            blamed(what.to_owned(), said, || output.clone())
+        }
         other => other,
     }
 }
@@ -726,6 +731,11 @@ fn check_copy(
             format!("it is of PostgreSQL {}, the programs of {}", version.trim(), binaries.major());
         return Err(refuse(data, what));
     }
+    let mode = std::fs::metadata(&data).map_err(|e| Error::io("read", &data, e))?.mode() & 0o7777;
+    if mode & 0o700 != 0o700 || mode & 0o027 != 0 {
+        return Err(refuse(data, format!("a server refuses a directory of mode {mode:04o}")));
+    }
+    refuse_other_versions(room, binaries.major())?;
     // Without the label the server would start from the wrong checkpoint and open, silently
     // damaged.
     if !data.join("backup_label").is_file() {
@@ -750,6 +760,44 @@ fn check_copy(
         Err(source) => Error::io("read", path, source),
     })?;
     Ok(control)
+}
+
+/// Refuses a copy in which a database says that it is of another version: a server would blame its programs for that.
+fn refuse_other_versions(room: &SandboxRoom, major: u32) -> Result<()> {
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |source| Error::io("read", path, source)
+    };
+    let directories_in = |path: &Path| -> Result<Vec<PathBuf>> {
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir(path).map_err(failed(path))? {
+            let entry = entry.map_err(failed(path))?;
+            if entry.file_type().map_err(failed(path))?.is_dir() {
+                found.push(entry.path());
+            }
+        }
+        Ok(found)
+    };
+    // In a tablespace the databases are one level further down: OID, version of the format, database.
+    let mut parents = vec![room.data_directory().join("base")];
+    for space in directories_in(&room.tablespaces())? {
+        parents.extend(directories_in(&space)?);
+    }
+    for parent in parents {
+        for database in directories_in(&parent)? {
+            let path = database.join("PG_VERSION");
+            // Where it is missing or empty, the database was just being made, and replay completes it.
+            let Ok(text) = std::fs::read_to_string(&path) else { continue };
+            let version = text.trim();
+            if version.parse::<u32>().is_ok_and(|version| version != major) {
+                return Err(Error::Sandbox {
+                    what: "a database of the copy is of another version".to_owned(),
+                    output: format!("{} says {version}, not {major}", path.display()),
+                });
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Finds a link below `directory` that leads out of the room.

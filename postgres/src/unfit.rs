@@ -1,8 +1,13 @@
 //! Whose trouble it is when a restored server does not start: its copy's, or that of the machine it was to run on.
 //!
 //! Decides by the sentence with which the server gave up. The machine's are only those that no content of a data directory
-//! can cause: a full disk, missing memory or libraries, refused rights. Everything else, and every sentence that is not
-//! known here, is held against the copy: a bad backup must not be excused.
+//! can cause: a full disk, missing libraries, a disk that may not be written. Everything else, and every sentence that is
+//! not known here, is held against the copy: a bad backup must not be excused. So "out of memory", which a damaged length
+//! causes too, and "Permission denied", which a damaged mode causes too, excuse nothing; neither does a log of which the
+//! beginning is missing.
+//!
+//! "database files are incompatible with server" is the machine's because the sandbox compares every `PG_VERSION` before it
+//! starts a server, and the control file is guarded by its checksum.
 
 /// What the machine is short of, and the line that says so.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,13 +32,12 @@ pub(crate) const KILLED: &str = "killed the server";
 
 /// Parts of the server's last sentence. The server prints in English and the system in its own words, because the
 /// sandbox sets no locale.
-const SENTENCES: [(&str, &str); 27] = [
+const SENTENCES: [(&str, &str); 24] = [
     ("No space left on device", FULL),
     ("Disk quota exceeded", FULL),
     ("File too large", FULL),
     ("Cannot allocate memory", MEMORY),
-    // Also "out of shared memory", whose size is that of our own settings.
-    ("out of memory", MEMORY),
+    // Its size is that of our own settings.
     ("out of shared memory", MEMORY),
     ("could not map anonymous shared memory", MEMORY),
     ("could not create shared memory segment", MEMORY),
@@ -45,11 +49,10 @@ const SENTENCES: [(&str, &str); 27] = [
     ("could not access file \"", LIBRARY),
     ("could not load library \"", LIBRARY),
     ("resource manager with ID", LIBRARY),
-    ("Permission denied", RIGHTS),
+    // Owners are not restored, modes are.
     ("Operation not permitted", RIGHTS),
     ("Read-only file system", RIGHTS),
     ("has wrong ownership", RIGHTS),
-    ("has invalid permissions", RIGHTS),
     ("Input/output error", DISK),
     ("Stale file handle", DISK),
     ("could not create any Unix-domain sockets", SOCKET),
@@ -101,14 +104,15 @@ mod tests {
                 FULL,
             ),
             ("FATAL:  could not map anonymous shared memory: Cannot allocate memory", MEMORY),
-            ("FATAL:  out of memory", MEMORY),
+            ("FATAL:  out of shared memory", MEMORY),
             (r#"FATAL:  could not access file "timescaledb": No such file or directory"#, LIBRARY),
             ("FATAL:  resource manager with ID 138 not registered", LIBRARY),
             (
                 r#"PANIC:  could not open file "global/pg_control": Too many open files in system"#,
                 FILES,
             ),
-            (r#"FATAL:  could not open file "global/1262": Permission denied"#, RIGHTS),
+            (r#"FATAL:  could not open file "global/1262": Read-only file system"#, RIGHTS),
+            (r#"FATAL:  data directory "/room/data" has wrong ownership"#, RIGHTS),
             (r#"FATAL:  could not read block 3 in file "base/5/1259": Input/output error"#, DISK),
             (r#"FATAL:  configuration file "/room/run/postgresql.conf" contains errors"#, SETTINGS),
             ("FATAL:  database files are incompatible with server", BUILD),
@@ -132,6 +136,9 @@ mod tests {
             "PANIC:  could not locate a valid checkpoint record",
             "FATAL:  incorrect checksum in control file",
             "FATAL:  could not access status of transaction 0\nDETAIL:  Could not open file \"pg_xact/0000\": No such file or directory.",
+            "FATAL:  out of memory\nDETAIL:  Failed on request of size 1073741823 in memory context \"TopMemoryContext\".",
+            r#"FATAL:  could not open file "global/1262": Permission denied"#,
+            r#"FATAL:  data directory "/room/data" has invalid permissions"#,
             "FATAL:  invalid memory alloc request size 18446744073709551613",
             "LOG:  startup process (PID 17) was terminated by signal 6: Aborted",
         ] {
@@ -152,7 +159,7 @@ mod tests {
 
     #[test]
     fn a_missing_role_is_not_the_last_word() {
-        let log = "FATAL:  role \"postgres\" does not exist\nFATAL:  out of memory\n";
+        let log = "FATAL:  role \"postgres\" does not exist\nFATAL:  out of shared memory\n";
         assert_eq!(unfit(log).map(|unfit| unfit.what), Some(MEMORY));
     }
 }

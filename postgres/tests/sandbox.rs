@@ -282,21 +282,40 @@ async fn what_the_machine_lacks_is_not_held_against_the_backup() {
         let (room, mut options) = copied(&instance, &rooms).await;
         options.shared_buffers_mb = u32::MAX;
         unfit(room, options, "postgresql.conf\" contains errors").await;
+    }
+}
 
-        // A file that was restored so that the server may not read it.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_bad_copy_can_cause_is_not_blamed_on_the_machine() {
+    for major in [15, 18] {
+        let (instance, directory) = with_rows(major).await;
+        let rooms = directory.path().join("rooms");
+        let bad = async |room: SandboxRoom, options: SandboxOptions, line: &str| {
+            let error = refused(&instance, room, options).await;
+            assert!(matches!(&error, Error::Sandbox { .. }), "{error}");
+            assert!(error.to_string().contains(line), "{error}");
+            let failure = Failure::from(error);
+            assert_eq!((failure.code, failure.action), (Code::SandboxFailed, Action::FixData));
+        };
+        let map = |room: &SandboxRoom| room.data_directory().join("global/pg_filenode.map");
+        // A file that is not there at all, and one with a mode in which the server may not read it.
         let (room, options) = copied(&instance, &rooms).await;
-        let map = room.data_directory().join("global/pg_filenode.map");
-        std::fs::set_permissions(&map, std::fs::Permissions::from_mode(0o000)).unwrap();
-        unfit(room, options, "Permission denied").await;
+        std::fs::remove_file(map(&room)).unwrap();
+        bad(room, options, "pg_filenode.map").await;
+        let (room, options) = copied(&instance, &rooms).await;
+        std::fs::set_permissions(map(&room), std::fs::Permissions::from_mode(0o000)).unwrap();
+        bad(room, options, "Permission denied").await;
 
-        // The same file is not there at all: that is the copy's fault.
+        // A database of another version, of which the server says that its programs do not fit.
         let (room, options) = copied(&instance, &rooms).await;
-        std::fs::remove_file(room.data_directory().join("global/pg_filenode.map")).unwrap();
+        std::fs::write(room.data_directory().join("base/1/PG_VERSION"), "9\n").unwrap();
+        bad(room, options, "base/1/PG_VERSION says 9").await;
+
+        let (room, options) = copied(&instance, &rooms).await;
+        let open = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(room.data_directory(), open).unwrap();
         let error = refused(&instance, room, options).await;
-        assert!(matches!(&error, Error::Sandbox { .. }), "{error}");
-        assert!(error.to_string().contains("pg_filenode.map"), "{error}");
-        let failure = Failure::from(error);
-        assert_eq!((failure.code, failure.action), (Code::SandboxFailed, Action::FixData));
+        assert!(matches!(&error, Error::Shape { what, .. } if what.contains("0755")), "{error}");
     }
 }
 
