@@ -12,6 +12,7 @@
 
 use std::time::Duration;
 
+use proto::backup::Tablespace;
 use proto::{JobId, Lsn, SystemIdentifier, Timeline};
 use tokio::time::Instant;
 use tokio_postgres::Row;
@@ -261,6 +262,21 @@ impl BackupSession {
         let pid = self.backend_pid();
         let row = watch.one(LOOK, CHECK, &[&self.started.slot_name, &pid]).await?;
         Ok((row, locks::still_held(watch, pid, Class::Backup).await?))
+    }
+
+    /// The tablespaces outside the data directory as they are now. Needs no connection beyond those the backup has, unless
+    /// the second one broke.
+    pub async fn tablespaces(&self) -> Result<Vec<Tablespace>, Error> {
+        if !self.watch.is_closed() {
+            match settings::tablespaces(&self.watch).await {
+                Err(error) if error.is_closed() => {}
+                outcome => return outcome,
+            }
+        }
+        let spare = connect(&self.watch_target, &self.watch_purpose).await?;
+        let found = settings::tablespaces(&spare).await;
+        spare.close().await;
+        found
     }
 
     /// Lets the server recycle the WAL before `position`: all of it must be stored. Positions that go back are ignored.

@@ -21,6 +21,7 @@ servers::on_each_major! {
     a_killed_server_process_is_a_lost_session,
     a_restarted_server_is_a_lost_session,
     losing_the_second_session_does_no_harm,
+    the_tablespaces_are_told_to_a_backup_that_gets_no_further_connection,
     dropping_the_session_leaves_nothing_on_the_server,
     a_second_backup_is_told_who_holds_the_lock,
     the_grants_in_the_error_are_the_ones_that_help,
@@ -121,6 +122,22 @@ async fn a_backup_begins_is_checked_and_stops(major: u32) {
     assert!(segments(&server.wal_directory()).contains(&last.file_name(size)));
     backup.finish().await;
     server.until(LEFT_BEHIND, 0).await;
+}
+
+async fn the_tablespaces_are_told_to_a_backup_that_gets_no_further_connection(major: u32) {
+    let server = Server::start(major, &[]).await;
+    let mut backup = begin(&server).await;
+    let place = server.directory.path().join("space");
+    std::fs::create_dir(&place).unwrap();
+    let create = format!("CREATE TABLESPACE space LOCATION '{}'", place.display());
+    server.run("template1", &[&create, "ALTER DATABASE postgres ALLOW_CONNECTIONS false"]).await;
+    refused(&server, &options()).await;
+    backup.stop(&CancellationToken::new()).await.unwrap();
+    let found = backup.tablespaces().await.unwrap_or_else(|e| panic!("{}", shown(&e)));
+    let locations: Vec<_> = found.iter().map(|space| space.location.as_str()).collect();
+    assert_eq!(locations, [place.to_str().unwrap()]);
+    backup.check().await.unwrap();
+    backup.finish().await;
 }
 
 async fn recycling_in_the_middle_loses_no_wal_until_it_is_let_go(major: u32) {

@@ -13,7 +13,7 @@ use postgres::relation::PageRules;
 use postgres::scan::{EntryKind, Scan, ScanEntry, ScanOptions, scan};
 use postgres::wal::WalOrigin;
 use postgres::wal_changes::WalChanges;
-use postgres::{BackupSession, Purpose, Stopped, connect_maintenance, settings};
+use postgres::{BackupSession, Stopped};
 use proto::backup::{BackupFacts, Census, Tablespace};
 use proto::job::{Backup, BackupOutcome};
 use proto::{Action, Code, Failure, LineageId, Lsn, Progress, Timeline};
@@ -211,7 +211,8 @@ async fn from_attempt(
                 step.figure("wal_bytes", wal.bytes());
                 // The slot held all of it until now; had the session been lost, files might have been recycled under us.
                 session.check().await?;
-                same_tablespaces(cx, request.cluster, wal.changes(), tablespaces).await?;
+                let same = same_tablespaces(&session, wal.changes(), tablespaces);
+                hold.beside(&session, same).await?;
                 session.finish().await;
                 Ok(finish_counting(cx, request, counted, wal, stopped).await)
             }
@@ -416,20 +417,18 @@ fn source_entry(entry: ScanEntry, block_size: u32, scanned_at_ns: i64) -> Source
 }
 
 /// The files of a tablespace that came after the scan are not in the copy, and replay would make its directory where the
-/// server has it. The backup's own WAL tells; where it could not be read, the server is asked.
+/// server has it. The backup's own WAL tells. Where it could not be read, the server is asked what there is now, which
+/// does not tell of a tablespace that was created and dropped again since: replay makes its directory and removes it, and
+/// a proof refuses to replay that.
 async fn same_tablespaces(
-    cx: &JobContext,
-    cluster: &Cluster,
+    session: &BackupSession,
     changes: Option<&WalChanges>,
     copied: &[Tablespace],
 ) -> Result<(), Failure> {
     let changed = if let Some(changes) = changes {
         changes.tablespaces_changed()
     } else {
-        let purpose = Purpose::ask(&session_owner(cx.spec.attempt));
-        let session = connect_maintenance(&cluster.target, &purpose).await?;
-        let mut now = settings::tablespaces(&session).await?;
-        session.close().await;
+        let mut now = session.tablespaces().await?;
         now.sort_by_key(|space| space.oid);
         !now.iter().map(|space| space.oid).eq(copied.iter().map(|space| space.oid))
     };
