@@ -152,7 +152,11 @@ pub async fn restore(
     let target = destination.target();
     // A person who restores to where another restore is running wants to be told at once.
     if cx.spec.predecessor.is_some() {
-        match target.wait_until_free(PREDECESSOR_MAX, &cx.cancel).await {
+        let waits = || {
+            let step = "wait for the attempt before".to_owned();
+            cx.progress(Progress { step, done: 0, total: None, unit: "bytes".to_owned() });
+        };
+        match target.wait_until_free(PREDECESSOR_MAX, &cx.cancel, waits).await {
             Err(_) if cx.cancel.is_cancelled() => return Err(cx.stopped()),
             waited => waited?,
         }

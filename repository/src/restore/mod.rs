@@ -39,11 +39,13 @@ const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
 impl RestoreTarget {
     /// Waits until no other restore writes into the target, at most `patience`: an attempt that was given up for lost may
-    /// need a while to notice it. Whoever restores afterwards makes the plan afterwards, too.
+    /// need a while to notice it. Whoever restores afterwards makes the plan afterwards, too. `told` is called each time
+    /// that the target was found in use.
     pub async fn wait_until_free(
         &self,
         patience: Duration,
         cancel: &CancellationToken,
+        told: impl Fn(),
     ) -> Result<(), Error> {
         let mut directories: Vec<PathBuf> = self.mapping.values().cloned().collect();
         directories.push(self.directory.clone());
@@ -53,6 +55,7 @@ impl RestoreTarget {
         };
         let waiting = async {
             while busy()? {
+                told();
                 tokio::select! {
                     () = cancel.cancelled() => return Err(Error::Cancelled),
                     () = tokio::time::sleep(LOOK_AGAIN) => {}
