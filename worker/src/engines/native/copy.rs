@@ -211,7 +211,7 @@ async fn from_attempt(
                 step.figure("wal_bytes", wal.bytes());
                 // The slot held all of it until now; had the session been lost, files might have been recycled under us.
                 session.check().await?;
-                let same = same_tablespaces(&session, wal.changes(), tablespaces);
+                let same = Box::pin(same_tablespaces(&session, wal.changes(), tablespaces));
                 hold.beside(&session, same).await?;
                 session.finish().await;
                 Ok(finish_counting(cx, request, counted, wal, stopped).await)
