@@ -43,6 +43,8 @@ pub struct Fleet {
     repository: Place,
     coordinator: Option<Pgmuster>,
     workers: BTreeMap<String, Pgmuster>,
+    /// How long a ticket lives, milliseconds.
+    pub ticket_ms: u32,
 }
 
 /// A worker as its configuration will say it.
@@ -84,7 +86,8 @@ impl Fleet {
             url => url.to_owned(),
         };
         let (amqp, workers) = (amqp.to_owned(), BTreeMap::new());
-        let fleet = Self { place, amqp, catalog, repository, coordinator: None, workers };
+        let fleet =
+            Self { place, amqp, catalog, repository, coordinator: None, workers, ticket_ms: 3_000 };
         fleet.write("signing.key", "AQIDBAUGBwgJCgsMDQ4PEBESExQVFhcYGRobHB0eHyA=\n")?;
         fleet.write("amqp.url", &fleet.amqp)?;
         fleet.write("s3.id", "AK")?;
@@ -140,13 +143,14 @@ impl Fleet {
             lease_ms = 8000
             patience_ms = 20000
             beacon_ms = 500
-            ticket_ms = 3000
+            ticket_ms = {ticket_ms}
             leader_ms = 2000
             [jobs]
             retry_first_ms = 200
             retry_max_ms = 2000
             "#,
             catalog = self.catalog,
+            ticket_ms = self.ticket_ms,
         );
         let config = self.write("coordinator.toml", &config)?;
         self.coordinator = Some(Pgmuster::start(&["coordinator", "--config", text(&config)?])?);

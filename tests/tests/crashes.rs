@@ -143,9 +143,14 @@ async fn a_command_that_waits_outlives_its_coordinator() -> anyhow::Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_ticket_that_comes_while_the_coordinator_is_dead_runs_once() -> anyhow::Result<()> {
     let vhost = Vhost::create()?;
-    let (mut fleet, cluster) = fleet(&vhost.url()).await?;
+    let cluster = Cluster::start(15, InstanceOptions::default()).await?;
+    let mut fleet = Fleet::prepare(&vhost.url(), "", Place::Directory)?;
+    // It must not expire while its reader sleeps.
+    fleet.ticket_ms = 120_000;
+    fleet.start_coordinator()?;
     fleet.start_worker(&WorkerSetup::of("w1", "orders", cluster.url()))?;
     let tickets = vhost.overhear(topology::JOBS, "worker.w1.urgent")?;
+    let claims = vhost.overhear(topology::CLAIMS, topology::CLAIMS)?;
     // It sleeps for a moment that nobody notices: long enough for a ticket to be sent, and for its sender to die.
     fleet.worker("w1")?.signal(Signal::STOP)?;
     let job = fleet.order(&["backup", "orders"])?;
@@ -153,7 +158,6 @@ async fn a_ticket_that_comes_while_the_coordinator_is_dead_runs_once() -> anyhow
         Ok((!vhost.heard(&tickets)?.is_empty()).then_some(()))
     })?;
     fleet.coordinator()?.kill()?;
-    let claims = vhost.overhear(topology::CLAIMS, topology::CLAIMS)?;
     fleet.worker("w1")?.signal(Signal::CONT)?;
     tests::eventually("the worker to claim the ticket", SOON, || {
         Ok((!vhost.heard(&claims)?.is_empty()).then_some(()))
