@@ -149,9 +149,7 @@ impl House {
     async fn back_up_while_wal_is_written(&self, segments: u32) -> Result<BackupOutcome, Failure> {
         let cx = self.cx();
         let writing = async {
-            while !cx.steps().iter().any(|step| step.name == "copy") {
-                tokio::time::sleep(Duration::from_millis(10)).await;
-            }
+            copies(&cx).await;
             for _ in 0..segments {
                 self.sql("INSERT INTO public.empty VALUES (1)").await;
                 self.sql("SELECT pg_switch_wal()").await;
@@ -284,13 +282,31 @@ fn leftovers() -> &'static str {
 
 async fn nothing_is_left_on(house: &House) {
     // Sessions end in their own time once their sockets are closed.
-    for _ in 0..200 {
-        if house.number(leftovers()).await == 0 {
-            return;
+    let left = async || (house.number(leftovers()).await == 0).then_some(());
+    eventually("no slot, lock or session of ours is on the server", Duration::from_secs(10), left)
+        .await;
+}
+
+/// Looks until there is something, and fails when there is nothing within the bound.
+async fn eventually<T>(what: &str, bound: Duration, check: impl AsyncFn() -> Option<T>) -> T {
+    let looking = async {
+        let mut looks = tokio::time::interval(Duration::from_millis(20));
+        loop {
+            looks.tick().await;
+            if let Some(found) = check().await {
+                return found;
+            }
         }
-        tokio::time::sleep(Duration::from_millis(50)).await;
+    };
+    let found = tokio::time::timeout(bound, looking).await;
+    found.unwrap_or_else(|_| panic!("not so within {bound:?}: {what}"))
+}
+
+/// Resolves when the backup has begun to copy files.
+async fn copies(cx: &JobContext) {
+    while !cx.steps().iter().any(|step| step.name == "copy") {
+        tokio::task::yield_now().await;
     }
-    panic!("a slot, lock or session of ours is still on the server");
 }
 
 async fn restores_and_is_proved(major: u32) {
@@ -340,14 +356,10 @@ async fn start_plainly(directory: &Path, major: u32) -> (postgres::process::Runn
     let running = binaries.program("postgres").unwrap().args(arguments).spawn(log).await.unwrap();
     let url = format!("postgres://postgres@/postgres?host={}", sockets.display());
     let target = Target::parse(&url, &Environment::default()).unwrap();
-    for _ in 0..600 {
-        let purpose = Purpose::ask(&JobId::mint(1, [1; 10]));
-        if connect(&target, &purpose).await.is_ok() {
-            return (running, url);
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    panic!("the restored server did not start");
+    let purpose = Purpose::ask(&JobId::mint(1, [1; 10]));
+    let answers = async || connect(&target, &purpose).await.ok().map(drop);
+    eventually("the restored server answers", Duration::from_secs(30), answers).await;
+    (running, url)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -391,25 +403,11 @@ async fn a_server_that_stops_in_the_middle_fails_the_backup_and_nothing_is_commi
     let mut house =
         House::new(15, InstanceOptions { fsync: false, ..InstanceOptions::default() }).await;
     house.sql(DATA).await;
-    let cx = house.cx();
-    let stopped = {
-        // A table lock held by somebody keeps the census busy long enough to pull the plug in the middle.
-        let backup = house.back_up_as(&cx);
-        tokio::pin!(backup);
-        let in_copy = async {
-            while !cx.steps().iter().any(|step| step.name == "copy") {
-                tokio::task::yield_now().await;
-            }
-        };
-        tokio::select! {
-            ended = &mut backup => panic!("the backup ended before it copied: {ended:?}"),
-            () = in_copy => {}
-        }
-        let pid = house.server.pid().unwrap();
+    let pid = house.server.pid().unwrap();
+    let unplug = async {
         std::process::Command::new("kill").args(["-QUIT", &pid.to_string()]).status().unwrap();
-        backup.await
     };
-    let failure = stopped.unwrap_err();
+    let failure = Box::pin(back_up_and_meanwhile(&house, unplug)).await;
     assert!(
         matches!(failure.code, Code::BackupSessionLost | Code::ServerUnreachable),
         "{failure:?}"
@@ -432,9 +430,7 @@ async fn a_cancelled_backup_leaves_nothing_on_the_server_and_cannot_commit() {
     let cx = house.cx();
     let stop = cx.clone();
     let canceller = tokio::spawn(async move {
-        while !stop.steps().iter().any(|step| step.name == "copy") {
-            tokio::task::yield_now().await;
-        }
+        copies(&stop).await;
         stop.stop(Failure::new(Code::Cancelled, Action::Abandon, "cancelled by the test"));
     });
     let failure = house.back_up_as(&cx).await.unwrap_err();
@@ -579,14 +575,9 @@ async fn tablespaces_and_settings_outside_the_data_directory_come_back() {
 async fn back_up_and_meanwhile(house: &House, meanwhile: impl Future<Output = ()>) -> Failure {
     let cx = house.cx();
     let mut backup = Box::pin(house.back_up_as(&cx));
-    let in_copy = async {
-        while !cx.steps().iter().any(|step| step.name == "copy") {
-            tokio::task::yield_now().await;
-        }
-    };
     tokio::select! {
         ended = &mut backup => panic!("the backup ended before it copied: {ended:?}"),
-        () = in_copy => {}
+        () = copies(&cx) => {}
     }
     meanwhile.await;
     backup.await.unwrap_err()

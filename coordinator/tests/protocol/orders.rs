@@ -6,7 +6,7 @@ use proto::job::{Analyze, Task};
 use proto::message::{Control, DenialReason};
 use proto::{JobState, Lane};
 
-use crate::support::{Fleet, Worker, backup_request, eventually, orders};
+use crate::support::{Fleet, Work, Worker, backup_request, eventually, orders};
 
 async fn cancel(fleet: &Fleet, job: &JobView) -> JobView {
     fleet.post(&format!("/v1/jobs/{}/cancel", job.id), &()).await
@@ -45,6 +45,24 @@ async fn a_running_job_is_cancelled_on_evidence_only() {
     assert!(done.ended_at_ms.is_some());
 }
 
+/// A backup whose first attempt failed like that, and whose second one runs.
+async fn in_its_second_attempt(
+    fleet: &Fleet,
+    w1: &mut Worker,
+    failure: Failure,
+) -> (JobView, Work) {
+    let job = fleet.backup().await;
+    w1.pulse().await;
+    let ticket = w1.ticket().await;
+    let mut work = w1.take(&ticket).await;
+    w1.fail(&mut work, failure).await;
+    let waiting = fleet.until_state(job.id, JobState::Waiting).await;
+    fleet.hand.advance(waiting.not_before_at_ms - fleet.clock.now_ms());
+    w1.pulse().await;
+    let ticket = w1.ticket().await;
+    (job, w1.take(&ticket).await)
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cancelled_job_does_not_show_what_an_earlier_attempt_failed_with() {
     let fleet = Fleet::new().await;
@@ -63,16 +81,7 @@ async fn a_cancelled_job_does_not_show_what_an_earlier_attempt_failed_with() {
     assert_eq!(ended(cancel(&fleet, &job).await), (Code::Cancelled, reason));
 
     // While its second attempt runs.
-    let job = fleet.backup().await;
-    w1.pulse().await;
-    let ticket = w1.ticket().await;
-    let mut work = w1.take(&ticket).await;
-    w1.fail(&mut work, away()).await;
-    let waiting = fleet.until_state(job.id, JobState::Waiting).await;
-    fleet.hand.advance(waiting.not_before_at_ms - fleet.clock.now_ms());
-    w1.pulse().await;
-    let ticket = w1.ticket().await;
-    let mut work = w1.take(&ticket).await;
+    let (job, mut work) = in_its_second_attempt(&fleet, &mut w1, away()).await;
     cancel(&fleet, &job).await;
     assert!(matches!(w1.answer().await.0, Control::Cancel(_)));
     w1.fail(&mut work, Failure::new(Code::Cancelled, Action::Abandon, "stopped")).await;
@@ -80,16 +89,7 @@ async fn a_cancelled_job_does_not_show_what_an_earlier_attempt_failed_with() {
     assert_eq!(ended(done), (Code::Cancelled, "its worker stopped it".to_owned()));
 
     // While its second attempt is silent, until that is gone.
-    let job = fleet.backup().await;
-    w1.pulse().await;
-    let ticket = w1.ticket().await;
-    let mut work = w1.take(&ticket).await;
-    w1.fail(&mut work, away()).await;
-    let waiting = fleet.until_state(job.id, JobState::Waiting).await;
-    fleet.hand.advance(waiting.not_before_at_ms - fleet.clock.now_ms());
-    w1.pulse().await;
-    let ticket = w1.ticket().await;
-    w1.take(&ticket).await;
+    let (job, _) = in_its_second_attempt(&fleet, &mut w1, away()).await;
     cancel(&fleet, &job).await;
     w1.restart();
     w1.announce(&fleet).await;

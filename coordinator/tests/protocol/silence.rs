@@ -3,7 +3,7 @@
 use coordinator::api::types::{BackupView, ClusterView, JobList};
 use proto::job::{ProbeOutcome, SeenVerdict, Task};
 use proto::message::ReportBody;
-use proto::{JobState, Outcome};
+use proto::{JobId, JobState, Outcome};
 
 use crate::support::{Fleet, Work, Worker, backup_outcome, backup_request, eventually};
 
@@ -118,6 +118,17 @@ async fn a_worker_that_speaks_again_keeps_its_attempt() {
     assert!(fleet.events("attempt_lost").await.is_empty());
 }
 
+/// The worker goes on pulsing without the job's attempt, until that is lost, and said to be.
+async fn is_lost_as_unlisted(fleet: &Fleet, w1: &mut Worker, job: JobId) {
+    while fleet.job(job).await.state == JobState::Running {
+        fleet.hand.advance(200);
+        w1.pulse().await;
+        w1.heard(fleet).await;
+    }
+    let lost = &fleet.events("attempt_lost").await[0];
+    assert_eq!(lost.message, "worker w1 is alive and no longer runs it");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_lives_and_no_longer_lists_an_attempt_has_lost_it() {
     let fleet = Fleet::new().await;
@@ -126,13 +137,7 @@ async fn a_worker_that_lives_and_no_longer_lists_an_attempt_has_lost_it() {
     let ticket = w1.ticket().await;
     w1.take(&ticket).await;
     w1.running.clear();
-    while fleet.job(job.id).await.state == JobState::Running {
-        fleet.hand.advance(200);
-        w1.pulse().await;
-        w1.heard(&fleet).await;
-    }
-    let lost = &fleet.events("attempt_lost").await[0];
-    assert_eq!(lost.message, "worker w1 is alive and no longer runs it");
+    is_lost_as_unlisted(&fleet, &mut w1, job.id).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -163,7 +168,7 @@ async fn a_restarted_worker_has_lost_what_it_does_not_list() {
 }
 
 /// Three workers, each with a backup of a cluster of its own.
-async fn three_at_work(fleet: &Fleet) -> (Vec<(Worker, Work)>, Vec<proto::JobId>) {
+async fn three_at_work(fleet: &Fleet) -> (Vec<(Worker, Work)>, Vec<JobId>) {
     let mut workers = Vec::new();
     let mut jobs = Vec::new();
     for (name, cluster) in [("w1", "a"), ("w2", "b"), ("w3", "c")] {
@@ -378,13 +383,7 @@ async fn an_attempt_of_a_life_that_is_over_is_lost_although_it_is_listed() {
     let listed = w1.running.clone();
     w1.restart();
     w1.running = listed;
-    while fleet.job(job.id).await.state == JobState::Running {
-        fleet.hand.advance(200);
-        w1.pulse().await;
-        w1.heard(&fleet).await;
-    }
-    let lost = &fleet.events("attempt_lost").await[0];
-    assert_eq!(lost.message, "worker w1 is alive and no longer runs it");
+    is_lost_as_unlisted(&fleet, &mut w1, job.id).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
