@@ -63,11 +63,12 @@ impl Embedded {
                 socket.display()
             )));
         }
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(home)
-            .map_err(|error| unusable(format!("failed to make {}: {error}", home.display())))?;
+        for directory in [home].into_iter().chain(served.restore_roots.iter().map(PathBuf::as_path))
+        {
+            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(
+                |error| unusable(format!("failed to make {}: {error}", directory.display())),
+            )?;
+        }
         let is_new = make_repository(home).await?;
 
         let broker = Broker::memory();

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::attempt::Aborted;
 use crate::error::Error;
 use crate::limits::CONDEMNED_BYTES_MAX;
-use crate::lineage::AttemptSummary;
+use crate::lineage::{AttemptSummary, backups};
 use crate::pack::PackId;
 use crate::record::Condemned;
 use crate::repository::Repository;
@@ -186,7 +186,17 @@ impl Repository {
         options: &CollectOptions,
         roots: &mut Roots,
     ) -> Result<Wanted, Error> {
-        let backups = self.list_backups(lineage).await?;
+        let attempts = self.list_attempts(lineage).await?;
+        for gone in attempts.iter().filter(|attempt| !attempt.has_manifest) {
+            // A manifest that nobody wanted gone is lost: what it refers to is unknown.
+            if let Some(backup) = gone.backup()
+                && !self.is_given_up(lineage, gone).await?
+            {
+                let key = layout::of_backup(lineage, backup, "manifest");
+                return Err(Error::Missing { key });
+            }
+        }
+        let backups = backups(attempts);
         let needed = [
             backups.last().and_then(AttemptSummary::backup),
             self.newest_proved(lineage, &backups).await?,
@@ -295,6 +305,9 @@ impl CollectPlan {
     /// Does it.
     pub async fn collect(mut self, options: &CollectOptions) -> Result<Collected, Error> {
         let (repository, lineage) = (self.repository.clone(), self.lineage);
+        if options.cancel.is_cancelled() {
+            return Err(Error::Cancelled);
+        }
         let goes = |(_, fate): &(BackupId, Fate)| *fate == Fate::Goes;
         if self.garbage.is_empty() && !self.forgotten.iter().any(goes) {
             repository.tidy(lineage).await?;

@@ -57,7 +57,7 @@ pub(crate) fn has(names: &[String], wanted: &str) -> bool {
     })
 }
 
-fn backups(mut attempts: Vec<AttemptSummary>) -> Vec<AttemptSummary> {
+pub(crate) fn backups(mut attempts: Vec<AttemptSummary>) -> Vec<AttemptSummary> {
     attempts.retain(|attempt| attempt.backup().is_some() && attempt.has_manifest);
     attempts.sort_by_key(|attempt| (attempt.committed_at_ms(), attempt.attempt));
     attempts
@@ -204,7 +204,7 @@ impl Repository {
     }
 
     /// The backups of a lineage, oldest first: attempts with a COMMIT verdict and a manifest. One whose verdict cannot be
-    /// read fails the list: whoever deletes must know them all.
+    /// read fails the list.
     pub async fn list_backups(&self, lineage: LineageId) -> Result<Vec<AttemptSummary>, Error> {
         Ok(backups(self.list_attempts(lineage).await?))
     }

@@ -4,6 +4,7 @@
 //! each is written first and looks for the other afterwards, so of two at the same time at most one stands.
 
 use proto::envelope::Signed;
+use proto::failure::chain;
 use proto::proof::CheckOutcome;
 use proto::{BackupId, LineageId, Proof, ProofLevel};
 
@@ -13,7 +14,7 @@ use crate::lineage::AttemptSummary;
 use crate::note;
 use crate::record::Wish;
 use crate::repository::Repository;
-use crate::store::PutOutcome;
+use crate::store::{PutOutcome, StoreError};
 
 const FORGET: &str = "forget";
 const HOLD: &str = "hold";
@@ -106,7 +107,8 @@ impl Repository {
         }
     }
 
-    /// Who wanted a backup gone, when and why; `None` when nobody did, or when whoever did had not the key.
+    /// Who wanted a backup gone, when and why; `None` when nobody did, or when that cannot be read or believed: a wish that
+    /// is in doubt deletes nothing, and stands in nobody's way.
     pub(crate) async fn forgotten_by(
         &self,
         lineage: LineageId,
@@ -114,8 +116,8 @@ impl Repository {
     ) -> Result<Option<Wish>, Error> {
         let key = layout::of_backup(lineage, backup, FORGET);
         match self.read_note(&key).await {
-            Err(Error::Damaged { key, reason }) => {
-                tracing::warn!("{key} counts for nothing: {reason}");
+            Err(error @ (Error::Damaged { .. } | Error::Store(StoreError::Forbidden { .. }))) => {
+                tracing::warn!("{key} counts for nothing: failed to {}", chain(&error));
                 Ok(None)
             }
             other => other,
@@ -154,7 +156,7 @@ impl Repository {
     async fn has(&self, key: &str) -> Result<bool, Error> {
         match self.store.size(key).await {
             Ok(_) => Ok(true),
-            Err(crate::store::StoreError::NotFound { .. }) => Ok(false),
+            Err(StoreError::NotFound { .. }) => Ok(false),
             Err(error) => Err(error.into()),
         }
     }

@@ -414,6 +414,11 @@ async fn a_manifest_that_cannot_be_read_stops_the_collection_until_it_is_forgott
     let now_ms = NOW_MS + 2 * DAY_MS;
     let error = collect(repository, lineage, now_ms).await.unwrap_err();
     assert!(matches!(error, Error::Damaged { .. }), "{error}");
+    // Nor does one that is lost, and that nobody wanted gone, make garbage of what it refers to.
+    repository.store().delete(&key).await.unwrap();
+    let error = collect(repository, lineage, now_ms).await.unwrap_err();
+    assert!(matches!(error, Error::Missing { .. }), "{error}");
+    repository.store().put(&key, whole.slice(..whole.len() - 1)).await.unwrap();
     repository.forget(lineage, second.backup, &wish(NOW_MS)).await.unwrap();
     assert!(matches!(collect(repository, lineage, now_ms).await.unwrap(), Collected::Done(_)));
 }

@@ -183,14 +183,18 @@ async fn collect(
         };
         // One lineage that cannot be collected is no reason to leave the others.
         match collect_one(repository, identity.lineage, &options, how, &mut row).await {
-            Ok(Exit::Ok) => {}
-            Ok(other) => exit = other,
+            Ok(ended) if exit == Exit::Ok => exit = ended,
+            Ok(_) => {}
             Err(failure) => {
                 exit = Exit::of(&failure);
                 row.result = format!("failed: {failure}");
             }
         }
         rows.push(row);
+        if options.cancel.is_cancelled() {
+            exit = Exit::Interrupted;
+            break;
+        }
     }
     interrupted.abort();
     output::show(format, &rows, |rows| {

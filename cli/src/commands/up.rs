@@ -61,9 +61,10 @@ pub(crate) async fn run(args: Up) -> Result<Exit, Failure> {
         whole.stop().await;
         return ended;
     }
-    output::talk(
-        "  Another terminal can order now: pgmuster backup, pgmuster status. Ctrl-C stops.",
-    );
+    output::talk(&format!(
+        "  Another terminal can order now: pgmuster --coordinator {} status (or backup, verify, restore). Ctrl-C stops.",
+        home.join("coordinator.sock").display()
+    ));
     interrupted.await;
     whole.stop().await;
     Ok(Exit::Ok)

@@ -86,6 +86,12 @@ pub(super) fn is_lost(error: &Error) -> bool {
     error.is_closed() || error.state().is_some_and(|state| ending(state.code()))
 }
 
+/// Whether an error says that something ran out: disk, memory, files, connections (class 53). Damaged data can ask for too
+/// much as well, so it fails the check; by itself it shows no damage.
+fn is_shortage(error: &Error) -> bool {
+    error.state().is_some_and(|state| state.code().starts_with("53"))
+}
+
 /// Whether an error says that a page failed its checksum or has a broken header.
 fn is_bad_page(error: &Error) -> bool {
     error.state().is_some_and(|state| state.code() == "XX001")
@@ -132,7 +138,7 @@ impl Run<'_> {
                 }
                 if is_environment(&error) {
                     self.unseen(check, text);
-                } else if is_lost(&error) {
+                } else if is_lost(&error) || is_shortage(&error) {
                     self.blind(check, text);
                 } else {
                     self.finding(check).bad.push(text);
