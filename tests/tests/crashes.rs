@@ -149,6 +149,8 @@ async fn a_ticket_that_comes_while_the_coordinator_is_dead_runs_once() -> anyhow
     fleet.ticket_ms = 120_000;
     fleet.start_coordinator()?;
     fleet.start_worker(&WorkerSetup::of("w1", "orders", cluster.url()))?;
+    // A worker takes tickets once it has heard a coordinator; what it has done shows that it has.
+    fleet.expect(&["maintain", "orders", "--task", "analyze", "--plan", "--wait"])?;
     let tickets = vhost.overhear(topology::JOBS, "worker.w1.urgent")?;
     let claims = vhost.overhear(topology::CLAIMS, topology::CLAIMS)?;
     // It sleeps for a moment that nobody notices: long enough for a ticket to be sent, and for its sender to die.
@@ -159,9 +161,10 @@ async fn a_ticket_that_comes_while_the_coordinator_is_dead_runs_once() -> anyhow
     })?;
     fleet.coordinator()?.kill()?;
     fleet.worker("w1")?.signal(Signal::CONT)?;
-    tests::eventually("the worker to claim the ticket", SOON, || {
+    let claimed = tests::eventually("the worker to claim the ticket", SOON, || {
         Ok((!vhost.heard(&claims)?.is_empty()).then_some(()))
-    })?;
+    });
+    claimed.with_context(|| fleet.said())?;
     ensure!(fleet.backups()? == 0, "nothing runs without a grant");
     fleet.start_coordinator()?;
     let view = fleet.await_state(job, &["succeeded", "failed", "lost"], LATER)?;
