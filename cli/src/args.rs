@@ -210,6 +210,12 @@ pub struct Backup {
     /// Read every byte, also of files that look unchanged.
     #[arg(long)]
     pub full_read: bool,
+    /// Threads that read, compress and seal, at most what the worker gives.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub processes: Option<u32>,
+    /// Read no more than this from the server's files in a second, `50MiB`; at most what the worker allows.
+    #[arg(long, value_name = "SIZE")]
+    pub rate_limit: Option<bytesize::ByteSize>,
     /// Prove the backup afterwards, at this level: 1 to 5, see `pgmuster help verify`.
     #[arg(long, value_name = "N")]
     pub verify: Option<ProofLevel>,

@@ -3,7 +3,7 @@
 use aws_lc_rs::digest;
 use policy::words::span;
 use proto::failure::{Action, Code, Failure};
-use proto::job::{JobState, Task};
+use proto::job::{JobState, RATE_LIMIT_MIN_BYTES, Task};
 use proto::message::{Cancel, Control, SCHEMA};
 use proto::{ClusterName, JobId, WorkerName};
 
@@ -242,6 +242,20 @@ fn check(request: &SubmitRequest, key: Option<&str>) -> Result<()> {
         && backup.compression_level.is_some_and(|level| !(-7..=19).contains(&level))
     {
         return invalid("compression_level must be -7 to 19".to_owned());
+    }
+    if let Task::Backup(backup) = &request.task
+        && let Some(processes) = backup.processes
+        && !(1..=256).contains(&processes)
+    {
+        return invalid(format!("processes is {processes}, 1 to 256 is possible"));
+    }
+    if let Task::Backup(backup) = &request.task
+        && let Some(limit) = backup.rate_limit_bytes
+        && limit < RATE_LIMIT_MIN_BYTES
+    {
+        return invalid(format!(
+            "rate_limit_bytes is {limit}, at least {RATE_LIMIT_MIN_BYTES} (1 MiB a second) is needed"
+        ));
     }
     if request.attempts_max == Some(0) {
         return invalid("attempts_max is 0: nothing would run".to_owned());

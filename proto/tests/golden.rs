@@ -154,6 +154,7 @@ fn specs_of_every_kind() {
             fast_checkpoint: true,
             full_read: false,
             compression_level: Some(3),
+            ..Backup::default()
         }),
         Task::VerifyRestore(VerifyRestore { backup: Some(backup_id()), level: ProofLevel::L5 }),
         Task::Restore(Restore { backup: None, target, plan_only: true }),
@@ -168,6 +169,16 @@ fn specs_of_every_kind() {
         let kind = task.kind();
         golden(&format!("spec.{kind}"), &spec(task));
     }
+}
+
+#[test]
+fn a_backup_that_takes_less_of_the_server() {
+    let task = Task::Backup(Backup {
+        processes: Some(2),
+        rate_limit_bytes: Some(50 << 20),
+        ..Backup::default()
+    });
+    golden("spec.backup.gentle", &spec(task));
 }
 
 #[test]

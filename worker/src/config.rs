@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use camino::Utf8PathBuf;
+use proto::job::RATE_LIMIT_MIN_BYTES;
 use proto::{ClusterName, JobKind, SecretRef, SiteName, WorkerName};
 use serde::{Deserialize, Serialize};
 
@@ -101,6 +102,13 @@ pub struct BackupConfig {
     pub processes: u32,
     /// zstd level, -7 to 19.
     pub compression_level: i32,
+    /// How much lower than the worker's own the priority of those threads is, 0 to 19 as for nice(1): the server goes first.
+    /// Linux derives their I/O priority from it where the scheduler of the disk knows priorities.
+    pub nice: u8,
+    /// Bytes a second that are read from the server's files, at least 1 MiB; unlimited when absent. WAL is not counted: the
+    /// server waits for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_limit_bytes: Option<u64>,
     /// How long the row census of a backup may take, seconds; 0 counts nothing (proofs then end at L4).
     pub census_s: u32,
     /// How much WAL a backup may make the server keep, bytes, at least 64 MiB. A repository that takes WAL more slowly
@@ -118,6 +126,8 @@ impl Default for BackupConfig {
         Self {
             processes: 0,
             compression_level: 3,
+            nice: 10,
+            rate_limit_bytes: None,
             census_s: 600,
             wal_held_max_bytes: 64 << 30,
             wal_free_min_bytes: None,
@@ -191,6 +201,11 @@ impl WorkerConfig {
         require(
             self.backup.wal_held_max_bytes >= 64 << 20,
             "backup.wal_held_max_bytes: at least 67108864 (64 MiB)".to_owned(),
+        );
+        require(self.backup.nice <= 19, "backup.nice: 0 to 19".to_owned());
+        require(
+            self.backup.rate_limit_bytes.is_none_or(|limit| limit >= RATE_LIMIT_MIN_BYTES),
+            format!("backup.rate_limit_bytes: at least {RATE_LIMIT_MIN_BYTES} (1 MiB)"),
         );
         require(self.backup.processes <= 256, "backup.processes: 0 to 256".to_owned());
         for root in &self.allow.restore_roots {

@@ -17,6 +17,8 @@ pub(crate) async fn backup(client: &Client, args: Backup, format: Output) -> Res
         fast_checkpoint: !args.spread_checkpoint,
         full_read: args.full_read,
         compression_level: None,
+        processes: args.processes,
+        rate_limit_bytes: args.rate_limit.map(|limit| limit.as_u64()),
     });
     let request = SubmitRequest { verify: args.verify, ..SubmitRequest::new(args.cluster, task) };
     let view: JobView = client.post("/v1/jobs", &request).await?;

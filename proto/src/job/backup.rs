@@ -17,7 +17,17 @@ pub struct Backup {
     /// zstd level, -7 to 19; the worker's setting when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compression_level: Option<i32>,
+    /// Threads that read, compress and seal; at most what the worker's configuration gives.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub processes: Option<u32>,
+    /// Bytes a second that are read from the server's files, at least [`RATE_LIMIT_MIN_BYTES`]; at most what the worker's
+    /// configuration allows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limit_bytes: Option<u64>,
 }
+
+/// The lowest limit of what a backup reads in a second: slower ones end in no useful time.
+pub const RATE_LIMIT_MIN_BYTES: u64 = 1 << 20;
 
 /// What a backup did.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

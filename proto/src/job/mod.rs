@@ -17,7 +17,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 pub use analyze::{Analyze, AnalyzeOutcome, SkippedTable};
-pub use backup::{Backup, BackupOutcome};
+pub use backup::{Backup, BackupOutcome, RATE_LIMIT_MIN_BYTES};
 pub use probe::{Probe, ProbeOutcome, SeenVerdict};
 pub use restore::{RelativePath, RelativePathError, Restore, RestoreOutcome, RestoreTarget};
 pub use vacuum::{Vacuum, VacuumOutcome, VacuumedTable};

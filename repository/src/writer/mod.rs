@@ -51,6 +51,9 @@ use crate::stop::Stop;
 pub struct WriteOptions {
     /// Threads that read, compress and seal.
     pub processes: usize,
+    /// How much lower than the caller's the priority of those threads is, 0 to 19 as for nice(1). Linux derives their I/O
+    /// priority from it.
+    pub nice: u8,
     /// zstd's level.
     pub level: i32,
     /// Read every file, whatever its times say.
@@ -70,6 +73,7 @@ impl Default for WriteOptions {
     fn default() -> Self {
         Self {
             processes: 2,
+            nice: 0,
             level: 3,
             full_read: false,
             read_again: HashSet::new(),
@@ -204,7 +208,7 @@ impl BackupWriter {
             reread: self.reread,
             read_again: self.options.read_again.clone(),
         };
-        let processes = self.options.processes.max(1);
+        let processes = self.options.processes;
         let files =
             self.pipeline(source, entries.into_iter(), predecessor, trust, processes).await?;
         self.files = Some(files);
@@ -331,8 +335,12 @@ impl BackupWriter {
     ) -> Result<Assembled, Error> {
         let mut shards = self.shards.take().ok_or_else(ended)?;
         let uploads = Arc::clone(&self.uploads);
-        let level = self.options.level;
-        let lineage = self.attempt.lineage;
+        let threads = Threads {
+            processes: processes.max(1),
+            nice: self.options.nice,
+            level: self.options.level,
+            lineage: self.attempt.lineage,
+        };
         // If the caller drops this future, the threads find out at their next step.
         let guard = self.stop.token().clone().drop_guard();
         let done = tokio::task::spawn_blocking(move || {
@@ -342,9 +350,7 @@ impl BackupWriter {
                 entries,
                 predecessor,
                 trust,
-                processes,
-                level,
-                lineage,
+                threads,
                 &mut shards,
             );
             done.map(|assembled| (assembled, shards))
@@ -382,19 +388,22 @@ fn ended() -> Error {
     Error::Bug("a backup is written on after it failed".into())
 }
 
-#[expect(
-    clippy::too_many_arguments,
-    reason = "the one place where the threads get what they share"
-)]
+/// The threads of one copy.
+#[derive(Debug, Clone, Copy)]
+struct Threads {
+    processes: usize,
+    nice: u8,
+    level: i32,
+    lineage: LineageId,
+}
+
 fn run_threads(
     uploads: &Arc<Uploads>,
     source: &dyn Source,
     entries: impl Iterator<Item = io::Result<SourceEntry>> + Send,
     predecessor: Option<Backup>,
     trust: Trust,
-    processes: usize,
-    level: i32,
-    lineage: LineageId,
+    threads: Threads,
     shards: &mut ShardWriter,
 ) -> Result<Assembled, Error> {
     let stop = uploads.stop.as_ref();
@@ -403,21 +412,22 @@ fn run_threads(
     let (events, results) = crossbeam_channel::bounded(CREDITS);
     let (jobs, work) = crossbeam_channel::bounded(JOBS);
     let assembled = std::thread::scope(|scope| {
-        let mut threads = Vec::with_capacity(processes + 1);
-        for n in 0..processes {
+        let mut running = Vec::with_capacity(threads.processes + 1);
+        for n in 0..threads.processes {
             let (work, events) = (work.clone(), events.clone());
             let body = move || {
                 guarded(stop, || {
-                    let detection = Detection(uploads.keys.detection(lineage));
-                    Copier::new(source, uploads, detection, level, events)?.run(&work)
+                    step_back(threads.nice);
+                    let detection = Detection(uploads.keys.detection(threads.lineage));
+                    Copier::new(source, uploads, detection, threads.level, events)?.run(&work)
                 });
             };
-            threads.push(spawn(scope, stop, format!("copy-{n}"), body));
+            running.push(spawn(scope, stop, format!("copy-{n}"), body));
         }
         drop(work);
         let planner =
             Planner::new(predecessor.map(Walk::new), trust, stop, progress, credits, jobs, events);
-        threads.push(spawn(scope, stop, "plan".to_owned(), move || {
+        running.push(spawn(scope, stop, "plan".to_owned(), move || {
             guarded(stop, || planner.run(entries));
         }));
         let mut assembled = None;
@@ -428,13 +438,24 @@ fn run_threads(
         // Whoever still sends finds nobody listening and ends.
         drop((results, put_away));
         // The scope waits for their work only; this waits until they are gone. A panic was caught where it happened.
-        for thread in threads.into_iter().flatten() {
+        for thread in running.into_iter().flatten() {
             let _ = thread.join();
         }
         assembled
     });
     stop.check()?;
     assembled.ok_or(Error::Cancelled)
+}
+
+/// Lowers the priority of the calling thread alone: on Linux a priority belongs to a thread. Everybody may do that.
+fn step_back(nice: u8) {
+    let thread = rustix::thread::gettid();
+    let lowered = rustix::process::getpriority_process(Some(thread)).and_then(|now| {
+        rustix::process::setpriority_process(Some(thread), now.saturating_add(i32::from(nice)))
+    });
+    if let Err(error) = lowered {
+        tracing::debug!(%error, "The priority of a thread stays as it was");
+    }
 }
 
 fn spawn<'scope>(

@@ -156,7 +156,11 @@ async fn from_attempt(
     let timeline = session.started().timeline;
     let (read_again, read_all) = known_bad(attempt.predecessor_facts());
     let mut writer = attempt.write(WriteOptions {
-        processes: processes(request.config.processes),
+        processes: at_most(
+            processes(request.config.processes),
+            request.task.processes.and_then(|asked| usize::try_from(asked).ok()),
+        ),
+        nice: request.config.nice,
         level: request.task.compression_level.unwrap_or(request.config.compression_level),
         full_read: request.task.full_read || read_all,
         read_again,
@@ -339,7 +343,11 @@ async fn copy(
     let tablespaces = tablespaces
         .map(|space| Tablespace { oid: space.oid, location: space.location.display().to_string() });
     let tablespaces = tablespaces.collect();
-    let files = Arc::new(DataDirectory::new(&scanned.entries, rules));
+    let limit = match (request.config.rate_limit_bytes, request.task.rate_limit_bytes) {
+        (Some(allowed), asked) => Some(at_most(allowed, asked)),
+        (None, asked) => asked,
+    };
+    let files = Arc::new(DataDirectory::new(&scanned.entries, rules, limit));
     let roots = scanned.roots.clone();
     let entries = entries(scanned, control.block_size, scanned_at_ns);
     let counted = {
@@ -568,6 +576,11 @@ pub(crate) fn processes(configured: u32) -> usize {
         Ok(n) if n > 0 => n,
         _ => std::thread::available_parallelism().map_or(1, |cores| cores.get().div_ceil(2)),
     }
+}
+
+/// What a job gets: a job can only ask for less than the configuration gives.
+fn at_most<T: Ord + Copy>(allowed: T, asked: Option<T>) -> T {
+    asked.map_or(allowed, |asked| asked.min(allowed))
 }
 
 /// Inode numbers mean something on one host only.

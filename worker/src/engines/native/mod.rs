@@ -7,6 +7,7 @@
 mod begin;
 mod copy;
 mod hold;
+mod rate;
 mod source;
 mod wal;
 

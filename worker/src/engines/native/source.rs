@@ -12,6 +12,8 @@ use postgres::scan::{EntryKind, ScanEntry};
 use proto::backup::BadPage;
 use repository::{Source, SourceEntry, SourceFile};
 
+use super::rate::RateLimit;
+
 /// How many bad pages are named one by one; more are only counted.
 pub(crate) const BAD_PAGES_NAMED_MAX: usize = 1_000;
 
@@ -20,6 +22,7 @@ pub(crate) const BAD_PAGES_NAMED_MAX: usize = 1_000;
 pub(crate) struct DataDirectory {
     places: HashMap<Vec<u8>, (PathBuf, Option<RelationFile>)>,
     rules: PageRules,
+    limit: Option<Arc<RateLimit>>,
     found: Arc<Mutex<Found>>,
 }
 
@@ -35,7 +38,12 @@ pub(crate) struct Found {
 }
 
 impl DataDirectory {
-    pub(crate) fn new(entries: &[ScanEntry], rules: PageRules) -> Self {
+    /// `rate_limit_bytes` is how much may be read in a second.
+    pub(crate) fn new(
+        entries: &[ScanEntry],
+        rules: PageRules,
+        rate_limit_bytes: Option<u64>,
+    ) -> Self {
         let place = |entry: &ScanEntry| {
             let relation = match entry.kind {
                 EntryKind::Relation(relation) => Some(relation),
@@ -45,7 +53,8 @@ impl DataDirectory {
             Some((entry.path.clone().into_bytes(), (entry.source.clone(), relation)))
         };
         let places = entries.iter().filter_map(place).collect();
-        Self { places, rules, found: Arc::default() }
+        let limit = RateLimit::new(rate_limit_bytes).map(Arc::new);
+        Self { places, rules, limit, found: Arc::default() }
     }
 
     /// What was found so far; complete once every file is closed.
@@ -67,6 +76,7 @@ impl Source for DataDirectory {
                 Box::new(Relation {
                     path: String::from_utf8_lossy(&entry.path).into_owned(),
                     reader,
+                    limit: self.limit.clone(),
                     found: Arc::clone(&self.found),
                 })
             }));
@@ -74,7 +84,7 @@ impl Source for DataDirectory {
         match File::open(path) {
             Ok(file) => {
                 advise_once(&file);
-                Ok(Some(Box::new(Plain(file))))
+                Ok(Some(Box::new(Plain { file, limit: self.limit.clone() })))
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(named(error)),
@@ -82,22 +92,35 @@ impl Source for DataDirectory {
     }
 }
 
-struct Plain(File);
+/// Waits until a read of `buffer` is in time.
+fn pace(limit: Option<&Arc<RateLimit>>, buffer: &[u8]) {
+    if let Some(limit) = limit {
+        limit.pace(buffer.len());
+    }
+}
+
+struct Plain {
+    file: File,
+    limit: Option<Arc<RateLimit>>,
+}
 
 impl SourceFile for Plain {
     fn read_at(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
-        read_full_at(&self.0, buffer, offset)
+        pace(self.limit.as_ref(), buffer);
+        read_full_at(&self.file, buffer, offset)
     }
 }
 
 struct Relation {
     path: String,
     reader: RelationReader,
+    limit: Option<Arc<RateLimit>>,
     found: Arc<Mutex<Found>>,
 }
 
 impl SourceFile for Relation {
     fn read_at(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        pace(self.limit.as_ref(), buffer);
         self.reader.read_at(offset, buffer)
     }
 }
