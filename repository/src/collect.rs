@@ -250,6 +250,7 @@ impl Repository {
     /// A list whose packs are not gone stays: its owner may only be slow, and a list retired under it would hide from
     /// writers what it is about to delete.
     async fn tidy(&self, lineage: LineageId) -> Result<(), Error> {
+        self.end_dead_uploads(lineage).await?;
         let prefix = layout::condemned(lineage);
         let objects = self.store.list(&prefix).await?;
         let runs: HashSet<&str> = objects

@@ -12,6 +12,11 @@ pub(crate) fn key(id: &str) -> String {
     format!("{KEYS}{id}")
 }
 
+/// Everything of one lineage.
+pub(crate) fn lineage(lineage: LineageId) -> String {
+    format!("{LINEAGES}{lineage}/")
+}
+
 pub(crate) fn identity(lineage: LineageId) -> String {
     format!("{LINEAGES}{lineage}/identity")
 }

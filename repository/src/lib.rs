@@ -32,6 +32,7 @@ mod restore;
 mod shard;
 mod stop;
 pub mod store;
+mod uploads;
 mod wire;
 mod wishes;
 mod writer;

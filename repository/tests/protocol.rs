@@ -246,7 +246,7 @@ async fn a_failing_source_and_a_cancelled_copy_end_cleanly() {
 
     // Unfinished packs are not there under any name, and no thread of a copy is left.
     let uploads = bench.store_path().join(".uploads");
-    assert_eq!(common::look(&uploads).len(), 0);
+    assert!(!uploads.exists() || common::look(&uploads).is_empty());
     let threads = std::fs::read_dir("/proc/self/task")
         .unwrap()
         .filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).ok());

@@ -346,8 +346,15 @@ pub async fn ends_only_the_uploads_named(store: &dyn Store) {
         }
         uploads.push(upload);
     }
+    let open = store.uploads("contract/ended/").await.expect("list uploads");
     let ended = store.abort_uploads(&[dead.to_owned(), "contract/ended/none".to_owned()]).await;
     let ended = ended.expect("abort uploads");
+    if ended == 0 {
+        assert_eq!(open, [""; 0], "what is listed can be ended");
+    } else {
+        assert_eq!(open, [dead, living]);
+        assert_eq!(store.uploads("contract/ended/").await.expect("list uploads"), [living]);
+    }
     assert!(ended <= 1, "{ended} uploads ended");
     let completed: Vec<bool> = join_all(uploads.into_iter().map(super::Upload::complete))
         .await
@@ -359,5 +366,6 @@ pub async fn ends_only_the_uploads_named(store: &dyn Store) {
     assert_eq!(store.size(living).await.expect("size"), 10 * MIB as u64);
     let keys = [dead.to_owned(), living.to_owned()];
     assert_eq!(store.abort_uploads(&keys).await.expect("abort uploads"), 0, "something is left");
+    assert_eq!(store.uploads("contract/ended/").await.expect("list uploads"), [""; 0]);
     assert_eq!(store.abort_uploads(&[]).await.expect("abort no uploads"), 0);
 }

@@ -1,24 +1,26 @@
 //! A repository in a directory of a local or network file system.
 //!
-//! An object is written to a temporary file below `.uploads/`, synced, and linked to its name, so a name either has the
-//! whole object or does not exist; the directory is synced before success is said. What is left below `.uploads/` after
-//! a crash belongs to nobody. It does not encrypt, cache or retry, and it does not follow what other hosts do: on a
+//! An object is written to a file without a name, synced, and linked to its name, so a name either has the whole object or
+//! does not exist, and a crash leaves nothing behind; the directory is synced before success is said. File systems that know
+//! no files without a name (NFS) get a temporary name below `.uploads/`; what a crash leaves there belongs to nobody. It does not encrypt, cache or retry, and it does not follow what other hosts do: on a
 //! network file system the probe at the repository's creation finds out whether `link` can be trusted.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use rustix::fs::{CWD, RenameFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags};
+use rustix::io::Errno;
 
 use super::{Listed, PutOutcome, Store, StoreError, Upload, check_key};
 use crate::chance;
 
-/// Where unfinished objects are. Not a valid key, so no object can be there.
+/// Where unfinished objects are that must have a name. Not a valid key, so no object can be there.
 const UPLOADS: &str = ".uploads";
 
 /// A [`Store`] below one directory.
@@ -77,17 +79,7 @@ impl DirectoryStore {
     fn link(&self, temporary: &Temporary, key: &str) -> io::Result<PutOutcome> {
         let path = self.path(key);
         Self::create_parents(&path)?;
-        let linked = match fs::hard_link(&temporary.path, &path) {
-            // File systems without hard links: the same promise by another call.
-            Err(error)
-                if matches!(error.kind(), ErrorKind::Unsupported | ErrorKind::PermissionDenied) =>
-            {
-                rustix::fs::renameat_with(CWD, &temporary.path, CWD, &path, RenameFlags::NOREPLACE)
-                    .map_err(io::Error::from)
-            }
-            other => other,
-        };
-        match linked {
+        match temporary.link(&path) {
             Ok(()) => {
                 path.parent().map_or(Ok(()), sync_directory)?;
                 Ok(PutOutcome::Created)
@@ -163,9 +155,11 @@ impl Store for DirectoryStore {
         check_key("put", key)?;
         self.blocking("put", key, move |store, key| {
             let temporary = store.write(&bytes)?;
+            if store.link(&temporary, key)? == PutOutcome::Created {
+                return Ok(());
+            }
             let path = store.path(key);
-            Self::create_parents(&path)?;
-            fs::rename(&temporary.path, &path)?;
+            temporary.replace(&store.root, &path)?;
             path.parent().map_or(Ok(()), sync_directory)
         })
         .await
@@ -240,35 +234,86 @@ impl Store for DirectoryStore {
         .await
     }
 
-    /// Unfinished objects have no key here; those of a crashed process lie below `.uploads/` under random names and are
-    /// told from living ones by nobody, so nothing is ended.
+    /// Unfinished objects have no key here, and most have no name either: they go with their process.
     async fn abort_uploads(&self, _keys: &[String]) -> Result<usize, StoreError> {
         Ok(0)
     }
 }
 
-/// A file below `.uploads/` that disappears when it is dropped.
+/// Where a process finds its own open files, to give one of them a name.
+const OWN_FILES: &str = "/proc/self/fd";
+/// What other users of the repository's directory may do with an object.
+const OBJECT_MODE: u32 = 0o640;
+
+/// A file that is not an object yet, and disappears when it is dropped.
 #[derive(Debug)]
 struct Temporary {
-    path: PathBuf,
     file: File,
+    /// Below `.uploads/`; `None` where a file needs no name.
+    name: Option<PathBuf>,
 }
 
 impl Temporary {
     fn create(root: &Path) -> io::Result<Self> {
-        let name = crate::hex::encode(&chance::random::<16>());
-        let path = root.join(UPLOADS).join(name);
-        DirectoryStore::create_parents(&path)?;
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o640).open(&path)?;
-        Ok(Self { path, file })
+        DirectoryStore::create_parents(&root.join(UPLOADS))?;
+        if Path::new(OWN_FILES).exists() {
+            let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
+            match rustix::fs::openat(CWD, root, flags, Mode::from_raw_mode(OBJECT_MODE)) {
+                Ok(file) => return Ok(Self { file: file.into(), name: None }),
+                // A file system, or a kernel, that does not know them.
+                Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let name = unused_name(root)?;
+        let file = OpenOptions::new().write(true).create_new(true).mode(OBJECT_MODE).open(&name)?;
+        Ok(Self { file, name: Some(name) })
+    }
+
+    /// Gives it a name that must be free.
+    fn link(&self, path: &Path) -> io::Result<()> {
+        let Some(name) = &self.name else {
+            let own = format!("{OWN_FILES}/{}", self.file.as_raw_fd());
+            let linked = rustix::fs::linkat(CWD, own, CWD, path, AtFlags::SYMLINK_FOLLOW);
+            return linked.map_err(io::Error::from);
+        };
+        match fs::hard_link(name, path) {
+            // File systems without hard links: the same promise by another call.
+            Err(error)
+                if matches!(error.kind(), ErrorKind::Unsupported | ErrorKind::PermissionDenied) =>
+            {
+                rustix::fs::renameat_with(CWD, name, CWD, path, RenameFlags::NOREPLACE)
+                    .map_err(io::Error::from)
+            }
+            other => other,
+        }
+    }
+
+    /// Puts it in the place of what has the name.
+    fn replace(mut self, root: &Path, path: &Path) -> io::Result<()> {
+        if self.name.is_none() {
+            let name = unused_name(root)?;
+            self.link(&name)?;
+            self.name = Some(name);
+        }
+        self.name.as_ref().map_or(Ok(()), |name| fs::rename(name, path))
     }
 }
 
 impl Drop for Temporary {
     fn drop(&mut self) {
         // After a rename the name is gone already; after a link this removes the second name.
-        let _ = fs::remove_file(&self.path);
+        if let Some(name) = &self.name {
+            let _ = fs::remove_file(name);
+        }
     }
+}
+
+/// A path below `.uploads/` that nobody has.
+fn unused_name(root: &Path) -> io::Result<PathBuf> {
+    let path = root.join(UPLOADS).join(crate::hex::encode(&chance::random::<16>()));
+    DirectoryStore::create_parents(&path)?;
+    Ok(path)
 }
 
 #[derive(Debug)]

@@ -179,6 +179,12 @@ pub trait Store: Send + Sync + std::fmt::Debug {
     }
     /// Deletes an object; deleting what is not there succeeds.
     async fn delete(&self, key: &str) -> Result<(), StoreError>;
+    /// The keys below `prefix` that have unfinished uploads, sorted, each once. A store in which an unfinished upload leaves
+    /// nothing behind has none.
+    async fn uploads(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        let _ = prefix;
+        Ok(Vec::new())
+    }
     /// Ends uploads that nobody completes. Returns how many there were. Only uploads whose key is in `keys` (those of
     /// dead attempts) are touched.
     async fn abort_uploads(&self, keys: &[String]) -> Result<usize, StoreError>;

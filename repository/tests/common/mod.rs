@@ -332,17 +332,7 @@ impl Bench {
         at_ms: i64,
         options: WriteOptions,
     ) -> Result<BackupSummary, Error> {
-        let attempt = self.repository.begin(self.lineage, self.intent(at_ms)).await?;
-        let mut writer = attempt.write(options)?;
-        let source: Arc<dyn Source> = Arc::new(SharedTree(Arc::clone(tree)));
-        writer.copy(Arc::clone(&source), tree.entries().into_iter().map(Ok)).await?;
-        writer.wal().add("000000010000000000000001", io::Cursor::new(noise(99, 100_000))).await?;
-        let late = vec![
-            SourceEntry::bytes("backup_label", 0o600, "START WAL LOCATION: 0/1000000"),
-            SourceEntry::bytes("late_control", 0o600, noise(1, 8192)),
-        ];
-        let written = writer.finish(source, late, facts()).await?;
-        written.commit(at_ms + 1000).await
+        back_up(&self.repository, self.lineage, self.intent(at_ms), tree, options).await
     }
 
     pub async fn open(&self, summary: &BackupSummary) -> Backup {
@@ -359,6 +349,28 @@ impl Bench {
         assert_eq!(nodes.remove(&b"late_control"[..]), Some(Node::File(noise(1, 8192))));
         nodes
     }
+}
+
+/// A whole backup, with WAL and late files.
+pub async fn back_up(
+    repository: &Repository,
+    lineage: LineageId,
+    intent: Intent,
+    tree: &Arc<Tree>,
+    options: WriteOptions,
+) -> Result<BackupSummary, Error> {
+    let committed_at_ms = intent.began_at_ms + 1000;
+    let attempt = repository.begin(lineage, intent).await?;
+    let mut writer = attempt.write(options)?;
+    let source: Arc<dyn Source> = Arc::new(SharedTree(Arc::clone(tree)));
+    writer.copy(Arc::clone(&source), tree.entries().into_iter().map(Ok)).await?;
+    writer.wal().add("000000010000000000000001", io::Cursor::new(noise(99, 100_000))).await?;
+    let late = vec![
+        SourceEntry::bytes("backup_label", 0o600, "START WAL LOCATION: 0/1000000"),
+        SourceEntry::bytes("late_control", 0o600, noise(1, 8192)),
+    ];
+    let written = writer.finish(source, late, facts()).await?;
+    written.commit(committed_at_ms).await
 }
 
 pub async fn restore(backup: &Backup) -> Result<BTreeMap<Vec<u8>, Node>, Error> {

@@ -9,7 +9,7 @@ mod conditional;
 mod options;
 mod upload;
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
@@ -503,6 +503,17 @@ impl Store for S3Store {
                 error => Err(error),
             },
         }
+    }
+
+    async fn uploads(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        let below = self.full_key(prefix);
+        let listed = self.uploads_below(&below).await?;
+        let keys: Option<BTreeSet<String>> = listed
+            .iter()
+            .map(|upload| upload.key()?.strip_prefix(&self.inner.prefix).map(str::to_owned))
+            .collect();
+        let keys = keys.ok_or_else(|| broken_listing("list the uploads below", &below))?;
+        Ok(keys.into_iter().collect())
     }
 
     async fn abort_uploads(&self, keys: &[String]) -> Result<usize, StoreError> {
