@@ -2,7 +2,7 @@
 
 use std::io;
 
-use proto::{Action, AttemptId, BackupId, Code, Failure, LineageId, failure::chain};
+use proto::{Action, AttemptId, BackupId, Code, Failure, LineageId, RepositoryId, failure::chain};
 
 use crate::store::StoreError;
 
@@ -33,11 +33,31 @@ pub enum Error {
         reason: String,
     },
     /// The key is not one of this repository's, or none was given and one is needed.
-    #[error("open the repository in {place}: {reason}")]
+    #[error("open repository {repository} in {place}: {reason}")]
     Key {
         /// The store.
         place: String,
+        /// The repository.
+        repository: RepositoryId,
         /// What is wrong with the key.
+        reason: String,
+    },
+    /// What is stored of a key, or about the keys, is not what was written.
+    #[error("trust {key}: {reason}")]
+    KeyObject {
+        /// The object.
+        key: String,
+        /// What does not fit.
+        reason: String,
+    },
+    /// A change of the keys that is not allowed.
+    #[error("{what} key {id}: {reason}")]
+    KeyChange {
+        /// `add`, `retire` or `use`.
+        what: &'static str,
+        /// Which key.
+        id: String,
+        /// What stands against it.
         reason: String,
     },
     /// An object that must exist does not.
@@ -223,7 +243,17 @@ impl From<Error> for Failure {
             Error::Key { .. } => (
                 Code::KeyWrong,
                 Action::FixConfig,
-                "Use the key file that was made with this repository; its first lines name the repository.",
+                "Use a key file or a passphrase of this repository: a key file names its repository in its first lines.",
+            ),
+            Error::KeyObject { .. } => (
+                Code::ObjectDamaged,
+                Action::FixData,
+                "Open the repository with another of its keys: `pgmuster repo key check` tells what is wrong, `pgmuster repo key add` replaces the key.",
+            ),
+            Error::KeyChange { .. } => (
+                Code::StateConflict,
+                Action::FixConfig,
+                "No key was taken away. `pgmuster repo key list` shows the keys there are.",
             ),
             Error::Missing { .. } => (
                 Code::ObjectMissing,

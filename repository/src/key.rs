@@ -1,15 +1,13 @@
-//! Keys: the master key, the classes derived from it, key files and the objects that wrap the master key.
+//! Keys: the master key, the classes derived from it, and key files.
 //!
-//! The master key is 32 random bytes. It never leaves this module: everything else gets a class key. A *recipient*
-//! can unwrap it from its object below `keys/`. Format version 1 knows the recipients `key-file` and `open` (the
-//! master key stands in the repository itself: "no encryption", by name); `passphrase` and `x25519` are reserved.
+//! The master key is 32 random bytes. It never leaves this module but sealed: everything else gets a class key. Who can
+//! unseal it is the affair of `recipient.rs`, who is to be able to that of `keyring.rs`.
 
 use std::fmt;
 use std::str::FromStr;
 
 use proto::{LineageId, RepositoryId};
 use secrecy::{ExposeSecret, SecretBox};
-use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use crate::{chance, crypto, error::Error, hex};
@@ -65,10 +63,10 @@ impl KeyFile {
         Zeroizing::new(format!("{FILE_MAGIC} {} {} {}", self.id(), groups.join("-"), self.check()))
     }
 
-    fn wrapping_key(&self, repository: RepositoryId) -> [u8; 32] {
+    pub(crate) fn wrapping_key(&self, repository: RepositoryId) -> Zeroizing<[u8; 32]> {
         let mut hasher = blake3::Hasher::new_derive_key(WRAP_CONTEXT);
         hasher.update(self.secret.expose_secret()).update(&self.id).update(repository.as_bytes());
-        hasher.finalize().into()
+        Zeroizing::new(hasher.finalize().into())
     }
 }
 
@@ -113,45 +111,6 @@ impl FromStr for KeyFile {
     }
 }
 
-/// An object below `keys/`.
-#[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct KeyObject {
-    magic: String,
-    pub(crate) recipient: Recipient,
-    /// Hexadecimal: for `key-file` nonce, sealed master key and tag; for `open` the master key itself.
-    wrapped: String,
-}
-
-/// Who can unwrap a key object. Unknown names are kept as unknown: another recipient's object does not concern us.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Recipient {
-    KeyFile,
-    Open,
-    #[serde(other)]
-    Unknown,
-}
-
-impl KeyObject {
-    const MAGIC: &'static str = "pgmuster-wrapped-key-1";
-
-    pub(crate) fn parse(key: &str, bytes: &[u8]) -> Result<Self, Error> {
-        let object: Self = serde_json::from_slice(bytes)
-            .map_err(|error| Error::damaged(key, error.to_string()))?;
-        if object.magic == Self::MAGIC {
-            Ok(object)
-        } else {
-            Err(Error::damaged(key, "it is not a key object"))
-        }
-    }
-
-    pub(crate) fn to_bytes(&self) -> Vec<u8> {
-        let mut text = serde_json::to_vec(self).unwrap_or_default();
-        text.push(b'\n');
-        text
-    }
-}
-
 /// The root of all keys of one repository.
 pub(crate) struct MasterKey(Secret);
 
@@ -160,51 +119,38 @@ impl MasterKey {
         Self(secret(chance::random()))
     }
 
-    pub(crate) fn wrap_for_file(
-        &self,
-        file: &KeyFile,
-        repository: RepositoryId,
-    ) -> Result<KeyObject, Error> {
+    /// Sealed under a wrapping key, bound to the id of its recipient: hexadecimal nonce, sealed key and tag.
+    pub(crate) fn seal(&self, wrapping: &[u8; 32], id: &str) -> Result<String, Error> {
         let nonce: [u8; 12] = chance::random();
-        let mut sealed = self.0.expose_secret().to_vec();
-        let tag =
-            crypto::seal(&file.wrapping_key(repository), nonce, file.id().as_bytes(), &mut sealed)?;
-        sealed.extend_from_slice(&tag);
-        Ok(KeyObject {
-            magic: KeyObject::MAGIC.into(),
-            recipient: Recipient::KeyFile,
-            wrapped: hex::encode(&nonce) + &hex::encode(&sealed),
-        })
+        let mut sealed = Zeroizing::new(*self.0.expose_secret());
+        let tag = crypto::seal(wrapping, nonce, id.as_bytes(), &mut *sealed)?;
+        Ok(hex::encode(&nonce) + &hex::encode(&*sealed) + &hex::encode(&tag))
     }
 
-    pub(crate) fn wrap_open(&self) -> KeyObject {
-        KeyObject {
-            magic: KeyObject::MAGIC.into(),
-            recipient: Recipient::Open,
-            wrapped: hex::encode(self.0.expose_secret()),
-        }
-    }
-
-    /// `None` when the file does not open the object, whatever the cause.
-    pub(crate) fn unwrap_with_file(
-        object: &KeyObject,
-        file: &KeyFile,
-        repository: RepositoryId,
-    ) -> Option<Self> {
-        let wrapped: [u8; 60] = hex::decode(&object.wrapped)?;
+    /// The reverse of [`Self::seal`]; `None` when the wrapping key does not fit, whatever the cause.
+    pub(crate) fn unseal(wrapped: &str, wrapping: &[u8; 32], id: &str) -> Option<Self> {
+        let wrapped: [u8; 60] = hex::decode(wrapped)?;
         let (nonce, sealed) = wrapped.split_first_chunk::<12>()?;
         let mut sealed = Zeroizing::new(sealed.to_vec());
-        let opened = crypto::open(
-            &file.wrapping_key(repository),
-            *nonce,
-            file.id().as_bytes(),
-            &mut sealed,
-        )?;
+        let opened = crypto::open(wrapping, *nonce, id.as_bytes(), &mut sealed)?;
         Some(Self(secret(opened.try_into().ok()?)))
     }
 
-    pub(crate) fn unwrap_open(object: &KeyObject) -> Option<Self> {
-        hex::decode(&object.wrapped).map(|bytes| Self(secret(bytes)))
+    /// In the clear: hexadecimal.
+    pub(crate) fn bare(&self) -> String {
+        hex::encode(self.0.expose_secret())
+    }
+
+    /// The reverse of [`Self::bare`].
+    pub(crate) fn from_bare(text: &str) -> Option<Self> {
+        hex::decode(text).map(|bytes| Self(secret(bytes)))
+    }
+
+    /// Whether both are the same key, in constant time.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        let [ours, theirs] =
+            [self, other].map(|key| blake3::Hash::from_bytes(*key.0.expose_secret()));
+        ours == theirs
     }
 
     fn derive(&self, context: &str, repository: RepositoryId) -> Secret {
@@ -317,16 +263,5 @@ mod tests {
         );
         assert_eq!("nothing".parse::<KeyFile>().unwrap_err(), KeyFileError::NoKey);
         assert_eq!("pgmuster-key-1 12".parse::<KeyFile>().unwrap_err(), KeyFileError::Shape);
-    }
-
-    #[test]
-    fn a_wrapped_key_opens_only_in_its_own_repository() {
-        let (file, master) = (KeyFile::generate(), MasterKey::generate());
-        let (here, there) = (RepositoryId::mint(1, [1; 10]), RepositoryId::mint(1, [2; 10]));
-        let object = master.wrap_for_file(&file, here).unwrap();
-        let opened = MasterKey::unwrap_with_file(&object, &file, here).unwrap();
-        assert_eq!(opened.0.expose_secret(), master.0.expose_secret());
-        assert!(MasterKey::unwrap_with_file(&object, &file, there).is_none());
-        assert!(MasterKey::unwrap_with_file(&object, &KeyFile::generate(), here).is_none());
     }
 }

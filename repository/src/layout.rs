@@ -6,6 +6,7 @@ use crate::pack::PackId;
 
 pub(crate) const CONFIG: &str = "config";
 pub(crate) const KEYS: &str = "keys/";
+pub(crate) const KEYRINGS: &str = "keyring/";
 pub(crate) const LINEAGES: &str = "lineages/";
 
 pub(crate) fn key(id: &str) -> String {
@@ -15,6 +16,11 @@ pub(crate) fn key(id: &str) -> String {
 /// Everything of one lineage.
 pub(crate) fn lineage(lineage: LineageId) -> String {
     format!("{LINEAGES}{lineage}/")
+}
+
+/// The `number`-th list of recipients, from 1.
+pub(crate) fn keyring(number: u64) -> String {
+    format!("{KEYRINGS}{number}")
 }
 
 pub(crate) fn identity(lineage: LineageId) -> String {

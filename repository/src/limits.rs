@@ -49,3 +49,5 @@ pub(crate) const MANIFEST_RAW_MAX: usize = 1 << 30;
 pub(crate) const PROOF_BYTES_MAX: u64 = 4 << 20;
 /// Proofs of one backup.
 pub(crate) const PROOFS_MAX: u32 = 100_000;
+/// Recipients of one repository. Also how many key objects are looked at for a passphrase, each of which may take seconds.
+pub(crate) const RECIPIENTS_MAX: usize = 32;

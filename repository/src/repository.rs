@@ -5,15 +5,18 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use proto::RepositoryId;
+use proto::failure::chain;
 use zeroize::Zeroizing;
 
 use crate::chance;
 use crate::config::Config;
 use crate::error::Error;
-use crate::key::{KeyFile, KeyObject, Keys, MasterKey, Recipient};
+use crate::key::{KeyFile, Keys, MasterKey};
+use crate::keyring::{self, Change, NewRecipient};
 use crate::layout;
 use crate::limits::NOTE_BYTES_MAX;
 use crate::note;
+use crate::recipient::{self, KeyObject, OPEN_KEY, Unlock, Unlocked};
 use crate::store::probe::Capabilities;
 use crate::store::{PutOutcome, Store, StoreError};
 
@@ -55,8 +58,8 @@ pub struct NewRepository {
     id: RepositoryId,
     now_ms: i64,
     master: MasterKey,
-    key_name: String,
-    key_object: KeyObject,
+    /// Never empty.
+    recipients: Vec<NewRecipient>,
 }
 
 impl fmt::Debug for NewRepository {
@@ -87,47 +90,73 @@ impl NewRepository {
         self.id
     }
 
-    /// Makes the repository, in a store that has none; `found` is what a probe saw and is kept in it. The wrapped key is
-    /// in the store before the repository is, so a crash in between leaves an unused key and no repository.
+    /// Adds a second key file, to be put away like the first and elsewhere: with one alone, its loss is the loss of every
+    /// backup. Only with encryption.
+    pub fn add_key_file(&mut self, label: &str) -> Result<&mut NewRecipient, Error> {
+        if self.recipients.iter().any(|new| new.id() == OPEN_KEY) {
+            return Err(keyring::not_encrypted(label));
+        }
+        let place = self.store.describe();
+        self.recipients.push(NewRecipient::file(&self.master, self.id, &place, label)?);
+        self.recipients.last_mut().ok_or_else(|| Error::Bug("a key that was added".to_owned()))
+    }
+
+    /// Makes the repository, in a store that has none; `found` is what a probe saw and is kept in it. The wrapped keys are
+    /// in the store before the repository is, so a crash in between leaves unused keys and no repository.
     ///
-    /// After [`Error::RepositoryExists`] the key opens nothing. After any other error it may: keep it.
+    /// After [`Error::RepositoryExists`] the keys open nothing. After any other error they may: keep them.
     pub async fn create(self, found: Option<Capabilities>) -> Result<Repository, Error> {
-        let Self { store, id, now_ms, mut master, key_name, key_object, .. } = self;
+        let Self { store, id, now_ms, mut master, recipients, .. } = self;
         let place = store.describe();
         match store.size(layout::CONFIG).await {
             Ok(_) => return Err(Error::RepositoryExists { place }),
             Err(StoreError::NotFound { .. }) => {}
             Err(error) => return Err(error.into()),
         }
-        let key = layout::key(&key_name);
-        if create(store.as_ref(), &key, key_object.to_bytes().into()).await? == PutOutcome::Exists {
-            // Only without encryption is this name not of our own making. Whoever left it, or is creating beside us,
-            // means the same with it: one master key for whichever config comes first.
-            let bytes = store.get(&key, NOTE_BYTES_MAX).await.map_err(Error::needed)?;
-            let there = KeyObject::parse(&key, &bytes)?;
-            master = Some(there)
-                .filter(|there| key_name == OPEN_KEY && there.recipient == Recipient::Open)
-                .and_then(|there| MasterKey::unwrap_open(&there))
-                .ok_or_else(|| Error::damaged(&key, "it is in the way and holds no key"))?;
+        for new in &recipients {
+            let key = layout::key(new.id());
+            let outcome = create(store.as_ref(), &key, new.object().into()).await?;
+            if outcome == PutOutcome::Exists {
+                // Only without encryption is this name not of our own making. Whoever left it, or is creating beside us,
+                // means the same with it: one master key for whichever config comes first.
+                let bytes = store.get(&key, NOTE_BYTES_MAX).await.map_err(Error::needed)?;
+                let there = KeyObject::parse(&bytes).ok().filter(|_| new.id() == OPEN_KEY);
+                master = there
+                    .and_then(|there| there.bare())
+                    .ok_or_else(|| Error::damaged(&key, "it is in the way and holds no key"))?;
+            }
         }
         let keys = master.keys(id);
         let config = Config::new(id, now_ms, found);
         let bytes = note::write(&keys, layout::CONFIG, &config)?;
         if create(store.as_ref(), layout::CONFIG, bytes).await? == PutOutcome::Exists {
-            if key_name != OPEN_KEY
-                && let Err(error) = store.delete(&key).await
-            {
-                tracing::warn!("The unused {key} was not deleted: {error}");
+            for key in recipients.iter().filter(|new| new.id() != OPEN_KEY) {
+                let key = layout::key(key.id());
+                if let Err(error) = store.delete(&key).await {
+                    tracing::warn!("The unused {key} was not deleted: {error}");
+                }
             }
             return Err(Error::RepositoryExists { place });
         }
-        Ok(Repository { store, keys: Arc::new(keys), config: Arc::new(config) })
+        let repository = Repository { store, keys: Arc::new(keys), config: Arc::new(config) };
+        // Without encryption there is nothing to list: no key is ever added or retired.
+        let listed = recipients.iter().all(|new| new.id() != OPEN_KEY);
+        let change = Change { by: "init".to_owned(), at_ms: now_ms };
+        if listed && let Err(error) = keyring::begin(&repository, &recipients, &change).await {
+            // The repository is there and whole.
+            tracing::warn!("The list of keys was not written: failed to {}", chain(&error));
+        }
+        Ok(repository)
     }
 }
 
 /// Creates an object; when the store does not say whether it did, the object itself is asked. Only for bytes that nobody
 /// else writes.
-async fn create(store: &dyn Store, key: &str, bytes: Bytes) -> Result<PutOutcome, Error> {
+pub(crate) async fn create(
+    store: &dyn Store,
+    key: &str,
+    bytes: Bytes,
+) -> Result<PutOutcome, Error> {
     match store.put_if_absent(key, bytes.clone()).await {
         Ok(outcome) => Ok(outcome),
         Err(unheard) => match store.get(key, NOTE_BYTES_MAX).await {
@@ -145,23 +174,18 @@ impl Repository {
         let place = store.describe();
         let id = RepositoryId::mint(u64::try_from(options.now_ms).unwrap_or(0), chance::random());
         let master = MasterKey::generate();
-        let (key_name, key_object, key_file) = match options.encryption {
-            Encryption::KeyFile => {
-                let file = KeyFile::generate();
-                (file.id(), master.wrap_for_file(&file, id)?, Some(file.text(id, &place)))
-            }
-            Encryption::Off => (OPEN_KEY.to_owned(), master.wrap_open(), None),
+        let mut first = match options.encryption {
+            Encryption::KeyFile => NewRecipient::file(&master, id, &place, "")?,
+            Encryption::Off => NewRecipient::open(&master, id, &place),
         };
-        let sheet = recovery_sheet(id, &place, key_file.as_ref().map(|text| text.as_str()));
         Ok(NewRepository {
-            key_file,
-            recovery_sheet: sheet.into(),
+            key_file: first.key_file.take(),
+            recovery_sheet: std::mem::take(&mut first.recovery_sheet),
             store,
             id,
             now_ms: options.now_ms,
             master,
-            key_name,
-            key_object,
+            recipients: vec![first],
         })
     }
 
@@ -176,6 +200,19 @@ impl Repository {
 
     /// Opens a repository with its key file; without one only if it was made without encryption.
     pub async fn open(store: Arc<dyn Store>, key: Option<&KeyFile>) -> Result<Self, Error> {
+        Self::open_with(store, key.into()).await
+    }
+
+    /// Opens a repository with whatever opens it.
+    pub async fn open_with(store: Arc<dyn Store>, unlock: Unlock<'_>) -> Result<Self, Error> {
+        Ok(Self::unlock(store, unlock).await?.0)
+    }
+
+    /// The repository, and its master key for whoever changes its recipients.
+    pub(crate) async fn unlock(
+        store: Arc<dyn Store>,
+        unlock: Unlock<'_>,
+    ) -> Result<(Self, Unlocked), Error> {
         let place = store.describe();
         let bytes = match store.get(layout::CONFIG, NOTE_BYTES_MAX).await {
             Ok(bytes) => bytes,
@@ -184,11 +221,11 @@ impl Repository {
         };
         let config: Config = note::read_unchecked(layout::CONFIG, &bytes)?;
         config.check_readable(&place)?;
-        let master = unwrap_master(store.as_ref(), &config, key).await?;
-        let keys = master.keys(config.repository);
+        let unlocked = recipient::unlock(store.as_ref(), config.repository, unlock).await?;
+        let keys = unlocked.master.keys(config.repository);
         // Only now is it known that nobody changed the config.
         let config: Config = note::read(&keys, layout::CONFIG, &bytes)?;
-        Ok(Self { store, keys: Arc::new(keys), config: Arc::new(config) })
+        Ok((Self { store, keys: Arc::new(keys), config: Arc::new(config) }, unlocked))
     }
 
     /// The repository's id.
@@ -214,65 +251,4 @@ impl Repository {
     pub(crate) fn check_writable(&self) -> Result<(), Error> {
         self.config.check_writable(&self.describe())
     }
-}
-
-/// The name of the key object of a repository without encryption.
-const OPEN_KEY: &str = "open";
-
-async fn unwrap_master(
-    store: &dyn Store,
-    config: &Config,
-    key: Option<&KeyFile>,
-) -> Result<MasterKey, Error> {
-    let refuse = |reason: &str| Error::Key { place: store.describe(), reason: reason.to_owned() };
-    let name = key.map_or_else(|| OPEN_KEY.to_owned(), KeyFile::id);
-    let object_key = layout::key(&name);
-    let object = match store.get(&object_key, NOTE_BYTES_MAX).await {
-        Ok(bytes) => KeyObject::parse(&object_key, &bytes)?,
-        Err(StoreError::NotFound { .. }) if key.is_none() => {
-            return Err(refuse("it needs a key file"));
-        }
-        Err(StoreError::NotFound { .. }) => {
-            return Err(refuse("the key file belongs to another repository"));
-        }
-        Err(error) => return Err(error.into()),
-    };
-    match (object.recipient, key) {
-        (Recipient::KeyFile, Some(file)) => {
-            MasterKey::unwrap_with_file(&object, file, config.repository).ok_or_else(|| {
-                Error::damaged(
-                    object_key,
-                    "the key file does not open it: key or object were changed",
-                )
-            })
-        }
-        (Recipient::Open, None) => MasterKey::unwrap_open(&object)
-            .ok_or_else(|| Error::damaged(object_key, "it does not hold a key")),
-        _ => Err(Error::damaged(object_key, "it is for another kind of key")),
-    }
-}
-
-fn recovery_sheet(id: RepositoryId, place: &str, key_file: Option<&str>) -> String {
-    let key = match key_file {
-        Some(text) => format!(
-            "Its key. Save these lines as a file, say repository.key (capital letters and hyphens do not matter):\n\n\
-             {text}\n\
-             Whoever has this sheet and the repository can read every backup. Keep it where it survives the loss of\n\
-             both, and where nobody else reads it.\n"
-        ),
-        None => "It is not encrypted: whoever can read it can read every backup.\n".to_owned(),
-    };
-    let flag = if key_file.is_some() { " --key repository.key" } else { "" };
-    let url = format!("'{}'", place.replace('\'', r"'\''"));
-    format!(
-        "pgmuster recovery sheet\n\
-         =======================\n\n\
-         Repository {id}\n\
-         at         {place}\n\n\
-         {key}\n\
-         To restore with nothing but the pgmuster program (if the list shows several clusters, put the name of the one\n\
-         you want behind `restore`):\n\n\
-         \x20   pgmuster repo list {url}{flag}\n\
-         \x20   pgmuster restore --repository {url}{flag} --into /empty/directory\n"
-    )
 }

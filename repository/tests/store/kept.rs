@@ -1,10 +1,13 @@
 //! The store contract, kept by every store we have, on the real thing: a directory, and a bucket of the S3 server that
 //! `tests/run` starts. Faults are in `faults.rs`.
 
+use std::sync::Arc;
+
 use repository::store::directory::DirectoryStore;
 use repository::store::probe::{Capabilities, probe};
 use repository::store::s3::Checksums;
 use repository::store::{Credentials, Store, StoreError, contract};
+use repository::{Change, Encryption, Error, InitOptions, KeyFile, Keyring, Repository, Unlock};
 use secrecy::SecretString;
 
 use crate::lab::{bucket, client, endpoint, impatient, open};
@@ -188,4 +191,39 @@ async fn an_endpoint_that_does_not_answer_is_unavailable() {
         let refused = open(&options).await.put_if_absent("a", "x".into()).await;
         assert!(matches!(refused, Err(StoreError::Unavailable { .. })), "{endpoint}: {refused:?}");
     }
+}
+
+/// Two people on two hosts, really at once: the answers of the server decide.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_two_rotations_at_once_on_s3_one_is_heard() {
+    let options = bucket("keys").await;
+    let store = || async { Arc::new(open(&options).await) as Arc<dyn Store> };
+    let init = InitOptions { encryption: Encryption::KeyFile, now_ms: 1 };
+    let created = Repository::init(store().await, init).await.expect("init");
+    let mut key: KeyFile = created.key_file.expect("a key").parse().expect("a key file");
+    for round in 0..5 {
+        let rotate = |by: &str| {
+            let (store, by) = (store(), by.to_owned());
+            let key = &key;
+            async move {
+                let ring = Keyring::open(store.await, Unlock::KeyFile(key)).await.expect("open");
+                let new = ring.new_key_file(&by).expect("a new key");
+                let done = ring.rotate(&new, &Change { by, at_ms: round }).await;
+                let file: KeyFile = new.recovery_sheet.parse().expect("a key file");
+                (done, file)
+            }
+        };
+        let (one, two) = tokio::join!(rotate("one"), rotate("two"));
+        let heard = [&one, &two].into_iter().filter(|(done, _)| done.is_ok()).count();
+        assert_eq!(heard, 1, "round {round}: {one:?} {two:?}");
+        let (won, lost) = if one.0.is_ok() { (one, two) } else { (two, one) };
+        let refused = lost.0.expect_err("it lost");
+        assert!(matches!(refused, Error::KeyChange { .. }), "round {round}: {refused}");
+        for (file, opens) in [(&won.1, true), (&lost.1, false), (&key, false)] {
+            let opened = Repository::open(store().await, Some(file)).await;
+            assert_eq!(opened.is_ok(), opens, "round {round}: {file:?}: {opened:?}");
+        }
+        key = won.1;
+    }
+    assert_eq!(store().await.list("keys/").await.expect("list").len(), 1);
 }
