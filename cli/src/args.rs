@@ -259,11 +259,14 @@ pub struct Restore {
     #[arg(long)]
     pub plan: bool,
     /// Restore from here, without a coordinator: `file:///path` or `s3://bucket/prefix`.
-    #[arg(long, value_name = "URL", requires = "key")]
+    #[arg(long, value_name = "URL", requires = "restore_opener")]
     pub repository: Option<String>,
-    /// The repository's key file.
-    #[arg(long, value_name = "FILE", requires = "repository")]
+    /// The repository's key file: a path, or `env:NAME` or `exec:/program` for what is not a file.
+    #[arg(long, value_name = "FILE", requires = "repository", group = "restore_opener")]
     pub key: Option<PathBuf>,
+    /// Where its passphrase is: `file:/path`, `env:NAME`, `exec:/program`, or `-` for a line of standard input.
+    #[arg(long, value_name = "REFERENCE", requires = "repository", group = "restore_opener")]
+    pub passphrase: Option<String>,
     /// Put a tablespace elsewhere: its OID and the new directory. May be given several times.
     #[arg(long, value_name = "OID=DIR", requires = "repository", value_parser = tablespace)]
     pub tablespace: Vec<(u32, PathBuf)>,
@@ -410,17 +413,24 @@ impl std::str::FromStr for JobRef {
 /// `repo …`.
 #[derive(Debug, Subcommand)]
 pub enum RepoCommand {
-    /// Create a repository and its key.
+    /// Create a repository and its keys.
     ///
-    /// Writes the key file and prints a recovery sheet. Whoever has the repository and the key can restore; without the key
-    /// nobody can.
+    /// Writes the key file and prints a recovery sheet. Whoever has the repository and a key can restore; without a key
+    /// nobody can. So make two: one for the workers, and with --recovery-key one that is kept where no fire, thief or
+    /// mistake reaches both. The sheet is then that of the recovery key.
     Init {
         /// Where to make it: `file:///path` or `s3://bucket/prefix`.
         url: String,
         /// Where to write the key; the file must not exist.
         #[arg(long, value_name = "FILE")]
         key: PathBuf,
+        /// Where to write a second key, to be kept elsewhere; the file must not exist.
+        #[arg(long, value_name = "FILE")]
+        recovery_key: Option<PathBuf>,
     },
+    /// Look after the keys of a repository: list, add, rotate, retire, check.
+    #[command(subcommand)]
+    Key(KeyCommand),
     /// The backups in a repository, read from the repository itself.
     List(RepositoryAt),
     /// Give a backup up: its space is freed by a later `repo gc`.
@@ -485,9 +495,88 @@ pub enum RepoCommand {
 pub struct RepositoryAt {
     /// Where it is: `file:///path` or `s3://bucket/prefix`.
     pub url: String,
-    /// Its key file.
+    /// What opens it.
+    #[command(flatten)]
+    pub opener: OpenerArgs,
+}
+
+/// What opens a repository: where it is, never the secret itself, which others on this machine could read.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct OpenerArgs {
+    /// Its key file: a path, or `env:NAME` or `exec:/program` for what is not a file.
     #[arg(long, value_name = "FILE")]
-    pub key: PathBuf,
+    pub key: Option<PathBuf>,
+    /// Where its passphrase is: `file:/path`, `env:NAME`, `exec:/program`, or `-` for a line of standard input.
+    #[arg(long, value_name = "REFERENCE")]
+    pub passphrase: Option<String>,
+}
+
+/// `repo key …`.
+#[derive(Debug, Subcommand)]
+pub enum KeyCommand {
+    /// The keys of a repository: which there are, who added them, and whether they are sound.
+    List(RepositoryAt),
+    /// Add a key, beside those there are.
+    ///
+    /// A key file is written first, and its recovery sheet is printed. A passphrase is made expensive to guess by Argon2id;
+    /// take six random words or more, because whoever has a copy of the repository may guess for years.
+    Add {
+        /// Which repository, opened with one of its keys.
+        #[command(flatten)]
+        at: RepositoryAt,
+        /// What is added.
+        #[command(flatten)]
+        new: NewKeyArgs,
+        /// What to call it in the list.
+        #[arg(long, value_name = "TEXT", default_value = "")]
+        label: String,
+    },
+    /// Replace the key that opens the repository here: add a new one and retire it, in one step.
+    ///
+    /// Interrupted anywhere, at least one of the two opens the repository. Running jobs go on; give the new key to every
+    /// worker before it starts again. What is stored is not encrypted anew: whoever kept the old key and also a copy of the
+    /// repository's keys/ from before can still read it. If a key got into wrong hands, make a new repository.
+    Rotate {
+        /// Which repository, opened with the key that goes.
+        #[command(flatten)]
+        at: RepositoryAt,
+        /// What replaces it.
+        #[command(flatten)]
+        new: NewKeyArgs,
+        /// What to call it in the list.
+        #[arg(long, value_name = "TEXT", default_value = "")]
+        label: String,
+    },
+    /// Retire a key: it does not open the repository any more.
+    ///
+    /// Refused for the key that opens the repository here, so that another one is shown to work; the last one can never be
+    /// retired. Every key opens every backup, so no backup is lost. Whoever kept the key and also a copy of the
+    /// repository's keys/ from before can still read it.
+    Retire {
+        /// Which repository, opened with a key that stays.
+        #[command(flatten)]
+        at: RepositoryAt,
+        /// The key, as `repo key list` names it.
+        id: String,
+    },
+    /// Check every key of a repository with one of them.
+    ///
+    /// Opens with the given one. Of the others it tells damage and loss, without their secrets. The exit code is 3 when
+    /// something is wrong, and when there is only one sound key.
+    Check(RepositoryAt),
+}
+
+/// A new key.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct NewKeyArgs {
+    /// Where to write a new key file; the file must not exist.
+    #[arg(long, value_name = "FILE")]
+    pub new_key: Option<PathBuf>,
+    /// Where the new passphrase is: `file:/path`, `env:NAME`, `exec:/program`, or `-` for a line of standard input.
+    #[arg(long, value_name = "REFERENCE")]
+    pub new_passphrase: Option<String>,
 }
 
 /// `doctor`.

@@ -29,6 +29,8 @@ pub enum Exit {
     SomeFailed,
     /// 10: still running when the waiting ended.
     StillRunning,
+    /// 11: the key or passphrase does not open the repository.
+    KeyWrong,
     /// 130: interrupted.
     Interrupted,
 }
@@ -48,6 +50,7 @@ impl Exit {
             Self::Unreachable => 8,
             Self::SomeFailed => 9,
             Self::StillRunning => 10,
+            Self::KeyWrong => 11,
             Self::Interrupted => 130,
         }
     }
@@ -68,6 +71,7 @@ impl Exit {
             | Code::CatalogUnavailable
             | Code::ServerUnreachable
             | Code::StoreUnavailable => Self::Unreachable,
+            Code::KeyWrong => Self::KeyWrong,
             Code::TargetNotEmpty
             | Code::TargetOutsideRoots
             | Code::TargetFull
@@ -124,7 +128,8 @@ mod tests {
             Exit::Conflict => Some(Exit::Unreachable),
             Exit::Unreachable => Some(Exit::SomeFailed),
             Exit::SomeFailed => Some(Exit::StillRunning),
-            Exit::StillRunning => Some(Exit::Interrupted),
+            Exit::StillRunning => Some(Exit::KeyWrong),
+            Exit::KeyWrong => Some(Exit::Interrupted),
             Exit::Interrupted => None,
         };
         std::iter::successors(Some(Exit::Ok), next).collect()

@@ -11,6 +11,7 @@ mod environment;
 mod exit;
 mod follow;
 mod identity;
+mod opener;
 mod output;
 mod secrets;
 

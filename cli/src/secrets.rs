@@ -1,10 +1,11 @@
 //! Resolves references to secrets. The values stay in `SecretString` and never reach a log or an error text.
 
-use std::io::Read;
+use std::io::{BufRead, Read};
 use std::process::{Command, Stdio};
 
 use proto::{Action, Code, Failure, SecretRef};
 use secrecy::SecretString;
+use zeroize::Zeroizing;
 
 /// A secret is a line or a key file, never more than this.
 const SECRET_MAX_BYTES: usize = 64 << 10;
@@ -51,6 +52,16 @@ pub(crate) fn read(what: &str, source: impl Read) -> Result<SecretString, Failur
     checked(&text).ok_or_else(|| unreadable(what, EMPTY_OR_LONG))
 }
 
+/// Reads a secret that is one line of `source`, and nothing behind it.
+pub(crate) fn read_line(what: &str, source: impl BufRead) -> Result<SecretString, Failure> {
+    let mut text = Zeroizing::new(String::new());
+    source
+        .take(SECRET_MAX_BYTES as u64 + 1)
+        .read_line(&mut text)
+        .map_err(|error| unreadable(what, &error.to_string()))?;
+    checked(&text).ok_or_else(|| unreadable(what, EMPTY_OR_LONG))
+}
+
 fn unreadable(what: &str, why: &str) -> Failure {
     let message = format!("failed to read {what}: {why}");
     Failure::new(Code::ConfigInvalid, Action::FixConfig, message)
@@ -70,6 +81,15 @@ mod tests {
     use secrecy::ExposeSecret as _;
 
     use super::*;
+
+    #[test]
+    fn a_line_is_read_and_what_is_behind_it_is_left() {
+        let mut source = &b"correct horse\nnext\n"[..];
+        assert_eq!(read_line("it", &mut source).unwrap().expose_secret(), "correct horse");
+        assert_eq!(read_line("it", &mut source).unwrap().expose_secret(), "next");
+        let failure = read_line("it", &mut source).unwrap_err();
+        assert_eq!(failure.message, "failed to read it: it is empty or far too long");
+    }
 
     #[test]
     fn a_secret_ends_with_its_line_and_is_never_empty() {

@@ -74,11 +74,11 @@ fn a_repository_is_made_once_and_opened_by_its_key_alone() {
 
     // Another repository's key, a damaged one, none.
     assert!(init(&elsewhere, &other).status.success());
-    refused(&list(&url, &other), 1, "KEY_WRONG");
+    refused(&list(&url, &other), 11, "KEY_WRONG");
     let damaged = place.path().join("damaged");
     std::fs::write(&damaged, "no key at all\n").unwrap();
     std::fs::set_permissions(&damaged, std::fs::Permissions::from_mode(0o600)).unwrap();
-    refused(&list(&url, &damaged), 1, "KEY_WRONG");
+    refused(&list(&url, &damaged), 11, "KEY_WRONG");
     refused(&list(&url, &place.path().join("none")), 2, "CONFIG_INVALID");
     let absent = format!("file://{}", place.path().join("absent").display());
     refused(&list(&absent, &key), 6, "REPOSITORY_MISSING");

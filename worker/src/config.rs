@@ -143,8 +143,12 @@ pub struct RepositoryConfig {
     pub name: String,
     /// `file:///path` or `s3://bucket/prefix`, with `?endpoint=…&region=…&path-style=true` for other S3 servers.
     pub url: String,
-    /// Where the repository's key is.
-    pub key: SecretRef,
+    /// Where the repository's key file is. Either this or a passphrase.
+    #[serde(default)]
+    pub key: Option<SecretRef>,
+    /// Where a passphrase of the repository is.
+    #[serde(default)]
+    pub passphrase: Option<SecretRef>,
     /// S3 access key id; the standard AWS chain when absent.
     #[serde(default)]
     pub access_key_id: Option<SecretRef>,
@@ -242,6 +246,10 @@ impl WorkerConfig {
                 format!("repositories.{name}.url: file:///path or s3://bucket/prefix"),
             );
             require(
+                repository.key.is_some() != repository.passphrase.is_some(),
+                format!("repositories.{name}: either key or passphrase"),
+            );
+            require(
                 repository.access_key_id.is_some() == repository.secret_access_key.is_some(),
                 format!("repositories.{name}: access_key_id and secret_access_key go together"),
             );
@@ -307,6 +315,23 @@ mod tests {
         assert!(config.allows(JobKind::Backup, &orders));
         assert!(!config.allows(JobKind::Vacuum, &orders));
         assert!(config.allows(JobKind::VerifyRestore, &"elsewhere".parse().unwrap()));
+    }
+
+    #[test]
+    fn a_repository_is_opened_by_a_key_or_a_passphrase() {
+        let key = r#"key = "file:/etc/pgmuster/main.key""#;
+        let passphrase = r#"passphrase = "env:PASSPHRASE""#;
+        for (given, problems) in [
+            (key.to_owned(), 0),
+            (passphrase.to_owned(), 0),
+            (format!("{key}\n{passphrase}"), 1),
+            (String::new(), 1),
+        ] {
+            let config: WorkerConfig = toml::from_str(&SAMPLE.replace(key, &given)).unwrap();
+            let found = config.problems();
+            assert_eq!(found.len(), problems, "{given}: {found:?}");
+            assert!(found.iter().all(|problem| problem.contains("either key or passphrase")));
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use postgres::{Environment, Target};
 use proto::{Action, ClusterName, Code, Failure, SecretRef};
-use repository::{KeyFile, Repository, store};
+use repository::{KeyFile, Repository, Unlock, store};
 use secrecy::{ExposeSecret as _, SecretString};
 use tokio::sync::OnceCell;
 
@@ -34,9 +34,16 @@ pub struct Cluster {
 pub struct RepositoryPlace {
     /// Its section of the configuration.
     pub config: RepositoryConfig,
-    key: SecretString,
+    opener: Opener,
     credentials: store::Credentials,
     open: OnceCell<Repository>,
+}
+
+/// What opens a repository. Whether it does is known when the repository is first needed.
+#[derive(Debug)]
+enum Opener {
+    KeyFile(SecretString),
+    Passphrase(SecretString),
 }
 
 impl Places {
@@ -74,9 +81,14 @@ impl Places {
                 },
                 _ => store::Credentials::default(),
             };
+            let opener = match (&repository.key, &repository.passphrase) {
+                (Some(key), None) => Opener::KeyFile(resolve(key)?),
+                (None, Some(passphrase)) => Opener::Passphrase(resolve(passphrase)?),
+                _ => return Err(Failure::bug("a repository has either a key or a passphrase")),
+            };
             let place = RepositoryPlace {
                 config: repository.clone(),
-                key: resolve(&repository.key)?,
+                opener,
                 credentials,
                 open: OnceCell::new(),
             };
@@ -132,16 +144,24 @@ impl RepositoryPlace {
     pub async fn open(&self) -> Result<&Repository, Failure> {
         self.open
             .get_or_try_init(|| async {
-                let key: KeyFile = self.key.expose_secret().parse().map_err(|error| {
-                    let message = format!("repositories.{}.key: {error}", self.config.name);
-                    Failure::new(Code::KeyWrong, Action::FixConfig, message).with_hint(
-                        "Give the key file that was written when the repository was made.",
-                    )
-                })?;
+                let key: KeyFile;
+                let unlock = match &self.opener {
+                    Opener::KeyFile(text) => {
+                        key = text.expose_secret().parse().map_err(|error| {
+                            let name = &self.config.name;
+                            let message = format!("repositories.{name}.key: failed to {error}");
+                            Failure::new(Code::KeyWrong, Action::FixConfig, message).with_hint(
+                                "Give the key file that was written when the key was made.",
+                            )
+                        })?;
+                        Unlock::KeyFile(&key)
+                    }
+                    Opener::Passphrase(passphrase) => Unlock::Passphrase(passphrase),
+                };
                 let store = store::open(&self.config.url, &self.credentials)
                     .await
                     .map_err(repository::Error::from)?;
-                Ok(Repository::open(store, Some(&key)).await?)
+                Ok(Repository::open_with(store, unlock).await?)
             })
             .await
     }

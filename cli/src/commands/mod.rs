@@ -8,6 +8,7 @@ mod doctor;
 mod job;
 mod order;
 mod repo;
+mod repo_key;
 mod restore;
 mod roles;
 mod status;

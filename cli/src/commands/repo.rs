@@ -4,18 +4,18 @@ use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
-use proto::{Action, BackupId, ClusterName, Code, Failure, LineageId, SecretRef};
+use proto::{Action, BackupId, ClusterName, Code, Failure, LineageId};
 use repository::{
-    Amount, CollectOptions, Collected, Encryption, Fate, InitOptions, KeyFile, Open, Repository,
-    Wish, store,
+    Amount, CollectOptions, Collected, Encryption, Fate, InitOptions, Open, Repository, Wish, store,
 };
-use secrecy::ExposeSecret as _;
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
-use crate::args::{Output, RepoCommand};
+use crate::args::{OpenerArgs, Output, RepoCommand};
+use crate::commands::repo_key;
 use crate::exit::Exit;
-use crate::{environment, follow, output, secrets};
+use crate::opener::Opener;
+use crate::{environment, follow, output};
 
 /// One backup, as the repository itself tells.
 #[derive(Debug, Serialize)]
@@ -38,16 +38,25 @@ const OPEN_FOR_MS: i64 = 48 * 3_600_000;
 /// `repo …`.
 pub(crate) async fn run(command: RepoCommand, format: Output) -> Result<Exit, Failure> {
     match command {
-        RepoCommand::Init { url, key } => {
-            let sheet = init(&url, &key).await?;
+        RepoCommand::Init { url, key, recovery_key } => {
+            let sheet = init(&url, &key, recovery_key.as_deref()).await?;
             output::data(&sheet);
-            output::talk(&format!(
-                "The key is in {}. Print this sheet and put it where the server's fire does not reach it.",
-                key.display()
-            ));
+            let (printed, talk) = match &recovery_key {
+                Some(recovery) => (recovery, "Keep that file and this sheet of it away from here"),
+                None => {
+                    (&key, "Print this sheet and put it where the server's fire does not reach it")
+                }
+            };
+            output::talk(&format!("The key is in {}. {talk}.", printed.display()));
+            if recovery_key.is_none() {
+                output::talk(
+                    "It is the only one: `pgmuster repo key add` makes a second one, to be kept elsewhere.",
+                );
+            }
         }
+        RepoCommand::Key(command) => return repo_key::run(command, format).await,
         RepoCommand::List(at) => {
-            let rows = list(&open(&at.url, &at.key).await?).await?;
+            let rows = list(&open(&at.url, &at.opener).await?).await?;
             output::show(format, &rows, |rows| {
                 let now_ms = environment::now_ms();
                 let row = |row: &Row| {
@@ -66,7 +75,7 @@ pub(crate) async fn run(command: RepoCommand, format: Output) -> Result<Exit, Fa
             });
         }
         RepoCommand::Delete { at, backup, why } => {
-            let repository = open(&at.url, &at.key).await?;
+            let repository = open(&at.url, &at.opener).await?;
             let lineage = lineage_of(&repository, backup).await?;
             repository.forget(lineage, backup, &wish(why)).await?;
             output::talk(&format!(
@@ -74,18 +83,18 @@ pub(crate) async fn run(command: RepoCommand, format: Output) -> Result<Exit, Fa
             ));
         }
         RepoCommand::Hold { at, backup, why } => {
-            let repository = open(&at.url, &at.key).await?;
+            let repository = open(&at.url, &at.opener).await?;
             let lineage = lineage_of(&repository, backup).await?;
             repository.hold(lineage, backup, &wish(why)).await?;
             output::talk(&format!("Backup {backup} is held until `pgmuster repo release`."));
         }
         RepoCommand::Release { at, backup } => {
-            let repository = open(&at.url, &at.key).await?;
+            let repository = open(&at.url, &at.opener).await?;
             repository.release(lineage_of(&repository, backup).await?, backup).await?;
             output::talk(&format!("Backup {backup} is not held any more."));
         }
         RepoCommand::Gc { at, cluster, plan, confirm_large, abort_open } => {
-            let repository = open(&at.url, &at.key).await?;
+            let repository = open(&at.url, &at.opener).await?;
             let how = How { plan_only: plan, confirm_large, abort_open };
             return collect(&repository, cluster.as_ref(), how, format).await;
         }
@@ -98,7 +107,7 @@ fn wish(why: String) -> Wish {
 }
 
 /// Who does this, for people who look at it later.
-fn who() -> String {
+pub(crate) fn who() -> String {
     let user = environment::variable("USER").unwrap_or_else(|| "somebody".to_owned());
     format!("{user}@{}", rustix::system::uname().nodename().to_string_lossy())
 }
@@ -269,30 +278,27 @@ fn fate(fate: Fate, now_ms: i64) -> String {
     }
 }
 
-/// Opens a repository with a key file and, for S3, the standard AWS credentials.
-pub(crate) async fn open(url: &str, key: &Path) -> Result<Repository, Failure> {
-    let text = secrets::resolve(&SecretRef::File(key.display().to_string()))?;
-    let key: KeyFile = text.expose_secret().parse().map_err(|error| {
-        let message = format!("{}: failed to {error}", key.display());
-        Failure::new(Code::KeyWrong, Action::FixConfig, message)
-            .with_hint("Give the key file that was written when the repository was made.")
-    })?;
-    let store = open_store(url).await?;
-    Ok(Repository::open(store, Some(&key)).await?)
+/// Opens a repository with what was typed and, for S3, the standard AWS credentials.
+pub(crate) async fn open(url: &str, opener: &OpenerArgs) -> Result<Repository, Failure> {
+    let opener = Opener::read(opener)?;
+    Ok(Repository::open_with(open_store(url).await?, opener.unlock()).await?)
 }
 
-async fn open_store(url: &str) -> Result<std::sync::Arc<dyn store::Store>, Failure> {
+pub(crate) async fn open_store(url: &str) -> Result<std::sync::Arc<dyn store::Store>, Failure> {
     let store = store::open(url, &store::Credentials::default()).await;
     Ok(store.map_err(repository::Error::from)?)
 }
 
-/// Makes a repository, returns the recovery sheet. The key is on disk before the repository is in its store: a crash in
-/// between leaves a key that opens nothing, never a repository that nothing opens.
-pub(crate) async fn init(url: &str, key: &Path) -> Result<String, Failure> {
-    if key.exists() {
-        let message = format!("{} exists already", key.display());
-        return Err(Failure::new(Code::StateConflict, Action::FixConfig, message)
-            .with_hint("A key is never overwritten: give another path."));
+/// Makes a repository, returns the recovery sheet: that of the recovery key, if there is one. The keys are on disk before the
+/// repository is in its store: a crash in between leaves keys that open nothing, never a repository that nothing opens.
+pub(crate) async fn init(
+    url: &str,
+    key: &Path,
+    recovery_key: Option<&Path>,
+) -> Result<String, Failure> {
+    let paths: Vec<&Path> = [key].into_iter().chain(recovery_key).collect();
+    for path in &paths {
+        refuse_existing(path)?;
     }
     let store = open_store(url).await?;
     let found = store::probe::probe(store.as_ref()).await.map_err(repository::Error::from)?;
@@ -300,25 +306,49 @@ pub(crate) async fn init(url: &str, key: &Path) -> Result<String, Failure> {
     let options = InitOptions { encryption: Encryption::KeyFile, now_ms: environment::now_ms() };
     let mut new = Repository::prepare(store, options)?;
     let text = new.key_file.take().ok_or_else(|| Failure::bug("a new repository has no key"))?;
-    let sheet = std::mem::take(&mut new.recovery_sheet);
+    let mut sheet = std::mem::take(&mut new.recovery_sheet);
     write_secret(key, text.as_bytes())?;
+    if let Some(path) = recovery_key {
+        let second = new.add_key_file("recovery")?;
+        let text = second.key_file.take().ok_or_else(|| Failure::bug("a key file has no text"))?;
+        sheet = std::mem::take(&mut second.recovery_sheet);
+        write_secret(path, text.as_bytes()).inspect_err(|_| remove_unused(key))?;
+    }
     match new.create(Some(found)).await {
         Ok(_) => Ok(sheet.to_string()),
         Err(error @ repository::Error::RepositoryExists { .. }) => {
-            // Certainly not its key.
-            if let Err(error) = std::fs::remove_file(key) {
-                tracing::warn!("The unused key {} was not removed: {error}", key.display());
-            }
+            // Certainly not its keys.
+            paths.into_iter().for_each(remove_unused);
             Err(error.into())
         }
-        Err(error) => {
-            let mut failure = Failure::from(error);
-            failure.message.push_str("; keep the key ");
-            failure.message.push_str(&key.display().to_string());
-            failure.message.push_str(" until it is known that no repository was made");
-            Err(failure)
-        }
+        Err(error) => Err(keep(error, &paths, "no repository was made")),
     }
+}
+
+/// A key that opens nothing is only in the way.
+pub(crate) fn remove_unused(key: &Path) {
+    if let Err(error) = std::fs::remove_file(key) {
+        tracing::warn!("The unused key {} was not removed: {error}", key.display());
+    }
+}
+
+/// What is said when it is not known whether a key opens something.
+pub(crate) fn keep(error: repository::Error, keys: &[&Path], until: &str) -> Failure {
+    let failure = Failure::from(error);
+    let keys: Vec<String> = keys.iter().map(|key| key.display().to_string()).collect();
+    let keys = keys.join(" and ");
+    let message =
+        format!("{}; keep the key {keys} until it is known that {until}", failure.message);
+    Failure { message, ..failure }
+}
+
+pub(crate) fn refuse_existing(key: &Path) -> Result<(), Failure> {
+    if !key.exists() {
+        return Ok(());
+    }
+    let message = format!("{} exists already", key.display());
+    Err(Failure::new(Code::StateConflict, Action::FixConfig, message)
+        .with_hint("A key is never overwritten: give another path."))
 }
 
 /// Writes a new file that only its owner can read.

@@ -9,21 +9,22 @@ use proto::{Action, AttemptId, Code, Failure, JobId, Step, Task};
 use worker::context::JobContext;
 use worker::restoring::{self, Destination};
 
-use crate::args::{Output, Restore};
+use crate::args::{OpenerArgs, Output, Restore};
 use crate::commands::repo;
 use crate::exit::Exit;
 use crate::{environment, follow, output};
 
-/// `restore --repository URL --key FILE --into DIR`.
+/// `restore --repository URL --key FILE --into DIR`, or `--passphrase REFERENCE`.
 pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failure> {
-    let (Some(url), Some(key)) = (&args.repository, &args.key) else {
-        return Err(Failure::bug("a restore without a coordinator needs --repository and --key"));
+    let Some(url) = &args.repository else {
+        return Err(Failure::bug("a restore without a coordinator needs --repository"));
     };
+    let opener = OpenerArgs { key: args.key.clone(), passphrase: args.passphrase.clone() };
     let into = std::path::absolute(&args.into).map_err(|error| {
         let message = format!("{}: {error}", args.into.display());
         Failure::new(Code::RequestInvalid, Action::FixConfig, message)
     })?;
-    let repository = repo::open(url, key).await?;
+    let repository = repo::open(url, &opener).await?;
     let backup = restoring::find(&repository, args.cluster.as_ref(), None, args.backup).await?;
     let given = Destination {
         data_directory: into,
