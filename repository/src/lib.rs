@@ -15,6 +15,9 @@ mod config;
 mod crypto;
 mod entry;
 mod error;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod hex;
 mod key;
 mod keyring;

@@ -81,7 +81,7 @@ pub(crate) struct Root {
 }
 
 impl Root {
-    fn encode(&self) -> Result<(Vec<u8>, Vec<u8>), Error> {
+    pub(crate) fn encode(&self) -> Result<(Vec<u8>, Vec<u8>), Error> {
         let head = serde_json::to_vec(&self.head)
             .map_err(|error| Error::Bug(format!("write a manifest: {error}")))?;
         let mut table = PackTable::default();
@@ -106,7 +106,7 @@ impl Root {
         Ok((head, out.finish()))
     }
 
-    fn decode(head: &[u8], body: &[u8]) -> Result<Self, String> {
+    pub(crate) fn decode(head: &[u8], body: &[u8]) -> Result<Self, String> {
         let head: Head = serde_json::from_slice(head).map_err(|error| error.to_string())?;
         Self::decode_body(head, body)
             .map_err(|Malformed(what)| format!("its {what} cannot be read"))

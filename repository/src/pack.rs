@@ -21,7 +21,7 @@ const VERSION: u8 = 1;
 const WRAP_CLASS_KEY: u8 = 1;
 const CIPHER_AES_256_GCM: u8 = 1;
 /// The part of the header that everything is bound to.
-const BOUND_BYTES: usize = 96;
+pub(crate) const BOUND_BYTES: usize = 96;
 /// The bound part and the wrapped key.
 pub(crate) const HEADER_BYTES: usize = BOUND_BYTES + WRAPPED_BYTES;
 pub(crate) const WRAPPED_BYTES: usize = 32 + TAG_BYTES;
@@ -30,7 +30,7 @@ pub(crate) const TAIL_BYTES: usize = 4 + 4 + 32 + 8;
 /// What the digest does not cover: itself and the closing magic.
 const UNDIGESTED_BYTES: usize = 32 + 8;
 /// The number of the table, which is no frame.
-const TABLE_NUMBER: u32 = u32::MAX;
+pub(crate) const TABLE_NUMBER: u32 = u32::MAX;
 const TABLE_ROW_BYTES: usize = 9;
 
 /// What a container holds, and so which class of key opens it.
@@ -172,7 +172,7 @@ impl PackRecord {
     }
 }
 
-fn bound_header(
+pub(crate) fn bound_header(
     keys: &Keys,
     lineage: LineageId,
     kind: ObjectType,
@@ -205,7 +205,7 @@ impl fmt::Debug for PackCipher {
 }
 
 impl PackCipher {
-    fn create(
+    pub(crate) fn create(
         keys: &Keys,
         kind: ObjectType,
         bound: [u8; BOUND_BYTES],
@@ -253,7 +253,7 @@ impl PackCipher {
         bound
     }
 
-    fn seal(
+    pub(crate) fn seal(
         &self,
         number: u32,
         codec: Codec,

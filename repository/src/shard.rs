@@ -4,7 +4,7 @@
 //! frame of a metadata pack; the frame after it holds its detection hashes. Shards name packs by id, never by a place in
 //! a manifest, so that a later manifest can refer to them unchanged.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use crate::entry::{
@@ -12,7 +12,7 @@ use crate::entry::{
 };
 use crate::limits::{
     FRAME_BYTES_MAX, HASH_BYTES, HASH_LENGTH, INLINE_UNITS, PACK_BYTES_MAX, PATH_BYTES_MAX,
-    SHARD_UNITS, TAG_BYTES, TAG_LENGTH, UNIT_BYTES_MAX, UNIT_BYTES_MIN,
+    SHARD_ENTRIES, SHARD_UNITS, TAG_BYTES, TAG_LENGTH, UNIT_BYTES_MAX, UNIT_BYTES_MIN,
 };
 use crate::pack::{Codec, FrameRef, PackId};
 use crate::wire::{Decoder, Encoder, Malformed};
@@ -241,15 +241,24 @@ impl ReadTables {
         if from.byte("shard kind")? != kind {
             return Err(Malformed("shard kind"));
         }
+        // Each once: what is said twice could be said in two ways.
         let count = from.count(16, "packs")?;
-        let mut packs = Vec::with_capacity(count);
+        let (mut packs, mut names) = (Vec::with_capacity(count), HashSet::with_capacity(count));
         for _ in 0..count {
-            packs.push(PackId(from.array("pack id")?));
+            let pack = PackId(from.array("pack id")?);
+            if !names.insert(pack) {
+                return Err(Malformed("packs, one of which is named twice,"));
+            }
+            packs.push(pack);
         }
         let count = from.count(5, "frames")?;
-        let mut frames = Vec::with_capacity(count);
+        let (mut frames, mut places) = (Vec::with_capacity(count), HashSet::with_capacity(count));
         for _ in 0..count {
-            frames.push(decode_frame(&packs, from)?);
+            let frame = decode_frame(&packs, from)?;
+            if !places.insert((frame.pack, frame.number)) {
+                return Err(Malformed("frames, one of which is named twice,"));
+            }
+            frames.push(frame);
         }
         Ok(Self { packs, frames })
     }
@@ -307,6 +316,10 @@ pub(crate) fn decode_entries(bytes: &[u8]) -> Result<Vec<Entry>, Malformed> {
     let mut from = Decoder::new(bytes);
     let tables = ReadTables::decode(ENTRIES, &mut from)?;
     let count = from.count(4, "entries")?;
+    // Paths share what they begin with: bytes alone do not bound the memory that entries take.
+    if count > SHARD_ENTRIES {
+        return Err(Malformed("entries"));
+    }
     let mut entries: Vec<Entry> = Vec::new();
     for _ in 0..count {
         let kind = from.byte("entry kind")?;
