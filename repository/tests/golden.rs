@@ -1,7 +1,8 @@
 //! A repository that an earlier program wrote must stay readable for ever.
 //!
 //! `tests/golden/v1` was written by `write_golden_repository` below. A new format gets a new directory; an existing one is
-//! never written again: were this test to need other bytes, every repository in the world would.
+//! never written again: were this test to need other bytes, every repository in the world would. `GOLDEN` holds their
+//! digests, so that none is written again by accident, and `reader.rs` reads them with another program.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests: what cannot be set up has failed")]
 
@@ -14,6 +15,10 @@ use common::{Bench, NOW_MS, Tree, noise};
 use repository::store::Store;
 use repository::store::directory::DirectoryStore;
 use repository::{CheckOptions, KeyFile, Repository};
+
+/// Every golden repository, with the digest of its files. Lines are added; a line that is here stays as it is.
+const GOLDEN: [(&str, &str); 1] =
+    [("v1", "1c3658efc92b12e9369b417bcb36b854f01c177ec8e724e06dfaf8f40f4da7cf")];
 
 fn tree(changed: bool) -> Tree {
     let mut tree = Tree::new()
@@ -58,6 +63,32 @@ async fn check(store: &Path, key: &str) {
         assert!(restored.remove(&b"late_control"[..]).is_some());
         assert!(restored == tree(changed).expected());
     }
+}
+
+/// BLAKE3 over the path, the length and the bytes of every file, in the order of the paths.
+fn digest(directory: &Path) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for file in common::files_below(directory) {
+        let path = file.strip_prefix(directory).unwrap().to_str().unwrap();
+        let bytes = std::fs::read(&file).unwrap();
+        for part in [path.as_bytes(), &bytes] {
+            hasher.update(&(part.len() as u64).to_le_bytes()).update(part);
+        }
+    }
+    hasher.finalize().to_hex().to_string()
+}
+
+#[test]
+fn no_golden_repository_is_ever_written_again_or_removed() {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let mut found: Vec<(String, String)> = Vec::new();
+    for version in std::fs::read_dir(golden).unwrap() {
+        let version = version.unwrap();
+        found.push((version.file_name().into_string().unwrap(), digest(&version.path())));
+    }
+    found.sort();
+    let expected = GOLDEN.map(|(version, digest)| (version.to_owned(), digest.to_owned()));
+    assert_eq!(found, expected, "add a directory for a new format, and never change one");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -14,9 +14,10 @@ use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags};
 
 use crate::error::{Error, show};
 
-/// Whether a file gets its mode only when everything is written.
+/// Whether a file gets its mode only when everything is written: when it forbids writing, or when a write would take the
+/// set-user-ID or set-group-ID bit away again.
 pub(super) fn is_set_late(bits: u32) -> bool {
-    bits & 0o200 == 0
+    bits & 0o200 == 0 || bits & 0o6000 != 0
 }
 
 /// Handles kept open besides the root and the mapped directories.

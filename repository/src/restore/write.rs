@@ -73,12 +73,11 @@ pub(super) fn run(
         }
         Ok(())
     })?;
-    for (path, points_to) in &walk.links {
-        tree.make_symlink(path, points_to)?;
-    }
+    walk.make_links()?;
     tree.sync()?;
     // Only now what makes the directory look complete.
     walk.phase(1, |walk, fetcher| walk.shards(&root.late, fetcher))?;
+    walk.make_links()?;
     for (path, mode) in &walk.late_modes {
         tree.set_file_mode(path, *mode)?;
     }
@@ -153,6 +152,13 @@ impl Walk<'_> {
             drop(fetcher);
         });
         stop.check().map_err(|_| stop.cause())
+    }
+
+    fn make_links(&mut self) -> Result<(), Error> {
+        for (path, points_to) in self.links.drain(..) {
+            self.tree.make_symlink(&path, &points_to)?;
+        }
+        Ok(())
     }
 
     fn shards(&mut self, shards: &[RootShard], fetcher: &mut Fetcher<'_>) -> Result<(), Error> {
