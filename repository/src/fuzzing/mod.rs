@@ -17,11 +17,12 @@ use input::{Choice, Input};
 use crate::config::Config;
 use crate::entry::{Body, Content, Entry, Extent, check_path, path_order};
 use crate::hex;
-use crate::key::{KeyFile, KeyObject, MasterKey};
+use crate::key::KeyFile;
 use crate::limits::{FRAME_BYTES_MAX, SHARD_ENTRIES, UNIT_BYTES_MAX, UNIT_BYTES_MIN};
 use crate::manifest::{FORMAT, Root, RootShard};
 use crate::note;
 use crate::pack::{self, Codec, FrameRef, HEADER_BYTES, ObjectType, TAIL_BYTES, Tail};
+use crate::recipient::{KeyObject, Unlock};
 use crate::record::{Condemned, Identity, Intent, Verdict, Wish};
 use crate::shard;
 
@@ -264,11 +265,11 @@ pub fn key_object(data: &[u8]) -> bool {
     let repository = valid::REPOSITORY;
     let (file, wrapped, open) = valid::key_objects();
     if input.choice == Choice::Authentic {
-        let object = KeyObject::parse("keys/open", &input.bytes(open));
-        return object.is_ok_and(|object| MasterKey::unwrap_open(&object).is_some());
+        let object = KeyObject::parse(&input.bytes(open));
+        return object.is_ok_and(|object| object.bare().is_some());
     }
-    let Ok(object) = KeyObject::parse("keys/id", &input.bytes(wrapped)) else { return false };
-    let Some(master) = MasterKey::unwrap_with_file(&object, file, repository) else {
+    let Ok(object) = KeyObject::parse(&input.bytes(wrapped)) else { return false };
+    let Ok(master) = object.unseal(&file.id(), Unlock::KeyFile(file), repository) else {
         return false;
     };
     let (ours, theirs) = (valid::keys(), master.keys(repository));
@@ -286,9 +287,9 @@ pub fn key_file(data: &[u8]) -> bool {
     let Ok(file) = String::from_utf8_lossy(&typed).parse::<KeyFile>() else { return false };
     assert!(hex::decode::<16>(&file.id()).is_some());
     if input.is_edited {
-        let object = KeyObject::parse("keys/id", wrapped).expect("it is valid");
-        let opened = MasterKey::unwrap_with_file(&object, &file, repository);
-        assert!(opened.is_some(), "a key with a wrong digit was taken");
+        let object = KeyObject::parse(wrapped).expect("it is valid");
+        let opened = object.unseal(&file.id(), Unlock::KeyFile(&file), repository);
+        assert!(opened.is_ok(), "a key with a wrong digit was taken");
     }
     let again: KeyFile =
         file.text(repository, "there").parse().expect("what was written can be read");

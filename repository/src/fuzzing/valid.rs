@@ -6,12 +6,13 @@ use std::sync::LazyLock;
 use proto::{AttemptId, BackupFacts, LineageId, Lsn, RepositoryId, SystemIdentifier, Timeline};
 
 use crate::entry::{Body, Content, Entry, Extent, FileBody, Place, Stamp};
-use crate::key::{KeyFile, KeyObject, Keys, MasterKey};
+use crate::key::{KeyFile, Keys, MasterKey};
 use crate::manifest::{Counts, FORMAT, Head, Root, RootShard};
 use crate::pack::{
     BOUND_BYTES, Codec, Compressor, FrameRef, ObjectType, PackBuilder, PackCipher, PackId,
     PackRecord, WRAPPED_BYTES, bound_header,
 };
+use crate::recipient::KeyObject;
 use crate::shard::{self, ShardRef};
 
 pub(super) const REPOSITORY: RepositoryId = RepositoryId(uuid::Uuid::from_bytes([1; 16]));
@@ -24,8 +25,8 @@ pub(super) const VERDICT: &[u8] = br#"{"attempt":"01010101-0101-0101-0101-010101
 const OPEN_KEY: &[u8] = br#"{"magic":"pgmuster-wrapped-key-1","recipient":"open","wrapped":"2a2a2a2a2a2a2a2a2a2a2a2a2a2a2a2a2a2a2a2a2a2a2a2a2a2a2a2a2a2a2a2a"}"#;
 
 fn master() -> MasterKey {
-    let object = KeyObject::parse("keys/open", OPEN_KEY).expect("it is valid");
-    MasterKey::unwrap_open(&object).expect("it is valid")
+    let object = KeyObject::parse(OPEN_KEY).expect("it is valid");
+    object.bare().expect("it is valid")
 }
 
 pub(super) fn keys() -> &'static Keys {
@@ -41,7 +42,7 @@ pub(super) fn lineage() -> LineageId {
 pub(super) fn key_objects() -> (&'static KeyFile, &'static [u8], &'static [u8]) {
     static MADE: LazyLock<(KeyFile, Vec<u8>)> = LazyLock::new(|| {
         let file = KeyFile::generate();
-        let wrapped = master().wrap_for_file(&file, REPOSITORY).expect("AES-GCM seals");
+        let wrapped = KeyObject::for_file(&master(), &file, REPOSITORY).expect("AES-GCM seals");
         (file, wrapped.to_bytes())
     });
     (&MADE.0, &MADE.1, OPEN_KEY)
