@@ -246,7 +246,7 @@ pub struct Restore {
     /// The cluster. With `--repository`, needed only when the repository holds several.
     #[arg(required_unless_present = "repository")]
     pub cluster: Option<ClusterName>,
-    /// Where to: an empty directory, or one that an interrupted restore left.
+    /// Where to: an empty directory, or one that an interrupted restore left; see also `--delta`.
     #[arg(long, value_name = "DIR")]
     pub into: PathBuf,
     /// The backup [default: the newest].
@@ -255,6 +255,12 @@ pub struct Restore {
     /// The worker that shall do it [default: one with a restore root above DIR].
     #[arg(long, value_name = "WORKER", conflicts_with = "repository")]
     pub on: Option<WorkerName>,
+    /// Use again what is right in DIR, the data directory of a stopped server of the same cluster, and fetch the rest.
+    ///
+    /// Files that the backup does not have are removed, those in pg_wal too; `--plan` lists them and says how much would be
+    /// fetched.
+    #[arg(long)]
+    pub delta: bool,
     /// Only say what would be done.
     #[arg(long)]
     pub plan: bool,

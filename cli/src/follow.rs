@@ -203,7 +203,7 @@ pub(crate) fn result_line(view: &JobView) -> String {
             view.cluster,
             done.directory,
             done.files,
-            output::bytes(done.size_bytes),
+            output::restored(done),
             done.stop_lsn
         ),
         (JobState::Succeeded, Some(Outcome::Analyze(done))) if !done.plan.is_empty() => {

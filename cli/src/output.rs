@@ -71,6 +71,16 @@ pub(crate) fn bytes(count: u64) -> String {
     bytesize::ByteSize(count).display().iec().to_string()
 }
 
+/// How much was restored, and how little of it had to be fetched.
+pub(crate) fn restored(done: &proto::job::RestoreOutcome) -> String {
+    let size = bytes(done.size_bytes);
+    if done.reused_bytes == 0 {
+        return size;
+    }
+    let (reused, fetched) = (bytes(done.reused_bytes), bytes(done.fetched_bytes));
+    format!("{size}, of which {reused} were right already; {fetched} fetched")
+}
+
 /// A length of time as people say it, from milliseconds.
 pub(crate) fn duration(ms: i64) -> String {
     let s = ms / 1_000;

@@ -15,6 +15,7 @@ pub mod error;
 pub mod identity;
 pub mod instance;
 pub mod locks;
+pub mod occupied;
 pub mod page;
 pub mod process;
 pub mod quote;

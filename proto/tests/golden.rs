@@ -157,7 +157,7 @@ fn specs_of_every_kind() {
             ..Backup::default()
         }),
         Task::VerifyRestore(VerifyRestore { backup: Some(backup_id()), level: ProofLevel::L5 }),
-        Task::Restore(Restore { backup: None, target, plan_only: true }),
+        Task::Restore(Restore { backup: None, target, plan_only: true, delta: false }),
         Task::Analyze(Analyze {
             databases: Some(vec!["shop \"x\"".parse().unwrap()]),
             ..Analyze::default()
@@ -226,6 +226,7 @@ fn outcomes_of_every_kind() {
             files: 1_000,
             size_bytes: 31_000_000,
             fetched_bytes: 4_000_000,
+            reused_bytes: 0,
             stop_lsn: Lsn(0x0200_0100),
             planned_only: false,
             plan: vec![],

@@ -315,7 +315,7 @@ impl From<Error> for Failure {
             Error::TargetNotEmpty { .. } => (
                 Code::TargetNotEmpty,
                 Action::FixConfig,
-                "Give an empty directory, or one that holds only an unfinished restore of the same backup.",
+                "Give an empty directory, one with an unfinished restore of the same backup, or with --delta a stopped server's.",
             ),
             Error::TargetFull { .. } => (
                 Code::TargetFull,

@@ -13,6 +13,7 @@ mod check;
 mod collect;
 mod config;
 mod crypto;
+mod detect;
 mod entry;
 mod error;
 #[cfg(any(test, feature = "fuzzing"))]
@@ -61,7 +62,10 @@ pub use reader::{Backup, WalFile};
 pub use recipient::Unlock;
 pub use record::{Identity, Intent, Outcome, Verdict, Wish};
 pub use repository::{Created, Encryption, InitOptions, NewRepository, Repository};
-pub use restore::{Place, RestoreOptions, RestorePlan, RestoreSummary, RestoreTarget};
+pub use restore::{
+    Comparison, Existing, Foreign, Place, RestoreOptions, RestorePlan, RestoreSummary,
+    RestoreTarget, Unfinished,
+};
 pub use writer::{
     BackupSummary, BackupWriter, Source, SourceFile, WalWriter, WriteOptions, Written,
 };

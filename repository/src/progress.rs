@@ -23,7 +23,7 @@ pub struct ProgressSnapshot {
     pub bytes: u64,
     /// Bytes read from the source.
     pub bytes_read: u64,
-    /// Bytes that were not read because nothing about their file changed.
+    /// Bytes that were not read because nothing about their file changed; in a restore, bytes that were right already.
     pub bytes_skipped: u64,
     /// Bytes sent to the repository, or fetched from it.
     pub bytes_stored: u64,

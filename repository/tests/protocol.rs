@@ -366,7 +366,7 @@ async fn a_restore_refuses_what_is_not_its_own_and_takes_up_what_it_left() {
     assert_eq!(Failure::from(error).code, Code::TargetNotEmpty);
     std::fs::remove_file(directory.join("mine")).unwrap();
 
-    // Cancelled: the marker stays, and a second try clears and finishes.
+    // Cancelled: the marker stays, and a second try goes on and finishes.
     let options = RestoreOptions::default();
     options.cancel.cancel();
     let plan = backup.restore_plan(target.clone()).await.unwrap();

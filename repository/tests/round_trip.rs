@@ -231,6 +231,7 @@ async fn mapped_directories_and_wal_go_where_they_are_told() {
         directory: place.path().join("data"),
         mapping: BTreeMap::from([(b"pg_tblspc/16400".to_vec(), place.path().join("fast/ts"))]),
         wal_directory: Some(b"pg_wal".to_vec()),
+        ..RestoreTarget::default()
     };
     let plan = backup.restore_plan(target).await.unwrap();
     assert_eq!(plan.files, 5);

@@ -32,8 +32,15 @@ enum Mode {
 pub struct Proxy {
     port: u16,
     mode: watch::Sender<Mode>,
-    forwarded: Arc<AtomicU64>,
+    count: Arc<Count>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// Bytes that went through, and how many may.
+#[derive(Debug)]
+struct Count {
+    forwarded: AtomicU64,
+    most: AtomicU64,
 }
 
 impl Proxy {
@@ -45,17 +52,18 @@ impl Proxy {
         let listener = listener.context("listen for the proxy")?;
         listener.set_nonblocking(true)?;
         let (mode, watched) = watch::channel(Mode::Pass);
-        let forwarded = Arc::new(AtomicU64::new(0));
+        let count = Count { forwarded: AtomicU64::new(0), most: AtomicU64::new(u64::MAX) };
+        let own = Arc::new(count);
         let own_port = listener.local_addr()?.port();
         let upstream = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-        let count = Arc::clone(&forwarded);
+        let count = Arc::clone(&own);
         let listener = {
             let _entered = runtime.enter();
             TcpListener::from_std(listener)?
         };
         let serve = move || runtime.block_on(accept(listener, upstream, watched, count));
         let thread = std::thread::Builder::new().name("proxy".to_owned()).spawn(serve)?;
-        Ok(Self { port: own_port, mode, forwarded, thread: Some(thread) })
+        Ok(Self { port: own_port, mode, count: own, thread: Some(thread) })
     }
 
     /// The port to connect to.
@@ -65,7 +73,17 @@ impl Proxy {
 
     /// How many bytes went through, both directions together: to know that something is under way.
     pub fn forwarded_bytes(&self) -> u64 {
-        self.forwarded.load(Ordering::Relaxed)
+        self.count.forwarded.load(Ordering::Relaxed)
+    }
+
+    /// Moves about so many bytes more and then stalls, whoever is slow meanwhile. It does not heal.
+    pub fn stall_after(&self, bytes: u64) {
+        self.count.most.store(self.forwarded_bytes() + bytes, Ordering::Relaxed);
+    }
+
+    /// Whether all the bytes it was to move have gone through.
+    pub fn has_stalled(&self) -> bool {
+        self.count.is_spent()
     }
 
     /// Passes everything on again; stalled bytes first.
@@ -89,6 +107,12 @@ impl Proxy {
     }
 }
 
+impl Count {
+    fn is_spent(&self) -> bool {
+        self.forwarded.load(Ordering::Relaxed) >= self.most.load(Ordering::Relaxed)
+    }
+}
+
 impl Drop for Proxy {
     fn drop(&mut self) {
         self.mode.send_replace(Mode::End);
@@ -102,7 +126,7 @@ async fn accept(
     listener: TcpListener,
     upstream: SocketAddr,
     mode: watch::Receiver<Mode>,
-    forwarded: Arc<AtomicU64>,
+    count: Arc<Count>,
 ) {
     let mut end = std::pin::pin!(until(mode.clone(), |mode| mode == Mode::End));
     loop {
@@ -115,7 +139,7 @@ async fn accept(
             reset(&client);
             continue;
         }
-        tokio::spawn(forward(client, upstream, mode.clone(), Arc::clone(&forwarded)));
+        tokio::spawn(forward(client, upstream, mode.clone(), Arc::clone(&count)));
     }
 }
 
@@ -123,7 +147,7 @@ async fn forward(
     mut client: TcpStream,
     upstream: SocketAddr,
     mode: watch::Receiver<Mode>,
-    forwarded: Arc<AtomicU64>,
+    count: Arc<Count>,
 ) {
     let Ok(mut server) = TcpStream::connect(upstream).await else { return reset(&client) };
     {
@@ -132,8 +156,8 @@ async fn forward(
         // Half-closed connections are legal: each direction ends on its own.
         let both = async {
             tokio::join!(
-                pump(from_client, to_server, mode.clone(), &forwarded),
-                pump(from_server, to_client, mode.clone(), &forwarded),
+                pump(from_client, to_server, mode.clone(), &count),
+                pump(from_server, to_client, mode.clone(), &count),
             )
         };
         tokio::select! {
@@ -150,12 +174,16 @@ async fn pump(
     mut from: ReadHalf<'_>,
     mut to: WriteHalf<'_>,
     mut mode: watch::Receiver<Mode>,
-    forwarded: &AtomicU64,
+    count: &Count,
 ) {
     let mut buffer = vec![0; 16 * 1024];
     loop {
         if mode.wait_for(|mode| *mode != Mode::Stall).await.is_err() {
             return;
+        }
+        if count.is_spent() {
+            // What ends a stall of this kind is the end of the connection.
+            return std::future::pending().await;
         }
         let read = tokio::select! {
             _ = mode.changed() => continue,
@@ -175,7 +203,7 @@ async fn pump(
         if to.write_all(&buffer[..length]).await.is_err() {
             return;
         }
-        forwarded.fetch_add(u64::try_from(length).unwrap_or(0), Ordering::Relaxed);
+        count.forwarded.fetch_add(u64::try_from(length).unwrap_or(0), Ordering::Relaxed);
     }
 }
 

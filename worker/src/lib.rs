@@ -20,6 +20,7 @@ pub mod places;
 pub mod proving;
 mod pulse;
 pub mod restoring;
+mod reuse;
 mod shared;
 mod slots;
 mod spool;

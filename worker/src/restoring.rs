@@ -14,14 +14,19 @@ use proto::job::RestoreOutcome;
 use proto::{
     Action, BackupFacts, BackupId, ClusterName, Code, Failure, Progress, SystemIdentifier,
 };
-use repository::{Backup, Repository, RestoreOptions, RestorePlan, RestoreTarget};
+use repository::{
+    Backup, Comparison, Existing, Foreign, Repository, RestoreOptions, RestorePlan, RestoreTarget,
+};
 
 use crate::context::JobContext;
 use crate::engines::native;
+use crate::reuse;
 
 /// How long an attempt waits for the one before it to leave the target: that one has two minutes to clean up once it is
 /// told to stop.
 const PREDECESSOR_MAX: Duration = Duration::from_mins(3);
+/// Names that a restore removes and its plan tells one by one; more are counted.
+const FOREIGN_NAMED_MAX: usize = 100;
 /// How often the progress of a restore is told.
 const TELL_EVERY: Duration = Duration::from_millis(500);
 
@@ -32,12 +37,16 @@ pub struct Destination {
     pub data_directory: PathBuf,
     /// Each tablespace of the source by its OID. One that is not named goes to `DIRECTORY-tablespaces/OID`.
     pub tablespaces: BTreeMap<u32, PathBuf>,
+    /// Whether the target may be the data directory of a stopped server of the same cluster, whose files are then used
+    /// where they are right and changed or removed where they are not.
+    pub delta: bool,
 }
 
 impl Destination {
     /// A data directory with every tablespace beside it.
     pub fn below(directory: &Path, facts: &BackupFacts) -> Self {
-        Self { data_directory: directory.to_owned(), tablespaces: BTreeMap::new() }.complete(facts)
+        Self { data_directory: directory.to_owned(), tablespaces: BTreeMap::new(), delta: false }
+            .complete(facts)
     }
 
     /// Names a place for every tablespace that has none yet.
@@ -53,7 +62,7 @@ impl Destination {
         self
     }
 
-    fn target(&self) -> RestoreTarget {
+    fn target(&self, existing: Existing) -> RestoreTarget {
         let link = |(oid, place): (&u32, &PathBuf)| {
             (format!("pg_tblspc/{oid}").into_bytes(), place.clone())
         };
@@ -61,6 +70,7 @@ impl Destination {
             directory: self.data_directory.clone(),
             mapping: self.tablespaces.iter().map(link).collect(),
             wal_directory: Some(b"pg_wal".to_vec()),
+            existing,
         }
     }
 }
@@ -128,48 +138,69 @@ pub async fn find(
     }
 }
 
-/// Says what a restore would do, and whether it could. Touches nothing.
-pub async fn plan(backup: &Backup, destination: &Destination) -> Result<RestoreOutcome, Failure> {
-    let plan = backup.restore_plan(destination.target()).await?;
+/// Says what a restore would do, and whether it could. Touches nothing, but reads whatever may be used again.
+pub async fn plan(
+    cx: &JobContext,
+    backup: &Backup,
+    destination: &Destination,
+    processes: u32,
+) -> Result<RestoreOutcome, Failure> {
+    let existing = reuse::examine(destination, backup.facts().system_identifier)?;
+    let plan = backup.restore_plan(destination.target(existing)).await?;
     let (files, size_bytes) = (plan.files, plan.bytes);
-    let lines = lines(backup, destination, &plan);
+    let mut compared = None;
+    if plan.reuses() {
+        let options = options(cx, processes);
+        compared = Some(match plan.compare(&options).await {
+            Err(_) if cx.cancel.is_cancelled() => return Err(cx.stopped()),
+            compared => compared?,
+        });
+    }
+    let lines = lines(backup, destination, &plan, compared);
     plan.check()?;
+    let Comparison { reused_bytes, fetch_bytes } = compared.unwrap_or_default();
     Ok(RestoreOutcome {
         planned_only: true,
         plan: lines,
-        ..outcome(backup, destination, files, size_bytes, 0)
+        reused_bytes,
+        ..outcome(backup, destination, files, size_bytes, fetch_bytes)
     })
 }
 
-/// Restores. What an interrupted restore of the same backup left is cleared first; everything else in the target is
-/// refused. An attempt that follows another one waits until that one has left the target.
+fn options(cx: &JobContext, processes: u32) -> RestoreOptions {
+    RestoreOptions {
+        processes: native::processes(processes),
+        progress: Arc::default(),
+        cancel: cx.cancel.clone(),
+    }
+}
+
+/// Restores. What an interrupted restore of the same backup left is gone on with; everything else in the target is refused,
+/// unless it may be used again. An attempt that follows another one waits until that one has left the target.
 pub async fn restore(
     cx: &JobContext,
     backup: &Backup,
     destination: &Destination,
     processes: u32,
 ) -> Result<RestoreOutcome, Failure> {
-    let target = destination.target();
     // A person who restores to where another restore is running wants to be told at once.
     if cx.spec.predecessor.is_some() {
         let waits = || {
             let step = "wait for the attempt before".to_owned();
             cx.progress(Progress { step, done: 0, total: None, unit: "bytes".to_owned() });
         };
+        let target = destination.target(Existing::Resume);
         match target.wait_until_free(PREDECESSOR_MAX, &cx.cancel, waits).await {
             Err(_) if cx.cancel.is_cancelled() => return Err(cx.stopped()),
             waited => waited?,
         }
     }
-    let plan = backup.restore_plan(target).await?;
+    let (existing, lock) = reuse::occupy(destination, backup.facts().system_identifier)?;
+    let plan = backup.restore_plan(destination.target(existing)).await?;
     plan.check()?;
     let total = plan.bytes;
-    let counters = Arc::new(repository::Progress::default());
-    let options = RestoreOptions {
-        processes: native::processes(processes),
-        progress: Arc::clone(&counters),
-        cancel: cx.cancel.clone(),
-    };
+    let options = options(cx, processes);
+    let counters = Arc::clone(&options.progress);
     let tell = async {
         let mut ticks = tokio::time::interval(TELL_EVERY);
         loop {
@@ -186,7 +217,9 @@ pub async fn restore(
     match restored {
         Ok(done) => {
             private(&destination.data_directory)?;
-            Ok(outcome(backup, destination, done.files, done.bytes, done.fetched_bytes))
+            drop(lock);
+            let outcome = outcome(backup, destination, done.files, done.bytes, done.fetched_bytes);
+            Ok(RestoreOutcome { reused_bytes: done.reused_bytes, ..outcome })
         }
         Err(_) if cx.cancel.is_cancelled() => Err(cx.stopped()),
         Err(error) => Err(error.into()),
@@ -216,13 +249,19 @@ fn outcome(
         files,
         size_bytes,
         fetched_bytes,
+        reused_bytes: 0,
         stop_lsn: backup.facts().stop_lsn,
         planned_only: false,
         plan: Vec::new(),
     }
 }
 
-fn lines(backup: &Backup, destination: &Destination, plan: &RestorePlan) -> Vec<String> {
+fn lines(
+    backup: &Backup,
+    destination: &Destination,
+    plan: &RestorePlan,
+    compared: Option<Comparison>,
+) -> Vec<String> {
     let facts = backup.facts();
     let (major, minor) = (facts.server_version_num / 10_000, facts.server_version_num % 10_000);
     let mut lines = vec![
@@ -234,10 +273,26 @@ fn lines(backup: &Backup, destination: &Destination, plan: &RestorePlan) -> Vec<
             plan.bytes,
             destination.data_directory.display()
         ),
-        format!("fetch {} packs, {} bytes at most", plan.inventory.packs, plan.inventory.bytes),
     ];
+    lines.push(match compared {
+        Some(Comparison { reused_bytes, fetch_bytes }) => {
+            format!("fetch {fetch_bytes} bytes; {reused_bytes} bytes on disk are right already")
+        }
+        None => {
+            format!("fetch {} packs, {} bytes at most", plan.inventory.packs, plan.inventory.bytes)
+        }
+    });
     if plan.resumes {
-        lines.push("clear what an interrupted restore of the same backup left there".to_owned());
+        lines.push("go on with an interrupted restore".to_owned());
+    }
+    lines.extend(removals(&plan.foreign));
+    if destination.delta {
+        for (oid, place) in reuse::left_alone(destination) {
+            let place = place.display();
+            lines.push(format!(
+                "leave {place} alone, where tablespace {oid} is now; --tablespace {oid}={place} would use it again"
+            ));
+        }
     }
     for (oid, place) in &destination.tablespaces {
         lines.push(format!("put tablespace {oid} into {}", place.display()));
@@ -251,5 +306,25 @@ fn lines(backup: &Backup, destination: &Destination, plan: &RestorePlan) -> Vec<
         ));
     }
     lines.push(format!("a server started there recovers to {} and opens", facts.stop_lsn));
+    lines
+}
+
+/// What goes because the backup does not have it.
+fn removals(foreign: &[Foreign]) -> Vec<String> {
+    let line = |foreign: &Foreign| match foreign.names {
+        1 => format!("remove {}, {} bytes", foreign.path.display(), foreign.bytes),
+        names => {
+            let inside = names - 1;
+            let Foreign { path, bytes, .. } = foreign;
+            format!("remove {} and {inside} names in it, {bytes} bytes", path.display())
+        }
+    };
+    let mut lines: Vec<String> = foreign.iter().take(FOREIGN_NAMED_MAX).map(line).collect();
+    let rest = foreign.get(FOREIGN_NAMED_MAX..).unwrap_or_default();
+    if !rest.is_empty() {
+        let names: u64 = rest.iter().map(|foreign| foreign.names).sum();
+        let bytes: u64 = rest.iter().map(|foreign| foreign.bytes).sum();
+        lines.push(format!("remove {names} more names, {bytes} bytes"));
+    }
     lines
 }

@@ -717,3 +717,132 @@ async fn a_backup_after_a_lost_pack_does_not_refer_to_it() {
     assert_eq!(proof.backup, second.backup);
     assert!(proof.passed, "{:#?}", proof.checks);
 }
+
+/// The largest file below a directory.
+fn largest_below(directory: &Path) -> PathBuf {
+    let mut largest = (0, PathBuf::new());
+    let mut left = vec![directory.to_owned()];
+    while let Some(place) = left.pop() {
+        for entry in std::fs::read_dir(place).unwrap().map(Result::unwrap) {
+            let metadata = entry.metadata().unwrap();
+            if metadata.is_dir() {
+                left.push(entry.path());
+            } else {
+                largest = largest.max((metadata.len(), entry.path()));
+            }
+        }
+    }
+    largest.1
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_delta_restore_mends_what_a_stopped_server_left_and_keeps_away_from_everything_else() {
+    use std::os::unix::fs::FileExt as _;
+    let house =
+        House::new(15, InstanceOptions { fsync: false, ..InstanceOptions::default() }).await;
+    house.sql(DATA).await;
+    let space = house.place.path().join("space");
+    std::fs::create_dir(&space).unwrap();
+    house.sql(&format!("CREATE TABLESPACE elsewhere LOCATION '{}'", space.display())).await;
+    house
+        .sql("CREATE TABLE public.far TABLESPACE elsewhere AS SELECT g FROM generate_series(1, 20000) g")
+        .await;
+    house.back_up().await;
+    let repository = house.reopened().await;
+    let backup = restoring::find(&repository, None, None, None).await.unwrap();
+    let directory = house.place.path().join("restored");
+    let destination = Destination::below(&directory, backup.facts());
+    let first = restoring::restore(&house.cx(), &backup, &destination, 2).await.unwrap();
+    let delta = |at: &Path| Destination {
+        delta: true,
+        data_directory: at.to_owned(),
+        ..destination.clone()
+    };
+    let restore = async |to: &Destination| {
+        restoring::restore(&house.cx(), &backup, to, 2).await.map_err(|failure| {
+            let plan = (failure.code, failure.to_string());
+            assert_eq!(failure.action, Action::FixConfig, "{plan:?}");
+            plan
+        })
+    };
+
+    // Another directory with the same links: what they lead to is the first one's.
+    let twin = house.place.path().join("twin");
+    let copied = std::process::Command::new("cp").arg("-a").args([&directory, &twin]).status();
+    assert!(copied.unwrap().success());
+    let (mut running, url) = start_plainly(&directory, 15).await;
+    run_sql(&url, "UPDATE public.orders SET note = 'changed' WHERE id % 7 = 0").await;
+    run_sql(&url, "CREATE TABLE public.later AS SELECT 1").await;
+    run_sql(&url, "CHECKPOINT").await;
+    let (code, message) = restore(&delta(&directory)).await.unwrap_err();
+    assert_eq!(code, Code::TargetNotEmpty);
+    assert!(message.contains("a server that runs there"), "{message}");
+    // The same when its lock file was deleted.
+    let pid_file = directory.join("postmaster.pid");
+    std::fs::rename(&pid_file, house.place.path().join("pid")).unwrap();
+    let (_, message) = restore(&delta(&directory)).await.unwrap_err();
+    assert!(message.contains("a server that runs there"), "{message}");
+    std::fs::rename(house.place.path().join("pid"), &pid_file).unwrap();
+    let (_, message) = restore(&delta(&twin)).await.unwrap_err();
+    assert!(message.contains("it is a tablespace of the server"), "{message}");
+    assert_eq!(number(&url, "SELECT count(*) FROM public.far").await, 20_000, "it went on");
+
+    // Killed, and then its files are damaged.
+    running.kill();
+    running.wait().await.unwrap();
+    let cx = house.cx();
+    let mut unplanned = delta(&directory);
+    let plan = async || restoring::plan(&cx, &backup, &delta(&directory), 2).await.ok();
+    eventually("the killed server's processes are gone", Duration::from_secs(30), plan).await;
+    assert!(pid_file.exists(), "it had no time to remove it");
+    let damaged = largest_below(&directory.join("base"));
+    let file = std::fs::OpenOptions::new().write(true).open(&damaged).unwrap();
+    file.write_all_at(&[0xEE; 5000], 8192 * 3).unwrap();
+    std::fs::write(directory.join("base/junk"), "junk").unwrap();
+    std::fs::remove_file(directory.join("pg_xact/0000")).unwrap();
+    let (oid, place) = destination.tablespaces.first_key_value().unwrap();
+    let far = std::fs::OpenOptions::new().write(true).open(largest_below(place)).unwrap();
+    far.write_all_at(&[0xEE; 5000], 0).unwrap();
+
+    // A tablespace of somebody else's is none of ours, whoever names it.
+    let alien = house.place.path().join("alien");
+    std::fs::create_dir(&alien).unwrap();
+    std::fs::write(alien.join("theirs"), "precious").unwrap();
+    unplanned.tablespaces.insert(*oid, alien.clone());
+    let (_, message) = restore(&unplanned).await.unwrap_err();
+    assert!(message.contains("does not lead to it"), "{message}");
+
+    let plan = restoring::plan(&house.cx(), &backup, &delta(&directory), 2).await.unwrap();
+    let junk = format!("remove {}, 4 bytes", directory.join("base/junk").display());
+    assert!(plan.plan.contains(&junk), "{:#?}", plan.plan);
+    assert!(directory.join("base/junk").exists(), "a plan touches nothing");
+    let done = restore(&delta(&directory)).await.unwrap();
+    assert_eq!((done.fetched_bytes, done.reused_bytes), (plan.fetched_bytes, plan.reused_bytes));
+    assert!(done.fetched_bytes * 2 < first.fetched_bytes, "{done:#?} {first:#?}");
+    assert!(!pid_file.exists() && !directory.join("base/junk").exists());
+    let (_running, url) = start_plainly(&directory, 15).await;
+    assert_eq!(number(&url, "SELECT count(*) FROM public.orders").await, 50_000);
+    let later = "SELECT count(*) FROM pg_class WHERE relname = 'later'";
+    assert_eq!(number(&url, later).await, 0);
+    assert_eq!(number(&url, "SELECT count(*) FROM public.orders WHERE note = 'changed'").await, 0);
+    assert_eq!(number(&url, "SELECT count(*) FROM public.far").await, 20_000);
+    assert_eq!(number(&url, "SELECT sum(x) FROM public.\"Odd \"\"name\"\"\"").await, 6);
+
+    // Neither another cluster nor what is no data directory.
+    let binaries = Binaries::at(&bin_dir(15)).await.unwrap();
+    let other_place = house.place.path().join("other");
+    let options = InstanceOptions { fsync: false, ..InstanceOptions::default() };
+    let mut other = Instance::create(&binaries, &other_place, options).await.unwrap();
+    let (code, message) = restore(&delta(&other.data_directory())).await.unwrap_err();
+    assert_eq!(code, Code::SystemIdentifierMismatch, "{message}");
+    let (_, message) = restore(&delta(&alien)).await.unwrap_err();
+    assert!(message.contains("no data directory"), "{message}");
+    assert_eq!(std::fs::read_dir(&alien).unwrap().count(), 1);
+
+    // While a restore holds a directory, no server starts there.
+    let lock = postgres::occupied::DirectoryLock::take(&other.data_directory()).unwrap();
+    let refused = other.start().await.unwrap_err().to_string();
+    assert!(refused.contains("postmaster.pid"), "{refused}");
+    drop(lock);
+    other.start().await.unwrap();
+}

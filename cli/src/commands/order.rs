@@ -71,7 +71,8 @@ pub(crate) async fn restore(
             .with_hint("Write pgmuster restore CLUSTER --into DIR.")
     })?;
     let plan_only = args.plan;
-    let task = Task::Restore(proto::job::Restore { backup: args.backup, target, plan_only });
+    let (backup, delta) = (args.backup, args.delta);
+    let task = Task::Restore(proto::job::Restore { backup, target, plan_only, delta });
     let request = SubmitRequest { worker: Some(worker), ..SubmitRequest::new(cluster, task) };
     let view: JobView = client.post("/v1/jobs", &request).await?;
     let mut waiting = args.waiting;

@@ -29,23 +29,25 @@ pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failu
     let given = Destination {
         data_directory: into,
         tablespaces: args.tablespace.iter().cloned().collect(),
+        delta: args.delta,
     };
     let destination = given.complete(backup.facts());
+    let cx = context(&backup.facts().cluster);
+    let stop = cx.clone();
+    let interrupted = tokio::spawn(async move {
+        follow::interrupted().await;
+        stop.stop(Failure::new(Code::Cancelled, Action::Abandon, "interrupted"));
+    });
     let done = if args.plan {
-        restoring::plan(&backup, &destination).await?
+        restoring::plan(&cx, &backup, &destination, 0).await
     } else {
-        let cx = context(&backup.facts().cluster);
-        let stop = cx.clone();
-        let interrupted = tokio::spawn(async move {
-            follow::interrupted().await;
-            stop.stop(Failure::new(Code::Cancelled, Action::Abandon, "interrupted"));
-        });
         let shown = tokio::spawn(show_progress(cx.clone()));
         let done = restoring::restore(&cx, &backup, &destination, 0).await;
-        interrupted.abort();
         shown.abort();
-        done?
+        done
     };
+    interrupted.abort();
+    let done = done?;
     output::show(format, &done, |done| {
         if done.planned_only {
             return done.plan.join("\n");
@@ -56,7 +58,7 @@ pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failu
             backup.facts().cluster,
             done.directory,
             done.files,
-            output::bytes(done.size_bytes),
+            output::restored(done),
             done.stop_lsn
         )
     });
@@ -77,7 +79,12 @@ fn context(cluster: &proto::ClusterName) -> JobContext {
         predecessor: None,
         cluster: cluster.clone(),
         system_identifier: None,
-        task: Task::Restore(proto::job::Restore { backup: None, target, plan_only: false }),
+        task: Task::Restore(proto::job::Restore {
+            backup: None,
+            target,
+            plan_only: false,
+            delta: false,
+        }),
         deadline_ms: u64::MAX,
         traceparent: None,
     };

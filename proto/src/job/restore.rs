@@ -19,6 +19,10 @@ pub struct Restore {
     /// Only say what would be done.
     #[serde(default)]
     pub plan_only: bool,
+    /// The target may be the data directory of a stopped server of the same cluster: what is right in it is used again, the
+    /// rest is changed or removed. Left out when false, so that a worker that does not know it still restores.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub delta: bool,
 }
 
 /// A directory below one of the restore roots a worker announced.
@@ -92,6 +96,9 @@ pub struct RestoreOutcome {
     pub size_bytes: u64,
     /// Bytes fetched from the repository.
     pub fetched_bytes: u64,
+    /// Bytes that were right on disk already.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub reused_bytes: u64,
     /// Where recovery will be consistent once a server starts on it.
     pub stop_lsn: Lsn,
     /// True when nothing was written because only the plan was asked for.
@@ -99,6 +106,11 @@ pub struct RestoreOutcome {
     /// The plan, one line a step, for people.
     #[serde(default)]
     pub plan: Vec<String>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 #[cfg(test)]

@@ -5,10 +5,10 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use crossbeam_channel::Sender;
+use crossbeam_channel::{Receiver, Sender};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::entry::Extent;
+use crate::entry::Place;
 use crate::error::Error;
 use crate::layout;
 use crate::pack::{FrameRef, ObjectType, PackId};
@@ -24,6 +24,18 @@ pub(super) struct TargetFile {
     pub(super) path: Vec<u8>,
     pub(super) mode: u32,
     pub(super) size_bytes: u64,
+    /// It is there, with its size; else whoever writes first makes it.
+    pub(super) made: bool,
+}
+
+/// Consecutive units of a file that have to be fetched.
+#[derive(Debug)]
+pub(super) struct Wanted {
+    pub(super) file: Arc<TargetFile>,
+    /// Where the first one goes.
+    pub(super) offset: u64,
+    pub(super) bytes: u32,
+    pub(super) place: Place,
 }
 
 /// Bytes of a frame that go into a file.
@@ -65,7 +77,8 @@ pub(super) struct Fetcher<'a> {
     backup: &'a Backup,
     stop: &'a Arc<Stop>,
     progress: &'a Arc<Progress>,
-    ready: Sender<Fetched>,
+    /// Without it, requests are only counted.
+    ready: Option<Sender<Fetched>>,
     memory: Arc<Semaphore>,
     uses: HashMap<(PackId, u32), Use>,
     writes: usize,
@@ -78,7 +91,7 @@ impl<'a> Fetcher<'a> {
         backup: &'a Backup,
         stop: &'a Arc<Stop>,
         progress: &'a Arc<Progress>,
-        ready: Sender<Fetched>,
+        ready: Option<Sender<Fetched>>,
         requests_max: usize,
     ) -> Self {
         Self {
@@ -93,48 +106,42 @@ impl<'a> Fetcher<'a> {
         }
     }
 
-    /// Wants consecutive units of a file; `offset` is where the first one goes. Returns the offset behind them.
-    pub(super) fn want(
-        &mut self,
-        file: &Arc<TargetFile>,
-        unit_bytes: u32,
-        extents: &[Extent],
-        mut offset: u64,
-    ) -> Result<u64, Error> {
-        for extent in extents {
-            let length = (u64::from(extent.units) * u64::from(unit_bytes))
-                .min(file.size_bytes.saturating_sub(offset));
-            if let Some(place) = extent.place {
-                let wanted = self
-                    .uses
-                    .entry((place.frame.pack, place.frame.number))
-                    .or_insert_with(|| Use { frame: place.frame, writes: Vec::new() });
-                if wanted.frame != place.frame {
-                    let key = layout::pack(self.backup.lineage(), place.frame.pack);
-                    return Err(Error::damaged(
-                        key,
-                        "the manifest describes a frame in it in two ways",
-                    ));
-                }
-                wanted.writes.push(Write {
-                    file: Arc::clone(file),
-                    file_offset: offset,
-                    frame_offset: place.offset,
-                    length: u32::try_from(length).unwrap_or(u32::MAX),
-                });
-                self.writes += 1;
-                self.bytes += length;
-            }
-            offset += length;
-            if self.writes >= WRITES_MAX || self.bytes >= WINDOW_BYTES {
-                self.flush()?;
+    /// Does as it is told until nobody wants anything any more.
+    pub(super) fn run(mut self, wanted: &Receiver<Vec<Wanted>>) -> Result<(), Error> {
+        for wanted in wanted {
+            for wanted in wanted {
+                self.want(wanted)?;
             }
         }
-        Ok(offset)
+        self.flush()
+    }
+
+    fn want(&mut self, wanted: Wanted) -> Result<(), Error> {
+        let Wanted { file, offset, bytes, place } = wanted;
+        let used = self
+            .uses
+            .entry((place.frame.pack, place.frame.number))
+            .or_insert_with(|| Use { frame: place.frame, writes: Vec::new() });
+        if used.frame != place.frame {
+            let key = layout::pack(self.backup.lineage(), place.frame.pack);
+            return Err(Error::damaged(key, "the manifest describes a frame in it in two ways"));
+        }
+        used.writes.push(Write {
+            file,
+            file_offset: offset,
+            frame_offset: place.offset,
+            length: bytes,
+        });
+        self.writes += 1;
+        self.bytes += u64::from(bytes);
+        if self.writes >= WRITES_MAX || self.bytes >= WINDOW_BYTES {
+            self.flush()?;
+        }
+        Ok(())
     }
 
     /// Sends for everything gathered. Waits while too much is in memory.
-    pub(super) fn flush(&mut self) -> Result<(), Error> {
+    fn flush(&mut self) -> Result<(), Error> {
         let mut uses: Vec<Use> = self.uses.drain().map(|(_, wanted)| wanted).collect();
         uses.sort_by_key(|wanted| (wanted.frame.pack, wanted.frame.offset));
         self.writes = 0;
@@ -169,10 +176,14 @@ impl<'a> Fetcher<'a> {
         {
             return Err(Error::damaged(key, "a reference into it cannot be right"));
         }
+        let Some(ready) = self.ready.clone() else {
+            self.progress.add_stored(range.end - range.start);
+            return Ok(());
+        };
         let memory = Arc::clone(&self.memory);
         let permit =
             self.stop.wait(async { memory.acquire_owned().await.map_err(|_| Error::Cancelled) })?;
-        let (stop, ready) = (Arc::clone(self.stop), self.ready.clone());
+        let stop = Arc::clone(self.stop);
         let store = Arc::clone(&self.backup.repository.store);
         let progress = Arc::clone(self.progress);
         self.stop.runtime().spawn(async move {

@@ -1,21 +1,28 @@
 //! Restoring: first a plan that says what, how much, whether it is all there and whether it fits; then the plan is done.
 //!
 //! The target holds a marker file from the first write to the last, so that a directory whose restore did not finish is
-//! never taken for a good one. Restoring into it again begins by clearing what is in it, which the plan has found to be ours.
+//! never taken for a good one. What is there already (an unfinished restore, or a directory that may be replaced) is compared
+//! unit by unit with the detection hashes, and only what differs is fetched. So nothing has to be remembered for a restore
+//! that was interrupted: whatever a crash left is right, or it is fetched again.
 
+mod compare;
 mod fetch;
+mod marker;
+mod run;
 mod target;
 mod tree;
+mod walk;
 mod write;
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
+pub use self::marker::Unfinished;
 use crate::check::Inventory;
 use crate::error::Error;
 use crate::progress::Progress;
@@ -25,19 +32,45 @@ use crate::stop::Stop;
 /// Where a backup is restored to.
 #[derive(Debug, Clone, Default)]
 pub struct RestoreTarget {
-    /// Becomes the root of the restored tree. Created when missing; empty, or an unfinished restore of the same backup.
+    /// Becomes the root of the restored tree. Created when missing.
     pub directory: PathBuf,
     /// Directories of the backup whose content goes elsewhere: relative path in the backup to an absolute directory. A
     /// symbolic link stands in their place.
     pub mapping: BTreeMap<Vec<u8>, PathBuf>,
     /// The directory, relative, that receives the WAL the backup brought along; `None` leaves it in the repository.
     pub wal_directory: Option<Vec<u8>>,
+    /// What may be there already.
+    pub existing: Existing,
+}
+
+/// What a restore makes of what is in its target already.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Existing {
+    /// An unfinished restore of the same backup goes on. Everything else is refused.
+    #[default]
+    Resume,
+    /// Whatever is there is used where it is right, changed where it is not, and removed where the backup has no such
+    /// name. The caller has made sure that it may be.
+    Replace {
+        /// Names right below the directory that are left alone.
+        spare: BTreeSet<Vec<u8>>,
+    },
 }
 
 /// How often a target that is in use is looked at again.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
 impl RestoreTarget {
+    /// Every directory that receives files, with the path in the backup of what goes there: the root first.
+    fn roots(&self) -> impl Iterator<Item = (&[u8], &Path)> {
+        let mapped = self.mapping.iter().map(|(path, place)| (path.as_slice(), place.as_path()));
+        std::iter::once((&b""[..], self.directory.as_path())).chain(mapped)
+    }
+
+    fn spares(&self, path: &[u8]) -> bool {
+        matches!(&self.existing, Existing::Replace { spare } if spare.contains(path))
+    }
+
     /// Waits until no other restore writes into the target, at most `patience`: an attempt that was given up for lost may
     /// need a while to notice it. Whoever restores afterwards makes the plan afterwards, too. `told` is called each time
     /// that the target was found in use.
@@ -47,10 +80,8 @@ impl RestoreTarget {
         cancel: &CancellationToken,
         told: impl Fn(),
     ) -> Result<(), Error> {
-        let mut directories: Vec<PathBuf> = self.mapping.values().cloned().collect();
-        directories.push(self.directory.clone());
         let busy = || -> Result<bool, Error> {
-            let looked = directories.iter().map(|directory| tree::Tree::is_locked(directory));
+            let looked = self.roots().map(|(_, directory)| tree::Tree::is_locked(directory));
             looked.reduce(|one, other| Ok(one? || other?)).unwrap_or(Ok(false))
         };
         let waiting = async {
@@ -104,8 +135,34 @@ pub struct RestorePlan {
     pub inventory: Inventory,
     /// Each file system that is written to.
     pub places: Vec<Place>,
-    /// The target holds an unfinished restore of this backup, which is cleared first.
+    /// The target holds an unfinished restore, which goes on.
     pub resumes: bool,
+    /// What is in the target and not in the backup: it is removed first. Empty unless everything may be replaced.
+    pub foreign: Vec<Foreign>,
+    /// Every name of the backup, when the target holds something to be compared.
+    reuses: Option<Arc<target::Contents>>,
+}
+
+/// Something in a target that the backup does not have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Foreign {
+    /// Its path as a path of the backup would be.
+    name: Vec<u8>,
+    /// Where it is.
+    pub path: PathBuf,
+    /// It and all that is in it.
+    pub names: u64,
+    /// Bytes of the files among them.
+    pub bytes: u64,
+}
+
+/// How much of a target is right already.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Comparison {
+    /// Bytes that are right on disk.
+    pub reused_bytes: u64,
+    /// Bytes to be fetched from the repository, neighbours that are fetched along included.
+    pub fetch_bytes: u64,
 }
 
 /// A directory that receives files.
@@ -115,7 +172,7 @@ pub struct Place {
     pub directory: PathBuf,
     /// Bytes that go there.
     pub needed_bytes: u64,
-    /// Bytes its file system has free, what will be cleared included. Directories on one file system share it.
+    /// Bytes its file system has free, what is there and will be used or removed included. Directories on one file system share it.
     pub available_bytes: u64,
     /// Which file system.
     pub(crate) device: u64,
@@ -130,6 +187,8 @@ pub struct RestoreSummary {
     pub bytes: u64,
     /// Bytes fetched from the repository.
     pub fetched_bytes: u64,
+    /// Bytes that were right on disk already.
+    pub reused_bytes: u64,
 }
 
 impl Backup {
@@ -150,6 +209,8 @@ impl Backup {
             inventory,
             places: survey.places,
             resumes: survey.resumes,
+            foreign: survey.foreign,
+            reuses: survey.reuses.map(Arc::new),
         })
     }
 }
@@ -181,17 +242,36 @@ impl RestorePlan {
         Ok(())
     }
 
+    /// Whether the target holds something that may be right already.
+    pub fn reuses(&self) -> bool {
+        self.reuses.is_some()
+    }
+
+    /// Compares what is in the target with the backup and says what would have to be fetched. Reads all of it, touches
+    /// nothing.
+    pub async fn compare(&self, options: &RestoreOptions) -> Result<Comparison, Error> {
+        let (backup, target, options) = (self.backup.clone(), self.target.clone(), options.clone());
+        let cancel = options.cancel.clone();
+        blocking(&cancel, move |stop| run::compare(&backup, &target, &options, stop)).await
+    }
+
     /// Restores. On success everything is durable and the marker is gone; on failure the marker stays.
     pub async fn restore(self, options: RestoreOptions) -> Result<RestoreSummary, Error> {
         self.check()?;
-        let stop = Arc::new(Stop::new(&options.cancel, Handle::current()));
-        let guard = stop.token().clone().drop_guard();
-        let restored = tokio::task::spawn_blocking(move || {
-            write::run(&self.backup, &self.target, &options, &stop)
-        })
+        blocking(&options.cancel.clone(), move |stop| run::restore(&self, &options, stop)).await
+    }
+}
+
+/// Does work that blocks on a thread of its own, until it is done, cancelled, or nobody waits for it any more.
+async fn blocking<T: Send + 'static>(
+    cancel: &CancellationToken,
+    work: impl FnOnce(&Arc<Stop>) -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    let stop = Arc::new(Stop::new(cancel, Handle::current()));
+    let guard = stop.token().clone().drop_guard();
+    let done = tokio::task::spawn_blocking(move || work(&stop))
         .await
         .unwrap_or_else(|gone| Err(Error::Bug(format!("the restore ended: {gone}"))));
-        drop(guard);
-        restored
-    }
+    drop(guard);
+    done
 }

@@ -3,37 +3,30 @@
 use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io::{self, ErrorKind};
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use super::marker::{MARKER, MARKER_DRAFT, Unfinished};
 use super::tree::split;
-use super::{Place, RestoreTarget};
+use super::{Existing, Foreign, Place, RestorePlan, RestoreTarget};
 use crate::entry::{Body, Entry, check_path};
 use crate::error::{Error, show};
 use crate::layout;
 use crate::reader::Backup;
 use crate::stop::Stop;
 
-/// Stands in a target that is not finished.
-pub(super) const MARKER: &str = "pgmuster-restore-incomplete";
-
-pub(super) fn marker_text(backup: &Backup) -> String {
-    format!(
-        "An unfinished restore of backup {}.\n\
-         Do not start a server here. Restore again, or delete this directory.\n",
-        backup.id()
-    )
-}
-
-/// What a restore asks for.
-#[derive(Debug, Default)]
+/// What a restore asks for, and what is there already.
+#[derive(Debug)]
 pub(super) struct Survey {
     pub(super) files: u64,
     pub(super) directories: u64,
     pub(super) bytes: u64,
     pub(super) places: Vec<Place>,
     pub(super) resumes: bool,
+    /// Every name of the backup, when something is there to be compared with it.
+    pub(super) reuses: Option<Contents>,
+    pub(super) foreign: Vec<Foreign>,
 }
 
 pub(super) fn survey(
@@ -72,30 +65,72 @@ pub(super) fn survey(
         files: contents.files,
         directories: contents.directories.len() as u64,
         bytes: contents.bytes.values().sum(),
-        ..Survey::default()
+        places: Vec::new(),
+        resumes: false,
+        reuses: None,
+        foreign: Vec::new(),
     };
-    let mut roots: Vec<(&[u8], &Path)> = vec![(b"", &target.directory)];
-    roots.extend(
-        target.mapping.iter().map(|(path, elsewhere)| (path.as_slice(), elsewhere.as_path())),
-    );
-    for (prefix, directory) in roots {
-        let found = look(directory, prefix, backup, &contents)?;
+    let mut is_anything_there = false;
+    for (prefix, directory) in target.roots() {
+        let mut found = look(directory, prefix, backup, target, Some(&contents))?;
         survey.resumes |= found.resumes;
+        is_anything_there |= found.resumes || found.is_anything_there;
+        survey.foreign.append(&mut found.foreign);
         let needed_bytes = contents.bytes.get(prefix).copied().unwrap_or(0);
         let (device, free_bytes) = free(directory)?;
         survey.places.push(Place {
             directory: directory.to_owned(),
             needed_bytes,
-            available_bytes: free_bytes.saturating_add(found.clearable_bytes),
+            available_bytes: free_bytes.saturating_add(found.held_bytes),
             device,
         });
+    }
+    if is_anything_there {
+        apart(target)?;
+        survey.reuses = Some(contents);
     }
     Ok(survey)
 }
 
+/// Makes sure that no directory of the target lies in another one, where its files would be taken for foreign ones.
+fn apart(target: &RestoreTarget) -> Result<(), Error> {
+    let roots: Vec<PathBuf> = target
+        .roots()
+        .map(|(_, directory)| fs::canonicalize(directory).unwrap_or_else(|_| directory.to_owned()))
+        .collect();
+    for (n, one) in roots.iter().enumerate() {
+        for (m, other) in roots.iter().enumerate() {
+            if n != m && one.starts_with(other) {
+                let reason = format!("{} lies in it and is to be restored, too", one.display());
+                return Err(Error::TargetNotEmpty { target: other.display().to_string(), reason });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Looks again, when nobody else can write any more, whether the target is what the plan found.
+pub(super) fn look_again(planned: &RestorePlan) -> Result<(), Error> {
+    let (backup, target) = (&planned.backup, &planned.target);
+    let known: HashSet<&[u8]> = planned.foreign.iter().map(|foreign| &*foreign.name).collect();
+    for (prefix, directory) in target.roots() {
+        let found = look(directory, prefix, backup, target, planned.reuses.as_deref())?;
+        let news = found.foreign.iter().find(|foreign| !known.contains(&*foreign.name));
+        let emptied = planned.reuses.is_none() && (found.is_anything_there || found.resumes);
+        if news.is_some() || emptied {
+            let what = news.map_or("something".to_owned(), |new| new.path.display().to_string());
+            return Err(Error::TargetNotEmpty {
+                target: directory.display().to_string(),
+                reason: format!("{what} was put there since the restore was planned"),
+            });
+        }
+    }
+    Ok(())
+}
+
 /// Every name of the backup: for telling ours from others', and for refusing what cannot be a tree.
 #[derive(Debug, Default)]
-struct Contents {
+pub(super) struct Contents {
     files: u64,
     directories: HashSet<Vec<u8>>,
     others: HashSet<Vec<u8>>,
@@ -113,7 +148,7 @@ impl Contents {
         if !parent.is_empty() && !self.directories.contains(parent) {
             return refuse("it stands in something that is no directory");
         }
-        if entry.path == MARKER.as_bytes() {
+        if entry.path == MARKER.as_bytes() || entry.path == MARKER_DRAFT.as_bytes() {
             return refuse("it has the name of the marker");
         }
         let fresh = match &entry.body {
@@ -128,8 +163,10 @@ impl Contents {
         if fresh { Ok(()) } else { refuse("it is there twice") }
     }
 
-    fn has(&self, path: &[u8]) -> bool {
-        self.directories.contains(path) || self.others.contains(path)
+    /// Whether a directory, or something else, is what the backup has under a name.
+    fn has(&self, path: &[u8], is_directory: bool) -> bool {
+        let names = if is_directory { &self.directories } else { &self.others };
+        names.contains(path)
     }
 }
 
@@ -147,78 +184,145 @@ fn place_of(path: &[u8], target: &RestoreTarget) -> Vec<u8> {
 
 #[derive(Debug, Default)]
 struct Found {
+    /// An unfinished restore of this backup; where everything may be replaced, of any.
     resumes: bool,
-    clearable_bytes: u64,
+    is_anything_there: bool,
+    /// Room taken by what is there and will be used again, or given back.
+    held_bytes: u64,
+    foreign: Vec<Foreign>,
 }
 
-/// Looks into a directory that is to receive files.
+/// Looks into a directory that is to receive files, and refuses what must not be touched.
 fn look(
     directory: &Path,
     prefix: &[u8],
     backup: &Backup,
-    contents: &Contents,
+    target: &RestoreTarget,
+    contents: Option<&Contents>,
 ) -> Result<Found, Error> {
     let refuse = |reason: String| {
         Err(Error::TargetNotEmpty { target: directory.display().to_string(), reason })
     };
-    let unreadable = |source| Error::Target { path: directory.display().to_string(), source };
-    let mut names = match fs::read_dir(directory) {
-        Ok(names) => names.peekable(),
+    let failed = |source| Error::Target { path: directory.display().to_string(), source };
+    let metadata = match fs::metadata(directory) {
+        Ok(metadata) if metadata.is_dir() => metadata,
+        Ok(_) => return refuse("it is not a directory".into()),
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Found::default()),
         Err(error) if error.kind() == ErrorKind::NotADirectory => {
             return refuse("it is not a directory".into());
         }
-        Err(error) => return Err(unreadable(error)),
+        Err(error) => return Err(failed(error)),
     };
-    if names.peek().is_none() {
-        return Ok(Found::default());
-    }
-    match fs::read_to_string(directory.join(MARKER)) {
-        Ok(text) if text == marker_text(backup) => {}
-        Ok(_) => return refuse("it holds an unfinished restore of another backup".into()),
-        Err(error) if error.kind() == ErrorKind::NotFound => {
-            return refuse("it is not empty".into());
+    let marker = Unfinished::find(directory)?;
+    let ours = marker == Some(Some(Unfinished::of(backup)));
+    if !ours && matches!(target.existing, Existing::Resume) {
+        if marker.is_some() {
+            return refuse("it holds an unfinished restore of another backup".into());
         }
-        Err(error) => return Err(unreadable(error)),
+        let mut names = fs::read_dir(directory).map_err(failed)?;
+        // A marker that was not finished is the first thing that is ever written.
+        let alien =
+            names.find(|name| !matches!(name, Ok(name) if name.file_name() == MARKER_DRAFT));
+        return if alien.is_some() {
+            refuse("it is not empty".into())
+        } else {
+            Ok(Found::default())
+        };
     }
-    let mut found = Found { resumes: true, clearable_bytes: 0 };
-    let foreign = walk(directory, prefix, contents, &mut found).map_err(unreadable)?;
-    match foreign {
-        None => Ok(found),
-        Some(path) => refuse(format!("beside an unfinished restore it holds {}", path.display())),
+    let device = metadata.dev();
+    let mut walk = Look { target, contents, found: Found::default() };
+    walk.found.resumes = marker.is_some();
+    walk.directory(directory, prefix, device)?;
+    match walk.found.foreign.first() {
+        Some(foreign) if matches!(target.existing, Existing::Resume) => {
+            refuse(format!("beside an unfinished restore it holds {}", foreign.path.display()))
+        }
+        _ => Ok(walk.found),
     }
 }
 
-/// Finds a name that is not the backup's.
-fn walk(
-    directory: &Path,
-    prefix: &[u8],
-    contents: &Contents,
-    found: &mut Found,
-) -> io::Result<Option<PathBuf>> {
-    for entry in fs::read_dir(directory)? {
-        let entry = entry?;
-        let name = entry.file_name();
-        if name == MARKER {
-            continue;
+/// A walk through what is there. Links are not followed.
+struct Look<'a> {
+    target: &'a RestoreTarget,
+    contents: Option<&'a Contents>,
+    found: Found,
+}
+
+impl Look<'_> {
+    fn directory(&mut self, directory: &Path, prefix: &[u8], device: u64) -> Result<(), Error> {
+        for (name, place, metadata) in names(directory)? {
+            if [MARKER, MARKER_DRAFT].iter().any(|marker| name == marker.as_bytes()) {
+                continue;
+            }
+            let path = match prefix {
+                b"" => name,
+                _ => [prefix, &name].join(&b'/'),
+            };
+            if self.target.spares(&path) {
+                continue;
+            }
+            self.found.is_anything_there = true;
+            // Of a file with a second name elsewhere, nothing is given back.
+            if metadata.nlink() == 1 || metadata.is_dir() {
+                self.found.held_bytes += metadata.blocks() * 512;
+            }
+            let is_directory = metadata.is_dir();
+            // Where a mapped directory is in the backup, there is a link to it.
+            let belongs = if self.target.mapping.contains_key(&path) {
+                !is_directory
+            } else {
+                self.contents.is_some_and(|contents| contents.has(&path, is_directory))
+            };
+            if !belongs {
+                let bytes = if is_directory { 0 } else { metadata.len() };
+                let mut foreign = Foreign { name: path, path: place.clone(), names: 1, bytes };
+                if is_directory {
+                    self.weigh(&place, device, &mut foreign)?;
+                }
+                self.found.foreign.push(foreign);
+            } else if is_directory {
+                self.directory(&place, &path, metadata.dev())?;
+            }
         }
-        let path = match prefix {
-            b"" => name.as_bytes().to_vec(),
-            _ => [prefix, name.as_bytes()].join(&b'/'),
-        };
-        if !contents.has(&path) {
-            return Ok(Some(entry.path()));
-        }
-        // Of the entry itself: links are not followed.
-        let metadata = entry.metadata()?;
-        found.clearable_bytes += metadata.blocks() * 512;
-        if metadata.is_dir()
-            && let Some(foreign) = walk(&entry.path(), &path, contents, found)?
-        {
-            return Ok(Some(foreign));
-        }
+        Ok(())
     }
-    Ok(None)
+
+    /// Counts what is in a foreign directory. Another file system in it is nothing that a restore may empty.
+    fn weigh(&mut self, directory: &Path, device: u64, into: &mut Foreign) -> Result<(), Error> {
+        let its_device = fs::symlink_metadata(directory).map(|metadata| metadata.dev());
+        let failed = |source| Error::Target { path: directory.display().to_string(), source };
+        if its_device.map_err(failed)? != device {
+            return Err(Error::TargetNotEmpty {
+                target: directory.display().to_string(),
+                reason: "another file system is mounted there, and it is not in the backup".into(),
+            });
+        }
+        for (_, place, metadata) in names(directory)? {
+            into.names += 1;
+            if metadata.nlink() == 1 {
+                self.found.held_bytes += metadata.blocks() * 512;
+            }
+            if metadata.is_dir() {
+                self.weigh(&place, device, into)?;
+            } else {
+                into.bytes += metadata.len();
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What is in a directory: names, where they are, what they are themselves.
+fn names(directory: &Path) -> Result<Vec<(Vec<u8>, PathBuf, fs::Metadata)>, Error> {
+    let failed = |source| Error::Target { path: directory.display().to_string(), source };
+    let mut names = Vec::new();
+    for entry in fs::read_dir(directory).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let metadata = entry.metadata().map_err(failed)?;
+        names.push((entry.file_name().into_vec(), entry.path(), metadata));
+    }
+    names.sort_by(|a, b| a.0.cmp(&b.0));
+    Ok(names)
 }
 
 /// The file system and the free bytes of the nearest directory that exists.
@@ -239,36 +343,4 @@ fn free(directory: &Path) -> Result<(u64, u64), Error> {
             }
         }
     }
-}
-
-/// Makes the directory, or empties it when it holds an unfinished restore (which the plan has looked through).
-pub(super) fn prepare(directory: &Path, backup: &Backup) -> Result<(), Error> {
-    let failed = |source| Error::Target { path: directory.display().to_string(), source };
-    fs::create_dir_all(directory).map_err(failed)?;
-    let marked = match fs::read_to_string(directory.join(MARKER)) {
-        Ok(text) => text == marker_text(backup),
-        Err(error) if error.kind() == ErrorKind::NotFound => false,
-        Err(error) => return Err(failed(error)),
-    };
-    for entry in fs::read_dir(directory).map_err(failed)? {
-        let entry = entry.map_err(failed)?;
-        if entry.file_name() == MARKER {
-            continue;
-        }
-        if !marked {
-            return Err(Error::TargetNotEmpty {
-                target: directory.display().to_string(),
-                reason: "something was put there since the restore was planned".into(),
-            });
-        }
-        // remove_dir_all does not follow links.
-        let removed = if entry.file_type().map_err(failed)?.is_dir() {
-            fs::remove_dir_all(entry.path())
-        } else {
-            fs::remove_file(entry.path())
-        };
-        removed
-            .map_err(|source| Error::Target { path: entry.path().display().to_string(), source })?;
-    }
-    Ok(())
 }

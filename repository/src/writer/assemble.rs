@@ -8,9 +8,9 @@ use std::sync::Arc;
 use crossbeam_channel::Receiver;
 
 use super::copy::Copied;
-use super::detect::spread;
 use super::previous::Old;
 use super::stream::{PackStream, Uploads};
+use crate::detect::spread;
 use crate::entry::{Body, Content, Entry, Extent};
 use crate::error::Error;
 use crate::limits::{HASH_BYTES, SHARD_ENTRIES};

@@ -8,10 +8,10 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use super::assemble::Event;
-use super::detect::{Detection, ZERO};
 use super::previous::Old;
 use super::source::{InMemory, Source, SourceFile};
 use super::stream::{PackStream, Uploads};
+use crate::detect::{Detection, ZERO};
 use crate::entry::{Extent, Place, SourceEntry, push_extent};
 use crate::error::{Error, show};
 use crate::limits::FRAME_BYTES;

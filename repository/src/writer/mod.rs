@@ -10,7 +10,6 @@
 
 mod assemble;
 mod copy;
-mod detect;
 mod plan;
 mod previous;
 mod source;
@@ -28,7 +27,6 @@ use tokio_util::sync::CancellationToken;
 
 use self::assemble::{Assembled, Assembler, ShardWriter};
 use self::copy::Copier;
-use self::detect::Detection;
 use self::plan::{Planner, Reread, Trust};
 use self::previous::Walk;
 pub use self::source::{Source, SourceFile};
@@ -36,6 +34,7 @@ use self::stream::Uploads;
 use self::wal::WalStored;
 pub use self::wal::WalWriter;
 use crate::attempt::Attempt;
+use crate::detect::Detection;
 use crate::entry::SourceEntry;
 use crate::error::Error;
 use crate::manifest::{Counts, FORMAT, Head, Root};

@@ -8,8 +8,8 @@ use crossbeam_channel::Sender;
 
 use super::assemble::{Event, Shape};
 use super::copy::Job;
-use super::detect::spread;
 use super::previous::{Old, Walk};
+use crate::detect::spread;
 use crate::entry::{Body, Content, Entry, FileBody, SourceEntry, SourceKind, Stamp, path_order};
 use crate::error::Error;
 use crate::limits::{INLINE_UNITS, SHARD_UNITS, UNIT_BYTES_MAX, UNIT_BYTES_MIN};

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::detect::Hash;
+use crate::detect::Hash;
 use crate::entry::{Body, Content, Entry, Extent, FileBody, Place, path_order};
 use crate::error::Error;
 use crate::limits::{HASH_BYTES, SHARD_UNITS};

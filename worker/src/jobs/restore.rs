@@ -25,17 +25,20 @@ pub(crate) async fn run(
             restoring::find(repository, Some(&cx.spec.cluster), identifier, task.backup).await
         })
         .await?;
-    let destination = Destination::below(&directory, backup.facts());
+    let below = Destination::below(&directory, backup.facts());
+    let destination = Destination { delta: task.delta, ..below };
     for place in destination.tablespaces.values() {
         below_root(config, &task.target.root, place)?;
     }
     if task.plan_only {
-        return cx.step("plan", restoring::plan(&backup, &destination)).await;
+        let plan = restoring::plan(cx, &backup, &destination, config.backup.processes);
+        return cx.step("plan", plan).await;
     }
     cx.step_with("restore", |step| async move {
         let done = restoring::restore(cx, &backup, &destination, config.backup.processes).await?;
         step.figure("written_bytes", done.size_bytes);
         step.figure("fetched_bytes", done.fetched_bytes);
+        step.figure("reused_bytes", done.reused_bytes);
         Ok(done)
     })
     .await
@@ -100,7 +103,7 @@ mod tests {
             root: root.display().to_string(),
             directory: directory.parse().unwrap(),
         };
-        Restore { backup: None, target, plan_only: false }
+        Restore { backup: None, target, plan_only: false, delta: false }
     }
 
     #[test]

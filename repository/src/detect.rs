@@ -3,15 +3,15 @@
 use crate::limits::HASH_BYTES;
 
 /// The detection hash of a unit. All zero for a unit of zeros, and for no other.
-pub(super) type Hash = [u8; HASH_BYTES];
+pub(crate) type Hash = [u8; HASH_BYTES];
 
-pub(super) const ZERO: Hash = [0; HASH_BYTES];
+pub(crate) const ZERO: Hash = [0; HASH_BYTES];
 
 /// The key under which the units of one lineage are hashed.
-pub(super) struct Detection(pub(super) zeroize::Zeroizing<[u8; 32]>);
+pub(crate) struct Detection(pub(crate) zeroize::Zeroizing<[u8; 32]>);
 
 impl Detection {
-    pub(super) fn hash(&self, unit: &[u8]) -> Hash {
+    pub(crate) fn hash(&self, unit: &[u8]) -> Hash {
         if is_zero(unit) {
             return ZERO;
         }
@@ -22,7 +22,7 @@ impl Detection {
 }
 
 /// Whether every byte is zero. The usual unit answers in its first bytes.
-pub(super) fn is_zero(bytes: &[u8]) -> bool {
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
     let mut chunks = bytes.chunks_exact(64);
     chunks.all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
         && bytes.chunks_exact(64).remainder().iter().all(|byte| *byte == 0)
