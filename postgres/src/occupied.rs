@@ -57,8 +57,8 @@ pub fn check_unused(data_directory: &Path) -> Result<(), Unavailable> {
     };
     let ours = pid == getpid();
     // No right to signal it is no proof that it is no server. Of ours, only a restore before this one is known to be over.
-    let lives = !matches!(test_kill_process(pid), Err(Errno::SRCH)) && !(ours && alone);
-    if lives {
+    let is_over = matches!(test_kill_process(pid), Err(Errno::SRCH)) || (ours && alone);
+    if !is_over {
         let who = if alone { "a restore, or a server for one user," } else { "a server" };
         return in_use(format!(
             "{LOCK_FILE} names process {pid}, which is alive: {who} may work there"

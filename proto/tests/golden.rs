@@ -169,6 +169,9 @@ fn specs_of_every_kind() {
         let kind = task.kind();
         golden(&format!("spec.{kind}"), &spec(task));
     }
+    let target = RestoreTarget { root: "/".to_owned(), directory: "data".parse().unwrap() };
+    let delta = Restore { backup: Some(backup_id()), target, plan_only: false, delta: true };
+    golden("spec.restore.delta", &spec(Task::Restore(delta)));
 }
 
 #[test]

@@ -208,6 +208,7 @@ async fn in_sandbox(
             .iter()
             .map(|space| (space.oid, room.tablespaces().join(space.oid.to_string())))
             .collect(),
+        delta: false,
     };
     let restored = cx
         .step_with("restore", |step| async move {

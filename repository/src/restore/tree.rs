@@ -275,7 +275,7 @@ impl Tree {
     pub(super) fn remove(&self, path: &[u8]) -> Result<(), Error> {
         let (parent, name) = split(path);
         let parent = self.directory(parent)?;
-        match rustix::fs::unlinkat(&parent, name, AtFlags::empty()) {
+        match unlink(&parent, name) {
             Ok(()) => Ok(()),
             Err(Errno::ISDIR) => {
                 // Handles of what is in it would lead to what is gone.
@@ -389,16 +389,21 @@ fn is_absent(error: &io::Error) -> bool {
     error.raw_os_error().is_some_and(|code| absent.iter().any(|e| e.raw_os_error() == code))
 }
 
+/// Removes what is no directory, from a directory that its owner may not write, too: one that stays gets its own mode at the
+/// end.
+fn unlink(parent: &OwnedFd, name: &[u8]) -> rustix::io::Result<()> {
+    match rustix::fs::unlinkat(parent, name, AtFlags::empty()) {
+        Err(Errno::ACCESS) => {
+            rustix::fs::fchmod(parent, mode(0o700))?;
+            rustix::fs::unlinkat(parent, name, AtFlags::empty())
+        }
+        removed => removed,
+    }
+}
+
 /// Removes a directory and what is in it, following nothing.
 fn remove_directory(parent: &OwnedFd, name: &[u8]) -> rustix::io::Result<()> {
-    let flags = DIRECTORY | OFlags::NOFOLLOW;
-    let handle = match rustix::fs::openat(parent, name, flags, Mode::empty()) {
-        Err(Errno::ACCESS) => {
-            rustix::fs::chmodat(parent, name, mode(0o700), AtFlags::empty())?;
-            rustix::fs::openat(parent, name, flags, Mode::empty())?
-        }
-        handle => handle?,
-    };
+    let handle = rustix::fs::openat(parent, name, DIRECTORY | OFlags::NOFOLLOW, Mode::empty())?;
     let mut names = Vec::new();
     for entry in Dir::read_from(&handle)? {
         let entry = entry?;
@@ -408,7 +413,7 @@ fn remove_directory(parent: &OwnedFd, name: &[u8]) -> rustix::io::Result<()> {
         }
     }
     for name in names {
-        match rustix::fs::unlinkat(&handle, name.as_slice(), AtFlags::empty()) {
+        match unlink(&handle, &name) {
             Err(Errno::ISDIR) => remove_directory(&handle, &name)?,
             removed => removed?,
         }
