@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use proto::{BackupId, ClusterName, JobId, JobState, ProofLevel, SiteName, WorkerName};
+use repository::Slice;
 
 /// The heading of the options that every command has.
 const GLOBAL: &str = "Options of every command";
@@ -87,7 +88,7 @@ pub enum Command {
     /// Look at jobs, follow, stop and repeat them.
     #[command(subcommand)]
     Job(JobCommand),
-    /// Create a repository, or list what one holds.
+    /// Create a repository, list, check and clean one.
     #[command(subcommand)]
     Repo(RepoCommand),
     /// Check this machine, the coordinator, its workers and their clusters.
@@ -494,6 +495,49 @@ pub enum RepoCommand {
         #[arg(long)]
         abort_open: bool,
     },
+    /// Look for damage in a repository: what is missing, what was changed, what does not open.
+    ///
+    /// Names each damaged object and the backups that need it. Packs of file content that are found damaged are marked, so
+    /// that the next backup stores that content again. With --slice a schedule reads everything in M days. The exit code is 3
+    /// when something is damaged.
+    Check(RepoCheck),
+}
+
+/// `repo check`.
+#[derive(Debug, Args)]
+pub struct RepoCheck {
+    /// Which repository.
+    #[command(flatten)]
+    pub at: RepositoryAt,
+    /// Only this cluster's.
+    #[arg(long, value_name = "CLUSTER")]
+    pub cluster: Option<ClusterName>,
+    /// How deep; each level includes the ones before it.
+    #[arg(long, value_enum, default_value_t = Depth::Inventory, value_name = "LEVEL")]
+    pub level: Depth,
+    /// Read only the N-th of M parts of the packs, for instance 3/30 on the third day of thirty. A pack is always in the
+    /// same part.
+    #[arg(long, value_name = "N/M", default_value_t = Slice::WHOLE, hide_default_value = true)]
+    pub slice: Slice,
+    /// Packs read in parallel [default: one a processor, 4 at most].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=64))]
+    pub processes: Option<u8>,
+    /// Write nothing into the repository, no marks either.
+    #[arg(long)]
+    pub no_marks: bool,
+}
+
+/// How deep a repository is checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Depth {
+    /// Everything is there with its size; reads verdicts and manifests.
+    Inventory,
+    /// And every note is authentic, and the metadata of every backup opens.
+    Manifest,
+    /// And the packs of the slice have the bytes that were written.
+    Read,
+    /// And every frame in them opens and unpacks.
+    Decrypt,
 }
 
 /// A repository and its key.

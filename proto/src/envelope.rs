@@ -204,6 +204,17 @@ impl<T: Signable> Signed<T> {
             .map_err(|source| EnvelopeError::Parse { context: T::CONTEXT, source })
     }
 
+    /// The content, if whoever its certificate names signed exactly these bytes: it is as it was signed. Not who signed it:
+    /// that needs the coordinator's key.
+    pub fn verify_unchanged(&self) -> Result<T, EnvelopeError> {
+        let certificate = self
+            .certificate
+            .as_deref()
+            .ok_or(EnvelopeError::Certificate { reason: "there is none" })?
+            .unverified()?;
+        self.verify(&certificate.key)
+    }
+
     /// The content and its sender, if the sender's certificate was issued by `coordinator`.
     pub fn verify_certified(
         &self,
@@ -335,5 +346,12 @@ mod tests {
         assert!(Credentials::new(worker(), forged, coordinator.public()).is_err());
         let bare = worker().sign(&beacon());
         assert!(bare.verify_certified(&coordinator.public()).is_err());
+
+        // Whether it is as it was signed can be told without the coordinator's key.
+        assert_eq!(signed.verify_unchanged().unwrap(), beacon());
+        let mut altered = signed;
+        altered.payload = altered.payload.replace("\"epoch\":7", "\"epoch\":8");
+        assert!(matches!(altered.verify_unchanged(), Err(EnvelopeError::Signature { .. })));
+        assert!(bare.verify_unchanged().is_err());
     }
 }

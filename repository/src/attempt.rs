@@ -1,7 +1,8 @@
 //! Beginning and ending an attempt. The order of the steps here is what keeps collected garbage and new backups apart;
 //! FORMAT.md section "Commit protocol" says why.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
 
 use futures::{StreamExt, TryStreamExt, stream};
 use proto::{AttemptId, BackupId, LineageId};
@@ -25,6 +26,8 @@ pub struct Attempt {
     pub(crate) lineage: LineageId,
     pub(crate) intent: Intent,
     pub(crate) predecessor: Option<Backup>,
+    /// Packs of which a check said that they are damaged: nothing in them is referred to.
+    pub(crate) spoilt: Arc<BTreeSet<PackId>>,
     passed_over: Vec<PassedOver>,
 }
 
@@ -60,8 +63,8 @@ enum Order {
 }
 
 impl Repository {
-    /// Begins an attempt: writes its intent, reads what is condemned, then chooses the backup to compare with. An
-    /// attempt is begun once; a second begin of the same id is refused.
+    /// Begins an attempt: writes its intent, reads what is condemned and what is known to be damaged, then chooses the
+    /// backup to compare with. An attempt is begun once; a second begin of the same id is refused.
     pub async fn begin(&self, lineage: LineageId, intent: Intent) -> Result<Attempt, Error> {
         self.begin_in_order(lineage, intent, Order::CondemnedFirst).await
     }
@@ -80,6 +83,7 @@ impl Repository {
         if self.store.put_if_absent(&key, bytes).await? == PutOutcome::Exists {
             return Err(Error::AttemptExists { attempt });
         }
+        let spoilt = Arc::new(self.marked(lineage).await?);
         let mut passed_over = Vec::new();
         let predecessor = match order {
             Order::CondemnedFirst => {
@@ -105,7 +109,17 @@ impl Repository {
                 "Backup {backup} cannot be compared with; prove it before you rely on it: {why}",
             );
         }
-        Ok(Attempt { repository: self.clone(), lineage, intent, predecessor, passed_over })
+        let avoided = predecessor
+            .iter()
+            .flat_map(|backup| backup.root.packs.keys())
+            .filter(|pack| spoilt.contains(pack));
+        let avoided = avoided.count();
+        if avoided > 0 {
+            tracing::warn!(
+                "{avoided} packs of the predecessor were found damaged: what is in them is stored again",
+            );
+        }
+        Ok(Attempt { repository: self.clone(), lineage, intent, predecessor, spoilt, passed_over })
     }
 
     /// What stands on lists that are not done with.
@@ -242,8 +256,15 @@ impl Repository {
     }
 
     /// Makes sure that what is about to be committed is in the store: whatever deleted a pack since it was stored, or
-    /// since it was chosen to be referred to, did so before there was a backup that needs it.
+    /// since it was chosen to be referred to, did so before there was a backup that needs it. What a check found damaged
+    /// since the attempt began is as good as gone.
     pub(crate) async fn require_all(&self, root: &Root) -> Result<(), Error> {
+        let marked = self.marked(root.head.lineage).await?;
+        if let Some(pack) = root.packs.keys().find(|pack| marked.contains(pack)) {
+            let key = layout::pack(root.head.lineage, *pack);
+            let reason = format!("a check found {key} damaged while the backup was written");
+            return Err(Error::Incomplete { attempt: root.head.attempt, reason });
+        }
         let inventory = self.inventory(root).await?;
         let unseen: HashSet<&String> =
             inventory.missing.iter().chain(&inventory.wrong_size).collect();

@@ -1,4 +1,5 @@
-//! Looking after stored backups: is everything there (L1), and does every frame open (L2)?
+//! Looking after one stored backup: is everything there (L1), and does every frame open (L2)? Of a whole repository:
+//! `scrub`.
 //!
 //! Checks report what they find and repair nothing.
 
@@ -9,15 +10,18 @@ use proto::LineageId;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
-use crate::entry::{Body, Content, Entry, Extent};
 use crate::error::Error;
 use crate::layout;
-use crate::limits::{FRAME_BYTES_MAX, SHARD_UNITS, TAG_LENGTH};
+use crate::limits::{FRAME_BYTES_MAX, TAG_LENGTH};
 use crate::manifest::Root;
-use crate::pack::{FrameRef, HEADER_BYTES, PackId, PackRecord, TAIL_BYTES, Tail, undigested_bytes};
+use crate::pack::{
+    FrameRef, HEADER_BYTES, PackRecord, TAIL_BYTES, Tail, ends_with_digest, undigested_bytes,
+};
 use crate::progress::Progress;
 use crate::reader::Backup;
+use crate::refer::{Frames, References};
 use crate::repository::Repository;
+use crate::slice::Slice;
 use crate::stop::Stop;
 
 /// What of a backup is in the store.
@@ -101,32 +105,51 @@ impl Repository {
         Ok(inventory)
     }
 
-    /// Reads a pack and holds it against the digest its manifest remembers. `None` when it is right, else what is wrong.
+    /// The same with the object's name, as a sentence.
     pub(crate) async fn wrong_digest(
         &self,
         lineage: LineageId,
         record: &PackRecord,
     ) -> Result<Option<String>, Error> {
+        let fault = self.digest_fault(lineage, record, DIGEST_REQUEST_BYTES, |_| ()).await;
         let key = layout::pack(lineage, record.id);
+        match fault {
+            Ok(fault) => Ok(fault.map(|why| format!("{key}: {why}"))),
+            Err(error) => Ok(Some(format!("{key}: {}", wrong(error)?))),
+        }
+    }
+
+    /// Reads a pack whole and holds it against the digest its manifest remembers, which also stands at its end. `None` when
+    /// it is right, else what is wrong. `on_read` hears of the bytes.
+    pub(crate) async fn digest_fault(
+        &self,
+        lineage: LineageId,
+        record: &PackRecord,
+        request_bytes: u64,
+        on_read: impl Fn(u64),
+    ) -> Result<Option<String>, Error> {
+        let key = layout::pack(lineage, record.id);
+        let get = async |range: std::ops::Range<u64>| {
+            let length = range.end - range.start;
+            let bytes = self.store.get_range(&key, range).await.map_err(Error::needed)?;
+            on_read(length);
+            Ok::<_, Error>(bytes)
+        };
         let end = record.size_bytes.saturating_sub(undigested_bytes());
         let mut hasher = blake3::Hasher::new();
         let mut at = 0;
         while at < end {
-            let range = at..end.min(at + DIGEST_REQUEST_BYTES);
+            let range = at..end.min(at + request_bytes);
             at = range.end;
-            match self.store.get_range(&key, range).await.map_err(Error::needed) {
-                Ok(bytes) => hasher.update(&bytes),
-                Err(Error::Damaged { reason, .. }) => return Ok(Some(format!("{key}: {reason}"))),
-                Err(Error::Missing { .. }) => return Ok(Some(format!("{key} is missing"))),
-                Err(error) => return Err(error),
-            };
+            hasher.update(&get(range).await?);
         }
-        let right = *hasher.finalize().as_bytes() == record.digest;
-        Ok((!right).then(|| format!("the bytes of {key} are not those that were written")))
+        let right = *hasher.finalize().as_bytes() == record.digest
+            && ends_with_digest(&get(end..record.size_bytes).await?, &record.digest);
+        Ok((!right).then(|| "its bytes are not those that were written".to_owned()))
     }
 }
 
-/// Bytes of a pack in memory while it is held against its digest.
+/// Bytes of a pack in memory while it is held against its digest before a backup.
 const DIGEST_REQUEST_BYTES: u64 = 2 << 20;
 
 impl Backup {
@@ -149,223 +172,207 @@ impl Backup {
     }
 }
 
-/// Frames that shards refer to, by pack.
-type Referred = HashMap<PackId, Vec<FrameRef>>;
-
 fn check(backup: &Backup, options: &CheckOptions, stop: &Stop) -> Result<DecryptReport, Error> {
-    let mut report = DecryptReport::default();
-    let mut referred = Referred::new();
-    match refer(backup, stop, &mut referred) {
-        Ok(()) => {}
-        Err(Error::Damaged { key, reason }) => report.damaged.push((key, reason)),
-        Err(Error::Missing { key }) => report.damaged.push((key, "it is missing".into())),
-        Err(error) => return Err(error),
-    }
+    let mut references = References::keeping(Some(Slice::WHOLE));
+    stop.wait(references.add(backup))?;
+    let damaged = references.take_damaged().into_iter().collect();
+    let report = Mutex::new(DecryptReport { damaged, ..DecryptReport::default() });
     let mut records: Vec<&PackRecord> = backup.root.packs.values().collect();
     records.sort_by_key(|record| record.id);
-    let left = Mutex::new((records.into_iter(), report));
-    let locked = || left.lock().unwrap_or_else(PoisonError::into_inner);
-    std::thread::scope(|scope| {
-        for n in 0..options.processes.max(1) {
-            let (referred, locked) = (&referred, &locked);
-            let work = move || {
-                loop {
-                    let Some(record) = locked().0.next() else { return };
-                    match check_pack(backup, record, referred.get(&record.id), options, stop) {
-                        Ok(found) => {
-                            let report = &mut locked().1;
-                            report.packs += 1;
-                            report.frames += found.frames;
-                            report.bytes += found.bytes;
-                            report.damaged.extend(found.damaged);
-                        }
-                        Err(error) => return stop.fail(error),
-                    }
-                }
-            };
-            if let Err(source) =
-                std::thread::Builder::new().name(format!("check-{n}")).spawn_scoped(scope, work)
-            {
-                stop.fail(Error::Target { path: "a thread for the check".into(), source });
-            }
-        }
-    });
-    stop.check().map_err(|_| stop.cause())?;
-    let mut report = left.into_inner().unwrap_or_else(PoisonError::into_inner).1;
+    let packs = records.into_iter().map(|record| (record, references.take(record.id)));
+    share(options.processes, stop, packs, |(record, frames)| {
+        let look = Look {
+            repository: &backup.repository,
+            lineage: backup.lineage(),
+            progress: &options.progress,
+            stop,
+        };
+        let found = look.open(record, &frames)?;
+        let mut report = report.lock().unwrap_or_else(PoisonError::into_inner);
+        report.packs += 1;
+        report.frames += found.frames;
+        report.bytes += found.bytes;
+        report.damaged.extend(found.wrong.map(|why| (layout::pack(look.lineage, record.id), why)));
+        Ok(())
+    })?;
+    let mut report = report.into_inner().unwrap_or_else(PoisonError::into_inner);
     report.damaged.sort();
     report.damaged.dedup();
     Ok(report)
 }
 
-/// Reads every shard and notes which frames they name. Also holds the totals against the manifest's.
-fn refer(backup: &Backup, stop: &Stop, referred: &mut Referred) -> Result<(), Error> {
-    let root = &backup.root;
-    let mut bytes = 0;
-    for shard in root.shards.iter().chain(&root.late) {
-        refer_frame(referred, shard.shard.frame);
-        shard.shard.twin().into_iter().for_each(|twin| refer_frame(referred, twin));
-        for entry in stop.wait(backup.reader.entries(&shard.shard))? {
-            bytes += refer_entry(backup, stop, &entry, referred)?;
-        }
-        stop.wait(backup.reader.hashes(&shard.shard))?;
-    }
-    for shard in &root.wal {
-        refer_frame(referred, shard.shard.frame);
-        for entry in stop.wait(backup.reader.entries(&shard.shard))? {
-            refer_entry(backup, stop, &entry, referred)?;
-        }
-    }
-    if bytes != root.head.counts.bytes {
-        let key = layout::of_backup(backup.lineage(), backup.id(), "manifest");
-        let reason = format!(
-            "it counts {} bytes of files, and its shards hold {bytes}",
-            root.head.counts.bytes
-        );
-        return Err(Error::damaged(key, reason));
-    }
-    Ok(())
-}
-
-fn refer_entry(
-    backup: &Backup,
+/// Does each of the items once, several at a time. The first failure ends all of them.
+pub(crate) fn share<T>(
+    processes: usize,
     stop: &Stop,
-    entry: &Entry,
-    referred: &mut Referred,
-) -> Result<u64, Error> {
-    let Body::File(file) = &entry.body else { return Ok(0) };
-    match &file.content {
-        Content::Inline(extents) => refer_extents(referred, extents),
-        Content::Shards(shards) => {
-            let whole = u64::from(SHARD_UNITS) * u64::from(file.unit_bytes);
-            let mut left = file.size_bytes;
-            for shard in shards {
-                refer_frame(referred, shard.frame);
-                shard.twin().into_iter().for_each(|twin| refer_frame(referred, twin));
-                let bytes = left.min(whole);
-                refer_extents(
-                    referred,
-                    &stop.wait(backup.reader.extents(shard, file.unit_bytes, bytes))?,
-                );
-                left -= bytes;
+    items: impl Iterator<Item = T> + Send,
+    work: impl Fn(T) -> Result<(), Error> + Sync,
+) -> Result<(), Error> {
+    let left = Mutex::new(items);
+    let next = || left.lock().unwrap_or_else(PoisonError::into_inner).next();
+    std::thread::scope(|scope| {
+        for n in 0..processes.max(1) {
+            let body = || {
+                while stop.check().is_ok() {
+                    let Some(item) = next() else { return };
+                    if let Err(error) = work(item) {
+                        return stop.fail(error);
+                    }
+                }
+            };
+            let thread = std::thread::Builder::new().name(format!("check-{n}"));
+            if let Err(source) = thread.spawn_scoped(scope, body) {
+                stop.fail(Error::Target { path: "a thread for the check".into(), source });
             }
         }
-    }
-    Ok(file.size_bytes)
-}
-
-fn refer_extents(referred: &mut Referred, extents: &[Extent]) {
-    for place in extents.iter().filter_map(|extent| extent.place) {
-        refer_frame(referred, place.frame);
-    }
-}
-
-fn refer_frame(referred: &mut Referred, frame: FrameRef) {
-    let frames = referred.entry(frame.pack).or_default();
-    // Neighbours usually name the same frame.
-    if frames.last() != Some(&frame) {
-        frames.push(frame);
-    }
+    });
+    stop.check().map_err(|_| stop.cause())
 }
 
 /// Bytes asked for at once.
 const REQUEST_BYTES: u64 = 8 << 20;
 
-fn check_pack(
-    backup: &Backup,
-    record: &PackRecord,
-    referred: Option<&Vec<FrameRef>>,
-    options: &CheckOptions,
-    stop: &Stop,
-) -> Result<DecryptReport, Error> {
-    let mut report = DecryptReport::default();
-    match open_pack(backup, record, referred, options, stop, &mut report) {
-        Ok(()) => {}
-        Err(Error::Damaged { key, reason }) => report.damaged.push((key, reason)),
-        Err(Error::Missing { key }) => report.damaged.push((key, "it is missing".into())),
-        Err(error) => return Err(error),
-    }
-    Ok(report)
+/// Looks into packs, one at a time. Holds one request of a pack in memory.
+pub(crate) struct Look<'a> {
+    pub(crate) repository: &'a Repository,
+    pub(crate) lineage: LineageId,
+    pub(crate) progress: &'a Progress,
+    pub(crate) stop: &'a Stop,
 }
 
-fn open_pack(
-    backup: &Backup,
-    record: &PackRecord,
-    referred: Option<&Vec<FrameRef>>,
-    options: &CheckOptions,
-    stop: &Stop,
-    report: &mut DecryptReport,
-) -> Result<(), Error> {
-    let key = layout::pack(backup.lineage(), record.id);
-    let damaged = |reason: &str| Error::damaged(&key, reason);
-    let store = &backup.repository.store;
-    let size = stop.wait(async { store.size(&key).await.map_err(Error::needed) })?;
-    if size != record.size_bytes {
-        return Err(damaged(&format!(
-            "it has {size} bytes, and the manifest says {}",
-            record.size_bytes
-        )));
-    }
-    let get = |range: std::ops::Range<u64>| {
-        let length = range.end - range.start;
-        let bytes =
-            stop.wait(async { store.get_range(&key, range).await.map_err(Error::needed) })?;
-        options.progress.add_stored(length);
-        Ok::<Vec<u8>, Error>(bytes.into())
-    };
-    let tail_start =
-        size.checked_sub(TAIL_BYTES as u64).ok_or_else(|| damaged("it is too short"))?;
-    let tail_bytes = get(tail_start..size)?;
-    let tail = Tail::parse(&tail_bytes).map_err(damaged)?;
-    let table_start = tail_start
-        .checked_sub(u64::from(tail.table_bytes))
-        .filter(|start| *start >= HEADER_BYTES as u64)
-        .ok_or_else(|| damaged("its trailer contradicts itself"))?;
-    let sealed_table = get(table_start..tail_start)?;
-    let cipher = backup.reader.cipher(record.id)?;
-    let frames =
-        tail.frames(&cipher, record.id, size, &mut sealed_table.clone()).map_err(damaged)?;
+/// What was seen of a pack.
+#[derive(Debug, Default)]
+pub(crate) struct Seen {
+    pub(crate) frames: u64,
+    pub(crate) bytes: u64,
+    /// What is wrong with it.
+    pub(crate) wrong: Option<String>,
+}
 
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(&get(0..HEADER_BYTES as u64)?);
-    let mut unpacker = zstd::bulk::Decompressor::new()
-        .map_err(|error| Error::Bug(format!("zstd cannot be started: {error}")))?;
-    let mut content = Vec::new();
-    let mut rest = frames.as_slice();
-    while let Some(first) = rest.first() {
-        if rest.iter().any(|frame| frame.stored_bytes > FRAME_BYTES_MAX + TAG_LENGTH) {
-            return Err(damaged("a frame is larger than the format allows"));
+impl Look<'_> {
+    /// Reads a pack and holds it against its digest. Needs no data key.
+    pub(crate) fn read(&self, record: &PackRecord) -> Result<Seen, Error> {
+        let key = layout::pack(self.lineage, record.id);
+        let size = self.size(&key);
+        let read = size.and_then(|size| {
+            if size != record.size_bytes {
+                return Err(Error::damaged(&key, other_size(size, record)));
+            }
+            let count = |bytes| self.progress.add_stored(bytes);
+            let read = self.repository.digest_fault(self.lineage, record, REQUEST_BYTES, count);
+            self.stop.wait(read)
+        });
+        let wrong = match read {
+            Ok(wrong) => wrong,
+            Err(error) => Some(wrong(error)?),
+        };
+        Ok(Seen { frames: 0, bytes: record.size_bytes, wrong })
+    }
+
+    /// Reads a pack, holds it against its digest, opens and unpacks every frame of it, and looks for the frames that
+    /// something refers to.
+    pub(crate) fn open(&self, record: &PackRecord, referred: &Frames) -> Result<Seen, Error> {
+        let mut seen = Seen::default();
+        if let Err(error) = self.open_frames(record, referred, &mut seen) {
+            seen.wrong = Some(wrong(error)?);
         }
-        let count = rest
-            .iter()
-            .take_while(|frame| frame.end() - first.offset <= REQUEST_BYTES)
-            .count()
-            .max(1);
-        let (request, behind) = rest.split_at(count);
-        let end = request.last().map_or(first.end(), FrameRef::end);
-        let mut bytes = get(first.offset..end)?;
-        hasher.update(&bytes);
-        report.bytes += bytes.len() as u64;
-        for frame in request {
-            let from = usize::try_from(frame.offset - first.offset)
-                .map_err(|_| damaged("a frame lies outside"))?;
-            let stored = bytes
-                .get_mut(from..from + frame.stored_bytes as usize)
-                .ok_or_else(|| damaged("a frame lies outside"))?;
-            cipher.open(frame, stored, &mut unpacker, &mut content).map_err(damaged)?;
-            report.frames += 1;
-            options.progress.add_bytes(content.len() as u64);
+        Ok(seen)
+    }
+
+    fn size(&self, key: &str) -> Result<u64, Error> {
+        let store = &self.repository.store;
+        self.stop.wait(async { store.size(key).await.map_err(Error::needed) })
+    }
+
+    fn open_frames(
+        &self,
+        record: &PackRecord,
+        referred: &Frames,
+        seen: &mut Seen,
+    ) -> Result<(), Error> {
+        let key = layout::pack(self.lineage, record.id);
+        let damaged = |reason: &str| Error::damaged(&key, reason);
+        let size = self.size(&key)?;
+        if size != record.size_bytes {
+            return Err(damaged(&other_size(size, record)));
         }
-        rest = behind;
+        let mut get = |range: std::ops::Range<u64>| {
+            let length = range.end - range.start;
+            let store = &self.repository.store;
+            let get = async { store.get_range(&key, range).await.map_err(Error::needed) };
+            let bytes = self.stop.wait(get)?;
+            seen.bytes += length;
+            self.progress.add_stored(length);
+            Ok::<Vec<u8>, Error>(bytes.into())
+        };
+        let tail_start =
+            size.checked_sub(TAIL_BYTES as u64).ok_or_else(|| damaged("it is too short"))?;
+        let tail_bytes = get(tail_start..size)?;
+        let tail = Tail::parse(&tail_bytes).map_err(damaged)?;
+        let table_start = tail_start
+            .checked_sub(u64::from(tail.table_bytes))
+            .filter(|start| *start >= HEADER_BYTES as u64)
+            .ok_or_else(|| damaged("its trailer contradicts itself"))?;
+        let sealed_table = get(table_start..tail_start)?;
+        let cipher = record
+            .cipher(&self.repository.keys, self.lineage)?
+            .ok_or_else(|| damaged("its key in the manifest does not open"))?;
+        let frames =
+            tail.frames(&cipher, record.id, size, &mut sealed_table.clone()).map_err(damaged)?;
+
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&get(0..HEADER_BYTES as u64)?);
+        let mut unpacker = zstd::bulk::Decompressor::new()
+            .map_err(|error| Error::Bug(format!("zstd cannot be started: {error}")))?;
+        let mut content = Vec::new();
+        let mut rest = frames.as_slice();
+        while let Some(first) = rest.first() {
+            if rest.iter().any(|frame| frame.stored_bytes > FRAME_BYTES_MAX + TAG_LENGTH) {
+                return Err(damaged("a frame is larger than the format allows"));
+            }
+            let count = rest
+                .iter()
+                .take_while(|frame| frame.end() - first.offset <= REQUEST_BYTES)
+                .count()
+                .max(1);
+            let (request, behind) = rest.split_at(count);
+            let end = request.last().map_or(first.end(), FrameRef::end);
+            let mut bytes = get(first.offset..end)?;
+            hasher.update(&bytes);
+            for frame in request {
+                let from = usize::try_from(frame.offset - first.offset)
+                    .map_err(|_| damaged("a frame lies outside"))?;
+                let stored = bytes
+                    .get_mut(from..from + frame.stored_bytes as usize)
+                    .ok_or_else(|| damaged("a frame lies outside"))?;
+                cipher.open(frame, stored, &mut unpacker, &mut content).map_err(damaged)?;
+                seen.frames += 1;
+                self.progress.add_bytes(content.len() as u64);
+            }
+            rest = behind;
+        }
+        hasher.update(&sealed_table);
+        let digested = tail_bytes.len() - usize::try_from(undigested_bytes()).unwrap_or(0);
+        hasher.update(&tail_bytes[..digested]);
+        if *hasher.finalize().as_bytes() != record.digest || tail.digest != record.digest {
+            return Err(damaged("its bytes do not have the digest the manifest remembers"));
+        }
+        if !referred.are_in(&frames) {
+            return Err(damaged("the manifest refers to a frame that is not in it"));
+        }
+        Ok(())
     }
-    hasher.update(&sealed_table);
-    let digested = tail_bytes.len() - usize::try_from(undigested_bytes()).unwrap_or(0);
-    hasher.update(&tail_bytes[..digested]);
-    if *hasher.finalize().as_bytes() != record.digest || tail.digest != record.digest {
-        return Err(damaged("its bytes do not have the digest the manifest remembers"));
+}
+
+fn other_size(size: u64, record: &PackRecord) -> String {
+    format!("it has {size} bytes, and the manifest says {}", record.size_bytes)
+}
+
+/// What an error says about an object; any other error is nobody's damage.
+fn wrong(error: Error) -> Result<String, Error> {
+    match error {
+        Error::Damaged { reason, .. } => Ok(reason),
+        Error::Missing { .. } => Ok("it is missing".to_owned()),
+        error => Err(error),
     }
-    let known = |frame: &FrameRef| frames.get(frame.number as usize) == Some(frame);
-    if !referred.into_iter().flatten().all(known) {
-        return Err(damaged("the manifest refers to a frame that is not in it"));
-    }
-    Ok(())
 }

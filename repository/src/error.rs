@@ -278,7 +278,7 @@ impl From<Error> for Failure {
             Error::Incomplete { .. } => (
                 Code::ObjectMissing,
                 Action::Retry,
-                "Find out what deletes from the store (a lifecycle rule, a clean-up job); the next attempt stores it again.",
+                "Find out what deletes from the store or damages it (a lifecycle rule, a clean-up job, a disk); the next attempt stores it again.",
             ),
             Error::VerdictUnknown { source, .. } => {
                 let (code, action, _) = of_store(source);

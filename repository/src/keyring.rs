@@ -34,8 +34,8 @@ const LABEL_MAX: usize = 64;
 
 /// The note `keyring/N`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Ring {
-    recipients: Vec<Member>,
+pub(crate) struct Ring {
+    pub(crate) recipients: Vec<Member>,
     /// All that ever were: they never come back.
     retired: Vec<Retired>,
     /// Random: so that a writer who heard no answer recognises its own.
@@ -44,8 +44,8 @@ struct Ring {
 
 /// A recipient as the list names it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Member {
-    id: String,
+pub(crate) struct Member {
+    pub(crate) id: String,
     recipient: Recipient,
     /// Digest of its object, hexadecimal, so that whoever has any key sees damage of all.
     object_blake3: String,
@@ -155,6 +155,13 @@ impl NewRecipient {
             by: change.by.clone(),
             at_ms: change.at_ms,
         }
+    }
+}
+
+impl Member {
+    /// Whether its object is what was written.
+    pub(crate) fn is_of(&self, object: &[u8]) -> bool {
+        self.object_blake3 == digest(object)
     }
 }
 
@@ -380,7 +387,7 @@ impl Keyring {
                 return Ok(slot);
             }
         };
-        if member.is_some_and(|member| member.object_blake3 != digest(&bytes)) {
+        if member.is_some_and(|member| !member.is_of(&bytes)) {
             slot.findings.push("its object is not what was written".to_owned());
         }
         match KeyObject::parse(&bytes).and_then(|object| object.check().map(|()| object)) {

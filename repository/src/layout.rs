@@ -51,6 +51,16 @@ pub(crate) fn pack(lineage: LineageId, id: PackId) -> String {
     format!("{LINEAGES}{lineage}/packs/{}/{id}", &id[..2])
 }
 
+/// Where the marks of damaged packs are.
+pub(crate) fn marks(lineage: LineageId) -> String {
+    format!("{LINEAGES}{lineage}/damaged/")
+}
+
+/// The mark of a damaged pack.
+pub(crate) fn mark(lineage: LineageId, id: PackId) -> String {
+    format!("{LINEAGES}{lineage}/damaged/{id}")
+}
+
 /// Where the lists of condemned packs are.
 pub(crate) fn condemned(lineage: LineageId) -> String {
     format!("{LINEAGES}{lineage}/gc/")

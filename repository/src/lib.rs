@@ -26,6 +26,7 @@ mod layout;
 mod limits;
 mod lineage;
 mod manifest;
+mod marks;
 mod note;
 mod pack;
 mod passphrase;
@@ -34,10 +35,13 @@ mod proof;
 mod reader;
 mod recipient;
 mod record;
+mod refer;
 mod repository;
 mod restore;
+mod scrub;
 mod shard;
 mod sheet;
+mod slice;
 mod stop;
 pub mod store;
 mod uploads;
@@ -66,6 +70,8 @@ pub use restore::{
     Comparison, Existing, Foreign, Place, RestoreOptions, RestorePlan, RestoreSummary,
     RestoreTarget, Unfinished,
 };
+pub use scrub::{CheckLevel, Damage, ScrubOptions, ScrubReport, ScrubbedLineage};
+pub use slice::Slice;
 pub use writer::{
     BackupSummary, BackupWriter, Source, SourceFile, WalWriter, WriteOptions, Written,
 };

@@ -610,6 +610,11 @@ pub(crate) fn digest_of(bytes: &[u8]) -> Option<[u8; 32]> {
     Some(blake3::hash(&bytes[..digested]).into())
 }
 
+/// Whether the end of a container that its digest leaves out is what it must be.
+pub(crate) fn ends_with_digest(end: &[u8], digest: &[u8; 32]) -> bool {
+    end.strip_prefix(digest) == Some(END_MAGIC)
+}
+
 /// How many bytes at the end of a container its digest leaves out.
 pub(crate) fn undigested_bytes() -> u64 {
     UNDIGESTED_BYTES as u64

@@ -15,7 +15,7 @@ use crate::layout;
 use crate::limits::MANIFEST_BYTES_MAX;
 use crate::manifest::{Counts, Root};
 use crate::pack::{FrameRef, ObjectType, PackCipher, PackId, PackRecord, digest_of};
-use crate::record::Outcome;
+use crate::record::{Outcome, Verdict};
 use crate::repository::Repository;
 use crate::shard::{self, ShardRef};
 use crate::store::Store;
@@ -41,16 +41,26 @@ pub struct WalFile {
 impl Repository {
     /// Opens a committed backup: its verdict, and the manifest that the verdict means.
     pub async fn open_backup(&self, lineage: LineageId, backup: BackupId) -> Result<Backup, Error> {
-        let verdict = self.verdict(lineage, backup.into()).await?;
-        let Some(Outcome::Commit { manifest_bytes, manifest_blake3, .. }) =
-            verdict.map(|verdict| verdict.outcome)
-        else {
+        match self.verdict(lineage, backup.into()).await? {
+            Some(verdict) => self.open_committed(lineage, &verdict).await,
+            None => Err(Error::BackupUnknown { lineage, backup }),
+        }
+    }
+
+    /// The same when its verdict was read already.
+    pub(crate) async fn open_committed(
+        &self,
+        lineage: LineageId,
+        verdict: &Verdict,
+    ) -> Result<Backup, Error> {
+        let backup: BackupId = verdict.attempt.into();
+        let Outcome::Commit { manifest_bytes, manifest_blake3, .. } = &verdict.outcome else {
             return Err(Error::BackupUnknown { lineage, backup });
         };
         let key = layout::of_backup(lineage, backup, "manifest");
         let bytes = self.store.get(&key, MANIFEST_BYTES_MAX).await.map_err(Error::needed)?;
-        let meant = bytes.len() as u64 == manifest_bytes
-            && digest_of(&bytes).is_some_and(|digest| hex::encode(&digest) == manifest_blake3);
+        let meant = bytes.len() as u64 == *manifest_bytes
+            && digest_of(&bytes).is_some_and(|digest| hex::encode(&digest) == *manifest_blake3);
         if !meant {
             return Err(Error::damaged(key, "it is not the manifest that the verdict means"));
         }

@@ -84,6 +84,17 @@ pub(crate) struct Condemned {
     pub(crate) packs: Vec<String>,
 }
 
+/// A check found the bytes of a pack to be wrong.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Mark {
+    /// Who checked, for people.
+    pub(crate) by: String,
+    /// What was wrong.
+    pub(crate) why: String,
+    /// Their clock, Unix milliseconds.
+    pub(crate) at_ms: i64,
+}
+
 /// Somebody's wish about a backup: that it goes (`forget`) or stays (`hold`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Wish {

@@ -4,7 +4,7 @@
 //! frame of a metadata pack; the frame after it holds its detection hashes. Shards name packs by id, never by a place in
 //! a manifest, so that a later manifest can refer to them unchanged.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use crate::entry::{
@@ -37,6 +37,11 @@ pub(crate) struct ShardRef {
 }
 
 impl ShardRef {
+    /// Whether one of these packs is needed to read what it describes.
+    pub(crate) fn reaches(&self, packs: &BTreeSet<PackId>) -> bool {
+        !packs.is_empty() && self.packs.iter().any(|pack| packs.contains(pack))
+    }
+
     /// The frame of its detection hashes, if it has any.
     pub(crate) fn twin(&self) -> Option<FrameRef> {
         (self.twin_stored_bytes > 0).then(|| FrameRef {

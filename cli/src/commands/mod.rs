@@ -8,6 +8,7 @@ mod doctor;
 mod job;
 mod order;
 mod repo;
+mod repo_check;
 mod repo_key;
 mod restore;
 mod roles;

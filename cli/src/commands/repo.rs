@@ -98,6 +98,7 @@ pub(crate) async fn run(command: RepoCommand, format: Output) -> Result<Exit, Fa
             let how = How { plan_only: plan, confirm_large, abort_open };
             return collect(&repository, cluster.as_ref(), how, format).await;
         }
+        RepoCommand::Check(args) => return super::repo_check::run(args, format).await,
     }
     Ok(Exit::Ok)
 }

@@ -1,7 +1,7 @@
 //! The working threads of a copy: each reads stretches of files straight into its frame, drops what did not change,
 //! and compresses and seals the rest into its own pack. Nothing is handed from thread to thread but results.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -54,6 +54,7 @@ pub(super) struct Copier<'a> {
     stop: &'a Stop,
     progress: &'a Progress,
     detection: Detection,
+    spoilt: Arc<BTreeSet<PackId>>,
     stream: PackStream,
     compressor: Compressor,
     events: Sender<(u64, Event)>,
@@ -81,6 +82,7 @@ impl<'a> Copier<'a> {
         source: &'a dyn Source,
         uploads: &'a Arc<Uploads>,
         detection: Detection,
+        spoilt: Arc<BTreeSet<PackId>>,
         level: i32,
         events: Sender<(u64, Event)>,
     ) -> Result<Self, Error> {
@@ -95,6 +97,7 @@ impl<'a> Copier<'a> {
             stop: &uploads.stop,
             progress: &uploads.progress,
             detection,
+            spoilt,
             stream: PackStream::new(Arc::clone(uploads), ObjectType::Data),
             compressor,
             events,
@@ -156,7 +159,8 @@ impl<'a> Copier<'a> {
         };
         // It waits among the others from the start, so that sealing a frame halfway finds it.
         self.waiting.push_back(copied);
-        let mut changed = 0_u64;
+        // Units that are not what they were, and such as are but lie in a damaged pack.
+        let (mut changed, mut lost) = (0_u64, 0_u64);
         let mut done = 0_u64;
         while done < job.length {
             let left = job.length - done;
@@ -187,7 +191,10 @@ impl<'a> Copier<'a> {
                 let same =
                     before.filter(|(bytes, old_hash, _)| *bytes == end - at && *old_hash == hash);
                 changed += u64::from(same.is_none());
-                let place = match same {
+                let is_lost = |place: Place| self.spoilt.contains(&place.frame.pack);
+                let here = same.filter(|(_, _, place)| !place.is_some_and(is_lost));
+                lost += u64::from(same.is_some() && here.is_none());
+                let place = match here {
                     Some((_, _, place)) => place,
                     None if hash == ZERO => None,
                     None => {
@@ -215,7 +222,7 @@ impl<'a> Copier<'a> {
             self.waiting.back_mut().ok_or_else(|| Error::Bug("a stretch lost its place".into()))?;
         copied.bytes = done;
         copied.short = done < job.length;
-        if changed == 0
+        if changed + lost == 0
             && let Some(old) = &old
             && old.bytes == done
         {

@@ -206,6 +206,7 @@ impl BackupWriter {
             stamps: same_place && !self.options.full_read,
             reread: self.reread,
             read_again: self.options.read_again.clone(),
+            spoilt: Arc::clone(&self.attempt.spoilt),
         };
         let processes = self.options.processes;
         let files =
@@ -227,7 +228,9 @@ impl BackupWriter {
             .take()
             .ok_or_else(|| Error::Bug("a backup is finished before its files".into()))?;
         let (reread, read_again) = (Reread::since(0, 0), HashSet::new());
-        let trust = Trust { stamps: false, reread, read_again };
+        // It is compared with nothing.
+        let spoilt = Arc::default();
+        let trust = Trust { stamps: false, reread, read_again, spoilt };
         let mut late = late;
         late.sort_by(|a, b| crate::entry::path_order(&a.path, &b.path));
         let late_names: Vec<String> =
@@ -413,12 +416,13 @@ fn run_threads(
     let assembled = std::thread::scope(|scope| {
         let mut running = Vec::with_capacity(threads.processes + 1);
         for n in 0..threads.processes {
-            let (work, events) = (work.clone(), events.clone());
+            let (work, events, spoilt) = (work.clone(), events.clone(), Arc::clone(&trust.spoilt));
             let body = move || {
                 guarded(stop, || {
                     step_back(threads.nice);
                     let detection = Detection(uploads.keys.detection(threads.lineage));
-                    Copier::new(source, uploads, detection, threads.level, events)?.run(&work)
+                    Copier::new(source, uploads, detection, spoilt, threads.level, events)?
+                        .run(&work)
                 });
             };
             running.push(spawn(scope, stop, format!("copy-{n}"), body));

@@ -1,6 +1,6 @@
 //! The first thread of a copy: walks the new entries beside the predecessor's and decides what is read.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::io;
 use std::sync::Arc;
 
@@ -13,6 +13,7 @@ use crate::detect::spread;
 use crate::entry::{Body, Content, Entry, FileBody, SourceEntry, SourceKind, Stamp, path_order};
 use crate::error::Error;
 use crate::limits::{INLINE_UNITS, SHARD_UNITS, UNIT_BYTES_MAX, UNIT_BYTES_MIN};
+use crate::pack::PackId;
 use crate::progress::Progress;
 use crate::stop::Stop;
 
@@ -24,6 +25,22 @@ pub(super) struct Trust {
     pub(super) reread: Reread,
     /// Files that may not be.
     pub(super) read_again: HashSet<Vec<u8>>,
+    /// Packs that nothing is taken over from.
+    pub(super) spoilt: Arc<BTreeSet<PackId>>,
+}
+
+impl Trust {
+    fn reaches_spoilt(&self, file: &FileBody) -> bool {
+        match &file.content {
+            Content::Inline(extents) => extents
+                .iter()
+                .filter_map(|extent| extent.place)
+                .any(|place| self.spoilt.contains(&place.frame.pack)),
+            Content::Shards(shards) => {
+                shards.iter().any(|shard| shard.reaches(self.spoilt.as_ref()))
+            }
+        }
+    }
 }
 
 /// The share of unchanged stretches that is read all the same: those whose number lies in a window that moves round once
@@ -128,7 +145,9 @@ impl<'a> Planner<'a> {
                 Content::Inline(_) => 1,
                 Content::Shards(shards) => shards.len() as u64,
             };
-            if !(0..pieces).any(|piece| self.trust.reread.covers(&entry.path, piece)) {
+            if !(0..pieces).any(|piece| self.trust.reread.covers(&entry.path, piece))
+                && !self.trust.reaches_spoilt(file)
+            {
                 self.progress.add_files(1);
                 self.progress.add_bytes(file.size_bytes);
                 self.progress.add_skipped(file.size_bytes);
@@ -156,6 +175,7 @@ impl<'a> Planner<'a> {
             if trusted
                 && !self.trust.reread.covers(&entry.path, piece)
                 && let Some(reference) = comparable.as_ref().and_then(|old| kept(old, piece))
+                && !reference.reaches(self.trust.spoilt.as_ref())
             {
                 self.progress.add_bytes(length);
                 self.progress.add_skipped(length);

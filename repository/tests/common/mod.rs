@@ -302,6 +302,26 @@ impl Bench {
         }
     }
 
+    /// A copy of the repository in another place, which goes on with the same names.
+    pub async fn forked(&self) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let to = directory.path().join("repository");
+        for file in files_below(&self.store_path()) {
+            let copy = to.join(file.strip_prefix(self.store_path()).unwrap());
+            std::fs::create_dir_all(copy.parent().unwrap()).unwrap();
+            std::fs::copy(&file, copy).unwrap();
+        }
+        let store: Arc<dyn Store> = Arc::new(DirectoryStore::new(to));
+        Self {
+            directory,
+            repository: Repository::open(store, Some(&self.key)).await.unwrap(),
+            key: self.key_text.parse().unwrap(),
+            key_text: self.key_text.clone(),
+            lineage: self.lineage,
+            next: self.next.load(Ordering::Relaxed).into(),
+        }
+    }
+
     pub fn store_path(&self) -> std::path::PathBuf {
         self.directory.path().join("repository")
     }
