@@ -258,7 +258,7 @@ pub struct Restore {
     pub on: Option<WorkerName>,
     /// Use again what is right in DIR, the data directory of a stopped server of the same cluster, and fetch the rest.
     ///
-    /// Files that the backup does not have are removed, those in pg_wal too; `--plan` lists them and says how much would be
+    /// Files that the backup does not have are removed, those in `pg_wal` too; `--plan` lists them and says how much would be
     /// fetched.
     #[arg(long)]
     pub delta: bool,

@@ -4,11 +4,15 @@
 //! Any error inside that session drops its temporary slot, so everything that may fail is asked on a second session.
 //! Reads no files and copies nothing.
 //!
+//! A standby is a source like a primary, with three differences: the checkpoint a backup starts from is one that the
+//! primary wrote, it ends at what the standby has replayed, and a promotion or another timeline in between ends it.
+//!
 //! **Which WAL belongs to a backup.** All segments from the one that holds [`Started::start_lsn`] to the one that holds
 //! the byte before [`Stopped::stop_lsn`], all on [`Started::timeline`]. On a primary the call that ends backup mode
 //! also switches to a new segment and flushes: when [`BackupSession::stop`] has returned, the last segment is complete
-//! in `pg_wal` and will not change any more; what follows the stop position in it is of no interest. The slot keeps all
-//! of them in `pg_wal` until [`BackupSession::advance`] or [`BackupSession::finish`].
+//! in `pg_wal` and will not change any more; what follows the stop position in it is of no interest. A standby cannot
+//! switch: there the last segment is complete up to the stop position, and what follows may be of the file's former life.
+//! The slot keeps all of them in `pg_wal` until [`BackupSession::advance`] or [`BackupSession::finish`].
 
 use std::time::Duration;
 
@@ -55,7 +59,7 @@ pub struct BackupOptions {
 pub struct Started {
     /// Redo position of the starting checkpoint: WAL from here on belongs to the backup.
     pub start_lsn: Lsn,
-    /// The timeline the server writes.
+    /// The timeline the server writes, or, for a standby, replays.
     pub timeline: Timeline,
     /// The server as it was after the start. The control file on disk must agree: same system identifier,
     /// a checkpoint at or after `start_lsn`, the same timeline; otherwise the files belong to another server.
@@ -69,7 +73,8 @@ pub struct Started {
 /// What the server returned when it ended backup mode.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stopped {
-    /// Recovery must reach this position before the copy is consistent.
+    /// Recovery must reach this position before the copy is consistent. For a standby: what it had replayed at the end,
+    /// which is at or after the position that the server names, so that nothing that could be seen there is missing.
     pub stop_lsn: Lsn,
     /// `backup_label`: the only true version, to be written into every restore.
     pub backup_label: String,
@@ -84,7 +89,8 @@ pub struct Stopped {
 pub struct Standing {
     /// The slot holds WAL from here.
     pub held_from: Lsn,
-    /// What the server has flushed: every segment that ends at or before this is complete on its disk.
+    /// What the server has flushed, or, a standby, replayed: every segment that ends at or before this is complete on its
+    /// disk.
     pub current_lsn: Lsn,
     /// What `pg_replication_slots.wal_status` says: `reserved`, `extended` or `unreserved` (about to be lost).
     pub wal_status: String,
@@ -128,7 +134,6 @@ impl BackupSession {
 
         // Nothing below that can fail for a reason we can foresee is left to the backup's own session.
         let identity = watch.identity_of(options.system_identifier).await?;
-        require_primary(&identity)?;
         require_rights(&watch, &identity).await?;
         settings::require_for_backup(&watch).await?;
 
@@ -139,7 +144,7 @@ impl BackupSession {
             session
                 .one("start the backup", version.backup_start(), &[&options.label, &options.fast])
                 .await
-                .map_err(Error::or_session_lost)
+                .map_err(|error| without_full_pages(error).or_session_lost())
         };
         let row = session.within("start the backup", cancel, options.start_deadline, start).await?;
         let start_lsn = position("start the backup", row.get(0))?;
@@ -291,7 +296,8 @@ SELECT (pg_replication_slot_advance(slot_name, $2::text::pg_lsn)).end_lsn::text
   FROM pg_replication_slots
  WHERE slot_name = $1 AND active_pid = pg_backend_pid()
    AND restart_lsn < $2::text::pg_lsn AND wal_status <> 'lost'
-   AND $2::text::pg_lsn <= pg_current_wal_flush_lsn()";
+   AND $2::text::pg_lsn <=
+       CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_flush_lsn() END";
         let what = "let go of stored WAL";
         let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 2] =
             [&self.started.slot_name, &position.to_string()];
@@ -325,17 +331,26 @@ SELECT (pg_replication_slot_advance(slot_name, $2::text::pg_lsn)).end_lsn::text
         let sql = self.started.server.version.backup_stop();
         let statement = async {
             let row = self.session.one(what, sql, &[]).await;
-            row.map_err(Error::into_session_lost)
+            row.map_err(|error| match without_full_pages(error) {
+                setting @ Error::Setting { .. } => setting,
+                error => error.into_session_lost(),
+            })
         };
         let deadline = Some(Instant::now() + STATEMENT);
         let row = self.session.within(what, cancel, deadline, statement).await?;
-        let stop_lsn = position(what, row.get(0))?;
+        let named = position(what, row.get(0))?;
         self.stopped = true;
-        // The server refuses a stop on another timeline only for standbys.
-        let server_time_ms = self.check().await?.server_time_ms;
+        // The server refuses the stop of a standby that was promoted, and no other change of timeline.
+        let Standing { current_lsn, server_time_ms, .. } = self.check().await?;
+        let backup_label: String = row.get(1);
+        let began_on = format!("START TIMELINE: {}\n", self.started.timeline);
+        if !backup_label.contains(&began_on) {
+            return Err(lost("the server changed its timeline while the backup began"));
+        }
+        let in_recovery = self.started.server.in_recovery;
         Ok(Stopped {
-            stop_lsn,
-            backup_label: row.get(1),
+            stop_lsn: if in_recovery { named.max(current_lsn) } else { named },
+            backup_label,
             tablespace_map: row.get::<_, Option<String>>(2).unwrap_or_default(),
             server_time_ms,
         })
@@ -365,7 +380,8 @@ SELECT (SELECT (extract(epoch FROM backend_start) * 1000000)::int8 FROM pg_stat_
            AS backend_started_at_us,
        (extract(epoch FROM pg_postmaster_start_time()) * 1000)::int8 AS started_at_ms,
        pg_is_in_recovery() AS in_recovery,
-       CASE WHEN pg_is_in_recovery() THEN (SELECT timeline_id FROM pg_control_checkpoint())
+       CASE WHEN pg_is_in_recovery() THEN (SELECT greatest(timeline_id, min_recovery_end_timeline)
+                                             FROM pg_control_checkpoint(), pg_control_recovery())
             ELSE ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int4
        END AS timeline,
        CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_flush_lsn() END::text
@@ -404,15 +420,22 @@ async fn refuse_shared_backend(session: &Session, watch: &Session) -> Result<(),
     Err(Error::Pooler { target: session.target().to_owned(), evidence })
 }
 
-fn require_primary(identity: &ServerIdentity) -> Result<(), Error> {
-    if !identity.in_recovery {
-        return Ok(());
+/// A standby says no when the WAL it has replayed lacks whole pages: a torn page could not be put right.
+fn without_full_pages(error: Error) -> Error {
+    match error {
+        Error::Statement { what, source }
+            if source.state() == Some(&SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE)
+                && source.to_string().contains("full_page_writes=off") =>
+        {
+            Error::Setting {
+                what,
+                found: "full_page_writes was off on the primary of this standby".to_owned(),
+                cure: "On the primary: ALTER SYSTEM SET full_page_writes = on; SELECT pg_reload_conf(); then CHECKPOINT."
+                    .to_owned(),
+            }
+        }
+        error => error,
     }
-    Err(Error::Setting {
-        what: "take a backup".to_owned(),
-        found: "the server is a standby, and backups are taken from the primary".to_owned(),
-        cure: "Point the worker's configuration at the primary of this cluster.".to_owned(),
-    })
 }
 
 /// Asks for every right before the first step, so that all that is missing is told at once.

@@ -8,6 +8,9 @@
 //! count was still open: such a one holds a lock on the table, and the locks are read before the count. And the WAL
 //! from before that reading up to the stop position holds no insert or delete for the table.
 //!
+//! On a standby the locks of the primary's transactions are not known, only that some transaction is open: then no count of that
+//! moment is exact. The position is what was replayed.
+//!
 //! Not counted: templates (a session in a template makes `CREATE DATABASE` fail), temporary tables, unlogged tables
 //! (they are empty after a restore), foreign tables and partitioned parents (they hold no rows of their own; the
 //! partitions are counted), and what the role may not read.
@@ -205,12 +208,18 @@ async fn session_version(session: &Session) -> Result<u32, Error> {
     Ok(session.one("ask for the version", sql, &[]).await?.get::<_, i32>(0).cast_unsigned())
 }
 
-/// A transaction id that was assigned and committed now. It writes one commit record and touches no table. None on a standby.
+/// A transaction id that was assigned and committed now. It writes one commit record and touches no table. On a standby, which
+/// assigns none, the newest of its primary's that it knows to be committed, if there is one among the last thousand.
 async fn canary(session: &Session) -> Result<Option<String>, Error> {
     let what = "commit the canary";
     let recovering = session.one(what, "SELECT pg_is_in_recovery()", &[]).await?;
     if recovering.get(0) {
-        return Ok(None);
+        let sql = "\
+-- pgmuster: the newest transaction that was committed
+SELECT id::text FROM (SELECT pg_snapshot_xmin(pg_current_snapshot())::text::int8 AS xmin) s,
+       generate_series(xmin - 1, greatest(xmin - 1000, 3), -1) id
+ WHERE pg_xact_status(id::text::xid8) = 'committed' LIMIT 1";
+        return Ok(session.maybe(what, sql, &[]).await?.map(|row| row.get(0)));
     }
     let id: String = session.one(what, "SELECT pg_current_xact_id()::text", &[]).await?.get(0);
     let status = session.one(what, "SELECT pg_xact_status($1::text::xid8)", &[&id]).await?;
@@ -271,6 +280,16 @@ SELECT DISTINCT relation FROM pg_locks
    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
    AND mode IN ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
    AND pid IS DISTINCT FROM pg_backend_pid()";
+
+/// Everything before it is seen by the next snapshot, or belongs to a transaction that is still open.
+const POSITION: &str = "\
+-- pgmuster: position of the census
+SELECT CASE WHEN pg_is_in_recovery() THEN coalesce(pg_last_wal_replay_lsn(), '0/0') ELSE pg_current_wal_insert_lsn() END::text";
+
+/// Whether this is a standby that knows of an open transaction: those between the two ends of a snapshot.
+const ANY_OPEN: &str = "\
+-- pgmuster: open transactions of a standby
+SELECT pg_is_in_recovery() AND pg_snapshot_xmin(s) <> pg_snapshot_xmax(s) FROM pg_current_snapshot() s";
 
 fn relation(row: &Row) -> Relation {
     let kind: &str = row.get("kind");
@@ -372,10 +391,10 @@ async fn count_group(
         return Ok(true);
     }
     // The order is what makes a count exact, see the top of this file: position, then locks, then the snapshot.
-    let insert = "SELECT CASE WHEN pg_is_in_recovery() THEN '0/0'::pg_lsn ELSE pg_current_wal_insert_lsn() END::text";
-    let from: String = session.one(what, insert, &[]).await?.get(0);
+    let from: String = session.one(what, POSITION, &[]).await?.get(0);
     let from =
         from.parse::<Lsn>().map_err(|_| Error::Answer { what: what.to_owned(), answer: from })?;
+    let any_open: bool = session.one(what, ANY_OPEN, &[]).await?.get(0);
     let locks = session.query(what, WRITE_LOCKS, &[]).await?;
     let written: HashSet<u32> = locks.iter().map(|row| row.get(0)).collect();
     let parts: Vec<String> = tables
@@ -400,7 +419,7 @@ async fn count_group(
         let Some(oid) = row.get::<_, Option<u32>>(0) else { continue };
         let rows = u64::try_from(row.get::<_, i64>(1)).unwrap_or(0);
         if tables.iter().any(|table| table.oid == oid) {
-            counts.insert(oid, Count { rows, from, disturbed: written.contains(&oid) });
+            counts.insert(oid, Count { rows, from, disturbed: any_open || written.contains(&oid) });
         }
     }
     Ok(false)

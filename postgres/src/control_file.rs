@@ -1,7 +1,7 @@
 //! `global/pg_control`: what the server last wrote down about its own state. PostgreSQL 14 to 18.
 //!
 //! The file can be caught half-written, so it is read until its checksum is right. Deliberately not
-//! here: writing it, and any judgement whether the values fit a backup.
+//! here: any judgement whether the values fit a backup.
 
 use std::io;
 use std::path::Path;
@@ -21,6 +21,9 @@ pub const CONTROL_FILE_SIZE_BYTES: usize = 8192;
 const ATTEMPTS: u32 = 50;
 /// Between two tries, as the server's own readers do.
 const BACK_OFF: Duration = Duration::from_millis(10);
+
+/// Where `min_recovery_point` lies in every layout, its timeline behind it.
+const MIN_RECOVERY_POINT: usize = 136;
 
 /// The state a cluster was in when its control file was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -157,16 +160,7 @@ impl ControlFile {
     pub fn parse(bytes: &[u8]) -> std::result::Result<Self, String> {
         let field = Fields(bytes);
         let control_version = field.u32(8)?;
-        let content_length = match control_version {
-            1300 | 1700 => 288,
-            1800 => 292,
-            other if matches!(other.swap_bytes(), 1300 | 1700 | 1800) => {
-                return Err("it was written by a machine of the other byte order".to_owned());
-            }
-            other => {
-                return Err(format!("layout {other} is unknown (1300, 1700 and 1800 are known)"));
-            }
-        };
+        let content_length = content_length(control_version)?;
         let stored = field.u32(content_length)?;
         let computed = crc32c(&bytes[..content_length]);
         if stored != computed {
@@ -202,8 +196,8 @@ impl ControlFile {
             full_page_writes: field.bool(56)?,
             next_transaction: field.u64(64)?,
             checkpoint_at_s: field.u64(104)?.cast_signed(),
-            min_recovery_point: lsn(136)?,
-            min_recovery_timeline: timeline(144)?,
+            min_recovery_point: lsn(MIN_RECOVERY_POINT)?,
+            min_recovery_timeline: timeline(MIN_RECOVERY_POINT + 8)?,
             backup_start: lsn(152)?,
             backup_end: lsn(160)?,
             backup_end_required: field.bool(168)?,
@@ -233,9 +227,39 @@ impl ControlFile {
         Ok(control)
     }
 
+    /// The same control file, of a copy that is consistent at `end` and no earlier: recovery from a
+    /// standby's backup ends no sooner, and the server refuses to open where its WAL ends before. The
+    /// standby's own value is never lowered. The error says what is wrong with `bytes`.
+    pub fn with_recovery_end(bytes: &[u8], end: Lsn) -> std::result::Result<Vec<u8>, String> {
+        let control = Self::parse(bytes)?;
+        let mut copy = bytes.to_vec();
+        if control.min_recovery_point >= end {
+            return Ok(copy);
+        }
+        copy[MIN_RECOVERY_POINT..MIN_RECOVERY_POINT + 8].copy_from_slice(&end.0.to_ne_bytes());
+        copy[MIN_RECOVERY_POINT + 8..MIN_RECOVERY_POINT + 12]
+            .copy_from_slice(&control.timeline.0.to_ne_bytes());
+        let length = content_length(control.control_version)?;
+        let checksum = crc32c(&copy[..length]);
+        copy[length..length + 4].copy_from_slice(&checksum.to_ne_bytes());
+        Self::parse(&copy).map(|_| copy)
+    }
+
     /// Whether data pages carry checksums.
     pub fn has_checksums(&self) -> bool {
         self.checksum_version != 0
+    }
+}
+
+/// How many bytes of a layout its checksum covers.
+fn content_length(control_version: u32) -> std::result::Result<usize, String> {
+    match control_version {
+        1300 | 1700 => Ok(288),
+        1800 => Ok(292),
+        other if matches!(other.swap_bytes(), 1300 | 1700 | 1800) => {
+            Err("it was written by a machine of the other byte order".to_owned())
+        }
+        other => Err(format!("layout {other} is unknown (1300, 1700 and 1800 are known)")),
     }
 }
 

@@ -21,7 +21,8 @@ SELECT current_setting('server_version_num')::int4 AS version,
        (SELECT setting::int8 FROM pg_settings WHERE name = 'segment_size') AS blocks_in_segment,
        (SELECT setting::int8 FROM pg_settings WHERE name = 'wal_segment_size') AS wal_segment_size,
        current_setting('data_checksums') = 'on' AS data_checksums,
-       CASE WHEN pg_is_in_recovery() THEN (SELECT timeline_id FROM pg_control_checkpoint())
+       CASE WHEN pg_is_in_recovery() THEN (SELECT greatest(timeline_id, min_recovery_end_timeline)
+                                             FROM pg_control_checkpoint(), pg_control_recovery())
             ELSE ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int4
        END AS timeline,
        (SELECT checkpoint_lsn::text FROM pg_control_checkpoint()) AS checkpoint_lsn,
@@ -62,7 +63,7 @@ pub struct ServerIdentity {
     pub wal_segment_size: u32,
     /// Whether pages carry checksums now.
     pub data_checksums: bool,
-    /// The timeline it writes; for a standby the one of its last restartpoint.
+    /// The timeline it writes; for a standby the newest one of which its disk has something.
     pub timeline: Timeline,
     /// Where its last checkpoint record is, from the control file.
     pub checkpoint_lsn: Lsn,

@@ -25,6 +25,7 @@ pub mod sandbox;
 pub mod scan;
 pub mod session;
 pub mod settings;
+pub mod standby;
 pub mod target;
 pub mod tls;
 mod unfit;

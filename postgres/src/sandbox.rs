@@ -10,6 +10,10 @@
 //! everything, after which the server looks into `pg_wal`. It can end nothing early, because of
 //! that refusal. The server then promotes itself: its writes go to a new timeline.
 //!
+//! A backup of a standby has no end-of-backup record, and its WAL no record behind the end, at which
+//! a target could be noticed. There the sandbox asks for all the WAL there is, which ends with the
+//! backup; that it ends no earlier is what the control file of such a copy demands.
+//!
 //! **Why it is inert.** It runs on settings of our own; the copy's `postgresql.conf` is not read
 //! and its `postgresql.auto.conf` is emptied. No TCP, no archiving, no replication, no background
 //! workers of any kind, a network of its own where the machine allows one. Before it starts,
@@ -62,6 +66,9 @@ const DEATH_PATIENCE: Duration = Duration::from_secs(2);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 /// Asking a stopped copy for its superuser.
 const SINGLE_USER_TIMEOUT: Duration = Duration::from_mins(2);
+/// PostgreSQL's own defaults of `min_wal_size` and `max_wal_size`.
+const WAL_MIN_MB: u32 = 80;
+const WAL_MAX_MB: u32 = 1024;
 /// Settings a copy must have at least as high as its source, or replay fails: room for prepared
 /// transactions and their locks, and for the replication origins of a subscriber. The other
 /// minimums bind standbys that answer queries, which a sandbox does not do before it is promoted.
@@ -331,7 +338,7 @@ impl Sandbox {
         let account = room.account;
         hand_over(&room)?;
         refuse_tablespaces_created_meanwhile(binaries, &room, &options, &control).await?;
-        disarm(&room, binaries.major(), &settings_for(binaries, &room, &options, &control))?;
+        disarm(&room, binaries.major(), &settings_for(binaries, &room, &options, &control)?)?;
         let isolation = match options.network {
             NetworkIsolation::Off => Isolation::None("switched off".to_owned()),
             NetworkIsolation::WherePossible => Isolation::probe(Some(account)).await,
@@ -835,9 +842,7 @@ async fn refuse_tablespaces_created_meanwhile(
     options: &SandboxOptions,
     control: &ControlFile,
 ) -> Result<()> {
-    let label_path = room.data_directory().join("backup_label");
-    let label = std::fs::read_to_string(&label_path)
-        .map_err(|source| Error::io("read", &label_path, source))?;
+    let label = backup_label(room)?;
     let start = label.lines().find_map(|line| {
         line.strip_prefix("START WAL LOCATION: ")?.split_whitespace().next()?.parse().ok()
     });
@@ -891,7 +896,7 @@ fn settings_for(
     room: &SandboxRoom,
     options: &SandboxOptions,
     control: &ControlFile,
-) -> Vec<(String, String)> {
+) -> Result<Vec<(String, String)>> {
     let major = binaries.major();
     let run = room.path.join("run");
     let mut settings: Vec<(String, String)> = INERT
@@ -927,10 +932,37 @@ fn settings_for(
     set("shared_buffers", format!("{}MB", options.shared_buffers_mb.max(1)));
     set("unix_socket_directories", room.sockets.path.display().to_string());
     set("port", SOCKET_PORT.to_string());
+    if backup_label(room)?.lines().any(|line| line == "BACKUP FROM: standby") {
+        set("recovery_target", String::new());
+    }
+    // Once consistent, a server takes a tablespace that is no link for one whose files are missing, unless told.
+    if major >= 15 && has_tablespaces_in_place(room)? {
+        set("allow_in_place_tablespaces", "on".to_owned());
+    }
+    // Counted in segments, and refused below two: the defaults are for segments of 16 MiB.
+    let segment_mb = control.wal_segment_size >> 20;
+    set("min_wal_size", format!("{}MB", WAL_MIN_MB.max(5 * segment_mb)));
+    set("max_wal_size", format!("{}MB", WAL_MAX_MB.max(5 * segment_mb)));
     set("data_directory", room.data_directory().display().to_string());
     set("hba_file", run.join("pg_hba.conf").display().to_string());
     set("ident_file", run.join("pg_ident.conf").display().to_string());
-    settings
+    Ok(settings)
+}
+
+fn has_tablespaces_in_place(room: &SandboxRoom) -> Result<bool> {
+    let spaces = room.data_directory().join("pg_tblspc");
+    let failed = |source| Error::io("read", &spaces, source);
+    for entry in std::fs::read_dir(&spaces).map_err(failed)? {
+        if entry.and_then(|entry| entry.file_type()).map_err(failed)?.is_dir() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn backup_label(room: &SandboxRoom) -> Result<String> {
+    let path = room.data_directory().join("backup_label");
+    std::fs::read_to_string(&path).map_err(|source| Error::io("read", &path, source))
 }
 
 /// Options of every session: they beat `ALTER ROLE … SET` and `ALTER DATABASE … SET`, of which the

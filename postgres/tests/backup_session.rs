@@ -26,7 +26,7 @@ servers::on_each_major! {
     a_second_backup_is_told_who_holds_the_lock,
     the_grants_in_the_error_are_the_ones_that_help,
     cancelling_interrupts_a_spread_checkpoint,
-    a_standby_is_refused_with_the_cure,
+    a_standby_ends_its_backup_at_what_it_has_replayed,
     settings_that_prevent_a_backup_are_named,
     a_slot_that_the_server_gave_up_is_noticed,
     an_error_in_the_session_is_noticed_although_the_session_lives,
@@ -323,14 +323,29 @@ async fn cancelling_interrupts_a_spread_checkpoint(major: u32) {
     server.until(LEFT_BEHIND, 0).await;
 }
 
-async fn a_standby_is_refused_with_the_cure(major: u32) {
+async fn a_standby_ends_its_backup_at_what_it_has_replayed(major: u32) {
     let mut server = Server::start(major, &[]).await;
+    server.run("postgres", &["CREATE TABLE t AS SELECT generate_series(1, 1000)"]).await;
     server.instance.stop(StopMode::Fast).await.unwrap();
     std::fs::write(server.instance.data_directory().join("standby.signal"), "").unwrap();
     server.instance.start().await.unwrap();
-    let failure = Failure::from(refused(&server, &options()).await);
-    assert_eq!(failure.code, Code::ServerSetting, "{failure}");
-    assert!(failure.message.contains("standby") && failure.hint.contains("primary"), "{failure:?}");
+    let mut backup = begin(&server).await;
+    assert!(backup.started().server.in_recovery);
+    let standing = backup.check().await.unwrap();
+    assert_eq!(standing.wal_status, "reserved");
+    // Letting go works as on a primary, and nothing beyond what was replayed is let go.
+    let start = backup.started().start_lsn;
+    backup.advance(start).await.unwrap();
+    backup.advance(proto::Lsn(standing.current_lsn.0 + 1)).await.unwrap();
+    let standing = backup.check().await.unwrap();
+    assert!(standing.held_from <= start, "{standing:?}");
+
+    let stopped = backup.stop(&CancellationToken::new()).await.unwrap();
+    assert_eq!(stopped.stop_lsn, standing.current_lsn);
+    assert!(stopped.stop_lsn > start);
+    assert!(stopped.backup_label.contains("BACKUP FROM: standby\n"), "{}", stopped.backup_label);
+    backup.finish().await;
+    server.until(LEFT_BEHIND, 0).await;
 }
 
 async fn settings_that_prevent_a_backup_are_named(major: u32) {

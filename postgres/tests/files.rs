@@ -107,6 +107,39 @@ async fn controldata(instance: &Instance) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_recovery_end_is_raised_as_the_servers_own_tool_reads_it() {
+    for major in [14, 15, 18] {
+        let (mut instance, _directory) = cluster(major, &[]).await;
+        instance.stop(StopMode::Fast).await.unwrap();
+        let data = instance.data_directory();
+        let (before, bytes) = ControlFile::read_with_bytes(&data).unwrap();
+        let end = Lsn(0x0001_2345_6789_ABC8);
+        let raised = ControlFile::with_recovery_end(&bytes, end).unwrap();
+        std::fs::write(data.join(CONTROL_FILE_PATH), &raised).unwrap();
+        let shown = controldata(&instance).await;
+        assert!(!shown.contains("WARNING"), "{shown}");
+        let line = |name: &str, value: &str| {
+            let line = shown.lines().find(|line| line.starts_with(name));
+            assert!(line.is_some_and(|line| line.ends_with(value)), "{line:?}");
+        };
+        line("Minimum recovery ending location", "12345/6789ABC8");
+        line("Min recovery ending loc's timeline", " 1");
+        // Nothing else is touched, and nothing is ever lowered.
+        let after = ControlFile::parse(&raised).unwrap();
+        let expected = ControlFile {
+            min_recovery_point: end,
+            min_recovery_timeline: before.timeline,
+            ..before
+        };
+        assert_eq!(after, expected);
+        assert_eq!(ControlFile::with_recovery_end(&raised, Lsn(end.0 - 8)).unwrap(), raised);
+        let mut torn = bytes;
+        torn[40] ^= 1;
+        assert!(ControlFile::with_recovery_end(&torn, end).unwrap_err().contains("checksum"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_torn_control_file_is_read_again_and_a_damaged_one_refused() {
     let (mut instance, _directory) = cluster(15, &[]).await;
     instance.stop(StopMode::Fast).await.unwrap();

@@ -112,6 +112,8 @@ codes! {
     ServerSetting = "SERVER_SETTING",
     /// A connection pooler stands between worker and server.
     PoolerDetected = "POOLER_DETECTED",
+    /// The standby that was to be backed up is too far behind its primary.
+    StandbyBehind = "STANDBY_BEHIND",
     /// The backup's session ended before the backup did.
     BackupSessionLost = "BACKUP_SESSION_LOST",
     /// A statement was refused by the server.

@@ -164,6 +164,14 @@ pub enum Error {
         /// What is in the way.
         reason: String,
     },
+    /// Two directories of a restore are the same, or one lies in the other.
+    #[error("restore {one} and {other}: they are the same directory, or one lies in the other")]
+    TargetsMeet {
+        /// What goes to the outer one.
+        one: String,
+        /// What goes to the inner one.
+        other: String,
+    },
     /// The target of a restore is too small.
     #[error(
         "restore into {target}: {needed_bytes} bytes are needed and {available_bytes} are free"
@@ -316,6 +324,11 @@ impl From<Error> for Failure {
                 Code::TargetNotEmpty,
                 Action::FixConfig,
                 "Give an empty directory, one with an unfinished restore of the same backup, or with --delta a stopped server's.",
+            ),
+            Error::TargetsMeet { .. } => (
+                Code::RequestInvalid,
+                Action::FixConfig,
+                "Give the data directory and every tablespace a directory of its own, none inside another.",
             ),
             Error::TargetFull { .. } => (
                 Code::TargetFull,

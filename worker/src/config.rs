@@ -119,6 +119,9 @@ pub struct BackupConfig {
     /// off.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub wal_free_min_bytes: Option<u64>,
+    /// A standby whose content may be older than this many seconds is not backed up: a backup of it would be taken for one of
+    /// today. 0 takes any.
+    pub standby_lag_max_s: u32,
 }
 
 impl Default for BackupConfig {
@@ -131,6 +134,7 @@ impl Default for BackupConfig {
             census_s: 600,
             wal_held_max_bytes: 64 << 30,
             wal_free_min_bytes: None,
+            standby_lag_max_s: 3_600,
         }
     }
 }

@@ -3,311 +3,24 @@
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test says what it expects")]
 
-use std::ops::Range;
+mod house;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
-use bytes::Bytes;
+use house::{
+    DATA, House, back_up_and_meanwhile, bin_dir, copies, eventually, nothing_is_left_on, number,
+    run_sql, session, start_plainly,
+};
 use postgres::binaries::Binaries;
 use postgres::instance::{Instance, InstanceOptions, StopMode};
 use postgres::scan::EXTERNAL_ROOT;
-use postgres::{Environment, Purpose, Target, connect};
-use proto::job::{Backup, BackupOutcome};
 use proto::message::Spec;
-use proto::{Action, AttemptId, Code, Failure, JobId, ProofLevel, Task};
-use repository::store::directory::DirectoryStore;
-use repository::store::{Listed, PutOutcome, Store, StoreError, Upload};
-use repository::{Encryption, InitOptions, KeyFile, Outcome, Repository, store};
-use tempfile::TempDir;
-use worker::config::WorkerConfig;
+use proto::{Action, Code, Failure, ProofLevel};
+use repository::Outcome;
 use worker::context::JobContext;
-use worker::engines::native::{BackupRequest, back_up};
-use worker::places::Places;
-use worker::proving::{self, Workshop};
 use worker::restoring::{self, Destination};
-
-const NOW_MS: i64 = 1_790_000_000_000;
-
-fn bin_dir(major: u32) -> PathBuf {
-    let name = format!("PGMUSTER_TEST_PG_BIN_{major}");
-    #[expect(clippy::disallowed_methods, reason = "where the services of the suite are")]
-    let dir = std::env::var(&name);
-    dir.unwrap_or_else(|_| panic!("{name} is not set: run ./tests/run, which starts the services"))
-        .into()
-}
-
-/// A server with data, an empty repository, and everything a worker would have resolved.
-struct House {
-    place: TempDir,
-    server: Instance,
-    repository: Repository,
-    key_file: String,
-    config: WorkerConfig,
-    places: Places,
-    attempts: std::cell::Cell<u64>,
-}
-
-impl House {
-    async fn new(major: u32, options: InstanceOptions) -> Self {
-        let place = tempfile::tempdir().unwrap();
-        let binaries = Binaries::at(&bin_dir(major)).await.unwrap();
-        let mut server =
-            Instance::create(&binaries, &place.path().join("pg"), options).await.unwrap();
-        server.start().await.unwrap();
-        let url = format!("file://{}/repository", place.path().display());
-        let store = store::open(&url, &store::Credentials::default()).await.unwrap();
-        let options = InitOptions { encryption: Encryption::KeyFile, now_ms: NOW_MS };
-        let created = Repository::init(store, options).await.unwrap();
-        let key_file = created.key_file.unwrap().to_string();
-        let config = format!(
-            r#"
-            name = "w1"
-            site = "here"
-            state_dir = "{place}/state"
-            broker = {{ url = "file:/nowhere" }}
-            sandbox = {{ directory = "{place}/sandbox", postgres_bin_dirs = ["{bin}"] }}
-            backup = {{ processes = 2 }}
-            [[clusters]]
-            name = "orders"
-            connection = "{connection}"
-            "#,
-            place = place.path().display(),
-            bin = bin_dir(major).display(),
-            connection = server.url("postgres"),
-        );
-        let config: WorkerConfig = toml::from_str(&config).unwrap();
-        let none = |_: &_| Err(Failure::bug("this configuration has no secrets"));
-        let places = Places::resolve(&config, &Environment::default(), &none).unwrap();
-        Self {
-            place,
-            server,
-            repository: created.repository,
-            key_file,
-            config,
-            places,
-            attempts: std::cell::Cell::new(0),
-        }
-    }
-
-    fn cx(&self) -> JobContext {
-        let number = self.attempts.get() + 1;
-        self.attempts.set(number);
-        let random = [u8::try_from(number).unwrap(); 10];
-        JobContext::new(
-            Spec {
-                schema: 1,
-                job: JobId::mint(1_790_000_000_000 + number, random),
-                attempt: AttemptId::mint(1_790_000_000_000 + number, random),
-                predecessor: None,
-                cluster: "orders".parse().unwrap(),
-                system_identifier: None,
-                task: Task::Backup(Backup { fast_checkpoint: true, ..Backup::default() }),
-                deadline_ms: 600_000,
-                traceparent: None,
-            },
-            Arc::new(|_| {}),
-        )
-    }
-
-    async fn back_up_as(&self, cx: &JobContext) -> Result<BackupOutcome, Failure> {
-        let task = Backup { fast_checkpoint: true, ..Backup::default() };
-        let request = BackupRequest {
-            cluster: self.places.cluster(&"orders".parse().unwrap())?,
-            repository: &self.repository,
-            config: &self.config.backup,
-            by: "w1",
-            task: &task,
-        };
-        back_up(cx, request).await
-    }
-
-    async fn back_up(&self) -> BackupOutcome {
-        self.back_up_as(&self.cx()).await.unwrap()
-    }
-
-    /// Opens the repository as a stranger would who has its key file and nothing else.
-    async fn reopened(&self) -> Repository {
-        let key: KeyFile = self.key_file.parse().unwrap();
-        let url = format!("file://{}/repository", self.place.path().display());
-        let store = store::open(&url, &store::Credentials::default()).await.unwrap();
-        Repository::open(store, Some(&key)).await.unwrap()
-    }
-
-    /// Puts a store in front of the repository that takes packs only while its gate is open.
-    async fn with_gate(&mut self) -> Arc<Gated> {
-        let inner = DirectoryStore::new(self.place.path().join("repository"));
-        let gated = Arc::new(Gated { inner, open: tokio::sync::watch::Sender::new(false) });
-        let key: KeyFile = self.key_file.parse().unwrap();
-        let as_store: Arc<dyn Store> = Arc::<Gated>::clone(&gated);
-        self.repository = Repository::open(as_store, Some(&key)).await.unwrap();
-        gated
-    }
-
-    /// Takes a backup, and has the server write `segments` segments of WAL once files are copied.
-    async fn back_up_while_wal_is_written(&self, segments: u32) -> Result<BackupOutcome, Failure> {
-        let cx = self.cx();
-        let writing = async {
-            copies(&cx).await;
-            for _ in 0..segments {
-                self.sql("INSERT INTO public.empty VALUES (1)").await;
-                self.sql("SELECT pg_switch_wal()").await;
-            }
-        };
-        let both = async { tokio::join!(self.back_up_as(&cx), writing).0 };
-        let ended = tokio::time::timeout(Duration::from_mins(2), Box::pin(both)).await;
-        ended.expect("the backup ends by itself")
-    }
-
-    async fn prove(&self, level: ProofLevel) -> proto::Proof {
-        let repository = self.reopened().await;
-        let backup = restoring::find(&repository, None, None, None).await.unwrap();
-        let sandbox = self.place.path().join("sandbox");
-        let workshop = Workshop {
-            worker: "w1".parse().unwrap(),
-            directory: &sandbox,
-            bin_dirs: vec![bin_dir(backup.facts().server_version_num / 10_000)],
-            processes: 2,
-        };
-        let proof = proving::prove(&self.cx(), &workshop, &backup, level).await.unwrap();
-        let left: Vec<_> = std::fs::read_dir(&sandbox)
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name())
-            .filter(|name| name.to_string_lossy().starts_with("pgmuster-proof"))
-            .collect();
-        assert!(left.is_empty(), "the sandbox left {left:?}");
-        proof
-    }
-
-    async fn sql(&self, statements: &str) {
-        run_sql(&self.server.url("postgres"), statements).await;
-    }
-
-    async fn number(&self, query: &str) -> i64 {
-        number(&self.server.url("postgres"), query).await
-    }
-}
-
-/// A directory that takes packs only while its gate is open, as a store that has stopped answering does.
-#[derive(Debug)]
-struct Gated {
-    inner: DirectoryStore,
-    open: tokio::sync::watch::Sender<bool>,
-}
-
-impl Gated {
-    async fn pass(&self, key: &str) {
-        if key.contains("/packs/") {
-            self.open.subscribe().wait_for(|open| *open).await.unwrap();
-        }
-    }
-}
-
-#[async_trait]
-impl Store for Gated {
-    fn describe(&self) -> String {
-        self.inner.describe()
-    }
-    async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
-        self.inner.get(key, limit_bytes).await
-    }
-    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
-        self.inner.get_range(key, range).await
-    }
-    async fn size(&self, key: &str) -> Result<u64, StoreError> {
-        self.inner.size(key).await
-    }
-    async fn put(&self, key: &str, bytes: Bytes) -> Result<(), StoreError> {
-        self.pass(key).await;
-        self.inner.put(key, bytes).await
-    }
-    async fn put_if_absent(&self, key: &str, bytes: Bytes) -> Result<PutOutcome, StoreError> {
-        self.inner.put_if_absent(key, bytes).await
-    }
-    async fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError> {
-        self.pass(key).await;
-        self.inner.upload(key).await
-    }
-    async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
-        self.inner.list(prefix).await
-    }
-    async fn delete(&self, key: &str) -> Result<(), StoreError> {
-        self.inner.delete(key).await
-    }
-    async fn abort_uploads(&self, keys: &[String]) -> Result<usize, StoreError> {
-        self.inner.abort_uploads(keys).await
-    }
-}
-
-async fn session(url: &str) -> postgres::Session {
-    let target = Target::parse(url, &Environment::default()).unwrap();
-    let purpose = Purpose {
-        application_name: "test".to_owned(),
-        read_only: false,
-        statement_timeout: Duration::ZERO,
-        lock_timeout: Duration::ZERO,
-    };
-    connect(&target, &purpose).await.unwrap()
-}
-
-async fn run_sql(url: &str, statements: &str) {
-    let session = session(url).await;
-    session.run("prepare the test", statements).await.unwrap();
-    session.close().await;
-}
-
-async fn number(url: &str, query: &str) -> i64 {
-    let session = session(url).await;
-    let row = session.one("look", query, &[]).await.unwrap();
-    let number = row.get(0);
-    session.close().await;
-    number
-}
-
-const DATA: &str = "
-    CREATE TABLE public.orders (id bigint PRIMARY KEY, note text);
-    INSERT INTO public.orders SELECT g, md5(g::text) FROM generate_series(1, 50000) g;
-    CREATE TABLE public.empty (id int);
-    CREATE TABLE public.\"Odd \"\"name\"\"\" (x int);
-    INSERT INTO public.\"Odd \"\"name\"\"\" VALUES (1), (2), (3);
-    CREATE UNLOGGED TABLE public.fleeting AS SELECT g FROM generate_series(1, 1000) g;
-";
-
-fn leftovers() -> &'static str {
-    "SELECT (SELECT count(*) FROM pg_replication_slots)
-          + (SELECT count(*) FROM pg_locks WHERE locktype = 'advisory')
-          + (SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'pgmuster/%')"
-}
-
-async fn nothing_is_left_on(house: &House) {
-    // Sessions end in their own time once their sockets are closed.
-    let left = async || (house.number(leftovers()).await == 0).then_some(());
-    eventually("no slot, lock or session of ours is on the server", Duration::from_secs(10), left)
-        .await;
-}
-
-/// Looks until there is something, and fails when there is nothing within the bound.
-async fn eventually<T>(what: &str, bound: Duration, check: impl AsyncFn() -> Option<T>) -> T {
-    let looking = async {
-        let mut looks = tokio::time::interval(Duration::from_millis(20));
-        loop {
-            looks.tick().await;
-            if let Some(found) = check().await {
-                return found;
-            }
-        }
-    };
-    let found = tokio::time::timeout(bound, looking).await;
-    found.unwrap_or_else(|_| panic!("not so within {bound:?}: {what}"))
-}
-
-/// Resolves when the backup has begun to copy files.
-async fn copies(cx: &JobContext) {
-    while !cx.steps().iter().any(|step| step.name == "copy") {
-        tokio::task::yield_now().await;
-    }
-}
 
 async fn restores_and_is_proved(major: u32) {
     let house =
@@ -336,30 +49,6 @@ async fn restores_and_is_proved(major: u32) {
     assert_eq!(number(&url.1, "SELECT count(*) FROM public.orders").await, 50_000);
     assert_eq!(number(&url.1, "SELECT sum(x) FROM public.\"Odd \"\"name\"\"\"").await, 6);
     assert_eq!(number(&url.1, "SELECT count(*) FROM public.fleeting").await, 0);
-}
-
-/// Starts a restored directory as an administrator would.
-async fn start_plainly(directory: &Path, major: u32) -> (postgres::process::Running, String) {
-    let sockets = tempfile::Builder::new().prefix("pgm").tempdir_in("/tmp").unwrap().keep();
-    let binaries = Binaries::at(&bin_dir(major)).await.unwrap();
-    let arguments = [
-        "-D".into(),
-        directory.as_os_str().to_owned(),
-        "-c".into(),
-        format!("unix_socket_directories={}", sockets.display()).into(),
-        "-c".into(),
-        "listen_addresses=".into(),
-        "-c".into(),
-        "fsync=off".into(),
-    ];
-    let log = std::fs::File::create(sockets.join("log")).unwrap();
-    let running = binaries.program("postgres").unwrap().args(arguments).spawn(log).await.unwrap();
-    let url = format!("postgres://postgres@/postgres?host={}", sockets.display());
-    let target = Target::parse(&url, &Environment::default()).unwrap();
-    let purpose = Purpose::ask(&JobId::mint(1, [1; 10]));
-    let answers = async || connect(&target, &purpose).await.ok().map(drop);
-    eventually("the restored server answers", Duration::from_secs(30), answers).await;
-    (running, url)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -571,18 +260,6 @@ async fn tablespaces_and_settings_outside_the_data_directory_come_back() {
     assert_eq!(number(&url, "SELECT count(*) FROM public.far").await, 20_000);
 }
 
-/// Runs a backup, and something else when it has begun to copy, while it waits.
-async fn back_up_and_meanwhile(house: &House, meanwhile: impl Future<Output = ()>) -> Failure {
-    let cx = house.cx();
-    let mut backup = Box::pin(house.back_up_as(&cx));
-    tokio::select! {
-        ended = &mut backup => panic!("the backup ended before it copied: {ended:?}"),
-        () = copies(&cx) => {}
-    }
-    meanwhile.await;
-    backup.await.unwrap_err()
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn tablespaces_that_come_or_vanish_in_the_middle_fail_the_backup() {
     let house =
@@ -776,7 +453,7 @@ async fn a_delta_restore_mends_what_a_stopped_server_left_and_keeps_away_from_ev
     let twin = house.place.path().join("twin");
     let copied = std::process::Command::new("cp").arg("-a").args([&directory, &twin]).status();
     assert!(copied.unwrap().success());
-    let (mut running, url) = start_plainly(&directory, 15).await;
+    let ((mut running, _place), url) = start_plainly(&directory, 15).await;
     run_sql(&url, "UPDATE public.orders SET note = 'changed' WHERE id <= 700").await;
     run_sql(&url, "CREATE TABLE public.later AS SELECT 1").await;
     run_sql(&url, "CHECKPOINT").await;

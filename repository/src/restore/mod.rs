@@ -8,6 +8,7 @@
 mod compare;
 mod fetch;
 mod marker;
+mod places;
 mod run;
 mod target;
 mod tree;

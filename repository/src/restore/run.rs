@@ -32,6 +32,7 @@ pub(super) fn restore(
     stop: &Arc<Stop>,
 ) -> Result<RestoreSummary, Error> {
     let (backup, target) = (&plan.backup, &plan.target);
+    super::places::make_room_for_handles(target)?;
     // An attempt that was given up for lost may still be at it.
     let locks = target.roots().map(|(_, directory)| Tree::lock(directory));
     let locks = locks.collect::<Result<Vec<_>, _>>()?;

@@ -43,6 +43,7 @@ pub(super) fn survey(
             ));
         }
     }
+    super::places::require_apart(target)?;
     let mut contents = Contents::default();
     let root = &backup.root;
     for shard in root.shards.iter().chain(&root.late) {

@@ -48,15 +48,16 @@ async fn sessions(cx: &JobContext, cluster: &Cluster, task: &Probe) -> Result<(u
     let purpose = Purpose::ask(&session_owner(cx.spec.attempt));
     let session = connect_maintenance(&cluster.target, &purpose).await?;
     let server = session.identity().await?;
-    let other = cx.spec.system_identifier.is_some_and(|id| id != server.system_identifier);
-    if server.in_recovery || other {
-        // Jobs work on the primary; another server's silence is no evidence.
-        session.close().await;
-        return Err(Failure::new(
+    let not_here = || {
+        Failure::new(
             Code::SystemIdentifierMismatch,
             Action::RetryElsewhere,
             "this is not the server that the attempt worked on",
-        ));
+        )
+    };
+    if cx.spec.system_identifier.is_some_and(|id| id != server.system_identifier) {
+        session.close().await;
+        return Err(not_here());
     }
     let name = application_name(&session_owner(task.attempt));
     let sql = "-- probe: sessions of an attempt, ended when asked
@@ -68,7 +69,8 @@ async fn sessions(cx: &JobContext, cluster: &Cluster, task: &Probe) -> Result<(u
     let count = |column| u32::try_from(row.get::<_, i32>(column)).unwrap_or(0);
     let counted = (count("seen"), count("terminated"));
     session.close().await;
-    Ok(counted)
+    // Most jobs work on the primary: what a standby shows is evidence, its silence is none.
+    if server.in_recovery && counted.0 == 0 { Err(not_here()) } else { Ok(counted) }
 }
 
 async fn verdict(

@@ -3,12 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use postgres::control_file::ControlFile;
-use postgres::{BackupOptions, BackupSession, Purpose, connect_maintenance, settings};
+use postgres::{BackupOptions, BackupSession, Purpose, connect_maintenance, settings, standby};
 use proto::backup::Setting;
 use proto::{Action, Code, Failure};
 
 use super::data_directory;
-use crate::context::JobContext;
+use crate::config::BackupConfig;
+use crate::context::{JobContext, blocking};
 use crate::jobs::session_owner;
 use crate::places::Cluster;
 
@@ -18,10 +19,16 @@ pub(super) struct Ready {
     pub(super) directory: PathBuf,
     pub(super) settings: Vec<Setting>,
     pub(super) settings_files: Vec<PathBuf>,
+    /// How old the content of a standby may be.
+    pub(super) lag_s: u64,
 }
 
 /// Asks the server who it is and whether a backup can work there at all.
-pub(super) async fn ready(cx: &JobContext, cluster: &Cluster) -> Result<Ready, Failure> {
+pub(super) async fn ready(
+    cx: &JobContext,
+    cluster: &Cluster,
+    config: &BackupConfig,
+) -> Result<Ready, Failure> {
     let purpose = Purpose::ask(&session_owner(cx.spec.attempt));
     let session = connect_maintenance(&cluster.target, &purpose).await?;
     let server = session.identity().await?;
@@ -38,20 +45,43 @@ pub(super) async fn ready(cx: &JobContext, cluster: &Cluster) -> Result<Ready, F
         )
         .with_hint("Point the cluster's connection at the right server, or give the new server a name of its own."));
     }
-    if server.in_recovery {
-        return Err(Failure::new(
-            Code::ServerSetting,
-            Action::RetryElsewhere,
-            format!("{} is a standby; engine native backs up primaries", cluster.config.name),
-        )
-        .with_hint("Point the cluster's connection at the primary."));
-    }
     settings::require_for_backup(&session).await?;
     let directory = data_directory(cluster, &server)?;
+    let mut lag_s = 0;
+    if server.in_recovery {
+        lag_s = standby::lag_s(&session).await?;
+        refuse_stale(cluster, lag_s, config.standby_lag_max_s)?;
+        same_timeline(&directory, &server).await?;
+    }
     let settings = settings::kept(&session).await?;
     let settings_files = settings::files_outside(&session).await?;
     session.close().await;
-    Ok(Ready { server, directory, settings, settings_files })
+    Ok(Ready { server, directory, settings, settings_files, lag_s })
+}
+
+/// A backup of a standby that has fallen behind would pass for one of today.
+fn refuse_stale(cluster: &Cluster, lag_s: u64, max_s: u32) -> Result<(), Failure> {
+    if max_s == 0 || lag_s <= u64::from(max_s) {
+        return Ok(());
+    }
+    let what = format!(
+        "{} is a standby that may be {lag_s} s behind its primary, more than the {max_s} s allowed",
+        cluster.config.name
+    );
+    Err(Failure::new(Code::StandbyBehind, Action::Retry, what).with_hint(
+        "Look at pg_stat_wal_receiver and pg_last_xact_replay_timestamp() there; backup.standby_lag_max_s in the worker's \
+         configuration is the limit.",
+    ))
+}
+
+/// Makes sure that what a standby replays is of the timeline its control file names.
+pub(super) async fn same_timeline(
+    directory: &Path,
+    server: &postgres::ServerIdentity,
+) -> Result<(), Failure> {
+    let (wal, timeline) = (directory.join("pg_wal"), server.timeline);
+    let segment_size = server.wal_segment_size;
+    blocking(move || Ok(standby::require_timeline(&wal, timeline, segment_size)?)).await
 }
 
 /// Enters backup mode, and holds the data directory against what the server says.
@@ -77,7 +107,7 @@ pub(super) async fn enter(
         Err(error) => return Err(error.into()),
     };
     let directory = ready.directory.clone();
-    let control = crate::context::blocking(move || Ok(ControlFile::read(&directory)?)).await?;
+    let control = blocking(move || Ok(ControlFile::read(&directory)?)).await?;
     agree(&control, &session, &ready.directory)?;
     Ok(session)
 }

@@ -23,7 +23,7 @@ use repository::{
 
 use tokio_util::sync::CancellationToken;
 
-use super::begin::{Ready, enter, ready};
+use super::begin::{Ready, enter, ready, same_timeline};
 use super::hold::{Hold, LOOK_EVERY};
 use super::source::{BAD_PAGES_NAMED_MAX, DataDirectory, Found};
 use super::wal::WalCollector;
@@ -59,7 +59,15 @@ pub async fn back_up(
     cx: &JobContext,
     request: BackupRequest<'_>,
 ) -> Result<BackupOutcome, Failure> {
-    let ready = cx.step("connect", ready(cx, request.cluster)).await?;
+    let ready = cx
+        .step_with("connect", |step| async move {
+            let ready = ready(cx, request.cluster, request.config).await?;
+            if ready.server.in_recovery {
+                step.figure("standby_lag_s", ready.lag_s);
+            }
+            Ok(ready)
+        })
+        .await?;
     let attempt = cx
         .step_with("begin", |step| {
             let (request, ready) = (&request, &ready);
@@ -209,12 +217,18 @@ async fn from_attempt(
             let tablespaces = &copied.tablespaces;
             let hold = &hold;
             async move {
+                if ready.server.in_recovery {
+                    wal.end_at(stopped.stop_lsn);
+                }
                 while hold.beside(&session, wal.store_one_through(stopped.stop_lsn)).await? {
                     session.advance(wal.stored_until()).await?;
                 }
                 step.figure("wal_bytes", wal.bytes());
                 // The slot held all of it until now; had the session been lost, files might have been recycled under us.
                 session.check().await?;
+                if ready.server.in_recovery {
+                    same_timeline(&ready.directory, &session.started().server).await?;
+                }
                 let same = Box::pin(same_tablespaces(&session, wal.changes(), tablespaces));
                 hold.beside(&session, same).await?;
                 session.finish().await;
@@ -239,9 +253,14 @@ async fn from_attempt(
         .step("write_manifest", async {
             // Restored last, in this order: until they are there, no server starts from the copy.
             let label = stopped.backup_label.clone().into_bytes();
+            let mut control_bytes = copied.control_bytes;
+            if ready.server.in_recovery {
+                control_bytes = ControlFile::with_recovery_end(&control_bytes, stopped.stop_lsn)
+                    .map_err(Failure::bug)?;
+            }
             let late = vec![
                 SourceEntry::bytes("backup_label", 0o600, label),
-                SourceEntry::bytes(CONTROL_FILE_PATH, 0o600, copied.control_bytes),
+                SourceEntry::bytes(CONTROL_FILE_PATH, 0o600, control_bytes),
             ];
             Ok(writer.finish(copied.files.clone(), late, facts).await?)
         })

@@ -23,6 +23,8 @@ pub(crate) struct WalCollector {
     writer: WalWriter,
     changes: Option<WalChanges>,
     bytes: u64,
+    /// What follows is not the log's.
+    end: Option<Lsn>,
 }
 
 impl WalCollector {
@@ -36,7 +38,7 @@ impl WalCollector {
         changes: WalChanges,
     ) -> Self {
         let next = Segment::containing(start, timeline, origin.segment_size);
-        Self { directory, origin, next, writer, changes: Some(changes), bytes: 0 }
+        Self { directory, origin, next, writer, changes: Some(changes), bytes: 0, end: None }
     }
 
     /// Stores the next segment if it is complete at `written`, a position the server has flushed. `false` when it is not.
@@ -61,6 +63,12 @@ impl WalCollector {
         }
         self.store_next().await?;
         Ok(true)
+    }
+
+    /// The log ends at `end`, in the middle of a segment that the server may still be writing: a standby cannot switch to
+    /// another one. Zeroes are stored for what follows, so that replay ends there, whatever the file held before.
+    pub(crate) fn end_at(&mut self, end: Lsn) {
+        self.end = Some(end);
     }
 
     /// Stores the history of the timeline, which a restore needs to know where it came from.
@@ -112,6 +120,7 @@ impl WalCollector {
 
     async fn read_next(&self, name: String) -> Result<Bytes, Failure> {
         let (origin, segment, directory) = (self.origin, self.next, self.directory.clone());
+        let end = self.end;
         blocking(move || {
             let size = origin.segment_size as usize;
             let Some(mut file) = origin.open(&directory, segment)? else {
@@ -136,6 +145,11 @@ impl WalCollector {
             origin.verify(segment, &header[..length]).map_err(|what| {
                 gone(format!("WAL segment {name} is not what it should be: {what}"))
             })?;
+            if let Some(end) = end {
+                let kept = end.0.saturating_sub(segment.start(origin.segment_size).0);
+                let kept = usize::try_from(kept).unwrap_or(size).min(size);
+                bytes[kept..].fill(0);
+            }
             Ok(bytes.into())
         })
         .await

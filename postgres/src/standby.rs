@@ -1,0 +1,72 @@
+//! A standby as the source of a backup: how far it is behind, and whether it still follows the timeline it did.
+//!
+//! A standby cannot tell the age of its primary's newest transaction, only that of the newest it has heard of. So the
+//! figure here is an upper bound: it may be too high where the primary is idle and nothing streams, and never too low.
+
+use std::path::Path;
+
+use proto::Timeline;
+
+use crate::error::Error;
+use crate::process::Result;
+use crate::session::Session;
+use crate::wal::WalFile;
+
+/// A receiver that streams and has handed over everything leaves nothing to be behind of. Otherwise the newest sign of life in
+/// what was replayed counts: a transaction's end, or the checkpoint of the last restartpoint.
+const LAG: &str = "\
+-- pgmuster: replay lag
+SELECT CASE WHEN EXISTS (SELECT FROM pg_stat_wal_receiver WHERE pid IS NOT NULL)
+             AND pg_last_wal_receive_lsn() <= pg_last_wal_replay_lsn() THEN 0
+            ELSE extract(epoch FROM clock_timestamp()
+                 - greatest(pg_last_xact_replay_timestamp(), (SELECT checkpoint_time FROM pg_control_checkpoint())))
+       END::int8";
+
+/// How old what a standby shows may be, seconds; 0 for a primary's twin.
+pub async fn lag_s(session: &Session) -> Result<u64> {
+    let seconds: i64 = session.one("ask how far the standby is behind", LAG, &[]).await?.get(0);
+    // Clocks may differ: a transaction of the future is no lag.
+    Ok(u64::try_from(seconds).unwrap_or(0))
+}
+
+/// Refuses WAL of a server that has heard of a timeline after `timeline`: positions may mean other bytes there. A standby
+/// knows the history of a timeline before it replays anything of it, and keeps it in `pg_wal`, the directory given here.
+/// Blocking; reads names only.
+pub fn require_timeline(directory: &Path, timeline: Timeline, segment_size: u32) -> Result<()> {
+    let failed = |source| Error::io("read", directory, source);
+    for entry in std::fs::read_dir(directory).map_err(failed)? {
+        let name = entry.map_err(failed)?.file_name();
+        let file = name.to_str().and_then(|name| WalFile::parse(name, segment_size));
+        if let Some(WalFile::History(known)) = file
+            && known > timeline
+        {
+            let what = format!(
+                "the standby knows timeline {known} ({} is in pg_wal), the backup began on timeline {timeline}",
+                name.display()
+            );
+            return Err(Error::SessionLost { what, source: None });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_later_timeline_is_noticed_by_its_history() {
+        let place = tempfile::tempdir().unwrap();
+        let wal = place.path();
+        for name in
+            ["00000002.history", "000000020000000000000003", "0000000300000000000000FF.partial"]
+        {
+            std::fs::write(wal.join(name), "").unwrap();
+        }
+        require_timeline(wal, Timeline(2), 16 << 20).unwrap();
+        std::fs::write(wal.join("0000000A.history"), "").unwrap();
+        let error = require_timeline(wal, Timeline(2), 16 << 20).unwrap_err();
+        assert!(error.to_string().contains("0000000A.history"), "{error}");
+        require_timeline(wal, Timeline(10), 16 << 20).unwrap();
+    }
+}

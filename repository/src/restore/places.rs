@@ -1,0 +1,117 @@
+//! The directories a restore writes into, looked at beside each other: none may be another one or lie in it, and there must be
+//! handles for all of them. Looks at names only, and touches nothing.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use super::RestoreTarget;
+use crate::error::{Error, show};
+
+/// Each directory takes one handle for its lock and one to write through.
+const HANDLES_A_DIRECTORY: u64 = 2;
+/// Files, connections and whatever else the process has open meanwhile.
+const HANDLES_BESIDE: u64 = 512;
+
+/// Refuses a target whose directories meet: one would be in the way of the other, now or at the next attempt.
+pub(super) fn require_apart(target: &RestoreTarget) -> Result<(), Error> {
+    let mut places = vec![(resolved(&target.directory)?, "the data directory".to_owned())];
+    for (path, elsewhere) in &target.mapping {
+        places.push((resolved(elsewhere)?, show(path)));
+    }
+    // Whatever lies in a directory comes right behind it, or behind others that lie in it.
+    places.sort();
+    for pair in places.windows(2) {
+        let [(outer, one), (inner, other)] = pair else { continue };
+        if inner.starts_with(outer) {
+            return Err(Error::TargetsMeet {
+                one: format!("{one} in {}", outer.display()),
+                other: format!("{other} in {}", inner.display()),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// The path without links, as far as it exists.
+fn resolved(path: &Path) -> Result<PathBuf, Error> {
+    let failed = |source| Error::Target { path: path.display().to_string(), source };
+    let path = std::path::absolute(path).map_err(failed)?;
+    let mut missing = Vec::new();
+    let mut at = path.as_path();
+    loop {
+        match at.canonicalize() {
+            Ok(found) => {
+                return Ok(missing.iter().rev().fold(found, |found, name| found.join(name)));
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(failed(error)),
+        }
+        let (Some(parent), Some(name)) = (at.parent(), at.file_name()) else { return Ok(path) };
+        missing.push(name.to_owned());
+        at = parent;
+    }
+}
+
+/// Lets this process open as many files as a restore into so many directories needs: the usual limit, 1,024, is meant for
+/// programs that know no better, and the system allows more to who asks.
+pub(super) fn make_room_for_handles(target: &RestoreTarget) -> Result<(), Error> {
+    let directories = target.mapping.len() as u64 + 1;
+    let needed = directories * HANDLES_A_DIRECTORY + HANDLES_BESIDE;
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current.is_none_or(|current| current >= needed) {
+        return Ok(());
+    }
+    let failed = |source| Error::Target { path: target.directory.display().to_string(), source };
+    if let Some(maximum) = maximum
+        && maximum < needed
+    {
+        return Err(failed(io::Error::other(format!(
+            "a restore into {directories} directories needs {needed} open files, and this process may have {maximum} (ulimit -Hn)"
+        ))));
+    }
+    setrlimit(Resource::Nofile, Rlimit { current: Some(needed), maximum })
+        .map_err(|error| failed(error.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn meet(directory: &Path, spaces: &[&Path]) -> bool {
+        let mapping = spaces.iter().enumerate().map(|(number, place)| {
+            (format!("pg_tblspc/{number}").into_bytes(), place.to_path_buf())
+        });
+        let target = RestoreTarget {
+            directory: directory.to_owned(),
+            mapping: mapping.collect(),
+            ..RestoreTarget::default()
+        };
+        match require_apart(&target) {
+            Ok(()) => false,
+            Err(Error::TargetsMeet { .. }) => true,
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    #[test]
+    fn directories_that_meet_are_noticed_under_any_name() {
+        let place = tempfile::tempdir().unwrap();
+        let at = |name: &str| place.path().join(name);
+        std::fs::create_dir(at("real")).unwrap();
+        std::os::unix::fs::symlink(at("real"), at("alias")).unwrap();
+        assert!(!meet(&at("data"), &[&at("one"), &at("two")]));
+        assert!(
+            !meet(&at("data"), &[&at("data-1"), &at("data.x"), &at("dat")]),
+            "no part of a name"
+        );
+        assert!(meet(&at("data"), &[&at("one"), &at("one")]));
+        assert!(meet(&at("data"), &[&at("data/inside")]));
+        assert!(meet(&at("data/inside"), &[&at("data")]));
+        assert!(meet(&at("data"), &[&at("one/a/b"), &at("two"), &at("one")]));
+        assert!(meet(&at("data"), &[&at("one/x"), &at("one-x"), &at("one")]));
+        assert!(meet(&at("data"), &[&at("real/x"), &at("alias/x")]));
+        assert!(meet(&at("real/data"), &[&at("alias/data/not/there")]));
+    }
+}
