@@ -395,6 +395,6 @@ def main(verb, root, key_file, wanted=None, directory=None):
 
 if __name__ == "__main__":
     try:
-        main(*sys.argv[1:])
-    except (Damaged, OSError, LookupError, ValueError) as error:
+        main(*sys.argv[1:]) if len(sys.argv) in (4, 6) else sys.exit(__doc__)
+    except (Damaged, OSError, LookupError, TypeError, ValueError) as error:
         sys.exit(f"failed: {type(error).__name__}: {error}")
