@@ -64,12 +64,20 @@ pub fn check_unused(data_directory: &Path) -> Result<(), Unavailable> {
             "{LOCK_FILE} names process {pid}, which is alive: {who} may work there"
         ));
     }
-    // The line of the shared memory, which outlives a postmaster whose children go on.
-    let attached = text.lines().nth(6).and_then(|line| line.split_whitespace().nth(1));
-    if attached.is_some_and(is_attached) {
-        return in_use("processes of a server that was killed still run there".to_owned());
+    if alone {
+        return Ok(());
     }
-    Ok(())
+    // The line of the shared memory, which outlives a postmaster whose children go on. Memory that is there and unused shows
+    // that the number was given by this system; without it, a server in another container may have it.
+    let memory = text.lines().nth(6).and_then(|line| line.split_whitespace().nth(1));
+    match memory.and_then(users_of) {
+        Some(0) => Ok(()),
+        Some(_) => in_use("processes of a server that was killed still run there".to_owned()),
+        None => in_use(format!(
+            "{LOCK_FILE} names process {pid}, which is not of this host and boot, or of another container: once it is \
+             certain that no server runs there, delete that file"
+        )),
+    }
 }
 
 /// Fails with the reason when a running server has a tablespace in a directory.
@@ -106,15 +114,16 @@ fn is_same(one: &Path, other: &Path) -> bool {
     }
 }
 
-/// Whether a process has the segment of shared memory with this id.
-fn is_attached(id: &str) -> bool {
+/// How many processes have the segment of shared memory with this id; `None` when there is no such segment.
+fn users_of(id: &str) -> Option<u64> {
     let table = fs::read_to_string("/proc/sysvipc/shm").unwrap_or_default();
     let mut lines = table.lines();
     let names: Vec<&str> = lines.next().unwrap_or_default().split_whitespace().collect();
     let place = |name| names.iter().position(|it| *it == name);
-    let (Some(shmid), Some(nattch)) = (place("shmid"), place("nattch")) else { return false };
-    lines.map(|line| line.split_whitespace().collect::<Vec<_>>()).any(|row| {
-        row.get(shmid) == Some(&id) && row.get(nattch).is_some_and(|count| *count != "0")
+    let (shmid, nattch) = (place("shmid")?, place("nattch")?);
+    lines.map(|line| line.split_whitespace().collect::<Vec<_>>()).find_map(|row| {
+        let is_it = row.get(shmid) == Some(&id);
+        is_it.then(|| row.get(nattch)?.parse().ok()).flatten()
     })
 }
 
@@ -192,8 +201,13 @@ mod tests {
         // A server in another container may well have our number.
         write(&format!("{}\n/somewhere\n", getpid()));
         assert!(reason(place.path()).contains("which is alive"));
-        write(&format!("{}\n/somewhere\n", dead()));
+        // A restore that is over. A server that cannot be seen may be one of another container.
+        write(&format!("-{}\n/somewhere\n", dead()));
         check_unused(place.path()).unwrap();
+        for memory in ["", "1\n5432\n/tmp\n\n 1 2147483647\n"] {
+            write(&format!("{}\n/somewhere\n{memory}", dead()));
+            assert!(reason(place.path()).contains("another container"));
+        }
         for text in ["", "\n", "x\n", "0\n"] {
             write(text);
             assert!(reason(place.path()).contains("cannot be understood"), "{text:?}");
@@ -204,7 +218,7 @@ mod tests {
     fn a_lock_keeps_out_goes_away_and_takes_the_place_of_a_dead_one() {
         let place = tempfile::tempdir().unwrap();
         let path = place.path().join(LOCK_FILE);
-        fs::write(&path, format!("{}\n", dead())).unwrap();
+        fs::write(&path, format!("-{}\n", dead())).unwrap();
         let lock = DirectoryLock::take(place.path()).unwrap();
         let text = fs::read_to_string(&path).unwrap();
         assert!(text.starts_with(&format!("-{}\n", getpid())), "{text}");

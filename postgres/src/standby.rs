@@ -16,7 +16,8 @@ use crate::wal::WalFile;
 /// what was replayed counts: a transaction's end, or the checkpoint of the last restartpoint.
 const LAG: &str = "\
 -- pgmuster: replay lag
-SELECT CASE WHEN EXISTS (SELECT FROM pg_stat_wal_receiver WHERE pid IS NOT NULL)
+SELECT CASE WHEN EXISTS (SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming'
+                     AND last_msg_receipt_time > clock_timestamp() - interval '2 minutes')
              AND pg_last_wal_receive_lsn() <= pg_last_wal_replay_lsn() THEN 0
             ELSE extract(epoch FROM clock_timestamp()
                  - greatest(pg_last_xact_replay_timestamp(), (SELECT checkpoint_time FROM pg_control_checkpoint())))

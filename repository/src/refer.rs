@@ -311,6 +311,11 @@ impl Frames {
         }
     }
 
+    /// Nothing readable refers to the pack.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
     /// Whether all of them stand in the table of their pack.
     pub(crate) fn are_in(&self, table: &[FrameRef]) -> bool {
         self.rows

@@ -294,7 +294,7 @@ async fn mapped_directories_are_mended_where_they_are() {
     let inside = BTreeMap::from([(b"pg_tblspc/16400".to_vec(), data.join("pg_tblspc/in"))]);
     let target = RestoreTarget { mapping: inside, wal_directory: None, ..replacing(&data) };
     let error = backup.restore_plan(target).await.unwrap_err();
-    assert!(error.to_string().contains("lies in it"), "{error}");
+    assert!(error.to_string().contains("lies in the other"), "{error}");
 }
 
 /// When reads of packs begin to fail.

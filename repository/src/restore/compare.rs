@@ -5,6 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender};
+use rustix::fs::{Advice, fadvise};
 
 use super::fetch::{TargetFile, Wanted};
 use super::tree::Tree;
@@ -89,7 +90,13 @@ impl Comparer<'_> {
             self.stop.check()?;
             let file = match open.take() {
                 Some((id, file)) if id == piece.file.id => file,
-                _ => self.tree.read_file(&piece.file.path, self.writes)?,
+                _ => {
+                    let file = self.tree.read_file(&piece.file.path, self.writes)?;
+                    // What an attempt before could not write to the disk may still be right in memory. Only advice, which
+                    // leaves alone what is yet to be written: that is synced in the end.
+                    let _ = fadvise(&file, 0, None, Advice::DontNeed);
+                    file
+                }
             };
             let wanted = self.piece(&piece, &file, &mut buffer)?;
             open = Some((piece.file.id, file));

@@ -259,7 +259,7 @@ impl Look<'_> {
                 b"" => name,
                 _ => [prefix, &name].join(&b'/'),
             };
-            if self.target.spares(&path) {
+            if self.target.spares(&path) || self.is_beside(prefix, &path) {
                 continue;
             }
             self.found.is_anything_there = true;
@@ -286,6 +286,16 @@ impl Look<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Whether a name stands beside the backup's in a directory that others may use too: the directory of a tablespace holds one
+    /// directory for each version of the server, and those of other clusters are nobody's to remove.
+    fn is_beside(&self, prefix: &[u8], path: &[u8]) -> bool {
+        matches!(self.target.existing, Existing::Replace { .. })
+            && self.target.mapping.contains_key(prefix)
+            && !self
+                .contents
+                .is_some_and(|contents| contents.has(path, true) || contents.has(path, false))
     }
 
     /// Counts what is in a foreign directory. Another file system in it is nothing that a restore may empty.

@@ -77,7 +77,13 @@ pub(super) async fn read(
                 results.frames += seen.frames;
                 match seen.wrong {
                     Some(why) => drop(results.seen.wrong.insert(record.id, why)),
-                    None if need.is_marked => drop(results.seen.right.insert(record.id)),
+                    // A mark may say that a frame does not open, which reading alone does not show.
+                    None if need.is_marked
+                        && options.level == CheckLevel::Decrypt
+                        && !need.frames.is_empty() =>
+                    {
+                        results.seen.right.insert(record.id);
+                    }
                     None => {}
                 }
                 Ok(())
