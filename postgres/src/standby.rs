@@ -1,7 +1,8 @@
 //! A standby as the source of a backup: how far it is behind, and whether it still follows the timeline it did.
 //!
 //! A standby cannot tell the age of its primary's newest transaction, only that of the newest it has heard of. So the
-//! figure here is an upper bound: it may be too high where the primary is idle and nothing streams, and never too low.
+//! figure here is too high where the primary is idle and nothing streams. It counts from the server that this one
+//! streams from: how far that one is behind is not known here.
 
 use std::path::Path;
 
@@ -23,7 +24,7 @@ SELECT CASE WHEN EXISTS (SELECT FROM pg_stat_wal_receiver WHERE status = 'stream
                  - greatest(pg_last_xact_replay_timestamp(), (SELECT checkpoint_time FROM pg_control_checkpoint())))
        END::int8";
 
-/// How old what a standby shows may be, seconds; 0 for a primary's twin.
+/// How old what a standby shows may be, seconds; 0 when it has replayed all that a sender has sent it which spoke lately.
 pub async fn lag_s(session: &Session) -> Result<u64> {
     let seconds: i64 = session.one("ask how far the standby is behind", LAG, &[]).await?.get(0);
     // Clocks may differ: a transaction of the future is no lag.

@@ -34,7 +34,7 @@ impl Repository {
         Ok(())
     }
 
-    /// Takes a mark away: the pack was read and is right, or is gone and nothing needs it. Idempotent.
+    /// Takes a mark away: every frame of the pack opens, or is gone and nothing needs it. Idempotent.
     pub(crate) async fn unmark(&self, lineage: LineageId, pack: PackId) -> Result<(), Error> {
         self.check_writable()?;
         Ok(self.store.delete(&layout::mark(lineage, pack)).await?)

@@ -279,6 +279,9 @@ async fn mapped_directories_are_mended_where_they_are() {
     let (in_data, in_space) = (state(&data), state(&space));
     write_at(&space.join("PG_15/1"), 9000, b"damage");
     fs::write(space.join("PG_15/2"), "not in the backup").unwrap();
+    // What a cluster of another version has in the same place is nobody's to remove.
+    fs::create_dir(space.join("PG_14")).unwrap();
+    fs::write(space.join("PG_14/1"), "theirs").unwrap();
     // A directory where the link belongs holds files that are nobody's copies.
     fs::remove_file(data.join("pg_tblspc/16400")).unwrap();
     fs::create_dir_all(data.join("pg_tblspc/16400/PG_15")).unwrap();
@@ -289,6 +292,8 @@ async fn mapped_directories_are_mended_where_they_are() {
     assert_eq!(foreign, [data.join("pg_tblspc/16400"), space.join("PG_15/2")]);
     let done = plan.restore(RestoreOptions::default()).await.unwrap();
     assert!(done.reused_bytes >= (3 << 20) - 8192, "{done:?}");
+    assert_eq!(fs::read_to_string(space.join("PG_14/1")).unwrap(), "theirs");
+    fs::remove_dir_all(space.join("PG_14")).unwrap();
     assert_eq!((state(&data), state(&space)), (in_data, in_space));
 
     let inside = BTreeMap::from([(b"pg_tblspc/16400".to_vec(), data.join("pg_tblspc/in"))]);

@@ -331,7 +331,7 @@ impl Repository {
         ended
     }
 
-    /// Marks what reading showed to be damaged, and takes the mark from what is right.
+    /// Marks what reading showed to be damaged, and takes the mark from what opened whole.
     async fn follow(
         &self,
         lineage: LineageId,
