@@ -38,7 +38,9 @@ fn bloated(table: &str, one_in: u32) -> Vec<String> {
     ]
 }
 
-async fn prepare(server: &Server, statements: Vec<String>) {
+/// Runs the statements; their pages are written out then, so that nobody but the VACUUM under test holds one.
+async fn prepare(server: &Server, mut statements: Vec<String>) {
+    statements.push("CHECKPOINT".to_owned());
     server.run(&statements.iter().map(String::as_str).collect::<Vec<_>>()).await;
 }
 
