@@ -8,6 +8,7 @@ use proto::RepositoryId;
 use proto::failure::chain;
 use zeroize::Zeroizing;
 
+use crate::again::again;
 use crate::chance;
 use crate::config::Config;
 use crate::error::Error;
@@ -214,17 +215,23 @@ impl Repository {
         unlock: Unlock<'_>,
     ) -> Result<(Self, Unlocked), Error> {
         let place = store.describe();
-        let bytes = match store.get(layout::CONFIG, NOTE_BYTES_MAX).await {
-            Ok(bytes) => bytes,
-            Err(StoreError::NotFound { .. }) => return Err(Error::NoRepository { place }),
-            Err(error) => return Err(error.into()),
-        };
-        let config: Config = note::read_unchecked(layout::CONFIG, &bytes)?;
-        config.check_readable(&place)?;
-        let unlocked = recipient::unlock(store.as_ref(), config.repository, unlock).await?;
-        let keys = unlocked.master.keys(config.repository);
-        // Only now is it known that nobody changed the config.
-        let config: Config = note::read(&keys, layout::CONFIG, &bytes)?;
+        let (keys, config, unlocked) = again(|| async {
+            let bytes = match store.get(layout::CONFIG, NOTE_BYTES_MAX).await {
+                Ok(bytes) => bytes,
+                Err(StoreError::NotFound { .. }) => {
+                    return Err(Error::NoRepository { place: place.clone() });
+                }
+                Err(error) => return Err(error.into()),
+            };
+            let config: Config = note::read_unchecked(layout::CONFIG, &bytes)?;
+            config.check_readable(&place)?;
+            let unlocked = recipient::unlock(store.as_ref(), config.repository, unlock).await?;
+            let keys = unlocked.master.keys(config.repository);
+            // Only now is it known that nobody changed the config.
+            let config: Config = note::read(&keys, layout::CONFIG, &bytes)?;
+            Ok((keys, config, unlocked))
+        })
+        .await?;
         Ok((Self { store, keys: Arc::new(keys), config: Arc::new(config) }, unlocked))
     }
 
