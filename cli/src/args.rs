@@ -434,6 +434,10 @@ pub enum RepoCommand {
         /// Where to write a second key, to be kept elsewhere; the file must not exist.
         #[arg(long, value_name = "FILE")]
         recovery_key: Option<PathBuf>,
+        /// One program at a time will write there: also for a store that ignores conditional writes, and for a directory on
+        /// NFS. Such a repository is degraded: two that write at the same time may spoil each other's backups.
+        #[arg(long)]
+        single_writer: bool,
     },
     /// Look after the keys of a repository: list, add, rotate, retire, check.
     #[command(subcommand)]
@@ -494,6 +498,9 @@ pub enum RepoCommand {
         /// Abort attempts that have been open for more than two days: those of workers that died and were given up.
         #[arg(long)]
         abort_open: bool,
+        /// No other program uses the repository until this one ends: needed where it is for a single writer.
+        #[arg(long)]
+        alone: bool,
     },
     /// Look for damage in a repository: what is missing, what was changed, what does not open.
     ///

@@ -94,7 +94,7 @@ async fn make_repository(home: &Path) -> Result<bool, Failure> {
         return Ok(false);
     }
     let url = format!("file://{}", home.join("repository").display());
-    let sheet = init_repository(&url, &key, None).await?;
+    let sheet = init_repository(&url, &key, None, false).await?;
     write_secret(&home.join("recovery-sheet.txt"), sheet.as_bytes())?;
     Ok(true)
 }

@@ -85,6 +85,31 @@ fn a_repository_is_made_once_and_opened_by_its_key_alone() {
 }
 
 #[test]
+fn a_repository_for_a_single_writer_says_so_and_is_collected_by_somebody_alone() {
+    let place = tempfile::tempdir().unwrap();
+    let (key, directory) = (place.path().join("key"), place.path().join("repository"));
+    let url = format!("file://{}", directory.display());
+    let key_path = key.to_str().unwrap();
+    let made = pgmuster(&["repo", "init", &url, "--key", key_path, "--single-writer"]);
+    assert!(made.status.success(), "{}", said(&made));
+    let config = std::fs::read_to_string(directory.join("config")).unwrap();
+    assert!(
+        config.contains(r#""write":["single-writer"]"#),
+        "older programs would write: {config}"
+    );
+    let listed = list(&url, &key);
+    assert!(listed.status.success(), "{}", said(&listed));
+    assert_eq!(String::from_utf8_lossy(&listed.stdout).trim(), "[]");
+    assert!(String::from_utf8_lossy(&listed.stderr).contains("degraded"), "{}", said(&listed));
+    let gc = ["repo", "gc", &url, "--key", key_path];
+    refused(&pgmuster(&gc), 7, "STATE_CONFLICT");
+    let planned = pgmuster(&[&gc[..], &["--plan"]].concat());
+    assert!(planned.status.success(), "{}", said(&planned));
+    let collected = pgmuster(&[&gc[..], &["--alone"]].concat());
+    assert!(collected.status.success(), "{}", said(&collected));
+}
+
+#[test]
 fn the_key_is_on_disk_before_there_is_a_repository_that_needs_it() {
     let place = tempfile::tempdir().unwrap();
     // The key cannot be written: then nothing may be made that only it would open.

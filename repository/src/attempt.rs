@@ -7,6 +7,7 @@ use std::sync::Arc;
 use futures::{StreamExt, TryStreamExt, stream};
 use proto::{AttemptId, BackupId, LineageId};
 
+use crate::again::again;
 use crate::error::Error;
 use crate::layout;
 use crate::limits::{CONDEMNED_BYTES_MAX, MANIFEST_BYTES_MAX};
@@ -133,20 +134,21 @@ impl Repository {
             if objects.iter().any(|other| other.key == done) {
                 continue;
             }
-            match self.store.get(&object.key, CONDEMNED_BYTES_MAX).await {
-                Ok(bytes) => match note::read::<Condemned>(&self.keys, &object.key, &bytes) {
-                    Ok(list) => condemned.packs.extend(list.packs),
-                    // It may name anything.
-                    Err(Error::Damaged { key, reason }) => {
-                        tracing::warn!("Nothing is compared with while {key} is there: {reason}");
-                        condemned.all = true;
-                    }
-                    Err(error) => return Err(error),
-                },
+            let read = again(|| async {
+                let bytes = self.store.get(&object.key, CONDEMNED_BYTES_MAX).await?;
+                note::read::<Condemned>(&self.keys, &object.key, &bytes)
+            });
+            match read.await {
+                Ok(list) => condemned.packs.extend(list.packs),
+                // It may name anything.
+                Err(Error::Damaged { key, reason }) => {
+                    tracing::warn!("Nothing is compared with while {key} is there: {reason}");
+                    condemned.all = true;
+                }
                 // Retired since it was listed: everything on it is deleted, and a predecessor chosen from now on
                 // does not need it.
-                Err(StoreError::NotFound { .. }) => {}
-                Err(error) => return Err(error.into()),
+                Err(Error::Store(StoreError::NotFound { .. })) => {}
+                Err(error) => return Err(error),
             }
         }
         Ok(condemned)
@@ -333,11 +335,14 @@ impl Repository {
         let digest = pack::digest_of(&bytes).ok_or_else(|| damaged("it has no digest"))?;
         let size_bytes = bytes.len() as u64;
         self.store.put(&key, bytes).await?;
-        let stored = self.store.get(&key, MANIFEST_BYTES_MAX).await.map_err(Error::needed)?;
-        if pack::digest_of(&stored) != Some(digest) || stored.len() as u64 != size_bytes {
-            return Err(damaged("it was read back with other bytes than were written"));
-        }
-        let reopened = Root::open(&self.keys, lineage, attempt.into(), &key, stored.into())?;
+        let reopened = again(|| async {
+            let stored = self.store.get(&key, MANIFEST_BYTES_MAX).await.map_err(Error::needed)?;
+            if pack::digest_of(&stored) != Some(digest) || stored.len() as u64 != size_bytes {
+                return Err(damaged("it was read back with other bytes than were written"));
+            }
+            Root::open(&self.keys, lineage, attempt.into(), &key, stored.into())
+        })
+        .await?;
         if *reopened != *root {
             return Err(damaged("it was read back with another meaning than was written"));
         }

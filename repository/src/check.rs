@@ -10,6 +10,7 @@ use proto::LineageId;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
+use crate::again::{again, told};
 use crate::error::Error;
 use crate::layout;
 use crate::limits::{FRAME_BYTES_MAX, TAG_LENGTH};
@@ -129,9 +130,24 @@ impl Repository {
         on_read: impl Fn(u64),
     ) -> Result<Option<String>, Error> {
         let key = layout::pack(lineage, record.id);
+        let read = again(|| self.require_digest(&key, record, request_bytes, &on_read));
+        match read.await {
+            Ok(()) => Ok(None),
+            Err(Error::Damaged { reason, .. }) => Ok(Some(reason)),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn require_digest(
+        &self,
+        key: &str,
+        record: &PackRecord,
+        request_bytes: u64,
+        on_read: &impl Fn(u64),
+    ) -> Result<(), Error> {
         let get = async |range: std::ops::Range<u64>| {
             let length = range.end - range.start;
-            let bytes = self.store.get_range(&key, range).await.map_err(Error::needed)?;
+            let bytes = self.store.get_range(key, range).await.map_err(Error::needed)?;
             on_read(length);
             Ok::<_, Error>(bytes)
         };
@@ -145,7 +161,10 @@ impl Repository {
         }
         let right = *hasher.finalize().as_bytes() == record.digest
             && ends_with_digest(&get(end..record.size_bytes).await?, &record.digest);
-        Ok((!right).then(|| "its bytes are not those that were written".to_owned()))
+        if right {
+            return Ok(());
+        }
+        Err(Error::damaged(key, "its bytes are not those that were written"))
     }
 }
 
@@ -273,7 +292,16 @@ impl Look<'_> {
     /// something refers to.
     pub(crate) fn open(&self, record: &PackRecord, referred: &Frames) -> Result<Seen, Error> {
         let mut seen = Seen::default();
-        if let Err(error) = self.open_frames(record, referred, &mut seen) {
+        let mut opened = self.open_frames(record, referred, &mut seen);
+        if let Err(first @ Error::Damaged { .. }) = &opened {
+            seen = Seen::default();
+            let second = self.open_frames(record, referred, &mut seen);
+            if second.is_ok() {
+                told(first);
+            }
+            opened = second;
+        }
+        if let Err(error) = opened {
             seen.wrong = Some(wrong(error)?);
         }
         Ok(seen)

@@ -24,6 +24,10 @@ use crate::{chance, hex, layout, note};
 /// Packs that are deleted at the same time.
 const DELETES_IN_FLIGHT: usize = 8;
 
+/// How long a backup is forgotten at least, and an attempt open, in a repository for a single writer: whoever should not
+/// have been there is gone by then.
+const SINGLE_WRITER_MS: i64 = 72 * 3_600_000;
+
 /// How a collection runs.
 #[derive(Debug, Clone)]
 pub struct CollectOptions {
@@ -144,7 +148,8 @@ impl Repository {
         lineage: LineageId,
         options: &CollectOptions,
     ) -> Result<CollectPlan, Error> {
-        self.check_writable()?;
+        self.check_deletable()?;
+        let options = &self.courtesies(options);
         self.identity(lineage).await?;
         // The packs first: one that is stored later is not in the list, and cannot be taken for garbage.
         let packs = self.list_packs(lineage).await?;
@@ -169,6 +174,16 @@ impl Repository {
             }
         }
         Ok(plan)
+    }
+
+    /// The caller's options, with more time where the store does not keep a collector and a writer apart.
+    fn courtesies(&self, options: &CollectOptions) -> CollectOptions {
+        let mut options = options.clone();
+        if self.is_single_writer() {
+            options.grace_ms = options.grace_ms.max(SINGLE_WRITER_MS);
+            options.patience_ms = options.patience_ms.map(|ms| ms.max(SINGLE_WRITER_MS));
+        }
+        options
     }
 
     /// Every pack in the store, with its bytes. Whatever else lies there is not ours to delete.
@@ -310,6 +325,8 @@ impl CollectPlan {
     /// Does it.
     pub async fn collect(mut self, options: &CollectOptions) -> Result<Collected, Error> {
         let (repository, lineage) = (self.repository.clone(), self.lineage);
+        repository.check_alone()?;
+        let options = &repository.courtesies(options);
         if options.cancel.is_cancelled() {
             return Err(Error::Cancelled);
         }

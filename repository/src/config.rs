@@ -9,6 +9,12 @@ use crate::store::probe::Capabilities;
 
 pub(crate) const MAGIC: &str = "pgmuster-repository";
 
+/// Required for writing: at most one program writes at a time, because the store does not decide between two.
+pub(crate) const SINGLE_WRITER: &str = "single-writer";
+
+/// What this program knows of [`Features::write`].
+const KNOWN_FOR_WRITING: [&str; 1] = [SINGLE_WRITER];
+
 /// Clear text; authenticated once a key is there.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Config {
@@ -39,16 +45,10 @@ impl Config {
     pub(crate) fn new(
         repository: RepositoryId,
         created_at_ms: i64,
+        features: Features,
         store: Option<Capabilities>,
     ) -> Self {
-        Self {
-            magic: MAGIC.to_owned(),
-            format: FORMAT,
-            repository,
-            created_at_ms,
-            features: Features::default(),
-            store,
-        }
+        Self { magic: MAGIC.to_owned(), format: FORMAT, repository, created_at_ms, features, store }
     }
 
     /// Whether this program may read here.
@@ -73,7 +73,8 @@ impl Config {
 
     /// Whether this program may write here.
     pub(crate) fn check_writable(&self, place: &str) -> Result<(), Error> {
-        match self.features.write.first() {
+        let unknown = |feature: &&String| !KNOWN_FOR_WRITING.contains(&feature.as_str());
+        match self.features.write.iter().find(unknown) {
             Some(feature) => Err(Error::Version {
                 place: place.to_owned(),
                 reason: format!(
@@ -82,5 +83,47 @@ impl Config {
             }),
             None => Ok(()),
         }
+    }
+
+    /// Whether this program may delete here.
+    pub(crate) fn check_deletable(&self, place: &str) -> Result<(), Error> {
+        self.check_writable(place)?;
+        match self.features.delete.first() {
+            Some(feature) => Err(Error::Version {
+                place: place.to_owned(),
+                reason: format!(
+                    "deleting from it needs {feature:?}, which this program does not know"
+                ),
+            }),
+            None => Ok(()),
+        }
+    }
+
+    pub(crate) fn is_single_writer(&self) -> bool {
+        self.features.write.iter().any(|feature| feature == SINGLE_WRITER)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_feature_forbids_what_it_is_required_for_and_all_behind_it() {
+        let with = |write: &[&str], delete: &[&str]| {
+            let named = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+            let features =
+                Features { read: Vec::new(), write: named(write), delete: named(delete) };
+            let config = Config::new(RepositoryId::mint(1, [1; 10]), 0, features, None);
+            (
+                config.check_readable("x").is_ok(),
+                config.check_writable("x").is_ok(),
+                config.check_deletable("x").is_ok(),
+            )
+        };
+        assert_eq!(with(&[], &[]), (true, true, true));
+        assert_eq!(with(&[SINGLE_WRITER], &[]), (true, true, true));
+        assert_eq!(with(&[SINGLE_WRITER, "new"], &[]), (true, false, false));
+        assert_eq!(with(&[], &["new"]), (true, true, false));
     }
 }

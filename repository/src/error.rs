@@ -32,6 +32,14 @@ pub enum Error {
         /// Which version or feature.
         reason: String,
     },
+    /// The repository is for one program at a time, and nobody said that there is no other.
+    #[error(
+        "delete from the repository in {place}: it is for one program at a time, and others may be using it"
+    )]
+    NotAlone {
+        /// The store.
+        place: String,
+    },
     /// The key is not one of this repository's, or none was given and one is needed.
     #[error("open repository {repository} in {place}: {reason}")]
     Key {
@@ -247,6 +255,11 @@ impl From<Error> for Failure {
                 Code::RepositoryVersion,
                 Action::FixConfig,
                 "Use a pgmuster at least as new as the one that wrote the repository.",
+            ),
+            Error::NotAlone { .. } => (
+                Code::StateConflict,
+                Action::FixConfig,
+                "Stop every worker and every other command on this repository, then repeat with `--alone`.",
             ),
             Error::Key { .. } => (
                 Code::KeyWrong,

@@ -7,6 +7,7 @@
 //! it) → [`BackupWriter::finish`] → [`Written::commit`]. The way back: [`Repository::open_backup`] →
 //! [`Backup::restore_plan`] → [`RestorePlan::restore`].
 
+mod again;
 mod attempt;
 mod chance;
 mod check;

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use futures::{StreamExt, stream};
 use proto::{AttemptId, BackupId, ClusterName, LineageId, SystemIdentifier};
 
+use crate::again::again;
 use crate::error::Error;
 use crate::layout;
 use crate::limits::NOTE_BYTES_MAX;
@@ -249,10 +250,13 @@ impl Repository {
         &self,
         key: &str,
     ) -> Result<Option<T>, Error> {
-        match self.store.get(key, NOTE_BYTES_MAX).await {
-            Ok(bytes) => note::read(&self.keys, key, &bytes).map(Some),
-            Err(StoreError::NotFound { .. }) => Ok(None),
-            Err(error) => Err(error.into()),
-        }
+        again(|| async {
+            match self.store.get(key, NOTE_BYTES_MAX).await {
+                Ok(bytes) => note::read(&self.keys, key, &bytes).map(Some),
+                Err(StoreError::NotFound { .. }) => Ok(None),
+                Err(error) => Err(error.into()),
+            }
+        })
+        .await
     }
 }

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 use proto::{BackupFacts, BackupId, LineageId};
 
+use crate::again::again;
 use crate::entry::{Body, Entry, Extent};
 use crate::error::Error;
 use crate::hex;
@@ -58,13 +59,16 @@ impl Repository {
             return Err(Error::BackupUnknown { lineage, backup });
         };
         let key = layout::of_backup(lineage, backup, "manifest");
-        let bytes = self.store.get(&key, MANIFEST_BYTES_MAX).await.map_err(Error::needed)?;
-        let meant = bytes.len() as u64 == *manifest_bytes
-            && digest_of(&bytes).is_some_and(|digest| hex::encode(&digest) == *manifest_blake3);
-        if !meant {
-            return Err(Error::damaged(key, "it is not the manifest that the verdict means"));
-        }
-        let root = Root::open(&self.keys, lineage, backup, &key, bytes.into())?;
+        let root = again(|| async {
+            let bytes = self.store.get(&key, MANIFEST_BYTES_MAX).await.map_err(Error::needed)?;
+            let meant = bytes.len() as u64 == *manifest_bytes
+                && digest_of(&bytes).is_some_and(|digest| hex::encode(&digest) == *manifest_blake3);
+            if !meant {
+                return Err(Error::damaged(&key, "it is not the manifest that the verdict means"));
+            }
+            Root::open(&self.keys, lineage, backup, &key, bytes.into())
+        })
+        .await?;
         Ok(Backup::new(self.clone(), root))
     }
 }
@@ -213,6 +217,28 @@ impl MetadataReader {
 
     /// The content of one metadata frame.
     async fn frame(&self, frame: &FrameRef) -> Result<Vec<u8>, Error> {
+        again(|| async {
+            let read = self.frame_in_blocks(frame).await;
+            if read.is_err() {
+                self.drop_blocks(frame);
+            }
+            read
+        })
+        .await
+    }
+
+    /// Forgets the blocks that a frame stands in: their bytes are not to be trusted.
+    fn drop_blocks(&self, frame: &FrameRef) {
+        let mut blocks = lock(&self.blocks);
+        for number in frame.offset / BLOCK_BYTES..=frame.end() / BLOCK_BYTES {
+            let place = (frame.pack, number);
+            if blocks.kept.remove(&place).is_some() {
+                blocks.order.retain(|kept| *kept != place);
+            }
+        }
+    }
+
+    async fn frame_in_blocks(&self, frame: &FrameRef) -> Result<Vec<u8>, Error> {
         let record = self.record(frame.pack)?;
         if record.kind != ObjectType::Metadata || frame.end() > record.size_bytes {
             return Err(self.damaged(frame.pack, "a reference into it cannot be right"));

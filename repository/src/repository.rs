@@ -8,8 +8,9 @@ use proto::RepositoryId;
 use proto::failure::chain;
 use zeroize::Zeroizing;
 
+use crate::again::again;
 use crate::chance;
-use crate::config::Config;
+use crate::config::{Config, Features, SINGLE_WRITER};
 use crate::error::Error;
 use crate::key::{KeyFile, Keys, MasterKey};
 use crate::keyring::{self, Change, NewRecipient};
@@ -18,6 +19,7 @@ use crate::limits::NOTE_BYTES_MAX;
 use crate::note;
 use crate::recipient::{self, KeyObject, OPEN_KEY, Unlock, Unlocked};
 use crate::store::probe::Capabilities;
+use crate::store::single::SingleWriter;
 use crate::store::{PutOutcome, Store, StoreError};
 
 /// An open repository. Cheap to clone.
@@ -26,6 +28,8 @@ pub struct Repository {
     pub(crate) store: Arc<dyn Store>,
     pub(crate) keys: Arc<Keys>,
     config: Arc<Config>,
+    /// Whoever opened it says that no other program uses it now.
+    is_alone: bool,
 }
 
 /// How a new repository is made.
@@ -55,6 +59,7 @@ pub struct NewRepository {
     /// secret like the key file.
     pub recovery_sheet: Zeroizing<String>,
     store: Arc<dyn Store>,
+    features: Features,
     id: RepositoryId,
     now_ms: i64,
     master: MasterKey,
@@ -101,12 +106,21 @@ impl NewRepository {
         self.recipients.last_mut().ok_or_else(|| Error::Bug("a key that was added".to_owned()))
     }
 
+    /// It will be written by one program at a time: for a store that does not decide between two. Programs that do not
+    /// know of this will read it and not write to it.
+    #[must_use]
+    pub fn for_a_single_writer(mut self) -> Self {
+        self.store = Arc::new(SingleWriter::over(self.store));
+        self.features.write.push(SINGLE_WRITER.to_owned());
+        self
+    }
+
     /// Makes the repository, in a store that has none; `found` is what a probe saw and is kept in it. The wrapped keys are
     /// in the store before the repository is, so a crash in between leaves unused keys and no repository.
     ///
     /// After [`Error::RepositoryExists`] the keys open nothing. After any other error they may: keep them.
     pub async fn create(self, found: Option<Capabilities>) -> Result<Repository, Error> {
-        let Self { store, id, now_ms, mut master, recipients, .. } = self;
+        let Self { store, features, id, now_ms, mut master, recipients, .. } = self;
         let place = store.describe();
         match store.size(layout::CONFIG).await {
             Ok(_) => return Err(Error::RepositoryExists { place }),
@@ -127,7 +141,7 @@ impl NewRepository {
             }
         }
         let keys = master.keys(id);
-        let config = Config::new(id, now_ms, found);
+        let config = Config::new(id, now_ms, features, found);
         let bytes = note::write(&keys, layout::CONFIG, &config)?;
         if create(store.as_ref(), layout::CONFIG, bytes).await? == PutOutcome::Exists {
             for key in recipients.iter().filter(|new| new.id() != OPEN_KEY) {
@@ -138,7 +152,8 @@ impl NewRepository {
             }
             return Err(Error::RepositoryExists { place });
         }
-        let repository = Repository { store, keys: Arc::new(keys), config: Arc::new(config) };
+        let repository =
+            Repository { store, keys: Arc::new(keys), config: Arc::new(config), is_alone: false };
         // Without encryption there is nothing to list: no key is ever added or retired.
         let listed = recipients.iter().all(|new| new.id() != OPEN_KEY);
         let change = Change { by: "init".to_owned(), at_ms: now_ms };
@@ -182,6 +197,7 @@ impl Repository {
             key_file: first.key_file.take(),
             recovery_sheet: std::mem::take(&mut first.recovery_sheet),
             store,
+            features: Features::default(),
             id,
             now_ms: options.now_ms,
             master,
@@ -214,18 +230,27 @@ impl Repository {
         unlock: Unlock<'_>,
     ) -> Result<(Self, Unlocked), Error> {
         let place = store.describe();
-        let bytes = match store.get(layout::CONFIG, NOTE_BYTES_MAX).await {
-            Ok(bytes) => bytes,
-            Err(StoreError::NotFound { .. }) => return Err(Error::NoRepository { place }),
-            Err(error) => return Err(error.into()),
-        };
-        let config: Config = note::read_unchecked(layout::CONFIG, &bytes)?;
-        config.check_readable(&place)?;
-        let unlocked = recipient::unlock(store.as_ref(), config.repository, unlock).await?;
-        let keys = unlocked.master.keys(config.repository);
-        // Only now is it known that nobody changed the config.
-        let config: Config = note::read(&keys, layout::CONFIG, &bytes)?;
-        Ok((Self { store, keys: Arc::new(keys), config: Arc::new(config) }, unlocked))
+        let (keys, config, unlocked) = again(|| async {
+            let bytes = match store.get(layout::CONFIG, NOTE_BYTES_MAX).await {
+                Ok(bytes) => bytes,
+                Err(StoreError::NotFound { .. }) => {
+                    return Err(Error::NoRepository { place: place.clone() });
+                }
+                Err(error) => return Err(error.into()),
+            };
+            let config: Config = note::read_unchecked(layout::CONFIG, &bytes)?;
+            config.check_readable(&place)?;
+            let unlocked = recipient::unlock(store.as_ref(), config.repository, unlock).await?;
+            let keys = unlocked.master.keys(config.repository);
+            // Only now is it known that nobody changed the config.
+            let config: Config = note::read(&keys, layout::CONFIG, &bytes)?;
+            Ok((keys, config, unlocked))
+        })
+        .await?;
+        let store =
+            if config.is_single_writer() { Arc::new(SingleWriter::over(store)) } else { store };
+        let keys = Arc::new(keys);
+        Ok((Self { store, keys, config: Arc::new(config), is_alone: false }, unlocked))
     }
 
     /// The repository's id.
@@ -248,7 +273,33 @@ impl Repository {
         self.config.store.as_ref()
     }
 
+    /// Whether it was made for one program at a time, because its store does not decide between two. Two that write to
+    /// it nevertheless may undo each other's backups without noticing.
+    pub fn is_single_writer(&self) -> bool {
+        self.config.is_single_writer()
+    }
+
+    /// The same repository, for a caller who knows that no other program uses it as long as this one does.
+    #[must_use]
+    pub fn alone(mut self) -> Self {
+        self.is_alone = true;
+        self
+    }
+
     pub(crate) fn check_writable(&self) -> Result<(), Error> {
         self.config.check_writable(&self.describe())
+    }
+
+    pub(crate) fn check_deletable(&self) -> Result<(), Error> {
+        self.config.check_deletable(&self.describe())
+    }
+
+    /// Refuses what the store would have to keep apart from what others do, where it cannot and nobody said that there
+    /// are no others.
+    pub fn check_alone(&self) -> Result<(), Error> {
+        if self.is_single_writer() && !self.is_alone {
+            return Err(Error::NotAlone { place: self.describe() });
+        }
+        Ok(())
     }
 }

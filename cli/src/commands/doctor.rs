@@ -16,6 +16,7 @@ use worker::places::Places;
 
 use crate::args::{Doctor, Output};
 use crate::client::Client;
+use crate::commands::repo::SINGLE_WRITER;
 use crate::exit::Exit;
 use crate::{configs, environment, output, secrets};
 
@@ -174,6 +175,9 @@ async fn configuration(path: &Path, findings: &mut Vec<Finding>) {
     for place in places.repositories() {
         let what = format!("repository {}", place.config.name);
         findings.push(match place.open().await {
+            Ok(repository) if repository.is_single_writer() => {
+                good(what, format!("{}, degraded: {SINGLE_WRITER}", repository.describe()))
+            }
             Ok(repository) => good(what, repository.describe()),
             Err(failure) => bad(what, &failure),
         });

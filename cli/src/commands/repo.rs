@@ -32,14 +32,17 @@ struct Row {
 /// A backup that was given up is deleted a day later at the earliest: whoever restores it may finish, and whoever sees that
 /// it was the wrong one can still restore it.
 const FORGOTTEN_FOR_MS: i64 = 24 * 3_600_000;
+/// What is wrong with a repository for a single writer, as the end of a sentence.
+pub(crate) const SINGLE_WRITER: &str =
+    "only one program at a time may write to it, because its store does not decide between two";
 /// An attempt that is open for longer is dead.
 const OPEN_FOR_MS: i64 = 48 * 3_600_000;
 
 /// `repo …`.
 pub(crate) async fn run(command: RepoCommand, format: Output) -> Result<Exit, Failure> {
     match command {
-        RepoCommand::Init { url, key, recovery_key } => {
-            let sheet = init(&url, &key, recovery_key.as_deref()).await?;
+        RepoCommand::Init { url, key, recovery_key, single_writer } => {
+            let sheet = init(&url, &key, recovery_key.as_deref(), single_writer).await?;
             output::data(&sheet);
             let (printed, talk) = match &recovery_key {
                 Some(recovery) => (recovery, "Keep that file and this sheet of it away from here"),
@@ -56,7 +59,11 @@ pub(crate) async fn run(command: RepoCommand, format: Output) -> Result<Exit, Fa
         }
         RepoCommand::Key(command) => return repo_key::run(command, format).await,
         RepoCommand::List(at) => {
-            let rows = list(&open(&at.url, &at.opener).await?).await?;
+            let repository = open(&at.url, &at.opener).await?;
+            let rows = list(&repository).await?;
+            if repository.is_single_writer() {
+                output::talk(&format!("This repository is degraded: {SINGLE_WRITER}."));
+            }
             output::show(format, &rows, |rows| {
                 let now_ms = environment::now_ms();
                 let row = |row: &Row| {
@@ -93,8 +100,14 @@ pub(crate) async fn run(command: RepoCommand, format: Output) -> Result<Exit, Fa
             repository.release(lineage_of(&repository, backup).await?, backup).await?;
             output::talk(&format!("Backup {backup} is not held any more."));
         }
-        RepoCommand::Gc { at, cluster, plan, confirm_large, abort_open } => {
-            let repository = open(&at.url, &at.opener).await?;
+        RepoCommand::Gc { at, cluster, plan, confirm_large, abort_open, alone } => {
+            let mut repository = open(&at.url, &at.opener).await?;
+            if alone {
+                repository = repository.alone();
+            }
+            if !plan {
+                repository.check_alone()?;
+            }
             let how = How { plan_only: plan, confirm_large, abort_open };
             return collect(&repository, cluster.as_ref(), how, format).await;
         }
@@ -296,16 +309,25 @@ pub(crate) async fn init(
     url: &str,
     key: &Path,
     recovery_key: Option<&Path>,
+    single_writer: bool,
 ) -> Result<String, Failure> {
     let paths: Vec<&Path> = [key].into_iter().chain(recovery_key).collect();
     for path in &paths {
         refuse_existing(path)?;
     }
     let store = open_store(url).await?;
-    let found = store::probe::probe(store.as_ref()).await.map_err(repository::Error::from)?;
+    let found = if single_writer {
+        store::probe::probe_for_a_single_writer(std::sync::Arc::clone(&store)).await
+    } else {
+        store::probe::probe(store.as_ref()).await
+    };
+    let found = found.map_err(repository::Error::from)?;
     tracing::info!(?found, "Probed {}", store.describe());
     let options = InitOptions { encryption: Encryption::KeyFile, now_ms: environment::now_ms() };
     let mut new = Repository::prepare(store, options)?;
+    if single_writer {
+        new = new.for_a_single_writer();
+    }
     let text = new.key_file.take().ok_or_else(|| Failure::bug("a new repository has no key"))?;
     let mut sheet = std::mem::take(&mut new.recovery_sheet);
     write_secret(key, text.as_bytes())?;

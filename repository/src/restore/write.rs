@@ -9,8 +9,10 @@ use crossbeam_channel::{Receiver, RecvTimeoutError};
 
 use super::fetch::{Fetched, TargetFile};
 use super::tree::Tree;
+use crate::again::told;
 use crate::error::Error;
 use crate::layout;
+use crate::pack::FrameRef;
 use crate::progress::Progress;
 use crate::reader::Backup;
 use crate::stop::Stop;
@@ -75,7 +77,11 @@ impl<'a> Writer<'a> {
                 .ok_or_else(|| damaged("a frame lies outside"))?;
             let cipher = self.backup.reader.cipher(frame.pack)?;
             let mut content = std::mem::take(&mut self.content);
-            cipher.open(&frame, stored, unpacker, &mut content).map_err(damaged)?;
+            if let Err(reason) = cipher.open(&frame, stored, unpacker, &mut content) {
+                let mut stored = self.fetch_again(&frame)?;
+                cipher.open(&frame, &mut stored, unpacker, &mut content).map_err(damaged)?;
+                told(&damaged(reason));
+            }
             for write in &wanted.writes {
                 let from = write.frame_offset as usize;
                 let part = content
@@ -87,6 +93,15 @@ impl<'a> Writer<'a> {
         }
         drop(permit);
         Ok(())
+    }
+
+    /// One frame once more: what came before was not what had been stored.
+    fn fetch_again(&self, frame: &FrameRef) -> Result<Vec<u8>, Error> {
+        let key = layout::pack(self.backup.lineage(), frame.pack);
+        let store = &self.backup.repository.store;
+        let range = frame.offset..frame.end();
+        let again = async { store.get_range(&key, range).await.map_err(Error::needed) };
+        Ok(self.stop.wait(again)?.into())
     }
 
     fn write(&mut self, file: &TargetFile, offset: u64, part: &[u8]) -> Result<(), Error> {

@@ -8,6 +8,7 @@ pub mod contract;
 pub mod directory;
 pub mod probe;
 pub mod s3;
+pub mod single;
 
 use std::collections::BTreeSet;
 use std::ops::Range;

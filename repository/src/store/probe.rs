@@ -1,10 +1,13 @@
 //! Finding out what a store really honours before anything is entrusted to it: many servers that speak S3, and some
 //! network file systems, accept a condition and ignore it. It leaves nothing behind and judges no speed.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use futures::future::join_all;
 use serde::{Deserialize, Serialize};
 
+use super::single::SingleWriter;
 use super::{PutOutcome, Store, StoreError};
 use crate::{chance, hex};
 
@@ -18,13 +21,13 @@ const RACES: u8 = 3;
 const PART_BYTES: usize = 5 * 1024 * 1024;
 
 /// What a store was seen to honour. That creating is atomic, that ranges are exact and that uploads work is not among
-/// it: without these there is no repository, and [`probe`] fails. A repository keeps it in its config; what is absent there
-/// was not seen.
+/// it: without these there is no repository (without the first, none but one for a single writer), and [`probe`] fails. A
+/// repository keeps it in its config; what is absent there was not seen.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 #[expect(clippy::struct_excessive_bools, reason = "four independent findings, each with a name")]
 pub struct Capabilities {
-    /// Races of eight creators that had exactly one winner: all that were run.
+    /// Races of eight creators that had exactly one winner: all that were run; none for a single writer.
     pub races_with_one_winner: u8,
     /// An object is listed as soon as it was put.
     pub list_after_put: bool,
@@ -38,8 +41,17 @@ pub struct Capabilities {
 
 /// Tries the store below a name of its own, and cleans up whatever the outcome.
 pub async fn probe(store: &dyn Store) -> Result<Capabilities, StoreError> {
+    probe_for(store, RACES).await
+}
+
+/// The same for a repository that one program writes at a time: whether the store decides between several is not tried.
+pub async fn probe_for_a_single_writer(store: Arc<dyn Store>) -> Result<Capabilities, StoreError> {
+    probe_for(&SingleWriter::over(store), 0).await
+}
+
+async fn probe_for(store: &dyn Store, races: u8) -> Result<Capabilities, StoreError> {
     let below = format!("probe/{}", hex::encode(&chance::random::<16>()));
-    let found = attempt(store, &below).await;
+    let found = attempt(store, &below, races).await;
     let swept = sweep(store, &below).await;
     match found {
         Ok(found) if found.deletes => swept.map(|()| found),
@@ -47,9 +59,9 @@ pub async fn probe(store: &dyn Store) -> Result<Capabilities, StoreError> {
     }
 }
 
-async fn attempt(store: &dyn Store, below: &str) -> Result<Capabilities, StoreError> {
+async fn attempt(store: &dyn Store, below: &str, races: u8) -> Result<Capabilities, StoreError> {
     creates_once(store, below).await?;
-    one_creator_wins(store, below).await?;
+    one_creator_wins(store, below, races).await?;
     reads_ranges(store, below).await?;
     let ends_uploads = uploads(store, below).await?;
 
@@ -67,7 +79,7 @@ async fn attempt(store: &dyn Store, below: &str) -> Result<Capabilities, StoreEr
     let list_after_delete = deletes && !is_listed().await?;
 
     Ok(Capabilities {
-        races_with_one_winner: RACES,
+        races_with_one_winner: races,
         list_after_put,
         list_after_delete,
         deletes,
@@ -86,12 +98,12 @@ async fn creates_once(store: &dyn Store, below: &str) -> Result<(), StoreError> 
     let kept = store.get(&key, 100).await? == first;
     match (outcome, kept) {
         (PutOutcome::Exists, true) => Ok(()),
-        (PutOutcome::Created, _) => Err(unsuitable(
+        (PutOutcome::Created, _) => Err(undecided(
             store,
             "ignores the condition of a write (If-None-Match: *): it let a second writer replace the first one's object, so \
              two attempts could both commit",
         )),
-        (PutOutcome::Exists, false) => Err(unsuitable(
+        (PutOutcome::Exists, false) => Err(undecided(
             store,
             "says that a second writer lost, and yet replaced the first one's object",
         )),
@@ -99,8 +111,8 @@ async fn creates_once(store: &dyn Store, below: &str) -> Result<(), StoreError> 
 }
 
 /// Of creators at the same time exactly one must win.
-async fn one_creator_wins(store: &dyn Store, below: &str) -> Result<(), StoreError> {
-    for race in 0..RACES {
+async fn one_creator_wins(store: &dyn Store, below: &str, races: u8) -> Result<(), StoreError> {
+    for race in 0..races {
         let key = format!("{below}/raced.{race}");
         let racers = (0..RACERS).map(|racer| store.put_if_absent(&key, Bytes::from(vec![racer])));
         let mut winners = Vec::new();
@@ -110,7 +122,7 @@ async fn one_creator_wins(store: &dyn Store, below: &str) -> Result<(), StoreErr
             }
         }
         if winners.len() != 1 || store.get(&key, 1).await? != winners {
-            return Err(unsuitable(
+            return Err(undecided(
                 store,
                 &format!(
                     "does not decide between writers at the same time: {} of {RACERS} were told that they created one \
@@ -173,6 +185,17 @@ async fn sweep(store: &dyn Store, below: &str) -> Result<(), StoreError> {
         store.delete(&row.key).await?;
     }
     Ok(())
+}
+
+/// What it lacks can be lived with where nobody else writes.
+fn undecided(store: &dyn Store, what: &str) -> StoreError {
+    StoreError::Unsuitable {
+        reason: format!(
+            "{} {what}; a repository cannot be kept there, except one for a single program at a time \
+             (`pgmuster repo init --single-writer`)",
+            store.describe()
+        ),
+    }
 }
 
 fn unsuitable(store: &dyn Store, what: &str) -> StoreError {
@@ -367,6 +390,31 @@ mod tests {
             };
             assert!(reason.contains(says) && reason.starts_with("file://"), "{fault:?}: {reason}");
             assert_eq!(left, 0, "{fault:?} left objects");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_store_that_does_not_decide_will_do_for_a_single_writer() {
+        for (fault, is_suitable) in [
+            (Fault::IgnoresTheCondition, true),
+            (Fault::LooksThenWrites, true),
+            (Fault::ReplacesAndDenies, true),
+            (Fault::IgnoresTheRange, false),
+            (Fault::LosesTheLastPart, false),
+        ] {
+            let directory = tempfile::tempdir().unwrap();
+            let store = Arc::new(Faulty {
+                inner: DirectoryStore::new(directory.path()),
+                fault,
+                creating: AtomicUsize::new(0),
+                looked: AtomicUsize::new(0),
+            });
+            let found = probe_for_a_single_writer(Arc::<Faulty>::clone(&store)).await;
+            assert_eq!(found.as_ref().is_ok(), is_suitable, "{fault:?}: {found:?}");
+            if let Ok(found) = found {
+                assert_eq!(found.races_with_one_winner, 0, "{fault:?}");
+            }
+            assert_eq!(store.inner.list("").await.unwrap(), [], "{fault:?} left objects");
         }
     }
 

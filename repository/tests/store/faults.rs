@@ -243,26 +243,27 @@ async fn a_huge_object_is_refused_by_its_head() {
     assert_eq!(lab.proxy.requests().len(), 1, "waited for the body, and asked again");
 }
 
-/// A cache or a server that ignores the range: whatever came is not taken for what was asked.
+/// A cache or a server that ignores the range: whatever came is not taken for what was asked, and asked for again.
 #[tokio::test]
 async fn another_range_than_asked_for_is_refused() {
     let lab = lab("range").await;
+    lab.direct.put("object", "0123456789".into()).await.expect("put");
     for (status, headers) in [
         (200, &[][..]),
         (206, &[("content-range", "bytes 0-3/10")][..]),
         (206, &[("content-range", "bytes 2-4/10")][..]),
         (206, &[][..]),
     ] {
-        lab.proxy.inject(
-            "GET",
-            "object",
-            1,
-            Fault::Answer(Canned { status, headers, body: "0123".to_owned() }),
-        );
+        let other = Fault::Answer(Canned { status, headers, body: "0123".to_owned() });
+        lab.proxy.inject("GET", "object", 3, other.clone());
         let refused =
             lab.store.get_range("object", 2..6).await.expect_err("not what was asked for");
         assert!(cause(&refused).contains("were asked for"), "{refused:?}");
+        lab.proxy.inject("GET", "object", 1, other);
+        let got = lab.store.get_range("object", 2..6).await.expect("the next answer is right");
+        assert_eq!(got, "2345");
     }
+    assert!(lab.proxy.is_spent());
 }
 
 // Uploads.
@@ -360,6 +361,30 @@ async fn parts_survive_a_bad_line() {
         assert!(lab.direct.get(&key, 1 << 30).await.expect("get") == whole, "{fault:?}");
     }
     assert!(lab.proxy.is_spent());
+}
+
+/// An upload whose beginning was not answered is begun again, and the first one does not stay behind: neither when the
+/// second one is completed, nor when everything fails.
+#[tokio::test]
+async fn an_upload_that_began_twice_is_ended_twice() {
+    let lab = lab("twice").await;
+    for fault in [
+        Fault::LoseAnswer,
+        Fault::CarryOutAndAnswer(refusal(500, "InternalError")),
+        Fault::CutBody(10),
+    ] {
+        lab.proxy.inject("POST", "?uploads", 2, fault.clone());
+        let (completed, whole) = three_parts(&lab, "pack").await;
+        completed.unwrap_or_else(|error| panic!("{fault:?}: {error:?}"));
+        assert!(lab.direct.get("pack", 1 << 30).await.expect("get") == whole, "{fault:?}");
+        assert_eq!(lab.uploads_in_progress().await, 0, "{fault:?}");
+    }
+    lab.proxy.inject("POST", "?uploads", usize::MAX, Fault::LoseAnswer);
+    let mut upload = lab.store.upload("never").await.expect("begin");
+    upload.part(sample(1, 5 * MIB)).await.expect_err("its id was never heard");
+    assert_eq!(lab.uploads_in_progress().await, 4);
+    upload.abort().await.expect("abort");
+    assert_eq!(lab.uploads_in_progress().await, 0);
 }
 
 /// A part that fails for good fails the upload: it can no longer be completed, and its parts are thrown away.

@@ -6,11 +6,12 @@ use std::fmt::Write as _;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 
-use crate::lab::endpoint;
+use crate::lab::{client, endpoint};
+use crate::mix::{Drawn, Kind, Mix};
 
 /// What happens to one request.
 #[derive(Debug, Clone)]
@@ -29,10 +30,46 @@ pub(crate) enum Fault {
     StallBody(usize),
     /// One byte of the answer's body after another, with a pause between.
     Drip(Duration),
+    /// So many bytes of the answer arrive, its head included, then the connection is reset.
+    CutAnswer(usize),
+    /// The answer's body arrives with one wrong bit, in this byte.
+    FlipBody(usize),
+    /// The request is carried out with one wrong bit in this byte of its body.
+    FlipRequest(usize),
+    /// One of these, at a byte counted modulo the length of what is on its way.
+    Somewhere(Harm, usize),
     /// The request is read and nothing ever comes back.
     Hang,
+    /// `If-None-Match` is not looked at: what stands under the key is replaced.
+    IgnoreCondition,
+    /// Refused like this when its head has one of these texts, for a server that does not know it.
+    RefuseHeaders(&'static [&'static str], Canned),
     /// Metadata of the answer that begins with this is taken out.
     StripHeader(&'static str),
+}
+
+/// What can happen at any byte.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Harm {
+    CutRequest,
+    CutAnswer,
+    CutBody,
+    StallBody,
+    FlipBody,
+}
+
+impl Harm {
+    /// The fault, now that it is known how long the thing is that it happens to.
+    fn at(self, byte: usize, length: usize) -> Fault {
+        let byte = byte % length.max(1);
+        match self {
+            Self::CutRequest => Fault::CutRequest(byte),
+            Self::CutAnswer => Fault::CutAnswer(byte),
+            Self::CutBody => Fault::CutBody(byte),
+            Self::StallBody => Fault::StallBody(byte),
+            Self::FlipBody => Fault::FlipBody(byte),
+        }
+    }
 }
 
 /// An answer that is not the server's.
@@ -67,9 +104,12 @@ pub(crate) struct Rule {
 struct State {
     rules: VecDeque<Rule>,
     every: Option<(usize, Fault)>,
+    mix: Option<Mix>,
     seen: Vec<String>,
     heads: Vec<String>,
     connections: usize,
+    forwarded: usize,
+    drawn: Vec<(Kind, String)>,
 }
 
 /// A proxy in front of the S3 server; headers pass unchanged, so signatures hold.
@@ -120,9 +160,26 @@ impl Proxy {
         self.state.lock().expect("lock").every = Some((n, fault));
     }
 
+    /// A share of all requests meets faults by chance.
+    pub(crate) fn inject_mix(&self, mix: Mix) {
+        self.state.lock().expect("lock").mix = Some(mix);
+    }
+
+    /// The faults of the mix that happened, each with its request as `METHOD target`.
+    pub(crate) fn drawn(&self) -> Vec<(Kind, String)> {
+        self.state.lock().expect("lock").drawn.clone()
+    }
+
+    /// Requests that the server got to see, in part or whole.
+    pub(crate) fn forwarded(&self) -> usize {
+        self.state.lock().expect("lock").forwarded
+    }
+
     /// Takes back every fault that has not happened.
     pub(crate) fn forgive(&self) {
-        self.state.lock().expect("lock").rules.clear();
+        let mut state = self.state.lock().expect("lock");
+        state.rules.clear();
+        state.mix = None;
     }
 
     /// The requests since the last call, as `METHOD target`.
@@ -145,9 +202,15 @@ impl Proxy {
     }
 }
 
-fn fault_for(state: &Mutex<State>, method: &str, target: &str) -> Option<Fault> {
+fn fault_for(state: &Mutex<State>, method: &str, target: &str, head: &str) -> Option<Fault> {
     let mut state = state.lock().expect("lock");
     state.seen.push(format!("{method} {target}"));
+    if let Some(Drawn { kind, fault }) =
+        state.mix.as_mut().and_then(|mix| mix.draw(method, target, head))
+    {
+        state.drawn.push((kind, format!("{method} {target}")));
+        return Some(fault);
+    }
     let count = state.seen.len();
     if let Some((n, fault)) = &state.every
         && count.is_multiple_of(*n)
@@ -172,8 +235,11 @@ struct Head {
     bytes: Vec<u8>,
 }
 
+/// A connection of which more may have been read than one message.
+type Connection = BufReader<TcpStream>;
+
 impl Head {
-    async fn read(from: &mut TcpStream) -> std::io::Result<Option<Self>> {
+    async fn read(from: &mut Connection) -> std::io::Result<Option<Self>> {
         let mut bytes = Vec::new();
         while !bytes.ends_with(b"\r\n\r\n") {
             match from.read_u8().await {
@@ -197,7 +263,7 @@ impl Head {
     }
 
     /// The body as it stands on the wire.
-    async fn body(&self, from: &mut TcpStream) -> std::io::Result<Vec<u8>> {
+    async fn body(&self, from: &mut Connection) -> std::io::Result<Vec<u8>> {
         if let Some(length) = self.header("content-length") {
             let mut body = vec![0; length.parse().expect("a length")];
             from.read_exact(&mut body).await?;
@@ -216,27 +282,48 @@ impl Head {
     }
 }
 
-async fn serve(mut client: TcpStream, server: &str, state: &Mutex<State>) -> std::io::Result<()> {
+async fn connect(server: &str, state: &Mutex<State>) -> std::io::Result<Connection> {
+    state.lock().expect("lock").forwarded += 1;
+    let upstream = TcpStream::connect(server).await?;
+    upstream.set_nodelay(true)?;
+    Ok(BufReader::new(upstream))
+}
+
+async fn serve(client: TcpStream, server: &str, state: &Mutex<State>) -> std::io::Result<()> {
     client.set_nodelay(true)?;
+    let mut client = BufReader::new(client);
     while let Some(head) = Head::read(&mut client).await? {
         let text = head.text();
         let mut words = text.split(' ');
         let method = words.next().unwrap_or_default().to_owned();
         let target = words.next().unwrap_or_default().to_owned();
-        let fault = fault_for(state, &method, &target);
-        state.lock().expect("lock").heads.push(text);
+        let mut fault = fault_for(state, &method, &target, &text);
+        state.lock().expect("lock").heads.push(text.clone());
 
-        if let Some(Fault::CutRequest(after)) = fault {
-            let mut server = TcpStream::connect(server).await?;
-            let mut request = head.bytes.clone();
-            request.extend(head.body(&mut client).await?);
-            server.write_all(&request[..after.min(request.len() - 1)]).await?;
-            return Ok(());
+        let mut body = head.body(&mut client).await?;
+        if let Some(Fault::Somewhere(harm @ Harm::CutRequest, byte)) = fault {
+            fault = Some(harm.at(byte, head.bytes.len() + body.len()));
         }
-        let body = head.body(&mut client).await?;
         match &fault {
+            Some(Fault::CutRequest(after)) => {
+                let mut upstream = connect(server, state).await?;
+                let request = [&head.bytes[..], &body].concat();
+                upstream.write_all(&request[..(*after).min(request.len() - 1)]).await?;
+                return client.get_ref().set_zero_linger();
+            }
+            Some(Fault::FlipRequest(at)) => {
+                if let Some(byte) = body.get_mut(*at) {
+                    *byte ^= 1;
+                }
+            }
             Some(Fault::Answer(canned)) => {
-                answer(&mut client, canned).await?;
+                answer(&mut client, &method, canned).await?;
+                continue;
+            }
+            Some(Fault::RefuseHeaders(headers, canned))
+                if headers.iter().any(|header| text.to_ascii_lowercase().contains(header)) =>
+            {
+                answer(&mut client, &method, canned).await?;
                 continue;
             }
             Some(Fault::Hang) => {
@@ -244,21 +331,31 @@ async fn serve(mut client: TcpStream, server: &str, state: &Mutex<State>) -> std
                 let _ = client.read_u8().await;
                 return Ok(());
             }
+            Some(Fault::IgnoreCondition) => replace(&target).await,
             _ => {}
         }
 
-        let mut upstream = TcpStream::connect(server).await?;
+        let mut upstream = connect(server, state).await?;
         upstream.write_all(&head.bytes).await?;
         upstream.write_all(&body).await?;
         let Some(mut reply) = Head::read(&mut upstream).await? else { return Ok(()) };
         let bodiless =
             method == "HEAD" || text_status(&reply) == "204" || text_status(&reply) == "304";
         let mut body = if bodiless { Vec::new() } else { reply.body(&mut upstream).await? };
+        if let Some(Fault::Somewhere(harm, byte)) = fault {
+            let whole = if harm == Harm::CutAnswer { reply.bytes.len() } else { 0 } + body.len();
+            fault = Some(harm.at(byte, whole));
+        }
         match fault {
             Some(Fault::LoseAnswer) => return Ok(()),
             Some(Fault::CarryOutAndAnswer(canned)) => {
-                answer(&mut client, &canned).await?;
+                answer(&mut client, &method, &canned).await?;
                 continue;
+            }
+            Some(Fault::CutAnswer(after)) => {
+                let whole = [&reply.bytes[..], &body].concat();
+                client.write_all(&whole[..after.min(whole.len() - 1)]).await?;
+                return client.get_ref().set_zero_linger();
             }
             Some(Fault::CutBody(after)) => {
                 client.write_all(&reply.bytes).await?;
@@ -270,6 +367,11 @@ async fn serve(mut client: TcpStream, server: &str, state: &Mutex<State>) -> std
                 client.write_all(&body[..after.min(body.len())]).await?;
                 let _ = client.read_u8().await;
                 return Ok(());
+            }
+            Some(Fault::FlipBody(at)) => {
+                if let Some(byte) = body.get_mut(at) {
+                    *byte ^= 1;
+                }
             }
             Some(Fault::Drip(pause)) => {
                 client.write_all(&reply.bytes).await?;
@@ -294,11 +396,21 @@ async fn serve(mut client: TcpStream, server: &str, state: &Mutex<State>) -> std
     Ok(())
 }
 
+/// Takes away what stands under the target of a conditional write, so that the server carries it out: what a store does
+/// that does not know the condition.
+async fn replace(target: &str) {
+    let path = target.split('?').next().unwrap_or_default();
+    if let Some((bucket, key)) = path.trim_start_matches('/').split_once('/') {
+        let deleted = client().delete_object().bucket(bucket).key(key).send().await;
+        deleted.expect("delete what is replaced");
+    }
+}
+
 fn text_status(reply: &Head) -> String {
     reply.text().split(' ').nth(1).unwrap_or_default().to_owned()
 }
 
-async fn answer(client: &mut TcpStream, canned: &Canned) -> std::io::Result<()> {
+async fn answer(client: &mut Connection, method: &str, canned: &Canned) -> std::io::Result<()> {
     let mut head =
         format!("HTTP/1.1 {} Injected\r\ncontent-length: {}\r\n", canned.status, canned.body.len());
     for (name, value) in canned.headers {
@@ -306,5 +418,7 @@ async fn answer(client: &mut TcpStream, canned: &Canned) -> std::io::Result<()> 
     }
     head.push_str("\r\n");
     client.write_all(head.as_bytes()).await?;
-    client.write_all(canned.body.as_bytes()).await
+    // The answer to HEAD tells of a body and has none.
+    let body = if method == "HEAD" { "" } else { canned.body.as_str() };
+    client.write_all(body.as_bytes()).await
 }

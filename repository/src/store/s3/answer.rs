@@ -12,6 +12,9 @@ use aws_sdk_s3::primitives::{DateTime, DateTimeFormat};
 use super::{READ, SIZE};
 use crate::store::StoreError;
 
+/// S3's codes for a request whose bytes were changed on the way.
+pub(super) const GARBLED: [&str; 2] = ["BadDigest", "XAmzContentSHA256Mismatch"];
+
 /// The longest text taken from a server.
 const TEXT_CHARS: usize = 300;
 
@@ -71,9 +74,10 @@ impl Answer {
         Self { status, code: code.to_owned(), sent, region: header("x-amz-bucket-region"), text }
     }
 
-    /// Whether the request may have been carried out although this came back instead of a success.
+    /// Whether the request may have been carried out although this came back instead of a success. A success that could
+    /// not be read to its end is none, and it was carried out.
     pub(super) fn may_have_happened(&self) -> bool {
-        self.sent && (self.status == 0 || self.status >= 500 || self.status == 408)
+        self.sent && (self.status < 300 || self.status >= 500 || self.status == 408)
     }
 
     /// Whether the same request may succeed a little later.
@@ -83,6 +87,7 @@ impl Answer {
             || matches!(self.code.as_str(), "RequestTimeout" | "SlowDown" | "Throttling" | "ThrottlingException")
             // The SDK measures the skew from this answer and signs the next request with it.
             || self.code == "RequestTimeTooSkewed"
+            || GARBLED.contains(&self.code.as_str())
     }
 
     /// Whether a condition of the request did not hold.
@@ -142,7 +147,9 @@ impl Answer {
                 );
                 StoreError::Forbidden { operation, key, source: reason.into() }
             }
-            (401 | 403, _) => StoreError::Forbidden { operation, key, source: self.into() },
+            (401 | 403, _) | (_, "ExpiredToken" | "InvalidToken" | "TokenRefreshRequired") => {
+                StoreError::Forbidden { operation, key, source: self.into() }
+            }
             _ => StoreError::Unavailable { operation, key, source: self.into() },
         }
     }

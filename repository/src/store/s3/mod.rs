@@ -7,6 +7,7 @@
 mod answer;
 mod conditional;
 mod options;
+mod retry;
 mod upload;
 
 use std::collections::{BTreeSet, HashSet};
@@ -19,7 +20,7 @@ use async_trait::async_trait;
 use aws_config::BehaviorVersion;
 use aws_sdk_s3::Client;
 use aws_sdk_s3::config::http::HttpResponse;
-use aws_sdk_s3::config::retry::{RetryConfig, RetryPartition};
+use aws_sdk_s3::config::retry::RetryConfig;
 use aws_sdk_s3::config::timeout::TimeoutConfig;
 use aws_sdk_s3::config::{
     Builder, Credentials, Region, RequestChecksumCalculation, ResponseChecksumValidation,
@@ -49,8 +50,16 @@ const NO_SUCH_UPLOAD: &str = "NoSuchUpload";
 const READ: &str = "read";
 const SIZE: &str = "find the size of";
 
-/// How often a body is fetched again that broke off.
+/// How often a body is asked for that breaks off, or that is not the one asked for.
 const BODY_ATTEMPTS: u32 = 3;
+
+/// Why the body of an answer is not read.
+enum Unwanted {
+    /// The object is not as it should be, and will not be so the next time.
+    Object(StoreError),
+    /// Whoever answered misunderstood; the next answer may be another one.
+    Answer(String),
+}
 
 /// A bucket, or a part of one. Cheap to clone.
 #[derive(Clone)]
@@ -101,8 +110,8 @@ impl S3Store {
                 .with_initial_backoff(limits.pause)
                 .with_max_backoff(limits.pause * 50),
         ));
-        // One retry budget per bucket: a broken store must not use up that of a healthy one.
-        config.set_retry_partition(Some(RetryPartition::new(description.clone())));
+        config.set_retry_partition(Some(retry::budget(&description)));
+        let mut config = config.retry_classifier(retry::Passing);
         config.set_timeout_config(Some(
             TimeoutConfig::builder()
                 .connect_timeout(limits.connect)
@@ -178,7 +187,7 @@ impl S3Store {
         &self,
         key: &str,
         range: Option<String>,
-        accept: impl Fn(Option<u64>, Option<&str>) -> Result<u64, StoreError> + Send + Sync,
+        accept: impl Fn(Option<u64>, Option<&str>) -> Result<u64, Unwanted> + Send + Sync,
     ) -> Result<Bytes, StoreError> {
         let mut attempt = 1;
         loop {
@@ -192,16 +201,20 @@ impl S3Store {
                 .await
                 .map_err(|error| self.failed(READ, key, &error))?;
             let length = output.content_length().and_then(|length| u64::try_from(length).ok());
-            let most = accept(length, output.content_range())?;
-            match self.body(output.body, length, most).await {
-                Ok(bytes) => return Ok(bytes),
-                Err(why) if attempt < BODY_ATTEMPTS => {
-                    tracing::debug!(key, attempt, why, "fetching a body again");
-                    tokio::time::sleep(self.inner.limits.pause * attempt).await;
-                    attempt += 1;
-                }
-                Err(why) => return Err(unreadable(key, format!("{why}, {attempt} times"))),
+            let why = match accept(length, output.content_range()) {
+                Ok(most) => match self.body(output.body, length, most).await {
+                    Ok(bytes) => return Ok(bytes),
+                    Err(why) => why,
+                },
+                Err(Unwanted::Answer(why)) => why,
+                Err(Unwanted::Object(error)) => return Err(error),
+            };
+            if attempt == BODY_ATTEMPTS {
+                return Err(unreadable(key, format!("{why}, {attempt} times")));
             }
+            tracing::debug!(key, attempt, why, "fetching a body again");
+            tokio::time::sleep(self.inner.limits.pause * attempt).await;
+            attempt += 1;
         }
     }
 
@@ -365,7 +378,7 @@ impl Store for S3Store {
                 let why = format!(
                     "the object has {length} bytes, more than the {limit_bytes} allowed here"
                 );
-                Err(unreadable(key, why))
+                Err(Unwanted::Object(unreadable(key, why)))
             }
             _ => Ok(limit_bytes),
         })
@@ -393,10 +406,10 @@ impl Store for S3Store {
                     Ok(wanted)
                 }
                 (_, part) => Err(match part.and_then(size_in) {
-                    Some(size) if size < range.end => short(key, &range, size),
+                    Some(size) if size < range.end => Unwanted::Object(short(key, &range, size)),
                     _ => {
                         let came = part.unwrap_or("something else");
-                        unreadable(key, format!("bytes {range:?} were asked for and {came} came"))
+                        Unwanted::Answer(format!("bytes {range:?} were asked for and {came} came"))
                     }
                 }),
             }

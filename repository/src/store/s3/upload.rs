@@ -39,6 +39,8 @@ pub(super) struct S3Upload {
     write_id: String,
     /// There is something to abort while this is set.
     upload_id: Option<String>,
+    /// The store may have begun an upload whose id we never heard: it would stay for ever.
+    unheard: bool,
     /// A first part so small that it must be the last: it goes as one plain object.
     held: Option<Bytes>,
     in_flight: JoinSet<Result<CompletedPart, StoreError>>,
@@ -55,6 +57,7 @@ impl S3Upload {
             key: key.to_owned(),
             write_id: write_id(),
             upload_id: None,
+            unheard: false,
             held: None,
             in_flight: JoinSet::new(),
             done: Vec::new(),
@@ -72,27 +75,49 @@ impl S3Upload {
         }
     }
 
-    /// The upload's id; the first call starts the upload.
+    /// The upload's id; the first call starts the upload. Repeated by hand, because each time that no answer is heard
+    /// may have begun an upload of its own.
     async fn start(&mut self) -> Result<String, StoreError> {
         if let Some(upload_id) = &self.upload_id {
             return Ok(upload_id.clone());
         }
+        let mut pauses = Pauses::new(&self.store.inner.limits);
+        let mut attempt = 1;
+        loop {
+            let answer = match self.start_once().await {
+                Ok(Some(upload_id)) => {
+                    self.upload_id = Some(upload_id.clone());
+                    return Ok(upload_id);
+                }
+                Ok(None) => {
+                    self.unheard = true;
+                    return Err(self.refused("the store began an upload and did not name it"));
+                }
+                Err(answer) => answer,
+            };
+            self.unheard |= answer.may_have_happened();
+            if !answer.passes() || attempt == self.store.inner.limits.attempts {
+                return Err(answer.into_error("upload", &self.key, &self.store.inner.bucket));
+            }
+            attempt += 1;
+            pauses.pause().await;
+        }
+    }
+
+    async fn start_once(&self) -> Result<Option<String>, Answer> {
         let store = &self.store;
-        let created = store
+        store
             .client()
             .create_multipart_upload()
             .bucket(&store.inner.bucket)
             .key(store.full_key(&self.key))
             .metadata(WRITE_ID, &self.write_id)
+            .customize()
+            .config_override(store.patience(0, false))
             .send()
             .await
-            .map_err(|error| store.failed("upload", &self.key, &error))?;
-        let upload_id = created
-            .upload_id
-            .filter(|id| !id.is_empty())
-            .ok_or_else(|| self.refused("the store began an upload and did not name it"))?;
-        self.upload_id = Some(upload_id.clone());
-        Ok(upload_id)
+            .map(|created| created.upload_id.filter(|id| !id.is_empty()))
+            .map_err(|error| Answer::of(&error))
     }
 
     /// Waits until at most `most` parts are on their way.
@@ -180,7 +205,7 @@ impl S3Upload {
                 None => true,
                 // Gone: completed by a request whose answer we did not hear, or ended by somebody else.
                 Some(answer) if answer.code == NO_SUCH_UPLOAD => false,
-                Some(answer) if answer.passes() || answer.status == 200 => true,
+                Some(answer) if answer.passes() => true,
                 Some(_) => return Err(failed(answer)),
             };
             match self.is_there().await {
@@ -249,36 +274,58 @@ impl Upload for S3Upload {
         };
         self.complete_parts(&upload_id).await?;
         self.upload_id = None;
+        // The object is there; what else was begun under its key costs money and nothing more.
+        if std::mem::take(&mut self.unheard)
+            && let Err(error) = sweep(&self.store, &self.key).await
+        {
+            tracing::warn!("An upload of {} may have been left behind: {error}", self.key);
+        }
         Ok(())
     }
 
     async fn abort(mut self: Box<Self>) -> Result<(), StoreError> {
         // A part that arrives after the abort would stay behind: first no part is on its way any more.
         self.in_flight.shutdown().await;
-        match self.upload_id.take() {
-            Some(upload_id) => self.store.abort_upload(&self.key, &upload_id).await,
-            None => Ok(()),
-        }
+        let (upload_id, unheard) = (self.upload_id.take(), std::mem::take(&mut self.unheard));
+        end(&self.store, &self.key, upload_id, unheard).await
     }
 }
 
 impl Drop for S3Upload {
     /// Best effort: an upload that is left behind here is found by [`Store::abort_uploads`].
     fn drop(&mut self) {
-        let (Some(upload_id), Ok(runtime)) =
-            (self.upload_id.take(), tokio::runtime::Handle::try_current())
-        else {
+        let (upload_id, unheard) = (self.upload_id.take(), self.unheard);
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        if upload_id.is_none() && !unheard {
             return;
-        };
+        }
         let (store, key) = (self.store.clone(), std::mem::take(&mut self.key));
         let mut in_flight = std::mem::take(&mut self.in_flight);
         runtime.spawn(async move {
             in_flight.shutdown().await;
-            if let Err(error) = store.abort_upload(&key, &upload_id).await {
+            if let Err(error) = end(&store, &key, upload_id, unheard).await {
                 tracing::debug!(key, %error, "left an upload behind");
             }
         });
     }
+}
+
+/// Ends an upload, and those under the same key that may have begun without our hearing of it.
+async fn end(
+    store: &S3Store,
+    key: &str,
+    upload_id: Option<String>,
+    unheard: bool,
+) -> Result<(), StoreError> {
+    if let Some(upload_id) = upload_id {
+        store.abort_upload(key, &upload_id).await?;
+    }
+    if unheard { sweep(store, key).await } else { Ok(()) }
+}
+
+/// Ends every upload under a key that is nobody's but ours.
+async fn sweep(store: &S3Store, key: &str) -> Result<(), StoreError> {
+    store.abort_uploads(&[key.to_owned()]).await.map(|_| ())
 }
 
 async fn send(

@@ -1,0 +1,231 @@
+//! Stores that are not ill but odd: they lack something, forbid something, are full, or hold more than fits on a page.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures::{StreamExt as _, stream};
+use proto::{AttemptId, SystemIdentifier};
+use repository::store::contract;
+use repository::store::probe::probe;
+use repository::store::s3::{Checksums, S3Options, S3Store};
+use repository::store::{Store, StoreError};
+use repository::{
+    Amount, CollectOptions, Collected, Encryption, Error, InitOptions, Intent, Repository, Source,
+    WriteOptions,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::common::{NOW_MS, SharedTree, Tree, facts, noise};
+use crate::lab::{bucket, impatient, open};
+use crate::proxy::{Fault, Proxy, refusal};
+
+async fn proxied(test: &str) -> (Proxy, S3Options, S3Store) {
+    let mut options = bucket(test).await;
+    options.limits = impatient();
+    let direct = open(&options).await;
+    let proxy = Proxy::start().await;
+    options.endpoint = Some(proxy.url.clone());
+    (proxy, options, direct)
+}
+
+/// What the SDK sends by default since 2025 and what many servers refuse.
+const NEW_HEADERS: &[&str] =
+    &["x-amz-checksum-", "x-amz-sdk-checksum-algorithm", "x-amz-trailer", "aws-chunked"];
+
+#[tokio::test]
+async fn a_store_that_knows_no_checksums_is_served_without() {
+    let (proxy, mut options, _direct) = proxied("unchecked").await;
+    for method in ["PUT", "POST"] {
+        let refused = Fault::RefuseHeaders(NEW_HEADERS, refusal(501, "NotImplemented"));
+        proxy.inject(method, "", usize::MAX, refused);
+    }
+    let store = open(&options).await;
+    probe(&store).await.expect("nothing it does not know was sent");
+    contract::keeps_what_was_put(&store).await;
+
+    options.checksums = Checksums::Always;
+    let refused = open(&options).await.put("x", "x".into()).await;
+    assert!(matches!(refused, Err(StoreError::Unsuitable { .. })), "{refused:?}");
+}
+
+/// With the store's checksums, bytes that change on their way to it are refused by it, and sent again.
+#[tokio::test]
+async fn with_checksums_a_bit_that_flips_on_the_way_in_is_sent_again() {
+    let (proxy, mut options, direct) = proxied("way-in").await;
+    options.checksums = Checksums::Always;
+    let store = open(&options).await;
+    let bytes = contract::sample(1, 10_000);
+    proxy.inject("PUT", "", 1, Fault::FlipRequest(5000));
+    store.put("x", bytes.clone()).await.expect("put");
+    proxy.inject("PUT", "", 1, Fault::FlipRequest(5000));
+    store.put_if_absent("y", bytes.clone()).await.expect("create");
+    assert!(proxy.is_spent());
+    for key in ["x", "y"] {
+        assert!(direct.get(key, 10_000).await.expect("get") == bytes, "{key}");
+    }
+}
+
+#[tokio::test]
+async fn a_store_that_ignores_the_condition_is_found_out() {
+    let (proxy, options, _direct) = proxied("ignores").await;
+    proxy.inject("PUT", "probe/", usize::MAX, Fault::IgnoreCondition);
+    let found = probe(&open(&options).await).await;
+    let Err(StoreError::Unsuitable { reason }) = &found else { panic!("{found:?}") };
+    assert!(reason.contains("ignores the condition of a write"), "{reason}");
+}
+
+/// Asking again makes no room.
+#[tokio::test]
+async fn a_full_store_is_asked_once() {
+    let (proxy, options, _direct) = proxied("full").await;
+    let store = open(&options).await;
+    for (status, code) in
+        [(507, "InsufficientStorage"), (403, "QuotaExceeded"), (507, "XMinioStorageFull")]
+    {
+        proxy.inject("PUT", "", 2, Fault::Answer(refusal(status, code)));
+        let put = store.put("x", "x".into()).await;
+        assert!(matches!(put, Err(StoreError::Full { .. })), "{code}: {put:?}");
+        let created = store.put_if_absent("y", "y".into()).await;
+        assert!(matches!(created, Err(StoreError::Full { .. })), "{code}: {created:?}");
+        assert_eq!(proxy.requests().len(), 2, "{code}");
+        assert!(proxy.is_spent());
+    }
+}
+
+/// Credentials that have run out are told as such, whatever status the store has for it, and once.
+#[tokio::test]
+async fn credentials_that_ran_out_are_forbidden() {
+    let (proxy, options, _direct) = proxied("expired").await;
+    let store = open(&options).await;
+    for (status, code) in [(400, "ExpiredToken"), (403, "ExpiredToken"), (400, "InvalidToken")] {
+        proxy.inject("PUT", "x", 1, Fault::Answer(refusal(status, code)));
+        let refused = store.put("x", "x".into()).await;
+        assert!(matches!(refused, Err(StoreError::Forbidden { .. })), "{code}: {refused:?}");
+        assert_eq!(proxy.requests().len(), 1, "{code}");
+    }
+}
+
+/// Answers that pass, and that not every client takes for such.
+#[tokio::test]
+async fn answers_that_pass_are_waited_for() {
+    let (proxy, options, direct) = proxied("passing").await;
+    let store = open(&options).await;
+    for (status, code) in [
+        (429, "TooManyRequests"),
+        (408, "RequestTimeout"),
+        (400, "RequestTimeout"),
+        (400, "BadDigest"),
+        (400, "XAmzContentSHA256Mismatch"),
+    ] {
+        proxy.inject("PUT", "x", 2, Fault::Answer(refusal(status, code)));
+        store.put("x", code.into()).await.unwrap_or_else(|error| panic!("{code}: {error:?}"));
+        assert_eq!(direct.get("x", 100).await.expect("get"), code);
+        proxy.inject("PUT", code, 2, Fault::Answer(refusal(status, code)));
+        let key = format!("{code}-{status}");
+        store.put_if_absent(&key, "y".into()).await.unwrap_or_else(|e| panic!("{code}: {e:?}"));
+        assert!(proxy.is_spent(), "{code}");
+    }
+}
+
+/// A store that fails at everything is not asked more and more: the repetitions are used up, and a success earns new ones.
+#[tokio::test]
+async fn a_store_that_fails_at_everything_is_not_stormed() {
+    let (proxy, options, _direct) = proxied("storm").await;
+    let store = open(&options).await;
+    proxy.inject("PUT", "", usize::MAX, Fault::Answer(refusal(503, "SlowDown")));
+    let began = Instant::now();
+    let puts = stream::iter(0..300).map(|n| {
+        let store = store.clone();
+        async move { store.put(&format!("x-{n}"), "x".into()).await.is_err() }
+    });
+    assert!(puts.buffer_unordered(10).all(|failed| async move { failed }).await);
+    let seconds = usize::try_from(began.elapsed().as_secs()).expect("small");
+    let sent = proxy.requests().len();
+    assert!(sent >= 300 + 50, "{sent} requests: nothing was repeated");
+    assert!(sent <= 300 + 100 + seconds + 2, "{sent} requests for 300 in {seconds} s");
+
+    proxy.forgive();
+    for n in 0..20 {
+        store.put(&format!("x-{n}"), "x".into()).await.expect("put");
+    }
+    proxy.inject("PUT", "", 3, Fault::Answer(refusal(503, "SlowDown")));
+    store.put("x", "x".into()).await.expect("successes have earned it");
+}
+
+#[tokio::test]
+async fn more_than_a_thousand_keys_come_in_pages() {
+    let (proxy, options, direct) = proxied("thousand").await;
+    let keys: Vec<String> = (0..1203).map(|n| format!("object-{n:04}")).collect();
+    stream::iter(keys.clone())
+        .map(|key| {
+            let direct = direct.clone();
+            async move { direct.put(&key, "x".into()).await.expect("put") }
+        })
+        .buffer_unordered(16)
+        .collect::<()>()
+        .await;
+    let listed = open(&options).await.list("object-").await.expect("list");
+    assert_eq!(listed.into_iter().map(|row| row.key).collect::<Vec<_>>(), keys);
+    assert_eq!(proxy.requests().len(), 2);
+}
+
+/// Whoever may not delete is told so after a handful of requests. What was condemned stays condemned, and whoever may
+/// delete finishes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_collector_that_may_not_delete_reclaims_nothing_and_makes_no_storm() {
+    let (proxy, options, direct) = proxied("undeletable").await;
+    let store: Arc<dyn Store> = Arc::new(open(&options).await);
+    let init = InitOptions { encryption: Encryption::KeyFile, now_ms: NOW_MS };
+    let repository = Repository::init(store, init).await.expect("a repository").repository;
+    let identity = repository
+        .find_or_mint_lineage(&"orders".parse().expect("a name"), SystemIdentifier(7), NOW_MS)
+        .await
+        .expect("a lineage");
+    let lineage = identity.lineage;
+    // Attempts that ended in ABORT: everything they stored is garbage.
+    for n in 0..8 {
+        let attempt = AttemptId::mint(NOW_MS.unsigned_abs(), [n; 10]);
+        let intent = Intent { attempt, follows: None, by: "worker-1".into(), began_at_ms: NOW_MS };
+        let begun = repository.begin(lineage, intent).await.expect("begin");
+        let mut writer = begun.write(WriteOptions::default()).expect("write");
+        let tree = Arc::new(Tree::new().file("a", noise(u64::from(n), 50_000)));
+        let source: Arc<dyn Source> = Arc::new(SharedTree(Arc::clone(&tree)));
+        let entries = tree.entries().into_iter().map(Ok);
+        writer.copy(Arc::clone(&source), entries).await.expect("copy");
+        writer.finish(source, Vec::new(), facts()).await.expect("finish");
+        repository.abort(lineage, attempt, "worker-1", "a test", NOW_MS).await.expect("abort");
+    }
+    let collect = async || {
+        let options = CollectOptions {
+            by: "a test".into(),
+            now_ms: NOW_MS,
+            grace_ms: 0,
+            patience_ms: None,
+            cancel: CancellationToken::new(),
+        };
+        let plan = repository.plan_collection(lineage, &options).await.expect("plan");
+        assert_eq!((plan.delete.packs, plan.keep), (16, Amount::default()));
+        plan.collect(&options).await
+    };
+    let packs = async || {
+        let listed = direct.list(&format!("lineages/{lineage}/packs/")).await.expect("list");
+        listed.len()
+    };
+    proxy.requests();
+    proxy.inject("DELETE", "", usize::MAX, Fault::Answer(refusal(403, "AccessDenied")));
+    let refused = collect().await;
+    let Err(Error::Store(StoreError::Forbidden { key, .. })) = &refused else {
+        panic!("{refused:?}")
+    };
+    assert!(key.contains("/packs/"), "{key}");
+    let deletes = proxy.requests().iter().filter(|line| line.starts_with("DELETE")).count();
+    assert!((1..=8).contains(&deletes), "{deletes} requests for 16 packs");
+    assert_eq!(packs().await, 16);
+    let lists = direct.list(&format!("lineages/{lineage}/gc/")).await.expect("list");
+    assert_eq!(lists.len(), 1, "writers still keep away: {lists:?}");
+
+    proxy.forgive();
+    let done = collect().await.expect("collect");
+    assert!(matches!(&done, Collected::Done(done) if done.deleted.packs == 16), "{done:?}");
+    assert_eq!(packs().await, 0);
+}
