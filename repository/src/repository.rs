@@ -248,6 +248,10 @@ impl Repository {
         self.config.store.as_ref()
     }
 
+    pub(crate) fn config(&self) -> &Config {
+        &self.config
+    }
+
     pub(crate) fn check_writable(&self) -> Result<(), Error> {
         self.config.check_writable(&self.describe())
     }
