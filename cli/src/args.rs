@@ -446,10 +446,28 @@ pub enum RepoCommand {
     List(RepositoryAt),
     /// Give a backup up: its space is freed by a later `repo gc`.
     ///
-    /// Refused for the newest backup, for the newest one that was proved, and for one that is held. It cannot be taken back.
-    /// From a day later on, `repo gc` deletes what only this backup needs; until then whoever names it can restore it. Every
-    /// other backup restores as before.
+    /// Refused for the newest backup, for the newest one that was proved, and for one that is held. From a day later on, `repo
+    /// gc` deletes what only this backup needs; until then whoever names it can restore it, and `repo undelete` takes it
+    /// back. Every other backup restores as before.
     Delete {
+        /// Which repository.
+        #[command(flatten)]
+        at: RepositoryAt,
+        /// The backup.
+        backup: BackupId,
+        /// Why; kept in the repository.
+        #[arg(long, value_name = "TEXT", default_value = "")]
+        why: String,
+        /// Give up what cannot be used and keeps `repo gc` from working: an attempt whose verdict is damaged, a backup whose
+        /// manifest is lost. Refused for everything else.
+        #[arg(long)]
+        damaged: bool,
+    },
+    /// Take back that a backup was given up, while it is there.
+    ///
+    /// When it says so the backup is whole, and stays. Refused when it was deleted, or when a collection that began before may
+    /// be deleting it.
+    Undelete {
         /// Which repository.
         #[command(flatten)]
         at: RepositoryAt,
@@ -501,6 +519,14 @@ pub enum RepoCommand {
         /// No other program uses the repository until this one ends: needed where it is for a single writer.
         #[arg(long)]
         alone: bool,
+        /// Forget readers that began longer ago: a backup that somebody restores, proves or copies stays until then. One that
+        /// still reads goes on without protection.
+        #[arg(long, value_name = "HOURS", default_value_t = 168)]
+        drop_pins_older_than: u32,
+        /// Forget collections that began longer ago and never ended. Only when it is certain that none of them still runs: what
+        /// they named would be taken for safe, and be deleted.
+        #[arg(long, value_name = "HOURS")]
+        drop_lists_older_than: Option<u32>,
     },
     /// Look for damage in a repository: what is missing, what was changed, what does not open.
     ///
@@ -508,6 +534,12 @@ pub enum RepoCommand {
     /// that the next backup stores that content again. With --slice a schedule reads everything in M days. The exit code is 3
     /// when something is damaged.
     Check(RepoCheck),
+    /// Copy backups into a second repository, which the same keys open.
+    ///
+    /// The target is empty, or an earlier copy of the same repository. Every pack is held against its digest on the way, and a
+    /// backup is there only when all of it is. What is there is not sent again; what is missing there is. A backup that
+    /// cannot be copied is named, and the others are copied. Safe beside backups and collections on both sides.
+    Copy(RepoCopy),
 }
 
 /// `repo check`.
@@ -545,6 +577,31 @@ pub enum Depth {
     Read,
     /// And every frame in them opens and unpacks.
     Decrypt,
+}
+
+/// `repo copy`.
+#[derive(Debug, Args)]
+pub struct RepoCopy {
+    /// From where.
+    #[command(flatten)]
+    pub at: RepositoryAt,
+    /// Where to: `file:///path` or `s3://bucket/prefix`.
+    pub to: String,
+    /// A key file that opens the copy [default: what opens the source].
+    #[arg(long, value_name = "FILE")]
+    pub to_key: Option<PathBuf>,
+    /// Only this cluster's.
+    #[arg(long, value_name = "CLUSTER")]
+    pub cluster: Option<ClusterName>,
+    /// Only this backup, also when it was given up.
+    #[arg(long, value_name = "BACKUP", conflicts_with = "newest")]
+    pub backup: Option<BackupId>,
+    /// Only the newest backup of each cluster.
+    #[arg(long)]
+    pub newest: bool,
+    /// Packs in flight at the same time.
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub processes: u32,
 }
 
 /// A repository and its key.

@@ -27,6 +27,11 @@ impl Opener {
         }
     }
 
+    /// The key in a file.
+    pub(crate) fn file(key: &Path) -> Result<Self, Failure> {
+        key_file(key).map(Self::KeyFile)
+    }
+
     pub(crate) fn unlock(&self) -> Unlock<'_> {
         match self {
             Self::KeyFile(key) => Unlock::KeyFile(key),

@@ -124,7 +124,7 @@ impl Repository {
     }
 
     /// What stands on lists that are not done with.
-    async fn condemned(&self, lineage: LineageId) -> Result<Doomed, Error> {
+    pub(crate) async fn condemned(&self, lineage: LineageId) -> Result<Doomed, Error> {
         let prefix = layout::condemned(lineage);
         let objects = self.store.list(&prefix).await?;
         let mut condemned = Doomed::default();
@@ -139,7 +139,10 @@ impl Repository {
                 note::read::<Condemned>(&self.keys, &object.key, &bytes)
             });
             match read.await {
-                Ok(list) => condemned.packs.extend(list.packs),
+                Ok(list) => {
+                    condemned.packs.extend(list.packs);
+                    condemned.backups.extend(list.backups);
+                }
                 // It may name anything.
                 Err(Error::Damaged { key, reason }) => {
                     tracing::warn!("Nothing is compared with while {key} is there: {reason}");
@@ -374,15 +377,17 @@ impl Repository {
 
 /// What collectors may be deleting.
 #[derive(Debug, Default)]
-struct Doomed {
-    packs: HashSet<String>,
+pub(crate) struct Doomed {
+    pub(crate) packs: HashSet<String>,
+    backups: HashSet<BackupId>,
     /// A list cannot be read.
-    all: bool,
+    pub(crate) all: bool,
 }
 
-/// Whether a collector may be deleting packs of it.
-fn is_doomed(backup: &Backup, condemned: &Doomed) -> bool {
+/// Whether a collector may be deleting it, or packs of it.
+pub(crate) fn is_doomed(backup: &Backup, condemned: &Doomed) -> bool {
     condemned.all
+        || condemned.backups.contains(&backup.id())
         || backup.root.packs.keys().any(|pack| condemned.packs.contains(&pack.to_string()))
 }
 
@@ -570,7 +575,12 @@ mod tests {
         let run = format!("{}run-1", layout::condemned(lineage));
         let names = packs.iter().map(ToString::to_string).collect();
         let key = format!("{run}/condemned");
-        let list = note::write(&repository.keys, &key, &Condemned { packs: names }).unwrap();
+        let list = note::write(
+            &repository.keys,
+            &key,
+            &Condemned { packs: names, ..Condemned::default() },
+        )
+        .unwrap();
         store.put(&key, list).await.unwrap();
         let mut sweep =
             vec![Step::Put(layout::of_backup(lineage, old, "forget"), Bytes::from_static(b"\n"))];
@@ -623,7 +633,7 @@ mod tests {
         let pack =
             *repository.open_backup(lineage, old).await.unwrap().root.packs.keys().next().unwrap();
         let key = format!("{}run-1/condemned", layout::condemned(lineage));
-        let list = Condemned { packs: vec![pack.to_string()] };
+        let list = Condemned { packs: vec![pack.to_string()], ..Condemned::default() };
         store.put(&key, note::write(&repository.keys, &key, &list).unwrap()).await.unwrap();
         assert_eq!(chosen(3).await, None);
         store

@@ -1,22 +1,23 @@
 //! Collecting garbage: deleting the packs that no wanted backup refers to. The collector's half of the commit protocol
 //! (FORMAT.md, section 8); its order of steps is what keeps it away from backups that are being written.
 //!
-//! Nothing here decides which backups are wanted: `forget` and `hold` say so. Any number of collectors may run, and any
+//! Nothing here decides which backups are wanted: `judge` does, by what people wish. Any number of collectors may run, and any
 //! of them may die at any point; the next one deletes what it left.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-use futures::{StreamExt as _, TryStreamExt as _, stream};
+use futures::{StreamExt as _, stream};
 use proto::{AttemptId, BackupId, LineageId};
 use tokio_util::sync::CancellationToken;
 
 use crate::attempt::Aborted;
 use crate::error::Error;
+use crate::judge::{Judged, Roots};
 use crate::limits::CONDEMNED_BYTES_MAX;
-use crate::lineage::{AttemptSummary, backups};
+use crate::lineage::{AttemptSummary, has};
 use crate::pack::PackId;
-use crate::record::Condemned;
+use crate::record::{Condemned, Gone};
 use crate::repository::Repository;
 use crate::store::{Listed, PutOutcome, StoreError};
 use crate::{chance, hex, layout, note};
@@ -41,6 +42,11 @@ pub struct CollectOptions {
     /// An attempt that is open for longer is aborted; every other open one postpones the collection. `None` aborts nobody.
     /// A courtesy too.
     pub patience_ms: Option<i64>,
+    /// A pin that is older counts no more: its reader died. One that lives on reads without protection.
+    pub pins_for_ms: i64,
+    /// Lists of other collectors that are older are retired. `None` retires none. No program can know that a collector is
+    /// dead and not only slow: whoever sets this says so, and everything rests on it being true.
+    pub lists_for_ms: Option<i64>,
     /// Ends it between two deletions.
     pub cancel: CancellationToken,
 }
@@ -61,22 +67,6 @@ impl Amount {
     }
 }
 
-/// What becomes of a backup that somebody wanted gone.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Fate {
-    /// What only it refers to is deleted.
-    Goes,
-    /// It was forgotten too short a time ago; it goes from then on, Unix milliseconds.
-    GoesAt(i64),
-    /// It is held.
-    Held,
-    /// It is the newest, or the newest that was proved.
-    Needed,
-    /// The wish was not written by anybody who has the key.
-    NotBelieved,
-}
-
 /// What a collection would do.
 #[derive(Debug)]
 pub struct CollectPlan {
@@ -85,14 +75,40 @@ pub struct CollectPlan {
     roots: Roots,
     /// Packs with their bytes.
     garbage: BTreeMap<PackId, u64>,
+    goes: Vec<BackupId>,
     /// What goes.
     pub delete: Amount,
     /// What stays.
     pub keep: Amount,
-    /// Every backup that somebody wanted gone and that is there.
-    pub forgotten: Vec<(BackupId, Fate)>,
+    /// Every backup that is there, and whether and why it stays.
+    pub backups: Vec<Judged>,
     /// What is being written, and postpones the collection.
     pub open: Vec<Open>,
+    /// Lists of collectors that did not finish, or have not yet. Nothing new is compared with a backup that has packs on one.
+    pub lists: Vec<LeftList>,
+}
+
+/// A list of condemned packs that is not done with.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct LeftList {
+    /// Its collection.
+    pub run: String,
+    /// Who collected; `None` when the list cannot be read.
+    pub by: Option<String>,
+    /// When, by their clock, Unix milliseconds.
+    pub at_ms: Option<i64>,
+    /// Packs on it.
+    pub packs: u64,
+    /// Backups on it.
+    pub backups: u64,
+}
+
+/// A list and its end.
+struct FoundList {
+    list: String,
+    done: String,
+    /// What is on it, unless it is done with.
+    left: Option<LeftList>,
 }
 
 /// An attempt without an end.
@@ -125,19 +141,12 @@ pub enum Collected {
 pub struct CollectSummary {
     /// What was deleted.
     pub deleted: Amount,
+    /// Backups that are gone.
+    pub backups: Vec<BackupId>,
     /// What was needed again by the time it was looked at for the second time.
     pub spared: Amount,
     /// Attempts that were open for too long and are aborted now.
     pub aborted: Vec<AttemptId>,
-}
-
-/// The packs of each backup's manifest, which never changes.
-type Roots = HashMap<BackupId, Vec<PackId>>;
-
-/// What wanted backups refer to.
-struct Wanted {
-    packs: HashSet<PackId>,
-    forgotten: Vec<(BackupId, Fate)>,
 }
 
 impl Repository {
@@ -154,19 +163,22 @@ impl Repository {
         // The packs first: one that is stored later is not in the list, and cannot be taken for garbage.
         let packs = self.list_packs(lineage).await?;
         let mut roots = Roots::new();
-        let wanted = self.wanted(lineage, options, &mut roots).await?;
+        let mut judged = self.judge(lineage, options, None, &mut roots).await?;
+        self.measure(lineage, &mut judged.backups, &packs, &mut roots).await?;
         let mut plan = CollectPlan {
             repository: self.clone(),
             lineage,
             roots,
             garbage: BTreeMap::new(),
+            goes: judged.goes,
             delete: Amount::default(),
             keep: Amount::default(),
-            forgotten: wanted.forgotten,
+            backups: judged.backups,
             open: self.open_attempts(lineage, options).await?.0,
+            lists: self.lists(lineage).await?.into_iter().filter_map(|list| list.left).collect(),
         };
         for (pack, bytes) in packs {
-            if wanted.packs.contains(&pack) {
+            if judged.packs.contains(&pack) {
                 plan.keep.add(bytes);
             } else {
                 plan.delete.add(bytes);
@@ -186,6 +198,33 @@ impl Repository {
         options
     }
 
+    /// Says what each backup alone refers to. For people: one that goes and cannot be read is left out.
+    async fn measure(
+        &self,
+        lineage: LineageId,
+        backups: &mut [Judged],
+        packs: &BTreeMap<PackId, u64>,
+        roots: &mut Roots,
+    ) -> Result<(), Error> {
+        let mut users: HashMap<PackId, u32> = HashMap::new();
+        for judged in &*backups {
+            match self.packs_of(lineage, judged.backup, roots).await {
+                Ok(named) => named.iter().for_each(|pack| *users.entry(*pack).or_default() += 1),
+                Err(Error::Store(error)) => return Err(error.into()),
+                Err(_) => {}
+            }
+        }
+        for judged in backups {
+            let Some(named) = roots.get(&judged.backup) else { continue };
+            let mut alone = Amount::default();
+            for pack in named.iter().filter(|pack| users.get(*pack) == Some(&1)) {
+                packs.get(pack).into_iter().for_each(|bytes| alone.add(*bytes));
+            }
+            judged.alone = Some(alone);
+        }
+        Ok(())
+    }
+
     /// Every pack in the store, with its bytes. Whatever else lies there is not ours to delete.
     async fn list_packs(&self, lineage: LineageId) -> Result<BTreeMap<PackId, u64>, Error> {
         let pack = |object: &Listed| {
@@ -195,115 +234,62 @@ impl Repository {
         Ok(self.store.list(&layout::packs(lineage)).await?.iter().filter_map(pack).collect())
     }
 
-    async fn wanted(
-        &self,
-        lineage: LineageId,
-        options: &CollectOptions,
-        roots: &mut Roots,
-    ) -> Result<Wanted, Error> {
-        let attempts = self.list_attempts(lineage).await?;
-        for gone in attempts.iter().filter(|attempt| !attempt.has_manifest) {
-            // A manifest that nobody wanted gone is lost: what it refers to is unknown.
-            if let Some(backup) = gone.backup()
-                && !self.is_given_up(lineage, gone).await?
-            {
-                let key = layout::of_backup(lineage, backup, "manifest");
-                return Err(Error::Missing { key });
-            }
-        }
-        let backups = backups(attempts);
-        let needed = [
-            backups.last().and_then(AttemptSummary::backup),
-            self.newest_proved(lineage, &backups).await?,
-        ];
-        let mut wanted = Wanted { packs: HashSet::new(), forgotten: Vec::new() };
-        for summary in &backups {
-            let Some(backup) = summary.backup() else { continue };
-            if summary.forgotten {
-                let fate = self.fate(lineage, summary, backup, &needed, options).await?;
-                wanted.forgotten.push((backup, fate));
-                if fate == Fate::Goes {
-                    continue;
-                }
-            }
-            let packs = if let Some(packs) = roots.get(&backup) {
-                packs
+    /// What is below `gc/`.
+    async fn lists(&self, lineage: LineageId) -> Result<Vec<FoundList>, Error> {
+        let prefix = layout::condemned(lineage);
+        let objects = self.store.list(&prefix).await?;
+        let runs: BTreeSet<&str> = objects
+            .iter()
+            .filter_map(|object| Some(object.key.strip_prefix(&prefix)?.split_once('/')?.0))
+            .collect();
+        let has = |key: &str| objects.iter().any(|object| object.key == key);
+        let mut lists = Vec::new();
+        for run in runs {
+            let (list, done) =
+                (layout::of_run(lineage, run, "condemned"), layout::of_run(lineage, run, "done"));
+            let left = if has(&done) {
+                None
             } else {
-                let opened = self.open_backup(lineage, backup).await?;
-                let packs = opened.root.packs.keys().copied().collect();
-                roots.entry(backup).or_insert(packs)
+                let bytes = match self.store.get(&list, CONDEMNED_BYTES_MAX).await {
+                    Ok(bytes) => bytes,
+                    // Its owner ended since it was listed.
+                    Err(StoreError::NotFound { .. }) => continue,
+                    Err(error) => return Err(error.into()),
+                };
+                let run = run.to_owned();
+                match note::read::<Condemned>(&self.keys, &list, &bytes) {
+                    Ok(Condemned { by, at_ms, packs, backups }) => Some(LeftList {
+                        run,
+                        by: Some(by),
+                        at_ms: Some(at_ms),
+                        packs: packs.len() as u64,
+                        backups: backups.len() as u64,
+                    }),
+                    Err(Error::Damaged { .. }) => {
+                        Some(LeftList { run, by: None, at_ms: None, packs: 0, backups: 0 })
+                    }
+                    Err(error) => return Err(error),
+                }
             };
-            wanted.packs.extend(packs);
+            lists.push(FoundList { list, done, left });
         }
-        Ok(wanted)
+        Ok(lists)
     }
 
-    async fn fate(
-        &self,
-        lineage: LineageId,
-        summary: &AttemptSummary,
-        backup: BackupId,
-        needed: &[Option<BackupId>],
-        options: &CollectOptions,
-    ) -> Result<Fate, Error> {
-        if summary.held {
-            return Ok(Fate::Held);
-        }
-        if needed.contains(&Some(backup)) {
-            return Ok(Fate::Needed);
-        }
-        Ok(match self.forgotten_by(lineage, backup).await? {
-            None => Fate::NotBelieved,
-            Some(wish) => match wish.at_ms.saturating_add(options.grace_ms) {
-                at_ms if at_ms <= options.now_ms => Fate::Goes,
-                at_ms => Fate::GoesAt(at_ms),
-            },
-        })
-    }
-
-    /// Retires lists of collectors that died, once all they name is gone, and removes what retired lists leave.
-    /// A list whose packs are not gone stays: its owner may only be slow, and a list retired under it would hide from
-    /// writers what it is about to delete.
-    async fn tidy(&self, lineage: LineageId) -> Result<(), Error> {
+    /// Removes what retired lists leave, retires those whose collector is said to be dead, and lets old pins go.
+    async fn tidy(&self, lineage: LineageId, options: &CollectOptions) -> Result<(), Error> {
         // Some stores cannot list uploads, and some credentials may not: everything else goes on.
         if let Err(error) = self.end_dead_uploads(lineage).await {
             let error = proto::failure::chain(&error);
             tracing::warn!(error, "Uploads that nobody completes may be left in the store");
         }
-        let prefix = layout::condemned(lineage);
-        let objects = self.store.list(&prefix).await?;
-        let runs: HashSet<&str> = objects
-            .iter()
-            .filter_map(|object| Some(object.key.strip_prefix(&prefix)?.split_once('/')?.0))
-            .collect();
-        let has = |key: &str| objects.iter().any(|object| object.key == key);
-        let mut packs = None;
-        for run in runs {
-            let (list, done) =
-                (layout::of_run(lineage, run, "condemned"), layout::of_run(lineage, run, "done"));
-            if !has(&done) {
-                let bytes = match self.store.get(&list, CONDEMNED_BYTES_MAX).await {
-                    Ok(bytes) => bytes,
-                    Err(StoreError::NotFound { .. }) => continue,
-                    Err(error) => return Err(error.into()),
-                };
-                let named = match note::read::<Condemned>(&self.keys, &list, &bytes) {
-                    Ok(list) => list.packs,
-                    Err(Error::Damaged { key, reason }) => {
-                        tracing::warn!("{key} keeps writers from comparing; delete it: {reason}");
-                        continue;
-                    }
-                    Err(error) => return Err(error),
-                };
-                let there = match &packs {
-                    Some(there) => there,
-                    None => packs.insert(self.list_packs(lineage).await?),
-                };
-                let is_there = |name: &String| {
-                    hex::decode(name).is_some_and(|id| there.contains_key(&PackId(id)))
-                };
-                if named.iter().any(is_there) {
-                    tracing::info!("{list} was left by a collector that did not finish");
+        for FoundList { list, done, left } in self.lists(lineage).await? {
+            if let Some(left) = left {
+                let is_dead = options.lists_for_ms.is_some_and(|than_ms| {
+                    left.at_ms.is_none_or(|at_ms| options.now_ms.saturating_sub(at_ms) >= than_ms)
+                });
+                if !is_dead {
+                    tracing::info!("{list} is of a collector that did not finish");
                     continue;
                 }
                 self.store.put(&done, bytes::Bytes::from_static(b"\n")).await?;
@@ -311,6 +297,11 @@ impl Repository {
             // In this order: a list without its end would count again.
             self.store.delete(&list).await?;
             self.store.delete(&done).await?;
+        }
+        for pin in self.list_pins(lineage).await? {
+            if pin.is_older(options.now_ms, options.pins_for_ms) {
+                self.store.delete(&pin.key).await?;
+            }
         }
         Ok(())
     }
@@ -330,15 +321,19 @@ impl CollectPlan {
         if options.cancel.is_cancelled() {
             return Err(Error::Cancelled);
         }
-        let goes = |(_, fate): &(BackupId, Fate)| *fate == Fate::Goes;
-        if self.garbage.is_empty() && !self.forgotten.iter().any(goes) {
-            repository.tidy(lineage).await?;
+        if self.garbage.is_empty() && self.goes.is_empty() {
+            repository.tidy(lineage, options).await?;
             return Ok(Collected::Nothing);
         }
         let run = hex::encode(&chance::random::<16>());
         let list = layout::of_run(lineage, &run, "condemned");
-        let packs = self.garbage.keys().map(ToString::to_string).collect();
-        let bytes = note::write(&repository.keys, &list, &Condemned { packs })?;
+        let condemned = Condemned {
+            packs: self.garbage.keys().map(ToString::to_string).collect(),
+            backups: self.goes.clone(),
+            by: options.by.clone(),
+            at_ms: options.now_ms,
+        };
+        let bytes = note::write(&repository.keys, &list, &condemned)?;
         if bytes.len() as u64 > CONDEMNED_BYTES_MAX {
             return Err(Error::Limit { reason: format!("{} packs at once", self.garbage.len()) });
         }
@@ -364,35 +359,47 @@ impl CollectPlan {
                 summary.aborted.push(attempt);
             }
         }
-        // They may have committed, and refer to what was garbage.
-        let wanted = repository.wanted(lineage, options, &mut self.roots).await?;
+        // They may have committed, and refer to what was garbage; and a wish may have been taken back.
+        let planned = self.goes.iter().copied().collect();
+        let judged = repository.judge(lineage, options, Some(&planned), &mut self.roots).await?;
         let mut doomed = Vec::new();
         for (pack, bytes) in std::mem::take(&mut self.garbage) {
-            if wanted.packs.contains(&pack) {
+            if judged.packs.contains(&pack) {
                 summary.spared.add(bytes);
             } else {
-                summary.deleted.add(bytes);
-                doomed.push(layout::pack(lineage, pack));
+                doomed.push((layout::pack(lineage, pack), bytes));
             }
         }
         // The papers first: what has lost packs must not look like a backup, to nobody.
-        for (backup, fate) in &wanted.forgotten {
-            if *fate == Fate::Goes {
-                repository.delete_papers((*backup).into(), lineage).await?;
+        for backup in judged.goes {
+            if options.cancel.is_cancelled() {
+                break;
             }
+            repository.delete_papers(backup, lineage, &run, options).await?;
+            summary.backups.push(backup);
         }
-        let deletions = doomed.into_iter().map(|key| {
-            let (store, cancel) = (Arc::clone(&repository.store), options.cancel.clone());
+        let stop = options.cancel.child_token();
+        let deletions = doomed.into_iter().map(|(key, bytes)| {
+            let (store, stop) = (Arc::clone(&repository.store), stop.clone());
             async move {
-                if cancel.is_cancelled() {
-                    return Err(Error::Cancelled);
+                if stop.is_cancelled() {
+                    return Ok(None);
                 }
-                Ok(store.delete(&key).await?)
+                let deleted = store.delete(&key).await;
+                deleted.map(|()| Some(bytes)).inspect_err(|_| stop.cancel())
             }
         });
-        stream::iter(deletions).buffer_unordered(DELETES_IN_FLIGHT).try_collect::<()>().await?;
+        // All that began are heard to their end: a list may be retired only when nothing of it can still be deleted.
+        let ended: Vec<Result<Option<u64>, StoreError>> =
+            stream::iter(deletions).buffer_unordered(DELETES_IN_FLIGHT).collect().await;
+        for deleted in ended {
+            deleted?.into_iter().for_each(|bytes| summary.deleted.add(bytes));
+        }
         retire().await?;
-        repository.tidy(lineage).await?;
+        if options.cancel.is_cancelled() {
+            return Err(Error::Cancelled);
+        }
+        repository.tidy(lineage, options).await?;
         Ok(Collected::Done(summary))
     }
 }
@@ -405,30 +412,48 @@ impl Repository {
         options: &CollectOptions,
     ) -> Result<(Vec<Open>, Vec<AttemptId>), Error> {
         let (mut open, mut old) = (Vec::new(), Vec::new());
-        for summary in self.list_attempts(lineage).await? {
-            let (Some(intent), None) = (summary.intent, summary.verdict) else { continue };
-            let age_ms = options.now_ms.saturating_sub(intent.began_at_ms);
+        for seen in self.look(lineage).await? {
+            let (by, began_at_ms) = match seen.summary {
+                Ok(AttemptSummary { intent: Some(intent), verdict: None, .. }) => {
+                    (intent.by, intent.began_at_ms)
+                }
+                // An intent that cannot be read is one all the same. To abort it harms nobody but its writer.
+                Err(Error::Damaged { key, .. }) if !has(&seen.names, "verdict") => {
+                    (format!("nobody knows whom: {key} is damaged"), 0)
+                }
+                Err(error) if !matches!(error, Error::Damaged { .. }) => return Err(error),
+                _ => continue,
+            };
+            let age_ms = options.now_ms.saturating_sub(began_at_ms);
             if options.patience_ms.is_some_and(|patience_ms| age_ms >= patience_ms) {
-                old.push(summary.attempt);
+                old.push(seen.attempt);
             } else {
-                let (by, began_at_ms) = (intent.by, intent.began_at_ms);
-                open.push(Open { attempt: summary.attempt, by, began_at_ms });
+                open.push(Open { attempt: seen.attempt, by, began_at_ms });
             }
         }
         Ok((open, old))
     }
 
-    /// Deletes what a backup that goes has beside its verdict: its proofs, and then the manifest, without which it is none.
-    /// Oldest proof first: what is left in between must not look better than the whole. The verdict and the wish stay: a late
-    /// request must not be able to make it a backup again.
-    async fn delete_papers(&self, attempt: AttemptId, lineage: LineageId) -> Result<(), Error> {
-        let proofs = layout::of_attempt(lineage, attempt, "proof.");
+    /// Deletes what a backup that goes has beside its verdict: its proofs, and then the manifest, without which it is none;
+    /// `gone` says beforehand that this is no loss. Oldest proof first: what is left in between must not look better than the
+    /// whole. The verdict and the wishes stay: a late request must not be able to make it a backup again.
+    async fn delete_papers(
+        &self,
+        backup: BackupId,
+        lineage: LineageId,
+        run: &str,
+        options: &CollectOptions,
+    ) -> Result<(), Error> {
+        let key = layout::of_backup(lineage, backup, "gone");
+        let gone = Gone { run: run.to_owned(), by: options.by.clone(), at_ms: options.now_ms };
+        self.store.put_if_absent(&key, note::write(&self.keys, &key, &gone)?).await?;
+        let proofs = layout::of_backup(lineage, backup, "proof.");
         let mut proofs = self.store.list(&proofs).await?;
         // By number, not by text.
         proofs.sort_by(|a, b| (a.key.len(), &a.key).cmp(&(b.key.len(), &b.key)));
         for proof in proofs {
             self.store.delete(&proof.key).await?;
         }
-        Ok(self.store.delete(&layout::of_attempt(lineage, attempt, "manifest")).await?)
+        Ok(self.store.delete(&layout::of_backup(lineage, backup, "manifest")).await?)
     }
 }

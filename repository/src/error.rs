@@ -24,6 +24,22 @@ pub enum Error {
         /// The store.
         place: String,
     },
+    /// The place of a mirror holds something else.
+    #[error("copy into {place}: {reason}")]
+    NoMirror {
+        /// The store.
+        place: String,
+        /// What is there.
+        reason: String,
+    },
+    /// A copy would store a pack under a name that a collection may be deleting.
+    #[error("store {key} in {place}: a collection of garbage there may be deleting that name")]
+    Condemned {
+        /// The pack.
+        key: String,
+        /// The store.
+        place: String,
+    },
     /// The repository needs something this program does not know.
     #[error("use the repository in {place}: {reason}")]
     Version {
@@ -134,7 +150,7 @@ pub enum Error {
     /// A backup that is not to be forgotten, or that is forgotten already.
     #[error("{what} backup {backup}: {reason}")]
     Wanted {
-        /// `forget` or `hold`.
+        /// `forget`, `hold` or what takes a `forget` back.
         what: &'static str,
         /// The backup.
         backup: BackupId,
@@ -251,6 +267,16 @@ impl From<Error> for Failure {
                 Action::FixConfig,
                 "Use the existing repository, or choose an empty place for a new one.",
             ),
+            Error::NoMirror { .. } => (
+                Code::RepositoryExists,
+                Action::FixConfig,
+                "Give an empty place, or one that holds an earlier copy of the same repository.",
+            ),
+            Error::Condemned { .. } => (
+                Code::StateConflict,
+                Action::Retry,
+                "Copy again when that collection has ended; `pgmuster repo gc URL --key FILE --plan` shows lists that dead ones left.",
+            ),
             Error::Version { .. } => (
                 Code::RepositoryVersion,
                 Action::FixConfig,
@@ -314,7 +340,7 @@ impl From<Error> for Failure {
             Error::Wanted { .. } => (
                 Code::StateConflict,
                 Action::FixConfig,
-                "Nothing was changed. Prove a newer backup, or release the hold, and ask again.",
+                "Look at what stays and why: `pgmuster repo gc URL --key FILE --plan`. Prove a newer backup or release the hold where that is the reason.",
             ),
             Error::Source { source, .. } => match source.kind() {
                 io::ErrorKind::PermissionDenied => (

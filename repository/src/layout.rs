@@ -31,7 +31,8 @@ pub(crate) fn backups(lineage: LineageId) -> String {
     format!("{LINEAGES}{lineage}/backups/")
 }
 
-/// An object of one attempt: `intent`, `manifest`, `verdict`, `proof.N`, `forget`, `hold`.
+/// An object of one attempt: `intent`, `manifest`, `verdict`, `proof.N`, `forget`, `remember`, `hold`,
+/// `gone`.
 pub(crate) fn of_attempt(lineage: LineageId, attempt: AttemptId, name: &str) -> String {
     format!("{LINEAGES}{lineage}/backups/{attempt}/{name}")
 }
@@ -59,6 +60,16 @@ pub(crate) fn marks(lineage: LineageId) -> String {
 /// The mark of a damaged pack.
 pub(crate) fn mark(lineage: LineageId, id: PackId) -> String {
     format!("{LINEAGES}{lineage}/damaged/{id}")
+}
+
+/// Where the pins are.
+pub(crate) fn pins(lineage: LineageId) -> String {
+    format!("{LINEAGES}{lineage}/pins/")
+}
+
+/// The pin of one reader of a backup.
+pub(crate) fn pin(lineage: LineageId, backup: BackupId, name: &str) -> String {
+    format!("{LINEAGES}{lineage}/pins/{backup}/{name}")
 }
 
 /// Where the lists of condemned packs are.

@@ -12,7 +12,8 @@ use crate::limits::NOTE_BYTES_MAX;
 use crate::note;
 use crate::record::{Identity, Intent, Outcome, Verdict};
 use crate::repository::Repository;
-use crate::store::{PutOutcome, StoreError};
+use crate::store::{Listed, PutOutcome, StoreError};
+use crate::wishes;
 
 /// Attempts whose notes are read at the same time: a lineage of years has thousands, each a round trip or two away.
 pub(crate) const NOTES_IN_FLIGHT: usize = 16;
@@ -26,14 +27,23 @@ pub struct AttemptSummary {
     pub intent: Option<Intent>,
     /// Its end; `None` while it is open.
     pub verdict: Option<Verdict>,
-    /// Somebody wants it gone: it is not a predecessor any more, and a collector may delete it.
+    /// Somebody wants it gone and nobody took that back: a collector may delete it.
     pub forgotten: bool,
+    /// What the names of those wishes end with: see [`crate::wishes`].
+    pub(crate) forgets: Vec<String>,
     /// Somebody wants it kept.
     pub held: bool,
     /// Number of proofs.
     pub proofs: u32,
     /// Its manifest is there. A backup that was deleted has none.
     pub has_manifest: bool,
+}
+
+/// An attempt by the names of its objects, and what these say if they can be read.
+pub(crate) struct Seen {
+    pub(crate) attempt: AttemptId,
+    pub(crate) names: Vec<String>,
+    pub(crate) summary: Result<AttemptSummary, Error>,
 }
 
 impl AttemptSummary {
@@ -147,17 +157,29 @@ impl Repository {
 
     /// Every attempt of a lineage, oldest first: backups, aborted and open ones. One that cannot be read fails the list.
     pub async fn list_attempts(&self, lineage: LineageId) -> Result<Vec<AttemptSummary>, Error> {
-        self.summaries(lineage).await?.into_iter().collect()
+        self.look(lineage).await?.into_iter().map(|seen| seen.summary).collect()
     }
 
-    async fn summaries(
+    /// The same with those that cannot be read.
+    pub(crate) async fn look(&self, lineage: LineageId) -> Result<Vec<Seen>, Error> {
+        let names = self.names_of_attempts(lineage).await?;
+        let seen = names.into_iter().map(|(attempt, names)| async move {
+            let summary = self.summarise(lineage, attempt, &names).await;
+            Seen { attempt, names, summary }
+        });
+        Ok(stream::iter(seen).buffered(NOTES_IN_FLIGHT).collect().await)
+    }
+
+    /// The last names of the objects of one attempt.
+    pub(crate) async fn names_of(
         &self,
         lineage: LineageId,
-    ) -> Result<Vec<Result<AttemptSummary, Error>>, Error> {
-        let names = self.names_of_attempts(lineage).await?;
-        let summaries =
-            names.into_iter().map(|(attempt, names)| self.summarise(lineage, attempt, names));
-        Ok(stream::iter(summaries).buffered(NOTES_IN_FLIGHT).collect().await)
+        attempt: AttemptId,
+    ) -> Result<Vec<String>, Error> {
+        let prefix = layout::of_attempt(lineage, attempt, "");
+        let objects = self.store.list(&prefix).await?;
+        let name = |object: Listed| object.key.strip_prefix(&prefix).map(str::to_owned);
+        Ok(objects.into_iter().filter_map(name).collect())
     }
 
     /// The objects of every attempt, by their last names.
@@ -183,9 +205,10 @@ impl Repository {
         &self,
         lineage: LineageId,
         attempt: AttemptId,
-        names: Vec<String>,
+        names: &[String],
     ) -> Result<AttemptSummary, Error> {
-        let has = |wanted: &str| has(&names, wanted);
+        let has = |wanted: &str| has(names, wanted);
+        let forgets: Vec<String> = wishes::standing(names).map(str::to_owned).collect();
         let proofs = names.iter().filter(|name| name.starts_with("proof.")).count();
         let verdict = if has("verdict") { self.verdict(lineage, attempt).await? } else { None };
         let intent = if verdict.is_none() && has("intent") {
@@ -197,7 +220,8 @@ impl Repository {
             attempt,
             intent,
             verdict,
-            forgotten: has("forget"),
+            forgotten: !forgets.is_empty(),
+            forgets,
             held: has("hold"),
             proofs: u32::try_from(proofs).unwrap_or(u32::MAX),
             has_manifest: has("manifest"),
@@ -217,8 +241,8 @@ impl Repository {
         lineage: LineageId,
     ) -> Result<Vec<AttemptSummary>, Error> {
         let mut readable = Vec::new();
-        for summary in self.summaries(lineage).await? {
-            match summary {
+        for seen in self.look(lineage).await? {
+            match seen.summary {
                 Ok(summary) => readable.push(summary),
                 Err(Error::Damaged { key, reason }) => {
                     tracing::warn!("What {key} stands for is left out: {reason}");

@@ -1,6 +1,6 @@
 //! Notes: the small objects people may read: a line of JSON, then a line with its authentication code.
 //!
-//! `config`, `identity`, `intent`, `verdict`, `forget`, the lists of condemned packs. The code is keyed and covers the
+//! `config`, `identity`, `intent`, `verdict`, `forget`, pins, the lists of condemned packs. The code is keyed and covers the
 //! object's own name, so a note cannot be changed, nor moved to where it would mean something else.
 
 use bytes::Bytes;

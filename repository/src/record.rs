@@ -1,6 +1,6 @@
 //! The notes of a lineage: identity, intent, verdict, and what the collector of garbage leaves. Data only.
 
-use proto::{AttemptId, ClusterName, LineageId, SystemIdentifier};
+use proto::{AttemptId, BackupId, ClusterName, LineageId, SystemIdentifier};
 use serde::{Deserialize, Serialize};
 
 use crate::manifest::Counts;
@@ -78,10 +78,18 @@ impl Outcome {
     }
 }
 
-/// A list of packs that a collector is about to delete.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// What a collector is about to delete.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Condemned {
     pub(crate) packs: Vec<String>,
+    /// Backups whose manifest and proofs go.
+    #[serde(default)]
+    pub(crate) backups: Vec<BackupId>,
+    #[serde(default)]
+    pub(crate) by: String,
+    /// The collector's clock, Unix milliseconds.
+    #[serde(default)]
+    pub(crate) at_ms: i64,
 }
 
 /// A check found the bytes of a pack to be wrong.
@@ -95,7 +103,26 @@ pub(crate) struct Mark {
     pub(crate) at_ms: i64,
 }
 
-/// Somebody's wish about a backup: that it goes (`forget`) or stays (`hold`).
+/// A backup's manifest was about to be deleted by a collector: that it is missing is no damage.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Gone {
+    pub(crate) run: String,
+    pub(crate) by: String,
+    pub(crate) at_ms: i64,
+}
+
+/// Somebody reads a backup.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pin {
+    /// Who reads.
+    pub by: String,
+    /// What for: `restore`, `proof`, `copy`.
+    pub why: String,
+    /// Their clock when they began, Unix milliseconds.
+    pub at_ms: i64,
+}
+
+/// Somebody's wish about a backup: that it goes (`forget`), that this is taken back (`remember`), that it stays (`hold`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Wish {
     /// Who wishes it.

@@ -286,6 +286,10 @@ impl Repository {
         self
     }
 
+    pub(crate) fn config(&self) -> &Config {
+        &self.config
+    }
+
     pub(crate) fn check_writable(&self) -> Result<(), Error> {
         self.config.check_writable(&self.describe())
     }

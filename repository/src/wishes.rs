@@ -1,27 +1,51 @@
-//! What people and retention wish for a backup: that it goes (`forget`), that it stays (`hold`).
+//! What people and retention wish for a backup: that it goes (`forget`), that this is taken back (`remember`), that it stays
+//! (`hold`).
 //!
-//! A wish is an object beside the backup; what follows from it is the collector's affair. The two exclude each other:
-//! each is written first and looks for the other afterwards, so of two at the same time at most one stands.
+//! A wish is an object beside the backup; what follows from it is the collector's affair. `forget` and `hold` exclude each
+//! other: each is written first and looks for the other afterwards, so of two at the same time at most one stands.
+//!
+//! A `forget` is never deleted: a late request could bring it back. It is taken back by the `remember` of the same number
+//! (`forget` and `remember`, `forget.1` and `remember.1`, …), and a later one takes the next number. One that is not believed
+//! takes a number as well, and is in nobody's way.
 
 use proto::envelope::Signed;
 use proto::failure::chain;
 use proto::proof::CheckOutcome;
-use proto::{BackupId, LineageId, Proof, ProofLevel};
+use proto::{AttemptId, BackupId, LineageId, Proof, ProofLevel};
 
+use crate::attempt::is_doomed;
 use crate::error::Error;
 use crate::layout;
-use crate::lineage::AttemptSummary;
+use crate::lineage::{AttemptSummary, has};
 use crate::note;
-use crate::record::Wish;
+use crate::record::{Gone, Outcome, Wish};
 use crate::repository::Repository;
 use crate::store::{PutOutcome, StoreError};
 
 const FORGET: &str = "forget";
+const REMEMBER: &str = "remember";
 const HOLD: &str = "hold";
+/// What an undone deletion is called where it is refused.
+const TAKE_BACK: &str = "take back the deletion of";
+/// Times that a backup may be given up.
+const FORGETS_MAX: u32 = 1000;
+
+/// What the names of the `forget` objects that nobody took back end with: nothing, or a dot and a number.
+pub(crate) fn standing(names: &[String]) -> impl Iterator<Item = &str> {
+    let ends = move |name: &'static str| {
+        let ends = names.iter().filter_map(move |known| known.strip_prefix(name));
+        ends.filter(|end| end.is_empty() || end.starts_with('.'))
+    };
+    ends(FORGET).filter(move |end| !ends(REMEMBER).any(|taken_back| taken_back == *end))
+}
+
+fn numbered(name: &str, end: &str) -> String {
+    format!("{name}{end}")
+}
 
 impl Repository {
-    /// Gives a backup up: it is nobody's predecessor any more, and a collector may delete it. Refused for the newest
-    /// backup, the newest proved one, and one that is held. Idempotent: the first wish stands.
+    /// Gives a backup up: a collector may delete it. Refused for the newest backup, the newest proved one, and one that is
+    /// held. Idempotent: the first wish stands.
     pub async fn forget(
         &self,
         lineage: LineageId,
@@ -31,7 +55,7 @@ impl Repository {
         let refuse =
             |reason: &str| Err(Error::Wanted { what: FORGET, backup, reason: reason.to_owned() });
         self.check_writable()?;
-        let backups = self.list_backups(lineage).await?;
+        let backups = self.list_readable_backups(lineage).await?;
         let Some(summary) = backups.iter().find(|other| other.backup() == Some(backup)) else {
             return Err(Error::BackupUnknown { lineage, backup });
         };
@@ -44,18 +68,121 @@ impl Repository {
         if self.newest_proved(lineage, &backups).await? == Some(backup) {
             return refuse("it is the newest one that was proved");
         }
-        let key = layout::of_backup(lineage, backup, FORGET);
-        let put = self.store.put_if_absent(&key, note::write(&self.keys, &key, wish)?).await?;
-        if put == PutOutcome::Exists {
-            // Somebody else's, which may be followed already: it is not ours to take back.
-            let there: Option<Wish> = self.read_note(&key).await?;
-            return if there.is_some() { Ok(()) } else { refuse("ask again") };
+        self.write_forget(lineage, backup, wish).await
+    }
+
+    /// Gives up what cannot be used and stops every collection: an attempt whose verdict cannot be believed, or a backup
+    /// whose manifest is lost. Refused for everything else.
+    pub async fn forget_damaged(
+        &self,
+        lineage: LineageId,
+        attempt: AttemptId,
+        wish: &Wish,
+    ) -> Result<(), Error> {
+        self.check_writable()?;
+        let backup = attempt.into();
+        let names = self.names_of(lineage, attempt).await?;
+        let damaged = match self.verdict(lineage, attempt).await {
+            Err(Error::Damaged { .. }) => true,
+            Err(error) => return Err(error),
+            Ok(None) => return Err(Error::BackupUnknown { lineage, backup }),
+            Ok(Some(verdict)) => {
+                matches!(verdict.outcome, Outcome::Commit { .. }) && !has(&names, "manifest")
+            }
+        };
+        let refuse =
+            |reason: &str| Err(Error::Wanted { what: FORGET, backup, reason: reason.to_owned() });
+        if !damaged {
+            return refuse("its verdict can be read and its manifest is there, or it was aborted");
         }
-        if self.has(&layout::of_backup(lineage, backup, HOLD)).await? {
-            self.store.delete(&key).await?;
-            return refuse("somebody held it at the same moment");
+        if has(&names, HOLD) {
+            return refuse("it is held");
         }
+        self.write_forget(lineage, backup, wish).await
+    }
+
+    async fn write_forget(
+        &self,
+        lineage: LineageId,
+        backup: BackupId,
+        wish: &Wish,
+    ) -> Result<(), Error> {
+        let names = self.names_of(lineage, backup.into()).await?;
+        for number in 0..FORGETS_MAX {
+            let end = if number == 0 { String::new() } else { format!(".{number}") };
+            if names.contains(&numbered(REMEMBER, &end)) {
+                continue;
+            }
+            let key = layout::of_backup(lineage, backup, &numbered(FORGET, &end));
+            let put = self.store.put_if_absent(&key, note::write(&self.keys, &key, wish)?).await?;
+            if put == PutOutcome::Exists {
+                // Somebody else's, which may be followed already: it stands.
+                if self.believed(&key).await?.is_some() {
+                    return Ok(());
+                }
+                continue;
+            }
+            if has(&self.names_of(lineage, backup.into()).await?, HOLD) {
+                self.write_remember(lineage, backup, &end, wish).await?;
+                let reason = "somebody held it at the same moment".to_owned();
+                return Err(Error::Wanted { what: FORGET, backup, reason });
+            }
+            return Ok(());
+        }
+        Err(Error::Limit { reason: format!("backup {backup} was given up {FORGETS_MAX} times") })
+    }
+
+    async fn write_remember(
+        &self,
+        lineage: LineageId,
+        backup: BackupId,
+        end: &str,
+        wish: &Wish,
+    ) -> Result<(), Error> {
+        let key = layout::of_backup(lineage, backup, &numbered(REMEMBER, end));
+        self.store.put_if_absent(&key, note::write(&self.keys, &key, wish)?).await?;
         Ok(())
+    }
+
+    /// Takes every `forget` of a backup back, also those that are not believed. `Ok` means that the backup is whole and wanted
+    /// like any other. Refused when it is gone, or when a collection that began before may be deleting it: then it is whole
+    /// or gone once that collection has ended, and nothing else deletes it. Idempotent.
+    pub async fn remember(
+        &self,
+        lineage: LineageId,
+        backup: BackupId,
+        wish: &Wish,
+    ) -> Result<(), Error> {
+        self.check_writable()?;
+        let refuse = |reason: String| Err(Error::Wanted { what: TAKE_BACK, backup, reason });
+        let names = self.names_of(lineage, backup.into()).await?;
+        if !has(&names, "verdict") {
+            return Err(Error::BackupUnknown { lineage, backup });
+        }
+        if !has(&names, "manifest") {
+            return refuse("it was deleted".to_owned());
+        }
+        for end in standing(&names) {
+            self.write_remember(lineage, backup, end, wish).await?;
+        }
+        // In this order, for the reason that a reader has: see `pins`.
+        let condemned = self.condemned(lineage).await?;
+        let opened = match self.open_backup(lineage, backup).await {
+            Err(Error::Missing { .. }) => return refuse("it was deleted meanwhile".to_owned()),
+            opened => opened?,
+        };
+        if is_doomed(&opened, &condemned) {
+            return refuse(
+                "a collection that began before may be deleting it; it is whole or gone when that one has ended, and no \
+                 later one deletes it"
+                    .to_owned(),
+            );
+        }
+        let inventory = opened.check_inventory().await?;
+        match inventory.missing.into_iter().next().or(inventory.wrong_size.into_iter().next()) {
+            None => Ok(()),
+            Some(key) => Err(Error::Missing { key }),
+        }
     }
 
     /// Keeps a backup from being forgotten until the hold is released. Refused for one that is forgotten: its packs may be
@@ -67,7 +194,7 @@ impl Repository {
         wish: &Wish,
     ) -> Result<(), Error> {
         self.check_writable()?;
-        let backups = self.list_backups(lineage).await?;
+        let backups = self.list_readable_backups(lineage).await?;
         let Some(summary) = backups.iter().find(|other| other.backup() == Some(backup)) else {
             return Err(Error::BackupUnknown { lineage, backup });
         };
@@ -78,7 +205,7 @@ impl Repository {
         }
         let key = layout::of_backup(lineage, backup, HOLD);
         let put = self.store.put_if_absent(&key, note::write(&self.keys, &key, wish)?).await?;
-        if self.has(&layout::of_backup(lineage, backup, FORGET)).await? {
+        if standing(&self.names_of(lineage, backup.into()).await?).next().is_some() {
             if put == PutOutcome::Created {
                 self.store.delete(&key).await?;
             }
@@ -93,29 +220,69 @@ impl Repository {
         Ok(self.store.delete(&layout::of_backup(lineage, backup, HOLD)).await?)
     }
 
-    /// Whether a backup was given up by somebody who has the key.
+    /// Whether a backup was given up by somebody who has the key, and nobody took that back.
     pub async fn is_given_up(
         &self,
         lineage: LineageId,
         summary: &AttemptSummary,
     ) -> Result<bool, Error> {
         match summary.backup() {
-            Some(backup) if summary.forgotten => {
-                Ok(self.forgotten_by(lineage, backup).await?.is_some())
+            Some(backup) => {
+                Ok(self.forgotten_by(lineage, backup, &summary.forgets).await?.is_some())
             }
-            _ => Ok(false),
+            None => Ok(false),
         }
     }
 
-    /// Who wanted a backup gone, when and why; `None` when nobody did, or when that cannot be read or believed: a wish that
-    /// is in doubt deletes nothing, and stands in nobody's way.
+    /// Whether a missing manifest is no damage: a collector deleted it, or the backup was given up and one may.
+    pub(crate) async fn may_be_deleted(
+        &self,
+        lineage: LineageId,
+        backup: BackupId,
+    ) -> Result<bool, Error> {
+        if self.is_gone(lineage, backup).await? {
+            return Ok(true);
+        }
+        let names = self.names_of(lineage, backup.into()).await?;
+        let ends: Vec<String> = standing(&names).map(str::to_owned).collect();
+        Ok(self.forgotten_by(lineage, backup, &ends).await?.is_some())
+    }
+
+    /// Whether a collector said that it deletes the manifest.
+    pub(crate) async fn is_gone(
+        &self,
+        lineage: LineageId,
+        backup: BackupId,
+    ) -> Result<bool, Error> {
+        match self.read_note::<Gone>(&layout::of_backup(lineage, backup, "gone")).await {
+            Ok(gone) => Ok(gone.is_some()),
+            Err(Error::Damaged { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Who wanted a backup gone first, when and why, of the wishes with these ends; `None` when nobody did, or when that
+    /// cannot be read or believed: a wish that is in doubt deletes nothing, and stands in nobody's way.
     pub(crate) async fn forgotten_by(
         &self,
         lineage: LineageId,
         backup: BackupId,
+        ends: &[String],
     ) -> Result<Option<Wish>, Error> {
-        let key = layout::of_backup(lineage, backup, FORGET);
-        match self.read_note(&key).await {
+        let mut first: Option<Wish> = None;
+        for end in ends {
+            let key = layout::of_backup(lineage, backup, &numbered(FORGET, end));
+            if let Some(wish) = self.believed(&key).await? {
+                first = Some(first.map_or(wish.clone(), |first| {
+                    if first.at_ms <= wish.at_ms { first } else { wish }
+                }));
+            }
+        }
+        Ok(first)
+    }
+
+    async fn believed(&self, key: &str) -> Result<Option<Wish>, Error> {
+        match self.read_note(key).await {
             Err(error @ (Error::Damaged { .. } | Error::Store(StoreError::Forbidden { .. }))) => {
                 tracing::warn!("{key} counts for nothing: failed to {}", chain(&error));
                 Ok(None)
@@ -151,13 +318,5 @@ impl Repository {
             }
         }
         Ok(None)
-    }
-
-    async fn has(&self, key: &str) -> Result<bool, Error> {
-        match self.store.size(key).await {
-            Ok(_) => Ok(true),
-            Err(StoreError::NotFound { .. }) => Ok(false),
-            Err(error) => Err(error.into()),
-        }
     }
 }

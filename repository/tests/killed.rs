@@ -188,6 +188,9 @@ fn collect_options(round: u64) -> CollectOptions {
         now_ms: at_ms(round) + 3 * DAY_MS,
         grace_ms: DAY_MS,
         patience_ms: Some(2 * DAY_MS),
+        pins_for_ms: 7 * DAY_MS,
+        // What was killed is known to be dead.
+        lists_for_ms: Some(0),
         cancel: CancellationToken::new(),
     }
 }

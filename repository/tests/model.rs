@@ -1,14 +1,16 @@
 //! The commit and collection protocol of FORMAT.md, section 8, as a state machine, searched exhaustively: every order of
-//! the steps of writers and collectors, a crash of anybody between any two, a `forget` of any backup at any time.
+//! the steps of writers, collectors, readers and of somebody who takes a `forget` back, a crash of anybody between any two,
+//! a `forget` of any backup at any time.
 //!
-//! A forgotten backup stays so here; holds, proofs and what they protect are not in the model, and a collector that
-//! retires its list before it deletes anything is one that died.
+//! Holds, proofs and what they protect are not in the model, and a collector that retires its list before it deletes
+//! anything is one that died. So is a reader whose pin a collector let go for its age.
 //!
-//! It shows that the idea is safe, and that each of thirteen weakenings is not. It says nothing about the code; the
-//! tests of `attempt.rs` and `collect.rs` drive that one.
+//! It shows that the idea is safe, and that each of twenty-one weakenings is not. It says nothing about the code; the
+//! tests of `attempt.rs`, `collect.rs` and `pins.rs` drive that one.
 //!
 //! One old backup refers to one old pack. Each writer refers to what its predecessor refers to, to a pack of its own, or
-//! both. Sets of packs are bit masks: bit 0 is the old pack, bit `n` the pack of writer `n - 1`.
+//! both; a copier refers to the old pack by its old name, and stores it when it is not there. Sets of packs are bit masks:
+//! bit 0 is the old pack, bit `n` the pack of writer `n - 1`. Sets of backups are, too: bit 0 is the old one.
 #![expect(clippy::unwrap_used, reason = "a test")]
 
 use std::collections::{HashMap, VecDeque};
@@ -24,10 +26,17 @@ enum Verdict {
     Commit(Packs),
 }
 
+/// What a collector says it is about to delete: packs, and backups with their manifests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+struct Named {
+    packs: Packs,
+    backups: u8,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum List {
     Absent,
-    Active(Packs),
+    Active(Named),
     Done,
 }
 
@@ -51,11 +60,53 @@ struct Writer {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Collector {
     Plan,
-    Condemn { packs: Packs, open: u8 },
-    ListOpen { packs: Packs },
-    Wait { packs: Packs, open: u8 },
-    CheckAgain { packs: Packs },
-    Sweep { left: Packs },
+    Condemn {
+        named: Named,
+        open: u8,
+    },
+    ListOpen {
+        named: Named,
+    },
+    Wait {
+        named: Named,
+        open: u8,
+    },
+    CheckAgain {
+        named: Named,
+    },
+    /// The manifests go before any pack.
+    Sweep {
+        left: Named,
+    },
+    Over,
+}
+
+/// What somebody does who must know that a backup stays: a reader, or whoever takes a `forget` back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum CareStep {
+    /// The reader's pin, or the end of the `forget`.
+    Ask,
+    ReadCondemned,
+    ReadManifest,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Care {
+    Absent,
+    /// Has a backup in mind, and has done so many steps.
+    On {
+        backup: u8,
+        at: u8,
+        condemned: Named,
+        packs: Packs,
+    },
+    /// Was told that it may rely on these packs.
+    Relies {
+        backup: u8,
+        packs: Packs,
+    },
+    /// Wants to begin.
+    Begins,
     Over,
 }
 
@@ -71,8 +122,20 @@ struct State {
     intents: u8,
     /// The old backup's, then each writer's.
     verdicts: [Verdict; WRITERS + 1],
-    /// Bit `n`: the backup with verdict `n` is forgotten.
+    /// The backups that are forgotten.
     forgotten: u8,
+    /// The backups that ever were.
+    once_forgotten: u8,
+    /// Those whose `forget` was taken back by somebody who does not know whether that was in time.
+    in_doubt: u8,
+    /// The backups whose manifest is there.
+    manifests: u8,
+    /// The backups that the reader pinned.
+    pins: u8,
+    reader: Care,
+    rescuer: Care,
+    /// What each collector saw of the pins when it planned; for a weakening.
+    pins_seen: [u8; COLLECTORS],
     lists: [List; COLLECTORS],
     writers: [Writer; WRITERS],
     collectors: [Collector; COLLECTORS],
@@ -83,7 +146,6 @@ enum Weakening {
     NoIntent,
     CondemnedReadBeforeIntent,
     PredecessorChosenBeforeIntent,
-    PredecessorChosenBeforeCondemned,
     CondemnedIgnored,
     ForgottenPredecessorTaken,
     OpenListedBeforeCondemning,
@@ -93,13 +155,21 @@ enum Weakening {
     NotCheckedAgain,
     PacksNamedByContent,
     ListRetiredBeforeDeleting,
+    ManifestDeletedAfterPacks,
+    UnnamedBackupDeleted,
+    PinAfterReading,
+    PinnedManifestReadBeforeCondemned,
+    CondemnedIgnoredByReader,
+    PinsListedBeforeCondemning,
+    CondemnedIgnoredByRescuer,
+    RescuedManifestReadBeforeCondemned,
+    CondemnedIgnoredByCopier,
 }
 
-const WEAKENINGS: [Weakening; 13] = [
+const WEAKENINGS: [Weakening; 21] = [
     Weakening::NoIntent,
     Weakening::CondemnedReadBeforeIntent,
     Weakening::PredecessorChosenBeforeIntent,
-    Weakening::PredecessorChosenBeforeCondemned,
     Weakening::CondemnedIgnored,
     Weakening::ForgottenPredecessorTaken,
     Weakening::OpenListedBeforeCondemning,
@@ -109,26 +179,67 @@ const WEAKENINGS: [Weakening; 13] = [
     Weakening::NotCheckedAgain,
     Weakening::PacksNamedByContent,
     Weakening::ListRetiredBeforeDeleting,
+    Weakening::ManifestDeletedAfterPacks,
+    Weakening::UnnamedBackupDeleted,
+    Weakening::PinAfterReading,
+    Weakening::PinnedManifestReadBeforeCondemned,
+    Weakening::CondemnedIgnoredByReader,
+    Weakening::PinsListedBeforeCondemning,
+    Weakening::CondemnedIgnoredByRescuer,
+    Weakening::RescuedManifestReadBeforeCondemned,
+    Weakening::CondemnedIgnoredByCopier,
 ];
+
+/// Who takes part.
+#[derive(Debug, Clone, Copy, Default)]
+struct Cast {
+    writers: usize,
+    /// The writers copy: what they refer to keeps its name.
+    copy: bool,
+    collectors: usize,
+    reader: bool,
+    rescuer: bool,
+}
 
 struct Protocol {
     steps: Vec<WriterStep>,
+    reading: Vec<CareStep>,
+    rescuing: Vec<CareStep>,
+    copy: bool,
     weak: Option<Weakening>,
 }
 
 impl Protocol {
-    fn new(weak: Option<Weakening>) -> Self {
+    fn new(copy: bool, weak: Option<Weakening>) -> Self {
         use WriterStep::{Choose, Commit, Intent, ReadCondemned, Store};
+        let reading = match weak {
+            Some(Weakening::PinAfterReading) => {
+                vec![CareStep::ReadCondemned, CareStep::ReadManifest, CareStep::Ask]
+            }
+            Some(Weakening::PinnedManifestReadBeforeCondemned) => {
+                vec![CareStep::Ask, CareStep::ReadManifest, CareStep::ReadCondemned]
+            }
+            Some(Weakening::CondemnedIgnoredByReader) => {
+                vec![CareStep::Ask, CareStep::ReadManifest]
+            }
+            _ => vec![CareStep::Ask, CareStep::ReadCondemned, CareStep::ReadManifest],
+        };
+        let rescuing = match weak {
+            Some(Weakening::CondemnedIgnoredByRescuer) => {
+                vec![CareStep::Ask, CareStep::ReadManifest]
+            }
+            Some(Weakening::RescuedManifestReadBeforeCondemned) => {
+                vec![CareStep::Ask, CareStep::ReadManifest, CareStep::ReadCondemned]
+            }
+            _ => vec![CareStep::Ask, CareStep::ReadCondemned, CareStep::ReadManifest],
+        };
         let first = match weak {
             Some(Weakening::NoIntent) => vec![ReadCondemned, Choose],
             Some(Weakening::CondemnedReadBeforeIntent) => vec![ReadCondemned, Intent, Choose],
             Some(Weakening::PredecessorChosenBeforeIntent) => vec![Choose, Intent, ReadCondemned],
-            Some(Weakening::PredecessorChosenBeforeCondemned) => {
-                vec![Intent, Choose, ReadCondemned]
-            }
             _ => vec![Intent, ReadCondemned, Choose],
         };
-        Self { steps: [first, vec![Store, Commit]].concat(), weak }
+        Self { steps: [first, vec![Store, Commit]].concat(), reading, rescuing, copy, weak }
     }
 
     fn is(&self, weak: Weakening) -> bool {
@@ -140,9 +251,14 @@ impl Protocol {
         for (backup, verdict) in state.verdicts.iter().enumerate() {
             if matches!(verdict, Verdict::Commit(_)) && state.forgotten & 1 << backup == 0 {
                 let forgotten = state.forgotten | 1 << backup;
-                next.push((format!("forget backup {backup}"), State { forgotten, ..*state }));
+                let once_forgotten = state.once_forgotten | 1 << backup;
+                let in_doubt = state.in_doubt & !(1 << backup);
+                let after = State { forgotten, once_forgotten, in_doubt, ..*state };
+                next.push((format!("forget backup {backup}"), after));
             }
         }
+        self.reader(state, &mut next);
+        self.rescuer(state, &mut next);
         for n in 0..WRITERS {
             self.writer(state, n, &mut next);
         }
@@ -171,8 +287,8 @@ impl Protocol {
                 next.push((format!("writer {n} writes its intent"), after));
             }
             WriterStep::ReadCondemned => {
-                let condemned =
-                    if self.is(Weakening::CondemnedIgnored) { 0 } else { state.condemned() };
+                let ignored = self.is(Weakening::CondemnedIgnored);
+                let condemned = if ignored { 0 } else { state.condemned().packs };
                 // A predecessor that was chosen before is dropped now.
                 let refers_to =
                     if writer.refers_to & condemned == 0 { writer.refers_to } else { 0 };
@@ -183,13 +299,20 @@ impl Protocol {
                 next.push((format!("writer {n} chooses no predecessor"), with(on)));
                 for (backup, verdict) in state.verdicts.iter().enumerate() {
                     let Verdict::Commit(packs) = *verdict else { continue };
-                    let forgotten = state.forgotten & 1 << backup != 0
+                    let forgotten = state.once_forgotten & 1 << backup != 0
                         && !self.is(Weakening::ForgottenPredecessorTaken);
-                    if forgotten || packs & writer.condemned != 0 {
+                    if self.copy || forgotten || packs & writer.condemned != 0 {
                         continue;
                     }
                     let after = with(Writer { refers_to: packs, ..on });
                     next.push((format!("writer {n} chooses backup {backup}"), after));
+                }
+            }
+            WriterStep::Store if self.copy => {
+                if writer.condemned & OLD == 0 || self.is(Weakening::CondemnedIgnoredByCopier) {
+                    let stored = with(Writer { refers_to: OLD, ..on });
+                    let after = State { packs: state.packs | OLD, ..stored };
+                    next.push((format!("copier {n} has the old pack there"), after));
                 }
             }
             WriterStep::Store => {
@@ -208,11 +331,93 @@ impl Protocol {
                     Verdict::Abort if !self.is(Weakening::CommitDoesNotCompete) => "finds ABORT",
                     _ => {
                         after.verdicts[n + 1] = Verdict::Commit(writer.refers_to);
+                        after.manifests |= 1 << (n + 1);
                         "commits"
                     }
                 };
                 next.push((format!("writer {n} {what}"), after));
             }
+        }
+    }
+
+    /// One step of somebody who must know that a backup stays; `None` when it learns that it may not.
+    fn care(state: &State, steps: &[CareStep], care: Care, may: u8) -> Vec<(CareStep, Care)> {
+        match care {
+            Care::Absent | Care::Over | Care::Relies { .. } => Vec::new(),
+            Care::Begins => (0..=WRITERS)
+                .filter(|n| may & 1 << n != 0 && matches!(state.verdicts[*n], Verdict::Commit(_)))
+                .filter_map(|n| {
+                    let backup = u8::try_from(n).unwrap();
+                    let condemned = Named::default();
+                    let on = Care::On { backup, at: 0, condemned, packs: 0 };
+                    Self::care(state, steps, on, may).pop()
+                })
+                .collect(),
+            Care::On { backup, at, mut condemned, mut packs } => {
+                let step = steps[usize::from(at)];
+                match step {
+                    CareStep::Ask => {}
+                    CareStep::ReadCondemned => condemned = state.condemned(),
+                    CareStep::ReadManifest => match state.verdicts[usize::from(backup)] {
+                        Verdict::Commit(named) if state.manifests & 1 << backup != 0 => {
+                            packs = named;
+                        }
+                        _ => return vec![(step, Care::Over)],
+                    },
+                }
+                let on = if usize::from(at) + 1 < steps.len() {
+                    Care::On { backup, at: at + 1, condemned, packs }
+                } else if packs & condemned.packs == 0 && condemned.backups & 1 << backup == 0 {
+                    Care::Relies { backup, packs }
+                } else {
+                    Care::Over
+                };
+                vec![(step, on)]
+            }
+        }
+    }
+
+    fn reader(&self, state: &State, next: &mut Vec<(String, State)>) {
+        for (step, reader) in Self::care(state, &self.reading, state.reader, u8::MAX) {
+            let pins = match (step, reader) {
+                (CareStep::Ask, Care::On { backup, .. } | Care::Relies { backup, .. }) => {
+                    state.pins | 1 << backup
+                }
+                // It goes on without, and says so.
+                (_, Care::Over) => 0,
+                _ => state.pins,
+            };
+            next.push((format!("the reader: {step:?}"), State { pins, reader, ..*state }));
+        }
+        if let Care::Relies { .. } = state.reader {
+            let after = State { reader: Care::Over, pins: 0, ..*state };
+            next.push(("the reader ends".to_owned(), after));
+        }
+        if !matches!(state.reader, Care::Absent | Care::Over) {
+            // Its pin stays.
+            next.push(("the reader dies".to_owned(), State { reader: Care::Over, ..*state }));
+        }
+    }
+
+    fn rescuer(&self, state: &State, next: &mut Vec<(String, State)>) {
+        for (step, rescuer) in Self::care(state, &self.rescuing, state.rescuer, state.forgotten) {
+            let mut after = State { rescuer, ..*state };
+            match (step, rescuer) {
+                (CareStep::Ask, Care::On { backup, .. }) => {
+                    after.forgotten &= !(1 << backup);
+                    after.in_doubt |= 1 << backup;
+                }
+                (_, Care::Relies { backup, .. }) => {
+                    // From here on it is wanted like any other.
+                    after.in_doubt &= !(1 << backup);
+                    after.rescuer = Care::Over;
+                }
+                _ => {}
+            }
+            next.push((format!("the rescuer: {step:?}"), after));
+        }
+        if !matches!(state.rescuer, Care::Absent | Care::Over) {
+            next.push(("the rescuer dies".to_owned(), State { rescuer: Care::Over, ..*state }));
         }
     }
 
@@ -235,33 +440,44 @@ impl Protocol {
             next.push((format!("the list of collector {n} is retired"), after));
         }
         match at {
-            Collector::Over => {}
-            Collector::Plan => {
-                let packs = state.packs & !state.wanted();
-                if packs != 0 {
-                    let after = with(Collector::Condemn { packs, open: state.open() });
-                    next.push((format!("collector {n} plans {packs:b}"), after));
+            Collector::Over => {
+                if let List::Active(_) = state.lists[n] {
+                    let mut after = *state;
+                    after.lists[n] = List::Done;
+                    next.push((format!("somebody knows that collector {n} is dead"), after));
                 }
             }
-            Collector::Condemn { packs, open } => {
+            Collector::Plan => {
+                let backups = state.goes(state.pins);
+                let packs = state.packs & !state.of(state.manifests & !backups);
+                let named = Named { packs, backups };
+                if named != Named::default() {
+                    let mut after = with(Collector::Condemn { named, open: state.open() });
+                    if self.is(Weakening::PinsListedBeforeCondemning) {
+                        after.pins_seen[n] = state.pins;
+                    }
+                    next.push((format!("collector {n} plans {named:?}"), after));
+                }
+            }
+            Collector::Condemn { named, open } => {
                 let early = self.is(Weakening::OpenListedBeforeCondemning);
                 let mut after = with(if early {
-                    Collector::Wait { packs, open }
+                    Collector::Wait { named, open }
                 } else {
-                    Collector::ListOpen { packs }
+                    Collector::ListOpen { named }
                 });
-                after.lists[n] = List::Active(packs);
-                next.push((format!("collector {n} condemns {packs:b}"), after));
+                after.lists[n] = List::Active(named);
+                next.push((format!("collector {n} condemns {named:?}"), after));
             }
-            Collector::ListOpen { packs } => {
+            Collector::ListOpen { named } => {
                 let open = state.open();
-                let after = with(Collector::Wait { packs, open });
+                let after = with(Collector::Wait { named, open });
                 next.push((format!("collector {n} lists the open attempts: {open:b}"), after));
             }
-            Collector::Wait { packs, open } => {
+            Collector::Wait { named, open } => {
                 let undecided = open & state.open();
                 if undecided == 0 || self.is(Weakening::WaitsByAgeOnly) {
-                    let after = with(Collector::CheckAgain { packs });
+                    let after = with(Collector::CheckAgain { named });
                     next.push((format!("collector {n} has waited"), after));
                 }
                 for writer in (0..WRITERS).filter(|writer| undecided & 1 << writer != 0) {
@@ -269,37 +485,41 @@ impl Protocol {
                     if self.is(Weakening::AbortForgotten) {
                         // Its ABORT was there and was tidied away: it competes with nothing any more.
                         after.collectors[n] =
-                            Collector::Wait { packs, open: open & !(1 << writer) };
+                            Collector::Wait { named, open: open & !(1 << writer) };
                     } else {
                         after.verdicts[writer + 1] = Verdict::Abort;
                     }
                     next.push((format!("collector {n} aborts writer {writer}"), after));
                 }
             }
-            Collector::CheckAgain { packs } => {
-                let wanted = if self.is(Weakening::NotCheckedAgain) { 0 } else { state.wanted() };
-                let left = packs & !wanted;
+            Collector::CheckAgain { named } => {
+                let early = self.is(Weakening::PinsListedBeforeCondemning);
+                let pins = if early { state.pins_seen[n] } else { state.pins };
+                // What goes since it planned is on no list: it is the next collection's affair, and wanted in this one.
+                let planned =
+                    if self.is(Weakening::UnnamedBackupDeleted) { u8::MAX } else { named.backups };
+                let backups = planned & state.goes(pins);
+                let ignored = self.is(Weakening::NotCheckedAgain);
+                let wanted = if ignored { 0 } else { state.of(state.manifests & !backups) };
+                let left = Named { packs: named.packs & !wanted, backups };
                 let after = with(Collector::Sweep { left });
-                next.push((
-                    format!("collector {n} looks again and keeps {:b}", packs & wanted),
-                    after,
-                ));
+                next.push((format!("collector {n} looks again, {left:?} is left"), after));
             }
             Collector::Sweep { left } => {
-                for pack in (0..8).map(|bit| 1 << bit).filter(|pack| left & pack != 0) {
-                    let after = with(Collector::Sweep { left: left & !pack });
+                let late = self.is(Weakening::ManifestDeletedAfterPacks);
+                if left.backups != 0 && (left.packs == 0 || !late) {
+                    let after = with(Collector::Sweep { left: Named { backups: 0, ..left } });
+                    let after = State { manifests: state.manifests & !left.backups, ..after };
+                    next.push((format!("collector {n} deletes manifests"), after));
+                    return;
+                }
+                for pack in (0..8).map(|bit| 1 << bit).filter(|pack| left.packs & pack != 0) {
+                    let rest = Named { packs: left.packs & !pack, ..left };
+                    let after = with(Collector::Sweep { left: rest });
                     let after = State { packs: state.packs & !pack, ..after };
                     next.push((format!("collector {n} deletes {pack:b}"), after));
                 }
-                // A list that a dead collector left is in nobody's way once all it names is gone.
-                for (other, list) in state.lists.iter().enumerate() {
-                    if matches!(list, List::Active(packs) if packs & state.packs == 0) {
-                        let mut after = *state;
-                        after.lists[other] = List::Done;
-                        next.push((format!("collector {n} retires list {other}"), after));
-                    }
-                }
-                if left == 0 {
+                if left == Named::default() {
                     let mut after = with(Collector::Over);
                     after.lists[n] = List::Done;
                     next.push((format!("collector {n} retires its list"), after));
@@ -310,25 +530,33 @@ impl Protocol {
 }
 
 impl State {
-    fn new(writers: usize, collectors: usize) -> Self {
+    fn new(cast: Cast) -> Self {
+        let care = |takes_part| if takes_part { Care::Begins } else { Care::Absent };
         let mut state = Self {
             packs: OLD,
             intents: 0,
             verdicts: [Verdict::None; WRITERS + 1],
             forgotten: 0,
+            once_forgotten: 0,
+            in_doubt: 0,
+            manifests: 1,
+            pins: 0,
+            reader: care(cast.reader),
+            rescuer: care(cast.rescuer),
+            pins_seen: [0; COLLECTORS],
             lists: [List::Absent; COLLECTORS],
             writers: [Writer { at: OVER, condemned: 0, refers_to: 0 }; WRITERS],
             collectors: [Collector::Over; COLLECTORS],
         };
         state.verdicts[0] = Verdict::Commit(OLD);
-        state.writers[..writers].iter_mut().for_each(|writer| writer.at = 0);
-        state.collectors[..collectors].fill(Collector::Plan);
+        state.writers[..cast.writers].iter_mut().for_each(|writer| writer.at = 0);
+        state.collectors[..cast.collectors].fill(Collector::Plan);
         state
     }
 
-    /// What backups that nobody forgot refer to.
-    fn wanted(&self) -> Packs {
-        let kept = self.verdicts.iter().enumerate().filter(|(n, _)| self.forgotten & 1 << n == 0);
+    /// What these backups refer to.
+    fn of(&self, backups: u8) -> Packs {
+        let kept = self.verdicts.iter().enumerate().filter(|(n, _)| backups & 1 << n != 0);
         kept.fold(0, |all, (_, verdict)| match verdict {
             Verdict::Commit(packs) => all | packs,
             Verdict::None | Verdict::Abort => all,
@@ -341,28 +569,39 @@ impl State {
         (0..WRITERS).filter(undecided).fold(0, |all, n| all | self.intents & 1 << n)
     }
 
-    fn condemned(&self) -> Packs {
-        self.lists.iter().fold(0, |all, list| match list {
-            List::Active(packs) => all | packs,
+    fn condemned(&self) -> Named {
+        self.lists.iter().fold(Named::default(), |all, list| match list {
+            List::Active(named) => {
+                Named { packs: all.packs | named.packs, backups: all.backups | named.backups }
+            }
             List::Absent | List::Done => all,
         })
     }
 
-    /// No backup that is wanted misses a pack.
+    /// The backups that a collector may delete, with these pins.
+    fn goes(&self, pins: u8) -> u8 {
+        self.manifests & self.forgotten & !pins
+    }
+
+    /// No backup that is wanted, and of whose rescue nobody is in doubt, misses a pack or its manifest; nor does what a
+    /// reader was told to rely on.
     fn is_sound(&self) -> bool {
-        self.wanted() & !self.packs == 0
+        let kept = !self.forgotten & !self.in_doubt;
+        let committed = (0..=WRITERS).filter(|n| matches!(self.verdicts[*n], Verdict::Commit(_)));
+        let committed = committed.fold(0, |all, n| all | 1 << n);
+        let read = match self.reader {
+            Care::Relies { packs, .. } => packs,
+            _ => 0,
+        };
+        (self.of(kept) | read) & !self.packs == 0 && committed & kept & !self.manifests == 0
     }
 }
 
 /// Searches breadth first. The number of states, or the shortest way to lost data.
-fn search(
-    writers: usize,
-    collectors: usize,
-    weak: Option<Weakening>,
-) -> Result<usize, Vec<String>> {
+fn search(cast: Cast, weak: Option<Weakening>) -> Result<usize, Vec<String>> {
     const LIMIT: usize = 20_000_000;
-    let protocol = Protocol::new(weak);
-    let first = State::new(writers, collectors);
+    let protocol = Protocol::new(cast.copy, weak);
+    let first = State::new(cast);
     let mut states = vec![first];
     // Each state's number, and where it came from.
     let mut seen: HashMap<State, (usize, usize)> = HashMap::from([(first, (0, 0))]);
@@ -395,24 +634,53 @@ fn search(
     Ok(states.len())
 }
 
+const ALONE: Cast = Cast { writers: 0, copy: false, collectors: 1, reader: false, rescuer: false };
+
 #[test]
 fn no_order_of_steps_and_no_crash_loses_a_pack_that_is_needed() {
-    // The last takes a minute in a debug build.
-    let all = [(1, 1), (2, 1), (1, 2), (2, 2)];
-    let sizes = if std::env::var_os("PGMUSTER_TEST_LONG").is_some() { &all[..] } else { &all[..3] };
-    for (writers, collectors) in sizes.iter().copied() {
-        match search(writers, collectors, None) {
+    let quick = [
+        Cast { writers: 1, ..ALONE },
+        Cast { writers: 2, ..ALONE },
+        Cast { writers: 1, collectors: 2, ..ALONE },
+        Cast { writers: 1, reader: true, ..ALONE },
+        Cast { collectors: 2, reader: true, ..ALONE },
+        Cast { writers: 1, rescuer: true, ..ALONE },
+        Cast { collectors: 2, rescuer: true, ..ALONE },
+        Cast { collectors: 1, reader: true, rescuer: true, ..ALONE },
+        Cast { writers: 1, copy: true, ..ALONE },
+        Cast { writers: 1, copy: true, collectors: 2, ..ALONE },
+    ];
+    // Each takes a minute or more in a debug build.
+    let slow = [
+        Cast { writers: 2, collectors: 2, ..ALONE },
+        Cast { writers: 1, collectors: 2, reader: true, ..ALONE },
+        Cast { writers: 1, collectors: 2, rescuer: true, ..ALONE },
+        Cast { writers: 1, reader: true, rescuer: true, ..ALONE },
+        Cast { writers: 2, copy: true, collectors: 2, ..ALONE },
+    ];
+    let long = std::env::var_os("PGMUSTER_TEST_LONG").is_some();
+    for cast in quick.into_iter().chain(slow.into_iter().filter(|_| long)) {
+        match search(cast, None) {
             // Far fewer would mean that the search ended early.
-            Ok(states) => assert!(states > 200, "{writers} {collectors}: {states} states"),
-            Err(way) => panic!("{writers} writers, {collectors} collectors: {way:#?}"),
+            Ok(states) => assert!(states > 200, "{cast:?}: {states} states"),
+            Err(way) => panic!("{cast:?}: {way:#?}"),
         }
     }
 }
 
 #[test]
 fn every_weakening_loses_data() {
+    let casts = [
+        Cast { writers: 1, ..ALONE },
+        Cast { reader: true, ..ALONE },
+        Cast { rescuer: true, ..ALONE },
+        Cast { writers: 1, copy: true, ..ALONE },
+        Cast { writers: 2, ..ALONE },
+        Cast { collectors: 2, reader: true, ..ALONE },
+        Cast { writers: 1, rescuer: true, ..ALONE },
+    ];
     for weak in WEAKENINGS {
-        let way = search(1, 1, Some(weak)).err().or_else(|| search(2, 1, Some(weak)).err());
+        let way = casts.iter().find_map(|cast| search(*cast, Some(weak)).err());
         let way = way.unwrap_or_else(|| panic!("{weak:?} is harmless in this model"));
         assert!(way.len() <= 20, "{weak:?}: {way:#?}");
     }

@@ -103,7 +103,15 @@ async fn back_up(
 
 fn collecting(now_ms: i64) -> CollectOptions {
     let (by, cancel) = ("a test".into(), CancellationToken::new());
-    CollectOptions { by, now_ms, grace_ms: 0, patience_ms: Some(0), cancel }
+    CollectOptions {
+        by,
+        now_ms,
+        grace_ms: 0,
+        patience_ms: Some(0),
+        pins_for_ms: 0,
+        lists_for_ms: None,
+        cancel,
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

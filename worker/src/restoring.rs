@@ -15,7 +15,8 @@ use proto::{
     Action, BackupFacts, BackupId, ClusterName, Code, Failure, Progress, SystemIdentifier,
 };
 use repository::{
-    Backup, Comparison, Existing, Foreign, Repository, RestoreOptions, RestorePlan, RestoreTarget,
+    Backup, Comparison, Existing, Foreign, Pin, Pinned, Repository, RestoreOptions, RestorePlan,
+    RestoreTarget,
 };
 
 use crate::context::JobContext;
@@ -82,6 +83,28 @@ pub async fn find(
     system_identifier: Option<SystemIdentifier>,
     backup: Option<BackupId>,
 ) -> Result<Backup, Failure> {
+    let (lineage, id) = locate(repository, cluster, system_identifier, backup).await?;
+    Ok(repository.open_backup(lineage, id).await?)
+}
+
+/// The same for whoever reads for a while: no collection of garbage takes it away until it is released.
+pub async fn find_pinned(
+    repository: &Repository,
+    cluster: Option<&ClusterName>,
+    system_identifier: Option<SystemIdentifier>,
+    backup: Option<BackupId>,
+    pin: &Pin,
+) -> Result<Pinned, Failure> {
+    let (lineage, id) = locate(repository, cluster, system_identifier, backup).await?;
+    Ok(repository.open_pinned(lineage, id, pin).await?)
+}
+
+async fn locate(
+    repository: &Repository,
+    cluster: Option<&ClusterName>,
+    system_identifier: Option<SystemIdentifier>,
+    backup: Option<BackupId>,
+) -> Result<(proto::LineageId, BackupId), Failure> {
     let mut lineages = repository.list_lineages().await?;
     lineages.retain(|identity| {
         cluster.is_none_or(|cluster| identity.cluster == *cluster)
@@ -123,7 +146,7 @@ pub async fn find(
         }
     }
     match (newest, backup) {
-        (Some((_, id, lineage)), _) => Ok(repository.open_backup(lineage, id).await?),
+        (Some((_, id, lineage)), _) => Ok((lineage, id)),
         (None, Some(id)) => Err(unknown(
             format!("{place} holds no committed backup {id}"),
             "pgmuster backups list shows what there is.",

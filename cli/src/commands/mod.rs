@@ -3,8 +3,10 @@
 mod backups;
 mod cluster;
 mod config;
+mod copy;
 mod demo;
 mod doctor;
+mod gc;
 mod job;
 mod order;
 mod repo;

@@ -5,17 +5,14 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 use proto::{Action, BackupId, ClusterName, Code, Failure, LineageId};
-use repository::{
-    Amount, CollectOptions, Collected, Encryption, Fate, InitOptions, Open, Repository, Wish, store,
-};
+use repository::{Encryption, Identity, InitOptions, Repository, Wish, store};
 use serde::Serialize;
-use tokio_util::sync::CancellationToken;
 
 use crate::args::{OpenerArgs, Output, RepoCommand};
-use crate::commands::repo_key;
+use crate::commands::{copy, gc, repo_key};
 use crate::exit::Exit;
 use crate::opener::Opener;
-use crate::{environment, follow, output};
+use crate::{environment, output};
 
 /// One backup, as the repository itself tells.
 #[derive(Debug, Serialize)]
@@ -29,14 +26,9 @@ struct Row {
     wish: Option<&'static str>,
 }
 
-/// A backup that was given up is deleted a day later at the earliest: whoever restores it may finish, and whoever sees that
-/// it was the wrong one can still restore it.
-const FORGOTTEN_FOR_MS: i64 = 24 * 3_600_000;
 /// What is wrong with a repository for a single writer, as the end of a sentence.
 pub(crate) const SINGLE_WRITER: &str =
     "only one program at a time may write to it, because its store does not decide between two";
-/// An attempt that is open for longer is dead.
-const OPEN_FOR_MS: i64 = 48 * 3_600_000;
 
 /// `repo …`.
 pub(crate) async fn run(command: RepoCommand, format: Output) -> Result<Exit, Failure> {
@@ -81,13 +73,23 @@ pub(crate) async fn run(command: RepoCommand, format: Output) -> Result<Exit, Fa
                 output::table(&head, rows.iter().map(row).collect())
             });
         }
-        RepoCommand::Delete { at, backup, why } => {
+        RepoCommand::Delete { at, backup, why, damaged } => {
             let repository = open(&at.url, &at.opener).await?;
-            let lineage = lineage_of(&repository, backup).await?;
-            repository.forget(lineage, backup, &wish(why)).await?;
+            if damaged {
+                forget_damaged(&repository, backup, &wish(why)).await?;
+            } else {
+                let lineage = lineage_of(&repository, backup).await?;
+                repository.forget(lineage, backup, &wish(why)).await?;
+            }
             output::talk(&format!(
                 "Backup {backup} is given up. From tomorrow on, `pgmuster repo gc` frees its space."
             ));
+        }
+        RepoCommand::Undelete { at, backup, why } => {
+            let repository = open(&at.url, &at.opener).await?;
+            let lineage = lineage_of(&repository, backup).await?;
+            repository.remember(lineage, backup, &wish(why)).await?;
+            output::talk(&format!("Backup {backup} is whole, and stays."));
         }
         RepoCommand::Hold { at, backup, why } => {
             let repository = open(&at.url, &at.opener).await?;
@@ -100,7 +102,17 @@ pub(crate) async fn run(command: RepoCommand, format: Output) -> Result<Exit, Fa
             repository.release(lineage_of(&repository, backup).await?, backup).await?;
             output::talk(&format!("Backup {backup} is not held any more."));
         }
-        RepoCommand::Gc { at, cluster, plan, confirm_large, abort_open, alone } => {
+        RepoCommand::Check(args) => return super::repo_check::run(args, format).await,
+        RepoCommand::Gc {
+            at,
+            cluster,
+            plan,
+            confirm_large,
+            abort_open,
+            drop_pins_older_than,
+            drop_lists_older_than,
+            alone,
+        } => {
             let mut repository = open(&at.url, &at.opener).await?;
             if alone {
                 repository = repository.alone();
@@ -108,10 +120,16 @@ pub(crate) async fn run(command: RepoCommand, format: Output) -> Result<Exit, Fa
             if !plan {
                 repository.check_alone()?;
             }
-            let how = How { plan_only: plan, confirm_large, abort_open };
-            return collect(&repository, cluster.as_ref(), how, format).await;
+            let how = gc::How {
+                plan_only: plan,
+                confirm_large,
+                abort_open,
+                pins_for_hours: drop_pins_older_than,
+                lists_for_hours: drop_lists_older_than,
+            };
+            return gc::run(&repository, cluster.as_ref(), how, format).await;
         }
-        RepoCommand::Check(args) => return super::repo_check::run(args, format).await,
+        RepoCommand::Copy(args) => return copy::run(args, format).await,
     }
     Ok(Exit::Ok)
 }
@@ -133,163 +151,45 @@ async fn lineage_of(repository: &Repository, backup: BackupId) -> Result<Lineage
             return Ok(identity.lineage);
         }
     }
+    Err(unknown(repository, backup))
+}
+
+pub(crate) fn unknown(repository: &Repository, backup: BackupId) -> Failure {
     let message = format!("{} has no backup {backup}", repository.describe());
-    Err(Failure::new(Code::BackupUnknown, Action::FixConfig, message)
-        .with_hint("List what there is with `pgmuster repo list`."))
+    Failure::new(Code::BackupUnknown, Action::FixConfig, message)
+        .with_hint("List what there is with `pgmuster repo list`.")
 }
 
-/// What became of one lineage, or would.
-#[derive(Debug, Serialize)]
-struct Collection {
-    cluster: String,
-    lineage: String,
-    delete: Amount,
-    keep: Amount,
-    given_up: Vec<GivenUp>,
-    /// Backups that are being written.
-    open: Vec<Open>,
-    result: String,
-}
-
-#[derive(Debug, Serialize)]
-struct GivenUp {
-    backup: String,
-    fate: Fate,
-}
-
-/// What a collection may do.
-#[derive(Debug, Clone, Copy)]
-struct How {
-    plan_only: bool,
-    confirm_large: bool,
-    abort_open: bool,
-}
-
-async fn collect(
+/// The lineages of a cluster, or all.
+pub(crate) async fn lineages(
     repository: &Repository,
     cluster: Option<&ClusterName>,
-    how: How,
-    format: Output,
-) -> Result<Exit, Failure> {
-    let options = CollectOptions {
-        by: who(),
-        now_ms: environment::now_ms(),
-        grace_ms: FORGOTTEN_FOR_MS,
-        patience_ms: how.abort_open.then_some(OPEN_FOR_MS),
-        cancel: CancellationToken::new(),
-    };
-    let interrupted = {
-        let interrupted = follow::interrupted();
-        let cancel = options.cancel.clone();
-        tokio::spawn(async move {
-            interrupted.await;
-            cancel.cancel();
-        })
-    };
+) -> Result<Vec<Identity>, Failure> {
     let mut lineages = repository.list_lineages().await?;
     lineages.retain(|identity| cluster.is_none_or(|cluster| *cluster == identity.cluster));
-    if let (true, Some(cluster)) = (lineages.is_empty(), cluster) {
-        let message = format!("{} has no cluster {cluster}", repository.describe());
-        return Err(Failure::new(Code::ClusterUnknown, Action::FixConfig, message)
-            .with_hint("List what there is with `pgmuster repo list`."));
-    }
-    let (mut rows, mut exit) = (Vec::new(), Exit::Ok);
-    for identity in &lineages {
-        let mut row = Collection {
-            cluster: identity.cluster.to_string(),
-            lineage: identity.lineage.to_string(),
-            delete: Amount::default(),
-            keep: Amount::default(),
-            given_up: Vec::new(),
-            open: Vec::new(),
-            result: String::new(),
-        };
-        // One lineage that cannot be collected is no reason to leave the others.
-        match collect_one(repository, identity.lineage, &options, how, &mut row).await {
-            Ok(ended) if exit == Exit::Ok => exit = ended,
-            Ok(_) => {}
-            Err(failure) => {
-                exit = Exit::of(&failure);
-                row.result = format!("failed: {failure}");
-            }
+    match cluster {
+        Some(cluster) if lineages.is_empty() => {
+            let message = format!("{} has no cluster {cluster}", repository.describe());
+            Err(Failure::new(Code::ClusterUnknown, Action::FixConfig, message)
+                .with_hint("List what there is with `pgmuster repo list`."))
         }
-        rows.push(row);
-        if options.cancel.is_cancelled() {
-            exit = Exit::Interrupted;
-            break;
-        }
+        _ => Ok(lineages),
     }
-    interrupted.abort();
-    output::show(format, &rows, |rows| {
-        let amount =
-            |amount: Amount| format!("{} in {} packs", output::bytes(amount.bytes), amount.packs);
-        let row = |row: &Collection| {
-            let mut said = vec![row.result.clone()];
-            said.extend(row.given_up.iter().map(|given_up| {
-                format!("{} {}", given_up.backup, fate(given_up.fate, options.now_ms))
-            }));
-            said.extend(row.open.iter().map(|open| {
-                let age = output::ago(options.now_ms, Some(open.began_at_ms));
-                format!("{} was begun {age} by {}", open.attempt, open.by)
-            }));
-            vec![row.cluster.clone(), amount(row.delete), amount(row.keep), said.join("; ")]
-        };
-        output::table(&["CLUSTER", "DELETE", "KEEP", "RESULT"], rows.iter().map(row).collect())
-    });
-    Ok(exit)
 }
 
-/// Plans the collection of one lineage, and does it if it may.
-async fn collect_one(
+/// Gives up what stands in the way of every collection, in whichever lineage it is.
+async fn forget_damaged(
     repository: &Repository,
-    lineage: LineageId,
-    options: &CollectOptions,
-    how: How,
-    row: &mut Collection,
-) -> Result<Exit, Failure> {
-    let plan = repository.plan_collection(lineage, options).await?;
-    (row.delete, row.keep) = (plan.delete, plan.keep);
-    let given_up = plan.forgotten.iter();
-    row.given_up =
-        given_up.map(|(id, fate)| GivenUp { backup: id.to_string(), fate: *fate }).collect();
-    row.open.clone_from(&plan.open);
-    let postponed =
-        "postponed: what is being written may need it (--abort-open ends what died days ago)";
-    let (result, exit) = if !plan.open.is_empty() {
-        (postponed.to_owned(), if how.plan_only { Exit::Ok } else { Exit::Conflict })
-    } else if plan.is_large() && !how.confirm_large {
-        let result = "more than a fifth would go: look at it, then --confirm-large";
-        (result.to_owned(), if how.plan_only { Exit::Ok } else { Exit::Refused })
-    } else if how.plan_only {
-        ("planned".to_owned(), Exit::Ok)
-    } else {
-        match plan.collect(options).await? {
-            Collected::Nothing => ("nothing to delete".to_owned(), Exit::Ok),
-            Collected::Postponed { open } => {
-                row.open = open;
-                (postponed.to_owned(), Exit::Conflict)
-            }
-            Collected::Done(done) => {
-                row.delete = done.deleted;
-                let aborted: Vec<String> =
-                    done.aborted.iter().map(|attempt| format!("; {attempt} aborted")).collect();
-                (format!("deleted{}", aborted.concat()), Exit::Ok)
-            }
+    backup: BackupId,
+    wish: &Wish,
+) -> Result<(), Failure> {
+    for identity in repository.list_lineages().await? {
+        match repository.forget_damaged(identity.lineage, backup.into(), wish).await {
+            Err(repository::Error::BackupUnknown { .. }) => {}
+            other => return Ok(other?),
         }
-    };
-    row.result = result;
-    Ok(exit)
-}
-
-/// What becomes of a backup that was given up, as the end of a sentence.
-fn fate(fate: Fate, now_ms: i64) -> String {
-    match fate {
-        Fate::Goes => "goes".to_owned(),
-        Fate::GoesAt(at_ms) => format!("goes in {}", output::duration(at_ms - now_ms)),
-        Fate::Held => "is held".to_owned(),
-        Fate::Needed => "is the newest or the newest proved one and stays".to_owned(),
-        Fate::NotBelieved => "stays: whoever gave it up had no key".to_owned(),
     }
+    Err(unknown(repository, backup))
 }
 
 /// Opens a repository with what was typed and, for S3, the standard AWS credentials.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use proto::job::RestoreTarget;
 use proto::message::{SCHEMA, Spec};
 use proto::{Action, AttemptId, Code, Failure, JobId, Step, Task};
+use repository::Pin;
 use worker::context::JobContext;
 use worker::restoring::{self, Destination};
 
@@ -25,14 +26,17 @@ pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failu
         Failure::new(Code::RequestInvalid, Action::FixConfig, message)
     })?;
     let repository = repo::open(url, &opener).await?;
-    let backup = restoring::find(&repository, args.cluster.as_ref(), None, args.backup).await?;
+    let pin = Pin { by: repo::who(), why: "restore".to_owned(), at_ms: environment::now_ms() };
+    let cluster = args.cluster.as_ref();
+    let backup = restoring::find_pinned(&repository, cluster, None, args.backup, &pin).await?;
+    let cluster = backup.facts().cluster.clone();
     let given = Destination {
         data_directory: into,
         tablespaces: args.tablespace.iter().cloned().collect(),
         delta: args.delta,
     };
     let destination = given.complete(backup.facts());
-    let cx = context(&backup.facts().cluster);
+    let cx = context(&cluster);
     let stop = cx.clone();
     let interrupted = tokio::spawn(async move {
         follow::interrupted().await;
@@ -47,6 +51,7 @@ pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failu
         done
     };
     interrupted.abort();
+    backup.release().await;
     let done = done?;
     output::show(format, &done, |done| {
         if done.planned_only {
@@ -55,7 +60,7 @@ pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failu
         format!(
             "Restored backup {} of {} into {}: {} files, {}; a server started there recovers to {}",
             done.backup,
-            backup.facts().cluster,
+            cluster,
             done.directory,
             done.files,
             output::restored(done),

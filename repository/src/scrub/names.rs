@@ -29,7 +29,7 @@ pub(super) enum Part {
     Mark(PackId),
     /// An object of a collector's run, by its last name.
     Run(String, String),
-    /// A name that this format keeps for later.
+    /// A pin, which comes and goes, or a name that this format keeps for later.
     Reserved,
 }
 
@@ -81,9 +81,14 @@ fn part(lineage: LineageId, key: &str, rest: &str) -> Option<Part> {
 
 fn is_of_an_attempt(name: &str) -> bool {
     match name.split_once('.') {
-        None => matches!(name, "intent" | "manifest" | "verdict" | "forget" | "hold"),
+        None => {
+            matches!(
+                name,
+                "intent" | "manifest" | "verdict" | "forget" | "remember" | "hold" | "gone"
+            )
+        }
         Some((kind, number)) => {
-            matches!(kind, "proof" | "checkpoint" | "forget" | "hold")
+            matches!(kind, "proof" | "checkpoint" | "forget" | "remember")
                 && exact::<u32>(number).is_some()
         }
     }
@@ -113,8 +118,19 @@ mod tests {
         let lineage: LineageId = LINEAGE.parse().unwrap();
         let attempt: AttemptId = ATTEMPT.parse().unwrap();
         let id = PackId([0xab; 16]);
-        for name in ["intent", "manifest", "verdict", "proof.1", "forget", "hold.2", "checkpoint.7"]
-        {
+        for name in [
+            "intent",
+            "manifest",
+            "verdict",
+            "proof.1",
+            "forget",
+            "forget.2",
+            "remember",
+            "remember.2",
+            "hold",
+            "gone",
+            "checkpoint.7",
+        ] {
             let key = layout::of_attempt(lineage, attempt, name);
             assert_eq!(parse(&key), Name::Of(lineage, Part::Attempt(attempt, name.to_owned())));
         }
@@ -135,6 +151,7 @@ mod tests {
             format!("backups/{ATTEMPT}"),
             format!("backups/{ATTEMPT}/manifest.1"),
             format!("backups/{ATTEMPT}/proof.01"),
+            format!("backups/{ATTEMPT}/gone.1"),
             format!("backups/{upper}/verdict"),
             format!("packs/{id}"),
             format!("packs/aa/{id}"),

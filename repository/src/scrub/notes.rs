@@ -10,7 +10,7 @@ use crate::error::Error;
 use crate::layout;
 use crate::limits::{CONDEMNED_BYTES_MAX, PROOF_BYTES_MAX};
 use crate::note;
-use crate::record::{Condemned, Intent, Mark, Wish};
+use crate::record::{Condemned, Gone, Intent, Mark, Wish};
 use crate::store::StoreError;
 
 impl Survey<'_> {
@@ -27,7 +27,8 @@ impl Survey<'_> {
                         }
                         other => other.err(),
                     },
-                    "forget" | "hold" => self.note::<Wish>(&key, *size).await?.err(),
+                    "forget" | "remember" | "hold" => self.note::<Wish>(&key, *size).await?.err(),
+                    "gone" => self.note::<Gone>(&key, *size).await?.err(),
                     "proof" => self.proof(*attempt, &key, *size).await?,
                     // Verdicts and manifests were read, and nothing else is written.
                     _ => None,

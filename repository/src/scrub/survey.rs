@@ -244,7 +244,7 @@ impl Survey<'_> {
     }
 
     async fn is_given_up(&self, attempt: AttemptId) -> Result<bool, Error> {
-        Ok(self.repository.forgotten_by(self.lineage, attempt.into()).await?.is_some())
+        self.repository.may_be_deleted(self.lineage, attempt.into()).await
     }
 
     /// Proofs are numbered without a gap, and only with their backup do they go.
@@ -381,9 +381,7 @@ async fn is_there(
 ) -> Result<bool, Error> {
     match repository.store.size(&layout::of_backup(lineage, backup, "manifest")).await {
         Ok(_) => Ok(true),
-        Err(StoreError::NotFound { .. }) => {
-            Ok(repository.forgotten_by(lineage, backup).await?.is_none())
-        }
+        Err(StoreError::NotFound { .. }) => Ok(!repository.may_be_deleted(lineage, backup).await?),
         Err(error) => Err(error.into()),
     }
 }

@@ -264,6 +264,8 @@ async fn leave_a_collection(bench: &Bench) {
         now_ms: NOW_MS + DAY_MS / 2,
         grace_ms: DAY_MS,
         patience_ms: None,
+        pins_for_ms: 7 * DAY_MS,
+        lists_for_ms: None,
         cancel: CancellationToken::new(),
     };
     let plan = bench.repository.plan_collection(bench.lineage, &options).await.unwrap();

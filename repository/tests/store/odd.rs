@@ -201,6 +201,8 @@ async fn a_collector_that_may_not_delete_reclaims_nothing_and_makes_no_storm() {
             now_ms: NOW_MS,
             grace_ms: 0,
             patience_ms: None,
+            pins_for_ms: 0,
+            lists_for_ms: None,
             cancel: CancellationToken::new(),
         };
         let plan = repository.plan_collection(lineage, &options).await.expect("plan");

@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 
 use proto::job::{Restore, RestoreOutcome};
 use proto::{Action, Code, Failure};
+use repository::{Backup, Pin};
 
+use crate::clock;
 use crate::config::WorkerConfig;
 use crate::context::JobContext;
 use crate::places::Places;
@@ -18,24 +20,37 @@ pub(crate) async fn run(
     task: &Restore,
 ) -> Result<RestoreOutcome, Failure> {
     let directory = target(config, task)?;
+    let pin = Pin { by: config.name.to_string(), why: "restore".into(), at_ms: clock::now_ms() };
     let backup = cx
         .step("find", async {
             let repository = places.repository_for(&cx.spec.cluster).await?;
-            let identifier = cx.spec.system_identifier;
-            restoring::find(repository, Some(&cx.spec.cluster), identifier, task.backup).await
+            let (cluster, identifier) = (Some(&cx.spec.cluster), cx.spec.system_identifier);
+            restoring::find_pinned(repository, cluster, identifier, task.backup, &pin).await
         })
         .await?;
-    let below = Destination::below(&directory, backup.facts());
+    let restored = restore(cx, config, task, &directory, &backup).await;
+    backup.release().await;
+    restored
+}
+
+async fn restore(
+    cx: &JobContext,
+    config: &WorkerConfig,
+    task: &Restore,
+    directory: &Path,
+    backup: &Backup,
+) -> Result<RestoreOutcome, Failure> {
+    let below = Destination::below(directory, backup.facts());
     let destination = Destination { delta: task.delta, ..below };
     for place in destination.tablespaces.values() {
         below_root(config, &task.target.root, place)?;
     }
     if task.plan_only {
-        let plan = restoring::plan(cx, &backup, &destination, config.backup.processes);
+        let plan = restoring::plan(cx, backup, &destination, config.backup.processes);
         return cx.step("plan", plan).await;
     }
     cx.step_with("restore", |step| async move {
-        let done = restoring::restore(cx, &backup, &destination, config.backup.processes).await?;
+        let done = restoring::restore(cx, backup, &destination, config.backup.processes).await?;
         step.figure("written_bytes", done.size_bytes);
         step.figure("fetched_bytes", done.fetched_bytes);
         step.figure("reused_bytes", done.reused_bytes);

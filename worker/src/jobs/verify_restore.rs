@@ -3,9 +3,10 @@
 use proto::envelope::Credentials;
 use proto::job::{VerifyRestore, VerifyRestoreOutcome};
 use proto::{Failure, Outcome, Proof};
-use repository::Repository;
+use repository::{Pin, Repository};
 
 use crate::attempt::Ended;
+use crate::clock;
 use crate::config::WorkerConfig;
 use crate::context::JobContext;
 use crate::engines::native;
@@ -45,9 +46,14 @@ async fn proof(
         .step("find", async {
             let repository = places.repository_for(&cx.spec.cluster).await?;
             let identifier = cx.spec.system_identifier;
+            let pin = Pin {
+                by: config.name.to_string(),
+                why: "proof".to_owned(),
+                at_ms: clock::now_ms(),
+            };
+            let cluster = Some(&cx.spec.cluster);
             let backup =
-                restoring::find(repository, Some(&cx.spec.cluster), identifier, task.backup)
-                    .await?;
+                restoring::find_pinned(repository, cluster, identifier, task.backup, &pin).await?;
             Ok((repository, backup))
         })
         .await?;
@@ -57,9 +63,14 @@ async fn proof(
         bin_dirs: native::bin_dirs(config),
         processes: config.backup.processes,
     };
-    let proof = proving::prove(cx, &workshop, &backup, task.level).await?;
-    store(cx, repository, credentials, &proof).await?;
-    Ok(proof)
+    let proved = async {
+        let proof = proving::prove(cx, &workshop, &backup, task.level).await?;
+        store(cx, repository, credentials, &proof).await?;
+        Ok(proof)
+    };
+    let proved = proved.await;
+    backup.release().await;
+    proved
 }
 
 /// The record goes beside the backup, also when it is a bad one: it must not be forgotten that this backup failed.

@@ -1,0 +1,266 @@
+//! Giving up, taking back, collecting and copying as a person does it: what is said, what it costs, how it ends.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(clippy::disallowed_methods, reason = "the program under test reads the real clock, too")]
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use proto::{AttemptId, BackupId, LineageId, SystemIdentifier};
+use repository::store::directory::DirectoryStore;
+use repository::{
+    Encryption, InitOptions, Intent, Repository, Source, SourceEntry, SourceFile, Wish,
+    WriteOptions,
+};
+use serde_json::Value;
+
+const DAY_MS: i64 = 24 * 3_600_000;
+
+fn now_ms() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    i64::try_from(since.as_millis()).unwrap()
+}
+
+/// Bytes that do not compress, the same for the same seed.
+fn noise(seed: u8) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15 ^ u64::from(seed) << 56;
+    let words = std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_be_bytes()
+    });
+    words.take(10_000).flatten().collect()
+}
+
+/// A source whose files come with their content.
+struct Inline;
+
+impl Source for Inline {
+    fn open(&self, _: &SourceEntry) -> io::Result<Option<Box<dyn SourceFile>>> {
+        Ok(None)
+    }
+}
+
+/// A repository in a directory with three backups: each has a file of its own, all but the first share one.
+struct Place {
+    directory: tempfile::TempDir,
+    repository: Repository,
+    lineage: LineageId,
+    backups: Vec<BackupId>,
+}
+
+impl Place {
+    async fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Arc::new(DirectoryStore::new(directory.path().join("main")));
+        let options = InitOptions { encryption: Encryption::KeyFile, now_ms: 1 };
+        let created = Repository::init(store, options).await.unwrap();
+        let key = directory.path().join("key");
+        std::fs::write(&key, created.key_file.unwrap().as_bytes()).unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+        std::fs::set_permissions(&key, mode).unwrap();
+        let repository = created.repository;
+        let cluster = "orders".parse().unwrap();
+        let identity =
+            repository.find_or_mint_lineage(&cluster, SystemIdentifier(7), 1).await.unwrap();
+        let mut place =
+            Self { directory, repository, lineage: identity.lineage, backups: Vec::new() };
+        for n in 1..=3 {
+            place.back_up(n).await;
+        }
+        place
+    }
+
+    async fn back_up(&mut self, n: u8) {
+        let at_ms = now_ms() - 10 * DAY_MS + i64::from(n);
+        let attempt = AttemptId::mint(u64::try_from(at_ms).unwrap(), [n; 10]);
+        let intent = Intent { attempt, follows: None, by: "w".into(), began_at_ms: at_ms };
+        let attempt = self.repository.begin(self.lineage, intent).await.unwrap();
+        let mut writer = attempt.write(WriteOptions::default()).unwrap();
+        // The first shares nothing with the others.
+        let mut entries = vec![Ok(SourceEntry::bytes("own", 0o600, noise(n)))];
+        if n > 1 {
+            entries.insert(0, Ok(SourceEntry::bytes("common", 0o600, noise(0))));
+        }
+        writer.copy(Arc::new(Inline), entries).await.unwrap();
+        let facts = serde_json::from_value(serde_json::json!({
+            "cluster": "orders", "system_identifier": "7", "server_version_num": 150_000, "catalog_version": 1,
+            "block_size": 8192, "wal_segment_size": 16_777_216, "data_checksums": true, "timeline": 1,
+            "start_lsn": "0/1", "stop_lsn": "0/2", "started_at_ms": 1, "stopped_at_ms": 2, "backup_label": "",
+        }));
+        let written = writer.finish(Arc::new(Inline), vec![], facts.unwrap()).await.unwrap();
+        self.backups.push(written.commit(at_ms).await.unwrap().backup);
+    }
+
+    fn url(&self, name: &str) -> String {
+        format!("file://{}", self.directory.path().join(name).display())
+    }
+
+    fn key(&self) -> String {
+        self.directory.path().join("key").display().to_string()
+    }
+
+    /// `repo VERB URL … --key FILE`.
+    fn repo(&self, verb: &str, rest: &[&str]) -> Output {
+        self.at("main", verb, rest)
+    }
+
+    fn at(&self, name: &str, verb: &str, rest: &[&str]) -> Output {
+        let (url, key) = (self.url(name), self.key());
+        let arguments = [&["repo", verb, url.as_str()], rest, &["--key", key.as_str()]].concat();
+        Command::new(env!("CARGO_BIN_EXE_pgmuster")).args(arguments).env_clear().output().unwrap()
+    }
+
+    /// Gives a backup up as if somebody had done it two days ago.
+    async fn forget_long_ago(&self, n: usize) {
+        let wish = Wish { by: "t".into(), why: String::new(), at_ms: now_ms() - 2 * DAY_MS };
+        self.repository.forget(self.lineage, self.backups[n], &wish).await.unwrap();
+    }
+
+    fn papers(&self, n: usize) -> PathBuf {
+        let backups = format!("main/lineages/{}/backups/{}", self.lineage, self.backups[n]);
+        self.directory.path().join(backups)
+    }
+}
+
+/// The files of every pack of a lineage.
+fn packs(root: &Path, lineage: LineageId) -> Vec<PathBuf> {
+    let below = |path: PathBuf| std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path());
+    below(root.join(format!("lineages/{lineage}/packs"))).flat_map(below).collect()
+}
+
+fn said(output: &Output) -> String {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    format!("{}\n{}--- stderr\n{}", output.status, text(&output.stdout), text(&output.stderr))
+}
+
+/// Checks how it ended, and returns all it said.
+#[track_caller]
+fn ends(output: &Output, exit: i32) -> String {
+    assert_eq!(output.status.code(), Some(exit), "{}", said(output));
+    said(output)
+}
+
+#[track_caller]
+fn json(output: &Output, exit: i32) -> Value {
+    ends(output, exit);
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// The line of a backup in a table.
+#[track_caller]
+fn line(text: &str, backup: BackupId) -> String {
+    let id = backup.to_string();
+    text.lines().find(|line| line.contains(&id)).expect(text).to_owned()
+}
+
+#[tokio::test]
+async fn a_plan_says_what_goes_what_stays_and_why() {
+    let place = Place::new().await;
+    let [first, second, third] = place.backups[..] else { panic!() };
+    let id = first.to_string();
+    ends(&place.repo("delete", &[&third.to_string()]), 7);
+    ends(&place.repo("hold", &[&second.to_string()]), 0);
+    ends(&place.repo("delete", &[&id]), 0);
+    let planned = ends(&place.repo("gc", &["--plan"]), 0);
+    assert!(line(&planned, first).contains("given up, goes in 2"), "{planned}");
+    assert!(line(&planned, second).contains("wanted, held"), "{planned}");
+    assert!(line(&planned, third).contains("the newest"), "{planned}");
+    assert!(line(&planned, first).contains("KiB"), "{planned}");
+
+    // It is taken back, given up again, and taken back again.
+    for _ in 0..2 {
+        let kept = ends(&place.repo("undelete", &[&id]), 0);
+        assert!(kept.contains("is whole, and stays"), "{kept}");
+        let planned = json(&place.repo("gc", &["--plan", "-o", "json"]), 0);
+        assert_eq!(planned[0]["backups"][0]["stays"], serde_json::json!(["wanted"]));
+        ends(&place.repo("delete", &[&id]), 0);
+    }
+    // From a day later on it goes, but not without a second look when that is much.
+    ends(&place.repo("undelete", &[&id]), 0);
+    place.forget_long_ago(0).await;
+    let planned = json(&place.repo("gc", &["--plan", "-o", "json"]), 0);
+    assert_eq!(planned[0]["backups"][0]["stays"], serde_json::json!([]));
+    let alone = planned[0]["backups"][0]["alone"]["bytes"].as_u64().unwrap();
+    assert!(alone > 0 && alone == planned[0]["delete"]["bytes"].as_u64().unwrap());
+    let refused = ends(&place.repo("gc", &[]), 5);
+    assert!(refused.contains("--confirm-large"), "{refused}");
+    assert!(place.papers(0).join("manifest").exists(), "nothing was deleted");
+    ends(&place.repo("gc", &["--confirm-large"]), 0);
+    assert!(!place.papers(0).join("manifest").exists());
+    ends(&place.repo("undelete", &[&id]), 6);
+}
+
+#[tokio::test]
+async fn a_damaged_verdict_stops_a_collection_which_says_how_to_go_on() {
+    let place = Place::new().await;
+    let verdict = place.papers(0).join("verdict");
+    std::fs::write(&verdict, "rotten").unwrap();
+    let stopped = ends(&place.repo("gc", &[]), 1);
+    let id = place.backups[0].to_string();
+    assert!(stopped.contains(&id) && stopped.contains("--damaged"), "{stopped}");
+    // What is sound is given up in the usual way only.
+    ends(&place.repo("delete", &[&place.backups[1].to_string(), "--damaged"]), 7);
+    ends(&place.repo("delete", &[&id, "--damaged"]), 0);
+    assert!(place.papers(0).join("forget").exists());
+}
+
+#[tokio::test]
+async fn a_copy_is_made_taken_up_and_repeated_and_names_what_is_damaged() {
+    let mut place = Place::new().await;
+    let copy = place.url("copy");
+    let outcomes = |rows: &Value| -> Vec<String> {
+        rows.as_array().unwrap().iter().map(|row| row["outcome"].to_string()).collect()
+    };
+    let rows = json(&place.repo("copy", &[&copy, "--newest", "-o", "json"]), 0);
+    assert_eq!(outcomes(&rows), [r#""copied""#]);
+    let rows = json(&place.repo("copy", &[&copy, "-o", "json"]), 0);
+    assert_eq!(outcomes(&rows), [r#""copied""#, r#""copied""#, r#""present""#]);
+    let again = ends(&place.repo("copy", &[&copy]), 0);
+    assert!(line(&again, place.backups[0]).contains("was there"), "{again}");
+    let listed = |name| json(&place.at(name, "list", &["-o", "json"]), 0);
+    assert_eq!(listed("copy"), listed("main"));
+
+    // A fourth backup whose content is damaged: named, not copied, and the exit code says so.
+    let main = place.directory.path().join("main");
+    let before = packs(&main, place.lineage);
+    place.back_up(4).await;
+    let mut new: Vec<PathBuf> =
+        packs(&main, place.lineage).into_iter().filter(|pack| !before.contains(pack)).collect();
+    new.sort_by_key(|pack| std::cmp::Reverse(pack.metadata().unwrap().len()));
+    let mut bytes = std::fs::read(&new[0]).unwrap();
+    bytes[300] ^= 1;
+    std::fs::write(&new[0], bytes).unwrap();
+    let damaged = ends(&place.repo("copy", &[&copy]), 9);
+    let name = new[0].file_name().unwrap().to_str().unwrap();
+    assert!(damaged.contains(name) && damaged.contains("OBJECT_DAMAGED"), "{damaged}");
+    assert_eq!(json(&place.at("copy", "list", &["-o", "json"]), 0).as_array().unwrap().len(), 3);
+    let only = place.backups[3].to_string();
+    ends(&place.repo("copy", &[&copy, "--backup", &only]), 1);
+
+    // The copy restores by itself.
+    let (url, key) = (place.url("copy"), place.key());
+    let into = place.directory.path().join("data").display().to_string();
+    let arguments = ["restore", "--repository", &url, "--key", &key, "--into", &into];
+    let restored =
+        Command::new(env!("CARGO_BIN_EXE_pgmuster")).args(arguments).env_clear().output();
+    ends(&restored.unwrap(), 0);
+    assert!(place.directory.path().join("data/common").exists());
+    let pins = place.directory.path().join(format!("copy/lineages/{}/pins", place.lineage));
+    let left = std::fs::read_dir(pins)
+        .unwrap()
+        .flat_map(|pins| std::fs::read_dir(pins.unwrap().path()).unwrap());
+    assert_eq!(left.count(), 0, "the restore's pin is gone");
+
+    // No place for a copy.
+    let other = Place::new().await;
+    let foreign = other.url("main");
+    let key = other.key();
+    let refused = ends(&place.repo("copy", &[&foreign, "--to-key", &key]), 7);
+    assert!(refused.contains("REPOSITORY_EXISTS"), "{refused}");
+    ends(&place.repo("copy", &[&place.url("main")]), 7);
+}

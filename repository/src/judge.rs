@@ -1,0 +1,209 @@
+//! Which backups of a lineage stay, why, and which packs they need. Decides, deletes nothing.
+
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
+
+use proto::{BackupId, LineageId};
+
+use crate::collect::{Amount, CollectOptions};
+use crate::error::Error;
+use crate::layout;
+use crate::lineage::{AttemptSummary, Seen, backups, has};
+use crate::pack::PackId;
+use crate::pins::SeenPin;
+use crate::repository::Repository;
+use crate::wishes;
+
+/// Why a backup stays.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reason {
+    /// Nobody gave it up.
+    Wanted,
+    /// It is the newest.
+    Newest,
+    /// It is the newest that was booted, and nothing was found wrong with it since.
+    NewestProved,
+    /// Somebody holds it.
+    Held,
+    /// Somebody reads it.
+    Pinned {
+        /// Who.
+        by: String,
+        /// What for.
+        why: String,
+        /// Since when, by their clock, Unix milliseconds.
+        at_ms: i64,
+    },
+    /// It was given up too short a time ago.
+    Grace {
+        /// It goes from then on, Unix milliseconds.
+        until_ms: i64,
+    },
+    /// It was given up by nobody who has the key.
+    NotBelieved,
+}
+
+/// A backup, and what a collection does with it.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Judged {
+    /// The backup.
+    pub backup: BackupId,
+    /// When it was committed, Unix milliseconds; `None` when that cannot be read.
+    pub committed_at_ms: Option<i64>,
+    /// Somebody gave it up, and nobody took that back.
+    pub given_up: bool,
+    /// Why it stays. It goes when there is no reason.
+    pub stays: Vec<Reason>,
+    /// What it alone refers to, where that is known.
+    pub alone: Option<Amount>,
+}
+
+impl Judged {
+    /// It is deleted.
+    pub fn goes(&self) -> bool {
+        self.stays.is_empty()
+    }
+}
+
+/// The packs of each backup's manifest, which never changes.
+pub(crate) type Roots = HashMap<BackupId, Vec<PackId>>;
+
+/// What stays.
+pub(crate) struct Judgement {
+    /// Every backup that is there, oldest first.
+    pub(crate) backups: Vec<Judged>,
+    /// Those that go.
+    pub(crate) goes: Vec<BackupId>,
+    /// Packs that those which stay refer to.
+    pub(crate) packs: HashSet<PackId>,
+}
+
+impl Repository {
+    /// Judges every backup. `planned` are those of which the collection said that they may go; every other one stays,
+    /// whatever was wished since: who reads it or refers to it could not know. Fails when anything that stays cannot be
+    /// read: what it refers to is unknown.
+    pub(crate) async fn judge(
+        &self,
+        lineage: LineageId,
+        options: &CollectOptions,
+        planned: Option<&HashSet<BackupId>>,
+        roots: &mut Roots,
+    ) -> Result<Judgement, Error> {
+        let pins = self.list_pins(lineage).await?;
+        let mut pinned: HashMap<BackupId, Vec<Reason>> = HashMap::new();
+        for SeenPin { backup, pin, .. } in
+            pins.into_iter().filter(|pin| !pin.is_older(options.now_ms, options.pins_for_ms))
+        {
+            let reason = Reason::Pinned { by: pin.by, why: pin.why, at_ms: pin.at_ms };
+            pinned.entry(backup).or_default().push(reason);
+        }
+        let may = |backup| planned.is_none_or(|planned| planned.contains(&backup));
+        let mut judgement =
+            Judgement { backups: Vec::new(), goes: Vec::new(), packs: HashSet::new() };
+        let mut readable = Vec::new();
+        for seen in self.look(lineage).await? {
+            match seen.summary {
+                Ok(summary) if summary.backup().is_none() || summary.has_manifest => {
+                    readable.push(summary);
+                }
+                Err(Error::Damaged { .. }) if !has(&seen.names, "verdict") => {}
+                // That the store did not answer says nothing about the backup.
+                Err(error) if !matches!(error, Error::Damaged { .. }) => return Err(error),
+                _ => {
+                    if let Some(judged) = self.judge_damaged(lineage, seen, options).await? {
+                        if may(judged.backup) {
+                            judgement.goes.push(judged.backup);
+                        }
+                        judgement.backups.push(judged);
+                    }
+                }
+            }
+        }
+        let readable = backups(readable);
+        let newest = readable.last().and_then(AttemptSummary::backup);
+        let proved = self.newest_proved(lineage, &readable).await?;
+        for summary in &readable {
+            let Some(backup) = summary.backup() else { continue };
+            let mut stays = self.wishes_of(lineage, backup, summary, options).await?;
+            stays.extend((newest == Some(backup)).then_some(Reason::Newest));
+            stays.extend((proved == Some(backup)).then_some(Reason::NewestProved));
+            stays.extend(pinned.remove(&backup).unwrap_or_default());
+            if stays.is_empty() && may(backup) {
+                judgement.goes.push(backup);
+            } else {
+                judgement.packs.extend(self.packs_of(lineage, backup, roots).await?);
+            }
+            judgement.backups.push(Judged {
+                backup,
+                committed_at_ms: summary.committed_at_ms(),
+                given_up: summary.forgotten,
+                stays,
+                alone: None,
+            });
+        }
+        Ok(judgement)
+    }
+
+    async fn wishes_of(
+        &self,
+        lineage: LineageId,
+        backup: BackupId,
+        summary: &AttemptSummary,
+        options: &CollectOptions,
+    ) -> Result<Vec<Reason>, Error> {
+        let mut stays = Vec::new();
+        if !summary.forgotten {
+            stays.push(Reason::Wanted);
+        } else if let Some(wish) = self.forgotten_by(lineage, backup, &summary.forgets).await? {
+            let until_ms = wish.at_ms.saturating_add(options.grace_ms);
+            stays.extend((until_ms > options.now_ms).then_some(Reason::Grace { until_ms }));
+        } else {
+            stays.push(Reason::NotBelieved);
+        }
+        stays.extend(summary.held.then_some(Reason::Held));
+        Ok(stays)
+    }
+
+    /// A backup whose verdict cannot be believed, or whose manifest is not there. It goes, or is gone already, or nobody
+    /// knows what it needs, and nothing may be collected.
+    async fn judge_damaged(
+        &self,
+        lineage: LineageId,
+        seen: Seen,
+        options: &CollectOptions,
+    ) -> Result<Option<Judged>, Error> {
+        let backup: BackupId = seen.attempt.into();
+        let is_there = has(&seen.names, "manifest");
+        if !is_there && has(&seen.names, "gone") && self.is_gone(lineage, backup).await? {
+            return Ok(None);
+        }
+        let ends: Vec<String> = wishes::standing(&seen.names).map(str::to_owned).collect();
+        let wish = self.forgotten_by(lineage, backup, &ends).await?;
+        let until_ms = wish.map(|wish| wish.at_ms.saturating_add(options.grace_ms));
+        if !has(&seen.names, "hold") && until_ms.is_some_and(|until_ms| until_ms <= options.now_ms)
+        {
+            let (stays, alone) = (Vec::new(), None);
+            let committed_at_ms = seen.summary.ok().and_then(|seen| seen.committed_at_ms());
+            return Ok(Some(Judged { backup, committed_at_ms, given_up: true, stays, alone }));
+        }
+        Err(seen.summary.err().unwrap_or_else(|| Error::Missing {
+            key: layout::of_backup(lineage, backup, "manifest"),
+        }))
+    }
+
+    pub(crate) async fn packs_of<'a>(
+        &self,
+        lineage: LineageId,
+        backup: BackupId,
+        roots: &'a mut Roots,
+    ) -> Result<&'a [PackId], Error> {
+        Ok(match roots.entry(backup) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(unknown) => {
+                let opened = self.open_backup(lineage, backup).await?;
+                unknown.insert(opened.root.packs.keys().copied().collect())
+            }
+        })
+    }
+}

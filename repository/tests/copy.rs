@@ -1,0 +1,415 @@
+//! Copies in a second store: the same objects, the verdict last, whoever is interrupted wherever, whatever is damaged.
+#![expect(clippy::unwrap_used, reason = "a test")]
+
+mod common;
+mod interrupted;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use common::{Bench, DAY_MS, NOW_MS, Tree, noise};
+use interrupted::{Interrupted, Turn};
+use proto::{BackupId, LineageId};
+use repository::store::Store;
+use repository::store::directory::DirectoryStore;
+use repository::store::probe::{Capabilities, probe};
+use repository::{
+    BackupSummary, CollectOptions, Collected, CopyOptions, CopyOutcome, CopySummary, Error, Mirror,
+    Progress, Reason, Repository, Unlock, Wish,
+};
+use tokio_util::sync::CancellationToken;
+
+fn options(now_ms: i64) -> CopyOptions {
+    CopyOptions {
+        by: "copier".into(),
+        now_ms,
+        processes: 2,
+        progress: Arc::new(Progress::default()),
+        cancel: CancellationToken::new(),
+    }
+}
+
+fn wish(at_ms: i64) -> Wish {
+    Wish { by: "tester".into(), why: String::new(), at_ms }
+}
+
+fn tree() -> Arc<Tree> {
+    let tree = Tree::new().directory("base").file("base/1", noise(1, 300_000));
+    Arc::new(tree.file("base/2", noise(2, 200_000)))
+}
+
+/// Two backups that share most.
+async fn two(bench: &Bench, tree: &Arc<Tree>) -> [BackupSummary; 2] {
+    let first = bench.back_up(tree, NOW_MS).await;
+    tree.write("base/1", 0, &noise(3, 100_000));
+    [first, bench.back_up(tree, NOW_MS + 1_000).await]
+}
+
+fn at(place: &Path) -> Arc<dyn Store> {
+    Arc::new(DirectoryStore::new(place))
+}
+
+async fn mirror(bench: &Bench, store: Arc<dyn Store>) -> Result<Mirror, Error> {
+    let found = async |_: &dyn Store| Ok(Capabilities::default());
+    bench.repository.mirror(store, Unlock::KeyFile(&bench.key), found).await
+}
+
+/// Copies every backup, oldest first.
+async fn copy_all(bench: &Bench, store: Arc<dyn Store>) -> Result<Vec<CopySummary>, Error> {
+    let mut mirror = mirror(bench, store).await?;
+    mirror.copy_lineage(bench.lineage).await?;
+    let mut copied = Vec::new();
+    for summary in bench.repository.list_backups(bench.lineage).await? {
+        let backup = summary.backup().unwrap();
+        copied.push(mirror.copy(bench.lineage, backup, &options(NOW_MS + 5_000)).await?);
+    }
+    Ok(copied)
+}
+
+/// Every object of a directory, but what only one side has.
+fn objects(root: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let files = common::files_below(root).into_iter();
+    let named = files.map(|path| (path.strip_prefix(root).unwrap().to_owned(), path));
+    // What a dead copy leaves below `probe` means nothing.
+    let own = |name: &Path| {
+        name.ends_with("intent") || name.ends_with("config") || name.starts_with("probe")
+    };
+    let shared = named.filter(|(name, _)| !own(name));
+    shared.map(|(name, path)| (name, std::fs::read(path).unwrap())).collect()
+}
+
+async fn open(bench: &Bench, place: &Path) -> Repository {
+    Repository::open(at(place), Some(&bench.key)).await.unwrap()
+}
+
+async fn is_whole(repository: &Repository, lineage: LineageId, backup: BackupId) -> bool {
+    let backup = repository.open_backup(lineage, backup).await.unwrap();
+    backup.check_inventory().await.unwrap().is_sound()
+        && backup.check_decrypt(repository::CheckOptions::default()).await.unwrap().is_sound()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_has_the_same_objects_opens_with_the_same_key_and_restores() {
+    let bench = Bench::new().await;
+    let tree = tree();
+    let [first, second] = two(&bench, &tree).await;
+    bench.repository.add_proof(bench.lineage, first.backup, "proof".into()).await.unwrap();
+    bench.repository.hold(bench.lineage, first.backup, &wish(NOW_MS)).await.unwrap();
+    let place = tempfile::tempdir().unwrap();
+    let target = place.path().join("copy");
+
+    let found = async |store: &dyn Store| probe(store).await;
+    let made =
+        bench.repository.mirror(at(&target), Unlock::KeyFile(&bench.key), found).await.unwrap();
+    assert_eq!(made.target().probed().map(|found| found.races_with_one_winner), Some(3));
+    let copied = copy_all(&bench, at(&target)).await.unwrap();
+    assert!(copied.iter().all(|one| one.outcome == CopyOutcome::Copied), "{copied:?}");
+    // What the first brought is not sent again.
+    assert!(copied[1].present.packs > 0 && copied[0].proofs == 1, "{copied:?}");
+
+    let (mut source, there) = (objects(&bench.store_path()), objects(&target));
+    // A hold is a wish about the source.
+    source.retain(|name, _| !name.ends_with("hold"));
+    assert_eq!(source.keys().collect::<Vec<_>>(), there.keys().collect::<Vec<_>>());
+    assert!(source == there, "the same bytes");
+    let repository = open(&bench, &target).await;
+    let listed = |repository: Repository| async move {
+        let mut listed = repository.list_backups(bench.lineage).await.unwrap();
+        listed.iter_mut().for_each(|summary| summary.held = false);
+        listed
+    };
+    assert_eq!(listed(repository.clone()).await, listed(bench.repository.clone()).await);
+    let backup = repository.open_backup(bench.lineage, second.backup).await.unwrap();
+    let mut restored = common::restore(&backup).await.unwrap();
+    restored.retain(|path, _| path.starts_with(b"base"));
+    assert_eq!(restored, tree.expected());
+
+    // Twice is nothing.
+    let again = copy_all(&bench, at(&target)).await.unwrap();
+    let nothing = |one: &CopySummary| {
+        one.outcome == CopyOutcome::Present && one.sent.packs == 0 && one.proofs == 0
+    };
+    assert!(again.iter().all(nothing), "{again:?}");
+    assert!(objects(&target) == there);
+    // A later proof follows.
+    bench.repository.add_proof(bench.lineage, first.backup, "later".into()).await.unwrap();
+    assert_eq!(copy_all(&bench, at(&target)).await.unwrap()[0].proofs, 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_repository_and_the_source_itself_are_no_place_for_a_copy() {
+    let (bench, other) = (Bench::new().await, Bench::new().await);
+    two(&bench, &tree()).await;
+    let before = objects(&other.store_path());
+    // It does not even open with our key; nor is it taken when it does.
+    mirror(&bench, at(&other.store_path())).await.unwrap_err();
+    let found = async |_: &dyn Store| Ok(Capabilities::default());
+    let refused = bench
+        .repository
+        .mirror(at(&other.store_path()), Unlock::KeyFile(&other.key), found)
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(&refused, Error::NoMirror { reason, .. } if reason.contains("holds repository"))
+    );
+    assert!(objects(&other.store_path()) == before);
+    // By another name it is the same place.
+    let link = bench.directory.path().join("link");
+    std::os::unix::fs::symlink(bench.store_path(), &link).unwrap();
+    for place in [bench.store_path(), link] {
+        let refused = mirror(&bench, at(&place)).await.unwrap_err();
+        assert!(
+            matches!(&refused, Error::NoMirror { reason, .. } if reason.contains("copied from"))
+        );
+    }
+}
+
+/// A copy dies at each call of the target in turn, and is repeated. At no moment is there a backup that is not whole; the
+/// end is the same as without the death.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_that_dies_at_any_call_is_taken_up_by_the_next() {
+    let bench = Bench::new().await;
+    two(&bench, &tree()).await;
+    let mut calls = 0;
+    loop {
+        let place = tempfile::tempdir().unwrap();
+        let store = Arc::new(Interrupted::new(place.path()));
+        store.after(calls, None);
+        let ended = copy_all(&bench, Arc::<Interrupted>::clone(&store) as _).await;
+        let finished = store.is_left();
+        store.after(-1, None);
+        assert_eq!(ended.is_ok(), finished, "{calls}: {ended:?}");
+        if place.path().join("config").exists() {
+            let repository = open(&bench, place.path()).await;
+            for summary in repository.list_backups(bench.lineage).await.unwrap() {
+                let backup = summary.backup().unwrap();
+                assert!(is_whole(&repository, bench.lineage, backup).await, "{calls} calls");
+            }
+        }
+        copy_all(&bench, at(place.path())).await.unwrap();
+        assert!(objects(place.path()) == objects(&bench.store_path()), "after {calls} calls");
+        if finished {
+            assert!(calls > 30, "it was interrupted at {calls} places only");
+            return;
+        }
+        calls += 1;
+    }
+}
+
+/// Before each call that a copy makes at its target, the older backup there is given up, and a collector does all of its
+/// work. What is a backup of the target afterwards is whole; a copy that could not be made is made by the next.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_collector_at_any_call_of_a_copy_leaves_no_hole_in_it() {
+    let bench = Bench::new().await;
+    let lineage = bench.lineage;
+    let tree = tree();
+    // The second and the third share packs with the first, the newest shares nothing.
+    let [first, second] = two(&bench, &tree).await;
+    tree.write("base/2", 0, &noise(6, 10_000));
+    let third = bench.back_up(&tree, NOW_MS + 2_000).await;
+    let strange = Arc::new(Tree::new().file("other", noise(77, 50_000)));
+    let newest = bench.back_up(&strange, NOW_MS + 3_000).await;
+    let (mut calls, mut copied, mut refused) = (0, 0, 0);
+    loop {
+        let place = tempfile::tempdir().unwrap();
+        let mut plain = mirror(&bench, at(place.path())).await.unwrap();
+        plain.copy_lineage(lineage).await.unwrap();
+        for backup in [first.backup, newest.backup] {
+            plain.copy(lineage, backup, &options(NOW_MS)).await.unwrap();
+        }
+        let repository = open(&bench, place.path()).await;
+        let store = Arc::new(Interrupted::new(place.path()));
+        let mut copier = mirror(&bench, Arc::<Interrupted>::clone(&store) as _).await.unwrap();
+        let turn: Turn = Box::pin({
+            let repository = repository.clone();
+            async move {
+                repository.forget(lineage, first.backup, &wish(NOW_MS)).await.unwrap();
+                let how = collecting(NOW_MS + 2 * DAY_MS);
+                let plan = repository.plan_collection(lineage, &how).await.unwrap();
+                plan.collect(&how).await.unwrap();
+            }
+        });
+        store.after(calls, Some(turn));
+        let ended = copier.copy(lineage, second.backup, &options(NOW_MS + 2 * DAY_MS)).await;
+        let finished = store.is_left();
+        store.after(-1, None);
+        match ended {
+            Ok(_) => copied += 1,
+            Err(Error::Incomplete { .. }) => refused += 1,
+            Err(error) => panic!("{calls}: {error:?}"),
+        }
+        for backup in [second.backup, third.backup] {
+            plain.copy(lineage, backup, &options(NOW_MS + 2 * DAY_MS)).await.unwrap();
+        }
+        for summary in repository.list_backups(lineage).await.unwrap() {
+            let backup = summary.backup().unwrap();
+            assert!(is_whole(&repository, lineage, backup).await, "{calls}: {backup}");
+        }
+        if finished {
+            assert!(calls > 12 && copied > 12 && refused == 0, "{calls} {copied} {refused}");
+            return;
+        }
+        calls += 1;
+    }
+}
+
+fn collecting(now_ms: i64) -> CollectOptions {
+    CollectOptions {
+        by: "collector".into(),
+        now_ms,
+        grace_ms: DAY_MS,
+        patience_ms: None,
+        pins_for_ms: 7 * DAY_MS,
+        lists_for_ms: None,
+        cancel: CancellationToken::new(),
+    }
+}
+
+/// What is on a list of a collector at the target keeps its name from being given again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_copied_to_a_name_that_is_condemned() {
+    let bench = Bench::new().await;
+    let lineage = bench.lineage;
+    let tree = tree();
+    let [first, second] = two(&bench, &tree).await;
+    let strange = Arc::new(Tree::new().file("other", noise(77, 50_000)));
+    let newest = bench.back_up(&strange, NOW_MS + 3_000).await;
+    let place = tempfile::tempdir().unwrap();
+    let store = Arc::new(Interrupted::new(place.path()));
+    let mut mirror = mirror(&bench, at(place.path())).await.unwrap();
+    mirror.copy_lineage(lineage).await.unwrap();
+    for backup in [first.backup, newest.backup] {
+        mirror.copy(lineage, backup, &options(NOW_MS)).await.unwrap();
+    }
+    // A collector dies with its list written and one thing deleted.
+    let as_store: Arc<dyn Store> = Arc::<Interrupted>::clone(&store);
+    let dies = Repository::open(as_store, Some(&bench.key)).await.unwrap();
+    dies.forget(lineage, first.backup, &wish(NOW_MS)).await.unwrap();
+    let how = collecting(NOW_MS + 2 * DAY_MS);
+    let plan = dies.plan_collection(lineage, &how).await.unwrap();
+    store.after(1, None);
+    plan.collect(&how).await.unwrap_err();
+    let refused = mirror.copy(lineage, second.backup, &options(NOW_MS)).await.unwrap_err();
+    assert!(matches!(refused, Error::Condemned { .. }), "{refused}");
+    let repository = open(&bench, place.path()).await;
+    assert_eq!(repository.verdict(lineage, second.backup.into()).await.unwrap(), None);
+    // The copy's intent is there: a collection waits for the copy, and a dead copy is aborted like a dead backup.
+    let plan = repository.plan_collection(lineage, &how).await.unwrap();
+    assert!(plan.open[0].by.contains("who copies it"), "{:?}", plan.open);
+    assert!(matches!(plan.collect(&how).await.unwrap(), Collected::Postponed { .. }));
+    // Somebody knows that the collector is dead.
+    let dead = CollectOptions { lists_for_ms: Some(0), patience_ms: Some(0), ..how };
+    let plan = repository.plan_collection(lineage, &dead).await.unwrap();
+    plan.collect(&dead).await.unwrap();
+    let refused = mirror.copy(lineage, second.backup, &options(NOW_MS)).await.unwrap_err();
+    assert!(matches!(refused, Error::CommitRefused { .. }), "{refused}");
+}
+
+/// While a backup is copied it is pinned at the source: a collection there leaves it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_that_is_copied_is_pinned_at_its_source() {
+    let bench = Bench::new().await;
+    let lineage = bench.lineage;
+    let [first, _] = two(&bench, &tree()).await;
+    bench.repository.forget(lineage, first.backup, &wish(NOW_MS)).await.unwrap();
+    let place = tempfile::tempdir().unwrap();
+    let store = Arc::new(Interrupted::new(place.path()));
+    let mut mirror = mirror(&bench, Arc::<Interrupted>::clone(&store) as _).await.unwrap();
+    mirror.copy_lineage(lineage).await.unwrap();
+    let source = bench.repository.clone();
+    let turn: Turn = Box::pin(async move {
+        let how = collecting(NOW_MS + 2 * DAY_MS);
+        let plan = source.plan_collection(lineage, &how).await.unwrap();
+        let [Reason::Pinned { by, why, .. }] = &plan.backups[0].stays[..] else {
+            panic!("{:?}", plan.backups)
+        };
+        assert_eq!((by.as_str(), why.as_str()), ("copier", "copy"));
+        assert_eq!(plan.collect(&how).await.unwrap(), Collected::Nothing);
+    });
+    store.after(5, Some(turn));
+    let now_ms = NOW_MS + 2 * DAY_MS;
+    let copied = mirror.copy(lineage, first.backup, &options(now_ms)).await.unwrap();
+    assert!(!store.is_left(), "the collector had its turn");
+    assert_eq!(copied.outcome, CopyOutcome::Copied);
+    let pins = bench.repository.store().list(&format!("lineages/{lineage}/pins/")).await.unwrap();
+    assert_eq!(pins, []);
+}
+
+/// A damaged pack of the source is named and never copied; the backups that need it are not made at the target, the others
+/// are. What is damaged or lost at the target is brought again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn damage_at_the_source_stays_there_and_damage_at_the_target_is_repaired() {
+    let bench = Bench::new().await;
+    let lineage = bench.lineage;
+    let tree = tree();
+    let [first, second] = two(&bench, &tree).await;
+    let strange = Arc::new(Tree::new().file("other", noise(77, 50_000)));
+    let third = bench.back_up(&strange, NOW_MS + 3_000).await;
+    let place = tempfile::tempdir().unwrap();
+    let packs = |root: &Path| {
+        let mut packs = common::files_below(root);
+        packs.retain(|path| path.to_str().unwrap().contains("/packs/"));
+        packs.sort_by_key(|path| std::cmp::Reverse(path.metadata().unwrap().len()));
+        packs
+    };
+    // The largest is the first backup's content, to which the second refers.
+    let bad = packs(&bench.store_path()).remove(0);
+    let whole = std::fs::read(&bad).unwrap();
+    for flipped in [200, whole.len() - 20, whole.len() - 1] {
+        let mut bytes = whole.clone();
+        bytes[flipped] ^= 1;
+        std::fs::write(&bad, bytes).unwrap();
+        let mut mirror = mirror(&bench, at(place.path())).await.unwrap();
+        mirror.copy_lineage(lineage).await.unwrap();
+        for backup in [first.backup, second.backup] {
+            let error = mirror.copy(lineage, backup, &options(NOW_MS)).await.unwrap_err();
+            let name = bad.file_name().unwrap().to_str().unwrap();
+            assert!(matches!(&error, Error::Damaged { key, .. } if key.ends_with(name)), "{error}");
+        }
+        mirror.copy(lineage, third.backup, &options(NOW_MS)).await.unwrap();
+    }
+    let target = open(&bench, place.path()).await;
+    let backups = target.list_backups(lineage).await.unwrap();
+    assert_eq!(backups.iter().map(|one| one.backup().unwrap()).collect::<Vec<_>>(), [third.backup]);
+    assert!(!packs(place.path()).iter().any(|pack| pack.file_name() == bad.file_name()));
+
+    std::fs::write(&bad, &whole).unwrap();
+    copy_all(&bench, at(place.path())).await.unwrap();
+    let theirs = packs(place.path());
+    std::fs::remove_file(&theirs[0]).unwrap();
+    let cut = std::fs::File::options().write(true).open(&theirs[1]).unwrap();
+    cut.set_len(100).unwrap();
+    let repaired = copy_all(&bench, at(place.path())).await.unwrap();
+    assert!(repaired.iter().any(|one| one.outcome == CopyOutcome::Repaired), "{repaired:?}");
+    assert_eq!(repaired.iter().map(|one| one.sent.packs).sum::<u64>(), 2);
+    assert!(objects(place.path()) == objects(&bench.store_path()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cancelled_copy_ends_cleanly_and_what_was_deleted_at_the_target_stays_deleted() {
+    let bench = Bench::new().await;
+    let lineage = bench.lineage;
+    let [first, second] = two(&bench, &tree()).await;
+    let place = tempfile::tempdir().unwrap();
+    let mut mirror = mirror(&bench, at(place.path())).await.unwrap();
+    mirror.copy_lineage(lineage).await.unwrap();
+    let how = options(NOW_MS);
+    how.cancel.cancel();
+    let ended = mirror.copy(lineage, first.backup, &how).await.unwrap_err();
+    assert!(matches!(ended, Error::Cancelled), "{ended}");
+    assert_eq!(common::look(&place.path().join(".uploads")).len(), 0);
+    copy_all(&bench, at(place.path())).await.unwrap();
+
+    let target = open(&bench, place.path()).await;
+    target.forget(lineage, first.backup, &wish(NOW_MS)).await.unwrap();
+    let collect = collecting(NOW_MS + 2 * DAY_MS);
+    for _ in 0..2 {
+        let copied = copy_all(&bench, at(place.path())).await.unwrap();
+        assert_eq!(copied[0].outcome, CopyOutcome::GivenUp);
+        let plan = target.plan_collection(lineage, &collect).await.unwrap();
+        plan.collect(&collect).await.unwrap();
+    }
+    assert_eq!(target.list_backups(lineage).await.unwrap().len(), 1);
+    assert!(is_whole(&target, lineage, second.backup).await);
+}
