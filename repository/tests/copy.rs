@@ -116,7 +116,9 @@ async fn a_copy_has_the_same_objects_opens_with_the_same_key_and_restores() {
     let repository = open(&bench, &target).await;
     let listed = |repository: Repository| async move {
         let mut listed = repository.list_backups(bench.lineage).await.unwrap();
-        listed.iter_mut().for_each(|summary| summary.held = false);
+        for summary in &mut listed {
+            summary.held = false;
+        }
         listed
     };
     assert_eq!(listed(repository.clone()).await, listed(bench.repository.clone()).await);
