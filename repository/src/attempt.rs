@@ -14,7 +14,7 @@ use crate::limits::{CONDEMNED_BYTES_MAX, MANIFEST_BYTES_MAX};
 use crate::lineage::{NOTES_IN_FLIGHT, has};
 use crate::manifest::Root;
 use crate::note;
-use crate::pack::{self, ObjectType, PackId};
+use crate::pack::{self, ObjectType, PackId, PackRecord};
 use crate::record::{Condemned, Intent, Outcome, Verdict};
 use crate::repository::Repository;
 use crate::store::{PutOutcome, StoreError};
@@ -90,7 +90,8 @@ impl Repository {
             Order::CondemnedFirst => {
                 let condemned = self.condemned(lineage).await?;
                 let candidates = self.candidates(lineage, &mut passed_over).await?;
-                self.choose_predecessor(lineage, candidates, &condemned, &mut passed_over).await?
+                self.choose_predecessor(lineage, candidates, &condemned, &spoilt, &mut passed_over)
+                    .await?
             }
             #[cfg(test)]
             Order::PredecessorFirst => {
@@ -202,6 +203,7 @@ impl Repository {
         lineage: LineageId,
         candidates: Vec<BackupId>,
         condemned: &Doomed,
+        spoilt: &BTreeSet<PackId>,
         passed_over: &mut Vec<PassedOver>,
     ) -> Result<Option<Backup>, Error> {
         let mut looked_at = HashMap::new();
@@ -212,7 +214,7 @@ impl Repository {
             }
             let why = match self.open_backup(lineage, candidate).await {
                 Ok(backup) if is_doomed(&backup, condemned) => continue,
-                Ok(backup) => match self.unsound(&backup, &mut looked_at).await? {
+                Ok(backup) => match self.unsound(&backup, spoilt, &mut looked_at).await? {
                     None => return Ok(Some(backup)),
                     Some(why) => why,
                 },
@@ -231,8 +233,21 @@ impl Repository {
     async fn unsound(
         &self,
         backup: &Backup,
+        spoilt: &BTreeSet<PackId>,
         looked_at: &mut HashMap<PackId, Option<String>>,
     ) -> Result<Option<String>, Error> {
+        // Content of a marked pack is stored again; metadata is referred to whole, or not at all.
+        let is_metadata = |record: &&PackRecord| record.kind == ObjectType::Metadata;
+        if let Some(record) = backup
+            .root
+            .packs
+            .values()
+            .filter(is_metadata)
+            .find(|record| spoilt.contains(&record.id))
+        {
+            let key = layout::pack(backup.lineage(), record.id);
+            return Ok(Some(format!("a check found {key} damaged")));
+        }
         let known = backup.root.packs.keys().find_map(|pack| looked_at.get(pack)?.clone());
         if known.is_some() {
             return Ok(known);

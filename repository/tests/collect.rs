@@ -728,11 +728,11 @@ async fn collections_on_s3_are_as_safe_as_in_a_directory() {
         assert!(is_clean(repository, lineage, now_ms).await, "after {calls} calls");
         last = next;
         if finished {
-            assert!(interrupted > 8, "it was interrupted at {interrupted} places only");
+            assert!(interrupted > 4, "it was interrupted at {interrupted} places only");
             break;
         }
-        // Every call of the end, where it deletes; a third of those before, which look.
-        calls += if calls < 12 { 4 } else { 1 };
+        // Every call is a turn in a directory, above; here the ends of the S3 calls are what is new.
+        calls += 5;
         interrupted += 1;
     }
     tree.write("b", 0, &noise(5, 40_000));

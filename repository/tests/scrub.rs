@@ -162,6 +162,25 @@ async fn what_a_check_found_damaged_is_stored_again_by_the_next_backup() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_mark_on_what_is_sound_costs_storage_and_no_backup() {
+    let bench = Bench::new().await;
+    let tree = tree();
+    let first = bench.back_up(&tree, NOW_MS).await;
+    // Of metadata, as whoever may write there can leave one, or a check whose store answered wrongly that day.
+    let marks = bench.store_path().join(format!("lineages/{}/damaged", bench.lineage));
+    std::fs::create_dir(&marks).unwrap();
+    for pack in packs(&bench, 2) {
+        std::fs::write(marks.join(pack.file_name().unwrap()), "no note").unwrap();
+    }
+    let second = bench.back_up(&tree, NOW_MS + 1).await;
+    assert_eq!((second.predecessor, second.packs_reused), (None, 0));
+    assert_eq!(bench.restore(&second).await, tree.expected());
+    let third = bench.back_up(&tree, NOW_MS + 2).await;
+    assert_eq!(third.predecessor, Some(second.backup));
+    assert_eq!(bench.restore(&first).await, tree.expected());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_backup_that_was_begun_before_the_damage_was_found_does_not_count() {
     let bench = Bench::new().await;
     let tree = tree();

@@ -70,8 +70,9 @@ fn giving_up(fleet: &Fleet, backups: &serde_json::Value) -> anyhow::Result<()> {
         |more: &str| fleet.json(&["repo", "gc", &url, "--key", text(&key)?, "-o", "json", more]);
     for rows in [gc("--plan")?, gc("--confirm-large")?] {
         let row = &rows[0];
-        let goes_at = &row["given_up"][0]["fate"]["goes_at"];
-        ensure!(row["given_up"][0]["backup"] == id(1) && goes_at.is_i64(), "{rows}");
+        let given_up = &row["backups"][0];
+        ensure!(given_up["backup"] == id(1) && given_up["given_up"] == true, "{rows}");
+        ensure!(given_up["stays"][0]["grace"]["until_ms"].is_i64(), "{rows}");
         ensure!(row["delete"]["packs"] == 0 && row["keep"]["packs"].as_u64() > Some(1), "{rows}");
     }
     Ok(())

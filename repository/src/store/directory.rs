@@ -5,12 +5,14 @@
 //! no files without a name (NFS) get a temporary name below `.uploads/`; what a crash leaves there belongs to nobody. It does not encrypt, cache or retry, and it does not follow what other hosts do: on a
 //! network file system the probe at the repository's creation finds out whether `link` can be trusted.
 
+use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -27,12 +29,14 @@ const UPLOADS: &str = ".uploads";
 #[derive(Debug, Clone)]
 pub struct DirectoryStore {
     root: PathBuf,
+    /// Directories whose names are known to be durable.
+    durable: Arc<Mutex<HashSet<PathBuf>>>,
 }
 
 impl DirectoryStore {
     /// A store below `root`, which need not exist yet: the first object creates it.
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into() }
+        Self { root: root.into(), durable: Arc::default() }
     }
 
     fn path(&self, key: &str) -> PathBuf {
@@ -54,22 +58,35 @@ impl DirectoryStore {
             .map_err(|source| classify(operation, key, source))
     }
 
-    /// Creates the missing directories above `path` and syncs each one's parent.
-    fn create_parents(path: &Path) -> io::Result<()> {
+    /// Creates the missing directories above `path` and syncs each one's parent, once: also of one that is there, because
+    /// whoever is creating it may not have come to that.
+    fn create_parents(&self, path: &Path) -> io::Result<()> {
         let Some(parent) = path.parent() else { return Ok(()) };
+        let known = || self.durable.lock().unwrap_or_else(PoisonError::into_inner);
         match fs::create_dir(parent) {
-            Ok(()) => parent.parent().map_or(Ok(()), sync_directory),
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
             Err(error) if error.kind() == ErrorKind::NotFound => {
-                Self::create_parents(parent)?;
-                Self::create_parents(path)
+                self.create_parents(parent)?;
+                return self.create_parents(path);
             }
-            Err(error) => Err(error),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                // What the repository itself lies in may be closed to us, and is older.
+                if parent == self.root
+                    || !parent.starts_with(&self.root)
+                    || known().contains(parent)
+                {
+                    return Ok(());
+                }
+                self.create_parents(parent)?;
+            }
+            created => created?,
         }
+        parent.parent().map_or(Ok(()), sync_directory)?;
+        known().insert(parent.to_owned());
+        Ok(())
     }
 
     fn write(&self, bytes: &[u8]) -> io::Result<Temporary> {
-        let mut temporary = Temporary::create(&self.root)?;
+        let mut temporary = Temporary::create(self)?;
         temporary.file.write_all(bytes)?;
         temporary.file.sync_all()?;
         Ok(temporary)
@@ -78,7 +95,7 @@ impl DirectoryStore {
     /// Gives the synced temporary file its name, unless the name is taken.
     fn link(&self, temporary: &Temporary, key: &str) -> io::Result<PutOutcome> {
         let path = self.path(key);
-        Self::create_parents(&path)?;
+        self.create_parents(&path)?;
         match temporary.link(&path) {
             Ok(()) => {
                 path.parent().map_or(Ok(()), sync_directory)?;
@@ -159,7 +176,7 @@ impl Store for DirectoryStore {
                 return Ok(());
             }
             let path = store.path(key);
-            temporary.replace(&store.root, &path)?;
+            temporary.replace(store, &path)?;
             path.parent().map_or(Ok(()), sync_directory)
         })
         .await
@@ -179,8 +196,7 @@ impl Store for DirectoryStore {
 
     async fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError> {
         check_key("put", key)?;
-        let temporary =
-            self.blocking("put", key, |store, _| Temporary::create(&store.root)).await?;
+        let temporary = self.blocking("put", key, |store, _| Temporary::create(store)).await?;
         Ok(Box::new(DirectoryUpload {
             store: self.clone(),
             key: key.to_owned(),
@@ -254,8 +270,9 @@ struct Temporary {
 }
 
 impl Temporary {
-    fn create(root: &Path) -> io::Result<Self> {
-        DirectoryStore::create_parents(&root.join(UPLOADS))?;
+    fn create(store: &DirectoryStore) -> io::Result<Self> {
+        let root = &store.root;
+        store.create_parents(&root.join(UPLOADS))?;
         if Path::new(OWN_FILES).exists() {
             let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
             match rustix::fs::openat(CWD, root, flags, Mode::from_raw_mode(OBJECT_MODE)) {
@@ -265,7 +282,7 @@ impl Temporary {
                 Err(error) => return Err(error.into()),
             }
         }
-        let name = unused_name(root)?;
+        let name = unused_name(store)?;
         let file = OpenOptions::new().write(true).create_new(true).mode(OBJECT_MODE).open(&name)?;
         Ok(Self { file, name: Some(name) })
     }
@@ -290,9 +307,9 @@ impl Temporary {
     }
 
     /// Puts it in the place of what has the name.
-    fn replace(mut self, root: &Path, path: &Path) -> io::Result<()> {
+    fn replace(mut self, store: &DirectoryStore, path: &Path) -> io::Result<()> {
         if self.name.is_none() {
-            let name = unused_name(root)?;
+            let name = unused_name(store)?;
             self.link(&name)?;
             self.name = Some(name);
         }
@@ -310,9 +327,10 @@ impl Drop for Temporary {
 }
 
 /// A path below `.uploads/` that nobody has.
-fn unused_name(root: &Path) -> io::Result<PathBuf> {
-    let path = root.join(UPLOADS).join(crate::hex::encode(&chance::random::<16>()));
-    DirectoryStore::create_parents(&path)?;
+fn unused_name(store: &DirectoryStore) -> io::Result<PathBuf> {
+    let name = crate::hex::encode(&chance::random::<16>());
+    let path = store.root.join(UPLOADS).join(name);
+    store.create_parents(&path)?;
     Ok(path)
 }
 

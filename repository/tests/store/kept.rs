@@ -202,18 +202,22 @@ async fn of_two_rotations_at_once_on_s3_one_is_heard() {
     let created = Repository::init(store().await, init).await.expect("init");
     let mut key: KeyFile = created.key_file.expect("a key").parse().expect("a key file");
     for round in 0..5 {
-        let rotate = |by: &str| {
-            let (store, by) = (store(), by.to_owned());
-            let key = &key;
+        // Both have looked before either begins.
+        let open = async || {
+            let unlock = Unlock::KeyFile(&key);
+            Keyring::open(store().await, unlock).await.expect("open")
+        };
+        let (ours, theirs) = (open().await, open().await);
+        let rotate = |ring: Keyring, by: &str| {
+            let by = by.to_owned();
             async move {
-                let ring = Keyring::open(store.await, Unlock::KeyFile(key)).await.expect("open");
                 let new = ring.new_key_file(&by).expect("a new key");
                 let done = ring.rotate(&new, &Change { by, at_ms: round }).await;
                 let file: KeyFile = new.recovery_sheet.parse().expect("a key file");
                 (done, file)
             }
         };
-        let (one, two) = tokio::join!(rotate("one"), rotate("two"));
+        let (one, two) = tokio::join!(rotate(ours, "one"), rotate(theirs, "two"));
         let heard = [&one, &two].into_iter().filter(|(done, _)| done.is_ok()).count();
         assert_eq!(heard, 1, "round {round}: {one:?} {two:?}");
         let (won, lost) = if one.0.is_ok() { (one, two) } else { (two, one) };
