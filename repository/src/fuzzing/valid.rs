@@ -245,6 +245,7 @@ fn head() -> Head {
         settings: Vec::new(),
         census: None,
         bad_pages: Vec::new(),
+        logical: None,
     };
     Head {
         format: FORMAT,

@@ -581,6 +581,7 @@ fn facts(
         settings: ready.settings.clone(),
         census,
         bad_pages: found.bad_pages.clone(),
+        logical: None,
     }
 }
 
