@@ -29,7 +29,6 @@ impl BackupKind {
     }
 
     /// Whether it is a physical one.
-    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
     pub fn is_physical(&self) -> bool {
         *self == Self::Physical
     }

@@ -1,5 +1,7 @@
 //! Streams: files whose length nobody knows before they end, and files that are read as a stream.
 
+#![expect(clippy::unwrap_used, reason = "a test says what it expects")]
+
 mod common;
 
 use std::collections::BTreeMap;

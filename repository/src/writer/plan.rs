@@ -135,7 +135,7 @@ impl<'a> Planner<'a> {
         };
         let body = match &entry.kind {
             SourceKind::File => return self.file(entry, old),
-            SourceKind::Stream => return self.stream(entry, old),
+            SourceKind::Stream => return self.stream(&entry, old.as_ref()),
             SourceKind::Directory => Body::Directory,
             SourceKind::Symlink { target } => Body::Symlink { target: target.clone() },
         };
@@ -211,9 +211,9 @@ impl<'a> Planner<'a> {
 
     /// Reads a stream here, because it has one reader only, and gives its stretches to the others. At most so many of them
     /// as there are rooms are in memory.
-    fn stream(&mut self, entry: SourceEntry, old: Option<Old>) -> Result<(), Error> {
+    fn stream(&mut self, entry: &SourceEntry, old: Option<&Old>) -> Result<(), Error> {
         let failed = |source| Error::Source { path: crate::error::show(&entry.path), source };
-        let opened = self.source.stream(&entry, self.stop.token()).map_err(failed)?;
+        let opened = self.source.stream(entry, self.stop.token()).map_err(failed)?;
         let Some(mut content) = opened else {
             self.progress.add_vanished();
             return Ok(());
@@ -221,7 +221,7 @@ impl<'a> Planner<'a> {
         let unit_bytes = UNIT_BYTES_MAX;
         let piece_bytes = u64::from(unit_bytes) * u64::from(SHARD_UNITS);
         let comparable =
-            old.clone().filter(|old| old.file().is_some_and(|file| file.unit_bytes == unit_bytes));
+            old.cloned().filter(|old| old.file().is_some_and(|file| file.unit_bytes == unit_bytes));
         let shared = Arc::new(entry.clone());
         let (mut piece, mut begun, mut ended) = (0, false, false);
         while !ended {
@@ -241,7 +241,7 @@ impl<'a> Planner<'a> {
                 let stamp = entry.stamp();
                 let body = Body::File(FileBody { size_bytes: 0, stamp, unit_bytes, content });
                 let head = Entry { path: entry.path.clone(), mode: entry.mode, body };
-                self.event(Event::Entry { entry: head, old: old.clone(), shape: Shape::Stream })?;
+                self.event(Event::Entry { entry: head, old: old.cloned(), shape: Shape::Stream })?;
             }
             // Nothing behind a last stretch that was full; an empty stream has one all the same, that of an empty file.
             if read == 0 && piece > 0 {
