@@ -3,7 +3,7 @@
 
 use std::ffi::OsString;
 use std::io::Write as _;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 
 use secrecy::ExposeSecret as _;
 use tempfile::TempDir;
@@ -12,6 +12,9 @@ use crate::error::Error;
 use crate::process::Program;
 use crate::target::Target;
 use crate::tls;
+
+/// The setting of a session by which the server ends it soon after its client is gone.
+const NOTICES_DEATH: &str = "-c client_connection_check_interval=2000";
 
 /// How a client program logs in. The password file lives as long as this.
 #[derive(Debug)]
@@ -28,6 +31,8 @@ impl Login {
             .into_iter()
             .chain([
                 ("PGAPPNAME", application_name.to_owned()),
+                // A backend that waits for a lock notices only so that its client was killed.
+                ("PGOPTIONS", format!("{} {NOTICES_DEATH}", target.options()).trim().to_owned()),
                 // As our own sessions: the rest of what libpq tries by itself would be another connection.
                 ("PGGSSENCMODE", "disable".to_owned()),
             ])
@@ -77,8 +82,12 @@ fn password_file(secret: &str) -> Result<TempDir, Error> {
         path: std::env::temp_dir(),
         source,
     };
-    // Made with 0700.
-    let directory = TempDir::with_prefix("pgmuster-login-").map_err(failed)?;
+    let private = std::fs::Permissions::from_mode(0o700);
+    let directory = tempfile::Builder::new()
+        .prefix("pgmuster-login-")
+        .permissions(private)
+        .tempdir()
+        .map_err(failed)?;
     let path = directory.path().join("pgpass");
     let mut file = std::fs::OpenOptions::new()
         .write(true)
@@ -98,8 +107,6 @@ pub fn database(name: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
-
     use super::*;
     use crate::target::Environment;
 

@@ -233,14 +233,16 @@ impl Target {
                 join(self.addresses.iter().map(ToString::to_string).collect()),
             ));
         }
-        if !self.options.is_empty() {
-            words.push(("PGOPTIONS", self.options.clone()));
-        }
         if self.tls.direct {
             words.push(("PGSSLNEGOTIATION", "direct".to_owned()));
         }
         words.retain(|(_, value)| !value.is_empty());
         words
+    }
+
+    /// Settings of the session, as words of a server's command line.
+    pub(crate) fn options(&self) -> &str {
+        &self.options
     }
 
     pub(crate) fn tls(&self) -> &tls::Options {

@@ -295,11 +295,12 @@ async fn a_role_without_rights_is_told_so_and_nothing_is_committed() {
     assert!(!outcome.logical.unwrap().role_passwords);
 }
 
+const WAITING: &str = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'pgmuster/%' \
+                       AND wait_event_type = 'Lock'";
+
 /// Waits until a dump stands in the queue for a lock.
 async fn stands_still(house: &House) {
-    let waiting = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'pgmuster/%' \
-                   AND wait_event_type = 'Lock'";
-    let looked = async || (house.number(waiting).await > 0).then_some(());
+    let looked = async || (house.number(WAITING).await > 0).then_some(());
     eventually("a dump waits for a lock", Duration::from_secs(30), looked).await;
 }
 
@@ -314,6 +315,9 @@ async fn a_cancelled_dump_leaves_neither_a_backup_nor_a_process() {
     let bin_dirs = [house.server.binaries().directory().to_owned()];
     let cancelling = async {
         stands_still(&house).await;
+        // Both of its sessions: the one that counts, and that of pg_dump, whose end the server has to notice.
+        let both = async || (house.number(WAITING).await == 2).then_some(());
+        eventually("pg_dump waits as well", Duration::from_secs(30), both).await;
         cx.stop(Failure::new(Code::Cancelled, Action::Abandon, "told to stop"));
     };
     let (ended, ()) = tokio::join!(dump_with(&house, &cx, &whole, &bin_dirs), cancelling);
