@@ -217,12 +217,31 @@ pub struct Backup {
     /// Read no more than this from the server's files in a second, `50MiB`; at most what the worker allows.
     #[arg(long, value_name = "SIZE")]
     pub rate_limit: Option<bytesize::ByteSize>,
+    /// What takes the backup: `native` copies the cluster's files, `pg_dump` dumps its databases, one by one.
+    #[arg(long, value_enum, default_value_t = Engine::Native, value_name = "ENGINE", hide_possible_values = true)]
+    pub engine: Engine,
+    /// Dump only databases of this name; `*` and `?` stand for any characters and for one. May be given several times.
+    #[arg(long = "database", value_name = "PATTERN")]
+    pub databases: Vec<proto::job::DatabasePattern>,
+    /// Do not dump databases of this name. May be given several times.
+    #[arg(long = "exclude-database", value_name = "PATTERN")]
+    pub exclude_databases: Vec<proto::job::DatabasePattern>,
     /// Prove the backup afterwards, at this level: 1 to 5, see `pgmuster help verify`.
     #[arg(long, value_name = "N")]
     pub verify: Option<ProofLevel>,
     /// Waiting.
     #[command(flatten)]
     pub waiting: Waiting,
+}
+
+/// What takes a backup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Engine {
+    /// Copies files.
+    Native,
+    /// Dumps databases.
+    #[value(name = "pg_dump")]
+    PgDump,
 }
 
 /// `verify`.
@@ -248,8 +267,8 @@ pub struct Restore {
     #[arg(required_unless_present = "repository")]
     pub cluster: Option<ClusterName>,
     /// Where to: an empty directory, or one that an interrupted restore left; see also `--delta`.
-    #[arg(long, value_name = "DIR")]
-    pub into: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "into_server")]
+    pub into: Option<PathBuf>,
     /// The backup [default: the newest].
     #[arg(long, value_name = "ID")]
     pub backup: Option<BackupId>,
@@ -277,6 +296,30 @@ pub struct Restore {
     /// Put a tablespace elsewhere: its OID and the new directory. May be given several times.
     #[arg(long, value_name = "OID=DIR", requires = "repository", value_parser = tablespace)]
     pub tablespace: Vec<(u32, PathBuf)>,
+    /// Load a logical backup into this server: `postgres://user@host/postgres`, `host=… user=…` or `service=…`; the password
+    /// belongs into `.pgpass`. Roles and tablespaces come first; what is there is left as it is.
+    #[arg(long, value_name = "URL", requires = "repository", conflicts_with_all = ["into", "delta", "tablespace"])]
+    pub into_server: Option<String>,
+    /// Load only this database, and no roles. May be given several times.
+    #[arg(long = "database", value_name = "NAME", requires = "into_server")]
+    pub databases: Vec<proto::DatabaseName>,
+    /// Load only this schema of the one database. May be given several times.
+    #[arg(long = "schema", value_name = "NAME", requires = "databases")]
+    pub schemas: Vec<String>,
+    /// Load only this table of the one database: its definition, defaults and rows, not its indexes, constraints and triggers.
+    /// May be given several times.
+    #[arg(long = "table", value_name = "NAME", requires = "databases")]
+    pub tables: Vec<String>,
+    /// Drop this database on the server first, whatever is in it. May be given several times.
+    #[arg(long = "overwrite", value_name = "NAME", requires = "into_server")]
+    pub overwrite: Vec<proto::DatabaseName>,
+    /// Let everything belong to the role that loads, and grant nobody anything.
+    #[arg(long, requires = "into_server")]
+    pub no_owner: bool,
+    /// Sessions that load one database at once; more than one needs room for its dump in the directory of temporary files.
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "into_server",
+        value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub jobs: u32,
     /// Waiting.
     #[command(flatten)]
     pub waiting: Waiting,

@@ -79,7 +79,8 @@ async fn whom(cli: &Cli) -> Result<Option<Account>, Failure> {
             _ => Ok(None),
         },
         Command::Restore(args) if args.repository.is_some() => {
-            let existing = args.into.ancestors().find(|place| place.exists());
+            let mut above = args.into.iter().flat_map(|into| into.ancestors());
+            let existing = above.find(|place| place.exists());
             // A target that belongs to root is restored for root, who hands it on.
             Ok(existing.and_then(|place| Account::owner_of(place).ok()).filter(|a| !a.is_root()))
         }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use coordinator::api::types::JobView;
 use indicatif::{ProgressBar, ProgressStyle};
-use proto::job::{JobState, Outcome};
+use proto::job::{BackupOutcome, JobState, Outcome};
 use proto::{Failure, JobId};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -179,11 +179,34 @@ pub(crate) fn report(view: &JobView, format: Output) {
     }
 }
 
+/// A logical backup in one line, and what is not in it.
+fn dumped(view: &JobView, done: &BackupOutcome, took: &str) -> String {
+    let Some(logical) = &done.logical else { return String::new() };
+    let mut line = format!(
+        "Dumped {} databases of {} ({}) in {took}: {} stored; backup {}",
+        logical.databases,
+        view.cluster,
+        output::bytes(done.size_bytes),
+        output::bytes(done.stored_bytes),
+        done.backup
+    );
+    for skipped in &logical.skipped {
+        line.extend(["; not ", skipped.database.as_str(), ": ", &skipped.why]);
+    }
+    if !logical.role_passwords {
+        line.push_str("; roles without passwords");
+    }
+    line
+}
+
 /// A job's result in one line.
 pub(crate) fn result_line(view: &JobView) -> String {
     let took = view.started_at_ms.zip(view.ended_at_ms).map_or(0, |(start, end)| end - start);
     let took = output::duration(took);
     match (&view.state, &view.outcome) {
+        (JobState::Succeeded, Some(Outcome::Backup(done))) if done.logical.is_some() => {
+            dumped(view, done, &took)
+        }
         (JobState::Succeeded, Some(Outcome::Backup(done))) => format!(
             "Backed up {} ({}, {} files) in {took}: {} read, {} stored; backup {}",
             view.cluster,

@@ -236,6 +236,18 @@ fn release(situation: &mut Situation, attempt: &Attempt) {
     }
 }
 
+/// Whether a task reads the files of its cluster's server.
+fn reads_files(task: &Task) -> bool {
+    match task {
+        Task::Backup(backup) => backup.kind().is_physical(),
+        Task::VerifyRestore(_)
+        | Task::Restore(_)
+        | Task::Analyze(_)
+        | Task::Vacuum(_)
+        | Task::Probe(_) => false,
+    }
+}
+
 fn placed(situation: &Situation, job: &Job) -> Placed {
     let cluster = situation.clusters.get(&job.cluster);
     let restore_root = match &job.task {
@@ -249,6 +261,7 @@ fn placed(situation: &Situation, job: &Job) -> Placed {
             cluster: &job.cluster,
             home: cluster.and_then(|cluster| cluster.site.as_ref()),
             repository: cluster.and_then(|cluster| cluster.repository.as_deref()),
+            files: reads_files(&job.task),
             restore_root,
             only: job.only_worker.as_ref(),
             rather_not: job.rather_not.as_ref(),

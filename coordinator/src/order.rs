@@ -230,6 +230,12 @@ fn check(request: &SubmitRequest, key: Option<&str>) -> Result<()> {
     if request.verify.is_some() && !matches!(request.task, Task::Backup(_)) {
         return invalid("only a backup can be verified after it succeeded".to_owned());
     }
+    if let Task::Backup(backup) = &request.task
+        && backup.pg_dump.is_some()
+        && request.verify.is_some()
+    {
+        return invalid("a logical backup cannot be proved in a sandbox yet".to_owned());
+    }
     if let Task::Vacuum(vacuum) = &request.task
         && (vacuum.bloat_ratio_min < 1.0 || !vacuum.bloat_ratio_min.is_finite())
     {

@@ -63,6 +63,8 @@ pub struct Need<'a> {
     pub home: Option<&'a SiteName>,
     /// The repository of the cluster, by the name its workers use.
     pub repository: Option<&'a str>,
+    /// Whether the cluster's files have to be read: a logical backup needs none.
+    pub files: bool,
     /// The restore root that is asked for.
     pub restore_root: Option<&'a str>,
     /// The only worker that will do, when somebody asked for one.
@@ -188,10 +190,7 @@ pub fn place(need: &Need<'_>, workers: &[Candidate]) -> Placed {
             ),
         ),
         (Box::new(|w| w.reaches(need)), what_is_missing),
-        (
-            Box::new(|w| need.kind != JobKind::Backup || w.reads_files_of(cluster)),
-            unread(need, workers),
-        ),
+        (Box::new(|w| !need.files || w.reads_files_of(cluster)), unread(need, workers)),
         (
             Box::new(|w| w.has_root(need)),
             format!("no worker may restore below {}", need.restore_root.unwrap_or_default()),
@@ -320,6 +319,7 @@ mod tests {
         kind: JobKind,
         home: Option<SiteName>,
         repository: Option<&'static str>,
+        files: bool,
         root: Option<&'static str>,
         only: Option<WorkerName>,
         rather_not: Option<WorkerName>,
@@ -332,6 +332,7 @@ mod tests {
                 kind,
                 home: Some("fra1".parse().unwrap()),
                 repository: Some("main"),
+                files: kind == JobKind::Backup,
                 root: None,
                 only: None,
                 rather_not: None,
@@ -347,6 +348,7 @@ mod tests {
                     cluster: &"orders".parse().unwrap(),
                     home: self.home.as_ref(),
                     repository: self.repository,
+                    files: self.files,
                     restore_root: self.root,
                     only: self.only.as_ref(),
                     rather_not: self.rather_not.as_ref(),
@@ -362,6 +364,17 @@ mod tests {
                 Placed::Nobody { reason } => reason,
             }
         }
+    }
+
+    #[test]
+    fn a_logical_backup_needs_no_files() {
+        let mut blind = worker("w1", "fra1");
+        blind.clusters[0].files = false;
+        let mut ask = Ask::new(JobKind::Backup);
+        let nobody = "no worker can read the data directory of orders";
+        assert_eq!(ask.queue(std::slice::from_ref(&blind)), nobody);
+        ask.files = false;
+        let Placed::Queue { .. } = ask.place(&[blind]) else { panic!("it can be dumped") };
     }
 
     #[test]

@@ -12,7 +12,7 @@ use crate::Error;
 use crate::process::{Program, Result, find_in, is_executable};
 
 /// `postgres --version` prints one line; a dead network mount must not hold us longer.
-const VERSION_TIMEOUT: Duration = Duration::from_secs(10);
+pub(crate) const VERSION_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A directory with the programs of one PostgreSQL installation.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -109,7 +109,7 @@ fn debian_package(major: u32) -> String {
     format!("postgresql-{major}")
 }
 
-fn candidates(major: u32, extra_dirs: &[PathBuf]) -> Vec<PathBuf> {
+pub(crate) fn candidates(major: u32, extra_dirs: &[PathBuf]) -> Vec<PathBuf> {
     let mut found: Vec<PathBuf> = Vec::new();
     for directory in extra_dirs {
         found.push(directory.clone());
@@ -129,7 +129,7 @@ fn candidates(major: u32, extra_dirs: &[PathBuf]) -> Vec<PathBuf> {
 }
 
 /// From `postgres (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)`, also `19devel` and `18beta1`.
-fn parse_version(text: &str) -> Option<(u32, u32)> {
+pub(crate) fn parse_version(text: &str) -> Option<(u32, u32)> {
     let number = text.split_once("(PostgreSQL) ")?.1.split_whitespace().next()?;
     let end = number.find(|c: char| !c.is_ascii_digit()).unwrap_or(number.len());
     let minor = number[end..].strip_prefix('.').unwrap_or("0");

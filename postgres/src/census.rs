@@ -71,15 +71,15 @@ struct DatabaseDraft {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Relation {
+pub(crate) struct Relation {
     oid: u32,
-    kind: char,
-    schema: String,
-    name: String,
+    pub(crate) kind: char,
+    pub(crate) schema: String,
+    pub(crate) name: String,
     file_node: u32,
     pages: i64,
     /// Whether it has rows of its own that a restore brings back.
-    countable: bool,
+    pub(crate) countable: bool,
     is_heap: bool,
 }
 
@@ -256,7 +256,7 @@ pub(crate) fn collation_sql(major: u32) -> String {
     )
 }
 
-const EXTENSIONS: &str = "\
+pub(crate) const EXTENSIONS: &str = "\
 -- pgmuster: extensions
 SELECT extname || ' ' || extversion FROM pg_extension ORDER BY extname";
 
@@ -305,7 +305,7 @@ fn relation(row: &Row) -> Relation {
     }
 }
 
-async fn relations(session: &Session) -> Result<Vec<Relation>, Error> {
+pub(crate) async fn relations(session: &Session) -> Result<Vec<Relation>, Error> {
     let rows = session.query("list the relations", RELATIONS, &[]).await?;
     Ok(rows.iter().map(relation).collect())
 }

@@ -181,6 +181,16 @@ pub enum Error {
         /// Where they are not.
         searched: Vec<PathBuf>,
     },
+    /// The only client programs that fit have known holes.
+    #[error("use pg_dump {found} in {}: needed is {needed} or newer of that major version", directory.display())]
+    ClientUnsafe {
+        /// Where they are.
+        directory: PathBuf,
+        /// Their version.
+        found: String,
+        /// The first one without the holes.
+        needed: String,
+    },
     /// A program could not be started, or lost.
     #[error("start {program}")]
     ProgramStart {
@@ -512,6 +522,11 @@ impl From<Error> for Failure {
                 &format!(
                     "Install them: apt-get install {package} (from apt.postgresql.org where the system's own release lacks it), or name their directory in the worker's configuration."
                 ),
+            ),
+            Error::ClientUnsafe { .. } => told(
+                Code::BinariesMissing,
+                Action::RetryElsewhere,
+                "Older ones run what a hostile server or database makes them run. Update the client programs (apt-get install --only-upgrade postgresql-client-MAJOR), or name a newer directory in sandbox.postgres_bin_dirs.",
             ),
             Error::SandboxUnfit { .. } | Error::ProgramStart { .. } => told(
                 Code::SandboxUnfit,

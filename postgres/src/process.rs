@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::process::{Child, Command};
+use tokio::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command};
 use tokio::sync::{OnceCell, oneshot};
 use tokio_util::sync::CancellationToken;
 
@@ -267,7 +267,7 @@ impl Program {
     }
 
     /// The name in error texts; arguments are left out, they may be long.
-    fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         self.path.file_name().unwrap_or(self.path.as_os_str()).to_string_lossy().into_owned()
     }
 
@@ -315,6 +315,18 @@ impl Program {
             outcome: describe(status),
             output: last_lines(&String::from_utf8_lossy(said), ERROR_LINES),
         })
+    }
+
+    /// Starts the program with all three pipes.
+    pub(crate) async fn start_piped(
+        &self,
+    ) -> Result<(Running, Option<ChildStdin>, Option<ChildStdout>, Option<ChildStderr>)> {
+        let mut command = self.command().await?;
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut running = self.start(command).await?;
+        let child = &mut running.child;
+        let pipes = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+        Ok((running, pipes.0, pipes.1, pipes.2))
     }
 
     /// Starts the program with both its outputs appended to `log`, and returns at once.
@@ -619,7 +631,7 @@ async fn keep_head(pipe: Option<impl AsyncRead + Unpin>) -> io::Result<(Vec<u8>,
     Ok((head, rest > 0))
 }
 
-async fn keep_tail(pipe: Option<impl AsyncRead + Unpin>) -> io::Result<Vec<u8>> {
+pub(crate) async fn keep_tail(pipe: Option<impl AsyncRead + Unpin>) -> io::Result<Vec<u8>> {
     let Some(mut pipe) = pipe else { return Ok(Vec::new()) };
     let mut tail = Vec::new();
     let mut chunk = vec![0; 8 << 10];

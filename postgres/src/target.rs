@@ -203,6 +203,48 @@ impl Target {
         Some(Address::Tcp { name: name.clone(), host, port })
     }
 
+    /// The variables by which libpq gets the same settings, without files and secrets.
+    pub(crate) fn libpq_words(&self) -> Vec<(&'static str, String)> {
+        let join = |words: Vec<String>| words.join(",");
+        let mode = match self.tls.mode {
+            tls::Mode::Disable => "disable",
+            tls::Mode::Prefer => "prefer",
+            tls::Mode::Require => "require",
+            tls::Mode::VerifyCa => "verify-ca",
+            tls::Mode::VerifyFull => "verify-full",
+        };
+        let binding = match self.channel_binding {
+            ChannelBinding::Disable => "disable",
+            ChannelBinding::Require => "require",
+            _ => "prefer",
+        };
+        let mut words = vec![
+            ("PGHOST", join(self.hosts.clone())),
+            ("PGPORT", join(self.ports.iter().map(ToString::to_string).collect())),
+            ("PGUSER", self.user.clone()),
+            ("PGDATABASE", self.database.clone()),
+            ("PGSSLMODE", mode.to_owned()),
+            ("PGCHANNELBINDING", binding.to_owned()),
+            ("PGCONNECT_TIMEOUT", self.connect_timeout.as_secs().max(2).to_string()),
+        ];
+        if !self.addresses.is_empty() {
+            words.push((
+                "PGHOSTADDR",
+                join(self.addresses.iter().map(ToString::to_string).collect()),
+            ));
+        }
+        if self.tls.direct {
+            words.push(("PGSSLNEGOTIATION", "direct".to_owned()));
+        }
+        words.retain(|(_, value)| !value.is_empty());
+        words
+    }
+
+    /// Settings of the session, as words of a server's command line.
+    pub(crate) fn options(&self) -> &str {
+        &self.options
+    }
+
     pub(crate) fn tls(&self) -> &tls::Options {
         &self.tls
     }

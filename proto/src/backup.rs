@@ -6,6 +6,40 @@ use serde::{Deserialize, Serialize};
 
 use crate::{ClusterName, DatabaseName, Lsn, SystemIdentifier, Timeline};
 
+/// What a backup is.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum BackupKind {
+    /// The files of a cluster and its WAL: a server starts from it.
+    #[default]
+    Physical,
+    /// What `pg_dump` says of each database: it is loaded into a server.
+    Logical,
+}
+
+impl BackupKind {
+    /// The kind as text.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Physical => "physical",
+            Self::Logical => "logical",
+        }
+    }
+
+    /// Whether it is a physical one.
+    pub fn is_physical(&self) -> bool {
+        *self == Self::Physical
+    }
+}
+
+impl std::fmt::Display for BackupKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
 /// Everything about the source that a restore cannot learn from the files alone.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BackupFacts {
@@ -50,6 +84,59 @@ pub struct BackupFacts {
     /// Pages that failed their checksum and were stored as they are: `path`, page number.
     #[serde(default)]
     pub bad_pages: Vec<BadPage>,
+    /// Of a logical backup, and of no other: its databases. Positions and times are then those of the server when the first
+    /// dump began and when the last one ended, `backup_label` is empty, and no recovery has to reach anything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logical: Option<LogicalFacts>,
+}
+
+impl BackupFacts {
+    /// What the backup is.
+    pub fn kind(&self) -> BackupKind {
+        if self.logical.is_some() { BackupKind::Logical } else { BackupKind::Physical }
+    }
+}
+
+/// What a logical backup holds, and with what it was made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogicalFacts {
+    /// `pg_dump` in the manner of `server_version_num`.
+    pub client_version_num: u32,
+    /// Whether `globals.sql` has the passwords of roles: a role that may not read `pg_authid` cannot dump them.
+    pub role_passwords: bool,
+    /// The dumps, in the order of their names.
+    pub databases: Vec<DatabaseDump>,
+    /// Databases that are not in the backup although nobody excluded them by name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub skipped: Vec<SkippedDatabase>,
+}
+
+/// One database's dump.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DatabaseDump {
+    /// The database.
+    pub database: DatabaseName,
+    /// Path of the dump in the backup.
+    pub file: String,
+    /// The snapshot it shows, as the server named it.
+    pub snapshot: String,
+    /// Its encoding, as the server names it.
+    pub encoding: String,
+    /// `LC_COLLATE`.
+    pub collate: String,
+    /// `LC_CTYPE`.
+    pub ctype: String,
+    /// Bytes it had on the server, indexes included.
+    pub server_bytes: u64,
+}
+
+/// A database that is not in a logical backup.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SkippedDatabase {
+    /// The database.
+    pub database: DatabaseName,
+    /// Why, for people.
+    pub why: String,
 }
 
 /// A tablespace outside the data directory.

@@ -132,6 +132,8 @@ codes! {
     WalMissing = "WAL_MISSING",
     /// A backup made the server keep more WAL than it may.
     WalHeld = "WAL_HELD",
+    /// `pg_dump` failed, or what it wrote is not whole.
+    DumpFailed = "DUMP_FAILED",
     /// The PostgreSQL programs of the needed version are not installed.
     BinariesMissing = "BINARIES_MISSING",
 

@@ -16,7 +16,7 @@ pub mod secret_ref;
 pub mod step;
 pub mod topology;
 
-pub use backup::BackupFacts;
+pub use backup::{BackupFacts, BackupKind};
 pub use failure::{Action, Code, Failure};
 pub use id::{AttemptId, BackupId, BootId, JobId, LineageId, RepositoryId};
 pub use job::{JobKind, JobState, Lane, Outcome, Placement, Task};

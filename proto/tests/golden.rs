@@ -7,11 +7,12 @@ use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::path::PathBuf;
 
+use proto::backup::SkippedDatabase;
 use proto::envelope::{Certificate, SigningKey};
 use proto::job::{
-    Analyze, AnalyzeOutcome, Backup, BackupOutcome, Probe, ProbeOutcome, Restore, RestoreOutcome,
-    RestoreTarget, SeenVerdict, SkippedTable, Vacuum, VacuumOutcome, VacuumedTable, VerifyRestore,
-    VerifyRestoreOutcome,
+    Analyze, AnalyzeOutcome, Backup, BackupOutcome, LogicalOutcome, PgDump, Probe, ProbeOutcome,
+    Restore, RestoreOutcome, RestoreTarget, SeenVerdict, SkippedTable, Vacuum, VacuumOutcome,
+    VacuumedTable, VerifyRestore, VerifyRestoreOutcome,
 };
 use proto::message::{
     Beacon, Cancel, Claim, ClaimMessage, ClusterOffer, Control, Decline, DeclineReason, Denial,
@@ -185,6 +186,30 @@ fn a_backup_that_takes_less_of_the_server() {
 }
 
 #[test]
+fn a_logical_backup_and_its_outcome() {
+    let pg_dump = PgDump {
+        databases: vec!["shop*".parse().unwrap(), "a \"b\"".parse().unwrap()],
+        exclude: vec!["*_test".parse().unwrap()],
+    };
+    let task = Task::Backup(Backup { pg_dump: Some(pg_dump), ..Backup::default() });
+    golden("spec.backup.pg_dump", &spec(task));
+    let skipped = SkippedDatabase {
+        database: "template0".parse().unwrap(),
+        why: "it allows no connections".to_owned(),
+    };
+    let outcome = BackupOutcome {
+        logical: Some(LogicalOutcome {
+            client_version_num: 150_019,
+            databases: 3,
+            role_passwords: false,
+            skipped: vec![skipped],
+        }),
+        ..backup_outcome()
+    };
+    golden("outcome.backup.pg_dump", &Outcome::Backup(outcome));
+}
+
+#[test]
 fn a_field_this_version_does_not_know_is_refused_in_a_job_and_ignored_in_a_report() {
     let mut value = serde_json::to_value(spec(Task::Backup(Backup::default()))).unwrap();
     value["task"]["backup"]["upside_down"] = true.into();
@@ -192,6 +217,29 @@ fn a_field_this_version_does_not_know_is_refused_in_a_job_and_ignored_in_a_repor
     let mut value = serde_json::to_value(report(ReportBody::Started)).unwrap();
     value["mood"] = "fine".into();
     assert!(serde_json::from_value::<Report>(value).is_ok());
+}
+
+fn backup_outcome() -> BackupOutcome {
+    BackupOutcome {
+        backup: backup_id(),
+        lineage: lineage(),
+        repository: "s3://bucket/prefix".to_owned(),
+        system_identifier: SYSTEM,
+        server_version_num: 150_018,
+        timeline: Timeline(1),
+        start_lsn: Lsn(0x0200_0028),
+        stop_lsn: Lsn(0x0200_0100),
+        started_at_ms: 1,
+        stopped_at_ms: 2,
+        files: 1_000,
+        size_bytes: 31_000_000,
+        read_bytes: 31_000_000,
+        stored_bytes: 4_000_000,
+        wal_bytes: 16_777_216,
+        bad_pages: 0,
+        compared_with: None,
+        logical: None,
+    }
 }
 
 #[test]
@@ -203,25 +251,7 @@ fn outcomes_of_every_kind() {
         reason: "locked".to_owned(),
     };
     let outcomes = [
-        Outcome::Backup(BackupOutcome {
-            backup: backup_id(),
-            lineage: lineage(),
-            repository: "s3://bucket/prefix".to_owned(),
-            system_identifier: SYSTEM,
-            server_version_num: 150_018,
-            timeline: Timeline(1),
-            start_lsn: Lsn(0x0200_0028),
-            stop_lsn: Lsn(0x0200_0100),
-            started_at_ms: 1,
-            stopped_at_ms: 2,
-            files: 1_000,
-            size_bytes: 31_000_000,
-            read_bytes: 31_000_000,
-            stored_bytes: 4_000_000,
-            wal_bytes: 16_777_216,
-            bad_pages: 0,
-            compared_with: None,
-        }),
+        Outcome::Backup(backup_outcome()),
         Outcome::VerifyRestore(VerifyRestoreOutcome { proof: proof() }),
         Outcome::Restore(RestoreOutcome {
             backup: backup_id(),

@@ -21,7 +21,8 @@ pub struct SourceEntry {
     pub kind: SourceKind,
     /// Permission bits.
     pub mode: u32,
-    /// Bytes at the scan; exactly so many are copied, fewer when the file became shorter. 0 for what is not a file.
+    /// Bytes at the scan; exactly so many are copied, fewer when the file became shorter. 0 for what is not a file, and for
+    /// a stream.
     pub size_bytes: u64,
     /// Time of the last change of content, nanoseconds since 1970.
     pub mtime_ns: i64,
@@ -45,6 +46,9 @@ pub struct SourceEntry {
 pub enum SourceKind {
     /// A regular file.
     File,
+    /// A regular file whose content comes as a stream: it is read once, from its beginning to its end, and how long it is
+    /// shows at the end.
+    Stream,
     /// A directory; its entries follow it.
     Directory,
     /// A symbolic link, stored as one and never followed.
@@ -75,6 +79,11 @@ impl SourceEntry {
     /// A symbolic link.
     pub fn symlink(path: impl Into<Vec<u8>>, target: impl Into<Vec<u8>>) -> Self {
         Self { kind: SourceKind::Symlink { target: target.into() }, ..Self::directory(path, 0o777) }
+    }
+
+    /// A file whose content is read from [`Source::stream`](crate::Source::stream).
+    pub fn stream(path: impl Into<Vec<u8>>, mode: u32) -> Self {
+        Self { kind: SourceKind::Stream, ..Self::directory(path, mode) }
     }
 
     /// A file whose content is given here.

@@ -6,7 +6,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use proto::{LineageId, RepositoryId};
+use proto::{BackupKind, LineageId, RepositoryId};
 use secrecy::{ExposeSecret, SecretBox};
 use zeroize::Zeroizing;
 
@@ -222,11 +222,15 @@ impl Keys {
     /// The id of the `generation`-th lineage of a cluster, so that two workers that mint at once mint the same.
     pub(crate) fn lineage_id(
         &self,
+        kind: BackupKind,
         cluster: &str,
         system_identifier: u64,
         generation: u32,
     ) -> LineageId {
-        let mut hasher = blake3::Hasher::new_derive_key("pgmuster repository v1: lineage id");
+        let mut hasher = blake3::Hasher::new_derive_key(match kind {
+            BackupKind::Physical => "pgmuster repository v1: lineage id",
+            BackupKind::Logical => "pgmuster repository v1: lineage id of logical backups",
+        });
         hasher.update(self.index.expose_secret());
         hasher
             .update(&system_identifier.to_le_bytes())

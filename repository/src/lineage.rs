@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use futures::{StreamExt, stream};
-use proto::{AttemptId, BackupId, ClusterName, LineageId, SystemIdentifier};
+use proto::{AttemptId, BackupId, BackupKind, ClusterName, LineageId, SystemIdentifier};
 
 use crate::again::again;
 use crate::error::Error;
@@ -75,10 +75,22 @@ pub(crate) fn backups(mut attempts: Vec<AttemptSummary>) -> Vec<AttemptSummary> 
 }
 
 impl Repository {
-    /// The lineage of a cluster, minted when this is the first contact. Idempotent by (cluster, system identifier);
-    /// workers that mint at the same time get the same one. `now_ms` is stored in a new identity.
+    /// The lineage of a cluster's physical backups, minted when this is the first contact. Idempotent by (cluster, system
+    /// identifier); workers that mint at the same time get the same one. `now_ms` is stored in a new identity.
     pub async fn find_or_mint_lineage(
         &self,
+        cluster: &ClusterName,
+        system_identifier: SystemIdentifier,
+        now_ms: i64,
+    ) -> Result<Identity, Error> {
+        self.find_or_mint_lineage_of(BackupKind::Physical, cluster, system_identifier, now_ms).await
+    }
+
+    /// The same for either kind: each has lineages of its own, so that nothing that is said of one lineage (what is compared
+    /// with, what is the newest, what is kept) ever mixes the two.
+    pub async fn find_or_mint_lineage_of(
+        &self,
+        kind: BackupKind,
         cluster: &ClusterName,
         system_identifier: SystemIdentifier,
         now_ms: i64,
@@ -86,7 +98,8 @@ impl Repository {
         let mut newest = None;
         // Generations are minted one after the other, so the first gap ends the search.
         for generation in 0..u32::MAX {
-            let lineage = self.keys.lineage_id(cluster.as_str(), system_identifier.0, generation);
+            let id = system_identifier.0;
+            let lineage = self.keys.lineage_id(kind, cluster.as_str(), id, generation);
             match self.identity(lineage).await {
                 Ok(identity) => newest = Some(identity),
                 Err(Error::LineageUnknown { .. }) => break,
@@ -95,7 +108,7 @@ impl Repository {
         }
         match newest {
             Some(identity) => Ok(identity),
-            None => self.mint(cluster, system_identifier, 0, now_ms).await,
+            None => self.mint(kind, cluster, system_identifier, 0, now_ms).await,
         }
     }
 
@@ -105,23 +118,25 @@ impl Repository {
         previous: &Identity,
         now_ms: i64,
     ) -> Result<Identity, Error> {
-        self.mint(&previous.cluster, previous.system_identifier, previous.generation + 1, now_ms)
-            .await
+        let Identity { kind, cluster, system_identifier, generation, .. } = previous;
+        self.mint(*kind, cluster, *system_identifier, generation + 1, now_ms).await
     }
 
     async fn mint(
         &self,
+        kind: BackupKind,
         cluster: &ClusterName,
         system_identifier: SystemIdentifier,
         generation: u32,
         now_ms: i64,
     ) -> Result<Identity, Error> {
-        let lineage = self.keys.lineage_id(cluster.as_str(), system_identifier.0, generation);
+        let lineage = self.keys.lineage_id(kind, cluster.as_str(), system_identifier.0, generation);
         let identity = Identity {
             lineage,
             cluster: cluster.clone(),
             system_identifier,
             generation,
+            kind,
             created_at_ms: now_ms,
         };
         let key = layout::identity(lineage);

@@ -628,7 +628,7 @@ mod tests {
     #[test]
     fn all_parts_but_the_last_are_equal_and_make_the_object() {
         let keys = MasterKey::generate().keys(proto::RepositoryId::mint(1, [1; 10]));
-        let lineage = keys.lineage_id("c", 1, 0);
+        let lineage = keys.lineage_id(proto::BackupKind::Physical, "c", 1, 0);
         let mut builder = PackBuilder::new(&keys, lineage, ObjectType::Data, [7; 16]).unwrap();
         let contents: Vec<Vec<u8>> = (1_u8..)
             .zip([700_001, 5 << 20, 3 << 20, PART_BYTES - TAG_BYTES, FRAME_BYTES_MAX as usize, 1])

@@ -1,6 +1,6 @@
 //! The notes of a lineage: identity, intent, verdict, and what the collector of garbage leaves. Data only.
 
-use proto::{AttemptId, BackupId, ClusterName, LineageId, SystemIdentifier};
+use proto::{AttemptId, BackupId, BackupKind, ClusterName, LineageId, SystemIdentifier};
 use serde::{Deserialize, Serialize};
 
 use crate::manifest::Counts;
@@ -14,8 +14,11 @@ pub struct Identity {
     pub cluster: ClusterName,
     /// The system identifier every backup of it has.
     pub system_identifier: SystemIdentifier,
-    /// Counts the lineages of this cluster and system identifier, from 0.
+    /// Counts the lineages of this cluster, system identifier and kind, from 0.
     pub generation: u32,
+    /// What every backup of it is. Not written when physical.
+    #[serde(default, skip_serializing_if = "BackupKind::is_physical")]
+    pub kind: BackupKind,
     /// Unix milliseconds.
     pub created_at_ms: i64,
 }

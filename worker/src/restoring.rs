@@ -12,7 +12,8 @@ use std::time::Duration;
 
 use proto::job::RestoreOutcome;
 use proto::{
-    Action, BackupFacts, BackupId, ClusterName, Code, Failure, Progress, SystemIdentifier,
+    Action, BackupFacts, BackupId, BackupKind, ClusterName, Code, Failure, Progress,
+    SystemIdentifier,
 };
 use repository::{
     Backup, Comparison, Existing, Foreign, Pin, Pinned, Repository, RestoreOptions, RestorePlan,
@@ -76,14 +77,15 @@ impl Destination {
     }
 }
 
-/// Finds a backup by what is known: its id, or the newest of a cluster.
+/// Finds a physical backup by what is known: its id, or the newest of a cluster.
 pub async fn find(
     repository: &Repository,
     cluster: Option<&ClusterName>,
     system_identifier: Option<SystemIdentifier>,
     backup: Option<BackupId>,
 ) -> Result<Backup, Failure> {
-    let (lineage, id) = locate(repository, cluster, system_identifier, backup).await?;
+    let kind = BackupKind::Physical;
+    let (lineage, id) = locate(repository, kind, cluster, system_identifier, backup).await?;
     Ok(repository.open_backup(lineage, id).await?)
 }
 
@@ -95,12 +97,41 @@ pub async fn find_pinned(
     backup: Option<BackupId>,
     pin: &Pin,
 ) -> Result<Pinned, Failure> {
-    let (lineage, id) = locate(repository, cluster, system_identifier, backup).await?;
+    let kind = BackupKind::Physical;
+    find_pinned_of(kind, repository, cluster, system_identifier, backup, pin).await
+}
+
+/// The same for either kind. A backup of the other kind is refused.
+pub async fn find_pinned_of(
+    kind: BackupKind,
+    repository: &Repository,
+    cluster: Option<&ClusterName>,
+    system_identifier: Option<SystemIdentifier>,
+    backup: Option<BackupId>,
+    pin: &Pin,
+) -> Result<Pinned, Failure> {
+    let (lineage, id) = locate(repository, kind, cluster, system_identifier, backup).await?;
     Ok(repository.open_pinned(lineage, id, pin).await?)
+}
+
+/// Why a backup is not put back the way that was asked for.
+fn other_kind(found: BackupKind, backup: BackupId) -> Failure {
+    let (message, hint) = match found {
+        BackupKind::Logical => (
+            format!("backup {backup} is a logical one: dumps, from which no server starts"),
+            "Load it into a server: pgmuster restore --repository URL --key FILE --backup ID --into-server URL.",
+        ),
+        BackupKind::Physical => (
+            format!("backup {backup} is a physical one: files, which are not loaded into a server"),
+            "Restore it into a directory: pgmuster restore --repository URL --key FILE --backup ID --into DIR.",
+        ),
+    };
+    Failure::new(Code::RequestInvalid, Action::FixConfig, message).with_hint(hint)
 }
 
 async fn locate(
     repository: &Repository,
+    kind: BackupKind,
     cluster: Option<&ClusterName>,
     system_identifier: Option<SystemIdentifier>,
     backup: Option<BackupId>,
@@ -130,6 +161,9 @@ async fn locate(
     }
     let mut newest: Option<(i64, BackupId, proto::LineageId)> = None;
     for identity in &lineages {
+        if backup.is_none() && identity.kind != kind {
+            continue;
+        }
         for summary in repository.list_readable_backups(identity.lineage).await? {
             let (Some(id), Some(at_ms)) = (summary.backup(), summary.committed_at_ms()) else {
                 continue;
@@ -142,6 +176,9 @@ async fn locate(
             if !meant {
                 continue;
             }
+            if identity.kind != kind {
+                return Err(other_kind(identity.kind, id));
+            }
             newest = newest.max(Some((at_ms, id, identity.lineage)));
         }
     }
@@ -153,10 +190,13 @@ async fn locate(
         )),
         (None, None) => {
             let whose = cluster.map_or(String::new(), |cluster| format!(" of {cluster}"));
-            Err(unknown(
-                format!("{place} holds no committed backup{whose}"),
-                "Take one: pgmuster backup CLUSTER.",
-            ))
+            let (what, hint) = match kind {
+                BackupKind::Physical => ("committed", "Take one: pgmuster backup CLUSTER."),
+                BackupKind::Logical => {
+                    ("committed logical", "Take one: pgmuster backup CLUSTER --engine pg_dump.")
+                }
+            };
+            Err(unknown(format!("{place} holds no {what} backup{whose}"), hint))
         }
     }
 }

@@ -40,6 +40,7 @@ fn table(backups: &[BackupView]) -> String {
         vec![
             backup.id.to_string(),
             backup.cluster.to_string(),
+            backup.facts.kind().to_string(),
             output::ago(now_ms, Some(backup.facts.stopped_at_ms)),
             output::bytes(backup.facts.size_bytes),
             output::bytes(backup.facts.stored_bytes),
@@ -54,13 +55,16 @@ fn table(backups: &[BackupView]) -> String {
             ),
         ]
     });
-    output::table(&["BACKUP", "CLUSTER", "TAKEN", "SIZE", "STORED", "PROOF"], rows.collect())
+    output::table(
+        &["BACKUP", "CLUSTER", "KIND", "TAKEN", "SIZE", "STORED", "PROOF"],
+        rows.collect(),
+    )
 }
 
 fn details(backup: &BackupView) -> String {
     let facts = &backup.facts;
     let mut lines = vec![
-        format!("backup {} of {}", backup.id, backup.cluster),
+        format!("{} backup {} of {}", facts.kind(), backup.id, backup.cluster),
         format!("  repository   {}", facts.repository),
         format!(
             "  positions    {} to {} on timeline {}",
@@ -74,6 +78,16 @@ fn details(backup: &BackupView) -> String {
         format!("  bad pages    {}", facts.bad_pages),
         format!("  taken by     {} (job {})", backup.worker, backup.job),
     ];
+    if let Some(logical) = &facts.logical {
+        let (major, minor) =
+            (logical.client_version_num / 10_000, logical.client_version_num % 10_000);
+        lines.push(format!("  databases    {}, by pg_dump {major}.{minor}", logical.databases));
+        let passwords = if logical.role_passwords { "with" } else { "without" };
+        lines.push(format!("  roles        {passwords} passwords"));
+        for skipped in &logical.skipped {
+            lines.push(format!("  not in it    {}: {}", skipped.database, skipped.why));
+        }
+    }
     if let Some(proof) = &backup.proof {
         lines.push(format!("  proof        {}", worker::proving::sentence(&proof.record)));
         for check in &proof.record.checks {

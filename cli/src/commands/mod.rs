@@ -8,6 +8,7 @@ mod demo;
 mod doctor;
 mod gc;
 mod job;
+mod load;
 mod order;
 mod repo;
 mod repo_check;

@@ -3,26 +3,49 @@
 use std::path::{Component, Path};
 
 use coordinator::api::types::{JobView, SubmitRequest, WorkerView};
-use proto::job::{Analyze, RestoreTarget, Vacuum, VerifyRestore};
+use proto::job::{Analyze, PgDump, RestoreTarget, Vacuum, VerifyRestore};
 use proto::{Action, Code, Failure, Task, WorkerName};
 
-use crate::args::{Backup, Maintain, MaintenanceTask, Output, Restore, Verify};
+use crate::args::{Backup, Engine, Maintain, MaintenanceTask, Output, Restore, Verify};
 use crate::client::Client;
 use crate::exit::Exit;
 use crate::follow;
 
 /// `backup CLUSTER`.
 pub(crate) async fn backup(client: &Client, args: Backup, format: Output) -> Result<Exit, Failure> {
+    let pg_dump = scope(&args)?;
     let task = Task::Backup(proto::job::Backup {
         fast_checkpoint: !args.spread_checkpoint,
         full_read: args.full_read,
         compression_level: None,
         processes: args.processes,
         rate_limit_bytes: args.rate_limit.map(|limit| limit.as_u64()),
+        pg_dump,
     });
     let request = SubmitRequest { verify: args.verify, ..SubmitRequest::new(args.cluster, task) };
     let view: JobView = client.post("/v1/jobs", &request).await?;
     follow::after_order(client, view, &args.waiting, format).await
+}
+
+/// Which databases a logical backup is of; `None` for a physical one, which has all of them.
+fn scope(args: &Backup) -> Result<Option<PgDump>, Failure> {
+    let scope =
+        PgDump { databases: args.databases.clone(), exclude: args.exclude_databases.clone() };
+    let refuse = |message: &str, hint: &str| {
+        Err(Failure::new(Code::RequestInvalid, Action::FixConfig, message).with_hint(hint))
+    };
+    match args.engine {
+        Engine::Native if scope == PgDump::default() => Ok(None),
+        Engine::Native => refuse(
+            "a copy of a cluster's files has every database",
+            "Add --engine pg_dump, or leave the names of databases out.",
+        ),
+        Engine::PgDump if args.verify.is_some() => refuse(
+            "a logical backup cannot be proved by a restore in a sandbox yet",
+            "Leave --verify out; pg_restore reads every dump while it is stored.",
+        ),
+        Engine::PgDump => Ok(Some(scope)),
+    }
 }
 
 /// `verify CLUSTER`.
@@ -65,7 +88,8 @@ pub(crate) async fn restore(
     format: Output,
 ) -> Result<Exit, Failure> {
     let workers: Vec<WorkerView> = client.get("/v1/workers").await?;
-    let (worker, target) = place(&workers, &args.into, args.on.as_ref())?;
+    let into = args.into.as_deref().ok_or_else(|| Failure::bug("clap asks for a directory"))?;
+    let (worker, target) = place(&workers, into, args.on.as_ref())?;
     let cluster = args.cluster.ok_or_else(|| {
         Failure::new(Code::RequestInvalid, Action::FixConfig, "no cluster was named")
             .with_hint("Write pgmuster restore CLUSTER --into DIR.")

@@ -21,8 +21,12 @@ pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failu
         return Err(Failure::bug("a restore without a coordinator needs --repository"));
     };
     let opener = OpenerArgs { key: args.key.clone(), passphrase: args.passphrase.clone() };
-    let into = std::path::absolute(&args.into).map_err(|error| {
-        let message = format!("{}: {error}", args.into.display());
+    if let Some(server) = &args.into_server {
+        return super::load::into_server(&args, url, &opener, server, format).await;
+    }
+    let into = args.into.as_deref().ok_or_else(|| Failure::bug("clap asks for a directory"))?;
+    let into = std::path::absolute(into).map_err(|error| {
+        let message = format!("{}: {error}", into.display());
         Failure::new(Code::RequestInvalid, Action::FixConfig, message)
     })?;
     let repository = repo::open(url, &opener).await?;
@@ -71,7 +75,7 @@ pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failu
 }
 
 /// A context for work that no coordinator knows of.
-fn context(cluster: &proto::ClusterName) -> JobContext {
+pub(super) fn context(cluster: &proto::ClusterName) -> JobContext {
     let now_ms = u64::try_from(environment::now_ms()).unwrap_or(0);
     let target = RestoreTarget {
         root: "/".to_owned(),
@@ -96,7 +100,7 @@ fn context(cluster: &proto::ClusterName) -> JobContext {
     JobContext::new(spec, Arc::new(|_: &Step| {}))
 }
 
-async fn show_progress(cx: JobContext) {
+pub(super) async fn show_progress(cx: JobContext) {
     if !output::is_watched() {
         return;
     }

@@ -35,8 +35,8 @@ impl Backup {
 pub(crate) async fn put(tx: &mut Tx<'_>, backup: &Backup, now_ms: i64) -> Result<()> {
     sqlx::query(
         "-- put_backup
-         INSERT INTO backups (id, job, cluster, worker, stopped_at_ms, recorded_at_ms, outcome)
-         VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (id) DO NOTHING",
+         INSERT INTO backups (id, job, cluster, worker, stopped_at_ms, recorded_at_ms, outcome, kind)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT (id) DO NOTHING",
     )
     .bind(backup.id.to_string())
     .bind(backup.job.to_string())
@@ -45,6 +45,7 @@ pub(crate) async fn put(tx: &mut Tx<'_>, backup: &Backup, now_ms: i64) -> Result
     .bind(backup.outcome.stopped_at_ms)
     .bind(now_ms)
     .bind(json(&backup.outcome))
+    .bind(backup.outcome.kind().as_str())
     .execute(tx.db())
     .await?;
     Ok(())
@@ -74,14 +75,14 @@ pub(crate) async fn get(db: &mut AnyConnection, id: BackupId) -> Result<Option<B
     row.map(|row| Backup::from_row(&Row(row))).transpose()
 }
 
-/// The newest backup of each cluster.
+/// The backup that each cluster is judged by: its newest physical one, or its newest logical one where it has no other.
 pub(crate) async fn newest(db: &mut AnyConnection) -> Result<Vec<Backup>> {
     let rows = sqlx::query(
         "-- newest_backups
          SELECT * FROM backups AS b WHERE NOT EXISTS (
              SELECT 1 FROM backups AS later WHERE later.cluster = b.cluster
-                 AND (later.stopped_at_ms > b.stopped_at_ms
-                     OR (later.stopped_at_ms = b.stopped_at_ms AND later.id > b.id))
+                 AND (later.kind > b.kind OR (later.kind = b.kind AND (later.stopped_at_ms > b.stopped_at_ms
+                     OR (later.stopped_at_ms = b.stopped_at_ms AND later.id > b.id))))
          )",
     )
     .fetch_all(db)
@@ -89,15 +90,15 @@ pub(crate) async fn newest(db: &mut AnyConnection) -> Result<Vec<Backup>> {
     rows.into_iter().map(|row| Backup::from_row(&Row(row))).collect()
 }
 
-/// Proofs of the newest backup of each cluster, newest first.
+/// Proofs of those backups, newest first.
 pub(crate) async fn newest_proofs(db: &mut AnyConnection) -> Result<Vec<ProofRow>> {
     let rows = sqlx::query(
         "-- newest_proofs
          SELECT * FROM proofs WHERE backup IN (
              SELECT id FROM backups AS b WHERE NOT EXISTS (
                  SELECT 1 FROM backups AS later WHERE later.cluster = b.cluster
-                     AND (later.stopped_at_ms > b.stopped_at_ms
-                         OR (later.stopped_at_ms = b.stopped_at_ms AND later.id > b.id))
+                     AND (later.kind > b.kind OR (later.kind = b.kind AND (later.stopped_at_ms > b.stopped_at_ms
+                         OR (later.stopped_at_ms = b.stopped_at_ms AND later.id > b.id))))
              )
          ) ORDER BY at_ms DESC, id DESC",
     )

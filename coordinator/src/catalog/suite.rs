@@ -192,7 +192,7 @@ async fn a_newer_catalog_is_refused(url: &str) {
                 sqlx::query(
                     "-- a migration of a later version
                      INSERT INTO _sqlx_migrations
-                     SELECT 9999, description, installed_on, success, checksum, execution_time FROM _sqlx_migrations",
+                     SELECT 9999, description, installed_on, success, checksum, execution_time FROM _sqlx_migrations LIMIT 1",
                 )
                 .execute(tx.db())
                 .await?;

@@ -632,5 +632,6 @@ pub(crate) fn backup_outcome(attempt: AttemptId) -> Outcome {
         wal_bytes: 16,
         bad_pages: 0,
         compared_with: None,
+        logical: None,
     })
 }

@@ -1,7 +1,9 @@
-//! Take a physical backup.
+//! Take a backup: of a cluster's files, or with `pg_dump` of its databases.
 
 use serde::{Deserialize, Serialize};
 
+use super::DatabasePattern;
+use crate::backup::{BackupKind, SkippedDatabase};
 use crate::{BackupId, LineageId, Lsn, SystemIdentifier, Timeline};
 
 /// Parameters of a backup. The repository is the one the worker's configuration names for the cluster.
@@ -24,6 +26,29 @@ pub struct Backup {
     /// configuration allows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate_limit_bytes: Option<u64>,
+    /// Take a logical backup with `pg_dump`; the files are copied when absent. `fast_checkpoint`, `full_read` and
+    /// `rate_limit_bytes` mean nothing then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pg_dump: Option<PgDump>,
+}
+
+impl Backup {
+    /// What it will be.
+    pub fn kind(&self) -> BackupKind {
+        if self.pg_dump.is_some() { BackupKind::Logical } else { BackupKind::Physical }
+    }
+}
+
+/// Parameters of a logical backup: which databases. A new one is included by itself as far as the patterns allow.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PgDump {
+    /// Only databases that one of these fits; all when empty. One that fits no database fails the backup.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub databases: Vec<DatabasePattern>,
+    /// None that one of these fits.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub exclude: Vec<DatabasePattern>,
 }
 
 /// The lowest limit of what a backup reads in a second: slower ones end in no useful time.
@@ -67,4 +92,28 @@ pub struct BackupOutcome {
     /// The backup this one was compared with.
     #[serde(default)]
     pub compared_with: Option<BackupId>,
+    /// Of a logical backup, and of no other: what it holds. Positions are then where the server was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logical: Option<LogicalOutcome>,
+}
+
+impl BackupOutcome {
+    /// What the backup is.
+    pub fn kind(&self) -> BackupKind {
+        if self.logical.is_some() { BackupKind::Logical } else { BackupKind::Physical }
+    }
+}
+
+/// What a logical backup holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogicalOutcome {
+    /// `pg_dump` in the manner of `server_version_num`.
+    pub client_version_num: u32,
+    /// Databases in it.
+    pub databases: u64,
+    /// Whether it has the passwords of roles.
+    pub role_passwords: bool,
+    /// Databases that are not in it although nobody excluded them, with the reason.
+    #[serde(default)]
+    pub skipped: Vec<SkippedDatabase>,
 }

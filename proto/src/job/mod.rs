@@ -6,6 +6,7 @@
 
 mod analyze;
 mod backup;
+mod pattern;
 mod probe;
 mod restore;
 mod vacuum;
@@ -17,7 +18,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 pub use analyze::{Analyze, AnalyzeOutcome, SkippedTable};
-pub use backup::{Backup, BackupOutcome, RATE_LIMIT_MIN_BYTES};
+pub use backup::{Backup, BackupOutcome, LogicalOutcome, PgDump, RATE_LIMIT_MIN_BYTES};
+pub use pattern::{DatabasePattern, PatternError};
 pub use probe::{Probe, ProbeOutcome, SeenVerdict};
 pub use restore::{RelativePath, RelativePathError, Restore, RestoreOutcome, RestoreTarget};
 pub use vacuum::{Vacuum, VacuumOutcome, VacuumedTable};
@@ -76,7 +78,7 @@ macro_rules! kinds {
 }
 
 kinds! {
-    /// Take a physical backup into the repository.
+    /// Take a backup into the repository.
     Backup(BackupOutcome) = "backup",
     /// Restore a backup in a sandbox and check it.
     VerifyRestore(VerifyRestoreOutcome) = "verify_restore",

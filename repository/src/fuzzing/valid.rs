@@ -35,7 +35,7 @@ pub(super) fn keys() -> &'static Keys {
 }
 
 pub(super) fn lineage() -> LineageId {
-    keys().lineage_id("orders", 7, 0)
+    keys().lineage_id(proto::BackupKind::Physical, "orders", 7, 0)
 }
 
 /// A key file, the master key wrapped for it, and the same key in the clear.
@@ -245,6 +245,7 @@ fn head() -> Head {
         settings: Vec::new(),
         census: None,
         bad_pages: Vec::new(),
+        logical: None,
     };
     Head {
         format: FORMAT,

@@ -361,9 +361,10 @@ impl Repository {
 
 /// Whether an identity belongs where it stands.
 fn is_own(repository: &Repository, identity: &Identity, lineage: LineageId) -> bool {
-    let Identity { cluster, system_identifier, generation, .. } = identity;
+    let Identity { cluster, system_identifier, generation, kind, .. } = identity;
+    let (cluster, id) = (cluster.as_str(), system_identifier.0);
     identity.lineage == lineage
-        && repository.keys.lineage_id(cluster.as_str(), system_identifier.0, *generation) == lineage
+        && repository.keys.lineage_id(*kind, cluster, id, *generation) == lineage
 }
 
 /// Work, or its end when the check is cancelled.

@@ -30,6 +30,8 @@ pub(super) enum Event {
     Kept { reference: ShardRef, bytes: u64 },
     /// The file was gone when a stretch of it was to be read.
     Vanished,
+    /// The stream has ended after so many stretches.
+    Ended { pieces: u64 },
 }
 
 /// What follows an entry.
@@ -39,6 +41,8 @@ pub(super) enum Shape {
     Whole,
     /// So many stretches of a file.
     Pieces(u64),
+    /// Stretches of a stream, and then its end.
+    Stream,
 }
 
 /// Stores shards with their hashes beside them.
@@ -116,10 +120,29 @@ struct Growing {
     entry: Entry,
     old: Option<Old>,
     pieces_left: u64,
+    /// Its end has not come yet: the stretches are counted from 0 downwards.
+    streams: bool,
     /// It ended early, or is gone: what comes behind does not count.
     ended: bool,
     vanished: bool,
     hashes: Vec<u8>,
+}
+
+impl Growing {
+    /// Ends a stream: only now is it known how long the file is.
+    fn end(&mut self, pieces: u64) -> Result<(), Error> {
+        let seen = u64::MAX - self.pieces_left;
+        let Body::File(file) = &mut self.entry.body else {
+            return Err(Error::Bug("a stream that is no file".into()));
+        };
+        if !self.streams || self.ended || seen != pieces {
+            return Err(Error::Bug(format!("a stream of {pieces} stretches ended after {seen}")));
+        }
+        file.stamp.scanned_bytes = file.size_bytes;
+        self.streams = false;
+        self.pieces_left = 0;
+        Ok(())
+    }
 }
 
 /// The hashes of an entry in the shard being gathered.
@@ -191,12 +214,17 @@ impl<'a> Assembler<'a> {
                 };
                 self.gather(entry, old.as_ref(), hashes)
             }
-            Event::Entry { entry, old, shape: Shape::Pieces(pieces_left) } => {
+            Event::Entry { entry, old, shape: shape @ (Shape::Pieces(_) | Shape::Stream) } => {
                 self.finish_growing()?;
+                let (pieces_left, streams) = match shape {
+                    Shape::Pieces(pieces) => (pieces, false),
+                    Shape::Whole | Shape::Stream => (u64::MAX, true),
+                };
                 let growing = Growing {
                     entry,
                     old,
                     pieces_left,
+                    streams,
                     ended: false,
                     vanished: false,
                     hashes: Vec::new(),
@@ -211,6 +239,9 @@ impl<'a> Assembler<'a> {
     fn piece(&mut self, event: Event) -> Result<(), Error> {
         let growing =
             self.growing.as_mut().ok_or_else(|| Error::Bug("a stretch without a file".into()))?;
+        if let Event::Ended { pieces } = event {
+            return growing.end(pieces);
+        }
         growing.pieces_left = growing
             .pieces_left
             .checked_sub(1)
@@ -246,7 +277,7 @@ impl<'a> Assembler<'a> {
                 file.size_bytes += bytes;
                 shards.push(reference);
             }
-            (Event::Kept { .. } | Event::Entry { .. }, _) => {
+            (Event::Kept { .. } | Event::Entry { .. } | Event::Ended { .. }, _) => {
                 return Err(Error::Bug("a stretch that does not fit its file".into()));
             }
         }
@@ -255,7 +286,7 @@ impl<'a> Assembler<'a> {
 
     fn finish_growing(&mut self) -> Result<(), Error> {
         let Some(growing) = self.growing.take() else { return Ok(()) };
-        if growing.pieces_left > 0 {
+        if growing.streams || growing.pieces_left > 0 {
             return Err(Error::Bug("a file with too few stretches".into()));
         }
         if growing.vanished {

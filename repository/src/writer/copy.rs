@@ -5,7 +5,8 @@ use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use bytes::Bytes;
+use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender};
 
 use super::assemble::Event;
 use super::previous::Old;
@@ -32,6 +33,42 @@ pub(super) struct Job {
     pub(super) old: Option<Old>,
     /// Its file has not changed, says its inode.
     pub(super) claims_unchanged: bool,
+    /// What was read already, of a stream.
+    pub(super) read: Option<Stretch>,
+}
+
+/// A stretch of a stream in memory.
+pub(super) struct Stretch {
+    pub(super) bytes: Bytes,
+    /// Given back when the stretch is dropped: only so many are in memory at once.
+    #[expect(dead_code, reason = "it is held, and given back when it is dropped")]
+    pub(super) room: Room,
+}
+
+/// Room for one stretch of a stream.
+pub(super) struct Room(Receiver<()>);
+
+impl Room {
+    /// Waits until there is room for another one, or for the end.
+    pub(super) fn wait(
+        taken: &Sender<()>,
+        back: &Receiver<()>,
+        stop: &Stop,
+    ) -> Result<Self, Error> {
+        loop {
+            match taken.send_timeout((), IDLE) {
+                Ok(()) => return Ok(Self(back.clone())),
+                Err(SendTimeoutError::Timeout(())) => stop.check()?,
+                Err(SendTimeoutError::Disconnected(())) => return Err(Error::Cancelled),
+            }
+        }
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        let _ = self.0.try_recv();
+    }
 }
 
 /// Stretches that may be waiting for their frame to be sealed, counted by number. Beyond it a small frame is sealed:
@@ -133,8 +170,10 @@ impl<'a> Copier<'a> {
 
     fn copy(&mut self, job: &Job) -> Result<(), Error> {
         let failed = |source| Error::Source { path: show(&job.entry.path), source };
-        let mut file: Box<dyn SourceFile> = if let Some(bytes) = &job.entry.content {
-            Box::new(InMemory(bytes.clone()))
+        let mut file: Box<dyn SourceFile> = if let Some(stretch) = &job.read {
+            Box::new(InMemory { bytes: stretch.bytes.clone(), start: job.start })
+        } else if let Some(bytes) = &job.entry.content {
+            Box::new(InMemory { bytes: bytes.clone(), start: 0 })
         } else if let Some(file) = self.source.open(&job.entry).map_err(failed)? {
             file
         } else {

@@ -89,6 +89,8 @@ const PARTS_MAX: usize = 3;
 const CREDITS: usize = 1024;
 /// Jobs that wait for a thread.
 const JOBS: usize = 64;
+/// Stretches of a stream, 8 MiB each, in memory beside those the threads are working on.
+const STRETCHES_AHEAD: usize = 2;
 
 /// A backup being written. Dropping it ends its threads and throws its unfinished packs away.
 #[derive(Debug)]
@@ -428,8 +430,10 @@ fn run_threads(
             running.push(spawn(scope, stop, format!("copy-{n}"), body));
         }
         drop(work);
+        let walk = predecessor.map(Walk::new);
+        let stretches_max = threads.processes + STRETCHES_AHEAD;
         let planner =
-            Planner::new(predecessor.map(Walk::new), trust, stop, progress, credits, jobs, events);
+            Planner::new(source, walk, trust, stop, progress, credits, jobs, events, stretches_max);
         running.push(spawn(scope, stop, "plan".to_owned(), move || {
             guarded(stop, || planner.run(entries));
         }));
@@ -488,6 +492,11 @@ impl Written {
     /// How much it is.
     pub fn counts(&self) -> Counts {
         self.counts
+    }
+
+    /// What was written, to be looked at before it is a backup: everything is read from the store.
+    pub fn read_back(&self) -> Backup {
+        Backup::new(self.repository.clone(), Arc::clone(&self.root))
     }
 
     /// Makes it a backup, unless somebody aborted the attempt first, or a pack it needs is not in the store any more.

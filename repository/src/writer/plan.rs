@@ -1,13 +1,15 @@
 //! The first thread of a copy: walks the new entries beside the predecessor's and decides what is read.
 
 use std::collections::{BTreeSet, HashSet};
-use std::io;
+use std::io::{self, Read};
 use std::sync::Arc;
 
-use crossbeam_channel::Sender;
+use bytes::Bytes;
+use crossbeam_channel::{Receiver, Sender};
 
+use super::Source;
 use super::assemble::{Event, Shape};
-use super::copy::Job;
+use super::copy::{Job, Room, Stretch};
 use super::previous::{Old, Walk};
 use crate::detect::spread;
 use crate::entry::{Body, Content, Entry, FileBody, SourceEntry, SourceKind, Stamp, path_order};
@@ -73,6 +75,7 @@ impl Reread {
 
 /// What the planner needs besides the entries.
 pub(super) struct Planner<'a> {
+    pub(super) source: &'a dyn Source,
     pub(super) walk: Option<Walk>,
     pub(super) trust: Trust,
     pub(super) stop: &'a Stop,
@@ -81,11 +84,15 @@ pub(super) struct Planner<'a> {
     pub(super) credits: Sender<()>,
     pub(super) jobs: Sender<Job>,
     pub(super) events: Sender<(u64, Event)>,
+    /// Room for stretches of streams.
+    rooms: (Sender<()>, Receiver<()>),
     next: u64,
 }
 
 impl<'a> Planner<'a> {
+    #[expect(clippy::too_many_arguments, reason = "it has an end of every channel of the copy")]
     pub(super) fn new(
+        source: &'a dyn Source,
         walk: Option<Walk>,
         trust: Trust,
         stop: &'a Stop,
@@ -93,8 +100,10 @@ impl<'a> Planner<'a> {
         credits: Sender<()>,
         jobs: Sender<Job>,
         events: Sender<(u64, Event)>,
+        stretches_max: usize,
     ) -> Self {
-        Self { walk, trust, stop, progress, credits, jobs, events, next: 0 }
+        let rooms = crossbeam_channel::bounded(stretches_max);
+        Self { source, walk, trust, stop, progress, credits, jobs, events, rooms, next: 0 }
     }
 
     pub(super) fn run(
@@ -126,6 +135,7 @@ impl<'a> Planner<'a> {
         };
         let body = match &entry.kind {
             SourceKind::File => return self.file(entry, old),
+            SourceKind::Stream => return self.stream(&entry, old.as_ref()),
             SourceKind::Directory => Body::Directory,
             SourceKind::Symlink { target } => Body::Symlink { target: target.clone() },
         };
@@ -192,10 +202,67 @@ impl<'a> Planner<'a> {
                 length,
                 old: comparable.clone(),
                 claims_unchanged: trusted,
+                read: None,
             };
             self.jobs.send(job).map_err(|_| Error::Cancelled)?;
         }
         Ok(())
+    }
+
+    /// Reads a stream here, because it has one reader only, and gives its stretches to the others. At most so many of them
+    /// as there are rooms are in memory.
+    fn stream(&mut self, entry: &SourceEntry, old: Option<&Old>) -> Result<(), Error> {
+        let failed = |source| Error::Source { path: crate::error::show(&entry.path), source };
+        let opened = self.source.stream(entry, self.stop.token()).map_err(failed)?;
+        let Some(mut content) = opened else {
+            self.progress.add_vanished();
+            return Ok(());
+        };
+        let unit_bytes = UNIT_BYTES_MAX;
+        let piece_bytes = u64::from(unit_bytes) * u64::from(SHARD_UNITS);
+        let comparable =
+            old.cloned().filter(|old| old.file().is_some_and(|file| file.unit_bytes == unit_bytes));
+        let shared = Arc::new(entry.clone());
+        let (mut piece, mut begun, mut ended) = (0, false, false);
+        while !ended {
+            self.stop.check()?;
+            let room = Room::wait(&self.rooms.0, &self.rooms.1, self.stop)?;
+            let mut bytes = Vec::new();
+            let read =
+                content.by_ref().take(piece_bytes).read_to_end(&mut bytes).map_err(failed)?;
+            // Only the end makes a stretch short.
+            ended = (read as u64) < piece_bytes;
+            let units = (read as u64).div_ceil(u64::from(unit_bytes));
+            if !begun {
+                begun = true;
+                let inline = ended && units <= u64::from(INLINE_UNITS);
+                let content =
+                    if inline { Content::Inline(Vec::new()) } else { Content::Shards(Vec::new()) };
+                let stamp = entry.stamp();
+                let body = Body::File(FileBody { size_bytes: 0, stamp, unit_bytes, content });
+                let head = Entry { path: entry.path.clone(), mode: entry.mode, body };
+                self.event(Event::Entry { entry: head, old: old.cloned(), shape: Shape::Stream })?;
+            }
+            // Nothing behind a last stretch that was full; an empty stream has one all the same, that of an empty file.
+            if read == 0 && piece > 0 {
+                break;
+            }
+            let seq = self.number()?;
+            let job = Job {
+                seq,
+                entry: Arc::clone(&shared),
+                unit_bytes,
+                piece,
+                start: piece * piece_bytes,
+                length: read as u64,
+                old: comparable.clone(),
+                claims_unchanged: false,
+                read: Some(Stretch { bytes: Bytes::from(bytes), room }),
+            };
+            self.jobs.send(job).map_err(|_| Error::Cancelled)?;
+            piece += 1;
+        }
+        self.event(Event::Ended { pieces: piece })
     }
 
     /// Whether the file is what it was, as far as its inode tells.

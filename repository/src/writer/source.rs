@@ -1,8 +1,9 @@
 //! Where a backup's bytes come from. Implemented by whoever knows the source; this crate sees bytes only.
 
-use std::io;
+use std::io::{self, Read};
 
 use bytes::Bytes;
+use tokio_util::sync::CancellationToken;
 
 use crate::entry::SourceEntry;
 
@@ -11,6 +12,19 @@ pub trait Source: Send + Sync {
     /// Opens a file for reading. `None` when it is gone, which is no failure: it leaves the backup. A large file is
     /// opened once for each of its stretches, by several threads at a time.
     fn open(&self, entry: &SourceEntry) -> io::Result<Option<Box<dyn SourceFile>>>;
+
+    /// Begins to read a stream; entries of [`SourceKind::Stream`](crate::SourceKind::Stream) are read one after the other,
+    /// in their order, each to its end. What ended too early must be an error of a read and never an end. `None` when there
+    /// is nothing to be read any more, which is no failure: it leaves the backup. A read that waits must end soon after
+    /// `ended` fires: then nobody wants the rest.
+    fn stream(
+        &self,
+        entry: &SourceEntry,
+        ended: &CancellationToken,
+    ) -> io::Result<Option<Box<dyn Read + Send>>> {
+        let _ = (entry, ended);
+        Err(io::Error::new(io::ErrorKind::Unsupported, "this source has no streams"))
+    }
 }
 
 /// An open file of a [`Source`].
@@ -25,14 +39,19 @@ pub trait SourceFile: Send {
     }
 }
 
-/// Content that came with the entry.
-pub(super) struct InMemory(pub(super) Bytes);
+/// Content that came with the entry, or that was read of a stream.
+pub(super) struct InMemory {
+    pub(super) bytes: Bytes,
+    /// Where in the file it begins.
+    pub(super) start: u64,
+}
 
 impl SourceFile for InMemory {
     fn read_at(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
-        let rest = usize::try_from(offset)
-            .ok()
-            .and_then(|offset| self.0.get(offset..))
+        let rest = offset
+            .checked_sub(self.start)
+            .and_then(|offset| usize::try_from(offset).ok())
+            .and_then(|offset| self.bytes.get(offset..))
             .unwrap_or_default();
         let length = rest.len().min(buffer.len());
         buffer[..length].copy_from_slice(&rest[..length]);

@@ -254,6 +254,7 @@ pub fn facts() -> BackupFacts {
         settings: Vec::new(),
         census: None,
         bad_pages: Vec::new(),
+        logical: None,
     }
 }
 

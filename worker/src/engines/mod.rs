@@ -1,3 +1,5 @@
-//! Engines: ways to take a physical backup of a server.
+//! Engines: ways to take a backup of a server, and to put a logical one back.
 
+mod attempt;
 pub mod native;
+pub mod pg_dump;

@@ -60,7 +60,11 @@ pub(super) async fn ready(
 }
 
 /// A backup of a standby that has fallen behind would pass for one of today.
-fn refuse_stale(cluster: &Cluster, lag_s: u64, max_s: u32) -> Result<(), Failure> {
+pub(in crate::engines) fn refuse_stale(
+    cluster: &Cluster,
+    lag_s: u64,
+    max_s: u32,
+) -> Result<(), Failure> {
     if max_s == 0 || lag_s <= u64::from(max_s) {
         return Ok(());
     }

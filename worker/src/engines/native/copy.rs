@@ -16,10 +16,8 @@ use postgres::wal_changes::WalChanges;
 use postgres::{BackupSession, Stopped};
 use proto::backup::{BackupFacts, Census, Tablespace};
 use proto::job::{Backup, BackupOutcome};
-use proto::{Action, Code, Failure, LineageId, Lsn, Progress, Timeline};
-use repository::{
-    Aborted, BackupWriter, Intent, Repository, SourceEntry, SourceKind, WriteOptions, path_order,
-};
+use proto::{Action, BackupKind, Code, Failure, Lsn, Progress, Timeline};
+use repository::{BackupWriter, Repository, SourceEntry, SourceKind, WriteOptions, path_order};
 
 use tokio_util::sync::CancellationToken;
 
@@ -30,13 +28,12 @@ use super::wal::WalCollector;
 use crate::clock;
 use crate::config::BackupConfig;
 use crate::context::{JobContext, blocking};
+use crate::engines::attempt::Beginning;
 use crate::jobs::session_owner;
 use crate::places::Cluster;
 
 /// One table's count may hold its snapshot no longer.
 const TABLE_COUNT_MAX: Duration = Duration::from_mins(1);
-/// Marking a failed attempt as aborted is a courtesy to the next one; it must not hold up the report.
-const ABORT_MAX: Duration = Duration::from_secs(10);
 
 /// What is to be backed up, where to, how.
 #[derive(Debug, Clone, Copy)]
@@ -72,7 +69,8 @@ pub async fn back_up(
         .step_with("begin", |step| {
             let (request, ready) = (&request, &ready);
             async move {
-                let attempt = begin(cx, request, ready).await?;
+                let identifier = ready.server.system_identifier;
+                let attempt = beginning(request).begin(cx, identifier).await?;
                 let damaged = attempt.passed_over().len() as u64;
                 if damaged > 0 {
                     step.figure("damaged_backups", damaged);
@@ -89,66 +87,14 @@ pub async fn back_up(
         _ => failure,
     });
     if let Err(failure) = &result {
-        give_up(cx, &request, lineage, failure).await;
+        beginning(&request).give_up(cx, lineage, failure).await;
     }
     result
 }
 
-/// Writes the intent; whatever the attempt before this one still does, it can no longer commit.
-async fn begin(
-    cx: &JobContext,
-    request: &BackupRequest<'_>,
-    ready: &Ready,
-) -> Result<repository::Attempt, Failure> {
-    let now_ms = clock::now_ms();
-    let cluster = &cx.spec.cluster;
-    let identifier = ready.server.system_identifier;
-    let identity = request.repository.find_or_mint_lineage(cluster, identifier, now_ms).await?;
-    if let Some(predecessor) = cx.spec.predecessor {
-        let why = format!("attempt {} follows it", cx.spec.attempt);
-        let aborted = request
-            .repository
-            .abort(identity.lineage, predecessor, request.by, &why, now_ms)
-            .await?;
-        if let Aborted::Committed(_) = aborted {
-            tracing::info!(attempt = %predecessor, "The attempt before this one committed after all");
-        }
-    }
-    let intent = Intent {
-        attempt: cx.spec.attempt,
-        follows: cx.spec.predecessor,
-        by: request.by.to_owned(),
-        began_at_ms: now_ms,
-    };
-    match request.repository.begin(identity.lineage, intent).await {
-        Ok(attempt) => Ok(attempt),
-        Err(error @ repository::Error::AttemptExists { .. }) => Err(error.into()),
-        Err(error) => {
-            // The intent may stand already; an open one would hold back the collection of garbage.
-            let failure = error.into();
-            give_up(cx, request, identity.lineage, &failure).await;
-            Err(failure)
-        }
-    }
-}
-
-async fn give_up(
-    cx: &JobContext,
-    request: &BackupRequest<'_>,
-    lineage: LineageId,
-    failure: &Failure,
-) {
-    let text = failure.to_string();
-    let why = telemetry::scrub(&text);
-    let abort =
-        request.repository.abort(lineage, cx.spec.attempt, request.by, &why, clock::now_ms());
-    match tokio::time::timeout(ABORT_MAX, abort).await {
-        Ok(Ok(_)) => {}
-        Ok(Err(error)) => tracing::warn!(%error, "Failed to mark the attempt as aborted"),
-        Err(_) => {
-            tracing::warn!("The repository did not answer when the attempt was to be aborted");
-        }
-    }
+fn beginning<'a>(request: &BackupRequest<'a>) -> Beginning<'a> {
+    let BackupRequest { repository, by, .. } = *request;
+    Beginning { repository, by, kind: BackupKind::Physical }
 }
 
 async fn from_attempt(
@@ -284,6 +230,7 @@ async fn from_attempt(
         wal_bytes: wal.bytes(),
         bad_pages: found.bad_page_count,
         compared_with: summary.predecessor,
+        logical: None,
     })
 }
 
@@ -581,6 +528,7 @@ fn facts(
         settings: ready.settings.clone(),
         census,
         bad_pages: found.bad_pages.clone(),
+        logical: None,
     }
 }
 
@@ -598,7 +546,7 @@ pub(crate) fn processes(configured: u32) -> usize {
 }
 
 /// What a job gets: a job can only ask for less than the configuration gives.
-fn at_most<T: Ord + Copy>(allowed: T, asked: Option<T>) -> T {
+pub(in crate::engines) fn at_most<T: Ord + Copy>(allowed: T, asked: Option<T>) -> T {
     asked.map_or(allowed, |asked| asked.min(allowed))
 }
 

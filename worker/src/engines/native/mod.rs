@@ -20,6 +20,8 @@ use proto::{Action, Code, Failure};
 use crate::config::WorkerConfig;
 use crate::places::Cluster;
 
+pub(super) use begin::refuse_stale;
+pub(super) use copy::at_most;
 pub(crate) use copy::processes;
 pub use copy::{BackupRequest, back_up};
 

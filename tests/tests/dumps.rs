@@ -1,0 +1,63 @@
+//! Logical backups from the order to the rows: a worker dumps the databases of a server, and the repository and its key
+//! alone load one of them into another server.
+
+use anyhow::ensure;
+use postgres::instance::InstanceOptions;
+use tests::fleet::text;
+use tests::{Cluster, Fleet, Place, Vhost, WorkerSetup};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dump_is_ordered_taken_listed_and_loaded_into_another_server() -> anyhow::Result<()> {
+    let vhost = Vhost::create()?;
+    let cluster = Cluster::start(15, InstanceOptions::default()).await?;
+    let other = Cluster::start(15, InstanceOptions::default()).await?;
+    let mut fleet = Fleet::prepare(&vhost.url(), "", Place::Directory)?;
+    fleet.start_coordinator()?;
+    fleet.start_worker(&WorkerSetup::of("w1", "orders", cluster.url()))?;
+    cluster.run("CREATE DATABASE shop").await?;
+
+    fleet.expect(&["backup", "orders", "--wait"])?;
+    let dump = ["backup", "orders", "--engine", "pg_dump", "--exclude-database", "template*"];
+    let told = fleet.expect(&[&dump[..], &["--wait"]].concat())?;
+    ensure!(told.contains("Dumped 2 databases of orders"), "{told}\n{}", fleet.said());
+    let none =
+        fleet.run(&["backup", "orders", "--engine", "pg_dump", "--database", "no", "--wait"])?;
+    ensure!(none.code() == 2 && none.stderr.contains("no database fits"), "{none}");
+    let mixed = fleet.run(&["backup", "orders", "--database", "shop"])?;
+    ensure!(mixed.code() == 2 && mixed.stderr.contains("--engine pg_dump"), "{mixed}");
+    let trace = fleet.expect(&["job", "list", "--cluster", "orders"])?;
+    ensure!(trace.contains("succeeded"), "{trace}");
+
+    let backups = fleet.json(&["backups", "list", "orders", "-o", "json"])?;
+    ensure!(backups[0]["facts"]["logical"]["databases"] == 2, "{backups}");
+    let listed = fleet.expect(&["backups", "list", "orders"])?;
+    ensure!(listed.contains("logical") && listed.contains("physical"), "{listed}");
+    let id = backups[0]["id"].as_str().unwrap_or_default().to_owned();
+    let shown = fleet.expect(&["backups", "show", &id])?;
+    ensure!(shown.contains("2, by pg_dump 15."), "{shown}");
+    // A cluster is judged by what a server starts from.
+    let judged = fleet.json(&["cluster", "show", "orders", "-o", "json"])?;
+    ensure!(judged["backup"]["id"] == backups[1]["id"], "{judged}");
+
+    let (key, url) = (fleet.path("repository.key"), fleet.repository_url());
+    let (key, server) = (text(&key)?, other.url());
+    let at = ["restore", "--repository", &url, "--key", key, "--backup", &id];
+    let refused = fleet.run(&[&at[..], &["--into", text(&fleet.path("files"))?]].concat())?;
+    ensure!(refused.code() == 2 && refused.stderr.contains("--into-server"), "{refused}");
+    let load = [&at[..], &["--into-server", &server]].concat();
+    let occupied = fleet.run(&load)?;
+    ensure!(occupied.code() == 5 && occupied.stderr.contains("--overwrite"), "{occupied}");
+    other.run("DROP SCHEMA public CASCADE; CREATE SCHEMA public").await?;
+    let plan = fleet.expect(&[&load[..], &["--database", "postgres", "--plan"]].concat())?;
+    ensure!(plan.contains("restore into database postgres, which is there"), "{plan}");
+    let rows = "SELECT count(*) FROM pg_class WHERE relname = 'items'";
+    ensure!(other.number(rows).await? == 0, "a plan changes nothing");
+    let done = fleet.expect(&[&load[..], &["--database", "postgres"]].concat())?;
+    ensure!(done.contains("Loaded 1 databases"), "{done}");
+    let rows = "SELECT count(*) FROM public.items";
+    ensure!(other.number(rows).await? == cluster.number(rows).await?, "rows are missing");
+    let password =
+        fleet.run(&[&at[..], &["--into-server", "postgres://a:b@localhost/x"]].concat())?;
+    ensure!(password.code() == 2 && password.stderr.contains("password"), "{password}");
+    cluster.is_left_alone().await
+}

@@ -1,0 +1,72 @@
+//! The two ends of every attempt in a repository that are the same for all engines: its beginning, and its giving up.
+
+use std::time::Duration;
+
+use proto::{BackupKind, Failure, LineageId, SystemIdentifier};
+use repository::{Aborted, Intent, Repository};
+
+use crate::clock;
+use crate::context::JobContext;
+
+/// Marking a failed attempt as aborted is a courtesy to the next one; it must not hold up the report.
+const ABORT_MAX: Duration = Duration::from_secs(10);
+
+/// Where an attempt begins.
+pub(super) struct Beginning<'a> {
+    pub(super) repository: &'a Repository,
+    /// Who works on it, for people.
+    pub(super) by: &'a str,
+    pub(super) kind: BackupKind,
+}
+
+impl Beginning<'_> {
+    /// Writes the intent; whatever the attempt before this one still does, it can no longer commit.
+    pub(super) async fn begin(
+        &self,
+        cx: &JobContext,
+        identifier: SystemIdentifier,
+    ) -> Result<repository::Attempt, Failure> {
+        let now_ms = clock::now_ms();
+        let (repository, cluster) = (self.repository, &cx.spec.cluster);
+        let identity =
+            repository.find_or_mint_lineage_of(self.kind, cluster, identifier, now_ms).await?;
+        if let Some(predecessor) = cx.spec.predecessor {
+            let why = format!("attempt {} follows it", cx.spec.attempt);
+            let aborted =
+                repository.abort(identity.lineage, predecessor, self.by, &why, now_ms).await?;
+            if let Aborted::Committed(_) = aborted {
+                tracing::info!(attempt = %predecessor, "The attempt before this one committed after all");
+            }
+        }
+        let intent = Intent {
+            attempt: cx.spec.attempt,
+            follows: cx.spec.predecessor,
+            by: self.by.to_owned(),
+            began_at_ms: now_ms,
+        };
+        match repository.begin(identity.lineage, intent).await {
+            Ok(attempt) => Ok(attempt),
+            Err(error @ repository::Error::AttemptExists { .. }) => Err(error.into()),
+            Err(error) => {
+                // The intent may stand already; an open one would hold back the collection of garbage.
+                let failure = error.into();
+                self.give_up(cx, identity.lineage, &failure).await;
+                Err(failure)
+            }
+        }
+    }
+
+    /// Writes ABORT for an attempt that has failed.
+    pub(super) async fn give_up(&self, cx: &JobContext, lineage: LineageId, failure: &Failure) {
+        let text = failure.to_string();
+        let why = telemetry::scrub(&text);
+        let abort = self.repository.abort(lineage, cx.spec.attempt, self.by, &why, clock::now_ms());
+        match tokio::time::timeout(ABORT_MAX, abort).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "Failed to mark the attempt as aborted"),
+            Err(_) => {
+                tracing::warn!("The repository did not answer when the attempt was to be aborted");
+            }
+        }
+    }
+}

@@ -1,0 +1,390 @@
+//! Logical backups of real servers: what comes back, and everything that must not become a backup.
+
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test says what it expects")]
+
+mod house;
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use house::{DATA, House, NOW_MS, eventually, nothing_is_left_on, number, run_sql, session};
+use postgres::instance::{Instance, InstanceOptions};
+use postgres::{Environment, Target, binaries::Binaries, quote};
+use proto::job::{Backup, BackupOutcome, PgDump};
+use proto::{Action, BackupKind, Code, DatabaseName, Failure};
+use repository::{Outcome, Pin};
+use worker::context::JobContext;
+use worker::engines::pg_dump::{BackupRequest, LoadOutcome, LoadRequest, back_up, load, plan};
+use worker::restoring;
+
+async fn quick(major: u32) -> House {
+    House::new(major, InstanceOptions { fsync: false, ..InstanceOptions::default() }).await
+}
+
+fn scope(databases: &[&str], exclude: &[&str]) -> PgDump {
+    let patterns = |list: &[&str]| list.iter().map(|text| text.parse().unwrap()).collect();
+    PgDump { databases: patterns(databases), exclude: patterns(exclude) }
+}
+
+async fn dump_with(
+    house: &House,
+    cx: &JobContext,
+    scope: &PgDump,
+    bin_dirs: &[PathBuf],
+) -> Result<BackupOutcome, Failure> {
+    let task = Backup { pg_dump: Some(scope.clone()), ..Backup::default() };
+    let request = BackupRequest {
+        cluster: house.places.cluster(&"orders".parse().unwrap())?,
+        repository: &house.repository,
+        config: &house.config.backup,
+        bin_dirs,
+        by: "w1",
+        task: &task,
+        scope,
+    };
+    back_up(cx, request).await
+}
+
+async fn dump(house: &House, scope: &PgDump) -> Result<BackupOutcome, Failure> {
+    let bin_dirs = [house.server.binaries().directory().to_owned()];
+    dump_with(house, &house.cx(), scope, &bin_dirs).await
+}
+
+/// Loads into another server, or says why not.
+async fn load_into(
+    house: &House,
+    url: &str,
+    change: impl FnOnce(&mut LoadRequest),
+) -> Result<LoadOutcome, Failure> {
+    let repository = house.reopened().await;
+    let pin = Pin { by: "test".into(), why: "restore".into(), at_ms: NOW_MS };
+    let kind = BackupKind::Logical;
+    let backup =
+        restoring::find_pinned_of(kind, &repository, None, None, None, &pin).await.unwrap();
+    let mut request = LoadRequest {
+        target: Target::parse(url, &Environment::default()).unwrap(),
+        bin_dirs: vec![house.server.binaries().directory().to_owned()],
+        databases: Vec::new(),
+        schemas: Vec::new(),
+        tables: Vec::new(),
+        overwrite: Vec::new(),
+        no_owner: false,
+        jobs: 1,
+    };
+    change(&mut request);
+    let cx = house.cx();
+    let done = match plan(&cx, &backup, &request).await {
+        Ok(plan) => load(&cx, &backup, &request, plan).await,
+        Err(failure) => Err(failure),
+    };
+    backup.release().await;
+    done
+}
+
+async fn other_server(house: &House, name: &str) -> Instance {
+    let binaries = Binaries::at(house.server.binaries().directory()).await.unwrap();
+    let options = InstanceOptions { fsync: false, ..InstanceOptions::default() };
+    let directory = house.place.path().join(name);
+    let mut server = Instance::create(&binaries, &directory, options).await.unwrap();
+    server.start().await.unwrap();
+    server
+}
+
+async fn text(url: &str, query: &str) -> String {
+    let session = session(url).await;
+    let text: Option<String> = session.one("look", query, &[]).await.unwrap().get(0);
+    session.close().await;
+    text.unwrap_or_default()
+}
+
+fn at(server: &Instance, database: &str) -> String {
+    server.url(database)
+}
+
+async fn no_backup(house: &House) {
+    for identity in house.repository.list_lineages().await.unwrap() {
+        for attempt in house.repository.list_attempts(identity.lineage).await.unwrap() {
+            let verdict = attempt.verdict.expect("every attempt has an end");
+            assert!(matches!(verdict.outcome, Outcome::Abort { .. }), "{verdict:?}");
+        }
+    }
+    nothing_is_left_on(house).await;
+    let mut look = std::process::Command::new("pgrep");
+    let running = look.args(["-f", "pg_dump.*--snapshot="]).output().unwrap();
+    let mine = house.place.path().display().to_string();
+    for pid in String::from_utf8_lossy(&running.stdout).split_whitespace() {
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        assert!(!String::from_utf8_lossy(&environment).contains(&mine), "pg_dump {pid} lives");
+    }
+}
+
+const LONG: &str = "sixty-three bytes of a name, which is as long as a name may be.";
+const HOSTILE: [&str; 7] =
+    ["it's \"odd\"", "two\nlines", "é/..", "dbname=evil host='x'", "-x --", ".dot", LONG];
+
+/// What of a database's content must be the same: rows, sequences, rights, owners, large objects, settings.
+const CONTENT: &str = "
+    SELECT concat_ws(E'\\n',
+      (SELECT string_agg(t::text, '|' ORDER BY t::text) FROM shop.item t),
+      (SELECT last_value::text || is_called::text FROM shop.item_id_seq),
+      (SELECT relacl::text FROM pg_class WHERE oid = 'shop.item'::regclass),
+      (SELECT pg_get_userbyid(relowner)::text FROM pg_class WHERE oid = 'shop.item'::regclass),
+      (SELECT string_agg(loid::text || encode(data, 'hex'), '|' ORDER BY loid, pageno) FROM pg_largeobject),
+      (SELECT string_agg(indexdef, '|' ORDER BY indexdef) FROM pg_indexes WHERE schemaname = 'shop'),
+      (SELECT datacl::text || pg_get_userbyid(datdba) FROM pg_database WHERE datname = current_database()),
+      (SELECT setconfig::text FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase
+        WHERE datname = current_database()))";
+
+async fn hostile_names_come_back(major: u32) {
+    let house = quick(major).await;
+    house.sql("CREATE ROLE \"own'er\" LOGIN PASSWORD 'secret'; CREATE ROLE reader; GRANT reader TO \"own'er\"").await;
+    for name in HOSTILE {
+        let quoted = quote::identifier(name);
+        house.sql(&format!("CREATE DATABASE {quoted} OWNER \"own'er\"")).await;
+        house.sql(&format!("GRANT CONNECT ON DATABASE {quoted} TO reader; ALTER DATABASE {quoted} SET work_mem = '5MB'")).await;
+        let fill = format!(
+            "CREATE SCHEMA shop AUTHORIZATION \"own'er\";
+             CREATE TABLE shop.item (id bigserial PRIMARY KEY, note text, at timestamptz DEFAULT '2026-01-01');
+             INSERT INTO shop.item (note) SELECT {name} || g FROM generate_series(1, 200) g;
+             CREATE INDEX ON shop.item (note);
+             ALTER TABLE shop.item OWNER TO \"own'er\";
+             GRANT SELECT ON shop.item TO reader;
+             SELECT lo_from_bytea(4711, decode(repeat('00ff10', 5000), 'hex'));",
+            name = quote::literal(name)
+        );
+        run_sql(&at(&house.server, name), &fill).await;
+    }
+    house.sql("CREATE DATABASE empty").await;
+
+    let outcome = dump(&house, &scope(&[], &[])).await.unwrap();
+    let logical = outcome.logical.as_ref().unwrap();
+    assert_eq!(logical.databases, HOSTILE.len() as u64 + 3, "and postgres, template1 and empty");
+    assert!(logical.role_passwords);
+    let skipped: Vec<&str> = logical.skipped.iter().map(|row| row.database.as_str()).collect();
+    assert_eq!(skipped, ["template0"]);
+    nothing_is_left_on(&house).await;
+
+    let other = other_server(&house, "other").await;
+    let url = other.url("postgres");
+    let loaded = load_into(&house, &url, |_| ()).await.unwrap();
+    assert_eq!(loaded.databases.len(), HOSTILE.len() + 3);
+    assert_eq!((loaded.roles_created, &loaded.roles_kept[..]), (2, &["postgres".to_owned()][..]));
+    for name in HOSTILE {
+        let before = text(&at(&house.server, name), CONTENT).await;
+        assert!(before.contains("own'er"), "{before}");
+        assert_eq!(text(&at(&other, name), CONTENT).await, before, "{name:?}");
+    }
+    let same = "SELECT rolpassword FROM pg_authid WHERE rolname = 'own''er'";
+    assert_eq!(text(&url, same).await, text(&house.server.url("postgres"), same).await);
+    let member = "SELECT pg_has_role('own''er', 'reader', 'MEMBER')::int::bigint";
+    assert_eq!(number(&url, member).await, 1);
+
+    // A second time everything is in the way, and nothing is touched.
+    let refused = load_into(&house, &url, |_| ()).await.unwrap_err();
+    assert_eq!(refused.code, Code::TargetNotEmpty, "{refused}");
+    run_sql(&at(&other, LONG), "DELETE FROM shop.item").await;
+    let named: DatabaseName = LONG.parse().unwrap();
+    let one = |request: &mut LoadRequest| request.databases = vec![named.clone()];
+    let refused = load_into(&house, &url, one).await.unwrap_err();
+    assert!(
+        refused.message.contains("shop.item") && refused.hint.contains("--overwrite"),
+        "{refused:?}"
+    );
+    assert_eq!(number(&at(&other, LONG), "SELECT count(*) FROM shop.item").await, 0);
+    let replace = |request: &mut LoadRequest| {
+        request.databases = vec![named.clone()];
+        request.overwrite = vec![named.clone()];
+        request.jobs = 2;
+    };
+    load_into(&house, &url, replace).await.unwrap();
+    let before = text(&at(&house.server, LONG), CONTENT).await;
+    assert_eq!(text(&at(&other, LONG), CONTENT).await, before);
+
+    // One table, into a server that has nothing of it.
+    run_sql(&at(&other, LONG), "DROP TABLE shop.item").await;
+    let part = |request: &mut LoadRequest| {
+        request.databases = vec![named.clone()];
+        request.schemas = vec!["shop".to_owned()];
+        request.tables = vec!["item".to_owned()];
+    };
+    load_into(&house, &url, part).await.unwrap();
+    assert_eq!(number(&at(&other, LONG), "SELECT count(*) FROM shop.item").await, 200);
+    let refused = load_into(&house, &url, part).await.unwrap_err();
+    assert_eq!(refused.code, Code::TargetNotEmpty, "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pg15_databases_of_hostile_names_come_back_with_all_they_had() {
+    hostile_names_come_back(15).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pg18_databases_of_hostile_names_come_back_with_all_they_had() {
+    hostile_names_come_back(18).await;
+}
+
+/// Programs that stand in for the real ones; `pg_dump` does as the script says, in which `$REAL` is the real one.
+fn programs(house: &House, name: &str, script: &str) -> Vec<PathBuf> {
+    let directory = house.place.path().join(name);
+    std::fs::create_dir(&directory).unwrap();
+    let real = house.server.binaries().directory();
+    for program in ["pg_dumpall", "pg_restore"] {
+        std::os::unix::fs::symlink(real.join(program), directory.join(program)).unwrap();
+    }
+    let path = directory.join("pg_dump");
+    let text = format!(
+        "#!/bin/bash\nREAL={}/pg_dump\nif [ \"$1\" = --version ]; then exec $REAL --version; fi\n{script}\n",
+        real.display()
+    );
+    std::fs::write(&path, text).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    vec![directory]
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dump_that_is_not_whole_is_no_backup() {
+    let house = quick(15).await;
+    house.sql(DATA).await;
+    let whole = scope(&["postgres"], &[]);
+    for (name, script, said) in [
+        (
+            "half",
+            "$REAL \"$@\" | head -c 300000; echo 'the disk is on fire' >&2; exit 1",
+            "the disk is on fire",
+        ),
+        ("killed", "$REAL \"$@\" | head -c 300000; kill -9 $$", "signal 9"),
+        // All is well, it says: only whoever reads the archive can know.
+        ("cut", "$REAL \"$@\" | head -c 300000; exit 0", "no whole archive"),
+        (
+            "cut-late",
+            "$REAL \"$@\" > \"$TMPDIR/whole.$$\" || exit; head -c -40 \"$TMPDIR/whole.$$\"; rm \"$TMPDIR/whole.$$\"",
+            "no whole archive",
+        ),
+        ("empty", "exit 0", "no whole archive"),
+        ("text", "echo 'SELECT 1;'", "no whole archive"),
+    ] {
+        let script = format!("TMPDIR={}; {script}", house.place.path().display());
+        let bin_dirs = programs(&house, name, &script);
+        let failure = dump_with(&house, &house.cx(), &whole, &bin_dirs).await.unwrap_err();
+        assert_eq!(failure.code, Code::DumpFailed, "{name}: {failure}");
+        assert!(failure.message.contains(said), "{name}: {failure}");
+        no_backup(&house).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_role_without_rights_is_told_so_and_nothing_is_committed() {
+    let mut house = quick(15).await;
+    house.sql(DATA).await;
+    house.sql("CREATE ROLE weak LOGIN").await;
+    let url = house.server.url("postgres").replace("postgres@", "weak@");
+    assert!(url.contains("weak@"), "{url}");
+    house.reconnect(&url);
+    let failure = dump(&house, &scope(&[], &[])).await.unwrap_err();
+    assert_eq!(
+        (failure.code, failure.action),
+        (Code::PermissionDenied, Action::FixConfig),
+        "{failure}"
+    );
+    assert!(failure.hint.contains("pg_read_all_data"), "{failure:?}");
+    no_backup(&house).await;
+    // With rights on the tables alone the same role can; it has no passwords to give.
+    house.sql("GRANT SELECT ON ALL TABLES IN SCHEMA public TO weak").await;
+    let outcome = dump(&house, &scope(&["postgres"], &[])).await.unwrap();
+    assert!(!outcome.logical.unwrap().role_passwords);
+}
+
+const WAITING: &str = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'pgmuster/%' \
+                       AND wait_event_type = 'Lock'";
+
+/// Waits until a dump stands in the queue for a lock.
+async fn stands_still(house: &House) {
+    let looked = async || (house.number(WAITING).await > 0).then_some(());
+    eventually("a dump waits for a lock", Duration::from_secs(30), looked).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cancelled_dump_leaves_neither_a_backup_nor_a_process() {
+    let house = quick(15).await;
+    house.sql(DATA).await;
+    let holder = session(&house.server.url("postgres")).await;
+    holder.run("lock", "BEGIN; LOCK TABLE public.orders").await.unwrap();
+    let cx = house.cx();
+    let whole = scope(&["postgres"], &[]);
+    let bin_dirs = [house.server.binaries().directory().to_owned()];
+    let cancelling = async {
+        stands_still(&house).await;
+        // Both of its sessions: the one that counts, and that of pg_dump, whose end the server has to notice.
+        let both = async || (house.number(WAITING).await == 2).then_some(());
+        eventually("pg_dump waits as well", Duration::from_secs(30), both).await;
+        cx.stop(Failure::new(Code::Cancelled, Action::Abandon, "told to stop"));
+    };
+    let (ended, ()) = tokio::join!(dump_with(&house, &cx, &whole, &bin_dirs), cancelling);
+    let failure = ended.unwrap_err();
+    assert_eq!((failure.code, failure.message.as_str()), (Code::Cancelled, "told to stop"));
+    no_backup(&house).await;
+    holder.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_database_that_is_dropped_meanwhile_is_reported_and_a_new_one_is_in_the_next_backup() {
+    let house = quick(15).await;
+    house.sql("CREATE DATABASE aa").await;
+    house.sql("CREATE DATABASE zz").await;
+    run_sql(&house.server.url("aa"), "CREATE TABLE public.t (x int)").await;
+    for (patterns, named) in [(scope(&["aa", "z*"], &[]), false), (scope(&["aa", "zz"], &[]), true)]
+    {
+        let holder = session(&house.server.url("aa")).await;
+        holder.run("lock", "BEGIN; LOCK TABLE public.t").await.unwrap();
+        let dropping = async {
+            stands_still(&house).await;
+            house.sql("DROP DATABASE zz").await;
+            holder.close().await;
+        };
+        let (ended, ()) = tokio::join!(dump(&house, &patterns), dropping);
+        if named {
+            let failure = ended.unwrap_err();
+            assert!(failure.message.contains("zz was to be backed up"), "{failure}");
+        } else {
+            let logical = ended.unwrap().logical.unwrap();
+            assert_eq!(logical.databases, 1);
+            assert_eq!(logical.skipped[0].database.as_str(), "zz");
+            assert!(logical.skipped[0].why.contains("dropped while the backup ran"));
+        }
+        house.sql("CREATE DATABASE zz").await;
+    }
+    let next = dump(&house, &scope(&[], &["postgres", "template*"])).await.unwrap();
+    assert_eq!(next.logical.unwrap().databases, 2, "zz is there again, by itself");
+    let failure = dump(&house, &scope(&["none"], &[])).await.unwrap_err();
+    assert_eq!(failure.code, Code::RequestInvalid);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_are_counted_in_the_dumps_own_snapshot_and_kinds_do_not_mix() {
+    let house = quick(15).await;
+    house.sql(DATA).await;
+    let physical = house.back_up().await;
+    let logical = dump(&house, &scope(&["postgres"], &[])).await.unwrap();
+    assert_ne!(logical.lineage, physical.lineage);
+    assert_eq!(logical.compared_with, None, "a dump is not compared with files");
+    let backup = house.repository.open_backup(logical.lineage, logical.backup).await.unwrap();
+    let census = backup.facts().census.as_ref().unwrap();
+    let count = |name: &str| census.databases[0].tables.iter().find(|t| t.table == name).unwrap();
+    assert_eq!((count("orders").rows, count("orders").drift), (Some(50_000), Some((0, 0))));
+    // The newest of all is a dump, and a restore of files does not take it.
+    let newest = restoring::find(&house.repository, None, None, None).await.unwrap();
+    assert_eq!(newest.id(), physical.backup);
+    let refused = restoring::find(&house.repository, None, None, Some(logical.backup)).await;
+    let refused = refused.unwrap_err();
+    assert!(refused.message.contains("logical"), "{refused}");
+    let pin = Pin { by: "test".into(), why: "restore".into(), at_ms: NOW_MS };
+    let kind = BackupKind::Logical;
+    let refused =
+        restoring::find_pinned_of(kind, &house.repository, None, None, Some(physical.backup), &pin);
+    assert!(refused.await.unwrap_err().message.contains("physical"));
+    // What did not change in the database is not stored again.
+    let again = dump(&house, &scope(&["postgres"], &[])).await.unwrap();
+    assert_eq!(again.compared_with, Some(logical.backup));
+    assert!(again.stored_bytes < logical.stored_bytes / 4, "{again:?} after {logical:?}");
+}
