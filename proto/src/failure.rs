@@ -132,6 +132,10 @@ codes! {
     WalMissing = "WAL_MISSING",
     /// A backup made the server keep more WAL than it may.
     WalHeld = "WAL_HELD",
+    /// A file for the WAL archive is not what its name says.
+    WalRefused = "WAL_REFUSED",
+    /// Other content is archived under the name of a WAL file.
+    WalConflict = "WAL_CONFLICT",
     /// The PostgreSQL programs of the needed version are not installed.
     BinariesMissing = "BINARIES_MISSING",
 
