@@ -90,6 +90,28 @@ fn major_of_magic(magic: u16) -> Option<u32> {
     })
 }
 
+/// Whether a segment that begins at `start` was written to its end: its last page is of this segment, or it was left by a
+/// switch, behind which everything is zero. A file that the server prepared and did not fill is neither.
+pub fn is_whole(content: &[u8], start: Lsn) -> bool {
+    const SWITCH_BYTES: usize = 24;
+    const XLOG_SWITCH: u8 = 0x40;
+    let Ok(header) = SegmentHeader::parse(content) else { return false };
+    let word = |at: usize| content.get(at..at + 8).and_then(|word| word.try_into().ok());
+    let last_page = content.len().checked_sub(header.block_size as usize);
+    let address = last_page.and_then(|page| word(page + 8)).map(u64::from_ne_bytes);
+    if last_page.is_some_and(|page| address == Some(start.0 + page as u64)) {
+        return true;
+    }
+    // The switch is the last thing that is not zero. One that lies across two pages is not recognised.
+    let Some(last) = content.iter().rposition(|byte| *byte != 0) else { return false };
+    let end = (last + 1).next_multiple_of(8);
+    let record = end.checked_sub(SWITCH_BYTES).and_then(|begin| content.get(begin..end));
+    record.is_some_and(|record| {
+        record[..4] == u32::try_from(SWITCH_BYTES).unwrap_or(0).to_ne_bytes()
+            && record[16..18] == [XLOG_SWITCH, 0]
+    })
+}
+
 /// Whose log a segment must be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WalOrigin {

@@ -111,13 +111,6 @@ impl Repository {
         Ok(later)
     }
 
-    /// Whether the archive has segments of a timeline. `false` only when that is certain.
-    pub async fn has_wal_of(&self, lineage: LineageId, timeline: Timeline) -> Result<bool, Error> {
-        let first = SegmentName { timeline, high: 0, low: 0 };
-        // No segment has this name: a log begins behind it.
-        self.has_later_wal(lineage, first).await
-    }
-
     /// What the archive has, from one listing, the histories, and the head of one segment of each timeline. A timeline
     /// none of whose segments tells how long it is stands there without any, and among the damaged.
     pub async fn list_wal(&self, lineage: LineageId) -> Result<WalInventory, Error> {

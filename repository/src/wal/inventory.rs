@@ -161,7 +161,7 @@ impl WalInventory {
         if to <= from {
             return Ok(());
         }
-        let (legs, size) = self.way(timeline)?;
+        let (legs, size) = self.way(self.history(timeline)?)?;
         match self.walk(&legs, size, from, to) {
             None => Ok(()),
             Some(missing) => {
@@ -173,7 +173,14 @@ impl WalInventory {
 
     /// How far replay from `from` gets along the history of `timeline`.
     pub fn reach(&self, timeline: Timeline, from: Lsn) -> Result<WalReach, WalMissing> {
-        let (legs, size) = self.way(timeline)?;
+        self.reach_along(self.history(timeline)?, from)
+    }
+
+    /// How far replay from `from` gets along a history. One without ancestors is enough for what was written on the timeline
+    /// itself, whether or not anybody knows where it came from.
+    pub fn reach_along(&self, history: &History, from: Lsn) -> Result<WalReach, WalMissing> {
+        let (legs, size) = self.way(history)?;
+        let timeline = history.timeline;
         let known = |leg: &Leg| {
             self.timelines.get(&leg.timeline).and_then(TimelineWal::end).map(|end| end.min(leg.to))
         };
@@ -190,15 +197,19 @@ impl WalInventory {
         Ok(WalReach { to, timeline: reached.unwrap_or(timeline), missing, is_gap: gap.is_some() })
     }
 
-    /// The timelines on the way to `timeline`, and the size of their segments.
-    fn way(&self, timeline: Timeline) -> Result<(Vec<Leg>, u32), WalMissing> {
-        let first = History::FIRST;
+    fn history(&self, timeline: Timeline) -> Result<&History, WalMissing> {
+        const FIRST: &History = &History::FIRST;
         let known = self.timelines.get(&timeline).and_then(|wal| wal.history.as_ref());
-        let history = match known {
-            Some(history) => history,
-            None if timeline == first.timeline => &first,
-            None => return Err(WalMissing::History { timeline }),
-        };
+        match known {
+            Some(history) => Ok(history),
+            None if timeline == FIRST.timeline => Ok(FIRST),
+            None => Err(WalMissing::History { timeline }),
+        }
+    }
+
+    /// The timelines of a history, and the size of their segments.
+    fn way(&self, history: &History) -> Result<(Vec<Leg>, u32), WalMissing> {
+        let timeline = history.timeline;
         let mut from = Lsn(0);
         let mut legs = Vec::with_capacity(history.entries.len() + 1);
         for entry in &history.entries {

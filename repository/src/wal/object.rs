@@ -153,7 +153,8 @@ mod tests {
     fn content_of_every_length_comes_back_and_its_head_tells_of_it() {
         let (keys, lineage) = setting();
         for length in [1, 41, FRAME_BYTES, FRAME_BYTES + 1, 5 * FRAME_BYTES] {
-            let content: Vec<u8> = (0..length).map(|at| (at * at >> 7).to_le_bytes()[0]).collect();
+            let content: Vec<u8> =
+                (0..length).map(|at| ((at * at) >> 7).to_le_bytes()[0]).collect();
             let object = seal(&keys, lineage, PLACE, &content).unwrap();
             let head = head(&keys, lineage, PLACE, &object).unwrap();
             assert_eq!(head, Head::of(&content));
