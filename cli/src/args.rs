@@ -3,7 +3,10 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use proto::{BackupId, ClusterName, JobId, JobState, ProofLevel, SiteName, WorkerName};
+use proto::{
+    BackupId, ClusterName, JobId, JobState, LineageId, ProofLevel, SiteName, WalFileName,
+    WorkerName,
+};
 use repository::Slice;
 
 /// The heading of the options that every command has.
@@ -91,6 +94,12 @@ pub enum Command {
     /// Create a repository, list, check and clean one.
     #[command(subcommand)]
     Repo(RepoCommand),
+    /// Archive WAL, and bring it back: for `archive_command` and `restore_command`.
+    #[command(subcommand)]
+    Wal(WalCommand),
+    /// Say to which moments clusters can be recovered.
+    #[command(subcommand)]
+    Recovery(RecoveryCommand),
     /// Check this machine, the coordinator, its workers and their clusters.
     ///
     /// With `--config`, also what a worker's configuration can reach; a coordinator need not answer then. The exit code is 3
@@ -776,4 +785,97 @@ mod tests {
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
     }
+}
+
+/// `wal …`.
+#[derive(Debug, Subcommand)]
+pub enum WalCommand {
+    /// Archive one WAL file of a server.
+    ///
+    /// For `archive_command = 'pgmuster wal push %p …'`. Ends with 0 only when the file is durable in the repository. The same
+    /// file again succeeds; other content under the same name is refused and kept aside.
+    Push(WalPush),
+    /// Bring one WAL file back to a server.
+    ///
+    /// For `restore_command = 'pgmuster wal get %f %p …'`. Ends with 1 only when it is certain that the archive has neither the
+    /// file nor a later one, which PostgreSQL takes for the end of its log; with 200 whenever that is not known, which stops the
+    /// recovery instead of ending it early.
+    Get(WalGet),
+}
+
+/// Whose archive.
+#[derive(Debug, Args)]
+pub struct WalArchive {
+    /// The repository: `file:///path` or `s3://bucket/prefix`.
+    #[arg(long, value_name = "URL")]
+    pub repository: String,
+    /// What opens it.
+    #[command(flatten)]
+    pub opener: OpenerArgs,
+    /// Whose WAL it is.
+    #[command(flatten)]
+    pub whose: WhoseWal,
+}
+
+/// Whose WAL.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct WhoseWal {
+    /// The cluster; of its lineages, the one with the server's system identifier.
+    #[arg(long, value_name = "NAME")]
+    pub cluster: Option<ClusterName>,
+    /// The lineage, where a cluster has several.
+    #[arg(long, value_name = "ID")]
+    pub lineage: Option<LineageId>,
+}
+
+/// `wal push`.
+#[derive(Debug, Args)]
+pub struct WalPush {
+    /// The file, `%p` in `archive_command`.
+    pub path: PathBuf,
+    /// Where to.
+    #[command(flatten)]
+    pub archive: WalArchive,
+    /// How long to try; afterwards PostgreSQL asks again.
+    #[arg(long, default_value_t = 600, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=86400))]
+    pub deadline: u32,
+}
+
+/// `wal get`.
+#[derive(Debug, Args)]
+pub struct WalGet {
+    /// The file's name, `%f` in `restore_command`.
+    pub file: WalFileName,
+    /// Where to put it, `%p` in `restore_command`.
+    pub path: PathBuf,
+    /// Where from.
+    #[command(flatten)]
+    pub archive: WalArchive,
+    /// For a standby that follows: end with 1 also when nothing is known, so that an outage of the repository does not stop it.
+    ///
+    /// Counts only while `standby.signal` is in the server's data directory: a recovery that ends would take an outage for
+    /// the end of its log.
+    #[arg(long)]
+    pub standby: bool,
+    /// How long to try [default: 300, with --standby 30].
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=86400))]
+    pub deadline: Option<u32>,
+}
+
+/// `recovery …`.
+#[derive(Debug, Subcommand)]
+pub enum RecoveryCommand {
+    /// The stretches of each cluster's log that can be reached from a backup, by timeline, and the gaps between them.
+    ///
+    /// Read from the repository alone. A window begins where its oldest backup ends, and ends where the unbroken line of WAL
+    /// does; anything between can be recovered. The exit code is 3 when there is a gap, or a file that cannot be read.
+    Windows {
+        /// Which repository.
+        #[command(flatten)]
+        at: RepositoryAt,
+        /// Only this cluster.
+        #[arg(long, value_name = "NAME")]
+        cluster: Option<ClusterName>,
+    },
 }

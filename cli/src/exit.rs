@@ -33,6 +33,9 @@ pub enum Exit {
     KeyWrong,
     /// 130: interrupted.
     Interrupted,
+    /// 200: `wal get` does not know whether there is such a file. PostgreSQL ends a recovery at codes from 1 to 125 and
+    /// fails at others, except 143.
+    NotKnown,
 }
 
 impl Exit {
@@ -52,6 +55,7 @@ impl Exit {
             Self::StillRunning => 10,
             Self::KeyWrong => 11,
             Self::Interrupted => 130,
+            Self::NotKnown => 200,
         }
     }
 
@@ -65,7 +69,10 @@ impl Exit {
             | Code::BackupUnknown
             | Code::WorkerUnknown
             | Code::RepositoryMissing => Self::NotFound,
-            Code::StateConflict | Code::ClusterBusy | Code::RepositoryExists => Self::Conflict,
+            Code::StateConflict
+            | Code::ClusterBusy
+            | Code::RepositoryExists
+            | Code::WalConflict => Self::Conflict,
             Code::CoordinatorUnreachable
             | Code::BrokerUnreachable
             | Code::CatalogUnavailable
@@ -83,6 +90,7 @@ impl Exit {
             | Code::DataDirectoryMismatch
             | Code::StoreUnsuitable
             | Code::RepositoryVersion
+            | Code::WalRefused
             | Code::BinariesMissing => Self::Refused,
             Code::Cancelled if failure.action == Action::Abandon => Self::Interrupted,
             _ => Self::Failed,
@@ -130,7 +138,8 @@ mod tests {
             Exit::SomeFailed => Some(Exit::StillRunning),
             Exit::StillRunning => Some(Exit::KeyWrong),
             Exit::KeyWrong => Some(Exit::Interrupted),
-            Exit::Interrupted => None,
+            Exit::Interrupted => Some(Exit::NotKnown),
+            Exit::NotKnown => None,
         };
         std::iter::successors(Some(Exit::Ok), next).collect()
     }

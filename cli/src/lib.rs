@@ -26,28 +26,81 @@ use crate::args::{Cli, Command};
 
 /// How long the last spans may take on their way out.
 const LAST_SPANS_MAX: Duration = Duration::from_secs(3);
+/// How long a loaded machine may take until the arguments are read.
+const PARSED_WITHIN: Duration = Duration::from_secs(30);
+/// What the main thread has elsewhere.
+const STACK_BYTES: usize = 8 << 20;
 
 /// Runs the program with the arguments of this process.
 pub fn main() -> Exit {
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
-        Err(error) => {
-            // Nobody is left to tell when this fails.
-            let _ = error.print();
-            return if error.use_stderr() { Exit::Usage } else { Exit::Ok };
+    let arguments = std::env::args_os().skip(1);
+    if commands::is_a_question(arguments.map(|text| text.to_string_lossy().into_owned())) {
+        return answered();
+    }
+    parsed().and_then(started).unwrap_or_else(|failed| failed)
+}
+
+/// What was typed; when it is no command, the code to end with, after it was said.
+fn parsed() -> Result<Cli, Exit> {
+    Cli::try_parse().map_err(|error| {
+        // Nobody is left to tell when this fails.
+        let _ = error.print();
+        if error.use_stderr() { Exit::Usage } else { Exit::Ok }
+    })
+}
+
+/// Runs `wal get`, whose ordinary codes are answers to the server's question whether there is a file. Whatever else happens on
+/// the way, a wrong argument, a panic, a thread that hangs, must not be taken for one.
+fn answered() -> Exit {
+    let (tell, hear) = std::sync::mpsc::sync_channel(2);
+    let asked = std::thread::Builder::new().stack_size(STACK_BYTES).spawn(move || {
+        // Nobody waits any more when a send fails.
+        let _ = match parsed() {
+            Ok(cli) => {
+                let _ = tell.send(Heard::Begun(commands::limit(&cli)));
+                tell.send(Heard::Ended(started(cli)))
+            }
+            Err(Exit::Ok) => tell.send(Heard::Ended(Ok(Exit::Ok))),
+            Err(exit) => tell.send(Heard::Ended(Err(exit))),
+        };
+    });
+    let (mut limit, mut silence) = (PARSED_WITHIN, Exit::NotKnown);
+    while asked.is_ok() {
+        match hear.recv_timeout(limit) {
+            Ok(Heard::Begun((deadline, exit))) => {
+                limit = deadline + LAST_SPANS_MAX * 2;
+                silence = exit;
+            }
+            Ok(Heard::Ended(Ok(exit))) => return exit,
+            // It was said what is wrong.
+            Ok(Heard::Ended(Err(_))) => return Exit::NotKnown,
+            Err(_) => break,
         }
-    };
+    }
+    output::talk("error: there was no answer in time");
+    silence
+}
+
+/// What is heard of a question that is being answered.
+enum Heard {
+    /// For so long it may take, and what silence means then.
+    Begun((Duration, Exit)),
+    /// A command's own word, or the code of its failure.
+    Ended(Result<Exit, Exit>),
+}
+
+fn started(cli: Cli) -> Result<Exit, Exit> {
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
             output::talk(&format!("error: failed to start: {error}"));
-            return Exit::Failed;
+            return Err(Exit::Failed);
         }
     };
     runtime.block_on(run(cli))
 }
 
-async fn run(cli: Cli) -> Exit {
+async fn run(cli: Cli) -> Result<Exit, Exit> {
     let ended = match become_user::become_owner(&cli).await {
         Err(failure) => Err(failure),
         Ok(()) => match telemetry::init(&telemetry_options(&cli)) {
@@ -63,7 +116,7 @@ async fn run(cli: Cli) -> Exit {
             }
         },
     };
-    ended.unwrap_or_else(|failure| {
+    ended.map_err(|failure| {
         output::failure(&failure);
         Exit::of(&failure)
     })

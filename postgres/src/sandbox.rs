@@ -1101,7 +1101,7 @@ impl LogWatch {
 fn replay_end_of(room: &SandboxRoom) -> Result<Lsn> {
     let control = ControlFile::read(&room.data_directory())?;
     let history =
-        crate::wal::History::read(&room.data_directory().join("pg_wal"), control.timeline)?;
+        crate::wal::read_history(&room.data_directory().join("pg_wal"), control.timeline)?;
     let last = history.and_then(|history| history.entries.last().map(|entry| entry.switched_at));
     last.ok_or_else(|| Error::Sandbox {
         what: "it left no history of its promotion".to_owned(),

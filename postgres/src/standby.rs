@@ -11,7 +11,7 @@ use proto::Timeline;
 use crate::error::Error;
 use crate::process::Result;
 use crate::session::Session;
-use crate::wal::WalFile;
+use crate::wal::WalFileName;
 
 /// A receiver that streams and has handed over everything leaves nothing to be behind of. Otherwise the newest sign of life in
 /// what was replayed counts: a transaction's end, or the checkpoint of the last restartpoint.
@@ -34,12 +34,12 @@ pub async fn lag_s(session: &Session) -> Result<u64> {
 /// Refuses WAL of a server that has heard of a timeline after `timeline`: positions may mean other bytes there. A standby
 /// knows the history of a timeline before it replays anything of it, and keeps it in `pg_wal`, the directory given here.
 /// Blocking; reads names only.
-pub fn require_timeline(directory: &Path, timeline: Timeline, segment_size: u32) -> Result<()> {
+pub fn require_timeline(directory: &Path, timeline: Timeline) -> Result<()> {
     let failed = |source| Error::io("read", directory, source);
     for entry in std::fs::read_dir(directory).map_err(failed)? {
         let name = entry.map_err(failed)?.file_name();
-        let file = name.to_str().and_then(|name| WalFile::parse(name, segment_size));
-        if let Some(WalFile::History(known)) = file
+        let file = name.to_str().and_then(|name| name.parse().ok());
+        if let Some(WalFileName::History(known)) = file
             && known > timeline
         {
             let what = format!(
@@ -65,10 +65,10 @@ mod tests {
         {
             std::fs::write(wal.join(name), "").unwrap();
         }
-        require_timeline(wal, Timeline(2), 16 << 20).unwrap();
+        require_timeline(wal, Timeline(2)).unwrap();
         std::fs::write(wal.join("0000000A.history"), "").unwrap();
-        let error = require_timeline(wal, Timeline(2), 16 << 20).unwrap_err();
+        let error = require_timeline(wal, Timeline(2)).unwrap_err();
         assert!(error.to_string().contains("0000000A.history"), "{error}");
-        require_timeline(wal, Timeline(10), 16 << 20).unwrap();
+        require_timeline(wal, Timeline(10)).unwrap();
     }
 }

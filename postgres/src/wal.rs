@@ -1,155 +1,26 @@
-//! Write-ahead log files: names, the header of a segment, timeline histories.
+//! Write-ahead log files: the header of a segment, and histories on disk. Their names are `proto`'s.
 //!
 //! Deliberately not here: what the records say (that is `wal_changes`), and how segments are
 //! fetched or stored.
 
-use std::fmt;
 use std::fs::File;
 use std::io;
 use std::path::Path;
 
 use proto::{Lsn, SystemIdentifier, Timeline};
 
+pub use proto::wal::{History, HistoryEntry, Segment, WalFileName, history_file_name};
+
 use crate::Error;
 use crate::process::Result;
 use crate::relation::read_full_at;
 
-/// Bytes that two numbers of a segment's name span: the first counts these.
-const BYTES_PER_NAME: u64 = 1 << 32;
 /// The long header at the start of every segment (`SizeOfXLogLongPHD`).
 pub const SEGMENT_HEADER_BYTES: usize = 40;
 /// Marks a long header (`XLP_LONG_HEADER`).
 const LONG_HEADER: u16 = 0x0002;
 /// Longest history file that is read: one line a promotion, about 60 bytes each.
 const HISTORY_LIMIT_BYTES: u64 = 1 << 20;
-
-/// A segment of the log: a timeline and a number. The number counts segments of one size, so it
-/// means nothing without that.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Segment {
-    /// Which history it belongs to.
-    pub timeline: Timeline,
-    /// Its start divided by the segment size.
-    pub number: u64,
-}
-
-impl Segment {
-    /// The segment that holds the byte at `lsn`.
-    pub fn containing(lsn: Lsn, timeline: Timeline, segment_size: u32) -> Self {
-        Self { timeline, number: lsn.0 / u64::from(segment_size) }
-    }
-
-    /// The segment that holds the byte before `lsn`: the last one needed to replay up to there.
-    pub fn ending_at(lsn: Lsn, timeline: Timeline, segment_size: u32) -> Self {
-        Self::containing(Lsn(lsn.0.saturating_sub(1)), timeline, segment_size)
-    }
-
-    /// All segments needed to replay from `start` up to `stop`; none when nothing lies between.
-    pub fn range(
-        start: Lsn,
-        stop: Lsn,
-        timeline: Timeline,
-        segment_size: u32,
-    ) -> impl Iterator<Item = Self> + Clone {
-        let first = Self::containing(start, timeline, segment_size).number;
-        let last = Self::ending_at(stop, timeline, segment_size).number;
-        let end = if stop > start { last + 1 } else { first };
-        (first..end).map(move |number| Self { timeline, number })
-    }
-
-    /// Where it starts.
-    pub fn start(self, segment_size: u32) -> Lsn {
-        Lsn(self.number.saturating_mul(u64::from(segment_size)))
-    }
-
-    /// Where the next one starts.
-    pub fn end(self, segment_size: u32) -> Lsn {
-        self.next().start(segment_size)
-    }
-
-    /// The next segment of the same timeline.
-    #[must_use]
-    pub fn next(self) -> Self {
-        Self { number: self.number + 1, ..self }
-    }
-
-    /// Its file name: 24 hexadecimal digits.
-    pub fn file_name(self, segment_size: u32) -> String {
-        let per_name = BYTES_PER_NAME / u64::from(segment_size);
-        let (high, low) = (self.number / per_name, self.number % per_name);
-        format!("{:08X}{high:08X}{low:08X}", self.timeline.0)
-    }
-
-    /// Reads a file name; `None` when it is no segment of this size.
-    pub fn parse(name: &str, segment_size: u32) -> Option<Self> {
-        let (timeline, rest) = hexadecimal(name)?;
-        let ((high, rest), per_name) =
-            (hexadecimal(rest)?, BYTES_PER_NAME / u64::from(segment_size));
-        let (low, rest) = hexadecimal(rest)?;
-        let fits = rest.is_empty() && timeline > 0 && u64::from(low) < per_name;
-        fits.then(|| Self {
-            timeline: Timeline(timeline),
-            number: u64::from(high) * per_name + u64::from(low),
-        })
-    }
-}
-
-/// The files that belong into a WAL archive.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum WalFile {
-    /// A whole segment.
-    Segment(Segment),
-    /// The last, unfinished segment of a timeline that ended in a promotion. Never to be served
-    /// under the plain name.
-    Partial(Segment),
-    /// The history of a timeline.
-    History(Timeline),
-    /// The label that a backup leaves in the archive, with its offset in the segment.
-    BackupLabel(Segment, u32),
-}
-
-impl WalFile {
-    /// Reads a file name.
-    pub fn parse(name: &str, segment_size: u32) -> Option<Self> {
-        match name.split_once('.') {
-            None => Segment::parse(name, segment_size).map(Self::Segment),
-            Some((stem, "partial")) => Segment::parse(stem, segment_size).map(Self::Partial),
-            Some((stem, "history")) => match hexadecimal(stem)? {
-                (timeline, "") if timeline > 0 => Some(Self::History(Timeline(timeline))),
-                _ => None,
-            },
-            Some((stem, rest)) => {
-                let (offset, "") = hexadecimal(rest.strip_suffix(".backup")?)? else { return None };
-                Segment::parse(stem, segment_size).map(|segment| Self::BackupLabel(segment, offset))
-            }
-        }
-    }
-
-    /// The file name.
-    pub fn file_name(self, segment_size: u32) -> String {
-        match self {
-            Self::Segment(segment) => segment.file_name(segment_size),
-            Self::Partial(segment) => format!("{}.partial", segment.file_name(segment_size)),
-            Self::History(timeline) => history_file_name(timeline),
-            Self::BackupLabel(segment, offset) => {
-                format!("{}.{offset:08X}.backup", segment.file_name(segment_size))
-            }
-        }
-    }
-}
-
-/// `0000000A.history` for timeline 10.
-pub fn history_file_name(timeline: Timeline) -> String {
-    format!("{:08X}.history", timeline.0)
-}
-
-/// Eight upper-case hexadecimal digits and what follows them.
-fn hexadecimal(text: &str) -> Option<(u32, &str)> {
-    let (digits, rest) = text.split_at_checked(8)?;
-    let upper = |b: u8| b.is_ascii_digit() || (b'A'..=b'F').contains(&b);
-    digits.bytes().all(upper).then_some(())?;
-    Some((u32::from_str_radix(digits, 16).ok()?, rest))
-}
 
 /// What the first page of a segment says of itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -216,6 +87,28 @@ fn major_of_magic(magic: u16) -> Option<u32> {
         0xD116 => 17,
         0xD118 => 18,
         _ => return None,
+    })
+}
+
+/// Whether a segment that begins at `start` was written to its end: its last page is of this segment, or it was left by a
+/// switch, behind which everything is zero. A file that the server prepared and did not fill is neither.
+pub fn is_whole(content: &[u8], start: Lsn) -> bool {
+    const SWITCH_BYTES: usize = 24;
+    const XLOG_SWITCH: u8 = 0x40;
+    let Ok(header) = SegmentHeader::parse(content) else { return false };
+    let word = |at: usize| content.get(at..at + 8).and_then(|word| word.try_into().ok());
+    let last_page = content.len().checked_sub(header.block_size as usize);
+    let address = last_page.and_then(|page| word(page + 8)).map(u64::from_ne_bytes);
+    if last_page.is_some_and(|page| address == Some(start.0 + page as u64)) {
+        return true;
+    }
+    // The switch is the last thing that is not zero. One that lies across two pages is not recognised.
+    let Some(last) = content.iter().rposition(|byte| *byte != 0) else { return false };
+    let end = (last + 1).next_multiple_of(8);
+    let record = end.checked_sub(SWITCH_BYTES).and_then(|begin| content.get(begin..end));
+    record.is_some_and(|record| {
+        record[..4] == u32::try_from(SWITCH_BYTES).unwrap_or(0).to_ne_bytes()
+            && record[16..18] == [XLOG_SWITCH, 0]
     })
 }
 
@@ -295,178 +188,26 @@ impl WalOrigin {
     }
 }
 
-/// One line of a timeline's history: the timeline that ended, and where.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HistoryEntry {
-    /// The timeline that was left.
-    pub timeline: Timeline,
-    /// The position at which the next timeline begins.
-    pub switched_at: Lsn,
-    /// Why, in the server's words.
-    pub reason: String,
-}
-
-/// The content of a `.history` file: how a timeline came to be, the oldest change first.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct History {
-    /// The timeline whose history it is.
-    pub timeline: Timeline,
-    /// Its ancestors.
-    pub entries: Vec<HistoryEntry>,
-}
-
-impl History {
-    /// Reads the text of a history file.
-    pub fn parse(timeline: Timeline, text: &str) -> Result<Self> {
-        let wrong = |what: String| Error::Content { name: history_file_name(timeline), what };
-        let mut entries: Vec<HistoryEntry> = Vec::new();
-        for line in text.lines().map(str::trim) {
-            if line.is_empty() || line.starts_with('#') {
-                continue;
+/// Reads the history of `timeline` in `directory` (`pg_wal`). Timeline 1 has none and needs none;
+/// `None` when the file is missing.
+pub fn read_history(directory: &Path, timeline: Timeline) -> Result<Option<History>> {
+    if timeline.0 <= 1 {
+        return Ok(Some(History { timeline, entries: Vec::new() }));
+    }
+    let path = directory.join(history_file_name(timeline));
+    let read = || {
+        let mut text = String::new();
+        let mut file = io::Read::take(File::open(&path)?, HISTORY_LIMIT_BYTES);
+        io::Read::read_to_string(&mut file, &mut text).map(|_| text)
+    };
+    match read() {
+        Ok(text) => match History::parse(timeline, &text) {
+            Ok(history) => Ok(Some(history)),
+            Err(error) => {
+                Err(Error::Content { name: history_file_name(timeline), what: error.what })
             }
-            let bad = || wrong(format!("the line {line:?} is no entry"));
-            let mut words = line.splitn(3, char::is_whitespace).map(str::trim);
-            let number: u32 = words.next().and_then(|word| word.parse().ok()).ok_or_else(bad)?;
-            let switched_at = words.next().and_then(|word| word.parse().ok()).ok_or_else(bad)?;
-            let reason = words.next().unwrap_or_default().to_owned();
-            let before = entries.last().map_or(0, |entry| entry.timeline.0);
-            if number <= before || number >= timeline.0 {
-                return Err(wrong(format!("timeline {number} is out of order")));
-            }
-            entries.push(HistoryEntry { timeline: Timeline(number), switched_at, reason });
-        }
-        if entries.is_empty() && timeline.0 > 1 {
-            return Err(wrong("it has no entries".to_owned()));
-        }
-        Ok(Self { timeline, entries })
-    }
-
-    /// Reads the history of `timeline` in `directory` (`pg_wal`). Timeline 1 has none and needs
-    /// none; `None` when the file is missing.
-    pub fn read(directory: &Path, timeline: Timeline) -> Result<Option<Self>> {
-        if timeline.0 <= 1 {
-            return Ok(Some(Self { timeline, entries: Vec::new() }));
-        }
-        let path = directory.join(history_file_name(timeline));
-        let read = || {
-            let mut text = String::new();
-            let mut file = io::Read::take(File::open(&path)?, HISTORY_LIMIT_BYTES);
-            io::Read::read_to_string(&mut file, &mut text).map(|_| text)
-        };
-        match read() {
-            Ok(text) => Self::parse(timeline, &text).map(Some),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(source) => Err(Error::io("read", &path, source)),
-        }
-    }
-
-    /// The timeline that wrote the byte at `lsn`, seen from this history.
-    pub fn timeline_at(&self, lsn: Lsn) -> Timeline {
-        let entry = self.entries.iter().find(|entry| lsn < entry.switched_at);
-        entry.map_or(self.timeline, |entry| entry.timeline)
-    }
-}
-
-impl fmt::Display for History {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for HistoryEntry { timeline, switched_at, reason } in &self.entries {
-            writeln!(f, "{timeline}\t{switched_at}\t{reason}")?;
-        }
-        Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    const MIB: u32 = 1 << 20;
-
-    #[test]
-    fn names_are_the_servers() {
-        // SELECT pg_walfile_name('16/B374D848') at segment sizes of 16 MiB, 1 MiB and 1 GiB,
-        // timelines 1 and 26.
-        let lsn = "16/B374D848".parse().unwrap();
-        let name =
-            |timeline, size| Segment::containing(lsn, Timeline(timeline), size).file_name(size);
-        assert_eq!(name(1, 16 * MIB), "0000000100000016000000B3");
-        assert_eq!(name(26, 16 * MIB), "0000001A00000016000000B3");
-        assert_eq!(name(1, MIB), "000000010000001600000B37");
-        assert_eq!(name(1, 1024 * MIB), "000000010000001600000002");
-    }
-
-    #[test]
-    fn names_of_other_sizes_and_shapes_are_refused() {
-        assert!(Segment::parse("0000000100000016000000B3", 1024 * MIB).is_none());
-        for name in [
-            "",
-            "0000000100000016000000b3",
-            "0000000000000016000000B3",
-            "0000000100000016000000B",
-            "0000000100000016000000B30",
-            "0000000100000016000001B3",
-            "é000000100000016000000B",
-        ] {
-            assert!(Segment::parse(name, 16 * MIB).is_none(), "{name}");
-        }
-    }
-
-    #[test]
-    fn every_kind_of_wal_file_is_told_apart() {
-        let segment = Segment { timeline: Timeline(10), number: 5 };
-        for (name, file) in [
-            ("0000000A0000000000000005", WalFile::Segment(segment)),
-            ("0000000A0000000000000005.partial", WalFile::Partial(segment)),
-            ("0000000A.history", WalFile::History(Timeline(10))),
-            ("0000000A0000000000000005.00000028.backup", WalFile::BackupLabel(segment, 0x28)),
-        ] {
-            assert_eq!(WalFile::parse(name, 16 * MIB), Some(file));
-            assert_eq!(file.file_name(16 * MIB), name);
-        }
-        for name in
-            ["0000000A", "0000000A.historyx", "xlogtemp.123", "archive_status", "00000000.history"]
-        {
-            assert_eq!(WalFile::parse(name, 16 * MIB), None, "{name}");
-        }
-    }
-
-    #[test]
-    fn a_range_ends_before_a_segment_it_does_not_enter() {
-        let names = |start, stop| {
-            let range = Segment::range(Lsn(start), Lsn(stop), Timeline(1), MIB);
-            range.map(|segment| segment.number).collect::<Vec<_>>()
-        };
-        let mib = u64::from(MIB);
-        assert_eq!(names(5 * mib + 40, 7 * mib), [5, 6]);
-        assert_eq!(names(5 * mib + 40, 7 * mib + 1), [5, 6, 7]);
-        assert_eq!(names(5 * mib, 5 * mib + 1), [5]);
-        assert_eq!(names(5 * mib, 5 * mib), [0; 0]);
-    }
-
-    #[test]
-    fn histories_are_read_as_the_server_writes_them() {
-        let text = "1\t0/3000158\tno recovery target specified\n\n# note\n2\t0/5000000\tbefore 2000-01-01 00:00:00+00\n";
-        let history = History::parse(Timeline(3), text).unwrap();
-        assert_eq!(history.entries.len(), 2);
-        assert_eq!(history.timeline_at(Lsn(0x0300_0157)), Timeline(1));
-        assert_eq!(history.timeline_at(Lsn(0x0300_0158)), Timeline(2));
-        assert_eq!(history.timeline_at(Lsn(0x0500_0000)), Timeline(3));
-        for (timeline, bad) in
-            [(3, "2\t0/1\tx\n1\t0/2\tx"), (3, "3\t0/1\tx"), (2, ""), (2, "1"), (2, "x\t0/1")]
-        {
-            assert!(History::parse(Timeline(timeline), bad).is_err(), "{bad:?}");
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn names_round_trip(timeline in 1_u32.., lsn: u64, power in 20_u32..=30) {
-            let size = 1 << power;
-            let segment = Segment::containing(Lsn(lsn), Timeline(timeline), size);
-            prop_assert_eq!(Segment::parse(&segment.file_name(size), size), Some(segment));
-            prop_assert!(segment.start(size) <= Lsn(lsn));
-        }
+        },
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(Error::io("read", &path, source)),
     }
 }

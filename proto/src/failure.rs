@@ -134,6 +134,10 @@ codes! {
     WalHeld = "WAL_HELD",
     /// `pg_dump` failed, or what it wrote is not whole.
     DumpFailed = "DUMP_FAILED",
+    /// A file for the WAL archive is not what its name says.
+    WalRefused = "WAL_REFUSED",
+    /// Other content is archived under the name of a WAL file.
+    WalConflict = "WAL_CONFLICT",
     /// The PostgreSQL programs of the needed version are not installed.
     BinariesMissing = "BINARIES_MISSING",
 

@@ -15,6 +15,7 @@ pub mod proof;
 pub mod secret_ref;
 pub mod step;
 pub mod topology;
+pub mod wal;
 
 pub use backup::{BackupFacts, BackupKind};
 pub use failure::{Action, Code, Failure};
@@ -25,3 +26,4 @@ pub use name::{ClusterName, DatabaseName, SiteName, WorkerName};
 pub use proof::{Proof, ProofLevel};
 pub use secret_ref::SecretRef;
 pub use step::{Progress, Step};
+pub use wal::WalFileName;

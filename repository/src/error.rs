@@ -2,7 +2,10 @@
 
 use std::io;
 
-use proto::{Action, AttemptId, BackupId, Code, Failure, LineageId, RepositoryId, failure::chain};
+use proto::{
+    Action, AttemptId, BackupId, Code, Failure, LineageId, RepositoryId, WalFileName,
+    failure::chain,
+};
 
 use crate::store::StoreError;
 
@@ -156,6 +159,26 @@ pub enum Error {
         backup: BackupId,
         /// What stands against it.
         reason: String,
+    },
+    /// A file of the log that cannot be what its name says.
+    #[error("archive {file}: {reason}")]
+    WalContent {
+        /// The file.
+        file: WalFileName,
+        /// What does not fit.
+        reason: String,
+    },
+    /// Other content is archived under the name of a file.
+    #[error(
+        "archive {file}: other content is archived under this name in lineage {lineage}, and stays; of what came now, {kept}"
+    )]
+    WalConflict {
+        /// The file.
+        file: WalFileName,
+        /// The lineage.
+        lineage: LineageId,
+        /// What became of the content.
+        kept: String,
     },
     /// There is no such lineage.
     #[error("find lineage {lineage}")]
@@ -341,6 +364,16 @@ impl From<Error> for Failure {
                 Code::StateConflict,
                 Action::FixConfig,
                 "Look at what stays and why: `pgmuster repo gc URL --key FILE --plan`. Prove a newer backup or release the hold where that is the reason.",
+            ),
+            Error::WalContent { .. } => (
+                Code::WalRefused,
+                Action::FixData,
+                "Nothing was stored. Look at the file: a server archives segments whole.",
+            ),
+            Error::WalConflict { .. } => (
+                Code::WalConflict,
+                Action::FixConfig,
+                "Two servers archive into one lineage: stop the one that is not the primary, and give a restored or cloned one a lineage of its own.",
             ),
             Error::Source { source, .. } => match source.kind() {
                 io::ErrorKind::PermissionDenied => (

@@ -1,6 +1,6 @@
 //! Where each object lives. Nothing but names.
 
-use proto::{AttemptId, BackupId, LineageId};
+use proto::{AttemptId, BackupId, LineageId, Timeline, WalFileName};
 
 use crate::pack::PackId;
 
@@ -80,4 +80,24 @@ pub(crate) fn condemned(lineage: LineageId) -> String {
 /// An object of one run of a collector: `condemned`, `done`.
 pub(crate) fn of_run(lineage: LineageId, run: &str, name: &str) -> String {
     format!("{LINEAGES}{lineage}/gc/{run}/{name}")
+}
+
+/// The WAL archive of a lineage.
+pub(crate) fn wal(lineage: LineageId) -> String {
+    format!("{LINEAGES}{lineage}/wal/")
+}
+
+/// What the archive has of one timeline.
+pub(crate) fn wal_of(lineage: LineageId, timeline: Timeline) -> String {
+    format!("{LINEAGES}{lineage}/wal/{:08X}/", timeline.0)
+}
+
+/// A file of the archive: a name below [`wal`]. Each timeline has a folder.
+pub(crate) fn wal_file(file: &WalFileName) -> String {
+    format!("{:08X}/{file}", file.timeline().0)
+}
+
+/// What came under a name that other content had first: a name below [`wal`]. `number` from 1.
+pub(crate) fn wal_conflict(file: &WalFileName, number: u32) -> String {
+    format!("conflicts/{file}/{number}")
 }

@@ -50,6 +50,7 @@ mod slice;
 mod stop;
 pub mod store;
 mod uploads;
+mod wal;
 mod wire;
 mod wishes;
 mod writer;
@@ -79,8 +80,9 @@ pub use restore::{
     Comparison, Existing, Foreign, Place, RestoreOptions, RestorePlan, RestoreSummary,
     RestoreTarget, Unfinished,
 };
-pub use scrub::{CheckLevel, Damage, ScrubOptions, ScrubReport, ScrubbedLineage};
+pub use scrub::{CheckLevel, Damage, ScrubOptions, ScrubReport, ScrubbedLineage, WalAmount};
 pub use slice::Slice;
+pub use wal::{TimelineWal, WalGap, WalInventory, WalMissing, WalReach, WalRun, WalStored};
 pub use writer::{
     BackupSummary, BackupWriter, Source, SourceFile, WalWriter, WriteOptions, Written,
 };

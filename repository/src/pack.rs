@@ -44,6 +44,8 @@ pub(crate) enum ObjectType {
     Wal = 3,
     /// The manifest of an attempt.
     Manifest = 4,
+    /// A file of the WAL archive.
+    Archive = 5,
 }
 
 impl ObjectType {
@@ -53,18 +55,19 @@ impl ObjectType {
             Self::Metadata => 2,
             Self::Wal => 3,
             Self::Manifest => 4,
+            Self::Archive => 5,
         }
     }
 
     pub(crate) fn from_code(code: u8) -> Option<Self> {
-        [Self::Data, Self::Metadata, Self::Wal, Self::Manifest]
+        [Self::Data, Self::Metadata, Self::Wal, Self::Manifest, Self::Archive]
             .into_iter()
             .find(|kind| kind.code() == code)
     }
 
     fn class(self) -> Class {
         match self {
-            Self::Data | Self::Wal => Class::Data,
+            Self::Data | Self::Wal | Self::Archive => Class::Data,
             Self::Metadata | Self::Manifest => Class::Index,
         }
     }
@@ -553,6 +556,29 @@ impl Tail {
     }
 }
 
+/// The cipher of a container that begins with `bytes`, if it is the one that is meant.
+pub(crate) fn cipher_of(
+    keys: &Keys,
+    lineage: LineageId,
+    kind: ObjectType,
+    id: [u8; 16],
+    bytes: &[u8],
+) -> Result<PackCipher, &'static str> {
+    let header: [u8; HEADER_BYTES] =
+        bytes.first_chunk().copied().ok_or("it is too short for a header")?;
+    let mut salt = [0; 32];
+    salt.copy_from_slice(&header[64..96]);
+    let mut wrapped = [0; WRAPPED_BYTES];
+    wrapped.copy_from_slice(&header[BOUND_BYTES..]);
+    let bound = bound_header(keys, lineage, kind, id, salt);
+    if header[..BOUND_BYTES] != bound {
+        return Err("its header belongs to another repository, lineage, type, object or version");
+    }
+    PackCipher::unwrap(keys, kind, bound, wrapped)
+        .map_err(|_| "its key cannot be used")?
+        .ok_or("its key does not open: the header was changed")
+}
+
 /// A whole small container (a manifest) in memory: checks digest, header, table, and opens every frame in order.
 pub(crate) fn open_whole(
     keys: &Keys,
@@ -567,19 +593,7 @@ pub(crate) fn open_whole(
     if *blake3::hash(&bytes[..digested]).as_bytes() != tail.digest {
         return Err("its bytes do not have the digest in its trailer");
     }
-    let header: [u8; HEADER_BYTES] =
-        bytes.first_chunk().copied().ok_or("it is too short for a header")?;
-    let mut salt = [0; 32];
-    salt.copy_from_slice(&header[64..96]);
-    let mut wrapped = [0; WRAPPED_BYTES];
-    wrapped.copy_from_slice(&header[BOUND_BYTES..]);
-    let bound = bound_header(keys, lineage, kind, id, salt);
-    if header[..BOUND_BYTES] != bound {
-        return Err("its header belongs to another repository, lineage, type, object or version");
-    }
-    let cipher = PackCipher::unwrap(keys, kind, bound, wrapped)
-        .map_err(|_| "its key cannot be used")?
-        .ok_or("its key does not open: the header was changed")?;
+    let cipher = cipher_of(keys, lineage, kind, id, &bytes)?;
     let size_bytes = bytes.len() as u64;
     let table_end = bytes.len() - TAIL_BYTES;
     let table_start =

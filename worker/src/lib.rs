@@ -3,6 +3,7 @@
 //! Stateless: nothing it holds is needed after it died. It knows the server, the repository and the job in its hands;
 //! it decides nothing about schedules or retention and never talks to the catalog.
 
+pub mod archive;
 mod attempt;
 mod attempts;
 mod claims;

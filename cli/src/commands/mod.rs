@@ -10,6 +10,7 @@ mod gc;
 mod job;
 mod load;
 mod order;
+mod recovery;
 mod repo;
 mod repo_check;
 mod repo_key;
@@ -17,9 +18,11 @@ mod restore;
 mod roles;
 mod status;
 mod up;
+mod wal;
 
 pub(crate) use repo::{init as init_repository, write_secret};
 pub(crate) use up::sockets;
+pub(crate) use wal::{is_a_question, limit};
 
 use proto::Failure;
 
@@ -48,6 +51,8 @@ pub(crate) async fn run(cli: Cli) -> Result<Exit, Failure> {
         Command::Backups(command) => backups::run(&client()?, command, format).await,
         Command::Job(command) => job::run(&client()?, command, format).await,
         Command::Repo(command) => repo::run(command, format).await,
+        Command::Wal(command) => wal::run(command).await,
+        Command::Recovery(command) => recovery::run(command, format).await,
         Command::Doctor(args) => doctor::run(client(), &args, format).await,
         Command::Config(command) => config::run(&command, format),
     }

@@ -8,6 +8,7 @@ mod names;
 mod notes;
 mod packs;
 mod survey;
+mod wal;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -27,6 +28,8 @@ use crate::record::Identity;
 use crate::repository::Repository;
 use crate::slice::Slice;
 use crate::store::Listed;
+
+pub use self::wal::WalAmount;
 
 /// How deep a check of a repository goes. Each level includes the ones before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
@@ -130,6 +133,8 @@ pub struct ScrubbedLineage {
     pub read: Amount,
     /// Frames that were opened.
     pub frames: u64,
+    /// Files of the WAL archive.
+    pub wal: WalAmount,
     /// Attempts that have been open for too long.
     pub open: Vec<Open>,
     /// Lists of collections that have not finished.
@@ -167,6 +172,8 @@ struct Found {
     marks: BTreeSet<PackId>,
     /// Runs of collectors: their objects' names and sizes.
     runs: BTreeMap<String, BTreeMap<String, u64>>,
+    /// Files of the WAL archive, by their names below it.
+    wal: BTreeMap<String, u64>,
 }
 
 impl Repository {
@@ -233,7 +240,12 @@ impl Repository {
                 Part::Run(run, name) => {
                     found.runs.entry(run).or_default().insert(name, size_bytes);
                 }
-                Part::Reserved => {}
+                Part::Wal(place) => {
+                    let is_read = options.reads(wal::slice_id(&place));
+                    to_read += if is_read { size_bytes } else { 0 };
+                    found.wal.insert(place, size_bytes);
+                }
+                Part::Pin => {}
             }
         }
         options.to_read.store(to_read, Ordering::Relaxed);
@@ -280,6 +292,7 @@ impl Repository {
             unreferenced: Amount::default(),
             read: Amount::default(),
             frames: 0,
+            wal: wal::amount(&found.wal),
             open: Vec::new(),
             interrupted: Vec::new(),
         };
@@ -313,6 +326,10 @@ impl Repository {
                     report.not_marked.get_or_insert(why);
                 }
             }
+        }
+        if ended.is_ok() && options.level >= CheckLevel::Read {
+            ended =
+                until(options, wal::read(self, lineage, options, &found.wal, &mut faults)).await;
         }
         for (object, what) in faults {
             let backups = match names::parse(&object) {

@@ -7,6 +7,7 @@ use proto::{AttemptId, LineageId};
 use crate::layout;
 use crate::marks::pack_of;
 use crate::pack::PackId;
+use crate::wal;
 
 /// What an object is, by its key.
 #[derive(Debug, PartialEq, Eq)]
@@ -29,8 +30,10 @@ pub(super) enum Part {
     Mark(PackId),
     /// An object of a collector's run, by its last name.
     Run(String, String),
-    /// A pin, which comes and goes, or a name that this format keeps for later.
-    Reserved,
+    /// A file of the WAL archive, or what was refused there, by its name below it.
+    Wal(String),
+    /// A pin, which comes and goes.
+    Pin,
 }
 
 pub(super) fn parse(key: &str) -> Name {
@@ -74,7 +77,8 @@ fn part(lineage: LineageId, key: &str, rest: &str) -> Option<Part> {
             let (run, name) = rest.split_once('/')?;
             matches!(name, "condemned" | "done").then(|| Part::Run(run.to_owned(), name.to_owned()))
         }
-        "wal" | "pins" => Some(Part::Reserved),
+        "wal" => wal::of_place(rest).map(|_| Part::Wal(rest.to_owned())),
+        "pins" => Some(Part::Pin),
         _ => None,
     }
 }
@@ -139,7 +143,11 @@ mod tests {
         assert_eq!(parse(&layout::mark(lineage, id)), Name::Of(lineage, Part::Mark(id)));
         let run = Part::Run("00ff".to_owned(), "condemned".to_owned());
         assert_eq!(parse(&layout::of_run(lineage, "00ff", "condemned")), Name::Of(lineage, run));
-        assert_eq!(of("wal/1/000000010000000000000001"), Name::Of(lineage, Part::Reserved));
+        for place in ["0000000A/0000000A00000000000000FF", "conflicts/0000000A.history/1"] {
+            let part = Part::Wal(place.to_owned());
+            assert_eq!(of(&format!("wal/{place}")), Name::Of(lineage, part));
+        }
+        assert_eq!(of("pins/a/b"), Name::Of(lineage, Part::Pin));
     }
 
     #[test]
@@ -158,6 +166,8 @@ mod tests {
             format!("packs/ab/{id}.bak"),
             "gc/run/other".to_owned(),
             "damaged/x".to_owned(),
+            "wal/000000010000000000000001".to_owned(),
+            "wal/1/000000010000000000000001".to_owned(),
             "x/y".to_owned(),
         ] {
             assert_eq!(of(&rest), Name::Foreign, "{rest}");

@@ -84,8 +84,7 @@ pub(super) async fn same_timeline(
     server: &postgres::ServerIdentity,
 ) -> Result<(), Failure> {
     let (wal, timeline) = (directory.join("pg_wal"), server.timeline);
-    let segment_size = server.wal_segment_size;
-    blocking(move || Ok(standby::require_timeline(&wal, timeline, segment_size)?)).await
+    blocking(move || Ok(standby::require_timeline(&wal, timeline)?)).await
 }
 
 /// Enters backup mode, and holds the data directory against what the server says.

@@ -1,0 +1,411 @@
+//! Storing, fetching and listing.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::{StreamExt as _, TryStreamExt as _, stream};
+use proto::wal::{History, SegmentName, WalFileName, is_segment_size};
+use proto::{LineageId, Timeline};
+
+use super::inventory::{TimelineWal, WalInventory};
+use super::object::{self, HEAD_END, OBJECT_BYTES_MAX};
+use crate::again::again;
+use crate::error::Error;
+use crate::layout;
+use crate::lineage::NOTES_IN_FLIGHT;
+use crate::pack::{self, Tail};
+use crate::repository::Repository;
+use crate::store::{PutOutcome, StoreError};
+
+/// The largest history and label that is stored: they have a line for each promotion, and ten lines.
+const TEXT_BYTES_MAX: usize = 1 << 20;
+/// How many different contents that were refused under one name are kept. More tell nothing new, and whoever sends them
+/// sends them for ever.
+const CONFLICTS_MAX: u32 = 8;
+
+/// How storing a file ended. Either way it is durable, with the content that was given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WalStored {
+    /// It was not there.
+    Created,
+    /// The same content was there.
+    AlreadyThere,
+}
+
+impl Repository {
+    /// Stores a file of the log. Idempotent by name and content: the same again succeeds, other content under a name that
+    /// is taken is kept aside and refused with [`Error::WalConflict`]. After success the file is durable.
+    ///
+    /// Refused before anything is written: segments, also unfinished ones, whose length is none of a segment's, and
+    /// histories that are not what their name says.
+    pub async fn store_wal(
+        &self,
+        lineage: LineageId,
+        file: &WalFileName,
+        content: Bytes,
+    ) -> Result<WalStored, Error> {
+        self.check_writable()?;
+        check(file, &content)?;
+        let place = layout::wal_file(file);
+        let outcome = self.put_archived(lineage, &place, content.clone()).await;
+        match outcome {
+            Ok(PutOutcome::Created) => return Ok(WalStored::Created),
+            Ok(PutOutcome::Exists) | Err(Error::Store(_)) => {}
+            Err(error) => return Err(error),
+        }
+        // What is there is read to its end: what cannot be read back is not stored, whoever stored it.
+        let there = match (self.get_archived(lineage, &place).await, outcome) {
+            (Ok(Some(there)), _) => there,
+            // Nobody knows whether it was written, or will appear.
+            (_, Err(unheard)) => return Err(unheard),
+            (Ok(None), Ok(_)) => {
+                return Err(Error::Missing { key: layout::wal(lineage) + &place });
+            }
+            (Err(error), Ok(_)) => return Err(error),
+        };
+        if there == content {
+            return Ok(WalStored::AlreadyThere);
+        }
+        let kept = match self.keep_aside(lineage, file, &content).await {
+            Ok(Some(key)) => format!("it is kept as {key}"),
+            Ok(None) => format!("{CONFLICTS_MAX} others were kept before it, it is not"),
+            Err(error) => {
+                format!("it could not be kept: failed to {}", proto::failure::chain(&error))
+            }
+        };
+        Err(Error::WalConflict { file: *file, lineage, kept })
+    }
+
+    /// The content of a file of the archive. `None` only when it is certain that there is no such file: the store said so,
+    /// and after that still showed the lineage. It may be stored a moment later.
+    pub async fn fetch_wal(
+        &self,
+        lineage: LineageId,
+        file: &WalFileName,
+    ) -> Result<Option<Bytes>, Error> {
+        match self.get_archived(lineage, &layout::wal_file(file)).await? {
+            Some(content) => {
+                check(file, &content)?;
+                Ok(Some(content))
+            }
+            // A directory that is not mounted has no files either.
+            None => self.identity(lineage).await.map(|_| None),
+        }
+    }
+
+    /// Whether the archive has a segment of the same timeline behind `segment`. `false` only when that is certain.
+    pub async fn has_later_wal(
+        &self,
+        lineage: LineageId,
+        segment: SegmentName,
+    ) -> Result<bool, Error> {
+        let prefix = layout::wal_of(lineage, segment.timeline);
+        let later = self.store.list(&prefix).await?.iter().any(|object| {
+            let name = object.key.strip_prefix(&prefix).and_then(|name| name.parse().ok());
+            name.is_some_and(|name| matches!(name, WalFileName::Segment(name) if name > segment))
+        });
+        if !later {
+            self.identity(lineage).await?;
+        }
+        Ok(later)
+    }
+
+    /// What the archive has, from one listing, the histories, and the head of one segment of each timeline. A timeline
+    /// none of whose segments tells how long it is stands there without any, and among the damaged.
+    pub async fn list_wal(&self, lineage: LineageId) -> Result<WalInventory, Error> {
+        let prefix = layout::wal(lineage);
+        let objects = self.store.list(&prefix).await?;
+        if objects.is_empty() {
+            self.identity(lineage).await?;
+        }
+        let mut inventory = WalInventory::default();
+        let mut segments: BTreeMap<Timeline, Vec<SegmentName>> = BTreeMap::new();
+        let mut histories = Vec::new();
+        for object in &objects {
+            let Some(place) = object.key.strip_prefix(&prefix) else { continue };
+            match of_place(place) {
+                Some(Place::File(file)) => {
+                    inventory.stored_bytes += object.size_bytes;
+                    let wal = inventory.timelines.entry(file.timeline()).or_default();
+                    match file {
+                        WalFileName::Segment(name) => {
+                            segments.entry(name.timeline).or_default().push(name);
+                        }
+                        WalFileName::Partial(name) => wal.partials.push(name),
+                        WalFileName::History(timeline) => histories.push(timeline),
+                        WalFileName::BackupLabel(..) => wal.labels += 1,
+                    }
+                }
+                Some(Place::Conflict(file, _)) => inventory.conflicts.push(file),
+                None => {}
+            }
+        }
+        // Each is numbered, and the listing is in order.
+        inventory.conflicts.dedup();
+        let read = stream::iter(histories).map(|timeline| async move {
+            Ok::<_, Error>((timeline, self.history_of(lineage, timeline).await?))
+        });
+        let read: Vec<_> = read.buffered(NOTES_IN_FLIGHT).try_collect().await?;
+        for (timeline, history) in read {
+            match history {
+                Ok(history) => {
+                    let wal: &mut TimelineWal = inventory.timelines.entry(timeline).or_default();
+                    wal.history = history;
+                }
+                Err(why) => inventory.damaged.push((WalFileName::History(timeline), why)),
+            }
+        }
+        for (timeline, mut names) in segments {
+            names.sort_unstable();
+            let size = self.size_of_segments(lineage, &names, &mut inventory.damaged).await?;
+            let wal = inventory.timelines.entry(timeline).or_default();
+            wal.segment_size = size;
+            for name in names {
+                if size > 0 && !wal.add(name) {
+                    let what = format!("there is no such segment among those of {size} bytes");
+                    inventory.damaged.push((WalFileName::Segment(name), what));
+                }
+            }
+        }
+        Ok(inventory)
+    }
+
+    /// The history of a timeline, `None` if it is gone since it was listed, or why it cannot be read.
+    async fn history_of(
+        &self,
+        lineage: LineageId,
+        timeline: Timeline,
+    ) -> Result<Result<Option<History>, String>, Error> {
+        let file = WalFileName::History(timeline);
+        match self.get_archived(lineage, &layout::wal_file(&file)).await {
+            Ok(None) => Ok(Ok(None)),
+            Ok(Some(content)) => Ok(parse_history(timeline, &content).map(Some)),
+            Err(Error::Damaged { reason, .. }) => Ok(Err(reason)),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// How long the segments of a timeline are, said by the first that can be read; 0 when none can. Each is looked at, so
+    /// that one that is damaged hides nothing.
+    async fn size_of_segments(
+        &self,
+        lineage: LineageId,
+        names: &[SegmentName],
+        damaged: &mut Vec<(WalFileName, String)>,
+    ) -> Result<u32, Error> {
+        for name in names {
+            let file = WalFileName::Segment(*name);
+            let place = layout::wal_file(&file);
+            let key = layout::wal(lineage) + &place;
+            let head = again(|| async {
+                let start = match self.store.get_range(&key, 0..HEAD_END).await {
+                    Ok(start) => start,
+                    Err(StoreError::NotFound { .. }) => return Ok(None),
+                    Err(error) => return Err(Error::needed(error)),
+                };
+                let head = object::head(&self.keys, lineage, &place, &start);
+                head.map(Some).map_err(|reason| Error::damaged(&key, reason))
+            });
+            match head.await {
+                Ok(Some(head)) if is_segment_size(head.bytes) => {
+                    return Ok(u32::try_from(head.bytes).unwrap_or(0));
+                }
+                Ok(Some(head)) => {
+                    damaged.push((file, format!("no segment has {} bytes", head.bytes)));
+                }
+                Ok(None) => {}
+                Err(Error::Damaged { reason, .. }) => damaged.push((file, reason)),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(0)
+    }
+
+    /// Keeps content whose name is taken. The same content is kept once; `None` when enough is kept.
+    async fn keep_aside(
+        &self,
+        lineage: LineageId,
+        file: &WalFileName,
+        content: &Bytes,
+    ) -> Result<Option<String>, Error> {
+        for number in 1..=CONFLICTS_MAX {
+            let place = layout::wal_conflict(file, number);
+            let key = layout::wal(lineage) + &place;
+            if self.put_archived(lineage, &place, content.clone()).await? == PutOutcome::Created {
+                return Ok(Some(key));
+            }
+            match self.get_archived(lineage, &place).await {
+                Ok(Some(there)) if there == *content => return Ok(Some(key)),
+                // What cannot be read there is in nobody's way.
+                Ok(_) | Err(Error::Damaged { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether an object of the archive has the digest in its trailer and, on demand, opens at its place. One that is gone
+    /// since it was listed is not damaged.
+    pub(crate) async fn look_at_archived(
+        &self,
+        lineage: LineageId,
+        place: &str,
+        opens: bool,
+    ) -> Result<(), Error> {
+        if opens {
+            return self.get_archived(lineage, place).await.map(drop);
+        }
+        let key = layout::wal(lineage) + place;
+        again(|| async {
+            let object = match self.store.get(&key, OBJECT_BYTES_MAX).await {
+                Ok(object) => object,
+                Err(StoreError::NotFound { .. }) => return Ok(()),
+                Err(error) => return Err(Error::needed(error)),
+            };
+            let is_right = blocking(move || {
+                let tail = Tail::parse(&object).ok()?;
+                (pack::digest_of(&object)? == tail.digest).then_some(())
+            });
+            let wrong = || Error::damaged(&key, "its bytes do not have the digest in its trailer");
+            is_right.await?.ok_or_else(wrong)
+        })
+        .await
+    }
+
+    async fn put_archived(
+        &self,
+        lineage: LineageId,
+        place: &str,
+        content: Bytes,
+    ) -> Result<PutOutcome, Error> {
+        let (keys, bound_to) = (Arc::clone(&self.keys), place.to_owned());
+        let sealed = blocking(move || object::seal(&keys, lineage, &bound_to, &content)).await??;
+        Ok(self.store.put_if_absent(&(layout::wal(lineage) + place), sealed).await?)
+    }
+
+    async fn get_archived(&self, lineage: LineageId, place: &str) -> Result<Option<Bytes>, Error> {
+        let key = layout::wal(lineage) + place;
+        again(|| async {
+            let object = match self.store.get(&key, OBJECT_BYTES_MAX).await {
+                Ok(object) => object,
+                Err(StoreError::NotFound { .. }) => return Ok(None),
+                Err(error) => return Err(Error::needed(error)),
+            };
+            let (keys, place) = (Arc::clone(&self.keys), place.to_owned());
+            let opened = blocking(move || object::open(&keys, lineage, &place, object.into()));
+            match opened.await? {
+                Ok(content) => Ok(Some(content.into())),
+                Err(reason) => Err(Error::damaged(&key, reason)),
+            }
+        })
+        .await
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work).await.map_err(|gone| Error::Bug(gone.to_string()))
+}
+
+/// What a key below the archive means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    File(WalFileName),
+    /// Content that was refused under this name, by its number.
+    Conflict(WalFileName, u32),
+}
+
+/// What a name below the archive means. Strict: a second spelling is no name.
+pub(crate) fn of_place(place: &str) -> Option<Place> {
+    let (folder, rest) = place.split_once('/')?;
+    let read = if folder == "conflicts" {
+        let (file, number) = rest.split_once('/')?;
+        Place::Conflict(file.parse().ok()?, number.parse().ok().filter(|number| *number > 0)?)
+    } else {
+        Place::File(rest.parse().ok()?)
+    };
+    let written = match &read {
+        Place::File(file) => layout::wal_file(file),
+        Place::Conflict(file, number) => layout::wal_conflict(file, *number),
+    };
+    (written == place).then_some(read)
+}
+
+/// Whether content can be what a name says, as far as that can be told without knowing PostgreSQL.
+fn check(file: &WalFileName, content: &[u8]) -> Result<(), Error> {
+    let refused = |reason| Err(Error::WalContent { file: *file, reason });
+    let length = content.len();
+    match file {
+        WalFileName::Segment(name) | WalFileName::Partial(name) => {
+            let size = u32::try_from(length).ok().filter(|size| is_segment_size((*size).into()));
+            match size.map(|size| name.segment(size)) {
+                Some(Some(_)) => Ok(()),
+                Some(None) => refused(format!(
+                    "it has {length} bytes, and no segment of that size has this name"
+                )),
+                None => refused(format!("it has {length} bytes, which is no size of a segment")),
+            }
+        }
+        WalFileName::History(_) | WalFileName::BackupLabel(..) if length > TEXT_BYTES_MAX => {
+            refused(format!("it has {length} bytes, and at most {TEXT_BYTES_MAX} are expected"))
+        }
+        WalFileName::History(timeline) => {
+            parse_history(*timeline, content).map(|_| ()).or_else(refused)
+        }
+        WalFileName::BackupLabel(..) if length == 0 => refused("it is empty".to_owned()),
+        WalFileName::BackupLabel(..) => Ok(()),
+    }
+}
+
+fn parse_history(timeline: Timeline, content: &[u8]) -> Result<History, String> {
+    let text = std::str::from_utf8(content).map_err(|_| "it is no text".to_owned())?;
+    History::parse(timeline, text).map_err(|error| error.what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_has_one_spelling() {
+        for name in [
+            "0000000A0000000000000005",
+            "0000000A0000000000000005.partial",
+            "0000000A.history",
+            "0000000A0000000000000005.00000028.backup",
+        ] {
+            let file: WalFileName = name.parse().unwrap();
+            assert_eq!(of_place(&layout::wal_file(&file)), Some(Place::File(file)));
+            let place = layout::wal_conflict(&file, 7);
+            assert_eq!(of_place(&place), Some(Place::Conflict(file, 7)));
+        }
+        for place in [
+            "0000000A0000000000000005",
+            "00000001/0000000A0000000000000005",
+            "A/0000000A0000000000000005",
+            "0000000A/x",
+            "conflicts/0000000A.history",
+            "conflicts/0000000A.history/0",
+            "conflicts/0000000A.history/01",
+            "other/0000000A.history",
+        ] {
+            assert_eq!(of_place(place), None, "{place}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_the_file_is_refused() {
+        let check = |name: &str, content: &[u8]| check(&name.parse().unwrap(), content).is_ok();
+        let mib = vec![0; 1 << 20];
+        assert!(check("000000010000000000000FFF", &mib));
+        assert!(!check("000000010000000000000FFF", &[mib.clone(), mib.clone()].concat()));
+        assert!(!check("000000010000000000000001", &mib[1..]));
+        assert!(!check("000000010000000000000001.partial", b""));
+        assert!(check("00000002.history", b"1\t0/3000158\tno recovery target specified\n"));
+        assert!(!check("00000002.history", b""));
+        assert!(!check("00000002.history", b"2\t0/3000158\tx\n"));
+        assert!(!check("000000010000000000000001.00000028.backup", b""));
+    }
+}

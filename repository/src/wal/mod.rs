@@ -1,0 +1,14 @@
+//! The WAL archive of a lineage: what `archive_command` brought, under the names that `restore_command` asks for.
+//!
+//! A file is stored once, whole, and never changed or replaced. It is apart from the WAL that a backup brings along in its own
+//! packs. Which cluster wrote a segment is checked by the callers, who know PostgreSQL's headers; that what comes back is
+//! what was stored under this name is checked here.
+
+mod archive;
+mod inventory;
+mod object;
+
+pub use archive::WalStored;
+pub(crate) use archive::of_place;
+pub use inventory::{TimelineWal, WalGap, WalInventory, WalMissing, WalReach, WalRun};
+pub(crate) use object::object_id;

@@ -1,0 +1,179 @@
+//! The bytes of one file of the archive: a container of its own, bound to the place it lies at.
+
+use bytes::Bytes;
+use proto::LineageId;
+use proto::wal::SEGMENT_BYTES_MAX;
+
+use crate::error::Error;
+use crate::key::Keys;
+use crate::limits::TAG_BYTES;
+use crate::pack::{
+    self, Codec, Compressor, FrameRef, HEADER_BYTES, ObjectType, PackBuilder, PackId,
+};
+
+/// What [`object_id`] derives with.
+const ID_CONTEXT: &str = "pgmuster repository v1: place of an archived WAL file";
+/// A writer puts this much content into a frame.
+const FRAME_BYTES: usize = 4 << 20;
+/// The head: length and digest of the content.
+const HEAD_BYTES: usize = 8 + 32;
+/// zstd's level, as for files.
+const LEVEL: i32 = 3;
+/// The largest content a reader accepts: a segment.
+pub(crate) const CONTENT_BYTES_MAX: u64 = SEGMENT_BYTES_MAX as u64;
+/// The largest object a reader accepts: such content that does not shrink, and what is around it.
+pub(crate) const OBJECT_BYTES_MAX: u64 = CONTENT_BYTES_MAX + (1 << 20);
+/// How many bytes of an object tell what its content is.
+pub(crate) const HEAD_END: u64 = (HEADER_BYTES + HEAD_BYTES + TAG_BYTES) as u64;
+
+/// What the head of an object says of its content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Head {
+    pub(crate) bytes: u64,
+    pub(crate) blake3: [u8; 32],
+}
+
+impl Head {
+    fn of(content: &[u8]) -> Self {
+        Self { bytes: content.len() as u64, blake3: blake3::hash(content).into() }
+    }
+
+    fn encode(&self) -> [u8; HEAD_BYTES] {
+        let mut bytes = [0; HEAD_BYTES];
+        bytes[..8].copy_from_slice(&self.bytes.to_be_bytes());
+        bytes[8..].copy_from_slice(&self.blake3);
+        bytes
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Self> {
+        let (length, blake3) = bytes.split_first_chunk::<8>()?;
+        Some(Self { bytes: u64::from_be_bytes(*length), blake3: blake3.try_into().ok()? })
+    }
+}
+
+/// The id of the object at `place`, a name below the archive. The same content at another place does not open there.
+pub(crate) fn object_id(place: &str) -> [u8; 16] {
+    let digest = blake3::derive_key(ID_CONTEXT, place.as_bytes());
+    let mut id = [0; 16];
+    id.copy_from_slice(&digest[..16]);
+    id
+}
+
+/// Compresses and seals.
+pub(super) fn seal(
+    keys: &Keys,
+    lineage: LineageId,
+    place: &str,
+    content: &[u8],
+) -> Result<Bytes, Error> {
+    let mut compressor = Compressor::new(LEVEL)
+        .map_err(|error| Error::Bug(format!("zstd at level {LEVEL}: {error}")))?;
+    let mut builder = PackBuilder::new(keys, lineage, ObjectType::Archive, object_id(place))?;
+    builder.append(&Head::of(content).encode(), None)?;
+    let mut parts = Vec::new();
+    for frame in content.chunks(FRAME_BYTES) {
+        builder.append(frame, Some(&mut compressor))?;
+        parts.extend(builder.take_part());
+    }
+    let (last, _) = builder.finish()?;
+    if parts.is_empty() {
+        return Ok(last);
+    }
+    parts.push(last);
+    Ok(parts.concat().into())
+}
+
+/// The content of a whole object. The reason is for people.
+pub(super) fn open(
+    keys: &Keys,
+    lineage: LineageId,
+    place: &str,
+    object: Vec<u8>,
+) -> Result<Vec<u8>, &'static str> {
+    let id = object_id(place);
+    let limit = usize::try_from(CONTENT_BYTES_MAX).unwrap_or(usize::MAX) + HEAD_BYTES;
+    let frames = pack::open_whole(keys, lineage, ObjectType::Archive, id, object, limit)?;
+    let mut frames = frames.into_iter();
+    let head = frames
+        .next()
+        .and_then(|head| Head::decode(&head))
+        .ok_or("it does not begin with a head")?;
+    let mut content = frames.next().unwrap_or_default();
+    for frame in frames {
+        content.extend_from_slice(&frame);
+    }
+    if Head::of(&content) == head {
+        Ok(content)
+    } else {
+        Err("its content is not the one its head describes")
+    }
+}
+
+/// The head of an object that begins with `bytes`, [`HEAD_END`] of them or more.
+pub(super) fn head(
+    keys: &Keys,
+    lineage: LineageId,
+    place: &str,
+    bytes: &[u8],
+) -> Result<Head, &'static str> {
+    let id = object_id(place);
+    let cipher = pack::cipher_of(keys, lineage, ObjectType::Archive, id, bytes)?;
+    let mut stored = bytes
+        .get(HEADER_BYTES..HEADER_BYTES + HEAD_BYTES + TAG_BYTES)
+        .ok_or("it is too short for a head")?
+        .to_vec();
+    let frame = FrameRef {
+        pack: PackId(id),
+        number: 0,
+        offset: HEADER_BYTES as u64,
+        stored_bytes: u32::try_from(stored.len()).unwrap_or(u32::MAX),
+        raw_bytes: u32::try_from(HEAD_BYTES).unwrap_or(u32::MAX),
+        codec: Codec::Raw,
+    };
+    let mut unpacker = zstd::bulk::Decompressor::new().map_err(|_| "zstd cannot be started")?;
+    let mut head = Vec::new();
+    cipher.open(&frame, &mut stored, &mut unpacker, &mut head)?;
+    Head::decode(&head).ok_or("it does not begin with a head")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::key::MasterKey;
+
+    const PLACE: &str = "00000001/000000010000000000000001";
+
+    fn setting() -> (Keys, LineageId) {
+        let keys = MasterKey::generate().keys(proto::RepositoryId::mint(1, [1; 10]));
+        let lineage = keys.lineage_id("c", 1, 0);
+        (keys, lineage)
+    }
+
+    #[test]
+    fn content_of_every_length_comes_back_and_its_head_tells_of_it() {
+        let (keys, lineage) = setting();
+        for length in [1, 41, FRAME_BYTES, FRAME_BYTES + 1, 5 * FRAME_BYTES] {
+            let content: Vec<u8> =
+                (0..length).map(|at| ((at * at) >> 7).to_le_bytes()[0]).collect();
+            let object = seal(&keys, lineage, PLACE, &content).unwrap();
+            let head = head(&keys, lineage, PLACE, &object).unwrap();
+            assert_eq!(head, Head::of(&content));
+            assert!(open(&keys, lineage, PLACE, object.to_vec()).unwrap() == content);
+        }
+    }
+
+    #[test]
+    fn an_object_opens_nowhere_but_at_its_place() {
+        let (keys, lineage) = setting();
+        let object = seal(&keys, lineage, PLACE, b"content").unwrap();
+        for (keys, lineage, place) in [
+            (&keys, lineage, "00000001/000000010000000000000002"),
+            (&keys, lineage, "conflicts/000000010000000000000001/1"),
+            (&keys, keys.lineage_id("c", 1, 1), PLACE),
+            (&setting().0, lineage, PLACE),
+        ] {
+            open(keys, lineage, place, object.to_vec()).unwrap_err();
+            head(keys, lineage, place, &object).unwrap_err();
+        }
+    }
+}
