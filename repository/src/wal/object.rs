@@ -145,7 +145,7 @@ mod tests {
 
     fn setting() -> (Keys, LineageId) {
         let keys = MasterKey::generate().keys(proto::RepositoryId::mint(1, [1; 10]));
-        let lineage = keys.lineage_id("c", 1, 0);
+        let lineage = keys.lineage_id(proto::BackupKind::Physical, "c", 1, 0);
         (keys, lineage)
     }
 
@@ -169,7 +169,7 @@ mod tests {
         for (keys, lineage, place) in [
             (&keys, lineage, "00000001/000000010000000000000002"),
             (&keys, lineage, "conflicts/000000010000000000000001/1"),
-            (&keys, keys.lineage_id("c", 1, 1), PLACE),
+            (&keys, keys.lineage_id(proto::BackupKind::Physical, "c", 1, 1), PLACE),
             (&setting().0, lineage, PLACE),
         ] {
             open(keys, lineage, place, object.to_vec()).unwrap_err();

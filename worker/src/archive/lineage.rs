@@ -57,7 +57,8 @@ async fn of_cluster(
     cluster: &ClusterName,
 ) -> Result<Vec<Identity>, Failure> {
     let mut all = repository.list_lineages().await?;
-    all.retain(|identity| identity.cluster == *cluster);
+    // A lineage of logical backups has no WAL.
+    all.retain(|identity| identity.cluster == *cluster && identity.kind.is_physical());
     Ok(all)
 }
 

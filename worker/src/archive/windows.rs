@@ -72,7 +72,8 @@ pub async fn recoverable(
 ) -> Result<Vec<Recoverable>, Failure> {
     let mut all = Vec::new();
     for identity in repository.list_lineages().await? {
-        if cluster.is_none_or(|cluster| identity.cluster == *cluster) {
+        if identity.kind.is_physical() && cluster.is_none_or(|cluster| identity.cluster == *cluster)
+        {
             all.push(of_lineage(repository, identity).await?);
         }
     }
@@ -177,6 +178,7 @@ mod tests {
 
     fn facts(timeline: u32, stop: u64) -> BackupFacts {
         BackupFacts {
+            logical: None,
             cluster: "orders".parse().unwrap(),
             system_identifier: proto::SystemIdentifier(7),
             server_version_num: 150_018,
