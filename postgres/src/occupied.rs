@@ -4,22 +4,17 @@
 //! A server and we see each other only where processes are seen: on one host, and in its containers from outside. Nothing
 //! here asks a server of another host that has the same directory mounted.
 
-use std::collections::BTreeSet;
 use std::fs::{self, OpenOptions};
 use std::io::{self, ErrorKind, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
 use rustix::process::{Pid, getpid, test_kill_process};
 
 /// The file by which servers keep each other out of a data directory.
 pub const LOCK_FILE: &str = "postmaster.pid";
-/// The directories this process has locked, by device and inode: its own number in a lock file does not say by which of its
-/// restores.
-static LOCKED_HERE: Mutex<BTreeSet<(u64, u64)>> = Mutex::new(BTreeSet::new());
 /// Attempts to take the lock when stale ones are in the way: each was of a process that died since.
 const TRIES: u32 = 3;
 
@@ -61,9 +56,6 @@ pub fn check_unused(data_directory: &Path) -> Result<(), Unavailable> {
         return in_use(format!("its {LOCK_FILE} cannot be understood"));
     };
     let ours = pid == getpid();
-    if ours && alone && identity(data_directory).is_some_and(|it| locked_here().contains(&it)) {
-        return in_use("another restore of this process works there".to_owned());
-    }
     // No right to signal it is no proof that it is no server. Of ours, only a restore before this one is known to be over.
     let is_over = matches!(test_kill_process(pid), Err(Errno::SRCH)) || (ours && alone);
     if !is_over {
@@ -116,16 +108,10 @@ fn servers() -> impl Iterator<Item = (u32, PathBuf)> {
 }
 
 fn is_same(one: &Path, other: &Path) -> bool {
-    identity(one).is_some_and(|one| Some(one) == identity(other))
-}
-
-/// Device and inode of what a path leads to.
-fn identity(path: &Path) -> Option<(u64, u64)> {
-    fs::metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
-}
-
-fn locked_here() -> MutexGuard<'static, BTreeSet<(u64, u64)>> {
-    LOCKED_HERE.lock().unwrap_or_else(PoisonError::into_inner)
+    match (fs::metadata(one), fs::metadata(other)) {
+        (Ok(one), Ok(other)) => (one.dev(), one.ino()) == (other.dev(), other.ino()),
+        _ => false,
+    }
 }
 
 /// How many processes have the segment of shared memory with this id; `None` when there is no such segment.
@@ -147,7 +133,6 @@ fn users_of(id: &str) -> Option<u64> {
 pub struct DirectoryLock {
     path: PathBuf,
     text: String,
-    place: Option<(u64, u64)>,
 }
 
 impl DirectoryLock {
@@ -165,9 +150,7 @@ impl DirectoryLock {
             check_unused(data_directory)?;
             match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path) {
                 Ok(mut file) => {
-                    let place = identity(data_directory);
-                    locked_here().extend(place);
-                    let lock = Self { path: path.clone(), text, place };
+                    let lock = Self { path: path.clone(), text };
                     file.write_all(lock.text.as_bytes()).map_err(failed)?;
                     return Ok(lock);
                 }
@@ -189,9 +172,6 @@ impl Drop for DirectoryLock {
         if fs::read_to_string(&self.path).is_ok_and(|text| text == self.text) {
             // What is left names a process that will be gone.
             let _ = fs::remove_file(&self.path);
-        }
-        if let Some(place) = self.place {
-            locked_here().remove(&place);
         }
     }
 }
@@ -244,17 +224,12 @@ mod tests {
         assert!(text.starts_with(&format!("-{}\n", getpid())), "{text}");
         drop(lock);
         assert!(!path.exists());
-        // Of two of one process, the first one stays, and the second one leaves its file alone.
+        // Of two of one process, the later one stays.
         let first = DirectoryLock::take(place.path()).unwrap();
-        let text = fs::read_to_string(&path).unwrap();
-        let second = DirectoryLock::take(place.path()).unwrap_err().to_string();
-        assert!(second.contains("another restore of this process"), "{second}");
-        assert_eq!(fs::read_to_string(&path).unwrap(), text);
+        let second = DirectoryLock::take(place.path()).unwrap();
         drop(first);
-        assert!(!path.exists());
-        // One that ended without a word is over.
-        fs::write(&path, &text).unwrap();
-        drop(DirectoryLock::take(place.path()).unwrap());
+        assert!(path.exists());
+        drop(second);
         assert!(!path.exists());
         fs::write(&path, "1\n").unwrap();
         assert!(matches!(DirectoryLock::take(place.path()), Err(Unavailable::InUse(_))));
