@@ -253,9 +253,12 @@ async fn locks_are_found_held_and_lost(major: u32) {
     let kill = format!("SELECT pg_terminate_backend({})", lock.session().backend_pid());
     server.run("postgres", &[&kill]).await;
     servers::wait_for("the lock to be lost", async || !lock.still_held().await.unwrap()).await;
+    // A server tells its client the end before it lets go of the locks.
+    let locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'";
+    server.until(locks, 0).await;
     let again = take(Class::Maintenance).await.unwrap();
     again.release().await;
-    server.until("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'", 0).await;
+    server.until(locks, 0).await;
 }
 
 async fn a_dropped_maintenance_database_is_no_obstacle(major: u32) {

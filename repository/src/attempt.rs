@@ -438,7 +438,6 @@ mod tests {
     //! The commit protocol against a collector of garbage that works between any two steps of the writer.
 
     use std::io;
-    use std::ops::Range;
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::sync::{Arc, Mutex};
 
@@ -450,7 +449,8 @@ mod tests {
     use crate::entry::SourceEntry;
     use crate::repository::{Encryption, InitOptions};
     use crate::store::directory::DirectoryStore;
-    use crate::store::{Listed, Store, Upload};
+    use crate::store::layer::Layer;
+    use crate::store::{Listed, Store};
     use crate::writer::{Source, SourceFile, WriteOptions};
 
     /// A directory store that lets a collector run after the writer has looked at one of the two lists and before it
@@ -492,37 +492,17 @@ mod tests {
     }
 
     #[async_trait]
-    impl Store for Interleaved {
-        fn describe(&self) -> String {
-            self.inner.describe()
-        }
-        async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
-            self.inner.get(key, limit_bytes).await
-        }
-        async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
-            self.inner.get_range(key, range).await
-        }
-        async fn size(&self, key: &str) -> Result<u64, StoreError> {
-            self.inner.size(key).await
-        }
-        async fn put(&self, key: &str, bytes: Bytes) -> Result<(), StoreError> {
-            self.inner.put(key, bytes).await
-        }
-        async fn put_if_absent(&self, key: &str, bytes: Bytes) -> Result<PutOutcome, StoreError> {
-            self.inner.put_if_absent(key, bytes).await
-        }
-        async fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError> {
-            self.inner.upload(key).await
+    impl Layer for Interleaved {
+        fn inner(&self) -> &dyn Store {
+            &self.inner
         }
         async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
             self.before_list(prefix).await?;
             self.inner.list(prefix).await
         }
-        async fn delete(&self, key: &str) -> Result<(), StoreError> {
-            self.inner.delete(key).await
-        }
-        async fn abort_uploads(&self, keys: &[String]) -> Result<usize, StoreError> {
-            self.inner.abort_uploads(keys).await
+        async fn list_directories(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+            self.before_list(prefix).await?;
+            self.inner.list_directories(prefix).await
         }
     }
 
@@ -596,7 +576,7 @@ mod tests {
             &Condemned { packs: names, ..Condemned::default() },
         )
         .unwrap();
-        store.put(&key, list).await.unwrap();
+        Store::put(store.as_ref(), &key, list).await.unwrap();
         let mut sweep =
             vec![Step::Put(layout::of_backup(lineage, old, "forget"), Bytes::from_static(b"\n"))];
         sweep.extend(packs.iter().map(|pack| Step::Delete(layout::pack(lineage, *pack))));

@@ -4,7 +4,6 @@
 mod common;
 mod interrupted;
 
-use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
@@ -13,7 +12,8 @@ use bytes::Bytes;
 use common::{Bench, DAY_MS, NOW_MS, Tree, noise};
 use interrupted::{Interrupted, Turn};
 use proto::{BackupId, LineageId};
-use repository::store::{Listed, PutOutcome, Store, StoreError, Upload};
+use repository::store::layer::Layer;
+use repository::store::{PutOutcome, Store, StoreError, Upload};
 use repository::{
     BackupSummary, CheckOptions, CollectOptions, CollectPlan, Collected, Error, Pin, Reason,
     Repository, RestoreOptions, RestoreTarget, Wish, WriteOptions,
@@ -192,6 +192,14 @@ async fn a_forged_wish_deletes_nothing() {
     assert_eq!((plan.delete.packs, stays(&plan, first.backup)), (0, &[Reason::Wanted][..]));
 }
 
+/// A bench and its store, in which somebody may have a turn.
+async fn interruptible() -> (Arc<Interrupted>, Bench) {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Arc::new(Interrupted::new(&directory.path().join("repository")));
+    let bench = Bench::over(directory, Arc::<Interrupted>::clone(&store)).await;
+    (store, bench)
+}
+
 /// Collects what a dead collector left, whose list is retired because somebody knows that it is dead.
 async fn finish(repository: &Repository, lineage: LineageId, now_ms: i64) {
     let dead = CollectOptions { lists_for_ms: Some(0), ..options(now_ms) };
@@ -210,9 +218,7 @@ async fn a_collector_that_dies_anywhere_harms_nothing_and_the_next_one_finishes(
 async fn die_anywhere(deletes_first: bool) {
     let mut calls = 0;
     loop {
-        let directory = tempfile::tempdir().unwrap();
-        let store = Arc::new(Interrupted::new(&directory.path().join("repository")));
-        let bench = Bench::over(directory, Arc::<Interrupted>::clone(&store)).await;
+        let (store, bench) = interruptible().await;
         let (repository, lineage) = (&bench.repository, bench.lineage);
         let tree = tree();
         let [first, second, third] = three(&bench, &tree).await;
@@ -247,9 +253,7 @@ async fn die_anywhere(deletes_first: bool) {
 async fn a_collector_between_any_two_calls_of_a_backup_leaves_no_hole() {
     let (mut calls, mut aborted, mut committed) = (0, 0, 0);
     loop {
-        let directory = tempfile::tempdir().unwrap();
-        let store = Arc::new(Interrupted::new(&directory.path().join("repository")));
-        let bench = Bench::over(directory, Arc::<Interrupted>::clone(&store)).await;
+        let (store, bench) = interruptible().await;
         let (repository, lineage) = (bench.repository.clone(), bench.lineage);
         let tree = tree();
         three(&bench, &tree).await;
@@ -399,9 +403,7 @@ async fn a_rotten_intent_postpones_a_collection_and_can_be_aborted() {
 /// A list of a collector that may only be slow is retired by nobody, whatever has become of what is on it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_list_of_another_collector_stays_until_somebody_says_that_it_is_dead() {
-    let directory = tempfile::tempdir().unwrap();
-    let store = Arc::new(Interrupted::new(&directory.path().join("repository")));
-    let bench = Bench::over(directory, Arc::<Interrupted>::clone(&store)).await;
+    let (store, bench) = interruptible().await;
     let (repository, lineage) = (&bench.repository, bench.lineage);
     let [first, ..] = three(&bench, &tree()).await;
     repository.forget(lineage, first.backup, &wish(NOW_MS)).await.unwrap();
@@ -428,9 +430,7 @@ async fn the_list_of_another_collector_stays_until_somebody_says_that_it_is_dead
 /// A collection that is interrupted by its person ends what it began, and leaves no list behind.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cancelled_collection_leaves_no_list() {
-    let directory = tempfile::tempdir().unwrap();
-    let store = Arc::new(Interrupted::new(&directory.path().join("repository")));
-    let bench = Bench::over(directory, Arc::<Interrupted>::clone(&store)).await;
+    let (store, bench) = interruptible().await;
     let (repository, lineage) = (&bench.repository, bench.lineage);
     let [first, ..] = three(&bench, &tree()).await;
     repository.forget(lineage, first.backup, &wish(NOW_MS)).await.unwrap();
@@ -452,9 +452,7 @@ async fn a_cancelled_collection_leaves_no_list() {
 async fn a_deletion_taken_back_before_any_call_of_a_collection_holds_or_is_refused() {
     let (mut calls, mut kept, mut refused) = (0, 0, 0);
     loop {
-        let directory = tempfile::tempdir().unwrap();
-        let store = Arc::new(Interrupted::new(&directory.path().join("repository")));
-        let bench = Bench::over(directory, Arc::<Interrupted>::clone(&store)).await;
+        let (store, bench) = interruptible().await;
         let (repository, lineage) = (&bench.repository, bench.lineage);
         let [first, ..] = three(&bench, &tree()).await;
         repository.forget(lineage, first.backup, &wish(NOW_MS)).await.unwrap();
@@ -528,9 +526,7 @@ async fn restore_pinned(
 async fn a_collector_at_any_call_of_a_restore_takes_nothing_from_under_it() {
     let (mut calls, mut whole, mut failed) = (0, 0, 0);
     loop {
-        let directory = tempfile::tempdir().unwrap();
-        let store = Arc::new(Interrupted::new(&directory.path().join("repository")));
-        let bench = Bench::over(directory, Arc::<Interrupted>::clone(&store)).await;
+        let (store, bench) = interruptible().await;
         let (repository, lineage) = (&bench.repository, bench.lineage);
         let tree = tree();
         let first = bench.back_up(&tree, NOW_MS).await;
@@ -577,9 +573,7 @@ async fn a_collector_at_any_call_of_a_restore_takes_nothing_from_under_it() {
 async fn a_reader_that_begins_before_any_call_of_a_collection_keeps_what_it_was_promised() {
     let (mut calls, mut protected, mut warned, mut late) = (0, 0, 0, 0);
     loop {
-        let directory = tempfile::tempdir().unwrap();
-        let store = Arc::new(Interrupted::new(&directory.path().join("repository")));
-        let bench = Bench::over(directory, Arc::<Interrupted>::clone(&store)).await;
+        let (store, bench) = interruptible().await;
         let (repository, lineage) = (&bench.repository, bench.lineage);
         let [first, ..] = three(&bench, &tree()).await;
         repository.forget(lineage, first.backup, &wish(NOW_MS)).await.unwrap();
@@ -652,18 +646,9 @@ fn forbidden(key: &str) -> StoreError {
 }
 
 #[async_trait]
-impl Store for ReadOnly {
-    fn describe(&self) -> String {
-        self.0.describe()
-    }
-    async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
-        self.0.get(key, limit_bytes).await
-    }
-    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
-        self.0.get_range(key, range).await
-    }
-    async fn size(&self, key: &str) -> Result<u64, StoreError> {
-        self.0.size(key).await
+impl Layer for ReadOnly {
+    fn inner(&self) -> &dyn Store {
+        self.0.as_ref()
     }
     async fn put(&self, key: &str, _: Bytes) -> Result<(), StoreError> {
         Err(forbidden(key))
@@ -673,9 +658,6 @@ impl Store for ReadOnly {
     }
     async fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError> {
         Err(forbidden(key))
-    }
-    async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
-        self.0.list(prefix).await
     }
     async fn delete(&self, key: &str) -> Result<(), StoreError> {
         Err(forbidden(key))

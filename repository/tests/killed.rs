@@ -21,6 +21,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use common::{DAY_MS, NOW_MS, Node, Tree, look, noise};
 use proto::{AttemptId, BackupId, LineageId, SystemIdentifier};
+use repository::store::layer::Layer;
 use repository::store::{Credentials, Listed, PutOutcome, Store, StoreError, Upload};
 use repository::{
     CheckOptions, CollectOptions, Collected, Encryption, InitOptions, Intent, KeyFile, Repository,
@@ -77,9 +78,9 @@ impl Mortal {
 }
 
 #[async_trait]
-impl Store for Mortal {
-    fn describe(&self) -> String {
-        self.inner.describe()
+impl Layer for Mortal {
+    fn inner(&self) -> &dyn Store {
+        self.inner.as_ref()
     }
     async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
         self.call();
@@ -109,6 +110,10 @@ impl Store for Mortal {
     async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
         self.call();
         self.inner.list(prefix).await
+    }
+    async fn list_directories(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        self.call();
+        self.inner.list_directories(prefix).await
     }
     async fn delete(&self, key: &str) -> Result<(), StoreError> {
         self.call();

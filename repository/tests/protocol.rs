@@ -3,7 +3,6 @@
 mod common;
 
 use std::io;
-use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -13,8 +12,9 @@ use bytes::Bytes;
 use common::{Bench, NOW_MS, SharedTree, Tree, facts, noise};
 use proto::{Code, Failure, SystemIdentifier};
 use repository::store::directory::DirectoryStore;
+use repository::store::layer::Layer;
 use repository::store::probe::probe;
-use repository::store::{Listed, PutOutcome, Store, StoreError, Upload};
+use repository::store::{PutOutcome, Store, StoreError};
 use repository::{
     Aborted, Encryption, Error, InitOptions, KeyFile, Outcome, Repository, RestoreOptions,
     RestoreTarget, Source, SourceEntry, WriteOptions,
@@ -442,9 +442,9 @@ impl Deaf {
 }
 
 #[async_trait]
-impl Store for Deaf {
-    fn describe(&self) -> String {
-        self.inner.describe()
+impl Layer for Deaf {
+    fn inner(&self) -> &dyn Store {
+        &self.inner
     }
     async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
         let reading = self.reading.fetch_add(1, Ordering::SeqCst) + 1;
@@ -455,15 +455,6 @@ impl Store for Deaf {
         self.reading.fetch_sub(1, Ordering::SeqCst);
         got
     }
-    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
-        self.inner.get_range(key, range).await
-    }
-    async fn size(&self, key: &str) -> Result<u64, StoreError> {
-        self.inner.size(key).await
-    }
-    async fn put(&self, key: &str, bytes: Bytes) -> Result<(), StoreError> {
-        self.inner.put(key, bytes).await
-    }
     async fn put_if_absent(&self, key: &str, bytes: Bytes) -> Result<PutOutcome, StoreError> {
         let deaf = key.ends_with(self.name);
         if deaf && !self.does {
@@ -471,18 +462,6 @@ impl Store for Deaf {
         }
         let outcome = self.inner.put_if_absent(key, bytes).await?;
         if deaf { Err(unheard(key)) } else { Ok(outcome) }
-    }
-    async fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError> {
-        self.inner.upload(key).await
-    }
-    async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
-        self.inner.list(prefix).await
-    }
-    async fn delete(&self, key: &str) -> Result<(), StoreError> {
-        self.inner.delete(key).await
-    }
-    async fn abort_uploads(&self, keys: &[String]) -> Result<usize, StoreError> {
-        self.inner.abort_uploads(keys).await
     }
 }
 

@@ -19,7 +19,8 @@ use bytes::Bytes;
 use common::{Bench, NOW_MS, Node, Tree, look, noise};
 use proto::Code;
 use repository::store::directory::DirectoryStore;
-use repository::store::{Listed, PutOutcome, Store, StoreError, Upload};
+use repository::store::layer::Layer;
+use repository::store::{Store, StoreError};
 use repository::{
     Backup, Error, Existing, Progress, RestoreOptions, RestorePlan, RestoreSummary, RestoreTarget,
 };
@@ -345,39 +346,15 @@ impl Failing {
 }
 
 #[async_trait]
-impl Store for Failing {
-    fn describe(&self) -> String {
-        self.inner.describe()
-    }
-    async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
-        self.inner.get(key, limit_bytes).await
+impl Layer for Failing {
+    fn inner(&self) -> &dyn Store {
+        &self.inner
     }
     async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
         if self.fails(&range).await {
             return Err(StoreError::NotFound { key: key.to_owned() });
         }
         self.inner.get_range(key, range).await
-    }
-    async fn size(&self, key: &str) -> Result<u64, StoreError> {
-        self.inner.size(key).await
-    }
-    async fn put(&self, key: &str, bytes: Bytes) -> Result<(), StoreError> {
-        self.inner.put(key, bytes).await
-    }
-    async fn put_if_absent(&self, key: &str, bytes: Bytes) -> Result<PutOutcome, StoreError> {
-        self.inner.put_if_absent(key, bytes).await
-    }
-    async fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError> {
-        self.inner.upload(key).await
-    }
-    async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
-        self.inner.list(prefix).await
-    }
-    async fn delete(&self, key: &str) -> Result<(), StoreError> {
-        self.inner.delete(key).await
-    }
-    async fn abort_uploads(&self, keys: &[String]) -> Result<usize, StoreError> {
-        self.inner.abort_uploads(keys).await
     }
 }
 

@@ -4,7 +4,6 @@
 
 mod common;
 
-use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -13,8 +12,9 @@ use bytes::Bytes;
 use common::{NOW_MS, SharedTree, Tree, facts, noise, restore};
 use proto::{AttemptId, Code, Failure, LineageId, SystemIdentifier};
 use repository::store::directory::DirectoryStore;
+use repository::store::layer::Layer;
 use repository::store::probe::{probe, probe_for_a_single_writer};
-use repository::store::{Listed, PutOutcome, Store, StoreError, Upload};
+use repository::store::{PutOutcome, Store, StoreError};
 use repository::{
     Aborted, BackupSummary, CollectOptions, Collected, Encryption, Error, InitOptions, Intent,
     KeyFile, Repository, Source, Wish, WriteOptions,
@@ -28,36 +28,12 @@ const HOUR_MS: i64 = 3_600_000;
 struct Careless(DirectoryStore);
 
 #[async_trait]
-impl Store for Careless {
-    fn describe(&self) -> String {
-        self.0.describe()
-    }
-    async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
-        self.0.get(key, limit_bytes).await
-    }
-    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
-        self.0.get_range(key, range).await
-    }
-    async fn size(&self, key: &str) -> Result<u64, StoreError> {
-        self.0.size(key).await
-    }
-    async fn put(&self, key: &str, bytes: Bytes) -> Result<(), StoreError> {
-        self.0.put(key, bytes).await
+impl Layer for Careless {
+    fn inner(&self) -> &dyn Store {
+        &self.0
     }
     async fn put_if_absent(&self, key: &str, bytes: Bytes) -> Result<PutOutcome, StoreError> {
         self.0.put(key, bytes).await.map(|()| PutOutcome::Created)
-    }
-    async fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError> {
-        self.0.upload(key).await
-    }
-    async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
-        self.0.list(prefix).await
-    }
-    async fn delete(&self, key: &str) -> Result<(), StoreError> {
-        self.0.delete(key).await
-    }
-    async fn abort_uploads(&self, keys: &[String]) -> Result<usize, StoreError> {
-        self.0.abort_uploads(keys).await
     }
 }
 

@@ -3,7 +3,6 @@
 
 mod common;
 
-use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,7 +13,8 @@ use common::{Bench, NOW_MS, noise};
 use proto::wal::{Segment, WalFileName};
 use proto::{Code, Failure, Lsn, SystemIdentifier, Timeline};
 use repository::store::directory::DirectoryStore;
-use repository::store::{Listed, PutOutcome, Store, StoreError, Upload};
+use repository::store::layer::Layer;
+use repository::store::{PutOutcome, Store, StoreError};
 use repository::{CheckLevel, Error, Repository, ScrubOptions, ScrubReport, WalMissing, WalStored};
 
 const MIB: u64 = 1 << 20;
@@ -248,21 +248,9 @@ struct Unheard {
 }
 
 #[async_trait]
-impl Store for Unheard {
-    fn describe(&self) -> String {
-        self.store.describe()
-    }
-    async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
-        self.store.get(key, limit_bytes).await
-    }
-    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
-        self.store.get_range(key, range).await
-    }
-    async fn size(&self, key: &str) -> Result<u64, StoreError> {
-        self.store.size(key).await
-    }
-    async fn put(&self, key: &str, bytes: Bytes) -> Result<(), StoreError> {
-        self.store.put(key, bytes).await
+impl Layer for Unheard {
+    fn inner(&self) -> &dyn Store {
+        &self.store
     }
     async fn put_if_absent(&self, key: &str, bytes: Bytes) -> Result<PutOutcome, StoreError> {
         if self.is_carried_out.load(Ordering::SeqCst) {
@@ -270,18 +258,6 @@ impl Store for Unheard {
         }
         let source = "the line is cut".into();
         Err(StoreError::Unavailable { operation: "put", key: key.to_owned(), source })
-    }
-    async fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError> {
-        self.store.upload(key).await
-    }
-    async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
-        self.store.list(prefix).await
-    }
-    async fn delete(&self, key: &str) -> Result<(), StoreError> {
-        self.store.delete(key).await
-    }
-    async fn abort_uploads(&self, keys: &[String]) -> Result<usize, StoreError> {
-        self.store.abort_uploads(keys).await
     }
 }
 

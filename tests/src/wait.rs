@@ -30,10 +30,10 @@ pub fn eventually<T>(
 }
 
 /// [`eventually`] for conditions that have to be awaited.
-pub async fn eventually_async<T, F: Future<Output = anyhow::Result<Option<T>>>>(
+pub async fn eventually_async<T>(
     what: impl Display,
     bound: Duration,
-    mut check: impl FnMut() -> F,
+    mut check: impl AsyncFnMut() -> anyhow::Result<Option<T>>,
 ) -> anyhow::Result<T> {
     let start = Instant::now();
     loop {

@@ -195,17 +195,14 @@ async fn opens(server: &mut Instance) -> anyhow::Result<bool> {
         return Ok(false);
     }
     let asked = "SELECT pg_is_in_recovery()::text";
-    tokio::time::timeout(SOON, async {
-        while server.is_running() {
-            if text(server, asked).await.is_ok_and(|recovers| recovers == "false") {
-                return true;
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
+    eventually_async("the end of the recovery", SOON, async || {
+        if !server.is_running() {
+            return Ok(Some(false));
         }
-        false
+        Ok((text(server, asked).await? == "false").then_some(true))
     })
     .await
-    .with_context(|| format!("the recovery does not end: {}", server.log_tail()))
+    .with_context(|| server.log_tail())
 }
 
 fn timeline(server: &Instance) -> anyhow::Result<Timeline> {

@@ -6,6 +6,7 @@
 #[doc(hidden)]
 pub mod contract;
 pub mod directory;
+pub mod layer;
 pub mod probe;
 pub mod s3;
 pub mod single;

@@ -213,6 +213,7 @@ mod tests {
 
     use super::*;
     use crate::store::directory::DirectoryStore;
+    use crate::store::layer::Layer;
     use crate::store::{Listed, Upload};
 
     /// How a store may betray.
@@ -256,23 +257,14 @@ mod tests {
     }
 
     #[async_trait]
-    impl Store for Faulty {
-        fn describe(&self) -> String {
-            self.inner.describe()
-        }
-        async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
-            self.inner.get(key, limit_bytes).await
+    impl Layer for Faulty {
+        fn inner(&self) -> &dyn Store {
+            &self.inner
         }
         async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
             let length = range.end - range.start;
             let range = if self.fault == Fault::IgnoresTheRange { 0..length } else { range };
             self.inner.get_range(key, range).await
-        }
-        async fn size(&self, key: &str) -> Result<u64, StoreError> {
-            self.inner.size(key).await
-        }
-        async fn put(&self, key: &str, bytes: Bytes) -> Result<(), StoreError> {
-            self.inner.put(key, bytes).await
         }
         async fn put_if_absent(&self, key: &str, bytes: Bytes) -> Result<PutOutcome, StoreError> {
             match self.fault {
@@ -317,9 +309,6 @@ mod tests {
                 });
             }
             self.inner.delete(key).await
-        }
-        async fn abort_uploads(&self, keys: &[String]) -> Result<usize, StoreError> {
-            self.inner.abort_uploads(keys).await
         }
     }
 

@@ -4,13 +4,13 @@
 //! Between the look and the write somebody else may come. Nothing here notices that for certain, so what keeps such a
 //! repository whole is that nobody else writes to it. Everything that decides nothing passes unchanged.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use super::{Listed, PutOutcome, Store, StoreError, Upload};
+use super::layer::Layer;
+use super::{PutOutcome, Store, StoreError};
 
 /// A store that is written by one program at a time.
 #[derive(Debug)]
@@ -26,27 +26,10 @@ impl SingleWriter {
 }
 
 #[async_trait]
-impl Store for SingleWriter {
-    fn describe(&self) -> String {
-        self.inner.describe()
+impl Layer for SingleWriter {
+    fn inner(&self) -> &dyn Store {
+        self.inner.as_ref()
     }
-
-    async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
-        self.inner.get(key, limit_bytes).await
-    }
-
-    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
-        self.inner.get_range(key, range).await
-    }
-
-    async fn size(&self, key: &str) -> Result<u64, StoreError> {
-        self.inner.size(key).await
-    }
-
-    async fn put(&self, key: &str, bytes: Bytes) -> Result<(), StoreError> {
-        self.inner.put(key, bytes).await
-    }
-
     async fn put_if_absent(&self, key: &str, bytes: Bytes) -> Result<PutOutcome, StoreError> {
         match self.inner.size(key).await {
             Ok(_) => return Ok(PutOutcome::Exists),
@@ -57,29 +40,5 @@ impl Store for SingleWriter {
         // Of two that wrote all the same, the one that is read has won.
         let there = self.inner.get(key, self.inner.size(key).await?).await?;
         Ok(if there == bytes { PutOutcome::Created } else { PutOutcome::Exists })
-    }
-
-    async fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError> {
-        self.inner.upload(key).await
-    }
-
-    async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
-        self.inner.list(prefix).await
-    }
-
-    async fn list_directories(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
-        self.inner.list_directories(prefix).await
-    }
-
-    async fn delete(&self, key: &str) -> Result<(), StoreError> {
-        self.inner.delete(key).await
-    }
-
-    async fn uploads(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
-        self.inner.uploads(prefix).await
-    }
-
-    async fn abort_uploads(&self, keys: &[String]) -> Result<usize, StoreError> {
-        self.inner.abort_uploads(keys).await
     }
 }

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 use bytes::Bytes;
 use repository::store::directory::DirectoryStore;
+use repository::store::layer::Layer;
 use repository::store::{Listed, PutOutcome, Store, StoreError, Upload};
 
 pub type Turn = std::pin::Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -80,9 +81,9 @@ fn dead() -> StoreError {
 }
 
 #[async_trait]
-impl Store for Interrupted {
-    fn describe(&self) -> String {
-        self.inner.describe()
+impl Layer for Interrupted {
+    fn inner(&self) -> &dyn Store {
+        self.inner.as_ref()
     }
     async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
         self.call().await?;
@@ -112,14 +113,15 @@ impl Store for Interrupted {
         self.call().await?;
         self.inner.list(prefix).await
     }
+    async fn list_directories(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        self.call().await?;
+        self.inner.list_directories(prefix).await
+    }
     async fn delete(&self, key: &str) -> Result<(), StoreError> {
         if self.deletes_first.load(Ordering::SeqCst) && !self.dead.load(Ordering::SeqCst) {
             self.inner.delete(key).await?;
         }
         self.call().await?;
         self.inner.delete(key).await
-    }
-    async fn abort_uploads(&self, keys: &[String]) -> Result<usize, StoreError> {
-        self.inner.abort_uploads(keys).await
     }
 }

@@ -1,15 +1,39 @@
-//! The two ends of every attempt in a repository that are the same for all engines: its beginning, and its giving up.
+//! What of an attempt in a repository is the same for all engines: how it is written, its beginning, and its giving up.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use proto::job::Backup;
 use proto::{BackupKind, Failure, LineageId, SystemIdentifier};
-use repository::{Aborted, Intent, Repository};
+use repository::{Aborted, Intent, Progress, Repository, WriteOptions};
 
+use super::native::{at_most, processes};
 use crate::clock;
+use crate::config::BackupConfig;
 use crate::context::JobContext;
 
 /// Marking a failed attempt as aborted is a courtesy to the next one; it must not hold up the report.
 const ABORT_MAX: Duration = Duration::from_secs(10);
+
+/// How a backup is written, as far as it was ordered or configured. An order can only ask for less.
+pub(super) fn as_ordered(
+    cx: &JobContext,
+    task: &Backup,
+    config: &BackupConfig,
+    progress: &Arc<Progress>,
+) -> WriteOptions {
+    WriteOptions {
+        processes: at_most(
+            processes(config.processes),
+            task.processes.and_then(|asked| usize::try_from(asked).ok()),
+        ),
+        nice: config.nice,
+        level: task.compression_level.unwrap_or(config.compression_level),
+        progress: Arc::clone(progress),
+        cancel: cx.cancel.clone(),
+        ..WriteOptions::default()
+    }
+}
 
 /// Where an attempt begins.
 pub(super) struct Beginning<'a> {

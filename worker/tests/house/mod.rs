@@ -2,7 +2,6 @@
 
 #![expect(dead_code, reason = "each test binary uses a part of this")]
 
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +15,8 @@ use proto::job::{Backup, BackupOutcome};
 use proto::message::Spec;
 use proto::{AttemptId, Failure, JobId, ProofLevel, Task};
 use repository::store::directory::DirectoryStore;
-use repository::store::{Listed, PutOutcome, Store, StoreError, Upload};
+use repository::store::layer::Layer;
+use repository::store::{Store, StoreError, Upload};
 use repository::{Encryption, InitOptions, KeyFile, Repository, store};
 use tempfile::TempDir;
 use worker::config::WorkerConfig;
@@ -230,38 +230,17 @@ impl Gated {
 }
 
 #[async_trait]
-impl Store for Gated {
-    fn describe(&self) -> String {
-        self.inner.describe()
-    }
-    async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
-        self.inner.get(key, limit_bytes).await
-    }
-    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
-        self.inner.get_range(key, range).await
-    }
-    async fn size(&self, key: &str) -> Result<u64, StoreError> {
-        self.inner.size(key).await
+impl Layer for Gated {
+    fn inner(&self) -> &dyn Store {
+        &self.inner
     }
     async fn put(&self, key: &str, bytes: Bytes) -> Result<(), StoreError> {
         self.pass(key).await;
         self.inner.put(key, bytes).await
     }
-    async fn put_if_absent(&self, key: &str, bytes: Bytes) -> Result<PutOutcome, StoreError> {
-        self.inner.put_if_absent(key, bytes).await
-    }
     async fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError> {
         self.pass(key).await;
         self.inner.upload(key).await
-    }
-    async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
-        self.inner.list(prefix).await
-    }
-    async fn delete(&self, key: &str) -> Result<(), StoreError> {
-        self.inner.delete(key).await
-    }
-    async fn abort_uploads(&self, keys: &[String]) -> Result<usize, StoreError> {
-        self.inner.abort_uploads(keys).await
     }
 }
 

@@ -28,7 +28,7 @@ use super::wal::WalCollector;
 use crate::clock;
 use crate::config::BackupConfig;
 use crate::context::{JobContext, blocking};
-use crate::engines::attempt::Beginning;
+use crate::engines::attempt::{Beginning, as_ordered};
 use crate::jobs::session_owner;
 use crate::places::Cluster;
 
@@ -110,17 +110,10 @@ async fn from_attempt(
     let timeline = session.started().timeline;
     let (read_again, read_all) = known_bad(attempt.predecessor_facts());
     let mut writer = attempt.write(WriteOptions {
-        processes: at_most(
-            processes(request.config.processes),
-            request.task.processes.and_then(|asked| usize::try_from(asked).ok()),
-        ),
-        nice: request.config.nice,
-        level: request.task.compression_level.unwrap_or(request.config.compression_level),
         full_read: request.task.full_read || read_all,
         read_again,
         continuity: Some(format!("{} timeline {timeline}", node_name())),
-        progress: Arc::clone(&progress),
-        cancel: cx.cancel.clone(),
+        ..as_ordered(cx, request.task, request.config, &progress)
     })?;
     let mut wal = collector(&session, ready, &writer);
     let hold = Hold::new(&ready.directory, ready.server.wal_segment_size, request.config);

@@ -10,7 +10,7 @@ use postgres::{Purpose, ServerIdentity, connect_maintenance, settings, standby};
 use proto::backup::{BackupFacts, Census, LogicalFacts, Setting, SkippedDatabase};
 use proto::job::{Backup, BackupOutcome, LogicalOutcome, PgDump};
 use proto::{Action, BackupKind, Code, Failure, Lsn, Progress};
-use repository::{BackupWriter, Repository, WriteOptions, Written};
+use repository::{BackupWriter, Repository, Written};
 use tokio::runtime::Handle;
 use tokio::time::Instant;
 
@@ -21,8 +21,8 @@ use super::{GLOBALS, dump_path};
 use crate::clock;
 use crate::config::BackupConfig;
 use crate::context::JobContext;
-use crate::engines::attempt::Beginning;
-use crate::engines::native::{at_most, processes, refuse_stale};
+use crate::engines::attempt::{Beginning, as_ordered};
+use crate::engines::native::refuse_stale;
 use crate::jobs::session_owner;
 use crate::places::Cluster;
 
@@ -121,17 +121,8 @@ async fn from_attempt(
 ) -> Result<BackupOutcome, Failure> {
     let started_at_ms = clock::now_ms();
     let progress = Arc::new(repository::Progress::default());
-    let mut writer = attempt.write(WriteOptions {
-        processes: at_most(
-            processes(request.config.processes),
-            request.task.processes.and_then(|asked| usize::try_from(asked).ok()),
-        ),
-        nice: request.config.nice,
-        level: request.task.compression_level.unwrap_or(request.config.compression_level),
-        progress: Arc::clone(&progress),
-        cancel: cx.cancel.clone(),
-        ..WriteOptions::default()
-    })?;
+    let options = as_ordered(cx, request.task, request.config, &progress);
+    let mut writer = attempt.write(options)?;
     let dumps = Arc::new(dumps(cx, request, &ready));
     cx.step_with("dump", |step| {
         let (writer, dumps, progress) = (&mut writer, &dumps, &*progress);
