@@ -79,7 +79,8 @@ impl Exit {
             | Code::ServerUnreachable
             | Code::StoreUnavailable => Self::Unreachable,
             Code::KeyWrong => Self::KeyWrong,
-            Code::TargetNotEmpty
+            Code::RecoveryTargetUnreachable
+            | Code::TargetNotEmpty
             | Code::TargetOutsideRoots
             | Code::TargetFull
             | Code::NotAllowed

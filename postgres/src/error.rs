@@ -256,6 +256,14 @@ pub enum Error {
         /// The last lines of its log.
         output: String,
     },
+    /// A restored server came to another place than the one that was wanted, or to none.
+    #[error("recover to the moment: {what}: {output}")]
+    RecoveryMissed {
+        /// Where it came to.
+        what: String,
+        /// The last lines of its log.
+        output: String,
+    },
     /// A restored copy ended recovery before the end of its backup.
     #[error("replay to {expected}: recovery ended at {reached}")]
     StopPositionMissed {
@@ -551,6 +559,11 @@ impl From<Error> for Failure {
                 Code::SandboxFailed,
                 Action::FixData,
                 "The lines are from the log of the restored server; keep older backups until the cause is found.",
+            ),
+            Error::RecoveryMissed { .. } => told(
+                Code::RecoveryTargetMissed,
+                Action::FixData,
+                "Nothing was opened: no server runs there. The lines are from pgmuster-recovery.log in the directory.",
             ),
             Error::StopPositionMissed { .. } => told(
                 Code::StopPositionMissed,

@@ -24,6 +24,7 @@ pub mod page;
 pub mod piped;
 pub mod process;
 pub mod quote;
+pub mod recovery;
 pub mod relation;
 pub mod roots;
 pub mod sandbox;
@@ -38,6 +39,7 @@ mod unfit;
 pub mod version;
 pub mod wal;
 pub mod wal_changes;
+pub mod wal_moments;
 
 pub use backup_session::{BackupOptions, BackupSession, Started, Stopped};
 pub use connect::{Purpose, connect, connect_maintenance};

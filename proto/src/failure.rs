@@ -178,6 +178,10 @@ codes! {
     SandboxUnfit = "SANDBOX_UNFIT",
     /// The restored server ended recovery somewhere else than planned.
     StopPositionMissed = "STOP_POSITION_MISSED",
+    /// WAL does not lead to the moment that was asked for.
+    RecoveryTargetUnreachable = "RECOVERY_TARGET_UNREACHABLE",
+    /// The restored server did not come to the moment that was asked for.
+    RecoveryTargetMissed = "RECOVERY_TARGET_MISSED",
     /// The restored server failed a check.
     ProofFailed = "PROOF_FAILED",
 

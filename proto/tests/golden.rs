@@ -11,6 +11,7 @@ use proto::backup::SkippedDatabase;
 use proto::envelope::{Certificate, SigningKey};
 use proto::job::{
     Analyze, AnalyzeOutcome, Backup, BackupOutcome, LogicalOutcome, PgDump, Probe, ProbeOutcome,
+    Reached, RecoveryOutcome,
     Restore, RestoreOutcome, RestoreTarget, SeenVerdict, SkippedTable, Vacuum, VacuumOutcome,
     VacuumedTable, VerifyRestore, VerifyRestoreOutcome,
 };
@@ -22,7 +23,8 @@ use proto::message::{
 use proto::proof::{CheckOutcome, Phase, ProofCheck};
 use proto::{
     Action, AttemptId, BackupId, BootId, Code, Failure, JobId, JobKind, Lane, LineageId, Lsn,
-    Outcome, Progress, Proof, ProofLevel, Step, SystemIdentifier, Task, Timeline,
+    Outcome, Progress, Proof, ProofLevel, Recovery, RecoveryTarget, Step, SystemIdentifier,
+    TargetAction, Task, Timeline,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -158,7 +160,13 @@ fn specs_of_every_kind() {
             ..Backup::default()
         }),
         Task::VerifyRestore(VerifyRestore { backup: Some(backup_id()), level: ProofLevel::L5 }),
-        Task::Restore(Restore { backup: None, target, plan_only: true, delta: false }),
+        Task::Restore(Restore {
+            backup: None,
+            target,
+            plan_only: true,
+            delta: false,
+            recovery: None,
+        }),
         Task::Analyze(Analyze {
             databases: Some(vec!["shop \"x\"".parse().unwrap()]),
             ..Analyze::default()
@@ -171,8 +179,25 @@ fn specs_of_every_kind() {
         golden(&format!("spec.{kind}"), &spec(task));
     }
     let target = RestoreTarget { root: "/".to_owned(), directory: "data".parse().unwrap() };
-    let delta = Restore { backup: Some(backup_id()), target, plan_only: false, delta: true };
+    let delta = Restore {
+        backup: Some(backup_id()),
+        target: target.clone(),
+        plan_only: false,
+        delta: true,
+        recovery: None,
+    };
     golden("spec.restore.delta", &spec(Task::Restore(delta)));
+    let to = RecoveryTarget::Time("2026-11-27T08:30:00.123456Z".parse().unwrap());
+    let recovery = Recovery {
+        timeline: Some(Timeline(10)),
+        before: true,
+        action: TargetAction::Pause,
+        start: true,
+        ..Recovery::to(to)
+    };
+    let moment =
+        Restore { backup: None, target, plan_only: false, delta: false, recovery: Some(recovery) };
+    golden("spec.restore.moment", &spec(Task::Restore(moment)));
 }
 
 #[test]
@@ -263,6 +288,7 @@ fn outcomes_of_every_kind() {
             stop_lsn: Lsn(0x0200_0100),
             planned_only: false,
             plan: vec![],
+            recovery: None,
         }),
         Outcome::Analyze(AnalyzeOutcome {
             databases: 1,
@@ -294,6 +320,24 @@ fn outcomes_of_every_kind() {
     for (name, outcome) in names.zip(outcomes) {
         golden(&format!("outcome.{name}"), &outcome);
     }
+    let reached = Reached {
+        state: "open on timeline 11".to_owned(),
+        lsn: Lsn(0x0500_0100),
+        last_commit: Some("2026-11-27T08:29:59.9Z".parse().unwrap()),
+        timeline: Timeline(11),
+        evidence: "recovery stopping before commit of transaction 740".to_owned(),
+        duration_ms: 2_345,
+    };
+    let recovery = RecoveryOutcome {
+        target: "2026-11-27T08:30:00Z".to_owned(),
+        timeline: Timeline(10),
+        segments: 3,
+        wal_bytes: 50_331_648,
+        recoverable_to: Lsn(0x0600_0000),
+        recoverable_to_time: Some("2026-11-27T08:55:00Z".parse().unwrap()),
+        reached: Some(reached),
+    };
+    golden("outcome.restore.moment", &recovery);
 }
 
 #[test]

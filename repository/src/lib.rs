@@ -77,7 +77,7 @@ pub use recipient::Unlock;
 pub use record::{Identity, Intent, Outcome, Pin, Verdict, Wish};
 pub use repository::{Created, Encryption, InitOptions, NewRepository, Repository};
 pub use restore::{
-    Comparison, Existing, Foreign, Place, RestoreOptions, RestorePlan, RestoreSummary,
+    Addition, Comparison, Existing, Foreign, Place, RestoreOptions, RestorePlan, RestoreSummary,
     RestoreTarget, Unfinished,
 };
 pub use scrub::{CheckLevel, Damage, ScrubOptions, ScrubReport, ScrubbedLineage, WalAmount};

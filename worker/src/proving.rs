@@ -209,6 +209,7 @@ async fn in_sandbox(
             .map(|space| (space.oid, room.tablespaces().join(space.oid.to_string())))
             .collect(),
         delta: false,
+        recovery: None,
     };
     let restored = cx
         .step_with("restore", |step| async move {

@@ -10,14 +10,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use postgres::recovery::RecoverySettings;
 use proto::job::RestoreOutcome;
 use proto::{
     Action, BackupFacts, BackupId, BackupKind, ClusterName, Code, Failure, Progress,
     SystemIdentifier,
 };
 use repository::{
-    Backup, Comparison, Existing, Foreign, Pin, Pinned, Repository, RestoreOptions, RestorePlan,
-    RestoreTarget,
+    Addition, Backup, Comparison, Existing, Foreign, Pin, Pinned, Repository, RestoreOptions,
+    RestorePlan, RestoreTarget,
 };
 
 use crate::context::JobContext;
@@ -42,13 +43,20 @@ pub struct Destination {
     /// Whether the target may be the data directory of a stopped server of the same cluster, whose files are then used
     /// where they are right and changed or removed where they are not.
     pub delta: bool,
+    /// What takes its server beyond the end of the backup.
+    pub recovery: Option<RecoverySettings>,
 }
 
 impl Destination {
     /// A data directory with every tablespace beside it.
     pub fn below(directory: &Path, facts: &BackupFacts) -> Self {
-        Self { data_directory: directory.to_owned(), tablespaces: BTreeMap::new(), delta: false }
-            .complete(facts)
+        Self {
+            data_directory: directory.to_owned(),
+            tablespaces: BTreeMap::new(),
+            delta: false,
+            recovery: None,
+        }
+        .complete(facts)
     }
 
     /// Names a place for every tablespace that has none yet.
@@ -64,7 +72,7 @@ impl Destination {
         self
     }
 
-    fn target(&self, existing: Existing) -> RestoreTarget {
+    fn target(&self, existing: Existing, major: u32) -> RestoreTarget {
         let link = |(oid, place): (&u32, &PathBuf)| {
             (format!("pg_tblspc/{oid}").into_bytes(), place.clone())
         };
@@ -73,6 +81,22 @@ impl Destination {
             mapping: self.tablespaces.iter().map(link).collect(),
             wal_directory: Some(b"pg_wal".to_vec()),
             existing,
+            addition: self.recovery.clone().map(|settings| Addition {
+                names: postgres::recovery::own_names(),
+                write: Arc::new(move |directory| {
+                    let change = settings.write(directory, major)?;
+                    for line in &change.removed {
+                        tracing::info!(
+                            "Removed from {}: {line}",
+                            postgres::recovery::SETTINGS_FILE
+                        );
+                    }
+                    for name in &change.overruled {
+                        tracing::info!("{name} in postgresql.conf no longer counts");
+                    }
+                    Ok(())
+                }),
+            }),
         }
     }
 }
@@ -129,7 +153,7 @@ fn other_kind(found: BackupKind, backup: BackupId) -> Failure {
     Failure::new(Code::RequestInvalid, Action::FixConfig, message).with_hint(hint)
 }
 
-async fn locate(
+pub(crate) async fn locate(
     repository: &Repository,
     kind: BackupKind,
     cluster: Option<&ClusterName>,
@@ -209,7 +233,7 @@ pub async fn plan(
     processes: u32,
 ) -> Result<RestoreOutcome, Failure> {
     let existing = reuse::examine(destination, backup.facts().system_identifier)?;
-    let plan = backup.restore_plan(destination.target(existing)).await?;
+    let plan = backup.restore_plan(destination.target(existing, major(backup))).await?;
     let (files, size_bytes) = (plan.files, plan.bytes);
     let mut compared = None;
     if plan.reuses() {
@@ -252,14 +276,14 @@ pub async fn restore(
             let step = "wait for the attempt before".to_owned();
             cx.progress(Progress { step, done: 0, total: None, unit: "bytes".to_owned() });
         };
-        let target = destination.target(Existing::Resume);
+        let target = destination.target(Existing::Resume, major(backup));
         match target.wait_until_free(PREDECESSOR_MAX, &cx.cancel, waits).await {
             Err(_) if cx.cancel.is_cancelled() => return Err(cx.stopped()),
             waited => waited?,
         }
     }
     let (existing, lock) = reuse::occupy(destination, backup.facts().system_identifier)?;
-    let plan = backup.restore_plan(destination.target(existing)).await?;
+    let plan = backup.restore_plan(destination.target(existing, major(backup))).await?;
     plan.check()?;
     let total = plan.bytes;
     let options = options(cx, processes);
@@ -316,6 +340,7 @@ fn outcome(
         stop_lsn: backup.facts().stop_lsn,
         planned_only: false,
         plan: Vec::new(),
+        recovery: None,
     }
 }
 
@@ -368,8 +393,15 @@ fn lines(
             place.available_bytes
         ));
     }
-    lines.push(format!("a server started there recovers to {} and opens", facts.stop_lsn));
+    // Where it goes beyond, its own plan says where.
+    if destination.recovery.is_none() {
+        lines.push(format!("a server started there recovers to {} and opens", facts.stop_lsn));
+    }
     lines
+}
+
+fn major(backup: &Backup) -> u32 {
+    backup.facts().server_version_num / 10_000
 }
 
 /// What goes because the backup does not have it.

@@ -111,8 +111,12 @@ async fn tablespaces_of_every_shape_come_back() {
         BTreeMap::from([(at("many_1"), directory.join("pg_tblspc/1"))]),
     ];
     for tablespaces in meet {
-        let destination =
-            Destination { data_directory: directory.clone(), tablespaces, delta: false };
+        let destination = Destination {
+            data_directory: directory.clone(),
+            tablespaces,
+            delta: false,
+            recovery: None,
+        };
         let destination = destination.complete(facts);
         let refused = restoring::restore(&house.cx(), &backup, &destination, 2).await.unwrap_err();
         assert_eq!(refused.code, Code::RequestInvalid, "{refused}");
@@ -123,8 +127,13 @@ async fn tablespaces_of_every_shape_come_back() {
     // Where the person says, under an odd name, and beside the data directory for the others.
     let elsewhere = house.place.path().join("else where\n%");
     let tablespaces = BTreeMap::from([(at("with space"), elsewhere.clone())]);
-    let destination = Destination { data_directory: directory.clone(), tablespaces, delta: false }
-        .complete(facts);
+    let destination = Destination {
+        data_directory: directory.clone(),
+        tablespaces,
+        delta: false,
+        recovery: None,
+    }
+    .complete(facts);
     restoring::restore(&house.cx(), &backup, &destination, 2).await.unwrap();
     for (oid, place) in &destination.tablespaces {
         let link = directory.join(format!("pg_tblspc/{oid}"));

@@ -197,7 +197,13 @@ async fn after_start(
         root: restore_root.display().to_string(),
         directory: directory.parse().expect("it is a relative path"),
     };
-    let task = Task::Restore(Restore { backup: None, target, plan_only: false, delta: false });
+    let task = Task::Restore(Restore {
+        backup: None,
+        target,
+        plan_only: false,
+        delta: false,
+        recovery: None,
+    });
     let order = SubmitRequest::new(name.clone(), task);
     let job: JobView = whole.client.post("/v1/jobs", &order).await?;
     let job = follow::wait(&whole.client, job.id, STEP_MAX, true).await?;

@@ -96,7 +96,8 @@ pub(crate) async fn restore(
     })?;
     let plan_only = args.plan;
     let (backup, delta) = (args.backup, args.delta);
-    let task = Task::Restore(proto::job::Restore { backup, target, plan_only, delta });
+    let task =
+        Task::Restore(proto::job::Restore { backup, target, plan_only, delta, recovery: None });
     let request = SubmitRequest { worker: Some(worker), ..SubmitRequest::new(cluster, task) };
     let view: JobView = client.post("/v1/jobs", &request).await?;
     let mut waiting = args.waiting;

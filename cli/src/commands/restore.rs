@@ -38,6 +38,7 @@ pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failu
         data_directory: into,
         tablespaces: args.tablespace.iter().cloned().collect(),
         delta: args.delta,
+        recovery: None,
     };
     let destination = given.complete(backup.facts());
     let cx = context(&cluster);
@@ -93,6 +94,7 @@ pub(super) fn context(cluster: &proto::ClusterName) -> JobContext {
             target,
             plan_only: false,
             delta: false,
+            recovery: None,
         }),
         deadline_ms: u64::MAX,
         traceparent: None,

@@ -21,7 +21,10 @@ pub use analyze::{Analyze, AnalyzeOutcome, SkippedTable};
 pub use backup::{Backup, BackupOutcome, LogicalOutcome, PgDump, RATE_LIMIT_MIN_BYTES};
 pub use pattern::{DatabasePattern, PatternError};
 pub use probe::{Probe, ProbeOutcome, SeenVerdict};
-pub use restore::{RelativePath, RelativePathError, Restore, RestoreOutcome, RestoreTarget};
+pub use restore::{
+    Reached, RecoveryOutcome, RelativePath, RelativePathError, Restore, RestoreOutcome,
+    RestoreTarget,
+};
 pub use vacuum::{Vacuum, VacuumOutcome, VacuumedTable};
 pub use verify_restore::{VerifyRestore, VerifyRestoreOutcome};
 

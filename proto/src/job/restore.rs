@@ -5,7 +5,9 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
-use crate::{BackupId, Lsn};
+use jiff::Timestamp;
+
+use crate::{BackupId, Lsn, Recovery, Timeline};
 
 /// Parameters of a restore.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,6 +25,9 @@ pub struct Restore {
     /// rest is changed or removed. Left out when false, so that a worker that does not know it still restores.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub delta: bool,
+    /// Go beyond the end of the backup, along archived WAL. Left out when absent, as above.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recovery: Option<Recovery>,
 }
 
 /// A directory below one of the restore roots a worker announced.
@@ -106,6 +111,48 @@ pub struct RestoreOutcome {
     /// The plan, one line a step, for people.
     #[serde(default)]
     pub plan: Vec<String>,
+    /// How far recovery goes beyond the backup, where that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recovery: Option<RecoveryOutcome>,
+}
+
+/// What a restore that goes beyond its backup knows of its way, and what its server was seen to do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecoveryOutcome {
+    /// What was asked for, for people.
+    pub target: String,
+    /// The timeline that recovery follows.
+    pub timeline: Timeline,
+    /// Segments of WAL that it needs.
+    pub segments: u64,
+    /// Their bytes.
+    pub wal_bytes: u64,
+    /// Everything before this position is there.
+    pub recoverable_to: Lsn,
+    /// The newest commit before that position, where it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recoverable_to_time: Option<Timestamp>,
+    /// What the server was seen to reach; absent when it was not started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reached: Option<Reached>,
+}
+
+/// What a started server said.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reached {
+    /// What the server does now, for people: open on a timeline, paused, shut down, following.
+    pub state: String,
+    /// The end of what it replayed.
+    pub lsn: Lsn,
+    /// The last commit that it replayed, by its own account.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_commit: Option<Timestamp>,
+    /// The timeline it is on.
+    pub timeline: Timeline,
+    /// In the server's own words, why it stopped there.
+    pub evidence: String,
+    /// From the start of the server until it was there.
+    pub duration_ms: u64,
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]

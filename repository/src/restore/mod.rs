@@ -16,6 +16,8 @@ mod walk;
 mod write;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -42,6 +44,24 @@ pub struct RestoreTarget {
     pub wal_directory: Option<Vec<u8>>,
     /// What may be there already.
     pub existing: Existing,
+    /// What the caller writes there itself.
+    pub addition: Option<Addition>,
+}
+
+/// Files right below the directory that a restore leaves to its caller: they are written when all else is there and before
+/// anything makes the directory look complete, so that no crash leaves one that starts without them.
+#[derive(Clone)]
+pub struct Addition {
+    /// Every name that it makes, changes or removes. What is there under one of them is nobody else's.
+    pub names: BTreeSet<Vec<u8>>,
+    /// Writes them into the directory. A restore that goes on does it again.
+    pub write: Arc<dyn Fn(&Path) -> io::Result<()> + Send + Sync>,
+}
+
+impl fmt::Debug for Addition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Addition").field("names", &self.names).finish_non_exhaustive()
+    }
 }
 
 /// What a restore makes of what is in its target already.
@@ -70,6 +90,11 @@ impl RestoreTarget {
 
     fn spares(&self, path: &[u8]) -> bool {
         matches!(&self.existing, Existing::Replace { spare } if spare.contains(path))
+    }
+
+    /// Whether a name that the backup does not have is the caller's addition.
+    fn adds(&self, path: &[u8]) -> bool {
+        self.addition.as_ref().is_some_and(|addition| addition.names.contains(path))
     }
 
     /// Waits until no other restore writes into the target, at most `patience`: an attempt that was given up for lost may

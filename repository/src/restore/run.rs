@@ -66,6 +66,11 @@ pub(super) fn restore(
         walk.wal(wal, outlets)
     })?;
     walk.make_links()?;
+    if let Some(addition) = &target.addition {
+        let failed =
+            |source| Error::Target { path: target.directory.display().to_string(), source };
+        (addition.write)(&target.directory).map_err(failed)?;
+    }
     tree.sync()?;
     // Only now what makes the directory look complete.
     crew.phase(1, &mut walk, |walk, outlets| walk.shards(&root.late, outlets))?;

@@ -274,6 +274,9 @@ impl Look<'_> {
             } else {
                 self.contents.is_some_and(|contents| contents.has(&path, is_directory))
             };
+            if !belongs && self.target.adds(&path) {
+                continue;
+            }
             if !belongs {
                 let bytes = if is_directory { 0 } else { metadata.len() };
                 let mut foreign = Foreign { name: path, path: place.clone(), names: 1, bytes };

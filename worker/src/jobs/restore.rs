@@ -19,6 +19,10 @@ pub(crate) async fn run(
     config: &WorkerConfig,
     task: &Restore,
 ) -> Result<RestoreOutcome, Failure> {
+    if task.recovery.is_some() {
+        let what = "this worker restores to the end of a backup and no further";
+        return Err(Failure::new(Code::JobUnsupported, Action::RetryElsewhere, what));
+    }
     let directory = target(config, task)?;
     let pin = Pin { by: config.name.to_string(), why: "restore".into(), at_ms: clock::now_ms() };
     let backup = cx
@@ -118,7 +122,7 @@ mod tests {
             root: root.display().to_string(),
             directory: directory.parse().unwrap(),
         };
-        Restore { backup: None, target, plan_only: false, delta: false }
+        Restore { backup: None, target, plan_only: false, delta: false, recovery: None }
     }
 
     #[test]
