@@ -293,6 +293,9 @@ pub struct Restore {
     /// Only say what would be done.
     #[arg(long)]
     pub plan: bool,
+    /// Going beyond the end of the backup.
+    #[command(flatten)]
+    pub moment: MomentArgs,
     /// Restore from here, without a coordinator: `file:///path` or `s3://bucket/prefix`.
     #[arg(long, value_name = "URL", requires = "restore_opener")]
     pub repository: Option<String>,
@@ -332,6 +335,51 @@ pub struct Restore {
     /// Waiting.
     #[command(flatten)]
     pub waiting: Waiting,
+}
+
+/// Going beyond the end of a backup.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Recovery to a moment")]
+#[expect(clippy::struct_excessive_bools, reason = "each is an option of its own")]
+pub struct MomentArgs {
+    /// Go beyond the end of the backup, along archived WAL, to this moment.
+    ///
+    /// A time with its zone (`2026-11-27T09:30:00+01:00`), "today 09:30", "yesterday 18:00", `-15min`; a position (`0/3000148`);
+    /// `xid:1234`; `name:before_release` (`pg_create_restore_point`); `immediate`, the end of the backup; `latest`, the end of the
+    /// WAL. The backup is the newest that was complete before. What cannot be reached is refused before anything is written.
+    #[arg(long, value_name = "MOMENT", allow_hyphen_values = true, conflicts_with = "into_server")]
+    pub to: Option<String>,
+    /// Along this timeline [default: the newest].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub timeline: Option<u32>,
+    /// Stop just before the moment instead of just after it: without the transaction that did the harm.
+    #[arg(long)]
+    pub before: bool,
+    /// What the server does at the moment: `promote` (open), `pause` (answer queries and wait) or `shutdown` [default: promote].
+    #[arg(long, value_enum, value_name = "ACTION", hide_possible_values = true)]
+    pub action: Option<AtTarget>,
+    /// Make a standby that follows the archive.
+    #[arg(long, conflicts_with = "into_server")]
+    pub standby: bool,
+    /// Start the server, see that it came to the moment, and leave it running.
+    #[arg(long)]
+    pub start: bool,
+    /// Leave `archive_mode` as the backup has it, instead of switching it off.
+    ///
+    /// For the server that takes the place of the old one. Two that archive must never share an archive.
+    #[arg(long)]
+    pub keep_archiving: bool,
+}
+
+/// What a server does at its target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum AtTarget {
+    /// Opens.
+    Promote,
+    /// Waits.
+    Pause,
+    /// Shuts down.
+    Shutdown,
 }
 
 fn tablespace(text: &str) -> Result<(u32, PathBuf), String> {

@@ -28,6 +28,20 @@ pub(crate) fn now_ms() -> i64 {
     i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }
 
+/// The time here, in the zone of whoever is here.
+pub(crate) fn now() -> jiff::Zoned {
+    let now = jiff::Timestamp::from_millisecond(now_ms()).unwrap_or_default();
+    now.to_zoned(jiff::tz::TimeZone::system())
+}
+
+/// What a server needs of this environment to call this program for WAL: where keys and an object store's credentials are.
+pub(crate) fn for_fetching() -> Vec<(String, String)> {
+    let wanted = |name: &str| {
+        name == "HOME" || ["AWS_", "PGMUSTER_"].iter().any(|start| name.starts_with(start))
+    };
+    std::env::vars().filter(|(name, _)| wanted(name)).collect()
+}
+
 /// Bytes nobody can guess, from the kernel.
 pub(crate) fn random<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];

@@ -81,6 +81,19 @@ pub(crate) fn restored(done: &proto::job::RestoreOutcome) -> String {
     format!("{size}, of which {reused} were right already; {fetched} fetched")
 }
 
+/// Where a restored server is, or will be when it is started.
+pub(crate) fn recovered(done: &proto::job::RestoreOutcome) -> String {
+    let Some(recovery) = &done.recovery else {
+        return format!("a server started there recovers to {}", done.stop_lsn);
+    };
+    let Some(reached) = &recovery.reached else {
+        return format!("a server started there recovers to {}", recovery.target);
+    };
+    let commit = reached.last_commit.map_or(String::new(), |at| format!(", last commit {at}"));
+    let evidence = &reached.evidence;
+    format!("the server is {}, at {}{commit} ({evidence})", reached.state, reached.lsn)
+}
+
 /// A length of time as people say it, from milliseconds.
 pub(crate) fn duration(ms: i64) -> String {
     let s = ms / 1_000;

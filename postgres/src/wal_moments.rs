@@ -418,7 +418,7 @@ mod tests {
         }
         for (manager, info, xid, data) in records {
             at = at.next_multiple_of(8);
-            if at % PAGE == 0 {
+            if at.is_multiple_of(PAGE) {
                 at += SHORT_PAGE_HEADER;
             }
             let mut record = vec![0; RECORD_HEADER];

@@ -62,6 +62,10 @@ impl TargetAction {
 /// Everything a restore has to know to go beyond the end of its backup.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a switch of its own on the command line"
+)]
 pub struct Recovery {
     /// Where it ends.
     pub to: RecoveryTarget,

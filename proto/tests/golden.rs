@@ -11,9 +11,8 @@ use proto::backup::SkippedDatabase;
 use proto::envelope::{Certificate, SigningKey};
 use proto::job::{
     Analyze, AnalyzeOutcome, Backup, BackupOutcome, LogicalOutcome, PgDump, Probe, ProbeOutcome,
-    Reached, RecoveryOutcome,
-    Restore, RestoreOutcome, RestoreTarget, SeenVerdict, SkippedTable, Vacuum, VacuumOutcome,
-    VacuumedTable, VerifyRestore, VerifyRestoreOutcome,
+    Reached, RecoveryOutcome, Restore, RestoreOutcome, RestoreTarget, SeenVerdict, SkippedTable,
+    Vacuum, VacuumOutcome, VacuumedTable, VerifyRestore, VerifyRestoreOutcome,
 };
 use proto::message::{
     Beacon, Cancel, Claim, ClaimMessage, ClusterOffer, Control, Decline, DeclineReason, Denial,

@@ -78,7 +78,7 @@ pub use record::{Identity, Intent, Outcome, Pin, Verdict, Wish};
 pub use repository::{Created, Encryption, InitOptions, NewRepository, Repository};
 pub use restore::{
     Addition, Comparison, Existing, Foreign, Place, RestoreOptions, RestorePlan, RestoreSummary,
-    RestoreTarget, Unfinished,
+    RestoreTarget, Unfinished, WriteAddition,
 };
 pub use scrub::{CheckLevel, Damage, ScrubOptions, ScrubReport, ScrubbedLineage, WalAmount};
 pub use slice::Slice;

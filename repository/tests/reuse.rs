@@ -22,10 +22,13 @@ use repository::store::directory::DirectoryStore;
 use repository::store::layer::Layer;
 use repository::store::{Store, StoreError};
 use repository::{
-    Backup, Error, Existing, Progress, RestoreOptions, RestorePlan, RestoreSummary, RestoreTarget,
+    Addition, Backup, Error, Existing, Progress, RestoreOptions, RestorePlan, RestoreSummary,
+    RestoreTarget,
 };
 
 const MARKER: &str = "pgmuster-restore-incomplete";
+/// Restored last.
+const LAST: &str = "backup_label";
 const LARGE: usize = 12 << 20;
 
 /// A large file in shards, small ones beside each other, holes, links, odd sizes.
@@ -141,6 +144,35 @@ impl House {
         assert_eq!(state(&self.directory), self.whole);
         done
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_caller_adds_is_there_before_the_directory_looks_complete() {
+    let house = House::new().await;
+    let into = house.bench.directory.path().join("added");
+    let adding = |fails: bool| {
+        let write = move |directory: &Path| {
+            // All else is there; the last file, without which no server starts, is not.
+            assert!(directory.join(MARKER).exists() && directory.join("base/1/large").exists());
+            assert!(!directory.join(LAST).exists());
+            fs::write(directory.join("conf"), "a = c\n")?;
+            fs::write(directory.join("signal"), "")?;
+            if fails { Err(std::io::Error::other("no room")) } else { Ok(()) }
+        };
+        let names = BTreeSet::from([b"conf".to_vec(), b"signal".to_vec()]);
+        let addition = Some(Addition { names, write: Arc::new(write) });
+        RestoreTarget { addition, ..resuming(&into) }
+    };
+    let failed = restore(&house.backup, adding(true)).await.unwrap_err();
+    assert!(matches!(failed, Error::Target { .. }), "{failed:?}");
+    assert!(into.join(MARKER).exists() && !into.join(LAST).exists());
+    // Whoever adds nothing does not know the names that are there.
+    let stranger = restore(&house.backup, resuming(&into)).await.unwrap_err();
+    assert!(matches!(stranger, Error::TargetNotEmpty { .. }), "{stranger:?}");
+    restore(&house.backup, adding(false)).await.unwrap();
+    assert!(!into.join(MARKER).exists() && into.join(LAST).exists());
+    assert_eq!(fs::read_to_string(into.join("conf")).unwrap(), "a = c\n");
+    assert_eq!(fs::read(into.join("signal")).unwrap(), b"");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

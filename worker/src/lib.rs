@@ -20,6 +20,7 @@ mod outbound;
 pub mod places;
 pub mod proving;
 mod pulse;
+pub mod recovering;
 pub mod restoring;
 mod reuse;
 mod shared;

@@ -121,21 +121,25 @@ impl Places {
 
     /// The repository for a cluster: the one its section names; for a cluster of another worker, the only one there is.
     pub async fn repository_for(&self, cluster: &ClusterName) -> Result<&Repository, Failure> {
+        self.place_for(cluster)?.open().await
+    }
+
+    /// The place of that repository.
+    pub fn place_for(&self, cluster: &ClusterName) -> Result<&RepositoryPlace, Failure> {
         let named = self.clusters.get(cluster).and_then(|c| c.config.repository.as_deref());
         let place = match named {
             Some(name) => self.repositories.get(name),
             None if self.repositories.len() == 1 => self.repositories.values().next(),
             None => None,
         };
-        let place = place.ok_or_else(|| {
+        place.ok_or_else(|| {
             Failure::new(
                 Code::ConfigInvalid,
                 Action::RetryElsewhere,
                 format!("this worker does not know the repository of {cluster}"),
             )
             .with_hint("Name it in the cluster's section: repository = \"main\".")
-        })?;
-        place.open().await
+        })
     }
 }
 

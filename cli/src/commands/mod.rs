@@ -9,6 +9,7 @@ mod doctor;
 mod gc;
 mod job;
 mod load;
+mod moment;
 mod order;
 mod recovery;
 mod repo;

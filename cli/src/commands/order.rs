@@ -8,6 +8,7 @@ use proto::{Action, Code, Failure, Task, WorkerName};
 
 use crate::args::{Backup, Engine, Maintain, MaintenanceTask, Output, Restore, Verify};
 use crate::client::Client;
+use crate::commands::moment;
 use crate::exit::Exit;
 use crate::follow;
 
@@ -87,6 +88,7 @@ pub(crate) async fn restore(
     args: Restore,
     format: Output,
 ) -> Result<Exit, Failure> {
+    let recovery = moment::wanted(&args)?;
     let workers: Vec<WorkerView> = client.get("/v1/workers").await?;
     let into = args.into.as_deref().ok_or_else(|| Failure::bug("clap asks for a directory"))?;
     let (worker, target) = place(&workers, into, args.on.as_ref())?;
@@ -96,8 +98,7 @@ pub(crate) async fn restore(
     })?;
     let plan_only = args.plan;
     let (backup, delta) = (args.backup, args.delta);
-    let task =
-        Task::Restore(proto::job::Restore { backup, target, plan_only, delta, recovery: None });
+    let task = Task::Restore(proto::job::Restore { backup, target, plan_only, delta, recovery });
     let request = SubmitRequest { worker: Some(worker), ..SubmitRequest::new(cluster, task) };
     let view: JobView = client.post("/v1/jobs", &request).await?;
     let mut waiting = args.waiting;

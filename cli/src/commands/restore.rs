@@ -3,15 +3,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use proto::job::RestoreTarget;
+use proto::job::{RestoreOutcome, RestoreTarget};
 use proto::message::{SCHEMA, Spec};
 use proto::{Action, AttemptId, Code, Failure, JobId, Step, Task};
-use repository::Pin;
+use repository::{Backup, Pin};
 use worker::context::JobContext;
+use worker::recovering::{self, RecoveryPlan, Wanted};
 use worker::restoring::{self, Destination};
 
 use crate::args::{OpenerArgs, Output, Restore};
-use crate::commands::repo;
+use crate::commands::{moment, repo};
 use crate::exit::Exit;
 use crate::{environment, follow, output};
 
@@ -29,16 +30,27 @@ pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failu
         let message = format!("{}: {error}", into.display());
         Failure::new(Code::RequestInvalid, Action::FixConfig, message)
     })?;
+    let recovery = moment::wanted(&args)?;
     let repository = repo::open(url, &opener).await?;
     let pin = Pin { by: repo::who(), why: "restore".to_owned(), at_ms: environment::now_ms() };
     let cluster = args.cluster.as_ref();
-    let backup = restoring::find_pinned(&repository, cluster, None, args.backup, &pin).await?;
+    let (backup, recovery) = match &recovery {
+        None => {
+            (restoring::find_pinned(&repository, cluster, None, args.backup, &pin).await?, None)
+        }
+        Some(recovery) => {
+            let fetching = moment::fetching(url, &opener)?;
+            let wanted = Wanted { cluster, system_identifier: None, backup: args.backup, recovery };
+            let (backup, plan) = recovering::plan(&repository, wanted, &fetching, &pin).await?;
+            (backup, Some(plan))
+        }
+    };
     let cluster = backup.facts().cluster.clone();
     let given = Destination {
         data_directory: into,
         tablespaces: args.tablespace.iter().cloned().collect(),
         delta: args.delta,
-        recovery: None,
+        recovery: recovery.as_ref().map(|plan| plan.settings.clone()),
     };
     let destination = given.complete(backup.facts());
     let cx = context(&cluster);
@@ -51,10 +63,14 @@ pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failu
         restoring::plan(&cx, &backup, &destination, 0).await
     } else {
         let shown = tokio::spawn(show_progress(cx.clone()));
-        let done = restoring::restore(&cx, &backup, &destination, 0).await;
+        let done = restore(&cx, &backup, &destination, recovery.as_ref()).await;
         shown.abort();
         done
     };
+    let done = done.map(|done| match &recovery {
+        Some(plan) => plan.tell(done),
+        None => done,
+    });
     interrupted.abort();
     backup.release().await;
     let done = done?;
@@ -63,16 +79,35 @@ pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failu
             return done.plan.join("\n");
         }
         format!(
-            "Restored backup {} of {} into {}: {} files, {}; a server started there recovers to {}",
+            "Restored backup {} of {} into {}: {} files, {}; {}",
             done.backup,
             cluster,
             done.directory,
             done.files,
             output::restored(done),
-            done.stop_lsn
+            output::recovered(done)
         )
     });
     Ok(Exit::Ok)
+}
+
+/// Restores, and has the server brought to where it shall be when that was asked for.
+async fn restore(
+    cx: &JobContext,
+    backup: &Backup,
+    destination: &Destination,
+    recovery: Option<&RecoveryPlan>,
+) -> Result<RestoreOutcome, Failure> {
+    let starts = recovery.filter(|plan| plan.starts);
+    let starter = match starts {
+        Some(plan) => Some(plan.starter(backup.facts(), &[], environment::for_fetching()).await?),
+        None => None,
+    };
+    let done = restoring::restore(cx, backup, destination, 0).await?;
+    match starter {
+        Some(starter) => starter.start(cx, destination, done).await,
+        None => Ok(done),
+    }
 }
 
 /// A context for work that no coordinator knows of.

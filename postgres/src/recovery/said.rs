@@ -100,7 +100,7 @@ mod tests {
         let commit = said.last_commit.as_deref().and_then(time);
         assert_eq!(commit, Some("2026-11-27T08:28:59.123456Z".parse().unwrap()));
         assert!(said.names(&RecoveryTarget::Xid(740)));
-        assert!(said.names(&RecoveryTarget::Xid(1 << 32 | 740)));
+        assert!(said.names(&RecoveryTarget::Xid((1 << 32) + 740)));
         assert!(said.names(&RecoveryTarget::Time("2026-11-27T08:29:00Z".parse().unwrap())));
         for other in [
             RecoveryTarget::Xid(74),

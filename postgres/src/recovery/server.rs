@@ -85,6 +85,8 @@ pub struct RecoveryServer<'a> {
     pub binaries: &'a Binaries,
     /// The data directory.
     pub directory: &'a Path,
+    /// Variables that the server gets for its `restore_command`.
+    pub environment: &'a [(String, String)],
     /// Ends it early.
     pub cancel: &'a CancellationToken,
 }
@@ -150,6 +152,11 @@ impl RecoveryServer<'_> {
         self.directory.join("postgresql.conf").is_file()
     }
 
+    fn program(&self, name: &str) -> Result<Program> {
+        let program = self.binaries.program(name)?;
+        Ok(self.environment.iter().fold(program, |program, (name, value)| program.env(name, value)))
+    }
+
     fn log_path(&self) -> PathBuf {
         self.directory.join(RECOVERY_LOG)
     }
@@ -174,7 +181,8 @@ impl RecoveryServer<'_> {
             ("external_pid_file", ""),
             ("ssl", "off"),
             ("hot_standby", "on"),
-            ("archive_mode", "off"),
+            // What it would archive waits until it runs by its own settings.
+            ("archive_command", "false"),
             ("max_logical_replication_workers", "0"),
             ("restart_after_crash", "off"),
             // What it says is read.
@@ -187,6 +195,9 @@ impl RecoveryServer<'_> {
         ];
         settings.extend(fixed.map(|(name, value)| (name, value.to_owned())));
         settings.push(("port", SOCKET_PORT.to_string()));
+        if self.binaries.major() >= 15 {
+            settings.push(("archive_library", String::new()));
+        }
         if !expected.standby && expected.target != RecoveryTarget::Latest {
             settings.push(("recovery_target_action", "pause".to_owned()));
         }
@@ -204,7 +215,7 @@ impl RecoveryServer<'_> {
             ];
             settings.extend(minimums.map(|(name, value)| (name, value.to_string())));
         }
-        let mut program = self.binaries.program("postgres")?.arg("-D").arg(self.directory);
+        let mut program = self.program("postgres")?.arg("-D").arg(self.directory);
         for (name, value) in settings {
             program = program.arg("-c").arg(format!("{name}={value}"));
         }
@@ -343,7 +354,8 @@ SELECT pg_catalog.pg_is_in_recovery(),
        (SELECT system_identifier::pg_catalog.text FROM pg_catalog.pg_control_system())";
         let row = match self.query(alone, sql).await {
             Ok(Some(row)) => row,
-            Ok(None) => return Ok(None),
+            // It lets nobody in yet, or it may be ending, which the next look tells.
+            Ok(None) | Err((_, None)) => return Ok(None),
             Err((_, Some(state))) if state == SqlState::INVALID_AUTHORIZATION_SPECIFICATION => {
                 // initdb names the superuser after the account that ran it, unless it is told otherwise.
                 let me = Program::new("id").arg("-un").run(ASK_TIMEOUT, self.cancel).await?;
@@ -357,8 +369,6 @@ SELECT pg_catalog.pg_is_in_recovery(),
                 return Ok(None);
             }
             Err((_, Some(state))) if state == SqlState::CANNOT_CONNECT_NOW => return Ok(None),
-            // It may be ending, which the next look tells.
-            Err((_, None)) => return Ok(None),
             Err((text, _)) => return Err(self.missed(format!("it cannot be asked: {text}"))),
         };
         let odd = |_| self.missed("it gave an unexpected answer".to_owned());
@@ -417,18 +427,16 @@ SELECT pg_catalog.pg_is_in_recovery(),
             return Ok(());
         }
         running.signal(signal).map_err(failed)?;
-        match tokio::time::timeout(STOP_TIMEOUT, running.wait()).await {
-            Ok(status) => status.map(drop).map_err(failed),
-            Err(_) => {
-                running.kill();
-                Err(Error::Deadline { what: "stop the restored server".to_owned() })
-            }
+        if let Ok(status) = tokio::time::timeout(STOP_TIMEOUT, running.wait()).await {
+            return status.map(drop).map_err(failed);
         }
+        running.kill();
+        Err(Error::Deadline { what: "stop the restored server".to_owned() })
     }
 
     /// Starts it by its own settings, as a person would. It runs on.
     async fn open(&self) -> Result<()> {
-        let program = self.binaries.program("pg_ctl")?.args(["start", "-s", "-w", "-t"]);
+        let program = self.program("pg_ctl")?.args(["start", "-s", "-w", "-t"]);
         let program = program.arg(OPEN_TIMEOUT.as_secs().to_string()).arg("-D").arg(self.directory);
         let program = program.arg("-l").arg(self.directory.join(SERVER_LOG));
         program.run(OPEN_TIMEOUT, self.cancel).await.map(drop).map_err(|error| match error {

@@ -101,9 +101,11 @@ impl Way {
     /// The first segment of the way that `is_there` denies: everything before it can be replayed.
     pub fn breaks_off(&self, is_there: impl Fn(Segment) -> bool) -> Segment {
         let first = self.start.0 / u64::from(self.segment_size);
-        let missing =
-            (first..).map(|number| self.segment(number)).find(|segment| !is_there(*segment));
-        missing.unwrap_or_else(|| self.segment(u64::MAX))
+        let mut segment = self.segment(first);
+        while is_there(segment) {
+            segment = self.segment(segment.number + 1);
+        }
+        segment
     }
 
     /// Bytes of a segment.

@@ -55,8 +55,11 @@ pub struct Addition {
     /// Every name that it makes, changes or removes. What is there under one of them is nobody else's.
     pub names: BTreeSet<Vec<u8>>,
     /// Writes them into the directory. A restore that goes on does it again.
-    pub write: Arc<dyn Fn(&Path) -> io::Result<()> + Send + Sync>,
+    pub write: Arc<WriteAddition>,
 }
+
+/// Writes files into a directory.
+pub type WriteAddition = dyn Fn(&Path) -> io::Result<()> + Send + Sync;
 
 impl fmt::Debug for Addition {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

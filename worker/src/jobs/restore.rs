@@ -7,9 +7,10 @@ use proto::{Action, Code, Failure};
 use repository::{Backup, Pin};
 
 use crate::clock;
-use crate::config::WorkerConfig;
+use crate::config::{RepositoryConfig, WorkerConfig};
 use crate::context::JobContext;
 use crate::places::Places;
+use crate::recovering::{self, Fetching, RecoveryPlan, Wanted};
 use crate::restoring::{self, Destination};
 
 /// Runs a restore, or says what it would do.
@@ -19,22 +20,35 @@ pub(crate) async fn run(
     config: &WorkerConfig,
     task: &Restore,
 ) -> Result<RestoreOutcome, Failure> {
-    if task.recovery.is_some() {
-        let what = "this worker restores to the end of a backup and no further";
-        return Err(Failure::new(Code::JobUnsupported, Action::RetryElsewhere, what));
-    }
     let directory = target(config, task)?;
     let pin = Pin { by: config.name.to_string(), why: "restore".into(), at_ms: clock::now_ms() };
-    let backup = cx
+    let (backup, recovery) = cx
         .step("find", async {
-            let repository = places.repository_for(&cx.spec.cluster).await?;
-            let (cluster, identifier) = (Some(&cx.spec.cluster), cx.spec.system_identifier);
-            restoring::find_pinned(repository, cluster, identifier, task.backup, &pin).await
+            let place = places.place_for(&cx.spec.cluster)?;
+            let repository = place.open().await?;
+            let (cluster, system_identifier) = (Some(&cx.spec.cluster), cx.spec.system_identifier);
+            let Some(recovery) = &task.recovery else {
+                let found = restoring::find_pinned(
+                    repository,
+                    cluster,
+                    system_identifier,
+                    task.backup,
+                    &pin,
+                );
+                return Ok((found.await?, None));
+            };
+            let wanted = Wanted { cluster, system_identifier, backup: task.backup, recovery };
+            let fetching = fetching(&place.config)?;
+            let (backup, plan) = recovering::plan(repository, wanted, &fetching, &pin).await?;
+            Ok((backup, Some(plan)))
         })
         .await?;
-    let restored = restore(cx, config, task, &directory, &backup).await;
+    let restored = restore(cx, config, task, &directory, &backup, recovery.as_ref()).await;
     backup.release().await;
-    restored
+    restored.map(|done| match &recovery {
+        Some(plan) => plan.tell(done),
+        None => done,
+    })
 }
 
 async fn restore(
@@ -43,9 +57,11 @@ async fn restore(
     task: &Restore,
     directory: &Path,
     backup: &Backup,
+    recovery: Option<&RecoveryPlan>,
 ) -> Result<RestoreOutcome, Failure> {
     let below = Destination::below(directory, backup.facts());
-    let destination = Destination { delta: task.delta, ..below };
+    let settings = recovery.map(|plan| plan.settings.clone());
+    let destination = Destination { delta: task.delta, recovery: settings, ..below };
     for place in destination.tablespaces.values() {
         below_root(config, &task.target.root, place)?;
     }
@@ -53,14 +69,47 @@ async fn restore(
         let plan = restoring::plan(cx, backup, &destination, config.backup.processes);
         return cx.step("plan", plan).await;
     }
-    cx.step_with("restore", |step| async move {
-        let done = restoring::restore(cx, backup, &destination, config.backup.processes).await?;
+    let starter = match recovery.filter(|plan| plan.starts) {
+        Some(plan) => {
+            let bin_dirs: Vec<PathBuf> =
+                config.sandbox.postgres_bin_dirs.iter().map(PathBuf::from).collect();
+            Some(plan.starter(backup.facts(), &bin_dirs, Vec::new()).await?)
+        }
+        None => None,
+    };
+    let to = &destination;
+    let done = cx.step_with("restore", |step| async move {
+        let done = restoring::restore(cx, backup, to, config.backup.processes).await?;
         step.figure("written_bytes", done.size_bytes);
         step.figure("fetched_bytes", done.fetched_bytes);
         step.figure("reused_bytes", done.reused_bytes);
         Ok(done)
-    })
-    .await
+    });
+    let done = done.await?;
+    match starter {
+        Some(starter) => cx.step("start", starter.start(cx, &destination, done)).await,
+        None => Ok(done),
+    }
+}
+
+/// How the restored server will call this program: with the references of this worker's configuration.
+fn fetching(config: &RepositoryConfig) -> Result<Fetching, Failure> {
+    let (option, reference) = match (&config.key, &config.passphrase) {
+        (Some(key), _) => ("--key", key),
+        (None, Some(passphrase)) => ("--passphrase", passphrase),
+        (None, None) => return Err(Failure::bug("a repository has either a key or a passphrase")),
+    };
+    if config.access_key_id.is_some() {
+        let what = format!(
+            "the restored server cannot fetch WAL: the credentials of repository {} are in the worker's configuration only",
+            config.name
+        );
+        return Err(Failure::new(Code::NotAllowed, Action::FixConfig, what).with_hint(
+            "Give the host credentials by the standard AWS chain, or restore with pgmuster restore --repository URL.",
+        ));
+    }
+    let opener = [option.to_owned(), reference.to_string()];
+    Ok(Fetching { program: recovering::this_program()?, repository: config.url.clone(), opener })
 }
 
 /// The directory, if the worker's own configuration allows it.

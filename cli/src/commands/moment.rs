@@ -1,0 +1,85 @@
+//! The moment a restore goes to, from what was typed.
+
+use std::path::Path;
+
+use proto::{Action, Code, Failure, Recovery, RecoveryTarget, SecretRef, TargetAction, Timeline};
+use worker::recovering::{self, Fetching};
+
+use crate::args::{AtTarget, OpenerArgs, Restore};
+use crate::environment;
+
+/// What was typed, with the clock and the zone of whoever typed it.
+pub(crate) fn wanted(args: &Restore) -> Result<Option<Recovery>, Failure> {
+    let invalid = |what: String| Failure::new(Code::RequestInvalid, Action::FixConfig, what);
+    let moment = &args.moment;
+    let target = match &moment.to {
+        Some(text) => RecoveryTarget::read(text, &environment::now()).map_err(|error| {
+            invalid(format!("failed to {error}"))
+                .with_hint("pgmuster help restore lists the ways to write a moment.")
+        })?,
+        None if moment.standby => RecoveryTarget::Latest,
+        None => {
+            let given = [
+                ("--timeline", moment.timeline.is_some()),
+                ("--before", moment.before),
+                ("--action", moment.action.is_some()),
+                ("--start", moment.start),
+                ("--keep-archiving", moment.keep_archiving),
+            ];
+            return match given.iter().find(|(_, given)| *given) {
+                Some((option, _)) => Err(invalid(format!("{option} needs --to")).with_hint(
+                    "--to immediate is the end of the backup, --to latest the end of the WAL.",
+                )),
+                None => Ok(None),
+            };
+        }
+    };
+    let recovery = Recovery {
+        timeline: moment.timeline.map(Timeline),
+        before: moment.before,
+        action: match moment.action {
+            None | Some(AtTarget::Promote) => TargetAction::Promote,
+            Some(AtTarget::Pause) => TargetAction::Pause,
+            Some(AtTarget::Shutdown) => TargetAction::Shutdown,
+        },
+        standby: moment.standby,
+        start: moment.start,
+        keep_archiving: moment.keep_archiving,
+        ..Recovery::to(target)
+    };
+    recovery.check().map_err(|what| {
+        invalid(what.to_owned()).with_hint("pgmuster help restore says what goes with what.")
+    })?;
+    Ok(Some(recovery))
+}
+
+/// How the restored server will call this program.
+pub(crate) fn fetching(url: &str, opener: &OpenerArgs) -> Result<Fetching, Failure> {
+    let opener = match (&opener.key, &opener.passphrase) {
+        (Some(key), _) => ["--key".to_owned(), lasting(key)?],
+        (None, Some(reference)) if reference != "-" => {
+            ["--passphrase".to_owned(), reference.clone()]
+        }
+        _ => {
+            let what = "the restored server needs the passphrase, too, and cannot be asked for it";
+            return Err(Failure::new(Code::RequestInvalid, Action::FixConfig, what).with_hint(
+                "Name where it is: --passphrase file:/path, readable for the server's user.",
+            ));
+        }
+    };
+    Ok(Fetching { program: recovering::this_program()?, repository: url.to_owned(), opener })
+}
+
+/// A key's reference that means the same in another directory.
+fn lasting(key: &Path) -> Result<String, Failure> {
+    if let Some(text) = key.to_str()
+        && text.parse::<SecretRef>().is_ok()
+    {
+        return Ok(text.to_owned());
+    }
+    let absolute = std::path::absolute(key).map_err(|error| {
+        let what = format!("{}: {error}", key.display());
+        Failure::new(Code::RequestInvalid, Action::FixConfig, what)
+    })?;
+    Ok(absolute.display().to_string())
+}

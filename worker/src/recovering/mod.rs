@@ -1,0 +1,543 @@
+//! Recovery to a moment: which backup, along which WAL, and whether that leads there. Needs a repository and nothing else.
+//!
+//! Everything is found out before a byte is written: the backup is the newest that was complete before the moment and from
+//! which WAL leads there without a gap, on the timeline that was asked for. A moment that cannot be reached is refused with the
+//! nearest one that can. What is planned here is what [`crate::restoring`] then does.
+
+mod search;
+mod start;
+mod words;
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use jiff::Timestamp;
+use postgres::recovery::{Expected, RecoverySettings, Way};
+use postgres::wal::{History, Segment};
+use proto::job::RecoveryOutcome;
+use proto::{
+    Action, BackupFacts, BackupId, BackupKind, ClusterName, Code, Failure, LineageId, Lsn,
+    Recovery, RecoveryTarget, SystemIdentifier, Timeline,
+};
+use repository::{Backup, Pin, Pinned, Repository, WalInventory};
+
+use self::search::{Found, Search};
+pub use self::start::Starter;
+pub use self::words::Fetching;
+use crate::restoring;
+
+/// A recovery that was found possible, as far as anybody can know before it is done.
+#[derive(Debug)]
+pub struct RecoveryPlan {
+    /// What is written for the server.
+    pub settings: RecoverySettings,
+    /// What the server must come to.
+    pub expected: Expected,
+    /// What is known, for whoever asked.
+    pub outcome: RecoveryOutcome,
+    /// The same in sentences.
+    pub lines: Vec<String>,
+    /// The server is to be started.
+    pub starts: bool,
+}
+
+/// What somebody wants.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted<'a> {
+    /// Whose backup; needed only where the repository holds several clusters.
+    pub cluster: Option<&'a ClusterName>,
+    /// The cluster's system identifier, where it is known.
+    pub system_identifier: Option<SystemIdentifier>,
+    /// The backup to begin with; otherwise the right one is found.
+    pub backup: Option<BackupId>,
+    /// How far.
+    pub recovery: &'a Recovery,
+}
+
+/// A backup and the WAL that follows it.
+struct Candidate {
+    id: BackupId,
+    backup: Backup,
+    way: Way,
+    /// Segments that the backup brought along.
+    brought: BTreeSet<Segment>,
+}
+
+/// How far a candidate's way leads.
+#[derive(Debug, Clone, Copy)]
+struct Reach {
+    /// Everything before this position is there.
+    to: Lsn,
+    /// What is not there.
+    missing: Segment,
+    /// Later WAL of this way is there: it is a gap and no end.
+    is_gap: bool,
+}
+
+/// Where a target was found.
+#[derive(Debug)]
+struct Aim {
+    /// The target as the server is told.
+    target: RecoveryTarget,
+    /// What it must have replayed.
+    at_least: Lsn,
+    /// Sentences about it.
+    notes: Vec<String>,
+}
+
+/// Finds the backup to begin with and proves, as far as that is possible, that WAL leads to the target. The backup is pinned:
+/// no collection of garbage takes it away until it is released.
+pub async fn plan(
+    repository: &Repository,
+    wanted: Wanted<'_>,
+    fetching: &Fetching,
+    pin: &Pin,
+) -> Result<(Pinned, RecoveryPlan), Failure> {
+    let Wanted { cluster, system_identifier, backup: wanted, recovery } = wanted;
+    recovery.check().map_err(|what| {
+        Failure::new(Code::RequestInvalid, Action::FixConfig, what)
+            .with_hint("pgmuster help restore says what goes with what.")
+    })?;
+    let (lineage, newest) =
+        restoring::locate(repository, BackupKind::Physical, cluster, system_identifier, wanted)
+            .await?;
+    let archive = repository.list_wal(lineage).await?;
+    let backups = backups(repository, lineage, wanted).await?;
+    let planner = Planner { repository, lineage, archive, recovery };
+    let (id, plan) = planner.plan(backups, newest, wanted.is_some(), fetching).await?;
+    let pinned = repository.open_pinned(lineage, id, pin).await?;
+    Ok((pinned, plan))
+}
+
+/// The committed backups that nobody gave up, newest first; or the one that was named.
+async fn backups(
+    repository: &Repository,
+    lineage: LineageId,
+    wanted: Option<BackupId>,
+) -> Result<Vec<BackupId>, Failure> {
+    if let Some(wanted) = wanted {
+        return Ok(vec![wanted]);
+    }
+    let mut ids = Vec::new();
+    for summary in repository.list_readable_backups(lineage).await?.into_iter().rev() {
+        if let Some(id) = summary.backup()
+            && !repository.is_given_up(lineage, &summary).await?
+        {
+            ids.push(id);
+        }
+    }
+    Ok(ids)
+}
+
+struct Planner<'a> {
+    repository: &'a Repository,
+    lineage: LineageId,
+    archive: WalInventory,
+    recovery: &'a Recovery,
+}
+
+impl Planner<'_> {
+    async fn plan(
+        &self,
+        backups: Vec<BackupId>,
+        newest: BackupId,
+        is_named: bool,
+        fetching: &Fetching,
+    ) -> Result<(BackupId, RecoveryPlan), Failure> {
+        let newest = self.repository.open_backup(self.lineage, newest).await?;
+        let history = self.history(newest.facts())?;
+        let mut search = Search::new(self.repository, self.lineage, newest.facts());
+        let mut refusals = Vec::new();
+        for id in backups {
+            let backup = self.repository.open_backup(self.lineage, id).await?;
+            let candidate = match self.candidate(id, backup, &history).await? {
+                Ok(candidate) => candidate,
+                Err(refusal) => {
+                    refusals.push(refusal);
+                    continue;
+                }
+            };
+            let reach = self.reach(&candidate);
+            match self.aim(&candidate, reach, &mut search).await? {
+                Ok(aim) => {
+                    let plan = self.finish(&candidate, reach, aim, &mut search, fetching).await?;
+                    return Ok((candidate.id, plan));
+                }
+                // An older backup cannot help against what is missing behind a newer one.
+                Err(Refusal { is_final: true, failure }) => return Err(*failure),
+                Err(refusal) => refusals.push(refusal),
+            }
+        }
+        // The refusal that is about the newest backup says most.
+        let failure = refusals.into_iter().next().map(|refusal| *refusal.failure);
+        let failure = failure.unwrap_or_else(|| Failure::bug("a recovery without any backup"));
+        if !is_named {
+            return Err(failure);
+        }
+        let hint = format!("{} Or leave --backup away: then the right one is found.", failure.hint);
+        Err(failure.with_hint(hint))
+    }
+
+    /// The history of the timeline to follow: the one that was asked for, else the newest.
+    fn history(&self, newest: &BackupFacts) -> Result<History, Failure> {
+        let known = self.archive.timelines.keys().copied();
+        let newest_known = known.max().unwrap_or(newest.timeline).max(newest.timeline);
+        let timeline = match (self.recovery.timeline, &self.recovery.to) {
+            (Some(timeline), _) => timeline,
+            // The end of a backup is on the backup's own timeline.
+            (None, RecoveryTarget::Immediate) => newest.timeline,
+            (None, _) => newest_known,
+        };
+        let history = self.archive.timelines.get(&timeline).and_then(|wal| wal.history.clone());
+        if let Some(history) = history {
+            return Ok(history);
+        }
+        // Nobody needs to know where a backup's own timeline came from.
+        if timeline == Timeline(1) || timeline == newest.timeline {
+            return Ok(History { timeline, entries: Vec::new() });
+        }
+        let there: Vec<String> = self
+            .archive
+            .timelines
+            .iter()
+            .filter(|(timeline, wal)| timeline.0 == 1 || wal.history.is_some())
+            .map(|(timeline, _)| timeline.to_string())
+            .collect();
+        Err(unreachable(format!(
+            "{} is not in the archive, so nobody knows where timeline {timeline} begins",
+            postgres::wal::history_file_name(timeline)
+        ))
+        .with_hint(format!(
+            "Archive that file if a server still has it in pg_wal, or choose another timeline with --timeline; known are {}.",
+            if there.is_empty() { "none".to_owned() } else { there.join(", ") }
+        )))
+    }
+
+    async fn candidate(
+        &self,
+        id: BackupId,
+        backup: Backup,
+        history: &History,
+    ) -> Result<Result<Candidate, Refusal>, Failure> {
+        let facts = backup.facts();
+        let size = facts.wal_segment_size;
+        let way = Way::new(history.clone(), facts.timeline, facts.start_lsn, facts.stop_lsn, size);
+        let way = match way {
+            Ok(way) => way,
+            Err(why) => {
+                let failure = unreachable(format!("backup {id} leads elsewhere: {why}"))
+                    .with_hint("Name another backup, or another timeline with --timeline.");
+                return Ok(Err(Refusal { is_final: false, failure: Box::new(failure) }));
+            }
+        };
+        let files = backup.wal_files().await?;
+        let brought = files.iter().filter_map(|file| Segment::parse(&file.name, size)).collect();
+        Ok(Ok(Candidate { id, backup, way, brought }))
+    }
+
+    fn is_archived(&self, segment: Segment, size: u32) -> bool {
+        let wal = self.archive.timelines.get(&segment.timeline);
+        wal.is_some_and(|wal| wal.segment_size == size && wal.has(segment))
+    }
+
+    /// How far a candidate's WAL leads without a gap, its own and the archive's together.
+    fn reach(&self, candidate: &Candidate) -> Reach {
+        let (way, facts) = (&candidate.way, candidate.backup.facts());
+        let size = way.segment_size();
+        let is_there =
+            |segment| self.is_archived(segment, size) || candidate.brought.contains(&segment);
+        let missing = way.breaks_off(is_there);
+        let to = missing.start(size);
+        // A backup's last segment may be cut at the end of the backup.
+        let last = Segment::ending_at(to, missing.timeline, size);
+        let is_cut = !self.is_archived(way.segment(last.number), size);
+        let is_gap = self.archive.timelines.iter().any(|(timeline, wal)| {
+            wal.runs.iter().any(|run| {
+                run.last.number >= missing.number
+                    && way.segment(run.last.number).timeline == *timeline
+            })
+        });
+        Reach { to: if is_cut { facts.stop_lsn } else { to }, missing, is_gap }
+    }
+
+    /// Whether and where a candidate's way passes the target.
+    async fn aim(
+        &self,
+        candidate: &Candidate,
+        reach: Reach,
+        search: &mut Search<'_>,
+    ) -> Result<Result<Aim, Refusal>, Failure> {
+        let facts = candidate.backup.facts();
+        let before = self.recovery.before;
+        let target = self.recovery.to.clone();
+        let aim = |at_least, notes| Ok(Ok(Aim { target: target.clone(), at_least, notes }));
+        if reach.to < facts.stop_lsn {
+            let size = candidate.way.segment_size();
+            let failure = unreachable(format!(
+                "backup {} is not complete without WAL segment {}, which is missing",
+                candidate.id,
+                reach.missing.file_name(size)
+            ))
+            .with_hint("Archive that segment if a server still has it, or use another backup.");
+            return Ok(Err(Refusal { is_final: false, failure: Box::new(failure) }));
+        }
+        match &self.recovery.to {
+            RecoveryTarget::Immediate => aim(facts.stop_lsn, Vec::new()),
+            RecoveryTarget::Latest => {
+                if reach.is_gap {
+                    let what = "the end of the WAL lies behind a gap".to_owned();
+                    return Ok(Err(self.gap(candidate, reach, search, what, true).await?));
+                }
+                let end = search.end(&candidate.way, reach.to).await?;
+                aim(end.unwrap_or(facts.stop_lsn).max(facts.stop_lsn), Vec::new())
+            }
+            RecoveryTarget::Lsn(lsn) => {
+                if *lsn < facts.stop_lsn {
+                    return Ok(Err(too_early(candidate, &target.to_string())));
+                }
+                let last = search.last_record(&candidate.way, reach.to).await?;
+                let reachable = *lsn < reach.to && last.is_none_or(|last| *lsn <= last);
+                if !reachable {
+                    let what = format!("WAL does not lead to {lsn}");
+                    return Ok(Err(self.gap(candidate, reach, search, what, true).await?));
+                }
+                aim(if before { facts.stop_lsn } else { *lsn }, Vec::new())
+            }
+            RecoveryTarget::Time(time) => {
+                if facts.stopped_at_ms > time.as_millisecond() {
+                    return Ok(Err(too_early(candidate, &target.to_string())));
+                }
+                self.aim_at_time(candidate, reach, search, *time).await
+            }
+            RecoveryTarget::Xid(_) | RecoveryTarget::Name(_) => {
+                self.aim_at_event(candidate, reach, search).await
+            }
+        }
+    }
+
+    /// A server stops at the first commit after the time, so there has to be one. Where there is none, but a checkpoint shows
+    /// that the server was there at that time, its position is a target that cannot be missed.
+    async fn aim_at_time(
+        &self,
+        candidate: &Candidate,
+        reach: Reach,
+        search: &mut Search<'_>,
+        time: Timestamp,
+    ) -> Result<Result<Aim, Refusal>, Failure> {
+        let stop = candidate.backup.facts().stop_lsn;
+        let target = RecoveryTarget::Time(time);
+        let found =
+            search.after(&candidate.way, stop, reach.to, time, self.recovery.before).await?;
+        let (target, note) = match found {
+            Found::Event(moment) => {
+                (target, format!("a transaction that ended at {} shows that WAL goes on beyond that", moment.at))
+            }
+            Found::Idle(moment) => (
+                RecoveryTarget::Lsn(moment.start),
+                format!(
+                    "no transaction ended after {time}, but a record of {} was written at {}: recovery goes to that position",
+                    moment.at, moment.start
+                ),
+            ),
+            Found::Unknown => (
+                target,
+                "the newest WAL holds no end of a transaction, so it is not known whether one follows that time; the server \
+                 refuses to open if none does"
+                    .to_owned(),
+            ),
+            Found::Nothing => {
+                let what = format!("WAL does not lead to {time}: no transaction that ended later is there");
+                return Ok(Err(self.gap(candidate, reach, search, what, true).await?));
+            }
+        };
+        Ok(Ok(Aim { target, at_least: stop, notes: vec![note] }))
+    }
+
+    /// A transaction or a restore point is looked for from the end of what is there.
+    async fn aim_at_event(
+        &self,
+        candidate: &Candidate,
+        reach: Reach,
+        search: &mut Search<'_>,
+    ) -> Result<Result<Aim, Refusal>, Failure> {
+        let stop = candidate.backup.facts().stop_lsn;
+        let target = self.recovery.to.clone();
+        let found = search.all(&candidate.way, stop, reach.to, &target).await?;
+        let Some(found) = found else {
+            // Not everything could be looked at: the server finds it or refuses to open.
+            let note = "it was not looked for: there is too much WAL; the server refuses to open if it is not there";
+            return Ok(Ok(Aim { target, at_least: stop, notes: vec![note.to_owned()] }));
+        };
+        match found.as_slice() {
+            [] => {
+                let what = format!("WAL behind backup {} does not pass {target}", candidate.id);
+                Ok(Err(self.gap(candidate, reach, search, what, false).await?))
+            }
+            [moment] => {
+                let at_least = if self.recovery.before { moment.start } else { moment.end };
+                let note =
+                    format!("{target} is at {} and was reached at {}", moment.start, moment.at);
+                Ok(Ok(Aim { target, at_least: at_least.min(moment.end), notes: vec![note] }))
+            }
+            several => {
+                let places: Vec<String> = several
+                    .iter()
+                    .map(|moment| format!("{} ({})", moment.start, moment.at))
+                    .collect();
+                let failure = Failure::new(
+                    Code::RequestInvalid,
+                    Action::FixConfig,
+                    format!("{target} is there {} times: at {}", several.len(), places.join(", ")),
+                )
+                .with_hint(format!(
+                    "Say which by its position: --to {}.",
+                    several[several.len() - 1].start
+                ));
+                Ok(Err(Refusal { is_final: true, failure: Box::new(failure) }))
+            }
+        }
+    }
+
+    /// A refusal that says what can be reached.
+    async fn gap(
+        &self,
+        candidate: &Candidate,
+        reach: Reach,
+        search: &mut Search<'_>,
+        what: String,
+        is_final: bool,
+    ) -> Result<Refusal, Failure> {
+        let size = candidate.way.segment_size();
+        let stop = candidate.backup.facts().stop_lsn;
+        let newest = search.newest_end(&candidate.way, stop, reach.to).await?;
+        let last = search.last_record(&candidate.way, reach.to).await?;
+        let last = last.filter(|last| *last >= stop);
+        let upto = match newest {
+            Some(moment) => format!(
+                "recoverable up to {} (position {})",
+                moment.at,
+                last.unwrap_or(moment.start)
+            ),
+            None => format!("recoverable up to position {}", last.unwrap_or(stop)),
+        };
+        let name = reach.missing.file_name(size);
+        let missing = if reach.is_gap {
+            format!("WAL segment {name} is missing and later ones are there")
+        } else {
+            format!("the archive ends before WAL segment {name}")
+        };
+        let position = last.map_or("immediate".to_owned(), |last| last.to_string());
+        let failure = unreachable(format!(
+            "{what}; {missing}; along timeline {} it is {upto}",
+            candidate.way.timeline()
+        ))
+        .with_hint(if reach.is_gap {
+            format!(
+                "Archive {name} if a server still has it, or stop before it: --to {position}. A backup taken after the gap leads beyond it."
+            )
+        } else {
+            format!("--to latest takes all there is, --to {position} stops at the last record of it.")
+        });
+        Ok(Refusal { is_final, failure: Box::new(failure) })
+    }
+
+    async fn finish(
+        &self,
+        candidate: &Candidate,
+        reach: Reach,
+        aim: Aim,
+        search: &mut Search<'_>,
+        fetching: &Fetching,
+    ) -> Result<RecoveryPlan, Failure> {
+        let (way, facts, recovery) = (&candidate.way, candidate.backup.facts(), self.recovery);
+        let size = way.segment_size();
+        let until = match (&aim.target, &recovery.to) {
+            (RecoveryTarget::Lsn(lsn), _) => Lsn(lsn.0 + 1),
+            (_, RecoveryTarget::Immediate | RecoveryTarget::Xid(_) | RecoveryTarget::Name(_)) => {
+                aim.at_least
+            }
+            _ => reach.to,
+        };
+        let (mut segments, mut brought) = (0_u64, 0_u64);
+        for segment in way.segments(until) {
+            segments += 1;
+            brought += u64::from(!self.is_archived(segment, size));
+        }
+        let newest = search.newest_end(way, facts.stop_lsn, reach.to).await?;
+        let timeline = (way.timeline() != facts.timeline).then(|| way.timeline());
+        // A position in place of a time is one before which all is wanted.
+        let is_translated = aim.target != recovery.to;
+        let settings = RecoverySettings {
+            restore_command: fetching.command(self.lineage, recovery.standby),
+            target: aim.target.clone(),
+            before: recovery.before && !is_translated,
+            timeline,
+            action: recovery.action,
+            standby: recovery.standby,
+            keep_archiving: recovery.keep_archiving,
+        };
+        let expected = Expected {
+            target: aim.target,
+            before: settings.before,
+            timeline: way.timeline(),
+            at_least: aim.at_least,
+            action: recovery.action,
+            standby: recovery.standby,
+            system_identifier: facts.system_identifier,
+        };
+        let outcome = RecoveryOutcome {
+            target: recovery.to.to_string(),
+            timeline: way.timeline(),
+            segments,
+            wal_bytes: segments * u64::from(size),
+            recoverable_to: reach.to,
+            recoverable_to_time: newest.map(|moment| moment.at),
+            reached: None,
+        };
+        let lines = words::lines(&words::Told {
+            backup: candidate.id,
+            facts,
+            recovery,
+            outcome: &outcome,
+            settings: &settings,
+            brought,
+            is_gap: reach.is_gap,
+            notes: &aim.notes,
+        });
+        Ok(RecoveryPlan { settings, expected, outcome, lines, starts: recovery.start })
+    }
+}
+
+/// Why one backup does not do.
+struct Refusal {
+    /// No older one can do either.
+    is_final: bool,
+    failure: Box<Failure>,
+}
+
+fn too_early(candidate: &Candidate, target: &str) -> Refusal {
+    let facts = candidate.backup.facts();
+    let ended = Timestamp::from_millisecond(facts.stopped_at_ms).unwrap_or_default();
+    let failure = unreachable(format!(
+        "backup {} ended at {} ({ended}), after {target}",
+        candidate.id, facts.stop_lsn
+    ))
+    .with_hint(
+        "A backup leads only to moments after its own end; pgmuster backups list shows older ones.",
+    );
+    Refusal { is_final: false, failure: Box::new(failure) }
+}
+
+fn unreachable(message: String) -> Failure {
+    Failure::new(Code::RecoveryTargetUnreachable, Action::FixConfig, message)
+}
+
+/// Where the program is that fetches WAL, for the settings of a server that outlives this process.
+pub fn this_program() -> Result<PathBuf, Failure> {
+    std::env::current_exe().map_err(|error| {
+        let what = format!("failed to find this program: {error}");
+        Failure::new(Code::Internal, Action::FixConfig, what).with_hint(
+            "The restored server calls it to fetch WAL; start pgmuster from a file that stays.",
+        )
+    })
+}

@@ -1,0 +1,83 @@
+//! Starting a restored server and seeing that it came to where it shall be.
+
+use std::path::PathBuf;
+
+use postgres::binaries::Binaries;
+use postgres::process::Account;
+use postgres::recovery::{Expected, RecoveryServer};
+use proto::job::{Reached, RecoveryOutcome, RestoreOutcome};
+use proto::{Action, BackupFacts, Code, Failure};
+
+use super::RecoveryPlan;
+use crate::context::JobContext;
+use crate::restoring::Destination;
+
+/// Everything that a start needs and that is better missed before the files are restored than after.
+#[derive(Debug)]
+pub struct Starter {
+    binaries: Binaries,
+    environment: Vec<(String, String)>,
+    expected: Expected,
+    outcome: RecoveryOutcome,
+}
+
+impl RecoveryPlan {
+    /// Adds what is known of the recovery to what a restore did, or would do.
+    #[must_use]
+    pub fn tell(&self, done: RestoreOutcome) -> RestoreOutcome {
+        let mut plan = done.plan;
+        if done.planned_only {
+            plan.extend(self.lines.iter().cloned());
+        }
+        let recovery = done.recovery.or_else(|| Some(self.outcome.clone()));
+        RestoreOutcome { plan, recovery, ..done }
+    }
+
+    /// Finds the programs of the backup's version. `environment` is what the server gets of it.
+    pub async fn starter(
+        &self,
+        facts: &BackupFacts,
+        bin_dirs: &[PathBuf],
+        environment: Vec<(String, String)>,
+    ) -> Result<Starter, Failure> {
+        if Account::current().is_root() {
+            let what = "PostgreSQL does not run as root, so a server cannot be started";
+            return Err(Failure::new(Code::PermissionDenied, Action::FixConfig, what)
+                .with_hint("Restore as the user who shall run the server, or without --start."));
+        }
+        let binaries = Binaries::find(facts.server_version_num / 10_000, bin_dirs).await?;
+        let (expected, outcome) = (self.expected.clone(), self.outcome.clone());
+        Ok(Starter { binaries, environment, expected, outcome })
+    }
+}
+
+impl Starter {
+    /// Starts the server in a directory that was restored by the plan, and adds what it reached.
+    pub async fn start(
+        &self,
+        cx: &JobContext,
+        destination: &Destination,
+        done: RestoreOutcome,
+    ) -> Result<RestoreOutcome, Failure> {
+        let server = RecoveryServer {
+            binaries: &self.binaries,
+            directory: &destination.data_directory,
+            environment: &self.environment,
+            cancel: &cx.cancel,
+        };
+        let recovered = match server.recover(&self.expected).await {
+            Err(_) if cx.cancel.is_cancelled() => return Err(cx.stopped()),
+            recovered => recovered?,
+        };
+        let reached = Reached {
+            state: recovered.state,
+            lsn: recovered.lsn,
+            last_commit: recovered.last_commit,
+            timeline: recovered.timeline,
+            evidence: recovered.evidence,
+            duration_ms: u64::try_from(recovered.duration.as_millis()).unwrap_or(u64::MAX),
+        };
+        let recovery = RecoveryOutcome { reached: Some(reached), ..self.outcome.clone() };
+        Ok(RestoreOutcome { recovery: Some(recovery), ..done })
+    }
+}

@@ -1,0 +1,139 @@
+//! What a recovery is told with: the command that fetches WAL, and the sentences of a plan.
+
+use std::path::PathBuf;
+
+use jiff::Timestamp;
+use postgres::recovery::RecoverySettings;
+use proto::job::RecoveryOutcome;
+use proto::{BackupFacts, BackupId, LineageId, Recovery, RecoveryTarget, TargetAction};
+
+/// How a restored server calls this program for WAL. No secret stands in it: keys are named by reference.
+#[derive(Debug, Clone)]
+pub struct Fetching {
+    /// This program, absolute.
+    pub program: PathBuf,
+    /// The URL of the repository.
+    pub repository: String,
+    /// `--key` or `--passphrase` with its reference.
+    pub opener: [String; 2],
+}
+
+impl Fetching {
+    /// The `restore_command`.
+    pub(super) fn command(&self, lineage: LineageId, standby: bool) -> String {
+        let [option, reference] = &self.opener;
+        let program = quoted(&self.program.display().to_string());
+        let mut command = format!(
+            "{program} wal get \"%f\" \"%p\" --repository {} {option} {} --lineage {lineage}",
+            quoted(&self.repository),
+            quoted(reference)
+        );
+        if standby {
+            command.push_str(" --standby");
+        }
+        command
+    }
+}
+
+/// One word of a shell's, in a setting in which the server reads `%` itself.
+fn quoted(word: &str) -> String {
+    format!("'{}'", word.replace('\'', "'\\''").replace('%', "%%"))
+}
+
+/// What the sentences are about.
+pub(super) struct Told<'a> {
+    pub(super) backup: BackupId,
+    pub(super) facts: &'a BackupFacts,
+    pub(super) recovery: &'a Recovery,
+    pub(super) outcome: &'a RecoveryOutcome,
+    pub(super) settings: &'a RecoverySettings,
+    /// Segments that only the backup has.
+    pub(super) brought: u64,
+    pub(super) is_gap: bool,
+    pub(super) notes: &'a [String],
+}
+
+pub(super) fn lines(told: &Told<'_>) -> Vec<String> {
+    let Told { facts, recovery, outcome, settings, .. } = told;
+    let ended = Timestamp::from_millisecond(facts.stopped_at_ms).unwrap_or_default();
+    let just = if recovery.before { "just before " } else { "" };
+    let mut lines = vec![
+        format!("recover to {just}{} along timeline {}", recovery.to, outcome.timeline),
+        format!(
+            "begin with backup {}, which ended at {} ({ended}) on timeline {}",
+            told.backup, facts.stop_lsn, facts.timeline
+        ),
+    ];
+    lines.extend(told.notes.iter().cloned());
+    let upto = match outcome.recoverable_to_time {
+        Some(time) => format!("{}, newest commit {time}", outcome.recoverable_to),
+        None => outcome.recoverable_to.to_string(),
+    };
+    let behind = if told.is_gap { ", where there is a gap" } else { "" };
+    lines.push(format!("WAL is there up to {upto}{behind}"));
+    let bounded = !matches!(settings.target, RecoveryTarget::Latest | RecoveryTarget::Time(_));
+    lines.push(format!(
+        "replay {}{} segments of WAL, {} bytes, which the server fetches one by one; {} of them are in the backup only",
+        if bounded { "" } else { "at most " },
+        outcome.segments,
+        outcome.wal_bytes,
+        told.brought
+    ));
+    lines.push(format!(
+        "write {} and {}; recovery settings that are there go",
+        postgres::recovery::SETTINGS_FILE,
+        settings.signal()
+    ));
+    lines.push(if recovery.keep_archiving {
+        "leave archive_mode as the backup has it: see that it archives nowhere else than to a lineage of its own".to_owned()
+    } else {
+        "set archive_mode = off, so that the copy does not write into the source's archive".to_owned()
+    });
+    lines.push(match (recovery.standby, recovery.action) {
+        (true, _) => "a server started there follows the archive as a standby".to_owned(),
+        (false, TargetAction::Promote) => "a server started there recovers so far and opens on a new timeline".to_owned(),
+        (false, TargetAction::Pause) => {
+            "a server started there recovers so far and waits, until pg_wal_replay_resume() opens it".to_owned()
+        }
+        (false, TargetAction::Shutdown) => "a server started there recovers so far and shuts down".to_owned(),
+    });
+    if recovery.start {
+        lines.push(
+            "start it, alone, see that it came there, and only then start it for everybody"
+                .to_owned(),
+        );
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_survives_the_shell_and_the_server() {
+        let fetching = Fetching {
+            program: "/opt/it's/pgmuster".into(),
+            repository: "file:///backups/100%".to_owned(),
+            opener: ["--key".to_owned(), "/etc/a key".to_owned()],
+        };
+        let lineage = LineageId::mint(1_700_000_000_003, [4; 10]);
+        let command = fetching.command(lineage, true);
+        assert_eq!(
+            command,
+            format!(
+                "'/opt/it'\\''s/pgmuster' wal get \"%f\" \"%p\" --repository 'file:///backups/100%%' --key '/etc/a key' \
+                 --lineage {lineage} --standby"
+            )
+        );
+        // As a server does, and then a shell.
+        let filled = command.replace("%f", "F").replace("%p", "pg_wal/R").replace("%%", "%");
+        let script = format!("set -- {filled}; printf '%s\\n' \"$@\"");
+        let said = std::process::Command::new("sh").arg("-c").arg(script).output().unwrap();
+        let said = String::from_utf8(said.stdout).unwrap();
+        let words: Vec<&str> = said.lines().collect();
+        assert_eq!(words[0], "/opt/it's/pgmuster");
+        assert_eq!(words[3..7], ["F", "pg_wal/R", "--repository", "file:///backups/100%"][..]);
+        assert_eq!(words[8], "/etc/a key");
+    }
+}

@@ -1,0 +1,372 @@
+//! Recovery to every kind of moment along three timelines, on real servers that archive through the program itself. An oracle
+//! knows which rows were committed at each moment; a recovered server has these rows, no more and no fewer.
+
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test says what it expects")]
+
+mod house;
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use house::{House, bin_dir, eventually, session};
+use postgres::binaries::Binaries;
+use postgres::control_file::ControlFile;
+use postgres::instance::{InstanceOptions, StopMode};
+use postgres::recovery::{Expected, RecoveryServer};
+use proto::{Lsn, RecoveryTarget, TargetAction, Timeline};
+use tokio_util::sync::CancellationToken;
+
+const TABLE: &str = "CREATE TABLE public.ledger (id bigint PRIMARY KEY)";
+
+/// What was true when a moment was over.
+#[derive(Debug, Clone)]
+struct Point {
+    rows: BTreeSet<i64>,
+    /// The rows before the transaction that made it.
+    rows_before: BTreeSet<i64>,
+    xid: String,
+    lsn: Lsn,
+    /// Later than its commit, and earlier than the next.
+    time: String,
+    name: String,
+}
+
+/// The servers that were, the moments that were, and the archive.
+struct World {
+    house: House,
+    major: u32,
+    key: PathBuf,
+    rows: BTreeSet<i64>,
+    next: i64,
+}
+
+fn pgmuster() -> String {
+    #[expect(clippy::disallowed_methods, reason = "the program under test")]
+    let program = std::env::var("PGMUSTER_TEST_BINARY");
+    program.unwrap_or_else(|_| panic!("PGMUSTER_TEST_BINARY is not set: run ./tests/run"))
+}
+
+impl World {
+    async fn new(major: u32) -> Self {
+        let settings = [
+            ("autovacuum", "off"),
+            ("wal_level", "replica"),
+            ("archive_mode", "on"),
+            ("archive_command", "false"),
+            ("checkpoint_timeout", "1h"),
+            // Another target in the way of ours, and a command of somebody else's.
+            ("recovery_target_name", "of_another_recovery"),
+            ("restore_command", "cp /nowhere/%f %p"),
+        ];
+        let options = InstanceOptions {
+            fsync: false,
+            wal_segment_size_mb: Some(1),
+            settings: settings.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec(),
+            ..InstanceOptions::default()
+        };
+        let mut house = House::new(major, options).await;
+        let key = house.place.path().join("repository.key");
+        std::fs::write(&key, &house.key_file).unwrap();
+        let archive = format!(
+            "'{}' wal push \"%p\" --repository 'file://{}/repository' --key '{}' --cluster orders",
+            pgmuster(),
+            house.place.path().display(),
+            key.display()
+        );
+        house.server.set(&[("archive_command", &archive)]).unwrap();
+        house.sql("SELECT pg_reload_conf()").await;
+        house.sql(TABLE).await;
+        Self { house, major, key, rows: BTreeSet::new(), next: 1 }
+    }
+
+    fn url(&self) -> String {
+        self.house.server.url("postgres")
+    }
+
+    /// Commits a change, among others that are rolled back, and remembers everything about it.
+    async fn step(&mut self) -> Point {
+        let rows_before = self.rows.clone();
+        let id = self.next;
+        self.next += 1;
+        let session = session(&self.url()).await;
+        let run = async |sql: &str| session.run("work", sql).await.unwrap();
+        let text =
+            async |sql: &str| -> String { session.one("ask", sql, &[]).await.unwrap().get(0) };
+        run(&format!("BEGIN; INSERT INTO public.ledger VALUES (-{id}); ROLLBACK")).await;
+        run("BEGIN").await;
+        let xid = text("SELECT pg_current_xact_id()::text").await;
+        run(&format!("INSERT INTO public.ledger VALUES ({id})")).await;
+        self.rows.insert(id);
+        if id % 4 == 0 {
+            run(&format!("DELETE FROM public.ledger WHERE id = {}", id - 2)).await;
+            self.rows.remove(&(id - 2));
+        }
+        run("COMMIT").await;
+        let lsn = text("SELECT pg_current_wal_insert_lsn()::text").await.parse().unwrap();
+        let time = text("SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')").await;
+        let name = format!("after {id}");
+        run(&format!("SELECT pg_create_restore_point('{name}')")).await;
+        if id % 3 == 0 {
+            run("SELECT pg_switch_wal()").await;
+        }
+        session.close().await;
+        Point { rows: self.rows.clone(), rows_before, xid, lsn, time, name }
+    }
+
+    /// `pgmuster restore --repository`, with the arguments of a case.
+    fn restore(&self, into: &Path, arguments: &[&str]) -> Output {
+        let url = format!("file://{}/repository", self.house.place.path().display());
+        let bin = bin_dir(self.major);
+        let path = format!("{}:/usr/local/bin:/usr/bin:/bin", bin.display());
+        Command::new(pgmuster())
+            .args(["restore", "--repository", &url, "--key", self.key.to_str().unwrap(), "--into"])
+            .arg(into)
+            .args(arguments)
+            .env("PATH", path)
+            .output()
+            .unwrap()
+    }
+
+    /// Recovers in `name` and says which rows are there; the server is stopped again.
+    async fn rows_at(&self, name: &str, arguments: &[&str]) -> BTreeSet<i64> {
+        let into = self.house.place.path().join(name);
+        let done = self.restore(&into, &[arguments, &["--start"]].concat());
+        assert!(done.status.success(), "{arguments:?}: {}", said(&done));
+        let rows = self.rows_now().await;
+        stop(self.major, &into, "immediate").await;
+        std::fs::remove_dir_all(&into).unwrap();
+        rows
+    }
+
+    async fn rows_now(&self) -> BTreeSet<i64> {
+        let session = session(&self.url()).await;
+        let sql = "SELECT coalesce(array_agg(id), '{}') FROM public.ledger";
+        let rows: Vec<i64> = session.one("look", sql, &[]).await.unwrap().get(0);
+        session.close().await;
+        rows.into_iter().collect()
+    }
+
+    /// A server that takes the place of the one before: it archives into the same lineage, on a timeline of its own.
+    async fn succeed(&mut self, name: &str, arguments: &[&str], timeline: u32) -> PathBuf {
+        let into = self.house.place.path().join(name);
+        let arguments = [arguments, &["--start", "--keep-archiving"]].concat();
+        let done = self.restore(&into, &arguments);
+        assert!(done.status.success(), "{arguments:?}: {}", said(&done));
+        let told = format!("open on timeline {timeline}");
+        assert!(String::from_utf8_lossy(&done.stdout).contains(&told), "{}", said(&done));
+        self.rows = self.rows_now().await;
+        into
+    }
+
+    /// Everything that was written is in the archive.
+    async fn archived(&self) {
+        let session = session(&self.url()).await;
+        // There is always something to archive.
+        session.run("write", "SELECT pg_create_restore_point('archived')").await.unwrap();
+        let sql = "SELECT pg_walfile_name(pg_switch_wal())";
+        let name: String = session.one("switch", sql, &[]).await.unwrap().get(0);
+        session.close().await;
+        let object = format!("wal/{}/{name}", &name[..8]);
+        let there = async || {
+            let lineages = self.house.place.path().join("repository/lineages");
+            let mut lineages = std::fs::read_dir(lineages).unwrap();
+            lineages.any(|entry| entry.unwrap().path().join(&object).exists()).then_some(())
+        };
+        eventually(&format!("{name} is archived"), Duration::from_mins(1), there).await;
+    }
+
+    /// Takes a segment out of the archive, and says how it is put back.
+    fn take_out(&self, lsn: Lsn, timeline: u32) -> (PathBuf, Vec<u8>) {
+        let name = format!("{timeline:08X}{:08X}{:08X}", lsn.0 >> 32, (lsn.0 & 0xffff_ffff) >> 20);
+        let lineages = self.house.place.path().join("repository/lineages");
+        let lineage = std::fs::read_dir(lineages).unwrap().next().unwrap().unwrap().path();
+        let object = lineage.join(format!("wal/{timeline:08X}/{name}"));
+        let content =
+            std::fs::read(&object).unwrap_or_else(|e| panic!("{}: {e}", object.display()));
+        std::fs::remove_file(&object).unwrap();
+        (object, content)
+    }
+
+    fn refused(&self, arguments: &[&str], code: &str, words: &[&str]) {
+        let into = self.house.place.path().join("refused");
+        let refused = self.restore(&into, arguments);
+        let text = said(&refused);
+        assert!(!refused.status.success(), "{arguments:?}: {text}");
+        assert!(text.contains(&format!("error: {code}: ")), "{arguments:?}: {text}");
+        for word in words {
+            assert!(text.contains(word), "{arguments:?}: {word:?}: {text}");
+        }
+        assert!(!into.exists(), "{arguments:?} wrote something");
+    }
+}
+
+fn said(output: &Output) -> String {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    format!("{}\n{}{}", output.status, text(&output.stdout), text(&output.stderr))
+}
+
+async fn stop(major: u32, directory: &Path, mode: &str) {
+    let binaries = Binaries::at(&bin_dir(major)).await.unwrap();
+    let program = binaries.program("pg_ctl").unwrap().args(["stop", "-s", "-w", "-m", mode, "-D"]);
+    let ended = program.arg(directory).run(Duration::from_mins(1), &CancellationToken::new()).await;
+    ended.unwrap();
+}
+
+/// What each target must give, over three timelines.
+async fn every_moment(major: u32) {
+    let mut world = World::new(major).await;
+    // Timeline 1: two moments that no backup leads to, a backup, and a line that goes on after the next has left it.
+    let early = world.step().await;
+    let backup = world.house.back_up().await;
+    let of_backup = world.rows.clone();
+    let mut first = Vec::new();
+    for _ in 0..6 {
+        first.push(world.step().await);
+    }
+    world.archived().await;
+    world.house.server.stop(StopMode::Fast).await.unwrap();
+
+    // Timeline 2 leaves it after the fourth.
+    let place = world.succeed("second", &["--to", &format!("name:{}", first[3].name)], 2).await;
+    assert_eq!(world.rows, first[3].rows);
+    let mut second = Vec::new();
+    for _ in 0..4 {
+        second.push(world.step().await);
+    }
+    world.house.back_up().await;
+    for _ in 0..3 {
+        second.push(world.step().await);
+    }
+    world.archived().await;
+    stop(major, &place, "fast").await;
+
+    // Timeline 3 leaves that one after its sixth, without it, and begins with the backup of the second timeline.
+    let place =
+        world.succeed("third", &["--to", &format!("xid:{}", second[5].xid), "--before"], 3).await;
+    assert_eq!(world.rows, second[5].rows_before);
+    let mut third = Vec::new();
+    for _ in 0..4 {
+        third.push(world.step().await);
+    }
+    for _ in 0..2 {
+        world.house.sql("SELECT pg_create_restore_point('twice')").await;
+    }
+    world.archived().await;
+    stop(major, &place, "fast").await;
+
+    let (xid, name) =
+        (|p: &Point| format!("xid:{}", p.xid), |p: &Point| format!("name:{}", p.name));
+    let (lsn, time) = (|p: &Point| p.lsn.to_string(), |p: &Point| p.time.clone());
+    let before = "--before";
+    let cases: Vec<(Vec<String>, &BTreeSet<i64>)> = vec![
+        (vec!["latest".into()], &third[3].rows),
+        (vec![time(&third[2])], &third[2].rows),
+        (vec![lsn(&third[1])], &third[1].rows),
+        (vec![xid(&third[1])], &third[1].rows),
+        (vec![xid(&third[1]), before.into()], &third[1].rows_before),
+        (vec![name(&third[0])], &third[0].rows),
+        (vec![time(&second[4])], &second[4].rows),
+        (vec![xid(&second[4])], &second[4].rows),
+        (vec![name(&second[2])], &second[2].rows),
+        (vec![time(&second[0])], &second[0].rows),
+        (vec![lsn(&second[1]), before.into()], &second[1].rows),
+        (vec![time(&first[0])], &first[0].rows),
+        (vec![xid(&first[2])], &first[2].rows),
+        (vec![xid(&first[2]), before.into()], &first[2].rows_before),
+        (vec![name(&first[1])], &first[1].rows),
+        (vec![lsn(&first[1])], &first[1].rows),
+        (vec!["latest".into(), "--timeline".into(), "2".into()], &second[6].rows),
+        (vec![time(&second[5]), "--timeline".into(), "2".into()], &second[5].rows),
+        (vec!["latest".into(), "--timeline".into(), "1".into()], &first[5].rows),
+        (vec![xid(&first[4]), "--timeline".into(), "1".into()], &first[4].rows),
+        (
+            vec![
+                time(&first[4]),
+                "--timeline".into(),
+                "1".into(),
+                "--action".into(),
+                "pause".into(),
+            ],
+            &first[4].rows,
+        ),
+        (vec!["immediate".into(), "--backup".into(), backup.backup.to_string()], &of_backup),
+    ];
+    assert!(cases.len() >= 20);
+    for (number, (arguments, rows)) in cases.iter().enumerate() {
+        let mut words = vec!["--to"];
+        words.extend(arguments.iter().map(String::as_str));
+        let found = world.rows_at(&format!("case-{number}"), &words).await;
+        assert_eq!(found, **rows, "{words:?}");
+    }
+
+    let unreachable = "RECOVERY_TARGET_UNREACHABLE";
+    world.refused(&["--to", &time(&early)], unreachable, &["ended at"]);
+    world.refused(
+        &["--to", "2999-01-01T00:00:00Z"],
+        unreachable,
+        &["recoverable up to", "--to latest"],
+    );
+    world.refused(&["--to", "xid:999999"], unreachable, &["recoverable up to"]);
+    world.refused(&["--to", "name:nowhere"], unreachable, &["recoverable up to"]);
+    world.refused(&["--to", "FFFF/0"], unreachable, &["recoverable up to"]);
+    world.refused(&["--to", "latest", "--timeline", "9"], unreachable, &["00000009.history"]);
+    world.refused(&["--to", "name:twice"], "REQUEST_INVALID", &["2 times", "--to "]);
+    world.refused(&["--to", "xid:2"], "REQUEST_INVALID", &["below 3"]);
+
+    // A gap: what lies behind it cannot be reached, what lies before it can.
+    let (object, content) = world.take_out(third[0].lsn, 3);
+    let segment = object.file_name().unwrap().to_str().unwrap().to_owned();
+    world.refused(&["--to", "latest"], unreachable, &[&segment, "recoverable up to", "gap"]);
+    world.refused(&["--to", &time(&third[3])], unreachable, &[&segment]);
+    world.refused(&["--to", &xid(&third[3])], unreachable, &[&segment]);
+    let planned = world
+        .restore(&world.house.place.path().join("planned"), &["--to", &xid(&second[4]), "--plan"]);
+    assert!(planned.status.success(), "{}", said(&planned));
+    assert!(said(&planned).contains("segments of WAL"), "{}", said(&planned));
+    assert!(!world.house.place.path().join("planned").exists());
+    std::fs::write(&object, content).unwrap();
+
+    // A server that is not where it should be is found out, and not left running.
+    let into = world.house.place.path().join("lied");
+    let done = world.restore(&into, &["--to", &xid(&first[1])]);
+    assert!(done.status.success(), "{}", said(&done));
+    let auto = std::fs::read_to_string(into.join("postgresql.auto.conf")).unwrap();
+    let (right, wrong) = (format!("xid = '{}'", first[1].xid), format!("xid = '{}'", first[0].xid));
+    assert!(auto.contains(&right) && auto.contains("archive_mode = 'off'"), "{auto}");
+    std::fs::write(into.join("postgresql.auto.conf"), auto.replace(&right, &wrong)).unwrap();
+    let expected = Expected {
+        target: RecoveryTarget::Xid(first[1].xid.parse().unwrap()),
+        before: false,
+        timeline: Timeline(3),
+        at_least: Lsn(1),
+        action: TargetAction::Promote,
+        standby: false,
+        system_identifier: ControlFile::read(&into).unwrap().system_identifier,
+    };
+    let binaries = Binaries::at(&bin_dir(major)).await.unwrap();
+    let cancel = CancellationToken::new();
+    let server =
+        RecoveryServer { binaries: &binaries, directory: &into, environment: &[], cancel: &cancel };
+    let missed = server.recover(&expected).await.unwrap_err();
+    assert!(matches!(missed, postgres::Error::RecoveryMissed { .. }), "{missed:?}");
+    assert!(!into.join("postmaster.pid").exists(), "it still runs");
+
+    // A standby follows what is archived while it runs.
+    let into = world.house.place.path().join("standby");
+    let done = world.restore(&into, &["--standby", "--start"]);
+    assert!(done.status.success(), "{}", said(&done));
+    assert_eq!(world.rows_now().await, third[3].rows);
+    stop(major, &into, "immediate").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pg15_recovers_to_every_moment_of_three_timelines_and_to_no_other() {
+    Box::pin(every_moment(15)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pg18_recovers_to_every_moment_of_three_timelines_and_to_no_other() {
+    Box::pin(every_moment(18)).await;
+}
