@@ -1,5 +1,5 @@
-//! When things happened, read from the write-ahead log itself: commits, restore points, checkpoints, each with its time and
-//! position.
+//! What happened, read from the write-ahead log itself: commits, restore points and checkpoints, each with its time and
+//! position; and tablespaces that replay will make.
 //!
 //! A segment is read on its own, so that a long log can be searched from its end. A record that begins in it and goes on in the
 //! next one is read when the next one is at hand. Deliberately not here: what a commit changed (that is `wal_changes`).
@@ -19,10 +19,12 @@ const LARGEST_RECORD: usize = 1020 * 1024 * 1024;
 
 const RMGR_XLOG: u8 = 0;
 const RMGR_TRANSACTION: u8 = 1;
+const RMGR_TABLESPACE: u8 = 5;
 const XLOG_CHECKPOINT_SHUTDOWN: u8 = 0x00;
 const XLOG_CHECKPOINT_ONLINE: u8 = 0x10;
 const XLOG_SWITCH: u8 = 0x40;
 const XLOG_RESTORE_POINT: u8 = 0x70;
+const TABLESPACE_CREATE: u8 = 0x00;
 /// The bits of a record's `info` that belong to its resource manager.
 const OPERATION: u8 = 0xf0;
 const TRANSACTION_OPERATION: u8 = 0x70;
@@ -84,6 +86,18 @@ impl Moment {
     }
 }
 
+/// A tablespace that was made. Whoever replays this makes it again, at the same place, and removes first what is in the
+/// directory of its version there (`create_tablespace_directories` in `src/backend/commands/tablespace.c`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewTablespace {
+    /// Its number.
+    pub oid: u32,
+    /// Where; empty for one inside the data directory.
+    pub location: Vec<u8>,
+    /// Where its record begins.
+    pub start: Lsn,
+}
+
 /// What one segment says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SegmentMoments {
@@ -93,6 +107,10 @@ pub struct SegmentMoments {
     pub end: Lsn,
     /// Where that record begins; `None` when no whole one begins in the segment.
     pub last: Option<Lsn>,
+    /// In the order of the log.
+    pub tablespaces: Vec<NewTablespace>,
+    /// The record that goes on in the next segment may make a tablespace, too: the next segment was needed and not given.
+    pub may_make_one_more: bool,
 }
 
 /// Reads the segment that starts at `segment_start`. `following` is the next one, for the record that goes on there.
@@ -114,6 +132,7 @@ pub fn read(
         previous: None,
         skip: 0,
         moments: Vec::new(),
+        tablespaces: Vec::new(),
     };
     let pages = bytes.chunks_exact(page_size);
     let own = pages.len();
@@ -127,7 +146,13 @@ pub fn read(
             break;
         }
     }
-    Ok(SegmentMoments { moments: reader.moments, end: reader.end, last: reader.previous })
+    Ok(SegmentMoments {
+        may_make_one_more: reader.may_make_a_tablespace(),
+        moments: reader.moments,
+        end: reader.end,
+        last: reader.previous,
+        tablespaces: reader.tablespaces,
+    })
 }
 
 struct Reader {
@@ -140,6 +165,7 @@ struct Reader {
     /// Bytes of a record of the segment before that are still to come.
     skip: usize,
     moments: Vec<Moment>,
+    tablespaces: Vec<NewTablespace>,
 }
 
 impl Reader {
@@ -210,6 +236,14 @@ impl Reader {
         (u32_at(length, 0) as usize).saturating_sub(self.record.len())
     }
 
+    /// Whether the record that is not complete is one that makes a tablespace, as far as that can be seen.
+    fn may_make_a_tablespace(&self) -> bool {
+        !self.record.is_empty()
+            && self.record.get(16..18).is_none_or(|kind| {
+                kind[0] & OPERATION == TABLESPACE_CREATE && kind[1] == RMGR_TABLESPACE
+            })
+    }
+
     /// `false` when it is no record of this log, or ends what is written in this segment.
     fn read_record(&mut self, record: &[u8], end: Lsn) -> bool {
         let previous = Lsn(u64_at(record, 8));
@@ -226,6 +260,7 @@ impl Reader {
                     | XLOG_SWITCH
             ),
             RMGR_TRANSACTION => true,
+            RMGR_TABLESPACE => info & OPERATION == TABLESPACE_CREATE,
             _ => false,
         };
         if wanted && !is_sound(record) {
@@ -236,11 +271,20 @@ impl Reader {
         if manager == RMGR_XLOG && info & OPERATION == XLOG_SWITCH {
             return false;
         }
-        if wanted && let Some((event, at)) = event(self.major, record) {
+        if manager == RMGR_TABLESPACE {
+            self.tablespaces.extend(new_tablespace(record, self.start).filter(|_| wanted));
+        } else if wanted && let Some((event, at)) = event(self.major, record) {
             self.moments.push(Moment { event, at, start: self.start, end });
         }
         true
     }
+}
+
+fn new_tablespace(record: &[u8], start: Lsn) -> Option<NewTablespace> {
+    let mut fields = Fields { rest: main_data(record)? };
+    let oid = fields.u32()?;
+    let location = fields.rest.split(|byte| *byte == 0).next()?.to_vec();
+    Some(NewTablespace { oid, location, start })
 }
 
 fn event(major: u32, record: &[u8]) -> Option<(Event, Timestamp)> {
@@ -503,6 +547,34 @@ mod tests {
         assert_eq!(told, expected);
         assert_eq!(read.moments[0].start, Lsn(START.0 + 40));
         assert_eq!(read.end, read.moments[4].end);
+    }
+
+    #[test]
+    fn a_tablespace_that_replay_will_make_is_told_also_across_two_segments() {
+        let create = |length: usize| {
+            let mut data = 16_390_u32.to_ne_bytes().to_vec();
+            data.extend(vec![b'x'; length]);
+            data.push(0);
+            (RMGR_TABLESPACE, TABLESPACE_CREATE, 9, data)
+        };
+        let dropped = (RMGR_TABLESPACE, 0x10, 9, vec![0; 4]);
+        // The last record ends in the first page, or has its beginning there: all of its header, or 8 bytes of it.
+        for (before, told, may) in [(500, 2, false), (800, 1, true), (864, 1, true)] {
+            let records = [create(3), dropped.clone(), other(before), create(100)];
+            let whole = log(&records, 2);
+            let (first, second) = whole.split_at(PAGE);
+            let alone = read(15, START, first, None).unwrap();
+            assert_eq!((alone.tablespaces.len(), alone.may_make_one_more), (told, may), "{before}");
+            assert_eq!(alone.tablespaces[0].oid, 16_390);
+            assert_eq!(alone.tablespaces[0].location, b"xxx");
+            assert_eq!(alone.tablespaces[0].start, Lsn(START.0 + 40));
+            let both = read(15, START, first, Some(second)).unwrap();
+            assert_eq!((both.tablespaces.len(), both.may_make_one_more), (2, false), "{before}");
+            assert_eq!(both.tablespaces[1].location, vec![b'x'; 100]);
+        }
+        let [long, short] = [other(800), other(2000)].map(|record| log(&[record], 3));
+        let first = |log: &[u8]| read(15, START, &log[..PAGE], None).unwrap().may_make_one_more;
+        assert!(!first(&long) && !first(&short), "another record that goes on makes none");
     }
 
     #[test]

@@ -370,3 +370,57 @@ async fn pg15_recovers_to_every_moment_of_three_timelines_and_to_no_other() {
 async fn pg18_recovers_to_every_moment_of_three_timelines_and_to_no_other() {
     Box::pin(every_moment(18)).await;
 }
+
+/// A tablespace that came after the backup, on the host on which its server still runs.
+async fn beside_the_source(major: u32) {
+    let mut world = World::new(major).await;
+    world.house.back_up().await;
+    let space = world.house.place.path().join("space");
+    std::fs::create_dir(&space).unwrap();
+    let files = || {
+        let mut names: Vec<PathBuf> = Vec::new();
+        let mut directories = vec![space.clone()];
+        while let Some(directory) = directories.pop() {
+            for entry in std::fs::read_dir(directory).unwrap().map(Result::unwrap) {
+                let is_directory = entry.file_type().unwrap().is_dir();
+                if is_directory { directories.push(entry.path()) } else { names.push(entry.path()) }
+            }
+        }
+        names.sort();
+        names
+    };
+    let before = world.step().await;
+    world.house.sql(&format!("CREATE TABLESPACE extra LOCATION '{}'", space.display())).await;
+    world
+        .house
+        .sql("CREATE TABLE public.elsewhere TABLESPACE extra AS SELECT * FROM public.ledger")
+        .await;
+    world.step().await;
+    world.archived().await;
+    let there = files();
+    assert!(!there.is_empty());
+
+    let into = world.house.place.path().join("beside");
+    let refused = world.restore(&into, &["--to", "latest", "--start"]);
+    let text = said(&refused);
+    assert!(!refused.status.success() && text.contains("RECOVERY_TARGET_MISSED"), "{text}");
+    assert!(text.contains("would remove the files") && text.contains("--before"), "{text}");
+    assert!(!into.join("postmaster.pid").exists(), "it still runs");
+    assert_eq!(files(), there);
+    world.house.sql("CHECKPOINT").await;
+    world.house.sql("SELECT * FROM public.elsewhere").await;
+
+    // To a moment before that, it goes; and all the way once the place is free.
+    world.house.server.stop(StopMode::Fast).await.unwrap();
+    assert_eq!(world.rows_at("earlier", &["--to", &before.time]).await, before.rows);
+    assert_eq!(files(), there);
+    std::fs::rename(&space, world.house.place.path().join("kept")).unwrap();
+    std::fs::create_dir(&space).unwrap();
+    assert_eq!(world.rows_at("later", &["--to", "latest"]).await, world.rows);
+    assert!(!files().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_recovery_beside_its_source_leaves_the_tablespaces_of_the_source_alone() {
+    Box::pin(beside_the_source(15)).await;
+}

@@ -9,7 +9,7 @@ use proto::{Action, Code, Failure, WalFileName};
 use repository::{Identity, Repository};
 
 use super::lineage::Whose;
-use super::{segment_of, server_of, verify};
+use super::{segment_of, server_of, tablespaces, verify};
 use crate::context::blocking;
 
 /// How fetching a file ended.
@@ -40,6 +40,11 @@ pub async fn get(
             Failure::new(Code::ObjectDamaged, Action::FixData, what)
                 .with_hint("Look at restore_command: is this the archive of this cluster?")
         })?;
+    }
+    if let (Some(server), WalFileName::Segment(name)) = (server, file)
+        && let Some(segment) = name.segment(server.segment_size)
+    {
+        tablespaces::protect(repository, identity.lineage, segment, &content, server, to).await?;
     }
     let to = to.to_owned();
     blocking(move || {

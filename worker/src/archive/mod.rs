@@ -7,6 +7,7 @@ mod get;
 mod lineage;
 mod patience;
 mod push;
+mod tablespaces;
 mod windows;
 
 use std::path::{Path, PathBuf};
@@ -29,6 +30,7 @@ use crate::context::blocking;
 struct Server {
     system_identifier: SystemIdentifier,
     segment_size: u32,
+    catalog_version: u32,
     /// Absent where `PG_VERSION` cannot be read.
     major: Option<u32>,
 }
@@ -36,11 +38,7 @@ struct Server {
 /// The server whose `pg_wal` a path leads into: its data directory is two levels above, as the server itself writes such
 /// paths. `None` where there is no control file: a person works somewhere else.
 async fn server_of(path: &Path) -> Result<Option<Server>, Failure> {
-    let above = path.parent().and_then(Path::parent);
-    let directory = match above {
-        Some(above) if !above.as_os_str().is_empty() => above.to_owned(),
-        _ => PathBuf::from("."),
-    };
+    let directory = data_directory(path);
     blocking(move || {
         if !directory.join("global/pg_control").exists() {
             return Ok(None);
@@ -50,10 +48,18 @@ async fn server_of(path: &Path) -> Result<Option<Server>, Failure> {
         Ok(Some(Server {
             system_identifier: control.system_identifier,
             segment_size: control.wal_segment_size,
+            catalog_version: control.catalog_version,
             major: major.and_then(|text| text.trim().parse().ok()),
         }))
     })
     .await
+}
+
+fn data_directory(path: &Path) -> PathBuf {
+    match path.parent().and_then(Path::parent) {
+        Some(above) if !above.as_os_str().is_empty() => above.to_owned(),
+        _ => PathBuf::from("."),
+    }
 }
 
 /// The segment whose content a file has, if it has one's.
@@ -117,7 +123,12 @@ mod tests {
         let name = SegmentName { timeline: Timeline(10), high: 0, low: 5 };
         let start = 5 << 20;
         let ours = SystemIdentifier(7);
-        let server = Server { system_identifier: ours, segment_size: 1 << 20, major: Some(15) };
+        let server = Server {
+            system_identifier: ours,
+            segment_size: 1 << 20,
+            catalog_version: 1,
+            major: Some(15),
+        };
         let good = segment(10, start, 7);
         for server in [None, Some(server)] {
             verify(name, &good, ours, server).unwrap();

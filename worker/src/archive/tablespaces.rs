@@ -1,0 +1,129 @@
+//! Keeping a replay out of directories that are somebody else's.
+//!
+//! A server that replays the making of a tablespace makes it at the very place where the first server had it, and removes what
+//! it finds there. Where that server still runs on the same host, these are its files. The file is looked at before it is
+//! handed over, because afterwards nothing can stop the replay.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::ErrorKind;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use postgres::wal::{Segment, SegmentHeader};
+use postgres::wal_moments::{self, NewTablespace};
+use proto::{Action, Code, Failure, LineageId, WalFileName};
+use repository::Repository;
+
+use super::{Server, data_directory};
+use crate::context::blocking;
+
+/// Refuses a segment whose replay would remove files that the server which asks did not write. `to` is where it wants the segment.
+pub(super) async fn protect(
+    repository: &Repository,
+    lineage: LineageId,
+    segment: Segment,
+    content: &Bytes,
+    server: Server,
+    to: &Path,
+) -> Result<(), Failure> {
+    let mut said = look(segment, content.clone(), None, server).await?;
+    if said.may_make_one_more {
+        let next = WalFileName::Segment(segment.next().name(server.segment_size));
+        // Without it, the record cannot be replayed either.
+        if let Some(next) = repository.fetch_wal(lineage, &next).await? {
+            said = look(segment, content.clone(), Some(next), server).await?;
+        }
+    }
+    if said.tablespaces.is_empty() {
+        return Ok(());
+    }
+    let directory = data_directory(to);
+    let major = server.major.or_else(|| Some(SegmentHeader::parse(content).ok()?.major()));
+    let version = format!("PG_{}_{}", major.unwrap_or_default(), server.catalog_version);
+    blocking(move || {
+        let foreign = said.tablespaces.iter().find_map(|space| {
+            occupied(&directory, space, &version).map(|occupied| refusal(space, &occupied))
+        });
+        foreign.map_or(Ok(()), Err)
+    })
+    .await
+}
+
+async fn look(
+    segment: Segment,
+    content: Bytes,
+    next: Option<Bytes>,
+    server: Server,
+) -> Result<wal_moments::SegmentMoments, Failure> {
+    let (start, major) = (segment.start(server.segment_size), server.major.unwrap_or_default());
+    blocking(move || Ok(wal_moments::read(major, start, &content, next.as_deref())?)).await
+}
+
+/// The directory that replay would empty, if something is in it and the server does not call it its own already, as one does
+/// that replays the same log again.
+fn occupied(data_directory: &Path, space: &NewTablespace, version: &str) -> Option<PathBuf> {
+    if space.location.is_empty() {
+        return None;
+    }
+    let location = Path::new(OsStr::from_bytes(&space.location));
+    let link = data_directory.join("pg_tblspc").join(space.oid.to_string());
+    if fs::read_link(link).is_ok_and(|target| target == location) {
+        return None;
+    }
+    let directory = location.join(version);
+    let is_free = match fs::read_dir(&directory) {
+        Ok(mut names) => names.next().is_none(),
+        Err(error) => error.kind() == ErrorKind::NotFound,
+    };
+    (!is_free).then_some(directory)
+}
+
+fn refusal(space: &NewTablespace, occupied: &Path) -> Failure {
+    let location = String::from_utf8_lossy(&space.location);
+    let what = format!(
+        "the log makes tablespace {} at {location} (position {}), and replaying that would remove the files that are in {}",
+        space.oid,
+        space.start,
+        occupied.display()
+    );
+    Failure::new(Code::DataDirectoryShape, Action::FixConfig, what).with_hint(format!(
+        "If a server uses {location}, recover on another host, or to before that: --to {} --before. If none does any more, move what is in it \
+         away, leave {location} empty, and start this server again.",
+        space.start
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::Lsn;
+
+    use super::*;
+
+    #[test]
+    fn only_files_that_are_not_the_servers_own_are_in_the_way() {
+        let place = tempfile::tempdir().unwrap();
+        let (data, location) = (place.path().join("data"), place.path().join("space"));
+        fs::create_dir_all(data.join("pg_tblspc")).unwrap();
+        let space = NewTablespace {
+            oid: 16_390,
+            location: location.as_os_str().as_bytes().to_vec(),
+            start: Lsn(7),
+        };
+        let in_place = NewTablespace { location: Vec::new(), ..space.clone() };
+        let look = |space: &NewTablespace| occupied(&data, space, "PG_15_202209061");
+        assert_eq!(look(&space), None, "nothing is there");
+        let versioned = location.join("PG_15_202209061");
+        fs::create_dir_all(&versioned).unwrap();
+        assert_eq!(look(&space), None, "an empty directory loses nothing");
+        fs::create_dir_all(versioned.join("5")).unwrap();
+        assert_eq!(look(&space), Some(versioned));
+        assert_eq!(occupied(&data, &space, "PG_16_202307071"), None, "another version's stay");
+        assert_eq!(look(&in_place), None);
+        std::os::unix::fs::symlink(&location, data.join("pg_tblspc/16390")).unwrap();
+        assert_eq!(look(&space), None, "the server's own, made when it replayed this before");
+        let said = refusal(&space, Path::new("/x"));
+        assert!(said.hint.contains("--to 0/7 --before"), "{}", said.hint);
+    }
+}
