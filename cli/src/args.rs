@@ -909,6 +909,11 @@ pub struct WalGet {
     /// How long to try [default: 300, with --standby 30].
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=86400))]
     pub deadline: Option<u32>,
+    /// The recovery ends there, at a position or at a time: what lies behind it harms nobody.
+    ///
+    /// A segment whose replay would make a tablespace where another server has its files is refused, unless that record is behind.
+    #[arg(long, value_name = "LSN|TIME")]
+    pub until: Option<worker::archive::Until>,
 }
 
 /// `recovery …`.

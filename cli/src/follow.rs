@@ -221,13 +221,13 @@ pub(crate) fn result_line(view: &JobView) -> String {
             done.plan.join("\n")
         }
         (JobState::Succeeded, Some(Outcome::Restore(done))) => format!(
-            "Restored backup {} of {} into {} in {took}: {} files, {}; recovery will end at {}",
+            "Restored backup {} of {} into {} in {took}: {} files, {}; {}",
             done.backup,
             view.cluster,
             done.directory,
             done.files,
             output::restored(done),
-            done.stop_lsn
+            output::recovered(done)
         ),
         (JobState::Succeeded, Some(Outcome::Analyze(done))) if !done.plan.is_empty() => {
             done.plan.join("\n")

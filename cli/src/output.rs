@@ -84,7 +84,12 @@ pub(crate) fn restored(done: &proto::job::RestoreOutcome) -> String {
 /// Where a restored server is, or will be when it is started.
 pub(crate) fn recovered(done: &proto::job::RestoreOutcome) -> String {
     let Some(recovery) = &done.recovery else {
-        return format!("a server started there recovers to {}", done.stop_lsn);
+        let silent = if done.archiving_stopped {
+            " and archives nothing (archive_mode in postgresql.auto.conf)"
+        } else {
+            ""
+        };
+        return format!("a server started there recovers to {}{silent}", done.stop_lsn);
     };
     let Some(reached) = &recovery.reached else {
         return format!("a server started there recovers to {}", recovery.target);

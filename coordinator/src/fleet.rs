@@ -3,10 +3,12 @@
 use std::collections::{BTreeMap, HashMap};
 
 use policy::fleet::{counted, fleet_sentence};
+use policy::reach::{BackupEnd, recovery_point};
 use policy::state::{BackupFact, ClusterFacts, Judgement, Objectives, ProofFact, judge_cluster};
 use proto::failure::{Action, Code, Failure};
-use proto::job::{JobKind, JobState};
-use proto::{BackupId, ClusterName};
+use proto::job::{JobKind, JobState, Task};
+use proto::proof::{CheckOutcome, ProofLevel};
+use proto::{BackupId, BackupKind, ClusterName};
 
 use crate::api::types::{BackupView, ClusterView, ProofView, StatusView};
 use crate::api::view;
@@ -91,23 +93,68 @@ fn facts(
         problem: problem(cluster),
         has_repository: cluster.repository.is_some(),
         backup: backup.map(|backup| BackupFact { stopped_at_ms: backup.outcome.stopped_at_ms }),
-        proofs: proofs
-            .iter()
-            .map(|row| ProofFact {
-                at_ms: row.proof.at_ms,
-                level: row.proof.level_asked,
-                passed: row.proof.passed,
-                recovery_time_ms: row.proof.recovery_time_ms(),
-                tables: row.proof.tables,
-            })
-            .collect(),
-        backup_failure: last.filter(|job| job.state != JobState::Succeeded).map(|job| {
+        proofs: proofs.iter().filter_map(proof_fact).collect(),
+        backup_failure: last.filter(|job| speaks_against(job, backup)).map(|job| {
             job.failure.clone().unwrap_or_else(|| {
                 let reason = job.reason.clone().unwrap_or_else(|| job.state.to_string());
                 Failure::new(Code::DeadlineExceeded, Action::Retry, reason)
             })
         }),
+        backup_end: backup.and_then(backup_end),
+        wal: cluster.wal.clone(),
     }
+}
+
+/// What a proof shows. One that fell short only because something could not be looked at, by no fault of the backup, shows what
+/// it did reach; when that is nothing, it shows nothing.
+fn proof_fact(row: &ProofRow) -> Option<ProofFact> {
+    let proof = &row.proof;
+    let found_wrong = proof.checks.iter().any(|check| check.outcome == CheckOutcome::Failed);
+    let fell_short = !proof.passed && !found_wrong && !proof.checks.is_empty();
+    let level = if fell_short { proof.level_reached? } else { proof.level_asked };
+    Some(ProofFact {
+        at_ms: proof.at_ms,
+        level,
+        passed: proof.passed || fell_short,
+        recovery_time_ms: proof.recovery_time_ms(),
+        tables: proof.tables,
+    })
+}
+
+/// The proof to show, of those of a backup, newest first: the newest that restored it, unless something was found wrong since.
+/// One that only looked at objects takes nothing away from it.
+fn telling(proofs: &[ProofRow]) -> Option<&ProofRow> {
+    let restored = |row: &&ProofRow| row.proof.level_reached >= Some(ProofLevel::L3);
+    let newest = proofs.first()?;
+    Some(proofs.iter().find(restored).filter(|_| newest.proof.passed).unwrap_or(newest))
+}
+
+/// Whether a backup job that ended says something about how the cluster is recovered: an order that asked for what does not exist
+/// does not, nor one that was cancelled, nor a dump of a cluster that has physical backups.
+fn speaks_against(job: &Job, backup: Option<&Backup>) -> bool {
+    let is_mistaken = job.failure.as_ref().is_some_and(|f| f.code == Code::RequestInvalid);
+    let is_dump = matches!(&job.task, Task::Backup(task) if task.kind() == BackupKind::Logical);
+    let has_physical = backup.is_some_and(|b| b.outcome.kind() == BackupKind::Physical);
+    let ended_well = matches!(job.state, JobState::Succeeded | JobState::Cancelled);
+    !(ended_well || is_mistaken || (is_dump && has_physical))
+}
+
+/// Where WAL leads on from; nothing leads on from a dump.
+fn backup_end(backup: &Backup) -> Option<BackupEnd> {
+    let outcome = &backup.outcome;
+    (outcome.kind() == BackupKind::Physical).then_some(BackupEnd {
+        lineage: outcome.lineage,
+        timeline: outcome.timeline,
+        stop_lsn: outcome.stop_lsn,
+        stopped_at_ms: outcome.stopped_at_ms,
+    })
+}
+
+/// Up to when a cluster can be recovered.
+fn recoverable_to(cluster: &Cluster, backup: Option<&Backup>) -> Option<i64> {
+    let backup = backup?;
+    let end = backup_end(backup);
+    Some(end.map_or(backup.outcome.stopped_at_ms, |end| recovery_point(&end, cluster.wal.as_ref())))
 }
 
 /// What its worker says, or that another server answers under its name.
@@ -127,6 +174,7 @@ fn problem(cluster: &Cluster) -> Option<Failure> {
 
 fn cluster_view(known: Known) -> ClusterView {
     let Known { cluster, judgement, backup, proofs, open, .. } = known;
+    let recoverable_to_at_ms = recoverable_to(&cluster, backup.as_ref());
     ClusterView {
         name: cluster.name,
         state: judgement.state,
@@ -141,7 +189,9 @@ fn cluster_view(known: Known) -> ClusterView {
         paused: cluster.paused,
         registered_at_ms: cluster.registered_at_ms,
         seen_at_ms: cluster.seen_at_ms,
-        backup: backup.map(|backup| backup_view(backup, proofs.into_iter().next())),
+        recoverable_to_at_ms,
+        wal: cluster.wal,
+        backup: backup.map(|backup| backup_view(backup, telling(&proofs).cloned())),
         open_jobs: open.into_iter().map(view::job_alone).collect(),
     }
 }
@@ -203,11 +253,14 @@ pub(crate) async fn moment(core: &Core) -> Result<Moment> {
 }
 
 fn cluster_moment(known: &Known) -> ClusterMoment {
-    let proof =
-        known.proofs.iter().filter(|row| row.proof.passed).max_by_key(|row| row.proof.at_ms);
-    let bytes = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+    let proof = telling(&known.proofs).filter(|row| row.proof.passed);
+    let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
     let facts = known.backup.as_ref().map(|backup| &backup.outcome);
+    let point = recoverable_to(&known.cluster, known.backup.as_ref());
+    let waiting = known.cluster.wal.as_ref().and_then(|wal| wal.waiting);
     ClusterMoment {
+        recovery_point_s: point.unwrap_or(0) / 1_000,
+        wal_waiting: waiting.map_or(0, |waiting| number(waiting.segments)),
         cluster: known.cluster.name.to_string(),
         state: known.judgement.state,
         registered_s: known.cluster.registered_at_ms / 1_000,
@@ -215,8 +268,75 @@ fn cluster_moment(known: &Known) -> ClusterMoment {
         backup_s: facts.map_or(0, |facts| facts.stopped_at_ms / 1_000),
         proof_s: proof.map_or(0, |row| row.proof.at_ms / 1_000),
         proof_level: proof.map_or(0, |row| i64::from(row.proof.level_asked.number())),
-        size_bytes: facts.map_or(0, |facts| bytes(facts.size_bytes)),
-        stored_bytes: facts.map_or(0, |facts| bytes(facts.stored_bytes)),
+        size_bytes: facts.map_or(0, |facts| number(facts.size_bytes)),
+        stored_bytes: facts.map_or(0, |facts| number(facts.stored_bytes)),
         eligible_workers: known.eligible_workers,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::proof::{Proof, ProofCheck};
+    use proto::{AttemptId, JobId, LineageId, SystemIdentifier};
+
+    use super::*;
+
+    fn row(asked: ProofLevel, reached: Option<ProofLevel>, outcome: CheckOutcome) -> ProofRow {
+        let check = ProofCheck {
+            name: "row_counts".to_owned(),
+            level: asked,
+            outcome,
+            detail: String::new(),
+        };
+        let proof = Proof {
+            backup: BackupId::mint(1, [1; 10]),
+            lineage: LineageId::mint(1, [1; 10]),
+            cluster: "orders".parse().unwrap(),
+            system_identifier: SystemIdentifier(1),
+            worker: "w1".parse().unwrap(),
+            at_ms: 1,
+            level_asked: asked,
+            level_reached: reached,
+            passed: reached == Some(asked),
+            server_version_num: None,
+            reached_lsn: None,
+            phases: Vec::new(),
+            size_bytes: 0,
+            tables: 0,
+            rows: 0,
+            tables_exact: 0,
+            tables_bounded: 0,
+            checks: vec![check],
+            isolation: String::new(),
+        };
+        ProofRow { id: AttemptId::mint(1, [1; 10]), job: JobId::mint(1, [1; 10]), proof }
+    }
+
+    #[test]
+    fn a_proof_that_could_not_look_everywhere_shows_what_it_reached() {
+        use CheckOutcome::{Failed, Passed, Skipped};
+        use ProofLevel::{L2, L4, L5};
+        let fact = |row: &ProofRow| proof_fact(row).map(|fact| (fact.level, fact.passed));
+        assert_eq!(fact(&row(L5, Some(L5), Passed)), Some((L5, true)));
+        assert_eq!(fact(&row(L5, Some(L4), Skipped)), Some((L4, true)), "no right to count");
+        assert_eq!(fact(&row(L5, Some(L4), Failed)), Some((L5, false)), "it counted, and wrong");
+        assert_eq!(fact(&row(L2, None, Skipped)), None);
+    }
+
+    #[test]
+    fn a_look_at_objects_hides_no_restore_and_a_failure_hides_everything() {
+        use CheckOutcome::{Failed, Passed};
+        use ProofLevel::{L1, L2, L5};
+        let restored = row(L5, Some(L5), Passed);
+        let looked = row(L1, Some(L1), Passed);
+        let failed = row(L2, Some(L1), Failed);
+        let level = |rows: &[&ProofRow]| {
+            let rows: Vec<ProofRow> = rows.iter().map(|row| (*row).clone()).collect();
+            telling(&rows).map(|row| (row.proof.level_asked, row.proof.passed))
+        };
+        assert_eq!(level(&[&looked, &restored]), Some((L5, true)));
+        assert_eq!(level(&[&failed, &restored]), Some((L2, false)));
+        assert_eq!(level(&[&looked]), Some((L1, true)));
+        assert_eq!(level(&[]), None);
     }
 }

@@ -81,6 +81,8 @@ pub(crate) struct ClusterMoment {
     pub(crate) size_bytes: i64,
     pub(crate) stored_bytes: i64,
     pub(crate) eligible_workers: i64,
+    pub(crate) recovery_point_s: i64,
+    pub(crate) wal_waiting: i64,
 }
 
 type ClusterGauge = Family<ByCluster, Gauge>;
@@ -111,6 +113,8 @@ struct All {
     size: ClusterGauge,
     stored: ClusterGauge,
     eligible: ClusterGauge,
+    recovery_point: ClusterGauge,
+    wal_waiting: ClusterGauge,
 }
 
 /// All metrics of one coordinator. Clones share them.
@@ -151,6 +155,8 @@ impl Metrics {
             size: Family::default(),
             stored: Family::default(),
             eligible: Family::default(),
+            recovery_point: Family::default(),
+            wal_waiting: Family::default(),
         };
         {
             let mut locked = all.registry.lock().unwrap_or_else(PoisonError::into_inner);
@@ -245,6 +251,16 @@ impl Metrics {
                 "Living workers that serve a cluster",
                 all.eligible.clone(),
             );
+            r.register(
+                "recovery_point_timestamp_seconds",
+                "Up to when a cluster can be recovered, 0 for not at all",
+                all.recovery_point.clone(),
+            );
+            r.register(
+                "wal_waiting_segments",
+                "Full segments of WAL that are not in the archive",
+                all.wal_waiting.clone(),
+            );
         }
         Self(Arc::new(all))
     }
@@ -312,6 +328,8 @@ impl Metrics {
             &all.size,
             &all.stored,
             &all.eligible,
+            &all.recovery_point,
+            &all.wal_waiting,
         ];
         for gauge in gauges {
             gauge.clear();
@@ -331,6 +349,8 @@ impl Metrics {
                 c.size_bytes,
                 c.stored_bytes,
                 c.eligible_workers,
+                c.recovery_point_s,
+                c.wal_waiting,
             ];
             for (gauge, value) in gauges.iter().zip(values) {
                 gauge.get_or_create(&ByCluster { cluster: c.cluster.clone() }).set(value);

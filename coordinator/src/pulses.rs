@@ -139,7 +139,12 @@ async fn announce(tx: &mut Tx<'_>, pulse: &Pulse, worker: &Worker, now_ms: i64) 
         jobs::forget_refusals(tx, &pulse.worker).await?;
     }
     let served = worker.offers.iter().flat_map(|offers| &offers.clusters).map(|offer| &offer.name);
-    clusters::seen(tx, &served.collect::<Vec<_>>(), now_ms).await
+    let served: Vec<_> = served.collect();
+    clusters::seen(tx, &served, now_ms).await?;
+    for standing in pulse.wal.iter().filter(|standing| served.contains(&&standing.cluster)) {
+        clusters::archive_stands(tx, standing).await?;
+    }
+    Ok(())
 }
 
 /// The worker restarted: what its former boot ran is gone, unless the new one says that it goes on with it.

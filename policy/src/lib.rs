@@ -6,6 +6,7 @@
 pub mod fleet;
 pub mod lease;
 pub mod placement;
+pub mod reach;
 pub mod retry;
 pub mod state;
 pub mod words;

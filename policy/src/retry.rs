@@ -81,9 +81,9 @@ impl RetryPolicy {
             Action::Retry | Action::RetryElsewhere => Retry::No {
                 reason: format!("attempt {attempts} of {} failed with {code}", self.attempts_max),
             },
-            Action::FixConfig => Retry::No {
-                reason: format!("{code}: a setting, grant or key must be changed first"),
-            },
+            Action::FixConfig => {
+                Retry::No { reason: format!("{code}: trying again would not help") }
+            }
             Action::FixData => {
                 Retry::No { reason: format!("{code}: a person must look at the data") }
             }

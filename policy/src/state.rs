@@ -7,8 +7,10 @@ use std::str::FromStr;
 
 use proto::ProofLevel;
 use proto::failure::Failure;
+use proto::message::WalStanding;
 use serde::{Deserialize, Serialize};
 
+use crate::reach::{BackupEnd, archive_trouble};
 use crate::words::{count, span};
 
 macro_rules! states {
@@ -92,6 +94,8 @@ pub struct Objectives {
     pub backup_age_max_ms: Option<i64>,
     /// How long the workers of a cluster may be silent, milliseconds.
     pub silence_max_ms: i64,
+    /// How long a full segment of WAL may take into the archive, milliseconds.
+    pub wal_delay_max_ms: i64,
 }
 
 impl Default for Objectives {
@@ -101,6 +105,7 @@ impl Default for Objectives {
             proof_age_max_ms: 7 * 86_400_000,
             backup_age_max_ms: None,
             silence_max_ms: 60_000,
+            wal_delay_max_ms: 30_000,
         }
     }
 }
@@ -142,6 +147,10 @@ pub struct ClusterFacts {
     pub proofs: Vec<ProofFact>,
     /// The failure of the newest backup job that ended, when it did not succeed.
     pub backup_failure: Option<Failure>,
+    /// Where the newest physical backup ends.
+    pub backup_end: Option<BackupEnd>,
+    /// How the archive of its WAL stands, where it archives into its repository.
+    pub wal: Option<WalStanding>,
 }
 
 /// A state and the sentence that explains it.
@@ -188,6 +197,12 @@ pub fn judge_cluster(facts: &ClusterFacts, objectives: &Objectives, now_ms: i64)
     }
     if let Some(problem) = &facts.problem {
         return Judgement::new(AtRisk, format!("it cannot be backed up now: {problem}"));
+    }
+    if let Some(wal) = &facts.wal
+        && let Some(trouble) =
+            archive_trouble(facts.backup_end.as_ref(), wal, objectives.wal_delay_max_ms, now_ms)
+    {
+        return Judgement::new(AtRisk, trouble);
     }
     let age = now_ms.saturating_sub(backup.stopped_at_ms);
     if let Some(limit) = objectives.backup_age_max_ms
@@ -286,6 +301,8 @@ mod tests {
             backup: Some(BackupFact { stopped_at_ms: NOW - 2 * DAY }),
             proofs: vec![proof(DAY, ProofLevel::L5, true)],
             backup_failure: None,
+            backup_end: None,
+            wal: None,
         }
     }
 
@@ -403,6 +420,8 @@ mod tests {
                 backup: backup.map(|age| BackupFact { stopped_at_ms: NOW - age }),
                 proofs: proofs.iter().map(|(age, level, passed)| proof(*age, ProofLevel::from_number(*level).unwrap(), *passed)).collect(),
                 backup_failure: failed.then(failure),
+                backup_end: None,
+                wal: None,
             };
             let objectives = Objectives::default();
             let judgement = judge_cluster(&facts, &objectives, NOW);

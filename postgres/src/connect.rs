@@ -93,12 +93,27 @@ pub async fn connect(target: &Target, purpose: &Purpose) -> Result<Session, Erro
         }
     };
     let session = Session::new(target, client, connection, tls);
-    let version = prepare(&session, purpose, !target.is_socket()).await?;
-    if !version.is_supported() {
-        return Err(Error::Version { target: target.to_string(), found: version.to_string() });
+    let begun = async {
+        let version = prepare(&session, purpose, !target.is_socket()).await?;
+        if !version.is_supported() {
+            return Err(Error::Version { target: target.to_string(), found: version.to_string() });
+        }
+        refuse_pooler(&session, purpose, &nonce).await
+    };
+    match begun.await {
+        Ok(()) => Ok(session),
+        Err(error) if meets_others(&error) => Err(Error::Pooler {
+            target: target.to_string(),
+            evidence: "statements of several clients meet in one server process".to_owned(),
+        }),
+        Err(error) => Err(error),
     }
-    refuse_pooler(&session, purpose, &nonce).await?;
-    Ok(session)
+}
+
+/// Whether a statement that was just prepared is in another server process, or somebody else's of its name in this one.
+fn meets_others(error: &Error) -> bool {
+    let states = [SqlState::INVALID_SQL_STATEMENT_NAME, SqlState::DUPLICATE_PSTATEMENT];
+    error.state().is_some_and(|state| states.contains(state))
 }
 
 /// Connects to the database that holds the locks: `postgres`, or `template1` where somebody dropped it.

@@ -40,6 +40,7 @@ pub mod version;
 pub mod wal;
 pub mod wal_changes;
 pub mod wal_moments;
+pub mod wal_position;
 
 pub use backup_session::{BackupOptions, BackupSession, Started, Stopped};
 pub use connect::{Purpose, connect, connect_maintenance};

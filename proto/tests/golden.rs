@@ -17,7 +17,7 @@ use proto::job::{
 use proto::message::{
     Beacon, Cancel, Claim, ClaimMessage, ClusterOffer, Control, Decline, DeclineReason, Denial,
     DenialReason, Grant, Nonce, Offers, Pulse, Report, ReportBody, RepositoryOffer, Revoked,
-    RunningAttempt, Slots, Spec, Ticket,
+    RunningAttempt, Slots, Spec, Ticket, WalAncestor, WalStanding, WalWaiting,
 };
 use proto::proof::{CheckOutcome, Phase, ProofCheck};
 use proto::{
@@ -165,6 +165,7 @@ fn specs_of_every_kind() {
             plan_only: true,
             delta: false,
             recovery: None,
+            keep_archiving: false,
         }),
         Task::Analyze(Analyze {
             databases: Some(vec!["shop \"x\"".parse().unwrap()]),
@@ -184,6 +185,7 @@ fn specs_of_every_kind() {
         plan_only: false,
         delta: true,
         recovery: None,
+        keep_archiving: false,
     };
     golden("spec.restore.delta", &spec(Task::Restore(delta)));
     let to = RecoveryTarget::Time("2026-11-27T08:30:00.123456Z".parse().unwrap());
@@ -194,8 +196,14 @@ fn specs_of_every_kind() {
         start: true,
         ..Recovery::to(to)
     };
-    let moment =
-        Restore { backup: None, target, plan_only: false, delta: false, recovery: Some(recovery) };
+    let moment = Restore {
+        backup: None,
+        target,
+        plan_only: false,
+        delta: false,
+        recovery: Some(recovery),
+        keep_archiving: false,
+    };
     golden("spec.restore.moment", &spec(Task::Restore(moment)));
 }
 
@@ -288,6 +296,7 @@ fn outcomes_of_every_kind() {
             planned_only: false,
             plan: vec![],
             recovery: None,
+            archiving_stopped: false,
         }),
         Outcome::Analyze(AnalyzeOutcome {
             databases: 1,
@@ -465,6 +474,43 @@ fn the_conversation() {
                 restore_roots: vec!["/srv/restore".to_owned()],
                 postgres_majors: vec![15, 18],
             }),
+            wal: Vec::new(),
+        },
+    );
+    golden(
+        "pulse.wal",
+        &Pulse {
+            schema: 1,
+            worker: "w1".parse().unwrap(),
+            site: "fra1".parse().unwrap(),
+            boot: boot(),
+            seq: 10,
+            at_ms: 1_700_000_000_000,
+            every_ms: 3_000,
+            slots: Slots { urgent_free: 1, routine_free: 2 },
+            draining: false,
+            running: Vec::new(),
+            offers: None,
+            wal: vec![WalStanding {
+                cluster: "orders".parse().unwrap(),
+                lineage: lineage(),
+                at_ms: 1_700_000_000_000,
+                timeline: Timeline(10),
+                ancestors: vec![WalAncestor {
+                    timeline: Timeline(1),
+                    left_at: Lsn(0x15_0000_0148),
+                }],
+                server_lsn: Lsn(0x16_B374_D848),
+                line_from: Lsn(0x16_0000_0000),
+                archived_to: Lsn(0x16_B300_0000),
+                safe_at_ms: Some(1_699_999_940_000),
+                waiting: Some(WalWaiting {
+                    segment: "0000000A00000016000000B3".parse().unwrap(),
+                    since_ms: 1_699_999_970_000,
+                    segments: 1,
+                }),
+                gap: Some("0000000A0000001500000000".parse().unwrap()),
+            }],
         },
     );
 }

@@ -373,6 +373,8 @@ impl Repository {
         lineage: LineageId,
         verdict: Verdict,
     ) -> Result<Verdict, Error> {
+        // A backup in a place from which nobody can restore is none.
+        self.check_there().await?;
         let ours = verdict.clone();
         let stands = self.put_verdict(lineage, verdict).await?;
         match stands.outcome {

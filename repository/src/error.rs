@@ -451,6 +451,11 @@ fn of_store(error: &StoreError) -> (Code, Action, &'static str) {
             Action::Retry,
             "Check the store's address and health when this repeats.",
         ),
+        StoreError::Address { .. } => (
+            Code::RequestInvalid,
+            Action::FixConfig,
+            "Write file:///path for a directory, or s3://bucket/prefix.",
+        ),
         StoreError::Unsuitable { .. } => {
             (Code::StoreUnsuitable, Action::FixConfig, "Use a store with the named property.")
         }

@@ -286,6 +286,23 @@ impl Repository {
         self
     }
 
+    /// Makes sure that the store still holds this repository: it may have been unmounted, or replaced, since it was opened.
+    pub(crate) async fn check_there(&self) -> Result<(), Error> {
+        let place = self.describe();
+        again(|| async {
+            let bytes = match self.store.get(layout::CONFIG, NOTE_BYTES_MAX).await {
+                Ok(bytes) => bytes,
+                Err(StoreError::NotFound { .. }) => {
+                    return Err(Error::NoRepository { place: place.clone() });
+                }
+                Err(error) => return Err(error.into()),
+            };
+            // Another repository's note is of other keys.
+            note::read::<Config>(&self.keys, layout::CONFIG, &bytes).map(drop)
+        })
+        .await
+    }
+
     pub(crate) fn config(&self) -> &Config {
         &self.config
     }

@@ -78,7 +78,25 @@ async fn wrong_orders_are_refused_with_a_code_a_hint_and_an_exit_code() -> anyho
     ensure!(done.code() != 0 && done.stderr.contains("KEY_WRONG"), "{done}");
     let absent = format!("file://{}", fleet.path("absent").display());
     let done = fleet.run(&["repo", "list", &absent, "--key", text(&key)?])?;
-    says(&done, 6, "REPOSITORY_MISSING")
+    says(&done, 6, "REPOSITORY_MISSING")?;
+    for list in [&["backups", "list", "nowhere"][..], &["job", "list", "--cluster", "nowhere"]] {
+        says(&fleet.run(list)?, 6, "CLUSTER_UNKNOWN")?;
+    }
+
+    // As if it were no longer mounted, and as if its keys were lost: nobody could restore from there.
+    let place = fleet.path("repository");
+    std::fs::rename(&place, fleet.path("elsewhere"))?;
+    for order in [&["backup", "orders", "--wait"], &["verify", "orders", "--wait"]] {
+        says(&fleet.run(order)?, 6, "REPOSITORY_MISSING")?;
+    }
+    ensure!(!place.exists(), "another repository was begun there");
+    std::fs::rename(fleet.path("elsewhere"), &place)?;
+    std::fs::rename(place.join("keys"), fleet.path("keys"))?;
+    let done = fleet.run(&["verify", "orders", "--wait"])?;
+    ensure!(done.code() != 0 && done.stderr.contains("KEY_WRONG"), "{done}");
+    std::fs::rename(fleet.path("keys"), place.join("keys"))?;
+    fleet.expect(&["backup", "orders", "--wait"])?;
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -38,6 +38,8 @@ async fn a_dump_is_ordered_taken_listed_and_loaded_into_another_server() -> anyh
     // A cluster is judged by what a server starts from.
     let judged = fleet.json(&["cluster", "show", "orders", "-o", "json"])?;
     ensure!(judged["backup"]["id"] == backups[1]["id"], "{judged}");
+    // The order for a database that does not exist says nothing about the backups there are.
+    ensure!(judged["state"] == "TAKEN", "{judged}");
 
     let (key, url) = (fleet.path("repository.key"), fleet.repository_url());
     let (key, server) = (text(&key)?, other.url());
@@ -48,6 +50,13 @@ async fn a_dump_is_ordered_taken_listed_and_loaded_into_another_server() -> anyh
     let occupied = fleet.run(&load)?;
     ensure!(occupied.code() == 5 && occupied.stderr.contains("--overwrite"), "{occupied}");
     other.run("DROP SCHEMA public CASCADE; CREATE SCHEMA public").await?;
+    for (part, name) in [("--table", "nope"), ("--schema", "nope")] {
+        let part = ["--database", "postgres", part, name];
+        let refused = fleet.run(&[&load[..], &part].concat())?;
+        ensure!(refused.code() == 2 && refused.stderr.contains(" nope"), "{refused}");
+    }
+    let whole = fleet.run(&[&at[..5], &["--into", "/x", "--database", "postgres"]].concat())?;
+    ensure!(whole.code() == 2 && whole.stderr.contains("--into-server"), "{whole}");
     let plan = fleet.expect(&[&load[..], &["--database", "postgres", "--plan"]].concat())?;
     ensure!(plan.contains("restore into database postgres, which is there"), "{plan}");
     let rows = "SELECT count(*) FROM pg_class WHERE relname = 'items'";

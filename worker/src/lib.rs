@@ -11,6 +11,7 @@ mod clock;
 pub mod config;
 mod consume;
 pub mod context;
+mod continuity;
 mod control;
 pub mod engines;
 pub mod failpoint;

@@ -29,14 +29,14 @@ pub struct Cluster {
     pub target: Target,
 }
 
-/// A repository that is opened when it is first needed, and stays open.
+/// A repository and what opens it.
 #[derive(Debug)]
 pub struct RepositoryPlace {
     /// Its section of the configuration.
     pub config: RepositoryConfig,
     opener: Opener,
     credentials: store::Credentials,
-    open: OnceCell<Repository>,
+    kept: OnceCell<Repository>,
 }
 
 /// What opens a repository. Whether it does is known when the repository is first needed.
@@ -90,7 +90,7 @@ impl Places {
                 config: repository.clone(),
                 opener,
                 credentials,
-                open: OnceCell::new(),
+                kept: OnceCell::new(),
             };
             repositories.insert(repository.name.clone(), place);
         }
@@ -119,12 +119,12 @@ impl Places {
         self.repositories.values()
     }
 
-    /// The repository for a cluster: the one its section names; for a cluster of another worker, the only one there is.
-    pub async fn repository_for(&self, cluster: &ClusterName) -> Result<&Repository, Failure> {
+    /// The repository for a cluster, opened for one job: see [`RepositoryPlace::open`].
+    pub async fn repository_for(&self, cluster: &ClusterName) -> Result<Repository, Failure> {
         self.place_for(cluster)?.open().await
     }
 
-    /// The place of that repository.
+    /// Where the backups of a cluster go: what its section names; for a cluster of another worker, the only one there is.
     pub fn place_for(&self, cluster: &ClusterName) -> Result<&RepositoryPlace, Failure> {
         let named = self.clusters.get(cluster).and_then(|c| c.config.repository.as_deref());
         let place = match named {
@@ -144,29 +144,31 @@ impl Places {
 }
 
 impl RepositoryPlace {
-    /// The repository, opened once.
-    pub async fn open(&self) -> Result<&Repository, Failure> {
-        self.open
-            .get_or_try_init(|| async {
-                let key: KeyFile;
-                let unlock = match &self.opener {
-                    Opener::KeyFile(text) => {
-                        key = text.expose_secret().parse().map_err(|error| {
-                            let name = &self.config.name;
-                            let message = format!("repositories.{name}.key: failed to {error}");
-                            Failure::new(Code::KeyWrong, Action::FixConfig, message).with_hint(
-                                "Give the key file that was written when the key was made.",
-                            )
-                        })?;
-                        Unlock::KeyFile(&key)
-                    }
-                    Opener::Passphrase(passphrase) => Unlock::Passphrase(passphrase),
-                };
-                let store = store::open(&self.config.url, &self.credentials)
-                    .await
-                    .map_err(repository::Error::from)?;
-                Ok(Repository::open_with(store, unlock).await?)
-            })
+    /// Opens the repository as a restore would that has nothing else: with its key, from what is in the store now. A job
+    /// that went on with what another one had opened would not notice that the store is no longer mounted, or that no key
+    /// opens it any more.
+    pub async fn open(&self) -> Result<Repository, Failure> {
+        let key: KeyFile;
+        let unlock = match &self.opener {
+            Opener::KeyFile(text) => {
+                key = text.expose_secret().parse().map_err(|error| {
+                    let name = &self.config.name;
+                    let message = format!("repositories.{name}.key: failed to {error}");
+                    Failure::new(Code::KeyWrong, Action::FixConfig, message)
+                        .with_hint("Give the key file that was written when the key was made.")
+                })?;
+                Unlock::KeyFile(&key)
+            }
+            Opener::Passphrase(passphrase) => Unlock::Passphrase(passphrase),
+        };
+        let store = store::open(&self.config.url, &self.credentials)
             .await
+            .map_err(repository::Error::from)?;
+        Ok(Repository::open_with(store, unlock).await?)
+    }
+
+    /// The same, opened once, for whoever looks at it again and again and decides nothing.
+    pub(crate) async fn kept(&self) -> Result<&Repository, Failure> {
+        self.kept.get_or_try_init(|| self.open()).await
     }
 }

@@ -210,6 +210,7 @@ async fn in_sandbox(
             .collect(),
         delta: false,
         recovery: None,
+        keep_archiving: true,
     };
     let restored = cx
         .step_with("restore", |step| async move {
@@ -349,6 +350,12 @@ pub fn sentence(proof: &Proof) -> String {
         return format!(
             "{} is NOT proved: it reached {level} of {}",
             proof.cluster, proof.level_asked
+        );
+    }
+    if proof.level_reached < Some(ProofLevel::L3) {
+        let (cluster, backup) = (&proof.cluster, proof.backup);
+        return format!(
+            "backup {backup} of {cluster} passed {level}: it was looked at, and not restored"
         );
     }
     let seconds = proof.recovery_time_ms().div_ceil(1_000);

@@ -49,6 +49,7 @@ pub(crate) async fn beat(shared: Arc<Shared>, stop: CancellationToken) {
         let due = shared.offers_due.swap(false, Ordering::SeqCst);
         let with_offers = due || seq.is_multiple_of(REPEAT_OFFERS);
         let offered = shared.offered.borrow().clone();
+        let wal = shared.standings.due(with_offers);
         let pulse = Pulse {
             schema: SCHEMA,
             worker: shared.config.name.clone(),
@@ -61,10 +62,14 @@ pub(crate) async fn beat(shared: Arc<Shared>, stop: CancellationToken) {
             draining: shared.drain.is_cancelled(),
             running: shared.attempts.running(),
             offers: offered.filter(|_| with_offers),
+            wal,
         };
         let body = shared.outbound.sign(&pulse);
-        if !shared.outbound.pulse(format!("{}.{seq}", shared.boot), body).await && with_offers {
-            shared.offers_due.store(true, Ordering::SeqCst);
+        if !shared.outbound.pulse(format!("{}.{seq}", shared.boot), body).await {
+            shared.standings.not_told(&pulse.wal);
+            if with_offers {
+                shared.offers_due.store(true, Ordering::SeqCst);
+            }
         }
         tokio::select! {
             () = stop.cancelled() => return,

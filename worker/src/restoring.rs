@@ -30,6 +30,9 @@ use crate::reuse;
 const PREDECESSOR_MAX: Duration = Duration::from_mins(3);
 /// Names that a restore removes and its plan tells one by one; more are counted.
 const FOREIGN_NAMED_MAX: usize = 100;
+/// What a copy is kept from, as a recovery says it, too.
+pub(crate) const STOPS_ARCHIVING: &str =
+    "set archive_mode = off, so that the copy does not write into the source's archive";
 /// How often the progress of a restore is told.
 const TELL_EVERY: Duration = Duration::from_millis(500);
 
@@ -45,6 +48,9 @@ pub struct Destination {
     pub delta: bool,
     /// What takes its server beyond the end of the backup.
     pub recovery: Option<RecoverySettings>,
+    /// A server that runs there may archive as the source did. Otherwise it is kept from that: it would write into the source's
+    /// own archive. Where it recovers, `recovery` says so.
+    pub keep_archiving: bool,
 }
 
 impl Destination {
@@ -55,6 +61,7 @@ impl Destination {
             tablespaces: BTreeMap::new(),
             delta: false,
             recovery: None,
+            keep_archiving: false,
         }
         .complete(facts)
     }
@@ -72,7 +79,15 @@ impl Destination {
         self
     }
 
-    fn target(&self, existing: Existing, major: u32) -> RestoreTarget {
+    /// Whether a server that runs there is kept from archiving, though the source did.
+    fn stops_archiving(&self, facts: &BackupFacts) -> bool {
+        let mode = facts.settings.iter().find(|setting| setting.name == "archive_mode");
+        self.recovery.is_none()
+            && !self.keep_archiving
+            && mode.is_some_and(|setting| setting.value != "off")
+    }
+
+    fn target(&self, existing: Existing, facts: &BackupFacts) -> RestoreTarget {
         let link = |(oid, place): (&u32, &PathBuf)| {
             (format!("pg_tblspc/{oid}").into_bytes(), place.clone())
         };
@@ -81,23 +96,29 @@ impl Destination {
             mapping: self.tablespaces.iter().map(link).collect(),
             wal_directory: Some(b"pg_wal".to_vec()),
             existing,
-            addition: self.recovery.clone().map(|settings| Addition {
-                names: postgres::recovery::own_names(),
-                write: Arc::new(move |directory| {
-                    let change = settings.write(directory, major)?;
-                    for line in &change.removed {
-                        tracing::info!(
-                            "Removed from {}: {line}",
-                            postgres::recovery::SETTINGS_FILE
-                        );
-                    }
-                    for name in &change.overruled {
-                        tracing::info!("{name} in postgresql.conf no longer counts");
-                    }
-                    Ok(())
-                }),
-            }),
+            addition: self.addition(facts),
         }
+    }
+
+    /// What is written beside the files of the backup.
+    fn addition(&self, facts: &BackupFacts) -> Option<Addition> {
+        let names = postgres::recovery::own_names();
+        let Some(settings) = self.recovery.clone() else {
+            let write = Arc::new(postgres::recovery::stop_archiving);
+            return self.stops_archiving(facts).then_some(Addition { names, write });
+        };
+        let major = major(facts);
+        let write = Arc::new(move |directory: &Path| {
+            let change = settings.write(directory, major)?;
+            for line in &change.removed {
+                tracing::info!("Removed from {}: {line}", postgres::recovery::SETTINGS_FILE);
+            }
+            for name in &change.overruled {
+                tracing::info!("{name} in postgresql.conf no longer counts");
+            }
+            Ok(())
+        });
+        Some(Addition { names, write })
     }
 }
 
@@ -233,7 +254,7 @@ pub async fn plan(
     processes: u32,
 ) -> Result<RestoreOutcome, Failure> {
     let existing = reuse::examine(destination, backup.facts().system_identifier)?;
-    let plan = backup.restore_plan(destination.target(existing, major(backup))).await?;
+    let plan = backup.restore_plan(destination.target(existing, backup.facts())).await?;
     let (files, size_bytes) = (plan.files, plan.bytes);
     let mut compared = None;
     if plan.reuses() {
@@ -276,14 +297,14 @@ pub async fn restore(
             let step = "wait for the attempt before".to_owned();
             cx.progress(Progress { step, done: 0, total: None, unit: "bytes".to_owned() });
         };
-        let target = destination.target(Existing::Resume, major(backup));
+        let target = destination.target(Existing::Resume, backup.facts());
         match target.wait_until_free(PREDECESSOR_MAX, &cx.cancel, waits).await {
             Err(_) if cx.cancel.is_cancelled() => return Err(cx.stopped()),
             waited => waited?,
         }
     }
     let (existing, lock) = reuse::occupy(destination, backup.facts().system_identifier)?;
-    let plan = backup.restore_plan(destination.target(existing, major(backup))).await?;
+    let plan = backup.restore_plan(destination.target(existing, backup.facts())).await?;
     plan.check()?;
     let total = plan.bytes;
     let options = options(cx, processes);
@@ -341,6 +362,7 @@ fn outcome(
         planned_only: false,
         plan: Vec::new(),
         recovery: None,
+        archiving_stopped: destination.stops_archiving(backup.facts()),
     }
 }
 
@@ -393,6 +415,9 @@ fn lines(
             place.available_bytes
         ));
     }
+    if destination.stops_archiving(facts) {
+        lines.push(STOPS_ARCHIVING.to_owned());
+    }
     // Where it goes beyond, its own plan says where.
     if destination.recovery.is_none() {
         lines.push(format!("a server started there recovers to {} and opens", facts.stop_lsn));
@@ -400,8 +425,8 @@ fn lines(
     lines
 }
 
-fn major(backup: &Backup) -> u32 {
-    backup.facts().server_version_num / 10_000
+fn major(facts: &BackupFacts) -> u32 {
+    facts.server_version_num / 10_000
 }
 
 /// What goes because the backup does not have it.

@@ -14,6 +14,7 @@ use crate::attempts::Attempts;
 use crate::claims::Claims;
 use crate::clock;
 use crate::config::WorkerConfig;
+use crate::continuity::Standings;
 use crate::outbound::Outbound;
 use crate::places::Places;
 use crate::slots::Slots;
@@ -44,6 +45,8 @@ pub(crate) struct Shared {
     pub(crate) offered: watch::Sender<Option<Offers>>,
     /// Set when the next pulse has to carry the offers.
     pub(crate) offers_due: AtomicBool,
+    /// How the archives of WAL stand.
+    pub(crate) standings: Standings,
     beacon_at_ms: AtomicI64,
     beacon_seen: Notify,
     epoch: AtomicU64,
@@ -75,6 +78,7 @@ impl Shared {
             pulse_now: Notify::new(),
             offered: watch::Sender::new(None),
             offers_due: AtomicBool::new(true),
+            standings: Standings::default(),
             beacon_at_ms: AtomicI64::new(0),
             beacon_seen: Notify::new(),
             epoch: AtomicU64::new(0),

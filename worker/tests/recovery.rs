@@ -404,15 +404,29 @@ async fn beside_the_source(major: u32) {
     let refused = world.restore(&into, &["--to", "latest", "--start"]);
     let text = said(&refused);
     assert!(!refused.status.success() && text.contains("RECOVERY_TARGET_MISSED"), "{text}");
-    assert!(text.contains("would remove the files") && text.contains("--before"), "{text}");
+    assert!(text.contains("would remove the files"), "{text}");
+    let before_it = text.split_once("restore --to ").unwrap().1.split(' ').next().unwrap();
     assert!(!into.join("postmaster.pid").exists(), "it still runs");
     assert_eq!(files(), there);
     world.house.sql("CHECKPOINT").await;
     world.house.sql("SELECT * FROM public.elsewhere").await;
 
-    // To a moment before that, it goes; and all the way once the place is free.
+    // A copy that is started does not write into the archive of its source.
+    let settings =
+        |into: &Path| std::fs::read_to_string(into.join("postgresql.auto.conf")).unwrap();
+    let (quiet, loud) =
+        (world.house.place.path().join("quiet"), world.house.place.path().join("loud"));
+    let done = world.restore(&quiet, &[]);
+    assert!(said(&done).contains("archives nothing"), "{}", said(&done));
+    assert!(settings(&quiet).contains("archive_mode = 'off'"));
+    let done = world.restore(&loud, &["--keep-archiving"]);
+    assert!(!said(&done).contains("archives nothing"), "{}", said(&done));
+    assert!(!settings(&loud).contains("archive_mode = 'off'"));
+
+    // To a moment before that, in the same segment, it goes; and all the way once the place is free.
     world.house.server.stop(StopMode::Fast).await.unwrap();
     assert_eq!(world.rows_at("earlier", &["--to", &before.time]).await, before.rows);
+    assert_eq!(world.rows_at("just", &["--to", before_it, "--before"]).await, before.rows);
     assert_eq!(files(), there);
     std::fs::rename(&space, world.house.place.path().join("kept")).unwrap();
     std::fs::create_dir(&space).unwrap();

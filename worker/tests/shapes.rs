@@ -116,6 +116,7 @@ async fn tablespaces_of_every_shape_come_back() {
             tablespaces,
             delta: false,
             recovery: None,
+            keep_archiving: false,
         };
         let destination = destination.complete(facts);
         let refused = restoring::restore(&house.cx(), &backup, &destination, 2).await.unwrap_err();
@@ -132,6 +133,7 @@ async fn tablespaces_of_every_shape_come_back() {
         tablespaces,
         delta: false,
         recovery: None,
+        keep_archiving: false,
     }
     .complete(facts);
     restoring::restore(&house.cx(), &backup, &destination, 2).await.unwrap();

@@ -16,8 +16,12 @@ pub(crate) async fn run(
 ) -> Result<Exit, Failure> {
     match command {
         BackupsCommand::List { cluster } => {
-            let query = cluster.map_or(String::new(), |cluster| format!("?cluster={cluster}"));
+            let query =
+                cluster.as_ref().map_or(String::new(), |cluster| format!("?cluster={cluster}"));
             let backups: Vec<BackupView> = client.get(&format!("/v1/backups{query}")).await?;
+            if let Some(cluster) = cluster.filter(|_| backups.is_empty()) {
+                super::cluster::known(client, &cluster).await?;
+            }
             output::show(format, &backups, |rows| table(rows));
         }
         BackupsCommand::Show { backup } => {

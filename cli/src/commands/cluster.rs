@@ -1,7 +1,8 @@
 //! `cluster list` and `cluster show`.
 
 use coordinator::api::types::ClusterView;
-use proto::Failure;
+use proto::message::WalStanding;
+use proto::{ClusterName, Failure};
 
 use crate::args::{ClusterCommand, Output};
 use crate::client::Client;
@@ -27,6 +28,11 @@ pub(crate) async fn run(
     Ok(Exit::Ok)
 }
 
+/// Makes sure that the coordinator knows a cluster: a list about one that it does not know would be empty and say nothing.
+pub(crate) async fn known(client: &Client, cluster: &ClusterName) -> Result<(), Failure> {
+    client.get::<ClusterView>(&format!("/v1/clusters/{cluster}")).await.map(drop)
+}
+
 /// Clusters as rows.
 pub(crate) fn table(clusters: &[ClusterView], now_ms: i64) -> String {
     let rows = clusters.iter().map(|cluster| {
@@ -44,6 +50,10 @@ pub(crate) fn table(clusters: &[ClusterView], now_ms: i64) -> String {
                     format!("{level} {}", output::ago(now_ms, Some(proof.at_ms)))
                 },
             ),
+            cluster.recoverable_to_at_ms.map_or_else(
+                || "-".to_owned(),
+                |point| output::duration(now_ms.saturating_sub(point)),
+            ),
             proof.map_or_else(
                 || "not measured".to_owned(),
                 |proof| output::duration(i64::try_from(proof.recovery_time_ms()).unwrap_or(0)),
@@ -51,7 +61,10 @@ pub(crate) fn table(clusters: &[ClusterView], now_ms: i64) -> String {
             cluster.reason.clone(),
         ]
     });
-    output::table(&["CLUSTER", "STATE", "LAST BACKUP", "PROOF", "RTO", "WHY"], rows.collect())
+    output::table(
+        &["CLUSTER", "STATE", "LAST BACKUP", "PROOF", "RPO", "RTO", "WHY"],
+        rows.collect(),
+    )
 }
 
 fn details(view: &ClusterView, now_ms: i64) -> String {
@@ -85,8 +98,26 @@ fn details(view: &ClusterView, now_ms: i64) -> String {
             row("proof", worker::proving::sentence(&proof.record));
         }
     }
+    if let Some(point) = view.recoverable_to_at_ms {
+        let at = jiff::Timestamp::from_millisecond(point / 1_000 * 1_000).unwrap_or_default();
+        row("recoverable", format!("up to {at}, {}", output::ago(now_ms, Some(point))));
+    }
+    if let Some(wal) = &view.wal {
+        row("wal", archive(wal));
+    }
     for job in &view.open_jobs {
         row("open job", format!("{} {} {}", job.id, job.kind, job.state));
     }
     lines.join("\n")
+}
+
+fn archive(wal: &WalStanding) -> String {
+    let archived = format!(
+        "archived from {} to {} on timeline {}, the server is at {}",
+        wal.line_from, wal.archived_to, wal.timeline, wal.server_lsn
+    );
+    let waiting = wal.waiting.map(|w| format!("{} missing from {} on", w.segments, w.segment));
+    let gap = wal.gap.map(|gap| format!("{gap} is missing before"));
+    let parts: Vec<String> = [Some(archived), waiting, gap].into_iter().flatten().collect();
+    parts.join("; ")
 }

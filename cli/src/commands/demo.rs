@@ -203,6 +203,7 @@ async fn after_start(
         plan_only: false,
         delta: false,
         recovery: None,
+        keep_archiving: false,
     });
     let order = SubmitRequest::new(name.clone(), task);
     let job: JobView = whole.client.post("/v1/jobs", &order).await?;

@@ -21,10 +21,13 @@ pub(crate) async fn run(
 ) -> Result<Exit, Failure> {
     match command {
         JobCommand::List { cluster, state, limit } => {
-            let cluster = cluster.map_or(String::new(), |cluster| format!("&cluster={cluster}"));
+            let of = cluster.as_ref().map_or(String::new(), |name| format!("&cluster={name}"));
             let state = state.map_or(String::new(), |state| format!("&state={state}"));
-            let query = format!("?limit={limit}{cluster}{state}");
+            let query = format!("?limit={limit}{of}{state}");
             let list: JobList = client.get(&format!("/v1/jobs{query}")).await?;
+            if let Some(cluster) = cluster.filter(|_| list.jobs.is_empty()) {
+                super::cluster::known(client, &cluster).await?;
+            }
             output::show(format, &list.jobs, |jobs| table(jobs));
         }
         JobCommand::Show { job } => {

@@ -43,10 +43,13 @@ pub(crate) async fn run(cli: Cli) -> Result<Exit, Failure> {
         Command::Backup(args) => order::backup(&client()?, args, format).await,
         Command::Verify(args) => order::verify(&client()?, args, format).await,
         Command::Maintain(args) => order::maintain(&client()?, args, format).await,
-        Command::Restore(args) => match args.repository {
-            Some(_) => restore::offline(args, format).await,
-            None => order::restore(&client()?, args, format).await,
-        },
+        Command::Restore(args) => {
+            restore::check(&args)?;
+            match args.repository {
+                Some(_) => restore::offline(args, format).await,
+                None => order::restore(&client()?, args, format).await,
+            }
+        }
         Command::Status => status::run(&client()?, format).await,
         Command::Cluster(command) => cluster::run(&client()?, command, format).await,
         Command::Backups(command) => backups::run(&client()?, command, format).await,

@@ -24,7 +24,6 @@ pub(crate) fn wanted(args: &Restore) -> Result<Option<Recovery>, Failure> {
                 ("--before", moment.before),
                 ("--action", moment.action.is_some()),
                 ("--start", moment.start),
-                ("--keep-archiving", moment.keep_archiving),
             ];
             return match given.iter().find(|(_, given)| *given) {
                 Some((option, _)) => Err(invalid(format!("{option} needs --to")).with_hint(

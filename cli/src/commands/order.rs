@@ -97,8 +97,15 @@ pub(crate) async fn restore(
             .with_hint("Write pgmuster restore CLUSTER --into DIR.")
     })?;
     let plan_only = args.plan;
-    let (backup, delta) = (args.backup, args.delta);
-    let task = Task::Restore(proto::job::Restore { backup, target, plan_only, delta, recovery });
+    let (backup, delta, keep_archiving) = (args.backup, args.delta, args.moment.keep_archiving);
+    let task = Task::Restore(proto::job::Restore {
+        backup,
+        target,
+        plan_only,
+        delta,
+        recovery,
+        keep_archiving,
+    });
     let request = SubmitRequest { worker: Some(worker), ..SubmitRequest::new(cluster, task) };
     let view: JobView = client.post("/v1/jobs", &request).await?;
     let mut waiting = args.waiting;

@@ -16,6 +16,26 @@ use crate::commands::{moment, repo};
 use crate::exit::Exit;
 use crate::{environment, follow, output};
 
+/// What clap does not refuse: options that need another one which is in conflict with a third.
+pub(crate) fn check(args: &Restore) -> Result<(), Failure> {
+    let given = [
+        ("--database", !args.databases.is_empty()),
+        ("--overwrite", !args.overwrite.is_empty()),
+        ("--no-owner", args.no_owner),
+        ("--jobs", args.jobs > 1),
+    ];
+    match given.iter().find(|(_, given)| *given && args.into_server.is_none()) {
+        None => Ok(()),
+        Some((option, _)) => {
+            let what = format!("{option} is about loading a dump, and files are restored whole");
+            Err(Failure::new(Code::RequestInvalid, Action::FixConfig, what).with_hint(
+                "Load a logical backup with --into-server URL; or restore everything into a directory, start a server there and \
+                 take what you need.",
+            ))
+        }
+    }
+}
+
 /// `restore --repository URL --key FILE --into DIR`, or `--passphrase REFERENCE`.
 pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failure> {
     let Some(url) = &args.repository else {
@@ -51,6 +71,7 @@ pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failu
         tablespaces: args.tablespace.iter().cloned().collect(),
         delta: args.delta,
         recovery: recovery.as_ref().map(|plan| plan.settings.clone()),
+        keep_archiving: args.moment.keep_archiving,
     };
     let destination = given.complete(backup.facts());
     let cx = context(&cluster);
@@ -130,6 +151,7 @@ pub(super) fn context(cluster: &proto::ClusterName) -> JobContext {
             plan_only: false,
             delta: false,
             recovery: None,
+            keep_archiving: false,
         }),
         deadline_ms: u64::MAX,
         traceparent: None,

@@ -91,6 +91,8 @@ async fn enroll(
     let request = EnrolRequest {
         token: token.expose_secret().to_owned(),
         public_key: SigningKey::from_seed(&seed).public(),
+        worker: Some(config.name.clone()),
+        site: Some(config.site.clone()),
     };
     let answer: EnrolResponse = client.post("/v1/workers/enrol", &request).await?;
     let state_dir = config.state_dir.as_std_path();

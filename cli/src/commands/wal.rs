@@ -54,7 +54,7 @@ async fn get(args: &WalGet) -> Result<Exit, Failure> {
         let (opener, whose) = asked(&args.archive)?;
         patiently(within(args), async || {
             let repository = open(&args.archive, &opener).await?;
-            archive::get(&repository, &whose, &args.file, &args.path).await
+            archive::get(&repository, &whose, &args.file, &args.path, args.until).await
         })
         .await
     };

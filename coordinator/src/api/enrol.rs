@@ -96,6 +96,14 @@ pub(crate) async fn enrol(core: &Core, request: &EnrolRequest) -> ApiResult<Enro
                 if token.expires_at_ms <= now_ms {
                     return refused("the enrolment token has expired");
                 }
+                let is_it = request.worker.as_ref().is_none_or(|name| *name == token.worker)
+                    && request.site.as_ref().is_none_or(|site| *site == token.site);
+                if !is_it {
+                    return refused(&format!(
+                        "the enrolment token is for worker {} of site {}",
+                        token.worker, token.site
+                    ));
+                }
                 match &token.used_key {
                     Some(used) if *used != key.to_string() => {
                         return refused("the enrolment token was used for another key");
@@ -135,7 +143,7 @@ pub(crate) async fn enrol(core: &Core, request: &EnrolRequest) -> ApiResult<Enro
 
 fn enrolment_refused(text: &str) -> Failure {
     let mut failure = unauthorized(text);
-    "Make a new one on the coordinator's machine: pgmuster worker token NAME SITE."
+    "NAME and SITE are those of the worker's configuration: pgmuster worker token NAME SITE, on the coordinator's machine, makes a new one."
         .clone_into(&mut failure.hint);
     failure
 }

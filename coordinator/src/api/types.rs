@@ -10,7 +10,7 @@ use policy::state::ClusterState;
 use proto::envelope::{Certificate, PublicKey, Signed};
 use proto::failure::Failure;
 use proto::job::{BackupOutcome, JobKind, JobState, Lane, Outcome, Task};
-use proto::message::Offers;
+use proto::message::{Offers, WalStanding};
 use proto::proof::{Proof, ProofLevel};
 use proto::step::{Progress, Step};
 use proto::{
@@ -247,6 +247,13 @@ pub struct ClusterView {
     pub registered_at_ms: i64,
     /// The last pulse of a worker that serves it.
     pub seen_at_ms: Option<i64>,
+    /// Up to when it can be recovered, by its newest backup and the WAL that leads on from there: what was committed before is
+    /// not lost. By the clock of its worker.
+    #[serde(default)]
+    pub recoverable_to_at_ms: Option<i64>,
+    /// How the archive of its WAL stands; absent where it archives nothing into its repository.
+    #[serde(default)]
+    pub wal: Option<WalStanding>,
     /// Its newest backup.
     pub backup: Option<BackupView>,
     /// Unfinished jobs.
@@ -312,6 +319,12 @@ pub struct EnrolRequest {
     pub token: String,
     /// The key the worker will sign with.
     pub public_key: PublicKey,
+    /// Who the worker takes itself for; a token for another one is not used up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worker: Option<WorkerName>,
+    /// Where.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub site: Option<SiteName>,
 }
 
 /// The answer: what the worker pins and shows.

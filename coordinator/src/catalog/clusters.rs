@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use proto::failure::Failure;
-use proto::message::ClusterOffer;
+use proto::message::{ClusterOffer, WalStanding};
 use proto::{ClusterName, SiteName, SystemIdentifier, WorkerName};
 use sqlx::AnyConnection;
 
@@ -32,6 +32,8 @@ pub(crate) struct Cluster {
     pub(crate) labels: BTreeMap<String, String>,
     pub(crate) problem: Option<Failure>,
     pub(crate) paused: bool,
+    /// How its archive of WAL stands, if it has one.
+    pub(crate) wal: Option<WalStanding>,
 }
 
 impl Cluster {
@@ -52,6 +54,7 @@ impl Cluster {
             labels: row.json("labels")?,
             problem: row.maybe_json("problem")?,
             paused: row.flag("paused")?,
+            wal: row.maybe_json("wal")?,
         })
     }
 }
@@ -131,6 +134,29 @@ pub(crate) async fn seen(tx: &mut Tx<'_>, names: &[&ClusterName], now_ms: i64) -
         }
         query.execute(tx.db()).await?;
     }
+    Ok(())
+}
+
+/// Writes how the archive of a cluster stands. What was safe before stays so along the same line, also while a worker that has
+/// just started does not know it yet.
+pub(crate) async fn archive_stands(tx: &mut Tx<'_>, standing: &WalStanding) -> Result<()> {
+    let Some(cluster) = get(tx.db(), &standing.cluster).await? else { return Ok(()) };
+    let before = cluster.wal.filter(|before| {
+        before.lineage == standing.lineage
+            && before.timeline == standing.timeline
+            && before.archived_to >= standing.line_from
+            && before.archived_to <= standing.archived_to
+    });
+    let safe_at_ms = standing.safe_at_ms.max(before.and_then(|before| before.safe_at_ms));
+    let standing = WalStanding { safe_at_ms, ..standing.clone() };
+    sqlx::query(
+        "-- archive_stands
+         UPDATE clusters SET wal = $2 WHERE name = $1",
+    )
+    .bind(standing.cluster.as_str())
+    .bind(json(&standing))
+    .execute(tx.db())
+    .await?;
     Ok(())
 }
 

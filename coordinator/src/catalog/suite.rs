@@ -546,6 +546,7 @@ mod lives {
             draining: false,
             running: Vec::new(),
             offers: None,
+            wal: Vec::new(),
         }
     }
 

@@ -106,9 +106,24 @@ async fn a_worker_is_enrolled_once_by_its_token() {
     assert!(made.token.starts_with("pgmuster_enrol_"));
     let key = |seed| SigningKey::from_seed(&[seed; 32]);
     let ask = |seed, token: &str| {
-        let request = EnrolRequest { token: token.to_owned(), public_key: key(seed).public() };
+        let request = EnrolRequest {
+            token: token.to_owned(),
+            public_key: key(seed).public(),
+            worker: None,
+            site: None,
+        };
         Some(serde_json::to_string(&request).unwrap())
     };
+    // A token is not used up by a worker that takes itself for another one.
+    let mistaken = EnrolRequest {
+        token: made.token.clone(),
+        public_key: key(9).public(),
+        worker: Some("w8".parse().unwrap()),
+        site: None,
+    };
+    let body = Some(serde_json::to_string(&mistaken).unwrap());
+    let (status, body) = tcp(&fleet, None, "POST", "/v1/workers/enrol", body).await;
+    assert!(status == 401 && body.contains("worker w7 of site fra1"), "{body}");
     let (status, body) = tcp(&fleet, None, "POST", "/v1/workers/enrol", ask(1, &made.token)).await;
     assert_eq!(status, 201, "{body}");
     let answer: EnrolResponse = serde_json::from_str(&body).unwrap();

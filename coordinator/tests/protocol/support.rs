@@ -402,6 +402,7 @@ impl Worker {
             draining: false,
             running: self.running.clone(),
             offers,
+            wal: Vec::new(),
         };
         let body = serde_json::to_string(&self.credentials.sign(&pulse)).unwrap();
         self.say(topology::PULSE, "pulse", body).await;

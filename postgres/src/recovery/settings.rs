@@ -19,7 +19,7 @@ const RECOVERY_SIGNAL: &str = "recovery.signal";
 const STANDBY_SIGNAL: &str = "standby.signal";
 /// What is written and then renamed.
 const DRAFT: &str = "postgresql.auto.conf.tmp";
-const BEGIN: &str = "# Written by pgmuster restore. After the recovery these may be removed.\n";
+const BEGIN: &str = "# Written by pgmuster restore. After the recovery these may be removed, archive_mode with care.\n";
 
 /// Settings that shape a recovery. Those with a value are written so unless we have one of our own; the empty ones come first,
 /// because a server refuses a target that comes while another one is set.
@@ -125,32 +125,9 @@ impl RecoverySettings {
         if self.standby { STANDBY_SIGNAL } else { RECOVERY_SIGNAL }
     }
 
-    /// The new text of `postgresql.auto.conf`, and which lines of the old one are gone.
-    fn rewrite(&self, old: &str, major: u32) -> (String, Vec<String>) {
-        let (removed, kept): (Vec<&str>, Vec<&str>) =
-            old.lines().partition(|line| name_of(line).is_some_and(|name| is_ruled(&name, self)));
-        let mut text: String = kept.iter().flat_map(|line| [line, "\n"]).collect();
-        text.push_str(BEGIN);
-        text.push_str(&settings_text(&self.lines(major)));
-        (text, removed.into_iter().map(|line| line.trim().to_owned()).collect())
-    }
-
     /// Writes them into a data directory in which no server runs. Can be repeated; what is written is not synced.
     pub fn write(&self, directory: &Path, major: u32) -> io::Result<Change> {
-        let path = directory.join(SETTINGS_FILE);
-        let old = match std::fs::read(&path) {
-            Ok(old) => String::from_utf8_lossy(&old).into_owned(),
-            Err(error) if error.kind() == ErrorKind::NotFound => String::new(),
-            Err(error) => return Err(error),
-        };
-        let begins = old.find(BEGIN).unwrap_or(old.len());
-        let (text, removed) = self.rewrite(&old[..begins], major);
-        let draft = directory.join(DRAFT);
-        remove_if_there(&draft)?;
-        let mut file =
-            std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&draft)?;
-        file.write_all(text.as_bytes())?;
-        std::fs::rename(&draft, &path)?;
+        let removed = put(directory, &self.lines(major), |name| is_ruled(name, self))?;
         for signal in [RECOVERY_SIGNAL, STANDBY_SIGNAL] {
             remove_if_there(&directory.join(signal))?;
         }
@@ -165,6 +142,42 @@ impl RecoverySettings {
         let names = main.lines().filter_map(name_of).filter(|name| is_ruled(name, self));
         names.collect::<BTreeSet<_>>().into_iter().collect()
     }
+}
+
+/// Has a server that will run in a restored directory archive nothing, whatever its files say: it would write into the
+/// archive of the server whose copy it is. Can be repeated; what is written is not synced.
+pub fn stop_archiving(directory: &Path) -> io::Result<()> {
+    let off = [("archive_mode".to_owned(), "off".to_owned())];
+    put(directory, &off, |name| name == "archive_mode").map(drop)
+}
+
+/// Puts settings behind all others, in place of those that `is_replaced` names and of what was put there before. Returns the
+/// lines that are gone.
+fn put(
+    directory: &Path,
+    lines: &[(String, String)],
+    is_replaced: impl Fn(&str) -> bool,
+) -> io::Result<Vec<String>> {
+    let path = directory.join(SETTINGS_FILE);
+    let old = match std::fs::read(&path) {
+        Ok(old) => String::from_utf8_lossy(&old).into_owned(),
+        Err(error) if error.kind() == ErrorKind::NotFound => String::new(),
+        Err(error) => return Err(error),
+    };
+    let begins = old.find(BEGIN).unwrap_or(old.len());
+    let (removed, kept): (Vec<&str>, Vec<&str>) = old[..begins]
+        .lines()
+        .partition(|line| name_of(line).is_some_and(|name| is_replaced(&name)));
+    let mut text: String = kept.iter().flat_map(|line| [line, "\n"]).collect();
+    text.push_str(BEGIN);
+    text.push_str(&settings_text(lines));
+    let draft = directory.join(DRAFT);
+    remove_if_there(&draft)?;
+    let mut file =
+        std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&draft)?;
+    file.write_all(text.as_bytes())?;
+    std::fs::rename(&draft, &path)?;
+    Ok(removed.into_iter().map(|line| line.trim().to_owned()).collect())
 }
 
 fn is_ruled(name: &str, settings: &RecoverySettings) -> bool {
@@ -256,6 +269,22 @@ mod tests {
             RecoverySettings { timeline: None, before: true, ..settings(RecoveryTarget::Latest) };
         assert_eq!(value(&own.lines(15), "recovery_target_timeline"), Some("current"));
         assert_eq!(value(&own.lines(15), "recovery_target_inclusive"), Some("off"));
+    }
+
+    #[test]
+    fn a_copy_that_shall_not_archive_keeps_all_its_other_settings() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join(SETTINGS_FILE);
+        for old in ["", "work_mem = '8MB'\nARCHIVE_MODE = always\narchive_command = 'x'\n"] {
+            std::fs::write(&path, old).unwrap();
+            stop_archiving(place.path()).unwrap();
+            let once = std::fs::read_to_string(&path).unwrap();
+            assert!(once.ends_with("archive_mode = 'off'\n") && !once.contains("always"), "{once}");
+            assert_eq!(once.contains("work_mem"), !old.is_empty());
+            assert_eq!(once.contains("archive_command"), !old.is_empty());
+            stop_archiving(place.path()).unwrap();
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), once, "twice is harmless");
+        }
     }
 
     #[test]

@@ -68,6 +68,11 @@ impl Way {
         Ok(Self { history, segment_size, start })
     }
 
+    /// The whole of a timeline and what it came from, from wherever the log begins.
+    pub fn of_timeline(history: History, segment_size: u32) -> Self {
+        Self { history, segment_size, start: Lsn(0) }
+    }
+
     /// The timeline it follows.
     pub fn timeline(&self) -> Timeline {
         self.history.timeline
@@ -106,6 +111,15 @@ impl Way {
             segment = self.segment(segment.number + 1);
         }
         segment
+    }
+
+    /// The first segment of the unbroken line that ends with segment `last`: before it is one that `is_there` denies.
+    pub fn line_ending_with(&self, last: u64, is_there: impl Fn(Segment) -> bool) -> Segment {
+        let mut first = last;
+        while first > 0 && is_there(self.segment(first - 1)) {
+            first -= 1;
+        }
+        self.segment(first)
     }
 
     /// Bytes of a segment.
@@ -166,6 +180,21 @@ mod tests {
         let there = |segment: Segment| segment.timeline == Timeline(1) && segment.number <= 4;
         assert_eq!(way.breaks_off(there), Segment { timeline: Timeline(2), number: 4 });
         assert_eq!(way.breaks_off(|segment| segment.number != 5).number, 5);
+    }
+
+    #[test]
+    fn a_line_goes_back_to_the_segment_that_is_missing() {
+        let history = history(2, &[(1, at(4, 10))]);
+        let way = Way::of_timeline(history, MIB);
+        let there = |numbers: [(u32, u64); 5]| {
+            move |segment: Segment| numbers.contains(&(segment.timeline.0, segment.number))
+        };
+        let all = there([(1, 2), (1, 3), (2, 4), (2, 5), (2, 6)]);
+        assert_eq!(way.line_ending_with(6, all), Segment { timeline: Timeline(1), number: 2 });
+        // The old timeline's copy of the segment in which the new one began is no substitute.
+        let other = there([(1, 2), (1, 3), (1, 4), (2, 5), (2, 6)]);
+        assert_eq!(way.line_ending_with(6, other), Segment { timeline: Timeline(2), number: 5 });
+        assert_eq!(way.line_ending_with(6, |_| true).number, 0);
     }
 
     #[test]

@@ -97,7 +97,7 @@ kinds! {
 
 /// A text that is no job kind.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("know the job kind {0:?}")]
+#[error("know the job kind or state {0:?}")]
 pub struct UnknownKind(String);
 
 impl fmt::Display for JobKind {

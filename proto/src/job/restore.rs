@@ -28,6 +28,10 @@ pub struct Restore {
     /// Go beyond the end of the backup, along archived WAL. Left out when absent, as above.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recovery: Option<Recovery>,
+    /// The copy's server may archive as the source does; without this it is kept from that. Where it recovers, `recovery` says
+    /// so.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub keep_archiving: bool,
 }
 
 /// A directory below one of the restore roots a worker announced.
@@ -114,6 +118,9 @@ pub struct RestoreOutcome {
     /// How far recovery goes beyond the backup, where that was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recovery: Option<RecoveryOutcome>,
+    /// A server that runs there archives nothing, though the source did.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub archiving_stopped: bool,
 }
 
 /// What a restore that goes beyond its backup knows of its way, and what its server was seen to do.

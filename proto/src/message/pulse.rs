@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::WalStanding;
 use crate::failure::Failure;
 use crate::step::Progress;
 use crate::{AttemptId, BootId, ClusterName, JobKind, SiteName, SystemIdentifier, WorkerName};
@@ -34,6 +35,9 @@ pub struct Pulse {
     /// What it can do. Sent with the first pulse of a boot, on change, and when a new coordinator shows itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub offers: Option<Offers>,
+    /// How archives of WAL stand: those that changed, and all of them from time to time.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub wal: Vec<WalStanding>,
 }
 
 /// Room for more jobs.

@@ -29,9 +29,7 @@ pub async fn open(url: &str, credentials: &Credentials) -> Result<Arc<dyn Store>
             let options = s3::S3Options::from_url(url, credentials)?;
             Ok(Arc::new(s3::S3Store::open(options).await?))
         }
-        _ => Err(StoreError::Unsuitable {
-            reason: format!("{url} is neither file:///path nor s3://bucket/prefix"),
-        }),
+        _ => Err(StoreError::Address { url: url.to_owned() }),
     }
 }
 
@@ -61,6 +59,12 @@ pub enum StoreError {
     NotFound {
         /// The key.
         key: String,
+    },
+    /// Nothing that we know has such an address.
+    #[error("understand {url} as the address of a store")]
+    Address {
+        /// What was given.
+        url: String,
     },
     /// The store refused the credentials or the operation.
     #[error("get permission to {operation} {key}")]

@@ -111,6 +111,16 @@ impl Repository {
         Ok(later)
     }
 
+    /// Whether the archive has a segment; says nothing of its content. `false` only when that is certain.
+    pub async fn has_wal(&self, lineage: LineageId, segment: SegmentName) -> Result<bool, Error> {
+        let place = layout::wal_file(&WalFileName::Segment(segment));
+        match self.store.size(&(layout::wal(lineage) + &place)).await {
+            Ok(_) => Ok(true),
+            Err(StoreError::NotFound { .. }) => self.identity(lineage).await.map(|_| false),
+            Err(error) => Err(Error::needed(error)),
+        }
+    }
+
     /// What the archive has, from one listing, the histories, and the head of one segment of each timeline. A timeline
     /// none of whose segments tells how long it is stands there without any, and among the damaged.
     pub async fn list_wal(&self, lineage: LineageId) -> Result<WalInventory, Error> {

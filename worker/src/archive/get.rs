@@ -9,7 +9,7 @@ use proto::{Action, Code, Failure, WalFileName};
 use repository::{Identity, Repository};
 
 use super::lineage::Whose;
-use super::{segment_of, server_of, tablespaces, verify};
+use super::{Until, segment_of, server_of, tablespaces, verify};
 use crate::context::blocking;
 
 /// How fetching a file ended.
@@ -21,13 +21,14 @@ pub enum Got {
     NotThere,
 }
 
-/// Fetches `file` and puts it to `to`, whole or not at all. Whatever is not certain is an error: a server that is told that
+/// Fetches `file` and puts it to `to`, whole or not at all. Of it, the server will replay nothing behind `until`. Whatever is not certain is an error: a server that is told that
 /// there is no such file takes it for the end of its log and goes into service with what it has.
 pub async fn get(
     repository: &Repository,
     whose: &Whose,
     file: &WalFileName,
     to: &Path,
+    until: Option<Until>,
 ) -> Result<Got, Failure> {
     let server = server_of(to).await?;
     let identity = whose.find(repository, server.map(|server| server.system_identifier)).await?;
@@ -44,7 +45,8 @@ pub async fn get(
     if let (Some(server), WalFileName::Segment(name)) = (server, file)
         && let Some(segment) = name.segment(server.segment_size)
     {
-        tablespaces::protect(repository, identity.lineage, segment, &content, server, to).await?;
+        let lineage = identity.lineage;
+        tablespaces::protect(repository, lineage, segment, &content, server, to, until).await?;
     }
     let to = to.to_owned();
     blocking(move || {

@@ -21,6 +21,7 @@ pub use get::{Got, get};
 pub use lineage::Whose;
 pub use patience::patiently;
 pub use push::{Pushed, push};
+pub use tablespaces::Until;
 pub use windows::{Damaged, Gap, Recoverable, Window, recoverable};
 
 use crate::context::blocking;

@@ -5,21 +5,69 @@
 //! handed over, because afterwards nothing can stop the replay.
 
 use std::ffi::OsStr;
+use std::fmt;
 use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use bytes::Bytes;
+use jiff::Timestamp;
 use postgres::wal::{Segment, SegmentHeader};
-use postgres::wal_moments::{self, NewTablespace};
-use proto::{Action, Code, Failure, LineageId, WalFileName};
+use postgres::wal_moments::{self, Moment, NewTablespace, SegmentMoments};
+use proto::{Action, Code, Failure, LineageId, Lsn, WalFileName};
 use repository::Repository;
 
 use super::{Server, data_directory};
 use crate::context::blocking;
 
-/// Refuses a segment whose replay would remove files that the server which asks did not write. `to` is where it wants the segment.
+/// Where a recovery ends, as far as whoever began it knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Until {
+    /// Nothing from this position on is replayed.
+    Position(Lsn),
+    /// Nothing from the first end of a transaction after this time on is.
+    Time(Timestamp),
+}
+
+impl Until {
+    /// Whether the recovery has ended when it comes to a record.
+    fn comes_before(self, space: &NewTablespace, moments: &[Moment]) -> bool {
+        match self {
+            Self::Position(until) => until <= space.start,
+            Self::Time(time) => moments.iter().any(|moment| {
+                moment.ends_transaction() && moment.at > time && moment.start < space.start
+            }),
+        }
+    }
+}
+
+impl fmt::Display for Until {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Position(position) => position.fmt(f),
+            Self::Time(time) => time.fmt(f),
+        }
+    }
+}
+
+/// A text that is neither a position nor a time.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("write a position (0/3000148) or a time with its zone (2026-11-27T09:30:00Z)")]
+pub struct UntilError;
+
+impl FromStr for Until {
+    type Err = UntilError;
+
+    fn from_str(text: &str) -> Result<Self, UntilError> {
+        let time = || text.parse().map(Self::Time).map_err(|_| UntilError);
+        text.parse().map_or_else(|_| time(), |position| Ok(Self::Position(position)))
+    }
+}
+
+/// Refuses a segment whose replay would remove files that the server which asks did not write. `to` is where it wants the segment;
+/// nothing behind `until` will be replayed.
 pub(super) async fn protect(
     repository: &Repository,
     lineage: LineageId,
@@ -27,6 +75,7 @@ pub(super) async fn protect(
     content: &Bytes,
     server: Server,
     to: &Path,
+    until: Option<Until>,
 ) -> Result<(), Failure> {
     let mut said = look(segment, content.clone(), None, server).await?;
     if said.may_make_one_more {
@@ -36,6 +85,8 @@ pub(super) async fn protect(
             said = look(segment, content.clone(), Some(next), server).await?;
         }
     }
+    let SegmentMoments { moments, tablespaces, .. } = &mut said;
+    tablespaces.retain(|space| until.is_none_or(|until| !until.comes_before(space, moments)));
     if said.tablespaces.is_empty() {
         return Ok(());
     }
@@ -56,7 +107,7 @@ async fn look(
     content: Bytes,
     next: Option<Bytes>,
     server: Server,
-) -> Result<wal_moments::SegmentMoments, Failure> {
+) -> Result<SegmentMoments, Failure> {
     let (start, major) = (segment.start(server.segment_size), server.major.unwrap_or_default());
     blocking(move || Ok(wal_moments::read(major, start, &content, next.as_deref())?)).await
 }
@@ -89,17 +140,36 @@ fn refusal(space: &NewTablespace, occupied: &Path) -> Failure {
         occupied.display()
     );
     Failure::new(Code::DataDirectoryShape, Action::FixConfig, what).with_hint(format!(
-        "If a server uses {location}, recover on another host, or to before that: --to {} --before. If none does any more, move what is in it \
-         away, leave {location} empty, and start this server again.",
+        "If a server uses {location}, recover on another host, or to before that: pgmuster restore --to {} --before. If none does any \
+         more, move what is in it away, leave {location} empty, and start this server again.",
         space.start
     ))
 }
 
 #[cfg(test)]
 mod tests {
-    use proto::Lsn;
+    use postgres::wal_moments::Event;
 
     use super::*;
+
+    #[test]
+    fn what_lies_behind_the_end_of_the_recovery_is_in_nobodys_way() {
+        let space = NewTablespace { oid: 1, location: b"/x".to_vec(), start: Lsn(100) };
+        let ended = |at: &str, start: u64| Moment {
+            event: Event::Commit(7),
+            at: at.parse().unwrap(),
+            start: Lsn(start),
+            end: Lsn(start + 8),
+        };
+        let moments = [ended("2026-11-27T09:00:00Z", 50), ended("2026-11-27T10:00:00Z", 150)];
+        let before = |until: &str| until.parse::<Until>().unwrap().comes_before(&space, &moments);
+        assert!(before("0/64") && !before("0/65"));
+        assert!(before("2026-11-27T08:59:59Z"), "a commit before the record ends it");
+        assert!(!before("2026-11-27T09:00:00Z"), "the next commit comes after the record");
+        assert!("soon".parse::<Until>().is_err());
+        let time = Until::Time("2026-11-27T09:00:00.5Z".parse().unwrap());
+        assert_eq!(time.to_string().parse(), Ok(time));
+    }
 
     #[test]
     fn only_files_that_are_not_the_servers_own_are_in_the_way() {

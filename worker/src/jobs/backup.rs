@@ -17,6 +17,7 @@ pub(crate) async fn run(
 ) -> Result<BackupOutcome, Failure> {
     let cluster = places.cluster(&cx.spec.cluster)?;
     let repository = cx.step("open_repository", places.repository_for(&cx.spec.cluster)).await?;
+    let repository = &repository;
     let by = config.name.to_string();
     let by = by.as_str();
     let backup = &config.backup;

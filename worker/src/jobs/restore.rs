@@ -29,7 +29,7 @@ pub(crate) async fn run(
             let (cluster, system_identifier) = (Some(&cx.spec.cluster), cx.spec.system_identifier);
             let Some(recovery) = &task.recovery else {
                 let found = restoring::find_pinned(
-                    repository,
+                    &repository,
                     cluster,
                     system_identifier,
                     task.backup,
@@ -39,7 +39,7 @@ pub(crate) async fn run(
             };
             let wanted = Wanted { cluster, system_identifier, backup: task.backup, recovery };
             let fetching = fetching(&place.config)?;
-            let (backup, plan) = recovering::plan(repository, wanted, &fetching, &pin).await?;
+            let (backup, plan) = recovering::plan(&repository, wanted, &fetching, &pin).await?;
             Ok((backup, Some(plan)))
         })
         .await?;
@@ -61,7 +61,12 @@ async fn restore(
 ) -> Result<RestoreOutcome, Failure> {
     let below = Destination::below(directory, backup.facts());
     let settings = recovery.map(|plan| plan.settings.clone());
-    let destination = Destination { delta: task.delta, recovery: settings, ..below };
+    let destination = Destination {
+        delta: task.delta,
+        recovery: settings,
+        keep_archiving: task.keep_archiving,
+        ..below
+    };
     for place in destination.tablespaces.values() {
         below_root(config, &task.target.root, place)?;
     }
@@ -171,7 +176,14 @@ mod tests {
             root: root.display().to_string(),
             directory: directory.parse().unwrap(),
         };
-        Restore { backup: None, target, plan_only: false, delta: false, recovery: None }
+        Restore {
+            backup: None,
+            target,
+            plan_only: false,
+            delta: false,
+            recovery: None,
+            keep_archiving: false,
+        }
     }
 
     #[test]

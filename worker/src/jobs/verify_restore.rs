@@ -53,7 +53,7 @@ async fn proof(
             };
             let cluster = Some(&cx.spec.cluster);
             let backup =
-                restoring::find_pinned(repository, cluster, identifier, task.backup, &pin).await?;
+                restoring::find_pinned(&repository, cluster, identifier, task.backup, &pin).await?;
             Ok((repository, backup))
         })
         .await?;
@@ -65,7 +65,7 @@ async fn proof(
     };
     let proved = async {
         let proof = proving::prove(cx, &workshop, &backup, task.level).await?;
-        store(cx, repository, credentials, &proof).await?;
+        store(cx, &repository, credentials, &proof).await?;
         Ok(proof)
     };
     let proved = proved.await;

@@ -24,6 +24,7 @@ use repository::{Backup, Pin, Pinned, Repository, WalInventory};
 use self::search::{Found, Search};
 pub use self::start::Starter;
 pub use self::words::Fetching;
+use crate::archive::Until;
 use crate::restoring;
 
 /// A recovery that was found possible, as far as anybody can know before it is done.
@@ -81,6 +82,8 @@ struct Aim {
     target: RecoveryTarget,
     /// What it must have replayed.
     at_least: Lsn,
+    /// Nothing behind this will be replayed, where that is known.
+    until: Option<Until>,
     /// Sentences about it.
     notes: Vec<String>,
 }
@@ -270,7 +273,10 @@ impl Planner<'_> {
         let facts = candidate.backup.facts();
         let before = self.recovery.before;
         let target = self.recovery.to.clone();
-        let aim = |at_least, notes| Ok(Ok(Aim { target: target.clone(), at_least, notes }));
+        let aim = |at_least, until: Option<Lsn>| {
+            let until = until.map(Until::Position);
+            Ok(Ok(Aim { target: target.clone(), at_least, until, notes: Vec::new() }))
+        };
         if reach.to < facts.stop_lsn {
             let size = candidate.way.segment_size();
             let failure = unreachable(format!(
@@ -282,14 +288,14 @@ impl Planner<'_> {
             return Ok(Err(Refusal { is_final: false, failure: Box::new(failure) }));
         }
         match &self.recovery.to {
-            RecoveryTarget::Immediate => aim(facts.stop_lsn, Vec::new()),
+            RecoveryTarget::Immediate => aim(facts.stop_lsn, Some(facts.stop_lsn)),
             RecoveryTarget::Latest => {
                 if reach.is_gap {
                     let what = "the end of the WAL lies behind a gap".to_owned();
                     return Ok(Err(self.gap(candidate, reach, search, what, true).await?));
                 }
                 let end = search.end(&candidate.way, reach.to).await?;
-                aim(end.unwrap_or(facts.stop_lsn).max(facts.stop_lsn), Vec::new())
+                aim(end.unwrap_or(facts.stop_lsn).max(facts.stop_lsn), None)
             }
             RecoveryTarget::Lsn(lsn) => {
                 if *lsn < facts.stop_lsn {
@@ -301,7 +307,9 @@ impl Planner<'_> {
                     let what = format!("WAL does not lead to {lsn}");
                     return Ok(Err(self.gap(candidate, reach, search, what, true).await?));
                 }
-                aim(if before { facts.stop_lsn } else { *lsn }, Vec::new())
+                // One that is not to stop before it replays the record that begins there.
+                let until = if before { *lsn } else { Lsn(lsn.0 + 1) };
+                aim(if before { facts.stop_lsn } else { *lsn }, Some(until))
             }
             RecoveryTarget::Time(time) => {
                 if facts.stopped_at_ms > time.as_millisecond() {
@@ -328,6 +336,10 @@ impl Planner<'_> {
         let target = RecoveryTarget::Time(time);
         let found =
             search.after(&candidate.way, stop, reach.to, time, self.recovery.before).await?;
+        let until = match &found {
+            Found::Idle(moment) => Until::Position(moment.end),
+            Found::Event(_) | Found::Unknown | Found::Nothing => Until::Time(time),
+        };
         let (target, note) = match found {
             Found::Event(moment) => {
                 (target, format!("a transaction that ended at {} shows that WAL goes on beyond that", moment.at))
@@ -350,7 +362,7 @@ impl Planner<'_> {
                 return Ok(Err(self.gap(candidate, reach, search, what, true).await?));
             }
         };
-        Ok(Ok(Aim { target, at_least: stop, notes: vec![note] }))
+        Ok(Ok(Aim { target, at_least: stop, until: Some(until), notes: vec![note] }))
     }
 
     /// A transaction or a restore point is looked for from the end of what is there.
@@ -366,7 +378,12 @@ impl Planner<'_> {
         let Some(found) = found else {
             // Not everything could be looked at: the server finds it or refuses to open.
             let note = "it was not looked for: there is too much WAL; the server refuses to open if it is not there";
-            return Ok(Ok(Aim { target, at_least: stop, notes: vec![note.to_owned()] }));
+            return Ok(Ok(Aim {
+                target,
+                at_least: stop,
+                until: None,
+                notes: vec![note.to_owned()],
+            }));
         };
         match found.as_slice() {
             [] => {
@@ -377,7 +394,8 @@ impl Planner<'_> {
                 let at_least = if self.recovery.before { moment.start } else { moment.end };
                 let note =
                     format!("{target} is at {} and was reached at {}", moment.start, moment.at);
-                Ok(Ok(Aim { target, at_least: at_least.min(moment.end), notes: vec![note] }))
+                let (at_least, until) = (at_least.min(moment.end), Until::Position(moment.end));
+                Ok(Ok(Aim { target, at_least, until: Some(until), notes: vec![note] }))
             }
             several => {
                 let places: Vec<String> = several
@@ -468,7 +486,7 @@ impl Planner<'_> {
         // A position in place of a time is one before which all is wanted.
         let is_translated = aim.target != recovery.to;
         let settings = RecoverySettings {
-            restore_command: fetching.command(self.lineage, recovery.standby),
+            restore_command: fetching.command(self.lineage, recovery.standby, aim.until),
             target: aim.target.clone(),
             before: recovery.before && !is_translated,
             timeline,

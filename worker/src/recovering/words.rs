@@ -7,6 +7,8 @@ use postgres::recovery::RecoverySettings;
 use proto::job::RecoveryOutcome;
 use proto::{BackupFacts, BackupId, LineageId, Recovery, RecoveryTarget, TargetAction};
 
+use crate::archive::Until;
+
 /// How a restored server calls this program for WAL. No secret stands in it: keys are named by reference.
 #[derive(Debug, Clone)]
 pub struct Fetching {
@@ -20,7 +22,12 @@ pub struct Fetching {
 
 impl Fetching {
     /// The `restore_command`.
-    pub(super) fn command(&self, lineage: LineageId, standby: bool) -> String {
+    pub(super) fn command(
+        &self,
+        lineage: LineageId,
+        standby: bool,
+        until: Option<Until>,
+    ) -> String {
         let [option, reference] = &self.opener;
         let program = quoted(&self.program.display().to_string());
         let mut command = format!(
@@ -30,6 +37,9 @@ impl Fetching {
         );
         if standby {
             command.push_str(" --standby");
+        }
+        if let Some(until) = until {
+            command.extend([" --until ", &until.to_string()]);
         }
         command
     }
@@ -87,7 +97,7 @@ pub(super) fn lines(told: &Told<'_>) -> Vec<String> {
     lines.push(if recovery.keep_archiving {
         "leave archive_mode as the backup has it: see that it archives nowhere else than to a lineage of its own".to_owned()
     } else {
-        "set archive_mode = off, so that the copy does not write into the source's archive".to_owned()
+        crate::restoring::STOPS_ARCHIVING.to_owned()
     });
     lines.push(match (recovery.standby, recovery.action) {
         (true, _) => "a server started there follows the archive as a standby".to_owned(),
@@ -108,6 +118,8 @@ pub(super) fn lines(told: &Told<'_>) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use proto::Lsn;
+
     use super::*;
 
     #[test]
@@ -118,12 +130,12 @@ mod tests {
             opener: ["--key".to_owned(), "/etc/a key".to_owned()],
         };
         let lineage = LineageId::mint(1_700_000_000_003, [4; 10]);
-        let command = fetching.command(lineage, true);
+        let command = fetching.command(lineage, true, Some(Until::Position(Lsn(0x300_0148))));
         assert_eq!(
             command,
             format!(
                 "'/opt/it'\\''s/pgmuster' wal get \"%f\" \"%p\" --repository 'file:///backups/100%%' --key '/etc/a key' \
-                 --lineage {lineage} --standby"
+                 --lineage {lineage} --standby --until 0/3000148"
             )
         );
         // As a server does, and then a shell.

@@ -24,6 +24,8 @@ use crate::jobs::session_owner;
 
 /// What is kept of `pg_restore`'s output; it says nothing when all goes well.
 const SAID_BYTES: usize = 64 << 10;
+/// What is looked at of a list of contents, whose first lines are about the dump as a whole.
+const LIST_BYTES: usize = 64 << 10;
 
 /// What is to be put where.
 #[derive(Debug, Clone)]
@@ -146,6 +148,9 @@ pub async fn plan(
     for dump in dumps {
         let is_there = there.iter().any(|database| database.name == dump.database);
         let how = how(cx, request, &dump, is_there).await?;
+        if is_part(request) {
+            cx.until_stopped(has_parts(backup, request, &clients, &dump)).await??;
+        }
         let size = backup.file_content(dump.file.as_bytes()).await?.size_bytes();
         lines.push(line(request, &dump, how, size));
         loads.push((dump, how));
@@ -184,6 +189,35 @@ fn chosen(logical: &LogicalFacts, request: &LoadRequest) -> Result<Vec<DatabaseD
         );
     }
     Ok(dumps)
+}
+
+/// Makes sure that a dump has everything that was named: `pg_restore` takes what it does not find for nothing to be done.
+async fn has_parts(
+    backup: &Backup,
+    request: &LoadRequest,
+    clients: &Clients,
+    dump: &DatabaseDump,
+) -> Result<(), Failure> {
+    let schemas = request.schemas.iter().map(|name| ("schema", name));
+    let tables = request.tables.iter().map(|name| ("table", name));
+    for (kind, name) in schemas.chain(tables) {
+        let mut program = clients.pg_restore().arg("--list").arg(format!("--{kind}={name}"));
+        if kind == "table" {
+            let within = request.schemas.iter().map(|schema| format!("--schema={schema}"));
+            program = program.args(within);
+        }
+        let content = backup.file_content(dump.file.as_bytes()).await?;
+        let what = format!("database {}", dump.database);
+        let list = feed(&what, &program, content.stream(), LIST_BYTES).await?;
+        let is_entry = |line: &str| !line.is_empty() && !line.starts_with(';');
+        if !list.lines().any(is_entry) {
+            let what = format!("the dump of database {} has no {kind} {name}", dump.database);
+            let hint = "Nothing was changed. Names are as in the catalogue, without quotes; a table's is without its schema, \
+                        which --schema names.";
+            return Err(Failure::new(Code::RequestInvalid, Action::FixConfig, what).with_hint(hint));
+        }
+    }
+    Ok(())
 }
 
 fn is_part(request: &LoadRequest) -> bool {
@@ -240,7 +274,7 @@ async fn how(
         "Rename or drop them there, or restore the database under another server and move the rows."
             .to_owned()
     } else {
-        format!("Nothing was changed. To drop the database there first: --overwrite {name:?}.")
+        format!("Nothing was changed. To drop the database there first: --overwrite {name}.")
     };
     Err(Failure::new(
         Code::TargetNotEmpty,

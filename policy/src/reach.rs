@@ -1,0 +1,164 @@
+//! Up to when a cluster can be recovered: what a disaster now would cost.
+
+use proto::message::WalStanding;
+use proto::{LineageId, Lsn, Timeline};
+
+use crate::words::{count, span};
+
+/// Where the newest backup of a cluster ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BackupEnd {
+    /// The lineage it belongs to.
+    pub lineage: LineageId,
+    /// The timeline it was taken on.
+    pub timeline: Timeline,
+    /// Where recovery must get to.
+    pub stop_lsn: Lsn,
+    /// What a restore of it alone brings back, Unix milliseconds.
+    pub stopped_at_ms: i64,
+}
+
+/// Whether the archive's line leads on from the end of a backup.
+pub fn leads_on(backup: &BackupEnd, wal: &WalStanding) -> bool {
+    let begins_before = wal.line_from <= backup.stop_lsn && backup.stop_lsn <= wal.archived_to;
+    wal.lineage == backup.lineage && begins_before && is_on_the_way(backup, wal)
+}
+
+/// Whether the server's timeline is the backup's, or left it behind the end of the backup. The positions of a history may go
+/// back, so the lowest of those that follow counts.
+fn is_on_the_way(backup: &BackupEnd, wal: &WalStanding) -> bool {
+    if backup.timeline == wal.timeline {
+        return true;
+    }
+    let later = wal.ancestors.iter().skip_while(|ancestor| ancestor.timeline != backup.timeline);
+    later.map(|ancestor| ancestor.left_at).min().is_some_and(|left| left >= backup.stop_lsn)
+}
+
+/// The moment up to which everything that was committed can be recovered, Unix milliseconds.
+pub fn recovery_point(backup: &BackupEnd, wal: Option<&WalStanding>) -> i64 {
+    let by_wal = wal.filter(|wal| leads_on(backup, wal)).and_then(|wal| wal.safe_at_ms);
+    by_wal.map_or(backup.stopped_at_ms, |safe| safe.max(backup.stopped_at_ms))
+}
+
+/// What is wrong with an archive, as a sentence without a period; `None` when all is well. `patience_ms` is how long a full
+/// segment may take to arrive.
+pub fn archive_trouble(
+    backup: Option<&BackupEnd>,
+    wal: &WalStanding,
+    patience_ms: i64,
+    now_ms: i64,
+) -> Option<String> {
+    if let Some(waiting) = wal.waiting
+        && wal.at_ms.saturating_sub(waiting.since_ms) >= patience_ms
+    {
+        let since = span(now_ms.saturating_sub(waiting.since_ms));
+        return Some(format!(
+            "its WAL does not reach the archive: {} {} since {since}, beginning with {}",
+            count(waiting.segments, "full segment"),
+            if waiting.segments == 1 { "is missing" } else { "are missing" },
+            waiting.segment
+        ));
+    }
+    // Behind a gap only a later backup leads on.
+    let backup = backup.filter(|backup| backup.lineage == wal.lineage)?;
+    let gap = wal.gap.filter(|_| backup.stop_lsn < wal.line_from)?;
+    Some(format!(
+        "WAL segment {gap} is missing in its archive, so its newest backup does not lead beyond it: take another backup"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::message::{WalAncestor, WalWaiting};
+
+    use super::*;
+
+    fn lineage(n: u8) -> LineageId {
+        LineageId::mint(1, [n; 10])
+    }
+
+    fn backup(stop: u64) -> BackupEnd {
+        BackupEnd {
+            lineage: lineage(1),
+            timeline: Timeline(1),
+            stop_lsn: Lsn(stop),
+            stopped_at_ms: 1_000,
+        }
+    }
+
+    fn wal() -> WalStanding {
+        WalStanding {
+            cluster: "orders".parse().unwrap(),
+            lineage: lineage(1),
+            at_ms: 100_000,
+            timeline: Timeline(1),
+            ancestors: Vec::new(),
+            server_lsn: Lsn(950),
+            line_from: Lsn(100),
+            archived_to: Lsn(900),
+            safe_at_ms: Some(90_000),
+            waiting: None,
+            gap: None,
+        }
+    }
+
+    #[test]
+    fn wal_counts_only_where_it_leads_on_from_the_backup() {
+        let point = |backup: BackupEnd, change: fn(&mut WalStanding)| {
+            let mut wal = wal();
+            change(&mut wal);
+            recovery_point(&backup, Some(&wal))
+        };
+        assert_eq!(point(backup(100), |_| {}), 90_000);
+        assert_eq!(point(backup(900), |_| {}), 90_000);
+        assert_eq!(point(backup(99), |_| {}), 1_000, "behind a gap");
+        assert_eq!(point(backup(901), |_| {}), 1_000, "the archive is not so far");
+        assert_eq!(point(backup(500), |wal| wal.safe_at_ms = None), 1_000);
+        assert_eq!(point(backup(500), |wal| wal.safe_at_ms = Some(5)), 1_000);
+        assert_eq!(point(backup(500), |wal| wal.lineage = lineage(2)), 1_000, "another history");
+        assert_eq!(recovery_point(&backup(500), None), 1_000);
+    }
+
+    #[test]
+    fn a_promotion_before_the_end_of_the_backup_leaves_it_behind() {
+        let point = |stop: u64, ancestors: &[(u32, u64)]| {
+            let ancestors = ancestors.iter().map(|(timeline, left_at)| WalAncestor {
+                timeline: Timeline(*timeline),
+                left_at: Lsn(*left_at),
+            });
+            let wal =
+                WalStanding { timeline: Timeline(3), ancestors: ancestors.collect(), ..wal() };
+            recovery_point(&backup(stop), Some(&wal))
+        };
+        assert_eq!(point(500, &[(1, 600), (2, 700)]), 90_000);
+        assert_eq!(point(500, &[(1, 499), (2, 700)]), 1_000);
+        assert_eq!(point(500, &[(1, 600), (2, 400)]), 1_000, "positions that go back");
+        assert_eq!(point(500, &[]), 1_000, "nobody knows where the timeline came from");
+    }
+
+    #[test]
+    fn trouble_is_told_with_what_to_do() {
+        let segment = "000000010000000000000003".parse().unwrap();
+        let late = WalStanding {
+            waiting: Some(WalWaiting { segment, since_ms: 40_000, segments: 2 }),
+            ..wal()
+        };
+        let told = |wal: &WalStanding, patience| {
+            archive_trouble(Some(&backup(500)), wal, patience, 160_000)
+        };
+        assert_eq!(
+            told(&late, 60_000).unwrap(),
+            "its WAL does not reach the archive: 2 full segments are missing since 2 min, beginning with 000000010000000000000003"
+        );
+        assert_eq!(told(&late, 60_001), None, "it may still be on its way");
+        let gap = WalStanding { line_from: Lsn(501), gap: Some(segment), ..wal() };
+        assert!(told(&gap, 60_000).unwrap().contains("take another backup"));
+        assert_eq!(
+            archive_trouble(Some(&backup(501)), &gap, 60_000, 0),
+            None,
+            "a later backup leads on"
+        );
+        assert_eq!(archive_trouble(None, &gap, 60_000, 0), None);
+        assert_eq!(told(&wal(), 0), None);
+    }
+}

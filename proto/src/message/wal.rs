@@ -1,0 +1,59 @@
+//! How far a cluster's archive of WAL is, as a worker saw it.
+
+use serde::{Deserialize, Serialize};
+
+use crate::wal::SegmentName;
+use crate::{ClusterName, LineageId, Lsn, Timeline};
+
+/// What a worker saw of one cluster that archives into its repository. Judged by positions alone: what the server says of its own
+/// archiving, and whether its `archive_command` succeeded, is no evidence.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WalStanding {
+    /// Whose.
+    pub cluster: ClusterName,
+    /// Where it is archived.
+    pub lineage: LineageId,
+    /// When it was looked at; worker's clock, Unix milliseconds.
+    pub at_ms: i64,
+    /// The timeline that the server writes.
+    pub timeline: Timeline,
+    /// The timelines it came from, oldest first, as far as the archive knows them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ancestors: Vec<WalAncestor>,
+    /// Where the server is.
+    pub server_lsn: Lsn,
+    /// Where the unbroken line of segments begins that ends at `archived_to`.
+    pub line_from: Lsn,
+    /// The archive has everything before this position, back to `line_from`.
+    pub archived_to: Lsn,
+    /// Every transaction that had committed by then is archived; worker's clock, Unix milliseconds. Absent while that is not
+    /// known, as after a start of the worker.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub safe_at_ms: Option<i64>,
+    /// Whole segments that are not in the archive.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waiting: Option<WalWaiting>,
+    /// The first segment that is missing before `line_from`, though the archive has older ones.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gap: Option<SegmentName>,
+}
+
+/// A timeline that was left for another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WalAncestor {
+    /// Which.
+    pub timeline: Timeline,
+    /// Where it was left.
+    pub left_at: Lsn,
+}
+
+/// Segments that the server has filled and the archive does not have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WalWaiting {
+    /// The first of them.
+    pub segment: SegmentName,
+    /// Since when at least it has been full; worker's clock, Unix milliseconds.
+    pub since_ms: i64,
+    /// How many there are.
+    pub segments: u64,
+}
