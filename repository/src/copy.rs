@@ -239,7 +239,7 @@ impl Mirror {
         };
         let has_manifest = has(&there, "manifest");
         let is_gone = !has_manifest && has(&there, "gone");
-        if committed && (is_gone || wishes::standing(&there).next().is_some()) {
+        if committed && (is_gone || wishes::forgets(&there).next().is_some()) {
             summary.outcome = CopyOutcome::GivenUp;
             return Ok(summary);
         }

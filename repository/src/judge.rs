@@ -178,11 +178,11 @@ impl Repository {
         if !is_there && has(&seen.names, "gone") && self.is_gone(lineage, backup).await? {
             return Ok(None);
         }
-        let ends: Vec<String> = wishes::standing(&seen.names).map(str::to_owned).collect();
+        let ends: Vec<String> = wishes::forgets(&seen.names).map(str::to_owned).collect();
         let wish = self.forgotten_by(lineage, backup, &ends).await?;
         let until_ms = wish.map(|wish| wish.at_ms.saturating_add(options.grace_ms));
-        if !has(&seen.names, "hold") && until_ms.is_some_and(|until_ms| until_ms <= options.now_ms)
-        {
+        let is_over = until_ms.is_some_and(|until_ms| until_ms <= options.now_ms);
+        if is_over && !wishes::is_held(&seen.names) {
             let (stays, alone) = (Vec::new(), None);
             let committed_at_ms = seen.summary.ok().and_then(|seen| seen.committed_at_ms());
             return Ok(Some(Judged { backup, committed_at_ms, given_up: true, stays, alone }));

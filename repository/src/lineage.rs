@@ -70,7 +70,8 @@ pub(crate) fn has(names: &[String], wanted: &str) -> bool {
 
 pub(crate) fn backups(mut attempts: Vec<AttemptSummary>) -> Vec<AttemptSummary> {
     attempts.retain(|attempt| attempt.backup().is_some() && attempt.has_manifest);
-    attempts.sort_by_key(|attempt| (attempt.committed_at_ms(), attempt.attempt));
+    let order_ms = |attempt: &AttemptSummary| attempt.verdict.as_ref().map(Verdict::order_ms);
+    attempts.sort_by_key(|attempt| (order_ms(attempt), attempt.attempt));
     attempts
 }
 
@@ -223,7 +224,7 @@ impl Repository {
         names: &[String],
     ) -> Result<AttemptSummary, Error> {
         let has = |wanted: &str| has(names, wanted);
-        let forgets: Vec<String> = wishes::standing(names).map(str::to_owned).collect();
+        let forgets: Vec<String> = wishes::forgets(names).map(str::to_owned).collect();
         let proofs = names.iter().filter(|name| name.starts_with("proof.")).count();
         let verdict = if has("verdict") { self.verdict(lineage, attempt).await? } else { None };
         let intent = if verdict.is_none() && has("intent") {
@@ -237,7 +238,7 @@ impl Repository {
             verdict,
             forgotten: !forgets.is_empty(),
             forgets,
-            held: has("hold"),
+            held: wishes::is_held(names),
             proofs: u32::try_from(proofs).unwrap_or(u32::MAX),
             has_manifest: has("manifest"),
         })

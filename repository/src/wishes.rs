@@ -1,12 +1,13 @@
 //! What people and retention wish for a backup: that it goes (`forget`), that this is taken back (`remember`), that it stays
-//! (`hold`).
+//! (`hold`), that this is over (`release`).
 //!
 //! A wish is an object beside the backup; what follows from it is the collector's affair. `forget` and `hold` exclude each
 //! other: each is written first and looks for the other afterwards, so of two at the same time at most one stands.
 //!
-//! A `forget` is never deleted: a late request could bring it back. It is taken back by the `remember` of the same number
-//! (`forget` and `remember`, `forget.1` and `remember.1`, …), and a later one takes the next number. One that is not believed
-//! takes a number as well, and is in nobody's way.
+//! No wish is ever deleted: a late request could bring it back, or take away what was wished since. A `forget` is taken back by
+//! the `remember` of the same number (`forget` and `remember`, `forget.1` and `remember.1`, …), and a later one takes the next
+//! number. One that is not believed takes a number as well, and is in nobody's way. A `hold` has a name that nobody else uses,
+//! so whoever lost against a `forget` takes back its own and no other.
 
 use proto::envelope::Signed;
 use proto::failure::chain;
@@ -15,28 +16,43 @@ use proto::{AttemptId, BackupId, LineageId, Proof, ProofLevel};
 
 use crate::attempt::is_doomed;
 use crate::error::Error;
-use crate::layout;
 use crate::lineage::{AttemptSummary, has};
 use crate::note;
 use crate::record::{Gone, Outcome, Wish};
 use crate::repository::Repository;
 use crate::store::{PutOutcome, StoreError};
+use crate::{chance, hex, layout};
 
 const FORGET: &str = "forget";
 const REMEMBER: &str = "remember";
 const HOLD: &str = "hold";
+const RELEASE: &str = "release";
 /// What an undone deletion is called where it is refused.
 const TAKE_BACK: &str = "take back the deletion of";
 /// Times that a backup may be given up.
 const FORGETS_MAX: u32 = 1000;
 
 /// What the names of the `forget` objects that nobody took back end with: nothing, or a dot and a number.
-pub(crate) fn standing(names: &[String]) -> impl Iterator<Item = &str> {
+pub(crate) fn forgets(names: &[String]) -> impl Iterator<Item = &str> {
+    standing(names, FORGET, REMEMBER)
+}
+
+/// Whether somebody wants it kept. The presence of either object counts.
+pub(crate) fn is_held(names: &[String]) -> bool {
+    standing(names, HOLD, RELEASE).next().is_some()
+}
+
+/// What the names of wishes end with that nobody took back.
+fn standing<'a>(
+    names: &'a [String],
+    wish: &'static str,
+    end: &'static str,
+) -> impl Iterator<Item = &'a str> {
     let ends = move |name: &'static str| {
         let ends = names.iter().filter_map(move |known| known.strip_prefix(name));
         ends.filter(|end| end.is_empty() || end.starts_with('.'))
     };
-    ends(FORGET).filter(move |end| !ends(REMEMBER).any(|taken_back| taken_back == *end))
+    ends(wish).filter(move |standing| !ends(end).any(|taken_back| taken_back == *standing))
 }
 
 fn numbered(name: &str, end: &str) -> String {
@@ -95,7 +111,7 @@ impl Repository {
         if !damaged {
             return refuse("its verdict can be read and its manifest is there, or it was aborted");
         }
-        if has(&names, HOLD) {
+        if is_held(&names) {
             return refuse("it is held");
         }
         self.write_forget(lineage, backup, wish).await
@@ -122,8 +138,8 @@ impl Repository {
                 }
                 continue;
             }
-            if has(&self.names_of(lineage, backup.into()).await?, HOLD) {
-                self.write_remember(lineage, backup, &end, wish).await?;
+            if is_held(&self.names_of(lineage, backup.into()).await?) {
+                self.write(lineage, backup, &numbered(REMEMBER, &end), wish).await?;
                 let reason = "somebody held it at the same moment".to_owned();
                 return Err(Error::Wanted { what: FORGET, backup, reason });
             }
@@ -132,14 +148,15 @@ impl Repository {
         Err(Error::Limit { reason: format!("backup {backup} was given up {FORGETS_MAX} times") })
     }
 
-    async fn write_remember(
+    /// Writes a wish that is there already, or is ours.
+    async fn write(
         &self,
         lineage: LineageId,
         backup: BackupId,
-        end: &str,
+        name: &str,
         wish: &Wish,
     ) -> Result<(), Error> {
-        let key = layout::of_backup(lineage, backup, &numbered(REMEMBER, end));
+        let key = layout::of_backup(lineage, backup, name);
         self.store.put_if_absent(&key, note::write(&self.keys, &key, wish)?).await?;
         Ok(())
     }
@@ -162,8 +179,8 @@ impl Repository {
         if !has(&names, "manifest") {
             return refuse("it was deleted".to_owned());
         }
-        for end in standing(&names) {
-            self.write_remember(lineage, backup, end, wish).await?;
+        for end in forgets(&names) {
+            self.write(lineage, backup, &numbered(REMEMBER, end), wish).await?;
         }
         // In this order, for the reason that a reader has: see `pins`.
         let condemned = self.condemned(lineage).await?;
@@ -203,21 +220,28 @@ impl Repository {
         if summary.forgotten {
             return forgotten();
         }
-        let key = layout::of_backup(lineage, backup, HOLD);
-        let put = self.store.put_if_absent(&key, note::write(&self.keys, &key, wish)?).await?;
-        if standing(&self.names_of(lineage, backup.into()).await?).next().is_some() {
-            if put == PutOutcome::Created {
-                self.store.delete(&key).await?;
-            }
+        // Another's hold is none to rely on: that one may be about to lose.
+        let end = format!(".{}", hex::encode(&chance::random::<16>()));
+        self.write(lineage, backup, &numbered(HOLD, &end), wish).await?;
+        if forgets(&self.names_of(lineage, backup.into()).await?).next().is_some() {
+            self.write(lineage, backup, &numbered(RELEASE, &end), wish).await?;
             return forgotten();
         }
         Ok(())
     }
 
-    /// Ends a hold. Idempotent.
-    pub async fn release(&self, lineage: LineageId, backup: BackupId) -> Result<(), Error> {
+    /// Ends every hold that is there. Idempotent.
+    pub async fn release(
+        &self,
+        lineage: LineageId,
+        backup: BackupId,
+        wish: &Wish,
+    ) -> Result<(), Error> {
         self.check_writable()?;
-        Ok(self.store.delete(&layout::of_backup(lineage, backup, HOLD)).await?)
+        for end in standing(&self.names_of(lineage, backup.into()).await?, HOLD, RELEASE) {
+            self.write(lineage, backup, &numbered(RELEASE, end), wish).await?;
+        }
+        Ok(())
     }
 
     /// Whether a backup was given up by somebody who has the key, and nobody took that back.
@@ -244,7 +268,7 @@ impl Repository {
             return Ok(true);
         }
         let names = self.names_of(lineage, backup.into()).await?;
-        let ends: Vec<String> = standing(&names).map(str::to_owned).collect();
+        let ends: Vec<String> = forgets(&names).map(str::to_owned).collect();
         Ok(self.forgotten_by(lineage, backup, &ends).await?.is_some())
     }
 

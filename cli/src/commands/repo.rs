@@ -99,7 +99,8 @@ pub(crate) async fn run(command: RepoCommand, format: Output) -> Result<Exit, Fa
         }
         RepoCommand::Release { at, backup } => {
             let repository = open(&at.url, &at.opener).await?;
-            repository.release(lineage_of(&repository, backup).await?, backup).await?;
+            let lineage = lineage_of(&repository, backup).await?;
+            repository.release(lineage, backup, &wish(String::new())).await?;
             output::talk(&format!("Backup {backup} is not held any more."));
         }
         RepoCommand::Check(args) => return super::repo_check::run(args, format).await,
