@@ -559,7 +559,7 @@ pub enum RepoCommand {
         #[arg(long, value_name = "TEXT", default_value = "")]
         why: String,
         /// Give up what cannot be used and keeps `repo gc` from working: an attempt whose verdict is damaged, a backup whose
-        /// manifest is lost. Refused for everything else.
+        /// manifest is damaged or lost, be it the newest. Refused for everything else.
         #[arg(long)]
         damaged: bool,
     },
@@ -599,7 +599,8 @@ pub enum RepoCommand {
     /// Delete what no wanted backup needs: what backups that were given up leave, and rests of failed attempts.
     ///
     /// Safe beside running backups and other collections. While a backup is being written nothing is deleted. Says what goes
-    /// and what stays; more than a fifth at once needs --confirm-large. Needs the right to delete in the store.
+    /// and what stays; more than a fifth at once, of the bytes or of the backups, needs --confirm-large. Needs the right to
+    /// delete in the store.
     Gc {
         /// Which repository.
         #[command(flatten)]

@@ -210,6 +210,25 @@ async fn a_damaged_verdict_stops_a_collection_which_says_how_to_go_on() {
 }
 
 #[tokio::test]
+async fn a_plan_tells_what_would_be_aborted() {
+    let place = Place::new().await;
+    let at_ms = now_ms() - 3 * DAY_MS;
+    let attempt = AttemptId::mint(u64::try_from(at_ms).unwrap(), [9; 10]);
+    let intent = Intent { attempt, follows: None, by: "somebody".into(), began_at_ms: at_ms };
+    place.repository.begin(place.lineage, intent).await.unwrap();
+    place.forget_long_ago(0).await;
+    let id = attempt.to_string();
+    let planned = ends(&place.repo("gc", &["--plan"]), 0);
+    assert!(planned.contains("postponed") && !planned.contains("would be aborted"), "{planned}");
+    let planned = ends(&place.repo("gc", &["--plan", "--abort-open"]), 0);
+    assert!(planned.contains(&format!("{id} would be aborted")), "{planned}");
+    let rows = json(&place.repo("gc", &["--plan", "--abort-open", "-o", "json"]), 0);
+    assert_eq!(rows[0]["aborts"][0]["attempt"], id.as_str());
+    let done = ends(&place.repo("gc", &["--abort-open", "--confirm-large"]), 0);
+    assert!(done.contains(&format!("{id} aborted")), "{done}");
+}
+
+#[tokio::test]
 async fn a_copy_is_made_taken_up_and_repeated_and_names_what_is_damaged() {
     let mut place = Place::new().await;
     let copy = place.url("copy");

@@ -88,7 +88,7 @@ impl Repository {
     }
 
     /// Gives up what cannot be used and stops every collection: an attempt whose verdict cannot be believed, or a backup
-    /// whose manifest is lost. Refused for everything else.
+    /// whose manifest is lost or cannot be believed, be it the newest. Refused for everything else.
     pub async fn forget_damaged(
         &self,
         lineage: LineageId,
@@ -98,18 +98,20 @@ impl Repository {
         self.check_writable()?;
         let backup = attempt.into();
         let names = self.names_of(lineage, attempt).await?;
-        let damaged = match self.verdict(lineage, attempt).await {
-            Err(Error::Damaged { .. }) => true,
-            Err(error) => return Err(error),
-            Ok(None) => return Err(Error::BackupUnknown { lineage, backup }),
-            Ok(Some(verdict)) => {
-                matches!(verdict.outcome, Outcome::Commit { .. }) && !has(&names, "manifest")
-            }
-        };
         let refuse =
             |reason: &str| Err(Error::Wanted { what: FORGET, backup, reason: reason.to_owned() });
-        if !damaged {
-            return refuse("its verdict can be read and its manifest is there, or it was aborted");
+        let opened = match self.verdict(lineage, attempt).await {
+            Ok(None) => return Err(Error::BackupUnknown { lineage, backup }),
+            Ok(Some(verdict)) if matches!(verdict.outcome, Outcome::Abort { .. }) => {
+                return refuse("it was aborted");
+            }
+            Ok(Some(verdict)) => self.open_committed(lineage, &verdict).await.map(|_| ()),
+            Err(error) => Err(error),
+        };
+        match opened {
+            Ok(()) => return refuse("its verdict and its manifest can be read"),
+            Err(Error::Damaged { .. } | Error::Missing { .. }) => {}
+            Err(error) => return Err(error),
         }
         if is_held(&names) {
             return refuse("it is held");
@@ -191,7 +193,7 @@ impl Repository {
         if is_doomed(&opened, &condemned) {
             return refuse(
                 "a collection that began before may be deleting it; it is whole or gone when that one has ended, and no \
-                 later one deletes it"
+                 later one deletes it. Of one that died, `pgmuster repo gc URL --drop-lists-older-than HOURS` drops the list"
                     .to_owned(),
             );
         }

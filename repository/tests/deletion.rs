@@ -1,16 +1,24 @@
-//! What must not be deleted although somebody's clock or turn was unlucky.
+//! What must not be deleted although somebody's clock or turn was unlucky, and what must not stand in the way of a deletion
+//! for ever.
 #![expect(clippy::unwrap_used, reason = "a test")]
 
 mod common;
 mod interrupted;
 
+use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
+use async_trait::async_trait;
 use bytes::Bytes;
 use common::{Bench, DAY_MS, NOW_MS, Tree, noise};
 use interrupted::{Interrupted, Turn};
-use proto::BackupId;
-use repository::{CollectOptions, CollectPlan, Error, Reason, Wish};
+use proto::{BackupId, LineageId};
+use repository::store::directory::DirectoryStore;
+use repository::store::layer::Layer;
+use repository::store::{Listed, PutOutcome, Store, StoreError};
+use repository::{
+    CheckOptions, CollectOptions, CollectPlan, Collected, Error, Reason, Repository, Wish,
+};
 use tokio_util::sync::CancellationToken;
 
 fn options(now_ms: i64) -> CollectOptions {
@@ -33,8 +41,19 @@ fn tree() -> Arc<Tree> {
     Arc::new(Tree::new().file("one", noise(1, 40_000)).file("two", noise(2, 40_000)))
 }
 
+async fn is_sound(repository: &Repository, lineage: LineageId, backup: BackupId) -> bool {
+    let backup = repository.open_backup(lineage, backup).await.unwrap();
+    backup.check_inventory().await.unwrap().is_sound()
+        && backup.check_decrypt(CheckOptions::default()).await.unwrap().is_sound()
+}
+
 async fn plan(bench: &Bench, now_ms: i64) -> CollectPlan {
     bench.repository.plan_collection(bench.lineage, &options(now_ms)).await.unwrap()
+}
+
+async fn collect(bench: &Bench, now_ms: i64) -> Result<Collected, Error> {
+    let options = options(now_ms);
+    bench.repository.plan_collection(bench.lineage, &options).await?.collect(&options).await
 }
 
 async fn refused(bench: &Bench, backup: BackupId, why: &str) {
@@ -156,4 +175,189 @@ async fn no_object_of_a_hold_is_ever_deleted_and_those_of_earlier_programs_count
     }
     let listed = repository.list_backups(lineage).await.unwrap();
     assert!(listed[0].held && !listed[1].held);
+}
+
+/// The manifest of the newest backup, which was proved before, cannot be read. It stops the collection until it is given up.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_manifest_can_be_given_up_also_of_the_newest_backup() {
+    let bench = Bench::new().await;
+    let (repository, lineage) = (&bench.repository, bench.lineage);
+    let tree = tree();
+    let mut backups = Vec::new();
+    for n in 0..3 {
+        tree.write("one", 0, &noise(10 + n, 20_000));
+        backups.push(bench.back_up(&tree, NOW_MS + 1_000 * n.cast_signed()).await.backup);
+    }
+    prove(&bench, backups[2]).await;
+    repository.forget(lineage, backups[0], &wish()).await.unwrap();
+    let error = repository.forget_damaged(lineage, backups[2].into(), &wish()).await.unwrap_err();
+    assert!(matches!(error, Error::Wanted { .. }), "{error}");
+    let key = format!("lineages/{lineage}/backups/{}/manifest", backups[2]);
+    let mut bytes = repository.store().get(&key, 1 << 20).await.unwrap().to_vec();
+    bytes[200] ^= 1;
+    repository.store().put(&key, bytes.into()).await.unwrap();
+    let now_ms = NOW_MS + 2 * DAY_MS;
+    let error = collect(&bench, now_ms).await.unwrap_err();
+    assert!(matches!(&error, Error::Damaged { key: named, .. } if *named == key), "{error}");
+    repository.forget_damaged(lineage, backups[2].into(), &wish()).await.unwrap();
+    // It is nobody's newest any more: the one before it takes its place.
+    let plan = plan(&bench, now_ms).await;
+    let stays: Vec<&[Reason]> = plan.backups.iter().map(|judged| &judged.stays[..]).collect();
+    let newest = [Reason::Wanted, Reason::Newest];
+    assert!(stays.contains(&&newest[..]) && stays.len() == 3, "{stays:?}");
+    assert!(matches!(collect(&bench, now_ms).await.unwrap(), Collected::Done(_)));
+    assert!(is_sound(repository, lineage, backups[1]).await);
+    assert_eq!(collect(&bench, now_ms).await.unwrap(), Collected::Nothing);
+    let next = bench.back_up(&tree, now_ms).await;
+    assert_eq!(bench.restore(&next).await, tree.expected());
+}
+
+/// An intent and a list that a clock years ahead dated are as old as they are far away.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_wrong_clock_dated_does_not_stay_for_ever() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Arc::new(Interrupted::new(&directory.path().join("repository")));
+    let bench = Bench::over(directory, Arc::<Interrupted>::clone(&store)).await;
+    let (repository, lineage) = (&bench.repository, bench.lineage);
+    let tree = tree();
+    let first = bench.back_up(&tree, NOW_MS).await.backup;
+    tree.write("one", 0, &noise(3, 20_000));
+    bench.back_up(&tree, NOW_MS + 1_000).await;
+    repository.forget(lineage, first, &wish()).await.unwrap();
+    // A collector with such a clock dies when it has deleted something.
+    let ahead = options(2 * NOW_MS);
+    let its_plan = repository.plan_collection(lineage, &ahead).await.unwrap();
+    store.after(6, None);
+    its_plan.collect(&ahead).await.unwrap_err();
+    store.after(-1, None);
+    let now_ms = NOW_MS + 4 * DAY_MS;
+    assert_eq!(plan(&bench, now_ms).await.lists.len(), 1);
+    let open = bench.begin(2 * NOW_MS).await;
+    let dead = CollectOptions { lists_for_ms: Some(3 * DAY_MS), ..options(now_ms) };
+    let planned = repository.plan_collection(lineage, &dead).await.unwrap();
+    let Collected::Done(done) = planned.collect(&dead).await.unwrap() else { panic!() };
+    assert_eq!(done.aborted, [open.id()]);
+    assert_eq!(plan(&bench, now_ms).await.lists, []);
+}
+
+/// A store of which one call fails, and only that one.
+#[derive(Debug)]
+struct FailsOnce {
+    inner: DirectoryStore,
+    /// Calls before it; negative when none fails.
+    left: AtomicI64,
+    forbids: bool,
+    deletes: AtomicUsize,
+}
+
+impl FailsOnce {
+    fn call(&self, operation: &'static str, key: &str) -> Result<(), StoreError> {
+        if self.left.fetch_sub(1, Ordering::SeqCst) != 0 {
+            return Ok(());
+        }
+        let (key, source) = (key.to_owned(), "once".into());
+        Err(if self.forbids {
+            StoreError::Forbidden { operation, key, source }
+        } else {
+            StoreError::Unavailable { operation, key, source }
+        })
+    }
+}
+
+#[async_trait]
+impl Layer for FailsOnce {
+    fn inner(&self) -> &dyn Store {
+        &self.inner
+    }
+    async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
+        self.call("get", key)?;
+        self.inner.get(key, limit_bytes).await
+    }
+    async fn put(&self, key: &str, bytes: Bytes) -> Result<(), StoreError> {
+        self.call("put", key)?;
+        self.inner.put(key, bytes).await
+    }
+    async fn put_if_absent(&self, key: &str, bytes: Bytes) -> Result<PutOutcome, StoreError> {
+        self.call("put", key)?;
+        self.inner.put_if_absent(key, bytes).await
+    }
+    async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
+        self.call("list", prefix)?;
+        self.inner.list(prefix).await
+    }
+    async fn delete(&self, key: &str) -> Result<(), StoreError> {
+        self.deletes.fetch_add(1, Ordering::SeqCst);
+        self.call("delete", key)?;
+        self.inner.delete(key).await
+    }
+}
+
+/// One call of a collection fails, each in turn. Where nothing can be deleted any more for it, its list does not stay; where a
+/// deletion was not answered, it does.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_collection_that_failed_leaves_its_list_only_when_a_deletion_may_come_late() {
+    let (mut failed, mut stayed, mut deleted) = ([0; 2], [0; 2], 0);
+    for forbids in [false, true] {
+        for n in 0.. {
+            let directory = tempfile::tempdir().unwrap();
+            let store = Arc::new(FailsOnce {
+                inner: DirectoryStore::new(directory.path().join("repository")),
+                left: (-1).into(),
+                forbids,
+                deletes: 0.into(),
+            });
+            let bench = Bench::over(directory, Arc::<FailsOnce>::clone(&store)).await;
+            let tree = tree();
+            let first = bench.back_up(&tree, NOW_MS).await.backup;
+            tree.write("one", 0, &noise(3, 20_000));
+            bench.back_up(&tree, NOW_MS + 1_000).await;
+            bench.repository.forget(bench.lineage, first, &wish()).await.unwrap();
+            bench.begin(NOW_MS).await;
+            let how = options(NOW_MS + 2 * DAY_MS);
+            let planned = bench.repository.plan_collection(bench.lineage, &how).await.unwrap();
+            store.deletes.store(0, Ordering::SeqCst);
+            store.left.store(n, Ordering::SeqCst);
+            let ended = planned.collect(&how).await;
+            let happened = store.left.swap(-1, Ordering::SeqCst) < 0;
+            if !happened {
+                assert!(n > 12, "{n} calls");
+                break;
+            }
+            // What is read in vain may be read again, or cost nothing.
+            let Err(error) = ended else { continue };
+            let lists = plan(&bench, NOW_MS + 2 * DAY_MS).await.lists;
+            let error = error.to_string();
+            let unanswered = !forbids && error.starts_with("delete ");
+            // Or it is the end of the list itself that cannot be written.
+            let is_its_end = error.ends_with("/done");
+            assert!(
+                lists.is_empty() || unanswered || is_its_end,
+                "call {n}, {forbids}: {error}: {lists:?}"
+            );
+            failed[usize::from(forbids)] += 1;
+            stayed[usize::from(forbids)] += usize::from(!lists.is_empty() && !is_its_end);
+            deleted += usize::from(store.deletes.load(Ordering::SeqCst) > 0);
+        }
+    }
+    assert!(failed.iter().all(|times| *times > 8) && deleted > 4, "{failed:?} {deleted}");
+    assert!(stayed[0] > 1 && stayed[1] == 0, "{stayed:?}");
+}
+
+/// Backups that share nearly everything are much, however few their bytes; a single one is not for its number.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_backups_are_much_whatever_their_bytes() {
+    let bench = Bench::new().await;
+    let tree = Arc::new(Tree::new().file("base", noise(1, 2_000_000)));
+    let mut backups = Vec::new();
+    for n in 0..8 {
+        tree.put("small", vec![n; 100], Some(8192));
+        backups.push(bench.back_up(&tree, NOW_MS + 1_000 * i64::from(n)).await.backup);
+    }
+    let now_ms = NOW_MS + 2 * DAY_MS;
+    for (n, is_large) in [(0, false), (1, true), (2, true)] {
+        bench.repository.forget(bench.lineage, backups[n], &wish()).await.unwrap();
+        let plan = plan(&bench, now_ms).await;
+        assert!(plan.delete.bytes < plan.keep.bytes / 5, "{:?} {:?}", plan.delete, plan.keep);
+        assert_eq!(plan.is_large(), is_large, "{n}");
+    }
 }

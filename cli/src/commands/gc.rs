@@ -36,6 +36,8 @@ struct Collection {
     backups: Vec<Judged>,
     /// Backups that are being written.
     open: Vec<Open>,
+    /// What was open for too long, and would be aborted.
+    aborts: Vec<Open>,
     /// Collections that did not end.
     lists: Vec<LeftList>,
     result: String,
@@ -74,6 +76,7 @@ pub(crate) async fn run(
             keep: Amount::default(),
             backups: Vec::new(),
             open: Vec::new(),
+            aborts: Vec::new(),
             lists: Vec::new(),
             result: String::new(),
         };
@@ -125,13 +128,17 @@ async fn collect(
     (row.delete, row.keep) = (plan.delete, plan.keep);
     row.backups.clone_from(&plan.backups);
     row.open.clone_from(&plan.open);
+    // Nobody is aborted for nothing.
+    if how.plan_only && (plan.delete.packs > 0 || row.backups.iter().any(Judged::goes)) {
+        row.aborts.clone_from(&plan.aborts);
+    }
     row.lists.clone_from(&plan.lists);
     let postponed =
         "postponed: what is being written may need it (--abort-open ends what died days ago)";
     let (result, exit) = if !plan.open.is_empty() {
         (postponed.to_owned(), if how.plan_only { Exit::Ok } else { Exit::Conflict })
     } else if plan.is_large() && !how.confirm_large {
-        let result = "more than a fifth would go: look at it, then --confirm-large";
+        let result = "more than a fifth of the bytes or of the backups would go: look at it, then --confirm-large";
         (result.to_owned(), if how.plan_only { Exit::Ok } else { Exit::Refused })
     } else if how.plan_only {
         ("planned".to_owned(), Exit::Ok)
@@ -162,6 +169,10 @@ fn summary(rows: &[Collection], now_ms: i64) -> String {
         said.extend(row.open.iter().map(|open| {
             let age = output::ago(now_ms, Some(open.began_at_ms));
             format!("{} was begun {age} by {}", open.attempt, open.by)
+        }));
+        said.extend(row.aborts.iter().map(|open| {
+            let age = output::ago(now_ms, Some(open.began_at_ms));
+            format!("{} would be aborted, which was begun {age} by {}", open.attempt, open.by)
         }));
         said.extend(row.lists.iter().map(|list| {
             let by = list.by.as_deref().filter(|by| !by.is_empty()).unwrap_or("nobody knows whom");
