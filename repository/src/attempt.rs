@@ -5,6 +5,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use futures::{StreamExt, TryStreamExt, stream};
+use proto::failure::chain;
 use proto::{AttemptId, BackupId, LineageId};
 
 use crate::again::again;
@@ -166,7 +167,7 @@ impl Repository {
         Ok(condemned)
     }
 
-    /// Committed backups that nobody wants gone, newest first. One whose verdict cannot be believed is passed over: an
+    /// Committed backups that nobody wants gone, newest first. One whose verdict cannot be read or believed is passed over: an
     /// old object that has rotted must not hold up every later backup.
     async fn candidates(
         &self,
@@ -183,7 +184,7 @@ impl Repository {
             let verdict = match self.verdict(lineage, attempt).await {
                 Ok(verdict) => Ok(verdict),
                 Err(Error::Damaged { reason, .. }) => Err(reason),
-                Err(error) => return Err(error),
+                Err(error) => Err(chain(&self.of_one_object(error).await?)),
             };
             Ok::<_, Error>((attempt, forgotten(&names), verdict))
         });

@@ -20,7 +20,7 @@ use crate::lineage::{AttemptSummary, has};
 use crate::note;
 use crate::record::{Gone, Outcome, Wish};
 use crate::repository::Repository;
-use crate::store::{PutOutcome, StoreError};
+use crate::store::PutOutcome;
 use crate::{chance, hex, layout};
 
 const FORGET: &str = "forget";
@@ -309,11 +309,12 @@ impl Repository {
 
     async fn believed(&self, key: &str) -> Result<Option<Wish>, Error> {
         match self.read_note(key).await {
-            Err(error @ (Error::Damaged { .. } | Error::Store(StoreError::Forbidden { .. }))) => {
+            Err(error) => {
+                let error = self.of_one_object(error).await?;
                 tracing::warn!("{key} counts for nothing: failed to {}", chain(&error));
                 Ok(None)
             }
-            other => other,
+            read => read,
         }
     }
 

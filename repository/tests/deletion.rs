@@ -189,6 +189,10 @@ async fn a_damaged_manifest_can_be_given_up_also_of_the_newest_backup() {
         backups.push(bench.back_up(&tree, NOW_MS + 1_000 * n.cast_signed()).await.backup);
     }
     prove(&bench, backups[2]).await;
+    // What is no proof is in nobody's way.
+    let large = format!("lineages/{lineage}/backups/{}/proof.2", backups[2]);
+    repository.store().put(&large, vec![0; 5 << 20].into()).await.unwrap();
+    assert_eq!(plan(&bench, NOW_MS).await.backups[2].stays.last(), Some(&Reason::NewestProved));
     repository.forget(lineage, backups[0], &wish()).await.unwrap();
     let error = repository.forget_damaged(lineage, backups[2].into(), &wish()).await.unwrap_err();
     assert!(matches!(error, Error::Wanted { .. }), "{error}");
@@ -209,6 +213,23 @@ async fn a_damaged_manifest_can_be_given_up_also_of_the_newest_backup() {
     assert!(is_sound(repository, lineage, backups[1]).await);
     assert_eq!(collect(&bench, now_ms).await.unwrap(), Collected::Nothing);
     let next = bench.back_up(&tree, now_ms).await;
+    assert_eq!(bench.restore(&next).await, tree.expected());
+}
+
+/// Nor does a verdict that the store refuses stop the next backup: it is compared with the one before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_verdict_that_the_store_refuses_holds_up_no_backup() {
+    let bench = Bench::new().await;
+    let tree = tree();
+    let first = bench.back_up(&tree, NOW_MS).await.backup;
+    let second = bench.back_up(&tree, NOW_MS + 1_000).await.backup;
+    let papers = bench.store_path().join(format!("lineages/{}/backups", bench.lineage));
+    let closed = std::os::unix::fs::PermissionsExt::from_mode(0o000);
+    std::fs::set_permissions(papers.join(second.to_string()).join("verdict"), closed).unwrap();
+    let begun = bench.begin(NOW_MS + 2_000).await;
+    assert_eq!(begun.predecessor(), Some(first));
+    assert_eq!(begun.passed_over()[0].backup, second);
+    let next = bench.back_up(&tree, NOW_MS + 3_000).await;
     assert_eq!(bench.restore(&next).await, tree.expected());
 }
 

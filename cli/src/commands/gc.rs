@@ -43,6 +43,22 @@ struct Collection {
     result: String,
 }
 
+impl Collection {
+    fn of(cluster: String, lineage: LineageId) -> Self {
+        Self {
+            cluster,
+            lineage: lineage.to_string(),
+            delete: Amount::default(),
+            keep: Amount::default(),
+            backups: Vec::new(),
+            open: Vec::new(),
+            aborts: Vec::new(),
+            lists: Vec::new(),
+            result: String::new(),
+        }
+    }
+}
+
 /// Collects every lineage of a cluster, or of all.
 pub(crate) async fn run(
     repository: &Repository,
@@ -68,18 +84,15 @@ pub(crate) async fn run(
         })
     };
     let (mut rows, mut exit) = (Vec::new(), Exit::Ok);
-    for identity in &repo::lineages(repository, cluster).await? {
-        let mut row = Collection {
-            cluster: identity.cluster.to_string(),
-            lineage: identity.lineage.to_string(),
-            delete: Amount::default(),
-            keep: Amount::default(),
-            backups: Vec::new(),
-            open: Vec::new(),
-            aborts: Vec::new(),
-            lists: Vec::new(),
-            result: String::new(),
-        };
+    let lineages = repo::lineages(repository, cluster).await?;
+    for (lineage, why) in lineages.unreadable {
+        let failure = Failure::from(why);
+        exit = Exit::of(&failure);
+        let result = format!("failed: {failure}");
+        rows.push(Collection { result, ..Collection::of("?".to_owned(), lineage) });
+    }
+    for identity in &lineages.readable {
+        let mut row = Collection::of(identity.cluster.to_string(), identity.lineage);
         // One lineage that cannot be collected is no reason to leave the others.
         match collect(repository, identity.lineage, &options, how, &mut row).await {
             Ok(ended) if exit == Exit::Ok => exit = ended,

@@ -451,6 +451,10 @@ fn classify(operation: &'static str, key: &str, source: io::Error) -> StoreError
         }
         // Of reading a range alone.
         ErrorKind::UnexpectedEof => StoreError::Short { key, source: source.into() },
+        // Of writing, it is a limit of the file system.
+        ErrorKind::FileTooLarge if operation == "get" => {
+            StoreError::Large { key, source: source.into() }
+        }
         _ => StoreError::Unavailable { operation, key, source: source.into() },
     }
 }

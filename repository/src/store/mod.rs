@@ -91,6 +91,15 @@ pub enum StoreError {
         #[source]
         source: Cause,
     },
+    /// The object is larger than the limit that was given.
+    #[error("read {key} within its limit")]
+    Large {
+        /// The key.
+        key: String,
+        /// The object's size and the limit.
+        #[source]
+        source: Cause,
+    },
     /// Anything else, after the retries that were safe.
     #[error("{operation} {key}")]
     Unavailable {
@@ -152,7 +161,7 @@ pub trait Upload: Send {
 pub trait Store: Send + Sync + std::fmt::Debug {
     /// For people: `s3://bucket/prefix` or `file:///path`, without secrets.
     fn describe(&self) -> String;
-    /// The whole object, refused when it is larger than `limit_bytes`.
+    /// The whole object; one that is larger than `limit_bytes` is [`StoreError::Large`].
     async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError>;
     /// Exactly the bytes `range` of the object; a shorter object is [`StoreError::Short`].
     async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError>;
