@@ -700,6 +700,9 @@ pub struct RepoCopy {
     /// Only the newest backup of each cluster.
     #[arg(long)]
     pub newest: bool,
+    /// A copy that is made is for one program at a time, because its own store needs that: see `repo init`.
+    #[arg(long)]
+    pub single_writer: bool,
     /// Packs in flight at the same time.
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub processes: u32,

@@ -28,7 +28,6 @@ struct Row {
     outcome: Option<CopyOutcome>,
     sent: Amount,
     present: Amount,
-    proofs: u32,
     failure: Option<Failure>,
 }
 
@@ -41,7 +40,6 @@ impl Row {
             outcome: None,
             sent: Amount::default(),
             present: Amount::default(),
-            proofs: 0,
             failure: None,
         }
     }
@@ -65,13 +63,18 @@ pub(crate) async fn run(args: RepoCopy, format: Output) -> Result<Exit, Failure>
     let source = Repository::open_with(store, opener.unlock()).await?;
     let opener = args.to_key.as_deref().map_or(Ok(opener), Opener::file)?;
     let Selected { wanted, lost, unreadable } = select(&source, &args).await?;
+    let to = repo::open_store(&args.to).await?;
     let probe = async |store: &dyn store::Store| {
-        let found = store::probe::probe(store).await?;
+        let found = if args.single_writer {
+            store::probe::probe_for_a_single_writer(Arc::clone(&to)).await?
+        } else {
+            store::probe::probe(store).await?
+        };
         tracing::info!(?found, "Probed {}", store.describe());
         Ok(found)
     };
     let mut mirror =
-        source.mirror(repo::open_store(&args.to).await?, opener.unlock(), probe).await?;
+        source.mirror(Arc::clone(&to), opener.unlock(), args.single_writer, probe).await?;
     let options = CopyOptions {
         by: repo::who(),
         now_ms: environment::now_ms(),
@@ -172,8 +175,8 @@ async fn copy(mirror: &mut Mirror, lineage: LineageId, row: Row, options: &CopyO
         Err(error) => Err(error),
     };
     match copied {
-        Ok(CopySummary { outcome, sent, present, proofs }) => {
-            Row { outcome: Some(outcome), sent, present, proofs, ..row }
+        Ok(CopySummary { outcome, sent, present }) => {
+            Row { outcome: Some(outcome), sent, present, ..row }
         }
         Err(error) => Row { failure: Some(error.into()), ..row },
     }
@@ -189,6 +192,10 @@ fn table(rows: &[Row]) -> String {
             (Some(CopyOutcome::Present), _) => "was there".to_owned(),
             (Some(CopyOutcome::Repaired), _) => "was there, repaired".to_owned(),
             (Some(CopyOutcome::GivenUp), _) => "was given up there".to_owned(),
+            (Some(CopyOutcome::Aborted), _) => {
+                "an earlier copy was aborted there: it can be copied to another place only"
+                    .to_owned()
+            }
             (None, Some(failure)) => failure.code.to_string(),
             (None, None) => String::new(),
         };

@@ -27,6 +27,7 @@ pub async fn conforms(store: &dyn Store) {
     deletes_once_and_again(store).await;
     uploads_of_every_size(store).await;
     shows_an_upload_only_when_complete(store).await;
+    uploads_in_the_place_of_another(store).await;
     uploads_side_by_side(store).await;
     uploads_64_mib(store).await;
     ends_only_the_uploads_named(store).await;
@@ -276,6 +277,16 @@ pub async fn uploads_of_every_size(store: &dyn Store) {
             upload(store, &key, (0..).zip(&sizes).map(|(seed, len)| sample(seed, *len))).await;
         assert_eq!(store.size(&key).await.expect("size"), whole.len() as u64, "{name}");
         assert!(get(store, &key).await == whole, "{name}: other bytes");
+    }
+}
+
+/// An upload that is complete takes the place of what has its name, however large that is.
+pub async fn uploads_in_the_place_of_another(store: &dyn Store) {
+    let key = "contract/place";
+    for sizes in [vec![17], vec![5 * MIB, 1], vec![3]] {
+        let whole =
+            upload(store, key, (7..).zip(&sizes).map(|(seed, len)| sample(seed, *len))).await;
+        assert!(get(store, key).await == whole, "{sizes:?}: other bytes");
     }
 }
 

@@ -148,7 +148,7 @@ pub trait Upload: Send {
     /// call returns when the part is accepted for sending, and at most a few parts are in flight over all uploads of
     /// a store (so memory stays bounded). After an error the upload can only be thrown away.
     async fn part(&mut self, bytes: Bytes) -> Result<(), StoreError>;
-    /// Makes the object visible and durable.
+    /// Makes the object visible and durable, in the place of one that has the name.
     async fn complete(self: Box<Self>) -> Result<(), StoreError>;
     /// Throws the parts away.
     async fn abort(self: Box<Self>) -> Result<(), StoreError>;
