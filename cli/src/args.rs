@@ -559,7 +559,7 @@ pub enum RepoCommand {
         #[arg(long, value_name = "TEXT", default_value = "")]
         why: String,
         /// Give up what cannot be used and keeps `repo gc` from working: an attempt whose verdict is damaged, a backup whose
-        /// manifest is lost. Refused for everything else.
+        /// manifest is damaged or lost, be it the newest. Refused for everything else.
         #[arg(long)]
         damaged: bool,
     },
@@ -599,7 +599,8 @@ pub enum RepoCommand {
     /// Delete what no wanted backup needs: what backups that were given up leave, and rests of failed attempts.
     ///
     /// Safe beside running backups and other collections. While a backup is being written nothing is deleted. Says what goes
-    /// and what stays; more than a fifth at once needs --confirm-large. Needs the right to delete in the store.
+    /// and what stays; more than a fifth at once, of the bytes or of the backups, needs --confirm-large. Needs the right to
+    /// delete in the store.
     Gc {
         /// Which repository.
         #[command(flatten)]
@@ -699,6 +700,9 @@ pub struct RepoCopy {
     /// Only the newest backup of each cluster.
     #[arg(long)]
     pub newest: bool,
+    /// A copy that is made is for one program at a time, because its own store needs that: see `repo init`.
+    #[arg(long)]
+    pub single_writer: bool,
     /// Packs in flight at the same time.
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub processes: u32,

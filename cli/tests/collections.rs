@@ -115,6 +115,15 @@ impl Place {
         Command::new(env!("CARGO_BIN_EXE_pgmuster")).args(arguments).env_clear().output().unwrap()
     }
 
+    /// Restores into a directory of its own.
+    fn restore(&self, into: &str, rest: &[&str]) -> Output {
+        let (url, key) = (self.url("main"), self.key());
+        let into = self.directory.path().join(into).display().to_string();
+        let fixed = ["restore", "--repository", &url, "--key", &key, "--into", &into];
+        let arguments = [&fixed[..], rest].concat();
+        Command::new(env!("CARGO_BIN_EXE_pgmuster")).args(arguments).env_clear().output().unwrap()
+    }
+
     /// Gives a backup up as if somebody had done it two days ago.
     async fn forget_long_ago(&self, n: usize) {
         let wish = Wish { by: "t".into(), why: String::new(), at_ms: now_ms() - 2 * DAY_MS };
@@ -207,6 +216,114 @@ async fn a_damaged_verdict_stops_a_collection_which_says_how_to_go_on() {
     ends(&place.repo("delete", &[&place.backups[1].to_string(), "--damaged"]), 7);
     ends(&place.repo("delete", &[&id, "--damaged"]), 0);
     assert!(place.papers(0).join("forget").exists());
+}
+
+#[tokio::test]
+async fn a_rotten_identity_stands_in_the_way_of_no_other_cluster() {
+    let place = Place::new().await;
+    let [first, second, _] = place.backups[..] else { panic!() };
+    let billing = "billing".parse().unwrap();
+    let minted = place.repository.find_or_mint_lineage(&billing, SystemIdentifier(8), 1).await;
+    let other = minted.unwrap().lineage;
+    let identity =
+        |lineage| place.directory.path().join(format!("main/lineages/{lineage}/identity"));
+    std::fs::write(identity(other), "rotten").unwrap();
+    let (id, copy) = (other.to_string(), place.url("copy"));
+    let listed = ends(&place.repo("list", &[]), 9);
+    assert!(listed.contains(&id), "{listed}");
+    for backup in &place.backups {
+        line(&listed, *backup);
+    }
+    ends(&place.repo("hold", &[&second.to_string()]), 0);
+    place.forget_long_ago(0).await;
+    ends(&place.repo("copy", &[&copy, "--cluster", "orders"]), 0);
+    let copied = ends(&place.repo("copy", &[&copy]), 9);
+    assert!(copied.contains(&id) && copied.contains("was there"), "{copied}");
+    // Both are told: the one that cannot be collected, and the one that is.
+    let collected = ends(&place.repo("gc", &["--confirm-large"]), 1);
+    assert!(collected.contains(&identity(other).file_name().unwrap().to_string_lossy()[..]));
+    assert!(collected.contains("OBJECT_DAMAGED") || collected.contains("failed: "), "{collected}");
+    assert!(!place.papers(0).join("manifest").exists(), "{collected}");
+    ends(&place.repo("gc", &["--cluster", "orders"]), 0);
+    let unknown = ends(&place.repo("gc", &["--cluster", "billing"]), 6);
+    assert!(unknown.contains("1 cannot"), "{unknown}");
+    ends(&place.restore("newest", &["orders"]), 0);
+    // Whose the other one is nobody knows: somebody has to say what is meant.
+    let unsaid = ends(&place.restore("unsaid", &[]), 1);
+    assert!(unsaid.contains("--backup ID"), "{unsaid}");
+
+    // What is named is found although nobody knows whose lineage it is.
+    std::fs::write(identity(place.lineage), "rotten").unwrap();
+    ends(&place.restore("named", &["--backup", &second.to_string()]), 0);
+    assert!(place.directory.path().join("named/common").exists());
+    ends(&place.restore("gone", &["--backup", &first.to_string()]), 6);
+}
+
+#[tokio::test]
+async fn a_verdict_that_cannot_be_read_stands_in_the_way_of_no_other_backup() {
+    let place = Place::new().await;
+    let [first, second, third] = place.backups[..] else { panic!() };
+    let (id, copy) = (first.to_string(), place.url("copy"));
+    let verdict = place.papers(0).join("verdict");
+    let whole = std::fs::read(&verdict).unwrap();
+    let mut large = whole.clone();
+    large.resize(2 << 20, 0);
+    std::fs::write(&verdict, large).unwrap();
+    let listed = ends(&place.repo("list", &[]), 9);
+    assert!(listed.contains(&format!("Backup {first} of orders cannot be used")), "{listed}");
+    line(&listed, second);
+    line(&listed, third);
+    ends(&place.restore("newest", &["orders"]), 0);
+    ends(&place.restore("second", &["--backup", &second.to_string()]), 0);
+    // It is named where it would be missed.
+    let rows = json(&place.repo("copy", &[&copy, "-o", "json"]), 9);
+    assert_eq!(
+        (&rows[0]["backup"], &rows[0]["failure"]["code"]),
+        (&id.into(), &"OBJECT_DAMAGED".into())
+    );
+    assert_eq!((&rows[1]["outcome"], &rows[2]["outcome"]), (&"copied".into(), &"copied".into()));
+    ends(&place.repo("copy", &[&copy, "--newest"]), 0);
+    ends(&place.repo("gc", &[]), 1);
+    ends(&place.repo("delete", &[&first.to_string(), "--damaged"]), 0);
+    ends(&place.repo("copy", &[&copy]), 0);
+    // So is one whose manifest was lost.
+    let manifest = place.papers(1).join("manifest");
+    let kept = std::fs::read(&manifest).unwrap();
+    std::fs::remove_file(&manifest).unwrap();
+    let lost = ends(&place.repo("copy", &[&copy]), 9);
+    assert!(line(&lost, second).contains("OBJECT_MISSING"), "{lost}");
+    std::fs::write(&manifest, kept).unwrap();
+    std::fs::write(&verdict, whole).unwrap();
+
+    // Where the store refuses the newest, an older one is restored only when it is named.
+    let verdict = place.papers(2).join("verdict");
+    let mode = std::os::unix::fs::PermissionsExt::from_mode;
+    std::fs::set_permissions(&verdict, mode(0o000)).unwrap();
+    let refused = ends(&place.restore("refused", &["orders"]), 4);
+    assert!(refused.contains(&third.to_string()) && refused.contains("--backup"), "{refused}");
+    assert!(!place.directory.path().join("refused").exists());
+    ends(&place.restore("older", &["--backup", &second.to_string()]), 0);
+    let collected = ends(&place.repo("gc", &[]), 4);
+    assert!(collected.contains(&third.to_string()), "{collected}");
+}
+
+#[tokio::test]
+async fn a_plan_tells_what_would_be_aborted() {
+    let place = Place::new().await;
+    let at_ms = now_ms() - 3 * DAY_MS;
+    let attempt = AttemptId::mint(u64::try_from(at_ms).unwrap(), [9; 10]);
+    let intent = Intent { attempt, follows: None, by: "somebody".into(), began_at_ms: at_ms };
+    place.repository.begin(place.lineage, intent).await.unwrap();
+    place.forget_long_ago(0).await;
+    let id = attempt.to_string();
+    let planned = ends(&place.repo("gc", &["--plan"]), 0);
+    assert!(planned.contains("postponed") && !planned.contains("would be aborted"), "{planned}");
+    let planned = ends(&place.repo("gc", &["--plan", "--abort-open"]), 0);
+    assert!(planned.contains(&format!("{id} would be aborted")), "{planned}");
+    let rows = json(&place.repo("gc", &["--plan", "--abort-open", "-o", "json"]), 0);
+    assert_eq!(rows[0]["aborts"][0]["attempt"], id.as_str());
+    let done = ends(&place.repo("gc", &["--abort-open", "--confirm-large"]), 0);
+    assert!(done.contains(&format!("{id} aborted")), "{done}");
 }
 
 #[tokio::test]

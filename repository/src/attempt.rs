@@ -5,6 +5,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use futures::{StreamExt, TryStreamExt, stream};
+use proto::failure::chain;
 use proto::{AttemptId, BackupId, LineageId};
 
 use crate::again::again;
@@ -30,6 +31,8 @@ pub struct Attempt {
     /// Packs of which a check said that they are damaged: nothing in them is referred to.
     pub(crate) spoilt: Arc<BTreeSet<PackId>>,
     passed_over: Vec<PassedOver>,
+    /// The place of the newest backup that was there when it began: see [`Verdict::order_ms`].
+    pub(crate) newest_ms: Option<i64>,
 }
 
 /// A committed backup that is not compared with, although it is newer than the one that is.
@@ -86,23 +89,28 @@ impl Repository {
         }
         let spoilt = Arc::new(self.marked(lineage).await?);
         let mut passed_over = Vec::new();
-        let predecessor = match order {
+        let (predecessor, newest_ms) = match order {
             Order::CondemnedFirst => {
                 let condemned = self.condemned(lineage).await?;
-                let candidates = self.candidates(lineage, &mut passed_over).await?;
-                self.choose_predecessor(lineage, candidates, &condemned, &spoilt, &mut passed_over)
-                    .await?
+                let Candidates { backups, newest_ms } =
+                    self.candidates(lineage, &mut passed_over).await?;
+                let chosen = self
+                    .choose_predecessor(lineage, backups, &condemned, &spoilt, &mut passed_over)
+                    .await?;
+                (chosen, newest_ms)
             }
             #[cfg(test)]
             Order::PredecessorFirst => {
-                let candidates = self.candidates(lineage, &mut passed_over).await?;
+                let Candidates { backups, newest_ms } =
+                    self.candidates(lineage, &mut passed_over).await?;
                 let condemned = self.condemned(lineage).await?;
                 // Without the look at the inventory: a collector may also delete right after it.
-                match candidates.first() {
+                let chosen = match backups.first() {
                     Some(newest) => Some(self.open_backup(lineage, *newest).await?)
                         .filter(|backup| !is_doomed(backup, &condemned)),
                     None => None,
-                }
+                };
+                (chosen, newest_ms)
             }
         };
         for PassedOver { backup, why } in &passed_over {
@@ -121,7 +129,8 @@ impl Repository {
                 "{avoided} packs of the predecessor were found damaged: what is in them is stored again",
             );
         }
-        Ok(Attempt { repository: self.clone(), lineage, intent, predecessor, spoilt, passed_over })
+        let repository = self.clone();
+        Ok(Attempt { repository, lineage, intent, predecessor, spoilt, passed_over, newest_ms })
     }
 
     /// What stands on lists that are not done with.
@@ -158,31 +167,40 @@ impl Repository {
         Ok(condemned)
     }
 
-    /// Committed backups that nobody wants gone, newest first. One whose verdict cannot be believed is passed over: an
+    /// Committed backups that nobody wants gone, newest first. One whose verdict cannot be read or believed is passed over: an
     /// old object that has rotted must not hold up every later backup.
     async fn candidates(
         &self,
         lineage: LineageId,
         passed_over: &mut Vec<PassedOver>,
-    ) -> Result<Vec<BackupId>, Error> {
+    ) -> Result<Candidates, Error> {
         let mut attempts = self.names_of_attempts(lineage).await?;
-        attempts.retain(|_, names| has(names, "verdict") && !has(names, "forget"));
-        let verdicts = attempts.into_keys().map(|attempt| async move {
-            match self.verdict(lineage, attempt).await {
-                Ok(verdict) => Ok((attempt, Ok(verdict))),
-                Err(Error::Damaged { reason, .. }) => Ok((attempt, Err(reason))),
-                Err(error) => Err(error),
-            }
+        let forgotten = |names: &[String]| has(names, "forget");
+        // What was given up and is there is no candidate, and may be the newest.
+        attempts.retain(|_, names| {
+            has(names, "verdict") && (has(names, "manifest") || !forgotten(names))
         });
-        let verdicts: Vec<(AttemptId, Result<Option<Verdict>, String>)> =
+        let verdicts = attempts.into_iter().map(|(attempt, names)| async move {
+            let verdict = match self.verdict(lineage, attempt).await {
+                Ok(verdict) => Ok(verdict),
+                Err(Error::Damaged { reason, .. }) => Err(reason),
+                Err(error) => Err(chain(&self.of_one_object(error).await?)),
+            };
+            Ok::<_, Error>((attempt, forgotten(&names), verdict))
+        });
+        let verdicts: Vec<(AttemptId, bool, Result<Option<Verdict>, String>)> =
             stream::iter(verdicts).buffered(NOTES_IN_FLIGHT).try_collect().await?;
-        let mut found = Vec::new();
-        for (attempt, verdict) in verdicts {
+        let (mut found, mut newest_ms) = (Vec::new(), None);
+        for (attempt, forgotten, verdict) in verdicts {
             match verdict {
-                Ok(Some(Verdict { outcome: Outcome::Commit { .. }, at_ms, .. })) => {
-                    found.push((at_ms, attempt));
+                Ok(Some(verdict)) if matches!(verdict.outcome, Outcome::Commit { .. }) => {
+                    newest_ms = newest_ms.max(Some(verdict.order_ms()));
+                    if !forgotten {
+                        found.push((verdict.order_ms(), attempt));
+                    }
                 }
                 Ok(_) => {}
+                Err(_) if forgotten => {}
                 Err(reason) => passed_over.push(PassedOver {
                     backup: attempt.into(),
                     why: format!("its verdict cannot be trusted: {reason}"),
@@ -190,7 +208,8 @@ impl Repository {
             }
         }
         found.sort_unstable();
-        Ok(found.into_iter().rev().map(|(_, attempt)| attempt.into()).collect())
+        let backups = found.into_iter().rev().map(|(_, attempt)| attempt.into()).collect();
+        Ok(Candidates { backups, newest_ms })
     }
 
     /// The newest candidate that is sound and none of whose packs is condemned. One that is not costs time, never a
@@ -315,7 +334,8 @@ impl Repository {
         now_ms: i64,
     ) -> Result<Aborted, Error> {
         let outcome = Outcome::Abort { why: why.to_owned() };
-        let verdict = Verdict { attempt, outcome, by: by.to_owned(), at_ms: now_ms };
+        let by = by.to_owned();
+        let verdict = Verdict { attempt, outcome, by, at_ms: now_ms, order_ms: None };
         let stands = self.put_verdict(lineage, verdict).await?;
         Ok(match stands.outcome {
             Outcome::Abort { .. } => Aborted::Aborted(stands),
@@ -390,6 +410,14 @@ impl Repository {
             }),
         }
     }
+}
+
+/// What a new backup may be compared with, and comes after.
+struct Candidates {
+    /// Newest first.
+    backups: Vec<BackupId>,
+    /// The place of the last of all, also of what was given up.
+    newest_ms: Option<i64>,
 }
 
 /// What collectors may be deleting.

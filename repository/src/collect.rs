@@ -8,12 +8,13 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use futures::{StreamExt as _, stream};
+use proto::failure::chain;
 use proto::{AttemptId, BackupId, LineageId};
 use tokio_util::sync::CancellationToken;
 
 use crate::attempt::Aborted;
 use crate::error::Error;
-use crate::judge::{Judged, Roots};
+use crate::judge::{Judged, Roots, is_older};
 use crate::limits::CONDEMNED_BYTES_MAX;
 use crate::lineage::{AttemptSummary, has};
 use crate::pack::PackId;
@@ -84,6 +85,8 @@ pub struct CollectPlan {
     pub backups: Vec<Judged>,
     /// What is being written, and postpones the collection.
     pub open: Vec<Open>,
+    /// What has been open for so long that the collection aborts it.
+    pub aborts: Vec<Open>,
     /// Lists of collectors that did not finish, or have not yet. Nothing new is compared with a backup that has packs on one.
     pub lists: Vec<LeftList>,
 }
@@ -165,6 +168,7 @@ impl Repository {
         let mut roots = Roots::new();
         let mut judged = self.judge(lineage, options, None, &mut roots).await?;
         self.measure(lineage, &mut judged.backups, &packs, &mut roots).await?;
+        let (open, aborts) = self.open_attempts(lineage, options).await?;
         let mut plan = CollectPlan {
             repository: self.clone(),
             lineage,
@@ -174,7 +178,8 @@ impl Repository {
             delete: Amount::default(),
             keep: Amount::default(),
             backups: judged.backups,
-            open: self.open_attempts(lineage, options).await?.0,
+            open,
+            aborts,
             lists: self.lists(lineage).await?.into_iter().filter_map(|list| list.left).collect(),
         };
         for (pack, bytes) in packs {
@@ -280,13 +285,13 @@ impl Repository {
     async fn tidy(&self, lineage: LineageId, options: &CollectOptions) -> Result<(), Error> {
         // Some stores cannot list uploads, and some credentials may not: everything else goes on.
         if let Err(error) = self.end_dead_uploads(lineage).await {
-            let error = proto::failure::chain(&error);
+            let error = chain(&error);
             tracing::warn!(error, "Uploads that nobody completes may be left in the store");
         }
         for FoundList { list, done, left } in self.lists(lineage).await? {
             if let Some(left) = left {
                 let is_dead = options.lists_for_ms.is_some_and(|than_ms| {
-                    left.at_ms.is_none_or(|at_ms| options.now_ms.saturating_sub(at_ms) >= than_ms)
+                    left.at_ms.is_none_or(|at_ms| is_older(at_ms, options.now_ms, than_ms))
                 });
                 if !is_dead {
                     tracing::info!("{list} is of a collector that did not finish");
@@ -308,13 +313,15 @@ impl Repository {
 }
 
 impl CollectPlan {
-    /// More than a fifth of what is there would go: somebody should look twice.
+    /// More than a fifth of what is there would go, of the bytes, or of the backups when it is more than one: somebody should
+    /// look twice.
     pub fn is_large(&self) -> bool {
         self.delete.bytes > (self.delete.bytes + self.keep.bytes) / 5
+            || self.goes.len() > (self.backups.len() / 5).max(1)
     }
 
     /// Does it.
-    pub async fn collect(mut self, options: &CollectOptions) -> Result<Collected, Error> {
+    pub async fn collect(self, options: &CollectOptions) -> Result<Collected, Error> {
         let (repository, lineage) = (self.repository.clone(), self.lineage);
         repository.check_alone()?;
         let options = &repository.courtesies(options);
@@ -337,21 +344,50 @@ impl CollectPlan {
         if bytes.len() as u64 > CONDEMNED_BYTES_MAX {
             return Err(Error::Limit { reason: format!("{} packs at once", self.garbage.len()) });
         }
-        if repository.store.put_if_absent(&list, bytes).await? == PutOutcome::Exists {
-            return Err(Error::Bug(format!("{list} was made by somebody else")));
-        }
         let retire = async || {
             let done = layout::of_run(lineage, &run, "done");
             repository.store.put(&done, bytes::Bytes::from_static(b"\n")).await
         };
+        let mut unanswered = false;
+        let ended = match repository.store.put_if_absent(&list, bytes).await {
+            Ok(PutOutcome::Created) => self.carry_out(options, &run, &mut unanswered).await,
+            Ok(PutOutcome::Exists) => {
+                return Err(Error::Bug(format!("{list} was made by somebody else")));
+            }
+            // It may be there.
+            Err(error) => Err(error.into()),
+        };
+        if unanswered {
+            return ended;
+        }
+        // Nothing of it can be deleted any more, however it ended.
+        let retired = retire().await;
+        match (&ended, retired) {
+            (Ok(_), retired) => retired?,
+            (Err(_), Err(error)) => tracing::warn!("{list} stays: failed to {}", chain(&error)),
+            (Err(_), Ok(())) => {}
+        }
+        if let Ok(Collected::Done(_)) = ended {
+            repository.tidy(lineage, options).await?;
+        }
+        ended
+    }
+
+    /// What a collection does once its list is there. `unanswered` says that a deletion may still happen that nobody heard of.
+    async fn carry_out(
+        mut self,
+        options: &CollectOptions,
+        run: &str,
+        unanswered: &mut bool,
+    ) -> Result<Collected, Error> {
+        let (repository, lineage) = (self.repository.clone(), self.lineage);
         // From here on every new attempt keeps away from these packs. Those that began before are asked for their end.
         let mut summary = CollectSummary::default();
         let (open, old) = repository.open_attempts(lineage, options).await?;
         if !open.is_empty() {
-            retire().await?;
             return Ok(Collected::Postponed { open });
         }
-        for attempt in old {
+        for Open { attempt, .. } in old {
             let why = "it was open for too long when garbage was collected";
             let ended =
                 repository.abort(lineage, attempt, &options.by, why, options.now_ms).await?;
@@ -375,7 +411,7 @@ impl CollectPlan {
             if options.cancel.is_cancelled() {
                 break;
             }
-            repository.delete_papers(backup, lineage, &run, options).await?;
+            repository.delete_papers(backup, lineage, run, options, unanswered).await?;
             summary.backups.push(backup);
         }
         let stop = options.cancel.child_token();
@@ -392,14 +428,13 @@ impl CollectPlan {
         // All that began are heard to their end: a list may be retired only when nothing of it can still be deleted.
         let ended: Vec<Result<Option<u64>, StoreError>> =
             stream::iter(deletions).buffer_unordered(DELETES_IN_FLIGHT).collect().await;
+        *unanswered |= ended.iter().any(is_unanswered);
         for deleted in ended {
             deleted?.into_iter().for_each(|bytes| summary.deleted.add(bytes));
         }
-        retire().await?;
         if options.cancel.is_cancelled() {
             return Err(Error::Cancelled);
         }
-        repository.tidy(lineage, options).await?;
         Ok(Collected::Done(summary))
     }
 }
@@ -410,7 +445,7 @@ impl Repository {
         &self,
         lineage: LineageId,
         options: &CollectOptions,
-    ) -> Result<(Vec<Open>, Vec<AttemptId>), Error> {
+    ) -> Result<(Vec<Open>, Vec<Open>), Error> {
         let (mut open, mut old) = (Vec::new(), Vec::new());
         for seen in self.look(lineage).await? {
             let (by, began_at_ms) = match seen.summary {
@@ -424,12 +459,10 @@ impl Repository {
                 Err(error) if !matches!(error, Error::Damaged { .. }) => return Err(error),
                 _ => continue,
             };
-            let age_ms = options.now_ms.saturating_sub(began_at_ms);
-            if options.patience_ms.is_some_and(|patience_ms| age_ms >= patience_ms) {
-                old.push(seen.attempt);
-            } else {
-                open.push(Open { attempt: seen.attempt, by, began_at_ms });
-            }
+            let is_old = |patience_ms| is_older(began_at_ms, options.now_ms, patience_ms);
+            let attempt = Open { attempt: seen.attempt, by, began_at_ms };
+            if options.patience_ms.is_some_and(is_old) { &mut old } else { &mut open }
+                .push(attempt);
         }
         Ok((open, old))
     }
@@ -443,6 +476,7 @@ impl Repository {
         lineage: LineageId,
         run: &str,
         options: &CollectOptions,
+        unanswered: &mut bool,
     ) -> Result<(), Error> {
         let key = layout::of_backup(lineage, backup, "gone");
         let gone = Gone { run: run.to_owned(), by: options.by.clone(), at_ms: options.now_ms };
@@ -451,9 +485,17 @@ impl Repository {
         let mut proofs = self.store.list(&proofs).await?;
         // By number, not by text.
         proofs.sort_by(|a, b| (a.key.len(), &a.key).cmp(&(b.key.len(), &b.key)));
-        for proof in proofs {
-            self.store.delete(&proof.key).await?;
+        let manifest = layout::of_backup(lineage, backup, "manifest");
+        for key in proofs.into_iter().map(|proof| proof.key).chain([manifest]) {
+            let deleted = self.store.delete(&key).await;
+            *unanswered |= is_unanswered(&deleted);
+            deleted?;
         }
-        Ok(self.store.delete(&layout::of_backup(lineage, backup, "manifest")).await?)
+        Ok(())
     }
+}
+
+/// A deletion that was neither done nor refused: the request may come late.
+fn is_unanswered<T>(deleted: &Result<T, StoreError>) -> bool {
+    deleted.as_ref().is_err_and(|error| !matches!(error, StoreError::Forbidden { .. }))
 }

@@ -99,6 +99,14 @@ impl Config {
         }
     }
 
+    /// That of a mirror in another store, in which a probe saw `found`.
+    pub(crate) fn mirrored(&self, single_writer: bool, found: Capabilities) -> Self {
+        let mut config = Self { store: Some(found), ..self.clone() };
+        config.features.write.retain(|feature| feature != SINGLE_WRITER);
+        config.features.write.extend(single_writer.then(|| SINGLE_WRITER.to_owned()));
+        config
+    }
+
     pub(crate) fn is_single_writer(&self) -> bool {
         self.features.write.iter().any(|feature| feature == SINGLE_WRITER)
     }

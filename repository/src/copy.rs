@@ -4,9 +4,9 @@
 //! At the source it is a reader, with a pin for each backup. At the target it is a writer and keeps the writer's order:
 //! intent, lists of condemned packs, packs, manifest, verdict. Names are what a writer must never use twice; a copy has no
 //! choice, so it stores nothing under a name that is on a list. What is there is not stored again: a copy that was
-//! interrupted is taken up by the next one. `forget` and `hold` stay where they were wished.
+//! interrupted is taken up by the next one. Wishes and proofs stay where they were made: they say nothing of the other bytes.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -17,7 +17,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::attempt::Doomed;
 use crate::collect::Amount;
-use crate::config::Config;
 use crate::error::Error;
 use crate::key::Keys;
 use crate::limits::{MANIFEST_BYTES_MAX, NOTE_BYTES_MAX, PART_BYTES};
@@ -30,6 +29,7 @@ use crate::recipient::Unlock;
 use crate::record::{Intent, Outcome, Pin, Verdict};
 use crate::repository::{Repository, create};
 use crate::store::probe::Capabilities;
+use crate::store::single::SingleWriter;
 use crate::store::{PutOutcome, Store, StoreError};
 use crate::{chance, hex, layout, note, wishes};
 
@@ -56,10 +56,12 @@ pub enum CopyOutcome {
     Copied,
     /// It was there, whole.
     Present,
-    /// It was there, and packs of it were not.
+    /// It was there, and parts of it were not, or were damaged.
     Repaired,
     /// It was given up or deleted at the target; that is the target's affair.
     GivenUp,
+    /// An earlier copy of it was aborted at the target, which stands: it cannot be copied there any more.
+    Aborted,
 }
 
 /// What a copy of one backup did.
@@ -71,8 +73,6 @@ pub struct CopySummary {
     pub sent: Amount,
     /// Packs of it that were there.
     pub present: Amount,
-    /// Proofs that were not there.
-    pub proofs: u32,
 }
 
 /// A source and its mirror.
@@ -88,12 +88,14 @@ pub struct Mirror {
 
 impl Repository {
     /// Opens the mirror of this repository in another store, with the same key or another one that the mirror has. Where
-    /// nothing is yet it is made: keys first, `config` last, `found` is what a probe saw there. Refused where another
-    /// repository is, and in the store that holds this one.
+    /// nothing is yet it is made: keys first, `config` last, `found` is what a probe saw there. It is for a single writer when
+    /// its own store needs that, whatever the source is. Refused where another repository is, and in the store that holds this
+    /// one.
     pub async fn mirror(
         &self,
         store: Arc<dyn Store>,
         unlock: Unlock<'_>,
+        single_writer: bool,
         probe: impl AsyncFnOnce(&dyn Store) -> Result<Capabilities, StoreError>,
     ) -> Result<Mirror, Error> {
         if is_same(self.store.as_ref(), store.as_ref()).await? {
@@ -104,7 +106,12 @@ impl Repository {
             Ok(_) => {}
             Err(StoreError::NotFound { .. }) => {
                 let found = probe(store.as_ref()).await?;
-                self.create_mirror(store.as_ref(), found).await?;
+                if single_writer {
+                    let single = SingleWriter::over(Arc::clone(&store));
+                    self.create_mirror(&single, single_writer, found).await?;
+                } else {
+                    self.create_mirror(store.as_ref(), single_writer, found).await?;
+                }
             }
             Err(error) => return Err(error.into()),
         }
@@ -119,7 +126,12 @@ impl Repository {
         Ok(Mirror { source: self.clone(), target, bad, sound })
     }
 
-    async fn create_mirror(&self, store: &dyn Store, found: Capabilities) -> Result<(), Error> {
+    async fn create_mirror(
+        &self,
+        store: &dyn Store,
+        single_writer: bool,
+        found: Capabilities,
+    ) -> Result<(), Error> {
         let mut keys = self.store.list(layout::KEYS).await?;
         keys.append(&mut self.store.list(layout::KEYRINGS).await?);
         for object in keys {
@@ -131,7 +143,7 @@ impl Repository {
                 return Err(Error::NoMirror { place: store.describe(), reason });
             }
         }
-        let config = Config { store: Some(found), ..self.config().clone() };
+        let config = self.config().mirrored(single_writer, found);
         let bytes = note::write(&self.keys, layout::CONFIG, &config)?;
         // Whoever was first decides; whether it is a mirror of ours is seen when it is opened.
         create(store, layout::CONFIG, bytes).await?;
@@ -200,8 +212,8 @@ impl Mirror {
         Ok(())
     }
 
-    /// Copies one backup and its proofs. Idempotent; what an interrupted copy left is taken up. An error of the source's
-    /// objects concerns this backup only: others may be copied.
+    /// Copies one backup. Idempotent; what an interrupted copy left is taken up. An error of the source's objects concerns this
+    /// backup only: others may be copied.
     pub async fn copy(
         &mut self,
         lineage: LineageId,
@@ -224,22 +236,19 @@ impl Mirror {
         let papers = self.source.read_papers(opened).await?;
         let there = self.target.names_of(lineage, backup.into()).await?;
         let nothing = Amount::default();
-        let mut summary = CopySummary {
-            outcome: CopyOutcome::Present,
-            sent: nothing,
-            present: nothing,
-            proofs: 0,
-        };
+        let mut summary =
+            CopySummary { outcome: CopyOutcome::Present, sent: nothing, present: nothing };
         let committed = match self.target.verdict(lineage, backup.into()).await? {
             None => false,
-            Some(verdict) => {
-                is_ours(&papers, verdict)?;
-                true
+            Some(verdict) if !is_ours(&papers, &verdict)? => {
+                summary.outcome = CopyOutcome::Aborted;
+                return Ok(summary);
             }
+            Some(_) => true,
         };
         let has_manifest = has(&there, "manifest");
         let is_gone = !has_manifest && has(&there, "gone");
-        if committed && (is_gone || wishes::standing(&there).next().is_some()) {
+        if committed && (is_gone || wishes::forgets(&there).next().is_some()) {
             summary.outcome = CopyOutcome::GivenUp;
             return Ok(summary);
         }
@@ -248,26 +257,36 @@ impl Mirror {
         }
         // After the intent: either the collector waits for us, or we see its list.
         let condemned = self.target.condemned(lineage).await?;
-        let sent = self.send_packs(&papers, &condemned, &mut summary, options).await?;
+        let marked = self.target.marked(lineage).await?;
+        let sent = self.send_packs(&papers, &condemned, &marked, &mut summary, options).await?;
+        for pack in marked.iter().filter(|pack| papers.root.packs.contains_key(pack)) {
+            self.target.unmark(lineage, *pack).await?;
+        }
         if committed {
-            // One that was there is left alone: a collector may have deleted it since.
-            if !has_manifest {
+            let is_same = has_manifest && self.has_same_manifest(&papers).await?;
+            if !is_same {
                 self.put_manifest(&papers).await?;
             }
-            if sent > 0 || !has_manifest {
+            if sent > 0 || !is_same {
                 summary.outcome = CopyOutcome::Repaired;
             }
         } else {
             self.put_manifest(&papers).await?;
-            self.check_metadata(&papers).await?;
+            let wrong = self.wrong_metadata(&papers).await?;
+            if !wrong.is_empty() {
+                // What was there is counted already.
+                let present = summary.present;
+                self.send_packs(&papers, &condemned, &wrong, &mut summary, options).await?;
+                summary.present = present;
+                self.check_metadata(&papers).await?;
+            }
             self.target.require_all(&papers.root).await?;
             if options.cancel.is_cancelled() {
                 return Err(Error::Cancelled);
             }
-            self.put_verdict(&papers).await?;
-            summary.outcome = CopyOutcome::Copied;
+            let is_ours = self.put_verdict(&papers).await?;
+            summary.outcome = if is_ours { CopyOutcome::Copied } else { CopyOutcome::Aborted };
         }
-        summary.proofs = self.copy_proofs(lineage, backup).await?;
         Ok(summary)
     }
 
@@ -284,11 +303,12 @@ impl Mirror {
         Ok(self.target.store.put(&key, note::write(&self.target.keys, &key, &intent)?).await?)
     }
 
-    /// Sends the packs that the target has not, or not with their sizes. Returns how many.
+    /// Sends the packs that the target has not, or not with their sizes, and those whose bytes there are wrong. Returns how many.
     async fn send_packs(
         &mut self,
         papers: &Papers,
         condemned: &Doomed,
+        wrong: &BTreeSet<PackId>,
         summary: &mut CopySummary,
         options: &CopyOptions,
     ) -> Result<u64, Error> {
@@ -309,16 +329,15 @@ impl Mirror {
                 return Err(Error::damaged(key, reason.clone()));
             }
             match sizes.get(&key) {
-                Some(size) if *size == record.size_bytes => summary.present.add(record.size_bytes),
-                there => missing.push((record, key, there.is_some())),
+                Some(size) if *size == record.size_bytes && !wrong.contains(&record.id) => {
+                    summary.present.add(record.size_bytes);
+                }
+                _ => missing.push((record, key)),
             }
         }
         let (source, target) = (&self.source.store, &self.target.store);
-        let sending = missing.into_iter().map(|(record, key, is_wrong)| async move {
-            if is_wrong {
-                // Neither whole nor ours to keep: a name is linked only when it is free.
-                target.delete(&key).await?;
-            }
+        let sending = missing.into_iter().map(|(record, key)| async move {
+            // What is there under its name is replaced and never deleted: another copy may have stored it just now.
             let sent = send(source.as_ref(), target.as_ref(), record, &key, options).await;
             sent.map(|()| record.size_bytes).map_err(|error| (record.id, error).into())
         });
@@ -341,6 +360,17 @@ impl Mirror {
         Ok(sent)
     }
 
+    /// Whether the target's manifest has the bytes of the source's. One that a collector deleted since is not ours to replace.
+    async fn has_same_manifest(&self, papers: &Papers) -> Result<bool, Error> {
+        let key = layout::of_backup(papers.lineage, papers.backup, "manifest");
+        match self.target.store.get(&key, MANIFEST_BYTES_MAX).await {
+            Ok(stored) => Ok(stored == papers.manifest),
+            Err(StoreError::Large { .. }) => Ok(false),
+            Err(StoreError::NotFound { .. }) => Ok(true),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     async fn put_manifest(&self, papers: &Papers) -> Result<(), Error> {
         let key = layout::of_backup(papers.lineage, papers.backup, "manifest");
         self.target.store.put(&key, papers.manifest.clone()).await?;
@@ -353,74 +383,74 @@ impl Mirror {
     }
 
     /// Reads the metadata packs at the target, as a writer does before it refers to them: damage that an earlier copy met
-    /// since must not be taken over by references to what nobody reads.
-    async fn check_metadata(&mut self, papers: &Papers) -> Result<(), Error> {
+    /// since must not be taken over by references to what nobody reads. Those that are wrong are to be sent again.
+    async fn wrong_metadata(&mut self, papers: &Papers) -> Result<BTreeSet<PackId>, Error> {
         let unread = papers.root.packs.values().filter(|record| {
             record.kind == ObjectType::Metadata && !self.sound.contains(&record.id)
         });
         let target = &self.target;
         let reading: Vec<_> = unread
             .map(|record| async move {
-                match target.wrong_digest(papers.lineage, record).await? {
-                    None => Ok(record.id),
-                    Some(wrong) => Err(Error::Incomplete {
-                        attempt: papers.backup.into(),
-                        reason: format!("{wrong}, in {}", target.describe()),
-                    }),
-                }
+                let wrong = target.wrong_digest(papers.lineage, record).await?;
+                Ok::<_, Error>((record.id, wrong))
             })
             .collect();
-        let read: Vec<PackId> =
+        let read: Vec<(PackId, Option<String>)> =
             stream::iter(reading).buffer_unordered(DIGESTS_IN_FLIGHT).try_collect().await?;
-        self.sound.extend(read);
-        Ok(())
+        let (sound, wrong): (Vec<_>, Vec<_>) =
+            read.into_iter().partition(|(_, wrong)| wrong.is_none());
+        self.sound.extend(sound.into_iter().map(|(pack, _)| pack));
+        Ok(wrong.into_iter().map(|(pack, _)| pack).collect())
     }
 
-    /// Makes the backup one of the target.
-    async fn put_verdict(&self, papers: &Papers) -> Result<(), Error> {
+    /// The same when they were sent again.
+    async fn check_metadata(&mut self, papers: &Papers) -> Result<(), Error> {
+        match self.wrong_metadata(papers).await?.first() {
+            None => Ok(()),
+            Some(pack) => Err(Error::Incomplete {
+                attempt: papers.backup.into(),
+                reason: format!(
+                    "{} has other bytes than were sent, in {}",
+                    layout::pack(papers.lineage, *pack),
+                    self.target.describe()
+                ),
+            }),
+        }
+    }
+
+    /// Makes the backup one of the target, unless somebody aborted that.
+    async fn put_verdict(&self, papers: &Papers) -> Result<bool, Error> {
         let attempt = papers.backup.into();
         let key = layout::of_attempt(papers.lineage, attempt, "verdict");
         let put = self.target.store.put_if_absent(&key, papers.verdict_bytes.clone()).await;
         let source = match put {
-            Ok(PutOutcome::Created) => return Ok(()),
+            Ok(PutOutcome::Created) => return Ok(true),
             Ok(PutOutcome::Exists) => None,
             Err(error) => Some(error),
         };
         match (self.target.verdict(papers.lineage, attempt).await, source) {
-            (Ok(Some(stands)), _) => is_ours(papers, stands),
+            (Ok(Some(stands)), _) => is_ours(papers, &stands),
             (_, Some(source)) => Err(Error::VerdictUnknown { attempt, word: "COMMIT", source }),
             (Err(error), None) => Err(error),
             (Ok(None), None) => Err(Error::Missing { key }),
         }
-    }
-
-    async fn copy_proofs(&self, lineage: LineageId, backup: BackupId) -> Result<u32, Error> {
-        let there = self.target.list_proofs(lineage, backup).await?;
-        let mut proofs = 0;
-        for proof in self.source.list_proofs(lineage, backup).await? {
-            if there.iter().all(|known| known.bytes != proof.bytes) {
-                self.target.add_proof(lineage, backup, proof.bytes).await?;
-                proofs += 1;
-            }
-        }
-        Ok(proofs)
     }
 }
 
 /// Metadata packs that are read at the same time.
 const DIGESTS_IN_FLIGHT: usize = 4;
 
-/// Whether a verdict at the target is that of the source.
-fn is_ours(papers: &Papers, stands: Verdict) -> Result<(), Error> {
-    if stands.outcome == papers.verdict.outcome {
-        return Ok(());
+/// Whether a verdict at the target is that of the source, and not an ABORT.
+fn is_ours(papers: &Papers, stands: &Verdict) -> Result<bool, Error> {
+    match &stands.outcome {
+        Outcome::Abort { .. } => Ok(false),
+        outcome if *outcome == papers.verdict.outcome => Ok(true),
+        Outcome::Commit { .. } => Err(Error::CommitRefused {
+            attempt: stands.attempt,
+            by: stands.by.clone(),
+            why: "another backup was committed under its name".to_owned(),
+        }),
     }
-    let (attempt, by) = (stands.attempt, stands.by);
-    let why = match stands.outcome {
-        Outcome::Abort { why } => why,
-        Outcome::Commit { .. } => "another backup was committed under its name".to_owned(),
-    };
-    Err(Error::CommitRefused { attempt, by, why })
 }
 
 /// A pack that was not sent; which one, when the source is to blame.
@@ -481,7 +511,7 @@ async fn send(
     let Err(error) = read else {
         return match upload.complete().await {
             Ok(()) => Ok(()),
-            // Another copy was faster, or our own answer was lost: the name has the pack, or it has not.
+            // Our own answer was lost: the name has the pack, or it has not.
             Err(error) => match target.size(key).await {
                 Ok(size) if size == record.size_bytes => Ok(()),
                 _ => Err(error.into()),

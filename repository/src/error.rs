@@ -14,7 +14,7 @@ use crate::store::StoreError;
 pub enum Error {
     /// The store below.
     #[error(transparent)]
-    Store(#[from] StoreError),
+    Store(StoreError),
     /// There is no `config` object.
     #[error("find a repository in {place}")]
     NoRepository {
@@ -265,6 +265,19 @@ impl Error {
                 key,
                 reason: format!("it is shorter than it was written: {source}"),
             },
+            other => other.into(),
+        }
+    }
+}
+
+impl From<StoreError> for Error {
+    fn from(error: StoreError) -> Self {
+        match error {
+            // Nothing that was written is.
+            StoreError::Large { key, source } => Self::Damaged {
+                key,
+                reason: format!("it is larger than anything written there: {source}"),
+            },
             other => Self::Store(other),
         }
     }
@@ -433,7 +446,7 @@ fn of_store(error: &StoreError) -> (Code, Action, &'static str) {
             Action::FixData,
             "Run `pgmuster verify CLUSTER --level 2` to see which backups are affected, and take a new backup.",
         ),
-        StoreError::Short { .. } => (
+        StoreError::Short { .. } | StoreError::Large { .. } => (
             Code::ObjectDamaged,
             Action::FixData,
             "Run `pgmuster verify CLUSTER --level 2` to see which backups are affected, and take a new backup.",

@@ -66,6 +66,11 @@ impl Judged {
     }
 }
 
+/// What has this date was made so long ago, or is so far in the future: nobody can say then how old it is.
+pub(crate) fn is_older(at_ms: i64, now_ms: i64, than_ms: i64) -> bool {
+    now_ms.abs_diff(at_ms) >= than_ms.unsigned_abs()
+}
+
 /// The packs of each backup's manifest, which never changes.
 pub(crate) type Roots = HashMap<BackupId, Vec<PackId>>;
 
@@ -104,7 +109,13 @@ impl Repository {
         let mut readable = Vec::new();
         for seen in self.look(lineage).await? {
             match seen.summary {
-                Ok(summary) if summary.backup().is_none() || summary.has_manifest => {
+                Ok(summary) if summary.backup().is_none() => readable.push(summary),
+                // What was given up and cannot be read is nobody's newest.
+                Ok(summary)
+                    if summary.has_manifest
+                        && !(summary.forgotten
+                            && self.is_damaged(lineage, seen.attempt.into(), roots).await?) =>
+                {
                     readable.push(summary);
                 }
                 Err(Error::Damaged { .. }) if !has(&seen.names, "verdict") => {}
@@ -165,8 +176,23 @@ impl Repository {
         Ok(stays)
     }
 
-    /// A backup whose verdict cannot be believed, or whose manifest is not there. It goes, or is gone already, or nobody
-    /// knows what it needs, and nothing may be collected.
+    /// Whether the manifest of a backup is there and cannot be believed.
+    async fn is_damaged(
+        &self,
+        lineage: LineageId,
+        backup: BackupId,
+        roots: &mut Roots,
+    ) -> Result<bool, Error> {
+        match self.packs_of(lineage, backup, roots).await {
+            Err(Error::Damaged { .. }) => Ok(true),
+            // A collector was faster.
+            Ok(_) | Err(Error::Missing { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// A backup whose verdict or manifest cannot be believed, or whose manifest is not there. It goes, or is gone already, or
+    /// nobody knows what it needs, and nothing may be collected.
     async fn judge_damaged(
         &self,
         lineage: LineageId,
@@ -178,18 +204,21 @@ impl Repository {
         if !is_there && has(&seen.names, "gone") && self.is_gone(lineage, backup).await? {
             return Ok(None);
         }
-        let ends: Vec<String> = wishes::standing(&seen.names).map(str::to_owned).collect();
+        let ends: Vec<String> = wishes::forgets(&seen.names).map(str::to_owned).collect();
         let wish = self.forgotten_by(lineage, backup, &ends).await?;
         let until_ms = wish.map(|wish| wish.at_ms.saturating_add(options.grace_ms));
-        if !has(&seen.names, "hold") && until_ms.is_some_and(|until_ms| until_ms <= options.now_ms)
-        {
+        let is_over = until_ms.is_some_and(|until_ms| until_ms <= options.now_ms);
+        if is_over && !wishes::is_held(&seen.names) {
             let (stays, alone) = (Vec::new(), None);
             let committed_at_ms = seen.summary.ok().and_then(|seen| seen.committed_at_ms());
             return Ok(Some(Judged { backup, committed_at_ms, given_up: true, stays, alone }));
         }
-        Err(seen.summary.err().unwrap_or_else(|| Error::Missing {
-            key: layout::of_backup(lineage, backup, "manifest"),
-        }))
+        let key = layout::of_backup(lineage, backup, "manifest");
+        Err(match seen.summary {
+            Err(error) => error,
+            Ok(_) if is_there => Error::damaged(key, "it cannot be believed"),
+            Ok(_) => Error::Missing { key },
+        })
     }
 
     pub(crate) async fn packs_of<'a>(

@@ -31,7 +31,7 @@ pub(crate) fn backups(lineage: LineageId) -> String {
     format!("{LINEAGES}{lineage}/backups/")
 }
 
-/// An object of one attempt: `intent`, `manifest`, `verdict`, `proof.N`, `forget`, `remember`, `hold`,
+/// An object of one attempt: `intent`, `manifest`, `verdict`, `proof.N`, `forget`, `remember`, `hold`, `release`,
 /// `gone`.
 pub(crate) fn of_attempt(lineage: LineageId, attempt: AttemptId, name: &str) -> String {
     format!("{LINEAGES}{lineage}/backups/{attempt}/{name}")

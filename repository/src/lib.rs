@@ -65,7 +65,7 @@ pub use error::Error;
 pub use judge::{Judged, Reason};
 pub use key::{KeyFile, KeyFileError};
 pub use keyring::{Change, Keyring, KeyringReport, NewRecipient, Slot};
-pub use lineage::AttemptSummary;
+pub use lineage::{AttemptSummary, Backups, Lineages, Lost};
 pub use manifest::Counts;
 pub use pack::PackId;
 pub use passphrase::GuessCost;

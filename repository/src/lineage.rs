@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use futures::{StreamExt, stream};
+use proto::failure::chain;
 use proto::{AttemptId, BackupId, BackupKind, ClusterName, LineageId, SystemIdentifier};
 
 use crate::again::again;
@@ -46,6 +47,33 @@ pub(crate) struct Seen {
     pub(crate) summary: Result<AttemptSummary, Error>,
 }
 
+/// Who has backups here.
+#[derive(Debug, Default)]
+pub struct Lineages {
+    /// Every lineage whose identity can be read, by id.
+    pub readable: Vec<Identity>,
+    /// The others, and why: nobody knows whose they are.
+    pub unreadable: Vec<(LineageId, Error)>,
+}
+
+/// The backups of a lineage.
+#[derive(Debug, Default)]
+pub struct Backups {
+    /// Oldest first: those with a COMMIT that can be read and a manifest.
+    pub readable: Vec<AttemptSummary>,
+    /// What was a backup, or may have been, and is none that can be read, by id. What was given up is not here.
+    pub lost: Vec<Lost>,
+}
+
+/// A backup that cannot be read.
+#[derive(Debug)]
+pub struct Lost {
+    /// Which.
+    pub backup: BackupId,
+    /// What is wrong with its verdict, or which object is not there.
+    pub why: Error,
+}
+
 impl AttemptSummary {
     /// Its name as a backup, if it is one.
     pub fn backup(&self) -> Option<BackupId> {
@@ -70,7 +98,8 @@ pub(crate) fn has(names: &[String], wanted: &str) -> bool {
 
 pub(crate) fn backups(mut attempts: Vec<AttemptSummary>) -> Vec<AttemptSummary> {
     attempts.retain(|attempt| attempt.backup().is_some() && attempt.has_manifest);
-    attempts.sort_by_key(|attempt| (attempt.committed_at_ms(), attempt.attempt));
+    let order_ms = |attempt: &AttemptSummary| attempt.verdict.as_ref().map(Verdict::order_ms);
+    attempts.sort_by_key(|attempt| (order_ms(attempt), attempt.attempt));
     attempts
 }
 
@@ -156,18 +185,65 @@ impl Repository {
         }
     }
 
-    /// Every lineage, by id. A directory without an identity is none.
-    pub async fn list_lineages(&self) -> Result<Vec<Identity>, Error> {
-        let mut identities = Vec::new();
-        for name in self.store.list_directories(layout::LINEAGES).await? {
-            let Ok(lineage) = name.parse() else { continue };
+    /// Every lineage. A directory without an identity is none; one whose identity cannot be read hides no other.
+    pub async fn find_lineages(&self) -> Result<Lineages, Error> {
+        let mut found = Lineages::default();
+        for lineage in self.lineage_directories().await? {
             match self.identity(lineage).await {
-                Ok(identity) => identities.push(identity),
+                Ok(identity) => found.readable.push(identity),
                 Err(Error::LineageUnknown { .. }) => {}
-                Err(error) => return Err(error),
+                Err(error) => {
+                    found.unreadable.push((lineage, self.of_one_object(error).await?));
+                }
             }
         }
-        Ok(identities)
+        Ok(found)
+    }
+
+    /// The same without those that cannot be read, which are told in the log.
+    pub async fn list_lineages(&self) -> Result<Vec<Identity>, Error> {
+        let Lineages { readable, unreadable } = self.find_lineages().await?;
+        for (lineage, why) in unreadable {
+            tracing::warn!("Lineage {lineage} is left out: failed to {}", chain(&why));
+        }
+        Ok(readable)
+    }
+
+    async fn lineage_directories(&self) -> Result<Vec<LineageId>, Error> {
+        let names = self.store.list_directories(layout::LINEAGES).await?;
+        Ok(names.iter().filter_map(|name| name.parse().ok()).collect())
+    }
+
+    /// Where an attempt is. Nothing is read but names, so nothing that is damaged hides it.
+    pub async fn lineage_of(&self, attempt: AttemptId) -> Result<Option<LineageId>, Error> {
+        self.lineage_with(attempt, |names| !names.is_empty()).await
+    }
+
+    /// The same of a backup that was not deleted.
+    pub async fn lineage_of_backup(&self, backup: BackupId) -> Result<Option<LineageId>, Error> {
+        let is_there = |names: &[String]| has(names, "verdict") && has(names, "manifest");
+        self.lineage_with(backup.into(), is_there).await
+    }
+
+    async fn lineage_with(
+        &self,
+        attempt: AttemptId,
+        is_there: impl Fn(&[String]) -> bool,
+    ) -> Result<Option<LineageId>, Error> {
+        for lineage in self.lineage_directories().await? {
+            if is_there(&self.names_of(lineage, attempt).await?) {
+                return Ok(Some(lineage));
+            }
+        }
+        Ok(None)
+    }
+
+    /// An error of one object, while the store answers for others. That it answers for none is passed on.
+    pub(crate) async fn of_one_object(&self, error: Error) -> Result<Error, Error> {
+        match &error {
+            Error::Store(_) if self.store.size(layout::CONFIG).await.is_err() => Err(error),
+            _ => Ok(error),
+        }
     }
 
     /// Every attempt of a lineage, oldest first: backups, aborted and open ones. One that cannot be read fails the list.
@@ -223,7 +299,7 @@ impl Repository {
         names: &[String],
     ) -> Result<AttemptSummary, Error> {
         let has = |wanted: &str| has(names, wanted);
-        let forgets: Vec<String> = wishes::standing(names).map(str::to_owned).collect();
+        let forgets: Vec<String> = wishes::forgets(names).map(str::to_owned).collect();
         let proofs = names.iter().filter(|name| name.starts_with("proof.")).count();
         let verdict = if has("verdict") { self.verdict(lineage, attempt).await? } else { None };
         let intent = if verdict.is_none() && has("intent") {
@@ -237,7 +313,7 @@ impl Repository {
             verdict,
             forgotten: !forgets.is_empty(),
             forgets,
-            held: has("hold"),
+            held: wishes::is_held(names),
             proofs: u32::try_from(proofs).unwrap_or(u32::MAX),
             has_manifest: has("manifest"),
         })
@@ -249,23 +325,38 @@ impl Repository {
         Ok(backups(self.list_attempts(lineage).await?))
     }
 
-    /// The same without those that cannot be read, which are told in the log: for whoever looks for one to restore, where a
-    /// rotten object must not stand in the way of the others.
+    /// The same where an object that cannot be read stands in the way of no other: for whoever looks for one to restore.
+    pub async fn find_backups(&self, lineage: LineageId) -> Result<Backups, Error> {
+        let (mut readable, mut lost) = (Vec::new(), Vec::new());
+        for Seen { attempt, names, summary } in self.look(lineage).await? {
+            let backup = attempt.into();
+            let why = match summary {
+                Ok(summary) if summary.backup().is_none() || summary.has_manifest => {
+                    readable.push(summary);
+                    continue;
+                }
+                Ok(_) => Error::Missing { key: layout::of_attempt(lineage, attempt, "manifest") },
+                Err(error) => self.of_one_object(error).await?,
+            };
+            // One without a verdict is no backup yet.
+            let may_be_deleted = || self.may_be_deleted(lineage, backup);
+            if has(&names, "verdict") && !matches!(may_be_deleted().await, Ok(true)) {
+                lost.push(Lost { backup, why });
+            }
+        }
+        Ok(Backups { readable: backups(readable), lost })
+    }
+
+    /// The same without those that cannot be read, which are told in the log.
     pub async fn list_readable_backups(
         &self,
         lineage: LineageId,
     ) -> Result<Vec<AttemptSummary>, Error> {
-        let mut readable = Vec::new();
-        for seen in self.look(lineage).await? {
-            match seen.summary {
-                Ok(summary) => readable.push(summary),
-                Err(Error::Damaged { key, reason }) => {
-                    tracing::warn!("What {key} stands for is left out: {reason}");
-                }
-                Err(error) => return Err(error),
-            }
+        let Backups { readable, lost } = self.find_backups(lineage).await?;
+        for Lost { backup, why } in lost {
+            tracing::warn!("Backup {backup} is left out: failed to {}", chain(&why));
         }
-        Ok(backups(readable))
+        Ok(readable)
     }
 
     /// The end of an attempt, if it has one.

@@ -11,6 +11,7 @@ use proto::{BackupId, LineageId};
 
 use crate::attempt::is_doomed;
 use crate::error::Error;
+use crate::judge::is_older;
 use crate::reader::Backup;
 use crate::record::Pin;
 use crate::repository::Repository;
@@ -58,10 +59,9 @@ pub(crate) struct SeenPin {
 }
 
 impl SeenPin {
-    /// It was made this long ago, or is this far in the future: nobody can say how old it is.
+    /// Its reader may be dead.
     pub(crate) fn is_older(&self, now_ms: i64, than_ms: i64) -> bool {
-        i128::from(now_ms).abs_diff(i128::from(self.pin.at_ms))
-            >= u128::from(than_ms.unsigned_abs())
+        is_older(self.pin.at_ms, now_ms, than_ms)
     }
 }
 

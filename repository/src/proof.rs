@@ -1,6 +1,7 @@
 //! Proofs: signed statements that a restore of a backup worked. Stored as they are; what they say is not judged here.
 
 use bytes::Bytes;
+use proto::failure::chain;
 use proto::{BackupId, LineageId};
 
 use crate::error::Error;
@@ -56,7 +57,7 @@ impl Repository {
         Err(Error::Limit { reason: format!("backup {backup} has {PROOFS_MAX} proofs") })
     }
 
-    /// Every proof of a backup, in the order of their numbers.
+    /// Every proof of a backup that can be read, in the order of their numbers.
     pub async fn list_proofs(
         &self,
         lineage: LineageId,
@@ -74,7 +75,10 @@ impl Repository {
                 Ok(bytes) => proofs.push(StoredProof { number, bytes }),
                 // Deleted with its backup since it was listed.
                 Err(StoreError::NotFound { .. }) => {}
-                Err(error) => return Err(error.into()),
+                Err(error) => {
+                    let error = self.of_one_object(error.into()).await?;
+                    tracing::warn!("{} says nothing: failed to {}", object.key, chain(&error));
+                }
             }
         }
         proofs.sort_by_key(|proof| proof.number);

@@ -49,6 +49,17 @@ pub struct Verdict {
     pub by: String,
     /// Their clock, Unix milliseconds.
     pub at_ms: i64,
+    /// Where it stands among the others of its lineage, when that is not where `at_ms` would put it: behind every backup that was
+    /// there when it began, whatever the clocks said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub order_ms: Option<i64>,
+}
+
+impl Verdict {
+    /// What backups of a lineage are sorted by.
+    pub(crate) fn order_ms(&self) -> i64 {
+        self.order_ms.unwrap_or(self.at_ms)
+    }
 }
 
 /// COMMIT or ABORT.
@@ -125,7 +136,8 @@ pub struct Pin {
     pub at_ms: i64,
 }
 
-/// Somebody's wish about a backup: that it goes (`forget`), that this is taken back (`remember`), that it stays (`hold`).
+/// Somebody's wish about a backup: that it goes (`forget`), that this is taken back (`remember`), that it stays (`hold`), that
+/// this is over (`release`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Wish {
     /// Who wishes it.

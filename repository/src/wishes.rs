@@ -1,12 +1,13 @@
 //! What people and retention wish for a backup: that it goes (`forget`), that this is taken back (`remember`), that it stays
-//! (`hold`).
+//! (`hold`), that this is over (`release`).
 //!
 //! A wish is an object beside the backup; what follows from it is the collector's affair. `forget` and `hold` exclude each
 //! other: each is written first and looks for the other afterwards, so of two at the same time at most one stands.
 //!
-//! A `forget` is never deleted: a late request could bring it back. It is taken back by the `remember` of the same number
-//! (`forget` and `remember`, `forget.1` and `remember.1`, …), and a later one takes the next number. One that is not believed
-//! takes a number as well, and is in nobody's way.
+//! No wish is ever deleted: a late request could bring it back, or take away what was wished since. A `forget` is taken back by
+//! the `remember` of the same number (`forget` and `remember`, `forget.1` and `remember.1`, …), and a later one takes the next
+//! number. One that is not believed takes a number as well, and is in nobody's way. A `hold` has a name that nobody else uses,
+//! so whoever lost against a `forget` takes back its own and no other.
 
 use proto::envelope::Signed;
 use proto::failure::chain;
@@ -15,28 +16,43 @@ use proto::{AttemptId, BackupId, LineageId, Proof, ProofLevel};
 
 use crate::attempt::is_doomed;
 use crate::error::Error;
-use crate::layout;
 use crate::lineage::{AttemptSummary, has};
 use crate::note;
 use crate::record::{Gone, Outcome, Wish};
 use crate::repository::Repository;
-use crate::store::{PutOutcome, StoreError};
+use crate::store::PutOutcome;
+use crate::{chance, hex, layout};
 
 const FORGET: &str = "forget";
 const REMEMBER: &str = "remember";
 const HOLD: &str = "hold";
+const RELEASE: &str = "release";
 /// What an undone deletion is called where it is refused.
 const TAKE_BACK: &str = "take back the deletion of";
 /// Times that a backup may be given up.
 const FORGETS_MAX: u32 = 1000;
 
 /// What the names of the `forget` objects that nobody took back end with: nothing, or a dot and a number.
-pub(crate) fn standing(names: &[String]) -> impl Iterator<Item = &str> {
+pub(crate) fn forgets(names: &[String]) -> impl Iterator<Item = &str> {
+    standing(names, FORGET, REMEMBER)
+}
+
+/// Whether somebody wants it kept. The presence of either object counts.
+pub(crate) fn is_held(names: &[String]) -> bool {
+    standing(names, HOLD, RELEASE).next().is_some()
+}
+
+/// What the names of wishes end with that nobody took back.
+fn standing<'a>(
+    names: &'a [String],
+    wish: &'static str,
+    end: &'static str,
+) -> impl Iterator<Item = &'a str> {
     let ends = move |name: &'static str| {
         let ends = names.iter().filter_map(move |known| known.strip_prefix(name));
         ends.filter(|end| end.is_empty() || end.starts_with('.'))
     };
-    ends(FORGET).filter(move |end| !ends(REMEMBER).any(|taken_back| taken_back == *end))
+    ends(wish).filter(move |standing| !ends(end).any(|taken_back| taken_back == *standing))
 }
 
 fn numbered(name: &str, end: &str) -> String {
@@ -72,7 +88,7 @@ impl Repository {
     }
 
     /// Gives up what cannot be used and stops every collection: an attempt whose verdict cannot be believed, or a backup
-    /// whose manifest is lost. Refused for everything else.
+    /// whose manifest is lost or cannot be believed, be it the newest. Refused for everything else.
     pub async fn forget_damaged(
         &self,
         lineage: LineageId,
@@ -82,20 +98,22 @@ impl Repository {
         self.check_writable()?;
         let backup = attempt.into();
         let names = self.names_of(lineage, attempt).await?;
-        let damaged = match self.verdict(lineage, attempt).await {
-            Err(Error::Damaged { .. }) => true,
-            Err(error) => return Err(error),
-            Ok(None) => return Err(Error::BackupUnknown { lineage, backup }),
-            Ok(Some(verdict)) => {
-                matches!(verdict.outcome, Outcome::Commit { .. }) && !has(&names, "manifest")
-            }
-        };
         let refuse =
             |reason: &str| Err(Error::Wanted { what: FORGET, backup, reason: reason.to_owned() });
-        if !damaged {
-            return refuse("its verdict can be read and its manifest is there, or it was aborted");
+        let opened = match self.verdict(lineage, attempt).await {
+            Ok(None) => return Err(Error::BackupUnknown { lineage, backup }),
+            Ok(Some(verdict)) if matches!(verdict.outcome, Outcome::Abort { .. }) => {
+                return refuse("it was aborted");
+            }
+            Ok(Some(verdict)) => self.open_committed(lineage, &verdict).await.map(|_| ()),
+            Err(error) => Err(error),
+        };
+        match opened {
+            Ok(()) => return refuse("its verdict and its manifest can be read"),
+            Err(Error::Damaged { .. } | Error::Missing { .. }) => {}
+            Err(error) => return Err(error),
         }
-        if has(&names, HOLD) {
+        if is_held(&names) {
             return refuse("it is held");
         }
         self.write_forget(lineage, backup, wish).await
@@ -122,8 +140,8 @@ impl Repository {
                 }
                 continue;
             }
-            if has(&self.names_of(lineage, backup.into()).await?, HOLD) {
-                self.write_remember(lineage, backup, &end, wish).await?;
+            if is_held(&self.names_of(lineage, backup.into()).await?) {
+                self.write(lineage, backup, &numbered(REMEMBER, &end), wish).await?;
                 let reason = "somebody held it at the same moment".to_owned();
                 return Err(Error::Wanted { what: FORGET, backup, reason });
             }
@@ -132,14 +150,15 @@ impl Repository {
         Err(Error::Limit { reason: format!("backup {backup} was given up {FORGETS_MAX} times") })
     }
 
-    async fn write_remember(
+    /// Writes a wish that is there already, or is ours.
+    async fn write(
         &self,
         lineage: LineageId,
         backup: BackupId,
-        end: &str,
+        name: &str,
         wish: &Wish,
     ) -> Result<(), Error> {
-        let key = layout::of_backup(lineage, backup, &numbered(REMEMBER, end));
+        let key = layout::of_backup(lineage, backup, name);
         self.store.put_if_absent(&key, note::write(&self.keys, &key, wish)?).await?;
         Ok(())
     }
@@ -162,8 +181,8 @@ impl Repository {
         if !has(&names, "manifest") {
             return refuse("it was deleted".to_owned());
         }
-        for end in standing(&names) {
-            self.write_remember(lineage, backup, end, wish).await?;
+        for end in forgets(&names) {
+            self.write(lineage, backup, &numbered(REMEMBER, end), wish).await?;
         }
         // In this order, for the reason that a reader has: see `pins`.
         let condemned = self.condemned(lineage).await?;
@@ -174,7 +193,7 @@ impl Repository {
         if is_doomed(&opened, &condemned) {
             return refuse(
                 "a collection that began before may be deleting it; it is whole or gone when that one has ended, and no \
-                 later one deletes it"
+                 later one deletes it. Of one that died, `pgmuster repo gc URL --drop-lists-older-than HOURS` drops the list"
                     .to_owned(),
             );
         }
@@ -203,21 +222,28 @@ impl Repository {
         if summary.forgotten {
             return forgotten();
         }
-        let key = layout::of_backup(lineage, backup, HOLD);
-        let put = self.store.put_if_absent(&key, note::write(&self.keys, &key, wish)?).await?;
-        if standing(&self.names_of(lineage, backup.into()).await?).next().is_some() {
-            if put == PutOutcome::Created {
-                self.store.delete(&key).await?;
-            }
+        // Another's hold is none to rely on: that one may be about to lose.
+        let end = format!(".{}", hex::encode(&chance::random::<16>()));
+        self.write(lineage, backup, &numbered(HOLD, &end), wish).await?;
+        if forgets(&self.names_of(lineage, backup.into()).await?).next().is_some() {
+            self.write(lineage, backup, &numbered(RELEASE, &end), wish).await?;
             return forgotten();
         }
         Ok(())
     }
 
-    /// Ends a hold. Idempotent.
-    pub async fn release(&self, lineage: LineageId, backup: BackupId) -> Result<(), Error> {
+    /// Ends every hold that is there. Idempotent.
+    pub async fn release(
+        &self,
+        lineage: LineageId,
+        backup: BackupId,
+        wish: &Wish,
+    ) -> Result<(), Error> {
         self.check_writable()?;
-        Ok(self.store.delete(&layout::of_backup(lineage, backup, HOLD)).await?)
+        for end in standing(&self.names_of(lineage, backup.into()).await?, HOLD, RELEASE) {
+            self.write(lineage, backup, &numbered(RELEASE, end), wish).await?;
+        }
+        Ok(())
     }
 
     /// Whether a backup was given up by somebody who has the key, and nobody took that back.
@@ -244,7 +270,7 @@ impl Repository {
             return Ok(true);
         }
         let names = self.names_of(lineage, backup.into()).await?;
-        let ends: Vec<String> = standing(&names).map(str::to_owned).collect();
+        let ends: Vec<String> = forgets(&names).map(str::to_owned).collect();
         Ok(self.forgotten_by(lineage, backup, &ends).await?.is_some())
     }
 
@@ -283,11 +309,12 @@ impl Repository {
 
     async fn believed(&self, key: &str) -> Result<Option<Wish>, Error> {
         match self.read_note(key).await {
-            Err(error @ (Error::Damaged { .. } | Error::Store(StoreError::Forbidden { .. }))) => {
+            Err(error) => {
+                let error = self.of_one_object(error).await?;
                 tracing::warn!("{key} counts for nothing: failed to {}", chain(&error));
                 Ok(None)
             }
-            other => other,
+            read => read,
         }
     }
 

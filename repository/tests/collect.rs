@@ -141,7 +141,7 @@ async fn what_is_needed_cannot_be_forgotten() {
     refused(third.backup, "it is the newest one").await;
     repository.hold(lineage, first.backup, &wish(NOW_MS)).await.unwrap();
     refused(first.backup, "it is held").await;
-    repository.release(lineage, first.backup).await.unwrap();
+    repository.release(lineage, first.backup, &wish(NOW_MS)).await.unwrap();
     repository.forget(lineage, first.backup, &wish(NOW_MS)).await.unwrap();
     let error = repository.hold(lineage, first.backup, &wish(NOW_MS)).await.unwrap_err();
     assert!(error.to_string().contains("it is forgotten"), "{error}");

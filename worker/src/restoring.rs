@@ -11,14 +11,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use postgres::recovery::RecoverySettings;
+use proto::failure::chain;
 use proto::job::RestoreOutcome;
 use proto::{
-    Action, BackupFacts, BackupId, BackupKind, ClusterName, Code, Failure, Progress,
+    Action, BackupFacts, BackupId, BackupKind, ClusterName, Code, Failure, LineageId, Progress,
     SystemIdentifier,
 };
 use repository::{
-    Addition, Backup, Comparison, Existing, Foreign, Pin, Pinned, Repository, RestoreOptions,
-    RestorePlan, RestoreTarget,
+    Addition, Backup, Backups, Comparison, Existing, Foreign, Identity, Lineages, Lost, Pin,
+    Pinned, Repository, RestoreOptions, RestorePlan, RestoreTarget,
 };
 
 use crate::context::JobContext;
@@ -174,23 +175,74 @@ fn other_kind(found: BackupKind, backup: BackupId) -> Failure {
     Failure::new(Code::RequestInvalid, Action::FixConfig, message).with_hint(hint)
 }
 
+/// Whose a backup is.
+struct Named {
+    lineage: LineageId,
+    kind: BackupKind,
+    cluster: ClusterName,
+    system_identifier: SystemIdentifier,
+}
+
+/// Looks for one backup. What else the repository holds may be damaged, and the identity of its lineage, too.
+async fn named(repository: &Repository, backup: BackupId) -> Result<Option<Named>, Failure> {
+    let Some(lineage) = repository.lineage_of_backup(backup).await? else { return Ok(None) };
+    Ok(Some(match repository.identity(lineage).await {
+        Ok(Identity { kind, cluster, system_identifier, .. }) => {
+            Named { lineage, kind, cluster, system_identifier }
+        }
+        Err(error) => {
+            tracing::warn!("The backup itself is asked whose it is: failed to {}", chain(&error));
+            let opened = repository.open_backup(lineage, backup).await?;
+            let BackupFacts { cluster, system_identifier, logical, .. } = opened.facts().clone();
+            let kind = if logical.is_some() { BackupKind::Logical } else { BackupKind::Physical };
+            Named { lineage, kind, cluster, system_identifier }
+        }
+    }))
+}
+
 pub(crate) async fn locate(
     repository: &Repository,
     kind: BackupKind,
     cluster: Option<&ClusterName>,
     system_identifier: Option<SystemIdentifier>,
     backup: Option<BackupId>,
-) -> Result<(proto::LineageId, BackupId), Failure> {
-    let mut lineages = repository.list_lineages().await?;
-    lineages.retain(|identity| {
-        cluster.is_none_or(|cluster| identity.cluster == *cluster)
-            && system_identifier.is_none_or(|id| identity.system_identifier == id)
-    });
+) -> Result<(LineageId, BackupId), Failure> {
     let place = repository.describe();
     let unknown = |what: String, hint: &str| {
         Failure::new(Code::BackupUnknown, Action::FixConfig, what).with_hint(hint)
     };
-    if let (None, None) = (cluster, backup) {
+    let is_meant = |name: &ClusterName, id: SystemIdentifier| {
+        cluster.is_none_or(|cluster| name == cluster)
+            && system_identifier.is_none_or(|wanted| id == wanted)
+    };
+    // Whoever names one that was given up gets it, while it is there.
+    if let Some(backup) = backup {
+        return match named(repository, backup).await? {
+            Some(Named { lineage, kind: found, cluster, system_identifier })
+                if is_meant(&cluster, system_identifier) =>
+            {
+                if found == kind {
+                    Ok((lineage, backup))
+                } else {
+                    Err(other_kind(found, backup))
+                }
+            }
+            _ => Err(unknown(
+                format!("{place} holds no committed backup {backup}"),
+                "pgmuster backups list shows what there is.",
+            )),
+        };
+    }
+    let Lineages { readable: mut lineages, unreadable } = repository.find_lineages().await?;
+    lineages.retain(|identity| is_meant(&identity.cluster, identity.system_identifier));
+    for (lineage, why) in unreadable {
+        if cluster.is_none() {
+            return Err(Failure::from(why)
+                .with_hint("Say which cluster is meant, or which backup with --backup ID."));
+        }
+        tracing::warn!("Lineage {lineage} is left out: failed to {}", chain(&why));
+    }
+    if cluster.is_none() {
         let mut names: Vec<&ClusterName> = lineages.iter().map(|row| &row.cluster).collect();
         names.sort();
         names.dedup();
@@ -204,46 +256,47 @@ pub(crate) async fn locate(
             .with_hint("Say which cluster, or which backup with --backup ID."));
         }
     }
-    let mut newest: Option<(i64, BackupId, proto::LineageId)> = None;
-    for identity in &lineages {
-        if backup.is_none() && identity.kind != kind {
-            continue;
-        }
-        for summary in repository.list_readable_backups(identity.lineage).await? {
-            let (Some(id), Some(at_ms)) = (summary.backup(), summary.committed_at_ms()) else {
-                continue;
-            };
-            // Whoever names one that was given up gets it, while it is there.
-            let meant = match backup {
-                Some(wanted) => wanted == id,
-                None => !repository.is_given_up(identity.lineage, &summary).await?,
-            };
-            if !meant {
-                continue;
+    let mut newest: Option<(i64, BackupId, LineageId)> = None;
+    let mut unknown_newer = None;
+    for identity in lineages.iter().filter(|identity| identity.kind == kind) {
+        let Backups { readable, lost } = repository.find_backups(identity.lineage).await?;
+        let mut last = None;
+        for summary in readable.iter().rev() {
+            if let (Some(id), Some(at_ms)) = (summary.backup(), summary.committed_at_ms())
+                && !repository.is_given_up(identity.lineage, summary).await?
+            {
+                last = Some((at_ms, id, identity.lineage));
+                break;
             }
-            if identity.kind != kind {
-                return Err(other_kind(identity.kind, id));
+        }
+        for Lost { backup, why } in lost {
+            tracing::warn!("Backup {backup} is left out: failed to {}", chain(&why));
+            // What cannot be read now may be read later, and be the one that is meant.
+            let is_newer = last.is_none_or(|(_, id, _)| backup > id);
+            if matches!(why, repository::Error::Store(_)) && is_newer {
+                unknown_newer = Some((backup, why));
             }
-            newest = newest.max(Some((at_ms, id, identity.lineage)));
         }
+        newest = newest.max(last);
     }
-    match (newest, backup) {
-        (Some((_, id, lineage)), _) => Ok((lineage, id)),
-        (None, Some(id)) => Err(unknown(
-            format!("{place} holds no committed backup {id}"),
-            "pgmuster backups list shows what there is.",
-        )),
-        (None, None) => {
-            let whose = cluster.map_or(String::new(), |cluster| format!(" of {cluster}"));
-            let (what, hint) = match kind {
-                BackupKind::Physical => ("committed", "Take one: pgmuster backup CLUSTER."),
-                BackupKind::Logical => {
-                    ("committed logical", "Take one: pgmuster backup CLUSTER --engine pg_dump.")
-                }
-            };
-            Err(unknown(format!("{place} holds no {what} backup{whose}"), hint))
+    if let Some((backup, why)) = unknown_newer {
+        let failure = Failure::from(why);
+        let message = format!("{}: nobody knows whether {backup} is the newest", failure.message);
+        return Err(Failure { message, ..failure }.with_hint(
+            "Make that object readable, or name the backup to be restored with --backup ID.",
+        ));
+    }
+    if let Some((_, id, lineage)) = newest {
+        return Ok((lineage, id));
+    }
+    let whose = cluster.map_or(String::new(), |cluster| format!(" of {cluster}"));
+    let (what, hint) = match kind {
+        BackupKind::Physical => ("committed", "Take one: pgmuster backup CLUSTER."),
+        BackupKind::Logical => {
+            ("committed logical", "Take one: pgmuster backup CLUSTER --engine pg_dump.")
         }
-    }
+    };
+    Err(unknown(format!("{place} holds no {what} backup{whose}"), hint))
 }
 
 /// Says what a restore would do, and whether it could. Touches nothing, but reads whatever may be used again.

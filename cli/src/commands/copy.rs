@@ -3,9 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use proto::{BackupId, Failure, LineageId};
+use proto::failure::chain;
+use proto::{BackupId, ClusterName, Failure, LineageId};
 use repository::{
-    Amount, CopyOptions, CopyOutcome, CopySummary, Mirror, Progress, Repository, store,
+    Amount, CopyOptions, CopyOutcome, CopySummary, Lineages, Lost, Mirror, Progress, Repository,
+    store,
 };
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
@@ -26,16 +28,32 @@ struct Row {
     outcome: Option<CopyOutcome>,
     sent: Amount,
     present: Amount,
-    proofs: u32,
     failure: Option<Failure>,
 }
 
-/// A backup to be copied.
-struct Wanted {
-    cluster: String,
-    lineage: LineageId,
-    backup: BackupId,
-    committed_at_ms: Option<i64>,
+impl Row {
+    fn of(cluster: &ClusterName, backup: BackupId) -> Self {
+        Self {
+            cluster: cluster.to_string(),
+            backup,
+            committed_at_ms: None,
+            outcome: None,
+            sent: Amount::default(),
+            present: Amount::default(),
+            failure: None,
+        }
+    }
+}
+
+/// What was asked for.
+#[derive(Default)]
+struct Selected {
+    /// To be copied, with the row that will tell what became of it.
+    wanted: Vec<(LineageId, Row)>,
+    /// What cannot be read at the source.
+    lost: Vec<Row>,
+    /// Lineages that cannot.
+    unreadable: Vec<(LineageId, repository::Error)>,
 }
 
 /// `repo copy FROM --key FILE TO`.
@@ -44,14 +62,19 @@ pub(crate) async fn run(args: RepoCopy, format: Output) -> Result<Exit, Failure>
     let store = repo::open_store(&args.at.url).await?;
     let source = Repository::open_with(store, opener.unlock()).await?;
     let opener = args.to_key.as_deref().map_or(Ok(opener), Opener::file)?;
-    let wanted = select(&source, &args).await?;
+    let Selected { wanted, lost, unreadable } = select(&source, &args).await?;
+    let to = repo::open_store(&args.to).await?;
     let probe = async |store: &dyn store::Store| {
-        let found = store::probe::probe(store).await?;
+        let found = if args.single_writer {
+            store::probe::probe_for_a_single_writer(Arc::clone(&to)).await?
+        } else {
+            store::probe::probe(store).await?
+        };
         tracing::info!(?found, "Probed {}", store.describe());
         Ok(found)
     };
     let mut mirror =
-        source.mirror(repo::open_store(&args.to).await?, opener.unlock(), probe).await?;
+        source.mirror(Arc::clone(&to), opener.unlock(), args.single_writer, probe).await?;
     let options = CopyOptions {
         by: repo::who(),
         now_ms: environment::now_ms(),
@@ -65,13 +88,13 @@ pub(crate) async fn run(args: RepoCopy, format: Output) -> Result<Exit, Failure>
         cancel.cancel();
     });
     let shown = tokio::spawn(show_progress(Arc::clone(&options.progress)));
-    let mut rows = Vec::new();
-    for wanted in wanted {
+    let mut rows = lost;
+    for (lineage, row) in wanted {
         if options.cancel.is_cancelled() {
             break;
         }
         let options = CopyOptions { now_ms: environment::now_ms(), ..options.clone() };
-        rows.push(copy(&mut mirror, wanted, &options).await);
+        rows.push(copy(&mut mirror, lineage, row, &options).await);
     }
     interrupted.abort();
     shown.abort();
@@ -82,7 +105,13 @@ pub(crate) async fn run(args: RepoCopy, format: Output) -> Result<Exit, Failure>
             output::failure(failure);
         }
     }
-    Ok(exit(&rows, options.cancel.is_cancelled()))
+    for (lineage, why) in &unreadable {
+        output::talk(&format!("Lineage {lineage} is not copied: failed to {}", chain(why)));
+    }
+    match exit(&rows, options.cancel.is_cancelled()) {
+        Exit::Ok if !unreadable.is_empty() => Ok(Exit::SomeFailed),
+        exit => Ok(exit),
+    }
 }
 
 fn exit(rows: &[Row], interrupted: bool) -> Exit {
@@ -96,55 +125,58 @@ fn exit(rows: &[Row], interrupted: bool) -> Exit {
 }
 
 /// The backups that were asked for, oldest first, so that the newest of a copy is never older than what it has.
-async fn select(source: &Repository, args: &RepoCopy) -> Result<Vec<Wanted>, Failure> {
-    let mut wanted = Vec::new();
-    for identity in repo::lineages(source, args.cluster.as_ref()).await? {
+async fn select(source: &Repository, args: &RepoCopy) -> Result<Selected, Failure> {
+    let Lineages { readable, unreadable } = repo::lineages(source, args.cluster.as_ref()).await?;
+    let mut selected = Selected { unreadable, ..Selected::default() };
+    for identity in readable {
+        let (lineage, cluster) = (identity.lineage, &identity.cluster);
+        let backups = source.find_backups(lineage).await?;
         let mut of_lineage = Vec::new();
-        for summary in source.list_readable_backups(identity.lineage).await? {
+        for summary in backups.readable {
             let Some(backup) = summary.backup() else { continue };
             let meant = match args.backup {
                 Some(named) => named == backup,
                 // What is given up is on its way out.
-                None => !source.is_given_up(identity.lineage, &summary).await?,
+                None => !source.is_given_up(lineage, &summary).await?,
             };
             if meant {
-                of_lineage.push(Wanted {
-                    cluster: identity.cluster.to_string(),
-                    lineage: identity.lineage,
-                    backup,
-                    committed_at_ms: summary.committed_at_ms(),
-                });
+                let committed_at_ms = summary.committed_at_ms();
+                of_lineage.push((lineage, Row { committed_at_ms, ..Row::of(cluster, backup) }));
             }
         }
         if args.newest {
             of_lineage.drain(..of_lineage.len().saturating_sub(1));
         }
-        wanted.append(&mut of_lineage);
+        for Lost { backup, why } in backups.lost {
+            let meant = match args.backup {
+                Some(named) => named == backup,
+                // It may be the newest.
+                None if args.newest => of_lineage.iter().all(|(_, newest)| backup > newest.backup),
+                None => true,
+            };
+            if meant {
+                let failure = Some(why.into());
+                selected.lost.push(Row { failure, ..Row::of(cluster, backup) });
+            }
+        }
+        selected.wanted.append(&mut of_lineage);
     }
     match args.backup {
-        Some(backup) if wanted.is_empty() => Err(repo::unknown(source, backup)),
-        _ => Ok(wanted),
+        Some(backup) if selected.wanted.is_empty() && selected.lost.is_empty() => {
+            Err(repo::unknown(source, backup))
+        }
+        _ => Ok(selected),
     }
 }
 
-async fn copy(mirror: &mut Mirror, wanted: Wanted, options: &CopyOptions) -> Row {
-    let copied = match mirror.copy_lineage(wanted.lineage).await {
-        Ok(()) => mirror.copy(wanted.lineage, wanted.backup, options).await,
+async fn copy(mirror: &mut Mirror, lineage: LineageId, row: Row, options: &CopyOptions) -> Row {
+    let copied = match mirror.copy_lineage(lineage).await {
+        Ok(()) => mirror.copy(lineage, row.backup, options).await,
         Err(error) => Err(error),
     };
-    let row = Row {
-        cluster: wanted.cluster,
-        backup: wanted.backup,
-        committed_at_ms: wanted.committed_at_ms,
-        outcome: None,
-        sent: Amount::default(),
-        present: Amount::default(),
-        proofs: 0,
-        failure: None,
-    };
     match copied {
-        Ok(CopySummary { outcome, sent, present, proofs }) => {
-            Row { outcome: Some(outcome), sent, present, proofs, ..row }
+        Ok(CopySummary { outcome, sent, present }) => {
+            Row { outcome: Some(outcome), sent, present, ..row }
         }
         Err(error) => Row { failure: Some(error.into()), ..row },
     }
@@ -160,6 +192,10 @@ fn table(rows: &[Row]) -> String {
             (Some(CopyOutcome::Present), _) => "was there".to_owned(),
             (Some(CopyOutcome::Repaired), _) => "was there, repaired".to_owned(),
             (Some(CopyOutcome::GivenUp), _) => "was given up there".to_owned(),
+            (Some(CopyOutcome::Aborted), _) => {
+                "an earlier copy was aborted there: it can be copied to another place only"
+                    .to_owned()
+            }
             (None, Some(failure)) => failure.code.to_string(),
             (None, None) => String::new(),
         };

@@ -36,9 +36,27 @@ struct Collection {
     backups: Vec<Judged>,
     /// Backups that are being written.
     open: Vec<Open>,
+    /// What was open for too long, and would be aborted.
+    aborts: Vec<Open>,
     /// Collections that did not end.
     lists: Vec<LeftList>,
     result: String,
+}
+
+impl Collection {
+    fn of(cluster: String, lineage: LineageId) -> Self {
+        Self {
+            cluster,
+            lineage: lineage.to_string(),
+            delete: Amount::default(),
+            keep: Amount::default(),
+            backups: Vec::new(),
+            open: Vec::new(),
+            aborts: Vec::new(),
+            lists: Vec::new(),
+            result: String::new(),
+        }
+    }
 }
 
 /// Collects every lineage of a cluster, or of all.
@@ -66,17 +84,15 @@ pub(crate) async fn run(
         })
     };
     let (mut rows, mut exit) = (Vec::new(), Exit::Ok);
-    for identity in &repo::lineages(repository, cluster).await? {
-        let mut row = Collection {
-            cluster: identity.cluster.to_string(),
-            lineage: identity.lineage.to_string(),
-            delete: Amount::default(),
-            keep: Amount::default(),
-            backups: Vec::new(),
-            open: Vec::new(),
-            lists: Vec::new(),
-            result: String::new(),
-        };
+    let lineages = repo::lineages(repository, cluster).await?;
+    for (lineage, why) in lineages.unreadable {
+        let failure = Failure::from(why);
+        exit = Exit::of(&failure);
+        let result = format!("failed: {failure}");
+        rows.push(Collection { result, ..Collection::of("?".to_owned(), lineage) });
+    }
+    for identity in &lineages.readable {
+        let mut row = Collection::of(identity.cluster.to_string(), identity.lineage);
         // One lineage that cannot be collected is no reason to leave the others.
         match collect(repository, identity.lineage, &options, how, &mut row).await {
             Ok(ended) if exit == Exit::Ok => exit = ended,
@@ -125,13 +141,17 @@ async fn collect(
     (row.delete, row.keep) = (plan.delete, plan.keep);
     row.backups.clone_from(&plan.backups);
     row.open.clone_from(&plan.open);
+    // Nobody is aborted for nothing.
+    if how.plan_only && (plan.delete.packs > 0 || row.backups.iter().any(Judged::goes)) {
+        row.aborts.clone_from(&plan.aborts);
+    }
     row.lists.clone_from(&plan.lists);
     let postponed =
         "postponed: what is being written may need it (--abort-open ends what died days ago)";
     let (result, exit) = if !plan.open.is_empty() {
         (postponed.to_owned(), if how.plan_only { Exit::Ok } else { Exit::Conflict })
     } else if plan.is_large() && !how.confirm_large {
-        let result = "more than a fifth would go: look at it, then --confirm-large";
+        let result = "more than a fifth of the bytes or of the backups would go: look at it, then --confirm-large";
         (result.to_owned(), if how.plan_only { Exit::Ok } else { Exit::Refused })
     } else if how.plan_only {
         ("planned".to_owned(), Exit::Ok)
@@ -162,6 +182,10 @@ fn summary(rows: &[Collection], now_ms: i64) -> String {
         said.extend(row.open.iter().map(|open| {
             let age = output::ago(now_ms, Some(open.began_at_ms));
             format!("{} was begun {age} by {}", open.attempt, open.by)
+        }));
+        said.extend(row.aborts.iter().map(|open| {
+            let age = output::ago(now_ms, Some(open.began_at_ms));
+            format!("{} would be aborted, which was begun {age} by {}", open.attempt, open.by)
         }));
         said.extend(row.lists.iter().map(|list| {
             let by = list.by.as_deref().filter(|by| !by.is_empty()).unwrap_or("nobody knows whom");

@@ -4,8 +4,9 @@ use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
+use proto::failure::chain;
 use proto::{Action, BackupId, ClusterName, Code, Failure, LineageId};
-use repository::{Encryption, Identity, InitOptions, Repository, Wish, store};
+use repository::{Encryption, InitOptions, Lineages, Lost, Repository, Wish, store};
 use serde::Serialize;
 
 use crate::args::{OpenerArgs, Output, RepoCommand};
@@ -52,7 +53,7 @@ pub(crate) async fn run(command: RepoCommand, format: Output) -> Result<Exit, Fa
         RepoCommand::Key(command) => return repo_key::run(command, format).await,
         RepoCommand::List(at) => {
             let repository = open(&at.url, &at.opener).await?;
-            let rows = list(&repository).await?;
+            let (rows, unreadable) = list(&repository).await?;
             if repository.is_single_writer() {
                 output::talk(&format!("This repository is degraded: {SINGLE_WRITER}."));
             }
@@ -72,6 +73,10 @@ pub(crate) async fn run(command: RepoCommand, format: Output) -> Result<Exit, Fa
                     ["CLUSTER", "SYSTEM IDENTIFIER", "BACKUP", "COMMITTED", "PROOFS", "WISH"];
                 output::table(&head, rows.iter().map(row).collect())
             });
+            for line in &unreadable {
+                output::talk(line);
+            }
+            return Ok(if unreadable.is_empty() { Exit::Ok } else { Exit::SomeFailed });
         }
         RepoCommand::Delete { at, backup, why, damaged } => {
             let repository = open(&at.url, &at.opener).await?;
@@ -99,7 +104,8 @@ pub(crate) async fn run(command: RepoCommand, format: Output) -> Result<Exit, Fa
         }
         RepoCommand::Release { at, backup } => {
             let repository = open(&at.url, &at.opener).await?;
-            repository.release(lineage_of(&repository, backup).await?, backup).await?;
+            let lineage = lineage_of(&repository, backup).await?;
+            repository.release(lineage, backup, &wish(String::new())).await?;
             output::talk(&format!("Backup {backup} is not held any more."));
         }
         RepoCommand::Check(args) => return super::repo_check::run(args, format).await,
@@ -145,13 +151,8 @@ pub(crate) fn who() -> String {
 }
 
 async fn lineage_of(repository: &Repository, backup: BackupId) -> Result<LineageId, Failure> {
-    for identity in repository.list_lineages().await? {
-        let backups = repository.list_readable_backups(identity.lineage).await?;
-        if backups.iter().any(|summary| summary.backup() == Some(backup)) {
-            return Ok(identity.lineage);
-        }
-    }
-    Err(unknown(repository, backup))
+    let lineage = repository.lineage_of_backup(backup).await?;
+    lineage.ok_or_else(|| unknown(repository, backup))
 }
 
 pub(crate) fn unknown(repository: &Repository, backup: BackupId) -> Failure {
@@ -160,16 +161,26 @@ pub(crate) fn unknown(repository: &Repository, backup: BackupId) -> Failure {
         .with_hint("List what there is with `pgmuster repo list`.")
 }
 
-/// The lineages of a cluster, or all.
+/// The lineages of a cluster, or all. Of those that cannot be read nobody knows whose they are: they are told where all are meant.
 pub(crate) async fn lineages(
     repository: &Repository,
     cluster: Option<&ClusterName>,
-) -> Result<Vec<Identity>, Failure> {
-    let mut lineages = repository.list_lineages().await?;
-    lineages.retain(|identity| cluster.is_none_or(|cluster| *cluster == identity.cluster));
+) -> Result<Lineages, Failure> {
+    let mut lineages = repository.find_lineages().await?;
+    lineages.readable.retain(|identity| cluster.is_none_or(|cluster| *cluster == identity.cluster));
+    let unreadable = lineages.unreadable.len();
+    if cluster.is_some() {
+        for (lineage, why) in lineages.unreadable.drain(..) {
+            tracing::warn!("Lineage {lineage} is left out: failed to {}", chain(&why));
+        }
+    }
     match cluster {
-        Some(cluster) if lineages.is_empty() => {
-            let message = format!("{} has no cluster {cluster}", repository.describe());
+        Some(cluster) if lineages.readable.is_empty() => {
+            let known = match unreadable {
+                0 => String::new(),
+                some => format!(", as far as its lineages can be read: {some} cannot"),
+            };
+            let message = format!("{} has no cluster {cluster}{known}", repository.describe());
             Err(Failure::new(Code::ClusterUnknown, Action::FixConfig, message)
                 .with_hint("List what there is with `pgmuster repo list`."))
         }
@@ -183,13 +194,9 @@ async fn forget_damaged(
     backup: BackupId,
     wish: &Wish,
 ) -> Result<(), Failure> {
-    for identity in repository.list_lineages().await? {
-        match repository.forget_damaged(identity.lineage, backup.into(), wish).await {
-            Err(repository::Error::BackupUnknown { .. }) => {}
-            other => return Ok(other?),
-        }
-    }
-    Err(unknown(repository, backup))
+    let lineage = repository.lineage_of(backup.into()).await?;
+    let lineage = lineage.ok_or_else(|| unknown(repository, backup))?;
+    Ok(repository.forget_damaged(lineage, backup.into(), wish).await?)
 }
 
 /// Opens a repository with what was typed and, for S3, the standard AWS credentials.
@@ -295,10 +302,21 @@ pub(crate) fn write_secret(path: &Path, content: &[u8]) -> Result<(), Failure> {
     })
 }
 
-async fn list(repository: &Repository) -> Result<Vec<Row>, Failure> {
-    let mut rows = Vec::new();
-    for identity in repository.list_lineages().await? {
-        for summary in repository.list_readable_backups(identity.lineage).await? {
+/// Every backup, and what is said of those that cannot be read.
+async fn list(repository: &Repository) -> Result<(Vec<Row>, Vec<String>), Failure> {
+    let (mut rows, mut unreadable) = (Vec::new(), Vec::new());
+    let lineages = lineages(repository, None).await?;
+    for (lineage, why) in lineages.unreadable {
+        unreadable.push(format!("Lineage {lineage} cannot be listed: failed to {}", chain(&why)));
+    }
+    for identity in lineages.readable {
+        let backups = repository.find_backups(identity.lineage).await?;
+        for Lost { backup, why } in backups.lost {
+            let (cluster, why) = (&identity.cluster, chain(&why));
+            unreadable
+                .push(format!("Backup {backup} of {cluster} cannot be used: failed to {why}"));
+        }
+        for summary in backups.readable {
             rows.push(Row {
                 cluster: identity.cluster.to_string(),
                 system_identifier: identity.system_identifier.to_string(),
@@ -313,5 +331,5 @@ async fn list(repository: &Repository) -> Result<Vec<Row>, Failure> {
             });
         }
     }
-    Ok(rows)
+    Ok((rows, unreadable))
 }

@@ -4,10 +4,10 @@ use std::str::FromStr;
 
 use proto::{AttemptId, LineageId};
 
-use crate::layout;
 use crate::marks::pack_of;
 use crate::pack::PackId;
 use crate::wal;
+use crate::{hex, layout};
 
 /// What an object is, by its key.
 #[derive(Debug, PartialEq, Eq)]
@@ -88,9 +88,17 @@ fn is_of_an_attempt(name: &str) -> bool {
         None => {
             matches!(
                 name,
-                "intent" | "manifest" | "verdict" | "forget" | "remember" | "hold" | "gone"
+                "intent"
+                    | "manifest"
+                    | "verdict"
+                    | "forget"
+                    | "remember"
+                    | "hold"
+                    | "release"
+                    | "gone"
             )
         }
+        Some(("hold" | "release", random)) => hex::decode::<16>(random).is_some(),
         Some((kind, number)) => {
             matches!(kind, "proof" | "checkpoint" | "forget" | "remember")
                 && exact::<u32>(number).is_some()
@@ -132,6 +140,9 @@ mod tests {
             "remember",
             "remember.2",
             "hold",
+            "hold.000102030405060708090a0b0c0d0e0f",
+            "release",
+            "release.000102030405060708090a0b0c0d0e0f",
             "gone",
             "checkpoint.7",
         ] {

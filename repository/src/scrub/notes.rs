@@ -27,7 +27,9 @@ impl Survey<'_> {
                         }
                         other => other.err(),
                     },
-                    "forget" | "remember" | "hold" => self.note::<Wish>(&key, *size).await?.err(),
+                    "forget" | "remember" | "hold" | "release" => {
+                        self.note::<Wish>(&key, *size).await?.err()
+                    }
                     "gone" => self.note::<Gone>(&key, *size).await?.err(),
                     "proof" => self.proof(*attempt, &key, *size).await?,
                     // Verdicts and manifests were read, and nothing else is written.

@@ -27,6 +27,7 @@ pub async fn conforms(store: &dyn Store) {
     deletes_once_and_again(store).await;
     uploads_of_every_size(store).await;
     shows_an_upload_only_when_complete(store).await;
+    uploads_in_the_place_of_another(store).await;
     uploads_side_by_side(store).await;
     uploads_64_mib(store).await;
     ends_only_the_uploads_named(store).await;
@@ -88,17 +89,16 @@ pub async fn refuses_what_was_not_asked_for(store: &dyn Store) {
         let refused = store.get_range(key, short.clone()).await;
         assert!(matches!(refused, Err(StoreError::Short { .. })), "{short:?}: {refused:?}");
     }
-    for refused in [
-        store.get(key, 99).await,
-        store.get(key, 0).await,
-        #[expect(
-            clippy::reversed_empty_ranges,
-            reason = "a range from a damaged object may be anything"
-        )]
-        store.get_range(key, 60..40).await,
-    ] {
-        assert!(matches!(refused, Err(StoreError::Unavailable { .. })), "{refused:?}");
+    for limit in [0, 99] {
+        let refused = store.get(key, limit).await;
+        assert!(matches!(refused, Err(StoreError::Large { .. })), "{refused:?}");
     }
+    #[expect(
+        clippy::reversed_empty_ranges,
+        reason = "a range from a damaged object may be anything"
+    )]
+    let refused = store.get_range(key, 60..40).await;
+    assert!(matches!(refused, Err(StoreError::Unavailable { .. })), "{refused:?}");
 }
 
 /// Reading what is not there is `NotFound`, also beside and below what is there; listing it finds nothing.
@@ -277,6 +277,16 @@ pub async fn uploads_of_every_size(store: &dyn Store) {
             upload(store, &key, (0..).zip(&sizes).map(|(seed, len)| sample(seed, *len))).await;
         assert_eq!(store.size(&key).await.expect("size"), whole.len() as u64, "{name}");
         assert!(get(store, &key).await == whole, "{name}: other bytes");
+    }
+}
+
+/// An upload that is complete takes the place of what has its name, however large that is.
+pub async fn uploads_in_the_place_of_another(store: &dyn Store) {
+    let key = "contract/place";
+    for sizes in [vec![17], vec![5 * MIB, 1], vec![3]] {
+        let whole =
+            upload(store, key, (7..).zip(&sizes).map(|(seed, len)| sample(seed, *len))).await;
+        assert!(get(store, key).await == whole, "{sizes:?}: other bytes");
     }
 }
 

@@ -114,6 +114,16 @@ impl DirectoryStore {
             Err(error) => Err(error),
         }
     }
+
+    /// Gives it its name, whoever had it.
+    fn link_or_replace(&self, temporary: Temporary, key: &str) -> io::Result<()> {
+        if self.link(&temporary, key)? == PutOutcome::Created {
+            return Ok(());
+        }
+        let path = self.path(key);
+        temporary.replace(self, &path)?;
+        path.parent().map_or(Ok(()), sync_directory)
+    }
 }
 
 #[async_trait]
@@ -172,12 +182,7 @@ impl Store for DirectoryStore {
         check_key("put", key)?;
         self.blocking("put", key, move |store, key| {
             let temporary = store.write(&bytes)?;
-            if store.link(&temporary, key)? == PutOutcome::Created {
-                return Ok(());
-            }
-            let path = store.path(key);
-            temporary.replace(store, &path)?;
-            path.parent().map_or(Ok(()), sync_directory)
+            store.link_or_replace(temporary, key)
         })
         .await
     }
@@ -377,10 +382,8 @@ impl Upload for DirectoryUpload {
     async fn complete(mut self: Box<Self>) -> Result<(), StoreError> {
         self.step(|store, key, temporary| {
             temporary.file.sync_all()?;
-            match store.link(&temporary, key)? {
-                PutOutcome::Created => Ok((None, ())),
-                PutOutcome::Exists => Err(ErrorKind::AlreadyExists.into()),
-            }
+            store.link_or_replace(temporary, key)?;
+            Ok((None, ()))
         })
         .await
     }
@@ -451,6 +454,10 @@ fn classify(operation: &'static str, key: &str, source: io::Error) -> StoreError
         }
         // Of reading a range alone.
         ErrorKind::UnexpectedEof => StoreError::Short { key, source: source.into() },
+        // Of writing, it is a limit of the file system.
+        ErrorKind::FileTooLarge if operation == "get" => {
+            StoreError::Large { key, source: source.into() }
+        }
         _ => StoreError::Unavailable { operation, key, source: source.into() },
     }
 }

@@ -95,6 +95,15 @@ pub enum StoreError {
         #[source]
         source: Cause,
     },
+    /// The object is larger than the limit that was given.
+    #[error("read {key} within its limit")]
+    Large {
+        /// The key.
+        key: String,
+        /// The object's size and the limit.
+        #[source]
+        source: Cause,
+    },
     /// Anything else, after the retries that were safe.
     #[error("{operation} {key}")]
     Unavailable {
@@ -143,7 +152,7 @@ pub trait Upload: Send {
     /// call returns when the part is accepted for sending, and at most a few parts are in flight over all uploads of
     /// a store (so memory stays bounded). After an error the upload can only be thrown away.
     async fn part(&mut self, bytes: Bytes) -> Result<(), StoreError>;
-    /// Makes the object visible and durable.
+    /// Makes the object visible and durable, in the place of one that has the name.
     async fn complete(self: Box<Self>) -> Result<(), StoreError>;
     /// Throws the parts away.
     async fn abort(self: Box<Self>) -> Result<(), StoreError>;
@@ -156,7 +165,7 @@ pub trait Upload: Send {
 pub trait Store: Send + Sync + std::fmt::Debug {
     /// For people: `s3://bucket/prefix` or `file:///path`, without secrets.
     fn describe(&self) -> String;
-    /// The whole object, refused when it is larger than `limit_bytes`.
+    /// The whole object; one that is larger than `limit_bytes` is [`StoreError::Large`].
     async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError>;
     /// Exactly the bytes `range` of the object; a shorter object is [`StoreError::Short`].
     async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError>;

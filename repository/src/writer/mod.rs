@@ -119,6 +119,7 @@ pub struct Written {
     manifest_blake3: String,
     counts: Counts,
     vanished: u64,
+    newest_ms: Option<i64>,
 }
 
 /// A committed backup, for reports.
@@ -277,6 +278,7 @@ impl BackupWriter {
             manifest_blake3: stored.1,
             counts: root.head.counts,
             vanished: self.options.progress.snapshot().vanished,
+            newest_ms: self.attempt.newest_ms,
         })
     }
 
@@ -500,16 +502,23 @@ impl Written {
     }
 
     /// Makes it a backup, unless somebody aborted the attempt first, or a pack it needs is not in the store any more.
-    /// `now_ms` stands in the verdict.
+    /// `now_ms` stands in the verdict. It comes behind every backup that was there when it began, also where a clock was wrong.
     pub async fn commit(self, now_ms: i64) -> Result<BackupSummary, Error> {
+        let order_ms = self.newest_ms.map(|newest| newest.saturating_add(1));
+        let order_ms = order_ms.filter(|order_ms| *order_ms > now_ms);
         self.repository.require_all(&self.root).await?;
         let outcome = Outcome::Commit {
             manifest_bytes: self.manifest_bytes,
             manifest_blake3: self.manifest_blake3.clone(),
             counts: self.counts,
         };
-        let verdict =
-            Verdict { attempt: self.attempt, outcome, by: self.by.clone(), at_ms: now_ms };
+        let verdict = Verdict {
+            attempt: self.attempt,
+            outcome,
+            by: self.by.clone(),
+            at_ms: now_ms,
+            order_ms,
+        };
         self.repository.put_commit(self.lineage, verdict).await?;
         Ok(BackupSummary {
             backup: self.attempt.into(),

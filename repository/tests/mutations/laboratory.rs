@@ -150,6 +150,8 @@ pub(crate) async fn build() -> Laboratory {
     let wish = Wish { by: "tester".into(), why: "to be spoilt".into(), at_ms: NOW_MS };
     repository.forget(bench.lineage, first.backup, &wish).await.unwrap();
     repository.hold(bench.lineage, second.backup, &wish).await.unwrap();
+    repository.release(bench.lineage, second.backup, &wish).await.unwrap();
+    repository.hold(bench.lineage, second.backup, &wish).await.unwrap();
     for (backup, at_ms) in [(second.backup, 1), (third.backup, 2), (third.backup, 3)] {
         let proof = proof(bench.lineage, backup, at_ms);
         repository.add_proof(bench.lineage, backup, proof).await.unwrap();
@@ -192,7 +194,8 @@ fn class(key: &str, bytes: &[u8], committed: bool, forgotten: bool, needed: bool
         "intent" => Class::Intent { committed },
         "verdict" => Class::Verdict { committed },
         "manifest" => Class::Manifest { committed, forgotten },
-        "forget" | "hold" => Class::Wish,
+        "forget" => Class::Wish,
+        _ if name.starts_with("hold.") || name.starts_with("release.") => Class::Wish,
         "condemned" => Class::Condemned,
         // One backup has one proof, the other two.
         "proof.1" => {

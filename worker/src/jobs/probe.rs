@@ -79,18 +79,13 @@ async fn verdict(
     attempt: AttemptId,
 ) -> Result<SeenVerdict, Failure> {
     let repository = places.repository_for(&cx.spec.cluster).await?;
-    for identity in repository.list_lineages().await? {
-        if identity.cluster != cx.spec.cluster {
-            continue;
-        }
-        let attempts = repository.list_attempts(identity.lineage).await?;
-        if let Some(found) = attempts.iter().find(|row| row.attempt == attempt) {
-            return Ok(match found.verdict.as_ref().map(|verdict| &verdict.outcome) {
-                None => SeenVerdict::Open,
-                Some(Outcome::Commit { .. }) => SeenVerdict::Commit,
-                Some(Outcome::Abort { .. }) => SeenVerdict::Abort,
-            });
-        }
-    }
-    Ok(SeenVerdict::Unknown)
+    let Some(lineage) = repository.lineage_of(attempt).await? else {
+        return Ok(SeenVerdict::Unknown);
+    };
+    let verdict = repository.verdict(lineage, attempt).await?;
+    Ok(match verdict.map(|verdict| verdict.outcome) {
+        None => SeenVerdict::Open,
+        Some(Outcome::Commit { .. }) => SeenVerdict::Commit,
+        Some(Outcome::Abort { .. }) => SeenVerdict::Abort,
+    })
 }

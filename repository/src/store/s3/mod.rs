@@ -375,10 +375,9 @@ impl Store for S3Store {
         check_key(READ, key)?;
         self.fetch(key, None, |length, _| match length {
             Some(length) if length > limit_bytes => {
-                let why = format!(
-                    "the object has {length} bytes, more than the {limit_bytes} allowed here"
-                );
-                Err(Unwanted::Object(unreadable(key, why)))
+                let why = format!("{length} bytes, and at most {limit_bytes} are expected");
+                let (key, source) = (key.to_owned(), why.into());
+                Err(Unwanted::Object(StoreError::Large { key, source }))
             }
             _ => Ok(limit_bytes),
         })
