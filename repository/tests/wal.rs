@@ -10,11 +10,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use async_trait::async_trait;
 use bytes::Bytes;
 use common::{Bench, NOW_MS, noise};
-use proto::wal::{Segment, WalFileName};
+use proto::wal::{History, Segment, WalFileName};
 use proto::{Code, Failure, Lsn, SystemIdentifier, Timeline};
 use repository::store::directory::DirectoryStore;
 use repository::store::layer::Layer;
-use repository::store::{PutOutcome, Store, StoreError};
+use repository::store::{Listed, PutOutcome, Store, StoreError};
 use repository::{CheckLevel, Error, Repository, ScrubOptions, ScrubReport, WalMissing, WalStored};
 
 const MIB: u64 = 1 << 20;
@@ -238,6 +238,71 @@ async fn a_check_reads_the_archive_too() {
     // An object that is sound in itself and lies at another's place needs the key to be found.
     std::fs::copy(path(&bench, &format!("conflicts/{name}/1")), &place).unwrap();
     assert!(!found(CheckLevel::Read).await && found(CheckLevel::Decrypt).await);
+}
+
+/// A directory that is too large to be listed.
+#[derive(Debug)]
+struct Endless(DirectoryStore);
+
+#[async_trait]
+impl Layer for Endless {
+    fn inner(&self) -> &dyn Store {
+        &self.0
+    }
+    async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
+        let source = "it never ends".into();
+        Err(StoreError::Unavailable { operation: "list", key: prefix.to_owned(), source })
+    }
+}
+
+#[tokio::test]
+async fn whether_there_is_more_is_told_without_a_list_of_all_there_is() {
+    let bench = Bench::new().await;
+    for name in [
+        "00000001000000000000000F",
+        "00000001000000000000000F.00000028.backup",
+        "00000001000000000000000F.partial",
+        "000000010000000000000010.partial",
+    ] {
+        store(&bench, name, content(1)).await.unwrap();
+    }
+    let endless = Endless(DirectoryStore::new(bench.store_path()));
+    let endless = Repository::open(Arc::new(endless), Some(&bench.key)).await.unwrap();
+    for (number, more) in [(0x0e, true), (0x0f, false), (0x10, false)] {
+        let segment = Segment { timeline: Timeline(1), number }.name(1 << 20);
+        let told = endless.has_later_wal(bench.lineage, segment).await.unwrap();
+        assert_eq!(told, more, "{segment}");
+    }
+    for (timeline, any) in [(1, true), (2, false)] {
+        let told = endless.has_wal_of(bench.lineage, Timeline(timeline)).await.unwrap();
+        assert_eq!(told, any, "timeline {timeline}");
+    }
+}
+
+#[tokio::test]
+async fn the_histories_of_later_timelines_are_read_or_nothing_is_certain() {
+    let bench = Bench::new().await;
+    for (name, text) in
+        [("00000002.history", "1\t0/500000\tx\n"), ("0000000A.history", "2\t0/900000\tx\n")]
+    {
+        store(&bench, name, text.into()).await.unwrap();
+    }
+    let after = async |timeline| {
+        let histories = bench.repository.wal_histories_after(bench.lineage, Timeline(timeline));
+        let timelines =
+            |all: Vec<History>| all.iter().map(|one| one.timeline.0).collect::<Vec<_>>();
+        histories.await.map(timelines)
+    };
+    assert_eq!(after(1).await.unwrap(), [2, 10]);
+    assert_eq!(after(2).await.unwrap(), [10]);
+    assert_eq!(after(10).await.unwrap(), [0; 0]);
+    let object = path(&bench, "0000000A/0000000A.history");
+    let sound = std::fs::read(&object).unwrap();
+    std::fs::write(&object, &sound[..sound.len() - 1]).unwrap();
+    after(2).await.unwrap_err();
+    assert_eq!(after(10).await.unwrap(), [0; 0]);
+    std::fs::rename(bench.store_path(), bench.directory.path().join("away")).unwrap();
+    after(10).await.unwrap_err();
 }
 
 /// A directory whose answer to a conditional put is lost, after it was or was not carried out.

@@ -20,7 +20,7 @@ use bytes::Bytes;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
-use super::{Listed, PutOutcome, Store, StoreError, Upload, check_key};
+use super::{KeyTest, Listed, PutOutcome, Store, StoreError, Upload, check_key};
 use crate::chance;
 
 /// Where unfinished objects are that must have a name. Not a valid key, so no object can be there.
@@ -248,6 +248,25 @@ impl Store for DirectoryStore {
         .await
     }
 
+    async fn has_behind(
+        &self,
+        prefix: &str,
+        after: &str,
+        is_wanted: KeyTest,
+    ) -> Result<bool, StoreError> {
+        if !prefix.is_empty() {
+            check_key("list", prefix.trim_end_matches('/'))?;
+        }
+        let after = after.to_owned();
+        self.blocking("list", prefix, move |store, prefix| {
+            let folder = prefix.rsplit_once('/').map_or("", |(folder, _)| folder);
+            has_below(&store.path(folder), folder, prefix, &|key| {
+                key > after.as_str() && is_wanted(key)
+            })
+        })
+        .await
+    }
+
     async fn list_directories(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
         if !prefix.is_empty() {
             check_key("list", prefix.trim_end_matches('/'))?;
@@ -447,12 +466,7 @@ fn read_directory(path: &Path) -> io::Result<Vec<fs::DirEntry>> {
 
 fn walk(path: &Path, key: &str, prefix: &str, found: &mut Vec<Listed>) -> io::Result<()> {
     for entry in read_directory(path)? {
-        let name = entry.file_name();
-        let Some(name) = name.to_str() else { continue };
-        if key.is_empty() && name == UPLOADS {
-            continue;
-        }
-        let below = if key.is_empty() { name.to_owned() } else { format!("{key}/{name}") };
+        let Some(below) = key_of(&entry, key) else { continue };
         if entry.file_type()?.is_dir() {
             if below.starts_with(prefix) || prefix.starts_with(&below) {
                 walk(&entry.path(), &below, prefix, found)?;
@@ -467,6 +481,41 @@ fn walk(path: &Path, key: &str, prefix: &str, found: &mut Vec<Listed>) -> io::Re
         }
     }
     Ok(())
+}
+
+/// Whether a directory has an object that is wanted. It is read no further than to the first.
+fn has_below(
+    path: &Path,
+    key: &str,
+    prefix: &str,
+    is_wanted: &dyn Fn(&str) -> bool,
+) -> io::Result<bool> {
+    let entries = match fs::read_dir(path) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    for entry in entries {
+        let entry = entry?;
+        let Some(below) = key_of(&entry, key) else { continue };
+        let has = if entry.file_type()?.is_dir() {
+            (below.starts_with(prefix) || prefix.starts_with(&below))
+                && has_below(&entry.path(), &below, prefix, is_wanted)?
+        } else {
+            below.starts_with(prefix) && is_wanted(&below)
+        };
+        if has {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// What an entry of the directory `key` stands for.
+fn key_of(entry: &fs::DirEntry, key: &str) -> Option<String> {
+    let name = entry.file_name();
+    let name = name.to_str().filter(|name| !(key.is_empty() && *name == UPLOADS))?;
+    Some(if key.is_empty() { name.to_owned() } else { format!("{key}/{name}") })
 }
 
 fn classify(operation: &'static str, key: &str, source: io::Error) -> StoreError {
