@@ -396,6 +396,153 @@ async fn nothing_but_the_certain_end_of_the_log_ends_a_recovery() -> anyhow::Res
     Ok(())
 }
 
+/// A second server that follows the scene's primary by streaming, and archives as `archive_mode` says.
+async fn standby(scene: &Scene, archive_mode: &str) -> anyhow::Result<Instance> {
+    let mut standby = make(15, &scene.place.path().join("standby"), options(&[], Some(1))).await?;
+    let push = command(&["push", "%p"], &scene.archive.of("orders"))?;
+    let sockets = scene.primary.socket_directory().display();
+    let primary = format!("host={sockets} port={} user=postgres", scene.primary.port());
+    let settings = [
+        ("primary_conninfo", primary.as_str()),
+        ("archive_mode", archive_mode),
+        ("archive_command", push.as_str()),
+    ];
+    recover(&mut standby, &scene.base(), "standby.signal", &settings)?;
+    standby.start().await.context(standby.log_tail())?;
+    Ok(standby)
+}
+
+/// Promotes a standby that has replayed all that its primary wrote. The end of the old timeline.
+async fn promote(standby: &Instance, primary: &Instance) -> anyhow::Result<()> {
+    let end = text(primary, "SELECT pg_current_wal_lsn()::text").await?;
+    let has = format!("SELECT (pg_last_wal_replay_lsn() >= '{end}')::text");
+    eventually_async(format!("the standby at {end}"), SOON, async || {
+        Ok((text(standby, &has).await? == "true").then_some(()))
+    })
+    .await?;
+    execute(standby, &["SELECT pg_promote()"]).await
+}
+
+/// Hides a file of the archive until it is shown again.
+struct Hidden(PathBuf);
+
+impl Hidden {
+    fn hide(object: PathBuf) -> anyhow::Result<Self> {
+        std::fs::rename(&object, object.with_extension("hidden"))?;
+        Ok(Self(object))
+    }
+
+    fn show(self) -> anyhow::Result<()> {
+        Ok(std::fs::rename(self.0.with_extension("hidden"), &self.0)?)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_not_archived_before_a_promotion_is_missing_and_no_end() -> anyhow::Result<()> {
+    let mut scene = Scene::create(15, 1, 3).await?;
+    let of = scene.archive.of("orders");
+    // The primary cannot archive any more; its standby streams all the same, and is promoted when the primary is gone.
+    scene.primary.set(&[("archive_command", "false")])?;
+    scene.primary.start().await?;
+    let mut standby = standby(&scene, "on").await?;
+    work(&scene.primary, 3).await?;
+    execute(&scene.primary, &["INSERT INTO t VALUES (0, 'last')"]).await?;
+    promote(&standby, &scene.primary).await?;
+    scene.primary.kill9();
+    work(&standby, 2).await?;
+    let rows = number(&standby, ROWS).await?;
+    standby.stop(StopMode::Fast).await?;
+
+    let get = command(&["get", "%f", "%p", "--deadline", "2"], &of)?;
+    let settings = [("restore_command", get.as_str()), ("hot_standby", "off")];
+    let mut server = scene.restored(15, 1).await?;
+    recover(&mut server, &scene.base(), "recovery.signal", &settings)?;
+    let inventory = scene.archive.inventory().await?;
+    let run = inventory.timelines[&Timeline(1)].runs[0];
+    let history = inventory.timelines[&Timeline(2)].history.as_ref().context("a history")?;
+    let fork =
+        proto::wal::Segment::containing(history.entries[0].switched_at, Timeline(1), 1 << 20);
+    ensure!(fork.number > run.last.number + 2, "{inventory:?}");
+    let log = fails(&mut server, "the end of the old timeline was never archived").await?;
+    let missing = run.last.next().file_name(1 << 20);
+    ensure!(log.contains("WAL_MISSING") && log.contains(&missing), "{log}");
+
+    // What the promoted standby still has closes the gap.
+    for number in run.last.number + 1..fork.number {
+        let name = proto::wal::Segment { number, ..run.last }.file_name(1 << 20);
+        let path = format!("pg_wal/{name}");
+        let done = scene.archive.run(&standby.data_directory(), "orders", &["push", &path])?;
+        ensure!(done.code() == 0, "{done}");
+    }
+    ensure!(opens(&mut server).await?, "{}", server.log_tail());
+    ensure!(number(&server, ROWS).await? == rows);
+    server.stop(StopMode::Fast).await?;
+
+    // Without its history nobody finds the new timeline, and the old one ends long before it.
+    let hidden = Hidden::hide(scene.archive.object("00000002.history").await?)?;
+    recover(&mut server, &scene.base(), "recovery.signal", &settings)?;
+    let log = fails(&mut server, "the history of the newest timeline is gone").await?;
+    ensure!(log.contains("WAL_MISSING") && log.contains("00000002.history"), "{log}");
+    // The server's own is as good.
+    let own = |server: &Instance| server.data_directory().join("pg_wal/00000002.history");
+    std::fs::copy(own(&standby), own(&server))?;
+    ensure!(opens(&mut server).await?, "{}", server.log_tail());
+    ensure!(number(&server, ROWS).await? == rows);
+    hidden.show()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_branch_that_a_promotion_abandoned_is_not_replayed() -> anyhow::Result<()> {
+    let mut scene = Scene::create(15, 1, 2).await?;
+    scene.primary.start().await?;
+    let mut standby = standby(&scene, "always").await?;
+    eventually_async("a segment that both have archived", SOON, async || {
+        let both = "SELECT archived_count + failed_count FROM pg_stat_archiver";
+        Ok((number(&standby, both).await? > 0).then_some(()))
+    })
+    .await?;
+    execute(&scene.primary, &["INSERT INTO t VALUES (0, 'common')"]).await?;
+    let before = text(&scene.primary, "SELECT pg_current_wal_lsn()::text").await?;
+    let rows = number(&scene.primary, ROWS).await?;
+    promote(&standby, &scene.primary).await?;
+    // It comes to archive that there is a new timeline, and nothing of it.
+    let history = scene.archive.object("00000002.history").await?;
+    eventually_async("the new history in the archive", SOON, async || {
+        Ok(history.exists().then_some(()))
+    })
+    .await?;
+    standby.kill9();
+    // The old primary, which heard of nothing, goes on.
+    work(&scene.primary, 3).await?;
+    scene.primary.stop(StopMode::Fast).await?;
+
+    let get = command(&["get", "%f", "%p", "--deadline", "2"], &scene.archive.of("orders"))?;
+    let settings = [("restore_command", get.as_str()), ("hot_standby", "off")];
+    let mut server = scene.restored(15, 1).await?;
+    recover(&mut server, &scene.base(), "recovery.signal", &settings)?;
+    let log = fails(&mut server, "the new timeline was never archived").await?;
+    ensure!(log.contains("WAL_MISSING") && log.contains("left timeline 1 at"), "{log}");
+
+    // What both have in common can be recovered,
+    let target = [("recovery_target_lsn", before.as_str()), ("recovery_target_action", "promote")];
+    recover(&mut server, &scene.base(), "recovery.signal", &[&settings[..], &target].concat())?;
+    ensure!(opens(&mut server).await?, "{}", server.log_tail());
+    ensure!(number(&server, ROWS).await? == rows);
+    server.stop(StopMode::Fast).await?;
+    // and all of the new timeline once its server has archived it.
+    standby.start().await?;
+    work(&standby, 2).await?;
+    let rows = number(&standby, ROWS).await?;
+    standby.stop(StopMode::Fast).await?;
+    server.set(&[("recovery_target_lsn", "")])?;
+    recover(&mut server, &scene.base(), "recovery.signal", &settings)?;
+    ensure!(opens(&mut server).await?, "{}", server.log_tail());
+    ensure!(number(&server, ROWS).await? == rows);
+    let inventory = scene.archive.inventory().await?;
+    ensure!(inventory.conflicts.is_empty(), "{inventory:?}");
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_that_hangs_or_is_gone_is_no_end_of_the_log_and_no_end_of_waiting()
 -> anyhow::Result<()> {

@@ -3,6 +3,8 @@
 //! Both work with the server's files and the repository alone, without coordinator, broker or connection to the server. How
 //! an outcome is told to the server, and for how long it is tried, is the command line's affair.
 
+mod branch;
+mod gap;
 mod get;
 mod lineage;
 mod patience;
@@ -14,7 +16,7 @@ use std::path::{Path, PathBuf};
 use postgres::control_file::ControlFile;
 use postgres::wal::{Segment, SegmentHeader, WalOrigin};
 use proto::wal::SegmentName;
-use proto::{Action, Code, Failure, SystemIdentifier, WalFileName};
+use proto::{Action, Code, Failure, SystemIdentifier, Timeline, WalFileName};
 
 pub use get::{Got, get};
 pub use lineage::Whose;
@@ -29,6 +31,8 @@ use crate::context::blocking;
 struct Server {
     system_identifier: SystemIdentifier,
     segment_size: u32,
+    /// The newest timeline that it has come to.
+    timeline: Timeline,
     /// Absent where `PG_VERSION` cannot be read.
     major: Option<u32>,
 }
@@ -50,6 +54,7 @@ async fn server_of(path: &Path) -> Result<Option<Server>, Failure> {
         Ok(Some(Server {
             system_identifier: control.system_identifier,
             segment_size: control.wal_segment_size,
+            timeline: control.timeline.max(control.min_recovery_timeline),
             major: major.and_then(|text| text.trim().parse().ok()),
         }))
     })
@@ -93,14 +98,12 @@ fn refused(file: &WalFileName, what: &str) -> Failure {
 
 #[cfg(test)]
 mod tests {
-    use proto::Timeline;
-
     use super::*;
 
     const MIB: usize = 1 << 20;
 
     /// A segment of 1 MiB as PostgreSQL 15 begins it.
-    fn segment(timeline: u32, start: u64, system_identifier: u64) -> Vec<u8> {
+    pub(super) fn segment(timeline: u32, start: u64, system_identifier: u64) -> Vec<u8> {
         let mut bytes = vec![0; MIB];
         bytes[..2].copy_from_slice(&0xD110_u16.to_ne_bytes());
         bytes[2..4].copy_from_slice(&2_u16.to_ne_bytes());
@@ -117,7 +120,12 @@ mod tests {
         let name = SegmentName { timeline: Timeline(10), high: 0, low: 5 };
         let start = 5 << 20;
         let ours = SystemIdentifier(7);
-        let server = Server { system_identifier: ours, segment_size: 1 << 20, major: Some(15) };
+        let server = Server {
+            system_identifier: ours,
+            segment_size: 1 << 20,
+            timeline: Timeline(10),
+            major: Some(15),
+        };
         let good = segment(10, start, 7);
         for server in [None, Some(server)] {
             verify(name, &good, ours, server).unwrap();
