@@ -801,5 +801,16 @@ fn a_question_that_is_asked_wrongly_is_never_answered() -> anyhow::Result<()> {
         let asked = run(place.path(), words.iter().map(|&word| word.to_owned()))?;
         ensure!(asked.code() == NOT_KNOWN, "the key is {what}: {asked}");
     }
+    // No name and no value makes another command of it, and other commands end as ever.
+    let asked = archive.run(place.path(), "push", &["get", name, "x", "--deadline", "1"])?;
+    ensure!(asked.code() == NOT_KNOWN, "the cluster is called push: {asked}");
+    for (words, code) in [
+        (vec!["wal", "push", name, "--kye", "x"], 2),
+        (vec!["--log", "push", "wal", "get", name, "--kye", "x"], NOT_KNOWN),
+        (vec!["cluster", "show", "wal", "--coordinator", "http://127.0.0.1:9"], 2),
+    ] {
+        let asked = run(place.path(), words.iter().map(|&word| word.to_owned()))?;
+        ensure!(asked.code() == code, "{words:?}: {asked}");
+    }
     Ok(())
 }
