@@ -8,7 +8,7 @@ use anyhow::{Context as _, bail, ensure};
 use postgres::binaries::Binaries;
 use postgres::control_file::ControlFile;
 use postgres::instance::{Instance, InstanceOptions, StopMode};
-use proto::{LineageId, Timeline};
+use proto::{BackupKind, LineageId, Timeline};
 use repository::store::directory::DirectoryStore;
 use repository::{KeyFile, Repository, WalInventory};
 use tests::{Bucket, Finished, Pgmuster, Proxy, bucket, eventually_async, services};
@@ -760,6 +760,38 @@ async fn only_what_a_server_wrote_whole_is_archived_and_only_by_that_cluster() -
     std::fs::write(&brought, cut)?;
     let got = archive.run(&ours, "orders", &["get", &next, "pg_wal/RECOVERYXLOG"])?;
     ensure!(got.code() == NOT_KNOWN && got.stderr.contains("WAL_MISSING"), "{got}");
+
+    // What is rotten of another cluster stands in nobody's way.
+    let done = archive.run(&theirs, "others", &["push", &format!("pg_wal/{}", names[1])])?;
+    ensure!(done.code() == 0, "{done}");
+    let (repository, others) = (archive.open().await?, "others".parse()?);
+    let system_identifier = ControlFile::read(&theirs)?.system_identifier;
+    let kind = BackupKind::Physical;
+    let [rotten] = &repository.lineages_of(kind, &others, system_identifier).await?[..] else {
+        bail!("another lineage")
+    };
+    let identity = archive.path().join(format!("lineages/{}/identity", rotten.lineage));
+    let sound = std::fs::read(&identity)?;
+    std::fs::write(&identity, &sound[..sound.len() - 1])?;
+    ensure!(push(&ours, &format!("pg_wal/{name}"))?.code() == 0);
+    let got = archive.run(&ours, "orders", &["get", name, "pg_wal/RECOVERYXLOG"])?;
+    ensure!(got.code() == 0, "{got}");
+    std::fs::write(&identity, sound)?;
+
+    // A lineage of logical backups has no WAL.
+    let dumps = repository
+        .find_or_mint_lineage_of(BackupKind::Logical, &others, system_identifier, 1)
+        .await?
+        .lineage
+        .to_string();
+    let of = [&archive.of("others")[..4], &["--lineage".to_owned(), dumps]].concat();
+    let asked = |words: &[&str]| {
+        run(&theirs, words.iter().map(|&word| word.to_owned()).chain(of.iter().cloned()))
+    };
+    let pushed = asked(&["wal", "push", &format!("pg_wal/{}", names[1])])?;
+    ensure!(pushed.code() == 2 && pushed.stderr.contains("has no WAL"), "{pushed}");
+    let got = asked(&["wal", "get", name, "x"])?;
+    ensure!(got.code() == NOT_KNOWN && got.stderr.contains("has no WAL"), "{got}");
     Ok(())
 }
 
