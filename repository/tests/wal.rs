@@ -15,7 +15,7 @@ use proto::{Code, Failure, Lsn, SystemIdentifier, Timeline};
 use repository::store::directory::DirectoryStore;
 use repository::store::layer::Layer;
 use repository::store::{Listed, PutOutcome, Store, StoreError};
-use repository::{CheckLevel, Error, Repository, ScrubOptions, ScrubReport, WalMissing, WalStored};
+use repository::{CheckLevel, Error, Repository, ScrubOptions, ScrubReport, WalGap, WalStored};
 
 const MIB: u64 = 1 << 20;
 
@@ -168,7 +168,7 @@ async fn nothing_is_missing_for_certain_where_the_repository_is_not() {
 }
 
 #[tokio::test]
-async fn the_inventory_tells_runs_gaps_sizes_and_the_way_across_timelines() {
+async fn the_inventory_tells_runs_gaps_sizes_and_where_timelines_were_left() {
     let bench = Bench::new().await;
     for name in [
         "000000010000000000000FFE",
@@ -188,10 +188,17 @@ async fn the_inventory_tells_runs_gaps_sizes_and_the_way_across_timelines() {
     let first = &inventory.timelines[&Timeline(1)];
     let runs: Vec<_> = first.runs.iter().map(|run| (run.from.0 / MIB, run.to.0 / MIB)).collect();
     assert_eq!((first.segment_size, runs), (1 << 20, vec![(0xffe, 0x1001), (0x1002, 0x1003)]));
-    let (timeline, from) = (Timeline(10), Lsn(0xffe * MIB + 5));
-    assert_eq!(inventory.covers(timeline, from, Lsn(0x1002 * MIB)), Ok(()));
-    let missing = inventory.covers(Timeline(1), from, Lsn(0x1002 * MIB)).unwrap_err();
-    assert!(matches!(missing, WalMissing::Segment { from: Lsn(0x1_0010_0000), .. }), "{missing}");
+    let has = |timeline, number| {
+        let segment = Segment { timeline: Timeline(timeline), number };
+        (inventory.has(segment, 1 << 20), inventory.has(segment, 1 << 24))
+    };
+    assert_eq!(has(1, 0x1000), (true, false));
+    assert_eq!(has(1, 0x1001), (false, false));
+    assert_eq!(has(10, 0x1001), (true, false));
+    let gap = |from, to| WalGap { timeline: Timeline(1), from: Lsn(from), to: Lsn(to) };
+    assert_eq!(inventory.gaps(), [gap(0x1001 * MIB, 0x1002 * MIB)]);
+    let ancestor = (Timeline(1), Lsn(0x1_0008_0000));
+    assert!(inventory.shows(ancestor.0, ancestor.1));
 
     // A segment that is deleted is a gap; one that is damaged hides nobody's size; a history that is damaged is told.
     std::fs::remove_file(path(&bench, "00000001/000000010000000000000FFF")).unwrap();
@@ -206,8 +213,7 @@ async fn the_inventory_tells_runs_gaps_sizes_and_the_way_across_timelines() {
     let mut damaged: Vec<_> = inventory.damaged.iter().map(|(file, _)| file.to_string()).collect();
     damaged.sort();
     assert_eq!(damaged, ["000000010000000000000FFE", "0000000A.history"]);
-    let missing = inventory.covers(timeline, from, Lsn(0x1002 * MIB)).unwrap_err();
-    assert_eq!(missing, WalMissing::History { timeline });
+    assert!(!inventory.shows(ancestor.0, ancestor.1));
 }
 
 #[tokio::test]

@@ -9,6 +9,7 @@ mod get;
 mod lineage;
 mod patience;
 mod push;
+mod reach;
 mod windows;
 
 use std::path::{Path, PathBuf};
@@ -22,6 +23,7 @@ pub use get::{Got, get};
 pub use lineage::Whose;
 pub use patience::patiently;
 pub use push::{Pushed, push};
+pub(crate) use reach::Reach;
 pub use windows::{Damaged, Gap, Recoverable, Window, recoverable};
 
 use crate::context::blocking;
