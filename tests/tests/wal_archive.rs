@@ -1,6 +1,7 @@
 //! A server's log goes into the archive by its own `archive_command` and comes back by its `restore_command`, the program
 //! being both; and nothing that goes wrong on the way makes a recovery end early.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -730,6 +731,24 @@ async fn only_what_a_server_wrote_whole_is_archived_and_only_by_that_cluster() -
     ensure!(conflict.stderr.contains(&format!("conflicts/{name}/1")), "{conflict}");
     let got = archive.run(&ours, "orders", &["get", name, "pg_wal/RECOVERYXLOG"])?;
     ensure!(got.code() == 0 && std::fs::read(ours.join("pg_wal/RECOVERYXLOG"))? == whole, "{got}");
+
+    // Killed before what was fetched has its name: what is left is what the server itself sweeps when it starts.
+    let words = ["wal", "get", name, "pg_wal/RECOVERYXLOG"].map(str::to_owned);
+    let words: Vec<String> = words.into_iter().chain(archive.of("orders")).collect();
+    let in_wal = || -> anyhow::Result<BTreeSet<String>> {
+        let entries = std::fs::read_dir(ours.join("pg_wal"))?;
+        Ok(entries
+            .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+            .collect::<std::io::Result<_>>()?)
+    };
+    let before = in_wal()?;
+    let killed = Pgmuster::start_with(&words, |command| {
+        command.current_dir(&ours).env("PGMUSTER_FAILPOINT", "wal_written=abort");
+    })?
+    .wait(SOON)?;
+    ensure!(killed.status.code().is_none(), "{killed}");
+    let left: Vec<String> = in_wal()?.difference(&before).cloned().collect();
+    ensure!(left.len() == 1 && left[0].starts_with("xlogtemp."), "{left:?}");
 
     // An unfinished segment serves nobody under the plain name.
     let partial = format!("{next}.partial");

@@ -6,11 +6,13 @@ use std::path::Path;
 use bytes::Bytes;
 use proto::{Action, Code, Failure, WalFileName};
 use repository::Repository;
+use tempfile::NamedTempFile;
 
 use super::gap::Asked;
 use super::lineage::Whose;
 use super::{segment_of, server_of, verify};
 use crate::context::blocking;
+use crate::failpoint;
 
 /// How fetching a file ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,27 +51,37 @@ pub async fn get(
                 .with_hint("Look at restore_command: is this the archive of this cluster?")
         })?;
     }
-    let to = to.to_owned();
-    blocking(move || {
-        write(&to, &content).map_err(|error| {
-            let what = format!("failed to write {}: {error}", to.display());
+    let unwritable = {
+        let to = to.display().to_string();
+        move |error| {
+            let what = format!("failed to write {to}: {error}");
             Failure::new(Code::TargetUnwritable, Action::FixConfig, what)
                 .with_hint("Make room there, and run this as the server's user.")
-        })
+        }
+    };
+    let (directory, to) = (asked.directory(), to.to_owned());
+    let failed = unwritable.clone();
+    let (file, directory) = blocking(move || {
+        let file = write(&directory, &content).map_err(failed)?;
+        Ok((file, directory))
     })
     .await?;
+    failpoint::reached("wal_written").await;
+    blocking(move || publish(file, &to, &directory).map_err(unwritable)).await?;
     Ok(Got::Written)
 }
 
-/// The whole file appears at once, and stays after a crash.
-fn write(to: &Path, content: &Bytes) -> io::Result<()> {
-    let directory = match to.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let mut file = tempfile::Builder::new().prefix(".pgmuster-").tempfile_in(directory)?;
+/// A file beside the one that is wanted, whole and durable. When this process dies its server sweeps it, as one of its own
+/// that it was about to make a segment of.
+fn write(directory: &Path, content: &Bytes) -> io::Result<NamedTempFile> {
+    let mut file = tempfile::Builder::new().prefix("xlogtemp.pgmuster-").tempfile_in(directory)?;
     file.write_all(content)?;
     file.as_file().sync_all()?;
+    Ok(file)
+}
+
+/// The whole file appears at once, and stays after a crash.
+fn publish(file: NamedTempFile, to: &Path, directory: &Path) -> io::Result<()> {
     file.persist(to)?;
     std::fs::File::open(directory)?.sync_all()
 }
