@@ -33,11 +33,14 @@ const STACK_BYTES: usize = 8 << 20;
 
 /// Runs the program with the arguments of this process.
 pub fn main() -> Exit {
-    let arguments = std::env::args_os().skip(1);
-    if commands::is_a_question(arguments.map(|text| text.to_string_lossy().into_owned())) {
+    if commands::may_be_a_question(words()) {
         return answered();
     }
     parsed().and_then(started).unwrap_or_else(|failed| failed)
+}
+
+fn words() -> impl Iterator<Item = String> {
+    std::env::args_os().skip(1).map(|text| text.to_string_lossy().into_owned())
 }
 
 /// What was typed; when it is no command, the code to end with, after it was said.
@@ -49,18 +52,24 @@ fn parsed() -> Result<Cli, Exit> {
     })
 }
 
-/// Runs `wal get`, whose ordinary codes are answers to the server's question whether there is a file. Whatever else happens on
-/// the way, a wrong argument, a panic, a thread that hangs, must not be taken for one.
+/// Runs what may be `wal get`, whose ordinary codes are answers to the server's question whether there is a file. Whatever else
+/// happens on the way, a wrong argument, a panic, a thread that hangs, must not be taken for one. What turns out to be
+/// another command runs as ever.
 fn answered() -> Exit {
     let (tell, hear) = std::sync::mpsc::sync_channel(2);
     let asked = std::thread::Builder::new().stack_size(STACK_BYTES).spawn(move || {
         // Nobody waits any more when a send fails.
         let _ = match parsed() {
-            Ok(cli) => {
-                let _ = tell.send(Heard::Begun(commands::limit(&cli)));
-                tell.send(Heard::Ended(started(cli)))
+            Ok(cli) => match commands::limit(&cli) {
+                Some(limit) => {
+                    let _ = tell.send(Heard::Begun(limit));
+                    tell.send(Heard::Ended(started(cli)))
+                }
+                None => tell.send(Heard::Another(Box::new(cli))),
+            },
+            Err(exit) if exit == Exit::Ok || commands::is_surely_a_push(words()) => {
+                tell.send(Heard::Ended(Ok(exit)))
             }
-            Err(Exit::Ok) => tell.send(Heard::Ended(Ok(Exit::Ok))),
             Err(exit) => tell.send(Heard::Ended(Err(exit))),
         };
     });
@@ -71,6 +80,7 @@ fn answered() -> Exit {
                 limit = deadline + LAST_SPANS_MAX * 2;
                 silence = exit;
             }
+            Ok(Heard::Another(cli)) => return started(*cli).unwrap_or_else(|failed| failed),
             Ok(Heard::Ended(Ok(exit))) => return exit,
             // It was said what is wrong.
             Ok(Heard::Ended(Err(_))) => return Exit::NotKnown,
@@ -85,6 +95,8 @@ fn answered() -> Exit {
 enum Heard {
     /// For so long it may take, and what silence means then.
     Begun((Duration, Exit)),
+    /// It is none.
+    Another(Box<Cli>),
     /// A command's own word, or the code of its failure.
     Ended(Result<Exit, Exit>),
 }

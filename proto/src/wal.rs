@@ -279,10 +279,17 @@ impl History {
         Ok(Self { timeline, entries })
     }
 
-    /// The timeline that wrote the byte at `lsn`, seen from this history.
-    pub fn timeline_at(&self, lsn: Lsn) -> Timeline {
-        let entry = self.entries.iter().find(|entry| lsn < entry.switched_at);
-        entry.map_or(self.timeline, |entry| entry.timeline)
+    /// Where an ancestor ends on the way to this timeline: nothing that it wrote behind that is part of this history. A
+    /// server that recovers to a position before the beginning of the timeline it follows writes a history whose positions
+    /// go back, so this may be before the place where the ancestor itself was left.
+    pub fn end_of(&self, ancestor: Timeline) -> Option<Lsn> {
+        let later = self.entries.iter().skip_while(|entry| entry.timeline != ancestor);
+        later.map(|entry| entry.switched_at).min()
+    }
+
+    /// Whether it shows that an ancestor's log was there up to `end`: a server replayed it that far.
+    pub fn shows(&self, ancestor: Timeline, end: Lsn) -> bool {
+        self.entries.iter().any(|entry| entry.timeline == ancestor && entry.switched_at >= end)
     }
 }
 
@@ -377,14 +384,26 @@ mod tests {
         let text = "1\t0/3000158\tno recovery target specified\n\n# note\n2\t0/5000000\tbefore 2000-01-01 00:00:00+00\n";
         let history = History::parse(Timeline(3), text).unwrap();
         assert_eq!(history.entries.len(), 2);
-        assert_eq!(history.timeline_at(Lsn(0x0300_0157)), Timeline(1));
-        assert_eq!(history.timeline_at(Lsn(0x0300_0158)), Timeline(2));
-        assert_eq!(history.timeline_at(Lsn(0x0500_0000)), Timeline(3));
+        assert_eq!(history.end_of(Timeline(1)), Some(Lsn(0x0300_0158)));
+        assert_eq!(history.end_of(Timeline(2)), Some(Lsn(0x0500_0000)));
+        assert_eq!(history.end_of(Timeline(3)), None);
         for (timeline, bad) in
             [(3, "2\t0/1\tx\n1\t0/2\tx"), (3, "3\t0/1\tx"), (2, ""), (2, "1"), (2, "x\t0/1")]
         {
             assert!(History::parse(Timeline(timeline), bad).is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn a_history_whose_positions_go_back_ends_an_ancestor_where_it_was_left_last() {
+        let text = "1\t0/F00000\tx\n2\t0/B000C8\tx\n";
+        let history = History::parse(Timeline(3), text).unwrap();
+        assert_eq!(history.end_of(Timeline(1)), Some(Lsn(0x00B0_00C8)));
+        // What was there does not become less by that.
+        assert!(history.shows(Timeline(1), Lsn(0x00F0_0000)));
+        assert!(!history.shows(Timeline(1), Lsn(0x00F0_0001)));
+        assert!(!history.shows(Timeline(2), Lsn(0x00B0_00C9)));
+        assert!(!history.shows(Timeline(3), Lsn(0)));
     }
 
     proptest! {

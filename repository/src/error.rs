@@ -386,7 +386,7 @@ impl From<Error> for Failure {
             Error::WalConflict { .. } => (
                 Code::WalConflict,
                 Action::FixConfig,
-                "Two servers archive into one lineage: stop the one that is not the primary, and give a restored or cloned one a lineage of its own.",
+                "Two servers archive into one lineage: stop the one that is not the primary, or let it archive under another cluster name, as a restored or cloned one has to.",
             ),
             Error::Source { source, .. } => match source.kind() {
                 io::ErrorKind::PermissionDenied => (

@@ -124,21 +124,32 @@ impl Repository {
         system_identifier: SystemIdentifier,
         now_ms: i64,
     ) -> Result<Identity, Error> {
-        let mut newest = None;
+        match self.lineages_of(kind, cluster, system_identifier).await?.pop() {
+            Some(newest) => Ok(newest),
+            None => self.mint(kind, cluster, system_identifier, 0, now_ms).await,
+        }
+    }
+
+    /// The lineages of either kind of backups of a cluster with this system identifier, the newest last. Their ids follow from
+    /// that, so nobody else's identity is read.
+    pub async fn lineages_of(
+        &self,
+        kind: BackupKind,
+        cluster: &ClusterName,
+        system_identifier: SystemIdentifier,
+    ) -> Result<Vec<Identity>, Error> {
+        let mut all = Vec::new();
         // Generations are minted one after the other, so the first gap ends the search.
         for generation in 0..u32::MAX {
             let id = system_identifier.0;
             let lineage = self.keys.lineage_id(kind, cluster.as_str(), id, generation);
             match self.identity(lineage).await {
-                Ok(identity) => newest = Some(identity),
+                Ok(identity) => all.push(identity),
                 Err(Error::LineageUnknown { .. }) => break,
                 Err(error) => return Err(error),
             }
         }
-        match newest {
-            Some(identity) => Ok(identity),
-            None => self.mint(kind, cluster, system_identifier, 0, now_ms).await,
-        }
+        Ok(all)
     }
 
     /// A new lineage for a cluster that has one: a restored copy that archives, an upgraded cluster.

@@ -10,12 +10,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use async_trait::async_trait;
 use bytes::Bytes;
 use common::{Bench, NOW_MS, noise};
-use proto::wal::{Segment, WalFileName};
+use proto::wal::{History, Segment, WalFileName};
 use proto::{Code, Failure, Lsn, SystemIdentifier, Timeline};
 use repository::store::directory::DirectoryStore;
 use repository::store::layer::Layer;
-use repository::store::{PutOutcome, Store, StoreError};
-use repository::{CheckLevel, Error, Repository, ScrubOptions, ScrubReport, WalMissing, WalStored};
+use repository::store::{Listed, PutOutcome, Store, StoreError};
+use repository::{CheckLevel, Error, Repository, ScrubOptions, ScrubReport, WalGap, WalStored};
 
 const MIB: u64 = 1 << 20;
 
@@ -168,7 +168,7 @@ async fn nothing_is_missing_for_certain_where_the_repository_is_not() {
 }
 
 #[tokio::test]
-async fn the_inventory_tells_runs_gaps_sizes_and_the_way_across_timelines() {
+async fn the_inventory_tells_runs_gaps_sizes_and_where_timelines_were_left() {
     let bench = Bench::new().await;
     for name in [
         "000000010000000000000FFE",
@@ -188,10 +188,17 @@ async fn the_inventory_tells_runs_gaps_sizes_and_the_way_across_timelines() {
     let first = &inventory.timelines[&Timeline(1)];
     let runs: Vec<_> = first.runs.iter().map(|run| (run.from.0 / MIB, run.to.0 / MIB)).collect();
     assert_eq!((first.segment_size, runs), (1 << 20, vec![(0xffe, 0x1001), (0x1002, 0x1003)]));
-    let (timeline, from) = (Timeline(10), Lsn(0xffe * MIB + 5));
-    assert_eq!(inventory.covers(timeline, from, Lsn(0x1002 * MIB)), Ok(()));
-    let missing = inventory.covers(Timeline(1), from, Lsn(0x1002 * MIB)).unwrap_err();
-    assert!(matches!(missing, WalMissing::Segment { from: Lsn(0x1_0010_0000), .. }), "{missing}");
+    let has = |timeline, number| {
+        let segment = Segment { timeline: Timeline(timeline), number };
+        (inventory.has(segment, 1 << 20), inventory.has(segment, 1 << 24))
+    };
+    assert_eq!(has(1, 0x1000), (true, false));
+    assert_eq!(has(1, 0x1001), (false, false));
+    assert_eq!(has(10, 0x1001), (true, false));
+    let gap = |from, to| WalGap { timeline: Timeline(1), from: Lsn(from), to: Lsn(to) };
+    assert_eq!(inventory.gaps(), [gap(0x1001 * MIB, 0x1002 * MIB)]);
+    let ancestor = (Timeline(1), Lsn(0x1_0008_0000));
+    assert!(inventory.shows(ancestor.0, ancestor.1));
 
     // A segment that is deleted is a gap; one that is damaged hides nobody's size; a history that is damaged is told.
     std::fs::remove_file(path(&bench, "00000001/000000010000000000000FFF")).unwrap();
@@ -206,8 +213,7 @@ async fn the_inventory_tells_runs_gaps_sizes_and_the_way_across_timelines() {
     let mut damaged: Vec<_> = inventory.damaged.iter().map(|(file, _)| file.to_string()).collect();
     damaged.sort();
     assert_eq!(damaged, ["000000010000000000000FFE", "0000000A.history"]);
-    let missing = inventory.covers(timeline, from, Lsn(0x1002 * MIB)).unwrap_err();
-    assert_eq!(missing, WalMissing::History { timeline });
+    assert!(!inventory.shows(ancestor.0, ancestor.1));
 }
 
 #[tokio::test]
@@ -238,6 +244,71 @@ async fn a_check_reads_the_archive_too() {
     // An object that is sound in itself and lies at another's place needs the key to be found.
     std::fs::copy(path(&bench, &format!("conflicts/{name}/1")), &place).unwrap();
     assert!(!found(CheckLevel::Read).await && found(CheckLevel::Decrypt).await);
+}
+
+/// A directory that is too large to be listed.
+#[derive(Debug)]
+struct Endless(DirectoryStore);
+
+#[async_trait]
+impl Layer for Endless {
+    fn inner(&self) -> &dyn Store {
+        &self.0
+    }
+    async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
+        let source = "it never ends".into();
+        Err(StoreError::Unavailable { operation: "list", key: prefix.to_owned(), source })
+    }
+}
+
+#[tokio::test]
+async fn whether_there_is_more_is_told_without_a_list_of_all_there_is() {
+    let bench = Bench::new().await;
+    for name in [
+        "00000001000000000000000F",
+        "00000001000000000000000F.00000028.backup",
+        "00000001000000000000000F.partial",
+        "000000010000000000000010.partial",
+    ] {
+        store(&bench, name, content(1)).await.unwrap();
+    }
+    let endless = Endless(DirectoryStore::new(bench.store_path()));
+    let endless = Repository::open(Arc::new(endless), Some(&bench.key)).await.unwrap();
+    for (number, more) in [(0x0e, true), (0x0f, false), (0x10, false)] {
+        let segment = Segment { timeline: Timeline(1), number }.name(1 << 20);
+        let told = endless.has_later_wal(bench.lineage, segment).await.unwrap();
+        assert_eq!(told, more, "{segment}");
+    }
+    for (timeline, any) in [(1, true), (2, false)] {
+        let told = endless.has_wal_of(bench.lineage, Timeline(timeline)).await.unwrap();
+        assert_eq!(told, any, "timeline {timeline}");
+    }
+}
+
+#[tokio::test]
+async fn the_histories_of_later_timelines_are_read_or_nothing_is_certain() {
+    let bench = Bench::new().await;
+    for (name, text) in
+        [("00000002.history", "1\t0/500000\tx\n"), ("0000000A.history", "2\t0/900000\tx\n")]
+    {
+        store(&bench, name, text.into()).await.unwrap();
+    }
+    let after = async |timeline| {
+        let histories = bench.repository.wal_histories_after(bench.lineage, Timeline(timeline));
+        let timelines =
+            |all: Vec<History>| all.iter().map(|one| one.timeline.0).collect::<Vec<_>>();
+        histories.await.map(timelines)
+    };
+    assert_eq!(after(1).await.unwrap(), [2, 10]);
+    assert_eq!(after(2).await.unwrap(), [10]);
+    assert_eq!(after(10).await.unwrap(), [0; 0]);
+    let object = path(&bench, "0000000A/0000000A.history");
+    let sound = std::fs::read(&object).unwrap();
+    std::fs::write(&object, &sound[..sound.len() - 1]).unwrap();
+    after(2).await.unwrap_err();
+    assert_eq!(after(10).await.unwrap(), [0; 0]);
+    std::fs::rename(bench.store_path(), bench.directory.path().join("away")).unwrap();
+    after(10).await.unwrap_err();
 }
 
 /// A directory whose answer to a conditional put is lost, after it was or was not carried out.

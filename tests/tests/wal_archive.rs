@@ -1,6 +1,7 @@
 //! A server's log goes into the archive by its own `archive_command` and comes back by its `restore_command`, the program
 //! being both; and nothing that goes wrong on the way makes a recovery end early.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use anyhow::{Context as _, bail, ensure};
 use postgres::binaries::Binaries;
 use postgres::control_file::ControlFile;
 use postgres::instance::{Instance, InstanceOptions, StopMode};
-use proto::{LineageId, Timeline};
+use proto::{BackupKind, LineageId, Timeline};
 use repository::store::directory::DirectoryStore;
 use repository::{KeyFile, Repository, WalInventory};
 use tests::{Bucket, Finished, Pgmuster, Proxy, bucket, eventually_async, services};
@@ -396,6 +397,153 @@ async fn nothing_but_the_certain_end_of_the_log_ends_a_recovery() -> anyhow::Res
     Ok(())
 }
 
+/// A second server that follows the scene's primary by streaming, and archives as `archive_mode` says.
+async fn standby(scene: &Scene, archive_mode: &str) -> anyhow::Result<Instance> {
+    let mut standby = make(15, &scene.place.path().join("standby"), options(&[], Some(1))).await?;
+    let push = command(&["push", "%p"], &scene.archive.of("orders"))?;
+    let sockets = scene.primary.socket_directory().display();
+    let primary = format!("host={sockets} port={} user=postgres", scene.primary.port());
+    let settings = [
+        ("primary_conninfo", primary.as_str()),
+        ("archive_mode", archive_mode),
+        ("archive_command", push.as_str()),
+    ];
+    recover(&mut standby, &scene.base(), "standby.signal", &settings)?;
+    standby.start().await.context(standby.log_tail())?;
+    Ok(standby)
+}
+
+/// Promotes a standby that has replayed all that its primary wrote. The end of the old timeline.
+async fn promote(standby: &Instance, primary: &Instance) -> anyhow::Result<()> {
+    let end = text(primary, "SELECT pg_current_wal_lsn()::text").await?;
+    let has = format!("SELECT (pg_last_wal_replay_lsn() >= '{end}')::text");
+    eventually_async(format!("the standby at {end}"), SOON, async || {
+        Ok((text(standby, &has).await? == "true").then_some(()))
+    })
+    .await?;
+    execute(standby, &["SELECT pg_promote()"]).await
+}
+
+/// Hides a file of the archive until it is shown again.
+struct Hidden(PathBuf);
+
+impl Hidden {
+    fn hide(object: PathBuf) -> anyhow::Result<Self> {
+        std::fs::rename(&object, object.with_extension("hidden"))?;
+        Ok(Self(object))
+    }
+
+    fn show(self) -> anyhow::Result<()> {
+        Ok(std::fs::rename(self.0.with_extension("hidden"), &self.0)?)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_not_archived_before_a_promotion_is_missing_and_no_end() -> anyhow::Result<()> {
+    let mut scene = Scene::create(15, 1, 3).await?;
+    let of = scene.archive.of("orders");
+    // The primary cannot archive any more; its standby streams all the same, and is promoted when the primary is gone.
+    scene.primary.set(&[("archive_command", "false")])?;
+    scene.primary.start().await?;
+    let mut standby = standby(&scene, "on").await?;
+    work(&scene.primary, 3).await?;
+    execute(&scene.primary, &["INSERT INTO t VALUES (0, 'last')"]).await?;
+    promote(&standby, &scene.primary).await?;
+    scene.primary.kill9();
+    work(&standby, 2).await?;
+    let rows = number(&standby, ROWS).await?;
+    standby.stop(StopMode::Fast).await?;
+
+    let get = command(&["get", "%f", "%p", "--deadline", "2"], &of)?;
+    let settings = [("restore_command", get.as_str()), ("hot_standby", "off")];
+    let mut server = scene.restored(15, 1).await?;
+    recover(&mut server, &scene.base(), "recovery.signal", &settings)?;
+    let inventory = scene.archive.inventory().await?;
+    let run = inventory.timelines[&Timeline(1)].runs[0];
+    let history = inventory.timelines[&Timeline(2)].history.as_ref().context("a history")?;
+    let fork =
+        proto::wal::Segment::containing(history.entries[0].switched_at, Timeline(1), 1 << 20);
+    ensure!(fork.number > run.last.number + 2, "{inventory:?}");
+    let log = fails(&mut server, "the end of the old timeline was never archived").await?;
+    let missing = run.last.next().file_name(1 << 20);
+    ensure!(log.contains("WAL_MISSING") && log.contains(&missing), "{log}");
+
+    // What the promoted standby still has closes the gap.
+    for number in run.last.number + 1..fork.number {
+        let name = proto::wal::Segment { number, ..run.last }.file_name(1 << 20);
+        let path = format!("pg_wal/{name}");
+        let done = scene.archive.run(&standby.data_directory(), "orders", &["push", &path])?;
+        ensure!(done.code() == 0, "{done}");
+    }
+    ensure!(opens(&mut server).await?, "{}", server.log_tail());
+    ensure!(number(&server, ROWS).await? == rows);
+    server.stop(StopMode::Fast).await?;
+
+    // Without its history nobody finds the new timeline, and the old one ends long before it.
+    let hidden = Hidden::hide(scene.archive.object("00000002.history").await?)?;
+    recover(&mut server, &scene.base(), "recovery.signal", &settings)?;
+    let log = fails(&mut server, "the history of the newest timeline is gone").await?;
+    ensure!(log.contains("WAL_MISSING") && log.contains("00000002.history"), "{log}");
+    // The server's own is as good.
+    let own = |server: &Instance| server.data_directory().join("pg_wal/00000002.history");
+    std::fs::copy(own(&standby), own(&server))?;
+    ensure!(opens(&mut server).await?, "{}", server.log_tail());
+    ensure!(number(&server, ROWS).await? == rows);
+    hidden.show()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_branch_that_a_promotion_abandoned_is_not_replayed() -> anyhow::Result<()> {
+    let mut scene = Scene::create(15, 1, 2).await?;
+    scene.primary.start().await?;
+    let mut standby = standby(&scene, "always").await?;
+    eventually_async("a segment that both have archived", SOON, async || {
+        let both = "SELECT archived_count + failed_count FROM pg_stat_archiver";
+        Ok((number(&standby, both).await? > 0).then_some(()))
+    })
+    .await?;
+    execute(&scene.primary, &["INSERT INTO t VALUES (0, 'common')"]).await?;
+    let before = text(&scene.primary, "SELECT pg_current_wal_lsn()::text").await?;
+    let rows = number(&scene.primary, ROWS).await?;
+    promote(&standby, &scene.primary).await?;
+    // It comes to archive that there is a new timeline, and nothing of it.
+    let history = scene.archive.object("00000002.history").await?;
+    eventually_async("the new history in the archive", SOON, async || {
+        Ok(history.exists().then_some(()))
+    })
+    .await?;
+    standby.kill9();
+    // The old primary, which heard of nothing, goes on.
+    work(&scene.primary, 3).await?;
+    scene.primary.stop(StopMode::Fast).await?;
+
+    let get = command(&["get", "%f", "%p", "--deadline", "2"], &scene.archive.of("orders"))?;
+    let settings = [("restore_command", get.as_str()), ("hot_standby", "off")];
+    let mut server = scene.restored(15, 1).await?;
+    recover(&mut server, &scene.base(), "recovery.signal", &settings)?;
+    let log = fails(&mut server, "the new timeline was never archived").await?;
+    ensure!(log.contains("WAL_MISSING") && log.contains("left timeline 1 at"), "{log}");
+
+    // What both have in common can be recovered,
+    let target = [("recovery_target_lsn", before.as_str()), ("recovery_target_action", "promote")];
+    recover(&mut server, &scene.base(), "recovery.signal", &[&settings[..], &target].concat())?;
+    ensure!(opens(&mut server).await?, "{}", server.log_tail());
+    ensure!(number(&server, ROWS).await? == rows);
+    server.stop(StopMode::Fast).await?;
+    // and all of the new timeline once its server has archived it.
+    standby.start().await?;
+    work(&standby, 2).await?;
+    let rows = number(&standby, ROWS).await?;
+    standby.stop(StopMode::Fast).await?;
+    server.set(&[("recovery_target_lsn", "")])?;
+    recover(&mut server, &scene.base(), "recovery.signal", &settings)?;
+    ensure!(opens(&mut server).await?, "{}", server.log_tail());
+    ensure!(number(&server, ROWS).await? == rows);
+    let inventory = scene.archive.inventory().await?;
+    ensure!(inventory.conflicts.is_empty(), "{inventory:?}");
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_that_hangs_or_is_gone_is_no_end_of_the_log_and_no_end_of_waiting()
 -> anyhow::Result<()> {
@@ -584,6 +732,24 @@ async fn only_what_a_server_wrote_whole_is_archived_and_only_by_that_cluster() -
     let got = archive.run(&ours, "orders", &["get", name, "pg_wal/RECOVERYXLOG"])?;
     ensure!(got.code() == 0 && std::fs::read(ours.join("pg_wal/RECOVERYXLOG"))? == whole, "{got}");
 
+    // Killed before what was fetched has its name: what is left is what the server itself sweeps when it starts.
+    let words = ["wal", "get", name, "pg_wal/RECOVERYXLOG"].map(str::to_owned);
+    let words: Vec<String> = words.into_iter().chain(archive.of("orders")).collect();
+    let in_wal = || -> anyhow::Result<BTreeSet<String>> {
+        let entries = std::fs::read_dir(ours.join("pg_wal"))?;
+        Ok(entries
+            .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+            .collect::<std::io::Result<_>>()?)
+    };
+    let before = in_wal()?;
+    let killed = Pgmuster::start_with(&words, |command| {
+        command.current_dir(&ours).env("PGMUSTER_FAILPOINT", "wal_written=abort");
+    })?
+    .wait(SOON)?;
+    ensure!(killed.status.code().is_none(), "{killed}");
+    let left: Vec<String> = in_wal()?.difference(&before).cloned().collect();
+    ensure!(left.len() == 1 && left[0].starts_with("xlogtemp."), "{left:?}");
+
     // An unfinished segment serves nobody under the plain name.
     let partial = format!("{next}.partial");
     std::fs::copy(ours.join("pg_wal").join(&next), ours.join("odd").join(&partial))?;
@@ -613,6 +779,38 @@ async fn only_what_a_server_wrote_whole_is_archived_and_only_by_that_cluster() -
     std::fs::write(&brought, cut)?;
     let got = archive.run(&ours, "orders", &["get", &next, "pg_wal/RECOVERYXLOG"])?;
     ensure!(got.code() == NOT_KNOWN && got.stderr.contains("WAL_MISSING"), "{got}");
+
+    // What is rotten of another cluster stands in nobody's way.
+    let done = archive.run(&theirs, "others", &["push", &format!("pg_wal/{}", names[1])])?;
+    ensure!(done.code() == 0, "{done}");
+    let (repository, others) = (archive.open().await?, "others".parse()?);
+    let system_identifier = ControlFile::read(&theirs)?.system_identifier;
+    let kind = BackupKind::Physical;
+    let [rotten] = &repository.lineages_of(kind, &others, system_identifier).await?[..] else {
+        bail!("another lineage")
+    };
+    let identity = archive.path().join(format!("lineages/{}/identity", rotten.lineage));
+    let sound = std::fs::read(&identity)?;
+    std::fs::write(&identity, &sound[..sound.len() - 1])?;
+    ensure!(push(&ours, &format!("pg_wal/{name}"))?.code() == 0);
+    let got = archive.run(&ours, "orders", &["get", name, "pg_wal/RECOVERYXLOG"])?;
+    ensure!(got.code() == 0, "{got}");
+    std::fs::write(&identity, sound)?;
+
+    // A lineage of logical backups has no WAL.
+    let dumps = repository
+        .find_or_mint_lineage_of(BackupKind::Logical, &others, system_identifier, 1)
+        .await?
+        .lineage
+        .to_string();
+    let of = [&archive.of("others")[..4], &["--lineage".to_owned(), dumps]].concat();
+    let asked = |words: &[&str]| {
+        run(&theirs, words.iter().map(|&word| word.to_owned()).chain(of.iter().cloned()))
+    };
+    let pushed = asked(&["wal", "push", &format!("pg_wal/{}", names[1])])?;
+    ensure!(pushed.code() == 2 && pushed.stderr.contains("has no WAL"), "{pushed}");
+    let got = asked(&["wal", "get", name, "x"])?;
+    ensure!(got.code() == NOT_KNOWN && got.stderr.contains("has no WAL"), "{got}");
     Ok(())
 }
 
@@ -653,6 +851,17 @@ fn a_question_that_is_asked_wrongly_is_never_answered() -> anyhow::Result<()> {
         ];
         let asked = run(place.path(), words.iter().map(|&word| word.to_owned()))?;
         ensure!(asked.code() == NOT_KNOWN, "the key is {what}: {asked}");
+    }
+    // No name and no value makes another command of it, and other commands end as ever.
+    let asked = archive.run(place.path(), "push", &["get", name, "x", "--deadline", "1"])?;
+    ensure!(asked.code() == NOT_KNOWN, "the cluster is called push: {asked}");
+    for (words, code) in [
+        (vec!["wal", "push", name, "--kye", "x"], 2),
+        (vec!["--log", "push", "wal", "get", name, "--kye", "x"], NOT_KNOWN),
+        (vec!["cluster", "show", "wal", "--coordinator", "http://127.0.0.1:9"], 2),
+    ] {
+        let asked = run(place.path(), words.iter().map(|&word| word.to_owned()))?;
+        ensure!(asked.code() == code, "{words:?}: {asked}");
     }
     Ok(())
 }

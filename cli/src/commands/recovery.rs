@@ -16,10 +16,7 @@ pub(crate) async fn run(command: RecoveryCommand, format: Output) -> Result<Exit
     let repository = repo::open(&at.url, &at.opener).await?;
     let all = recoverable(&repository, cluster.as_ref()).await?;
     output::show(format, &all, |all| said(all));
-    let is_whole = |one: &Recoverable| {
-        one.gaps.is_empty() && one.damaged.is_empty() && one.conflicts.is_empty()
-    };
-    Ok(if all.iter().all(is_whole) { Exit::Ok } else { Exit::Findings })
+    Ok(if all.iter().all(Recoverable::is_whole) { Exit::Ok } else { Exit::Findings })
 }
 
 fn said(all: &[Recoverable]) -> String {
@@ -51,6 +48,13 @@ fn said(all: &[Recoverable]) -> String {
                 text,
                 "\n{cluster}: WAL is missing on timeline {} from {}: recoverable before {} and, from a backup that begins there, after {}.",
                 gap.timeline, gap.segment, gap.from, gap.to
+            );
+        }
+        for timeline in &one.without_history {
+            let _ = write!(
+                text,
+                "\n{cluster}: {} is missing, though other files of timeline {timeline} are there: no older backup leads to it.",
+                proto::wal::history_file_name(*timeline)
             );
         }
         for damaged in &one.damaged {

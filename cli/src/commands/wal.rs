@@ -97,26 +97,29 @@ fn follows(args: &WalGet) -> bool {
     args.standby && Path::new(STANDBY_SIGNAL).exists()
 }
 
-/// Whether the program is asked for a file of the log, as far as that can be told of arguments that may be wrong.
-pub(crate) fn is_a_question(arguments: impl Iterator<Item = String>) -> bool {
-    let mut after_option = false;
-    let mut arguments = arguments.skip_while(|argument| {
-        // An option, or what may be its value.
-        let skipped = argument.starts_with('-') || (after_option && argument != "wal");
-        after_option = argument.starts_with('-');
-        skipped
-    });
-    arguments.next().is_some_and(|command| command == "wal")
-        && arguments.all(|argument| argument != "push")
+/// Whether the program may be asked for a file of the log. Only the arguments, once they are read, say whether it is; those
+/// that cannot be read say nothing.
+pub(crate) fn may_be_a_question(mut words: impl Iterator<Item = String>) -> bool {
+    words.any(|word| word == "wal")
 }
 
-/// How long a question may take, and what silence says.
-pub(crate) fn limit(cli: &Cli) -> (Duration, Exit) {
+/// Whether arguments that cannot be read are those of `wal push` beyond doubt: above 125, its exit code would end the server's
+/// archiver.
+pub(crate) fn is_surely_a_push(words: impl Iterator<Item = String>) -> bool {
+    let words: Vec<String> = words.collect();
+    let first = words.iter().position(|word| word == "wal").unwrap_or(words.len());
+    words.get(first + 1).is_some_and(|word| word == "push")
+        && words.iter().all(|word| word != "get")
+}
+
+/// How long a question may take, and what silence says; `None` of what is no question.
+pub(crate) fn limit(cli: &Cli) -> Option<(Duration, Exit)> {
     match &cli.command {
         Command::Wal(WalCommand::Get(args)) => {
-            (within(args), if follows(args) { Exit::Failed } else { Exit::NotKnown })
+            let silence = if follows(args) { Exit::Failed } else { Exit::NotKnown };
+            Some((within(args), silence))
         }
-        _ => (GET_WITHIN, Exit::NotKnown),
+        _ => None,
     }
 }
 
@@ -124,24 +127,36 @@ pub(crate) fn limit(cli: &Cli) -> (Duration, Exit) {
 mod tests {
     use super::*;
 
+    fn words(line: &str) -> impl Iterator<Item = String> {
+        line.split_whitespace().map(str::to_owned)
+    }
+
     #[test]
-    fn a_question_is_recognised_before_its_arguments_are_known_to_be_right() {
-        let is = |line: &str| is_a_question(line.split_whitespace().map(str::to_owned));
+    fn whatever_may_be_a_question_is_taken_for_one() {
         for line in [
             "wal get 000000010000000000000001 pg_wal/RECOVERYXLOG --key k",
-            "wal get",
+            "wal get 000000010000000000000001 pg_wal/RECOVERYXLOG --cluster push",
             "wal gte %f %p",
             "wal",
-            "--log debug wal get x",
             "-o json --log=debug wal --coordinator x get",
-            "--unknown wal get",
+            "--log push wal get",
+            "cluster show wal",
         ] {
-            assert!(is(line), "{line}");
+            assert!(may_be_a_question(words(line)), "{line}");
+            assert!(!is_surely_a_push(words(line)), "{line}");
+        }
+        assert!(!may_be_a_question(words("status -o json")));
+    }
+
+    #[test]
+    fn only_a_push_beyond_doubt_is_one() {
+        for line in ["wal push", "--log debug wal push pg_wal/000000010000000000000001 --kye k"] {
+            assert!(is_surely_a_push(words(line)), "{line}");
         }
         for line in
-            ["", "wal push pg_wal/000000010000000000000001", "cluster show wal", "status -o wal"]
+            ["wal --log push get x", "wal push get x --kye k", "--log wal push wal get", "wal"]
         {
-            assert!(!is(line), "{line}");
+            assert!(!is_surely_a_push(words(line)), "{line}");
         }
     }
 }

@@ -55,12 +55,7 @@ impl Way {
     ) -> Result<Self, WayError> {
         let target = history.timeline;
         if backup != target {
-            let mut later = history.entries.iter().skip_while(|entry| entry.timeline != backup);
-            let own = later.next().ok_or(WayError::Stranger { target, backup })?.switched_at;
-            // A server that recovers to a position before the beginning of the timeline it follows writes a history whose
-            // positions go back.
-            let left_at =
-                later.map(|entry| entry.switched_at).min().map_or(own, |min| min.min(own));
+            let left_at = history.end_of(backup).ok_or(WayError::Stranger { target, backup })?;
             if left_at < stop {
                 return Err(WayError::Left { target, backup, left_at, stop });
             }

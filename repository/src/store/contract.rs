@@ -9,7 +9,7 @@ use bytes::Bytes;
 use futures::StreamExt;
 use futures::future::join_all;
 
-use super::{Listed, PutOutcome, Store, StoreError};
+use super::{KeyTest, Listed, PutOutcome, Store, StoreError};
 
 const MIB: usize = 1024 * 1024;
 
@@ -23,6 +23,7 @@ pub async fn conforms(store: &dyn Store) {
     first_create_wins(store).await;
     one_of_eight_creators_wins(store).await;
     lists_by_prefix_in_order(store).await;
+    finds_what_is_behind_a_key(store).await;
     lists_more_than_a_page(store).await;
     deletes_once_and_again(store).await;
     uploads_of_every_size(store).await;
@@ -216,6 +217,29 @@ pub async fn lists_by_prefix_in_order(store: &dyn Store) {
     assert_eq!(directories, ["c"]);
     let directories = store.list_directories("contract/nowhere/").await.expect("list directories");
     assert_eq!(directories, [""; 0]);
+}
+
+/// What is behind a key is found wherever it lies, and nothing else.
+pub async fn finds_what_is_behind_a_key(store: &dyn Store) {
+    let all = ["a", "a-b", "a.b", "a0", "b/1", "b/10", "b/2", "b/c/d/e", "bb"];
+    for key in all {
+        store.put(&format!("contract/behind/{key}"), sample(1, 1)).await.expect("put");
+    }
+    let has = async |prefix: &str, after: &str, is_wanted: KeyTest| {
+        let [prefix, after] = [prefix, after].map(|text| format!("contract/behind/{text}"));
+        store.has_behind(&prefix, &after, is_wanted).await.expect("look behind")
+    };
+    for prefix in ["", "a", "b/", "b/c/", "bb", "c"] {
+        for after in ["", "a", "a.b", "a0", "b/10", "b/2", "b/z", "bb"] {
+            let expected = all.iter().any(|key| key.starts_with(prefix) && *key > after);
+            let found = has(prefix, after, |_| true).await;
+            assert_eq!(found, expected, "behind {after:?} below {prefix:?}");
+        }
+    }
+    assert!(has("", "", |key| key.ends_with("/bb")).await);
+    assert!(has("", "b/10", |key| key.ends_with("/2")).await);
+    assert!(!has("", "b/2", |key| key.ends_with("/2")).await);
+    assert!(!has("", "", |key| key.ends_with("/3")).await);
 }
 
 /// More objects than any page has rows, each listed once; more directories, too.

@@ -1,7 +1,8 @@
 //! A repository in a directory of a local or network file system.
 //!
 //! An object is written to a file without a name, synced, and linked to its name, so a name either has the whole object or
-//! does not exist, and a crash leaves nothing behind; the directory is synced before success is said. File systems that know
+//! does not exist, and a crash leaves nothing behind; the directory is synced before success is said, also when what is there is
+//! somebody else's. File systems that know
 //! no files without a name (NFS) get a temporary name below `.uploads/`; what a crash leaves there belongs to nobody. It does not encrypt, cache or retry, and it does not follow what other hosts do: on a
 //! network file system the probe at the repository's creation finds out whether `link` can be trusted.
 
@@ -19,7 +20,7 @@ use bytes::Bytes;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
-use super::{Listed, PutOutcome, Store, StoreError, Upload, check_key};
+use super::{KeyTest, Listed, PutOutcome, Store, StoreError, Upload, check_key};
 use crate::chance;
 
 /// Where unfinished objects are that must have a name. Not a valid key, so no object can be there.
@@ -31,12 +32,14 @@ pub struct DirectoryStore {
     root: PathBuf,
     /// Directories whose names are known to be durable.
     durable: Arc<Mutex<HashSet<PathBuf>>>,
+    /// Directories that could not be synced after something in them got its name.
+    unsynced: Arc<Mutex<HashSet<PathBuf>>>,
 }
 
 impl DirectoryStore {
     /// A store below `root`, which need not exist yet: the first object creates it.
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into(), durable: Arc::default() }
+        Self { root: root.into(), durable: Arc::default(), unsynced: Arc::default() }
     }
 
     fn path(&self, key: &str) -> PathBuf {
@@ -85,6 +88,31 @@ impl DirectoryStore {
         Ok(())
     }
 
+    /// Makes the name of an object durable. Until that has worked, the object is not shown.
+    fn sync_parent(&self, path: &Path) -> io::Result<()> {
+        let Some(parent) = path.parent() else { return Ok(()) };
+        let synced = sync_directory(parent);
+        let mut unsynced = self.unsynced.lock().unwrap_or_else(PoisonError::into_inner);
+        if synced.is_ok() {
+            unsynced.remove(parent);
+        } else {
+            unsynced.insert(parent.to_owned());
+        }
+        synced
+    }
+
+    fn is_unsynced(&self, path: &Path) -> bool {
+        let unsynced = self.unsynced.lock().unwrap_or_else(PoisonError::into_inner);
+        path.parent().is_some_and(|parent| unsynced.contains(parent))
+    }
+
+    /// What is there was perhaps written by somebody who died before its name was durable.
+    fn settle_existing(&self, path: &Path) -> io::Result<PutOutcome> {
+        self.create_parents(path)?;
+        self.sync_parent(path)?;
+        Ok(PutOutcome::Exists)
+    }
+
     fn write(&self, bytes: &[u8]) -> io::Result<Temporary> {
         let mut temporary = Temporary::create(self)?;
         temporary.file.write_all(bytes)?;
@@ -97,22 +125,19 @@ impl DirectoryStore {
         let path = self.path(key);
         self.create_parents(&path)?;
         match temporary.link(&path) {
-            Ok(()) => {
-                path.parent().map_or(Ok(()), sync_directory)?;
-                Ok(PutOutcome::Created)
-            }
+            Ok(()) => {}
             // A network file system whose answer was lost sends the call again, and the second one finds the first
             // one's name: it is ours when it is our file.
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {
                 let (ours, there) = (temporary.file.metadata()?, fs::symlink_metadata(&path)?);
                 if (ours.dev(), ours.ino()) != (there.dev(), there.ino()) {
-                    return Ok(PutOutcome::Exists);
+                    return self.settle_existing(&path);
                 }
-                path.parent().map_or(Ok(()), sync_directory)?;
-                Ok(PutOutcome::Created)
             }
-            Err(error) => Err(error),
+            Err(error) => return Err(error),
         }
+        self.sync_parent(&path)?;
+        Ok(PutOutcome::Created)
     }
 
     /// Gives it its name, whoever had it.
@@ -122,7 +147,7 @@ impl DirectoryStore {
         }
         let path = self.path(key);
         temporary.replace(self, &path)?;
-        path.parent().map_or(Ok(()), sync_directory)
+        self.sync_parent(&path)
     }
 }
 
@@ -135,7 +160,11 @@ impl Store for DirectoryStore {
     async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
         check_key("get", key)?;
         self.blocking("get", key, move |store, key| {
-            let (file, size) = open_object(&store.path(key))?;
+            let path = store.path(key);
+            let (file, size) = open_object(&path)?;
+            if store.is_unsynced(&path) {
+                store.sync_parent(&path)?;
+            }
             if size > limit_bytes {
                 return Err(io::Error::new(
                     ErrorKind::FileTooLarge,
@@ -190,8 +219,9 @@ impl Store for DirectoryStore {
     async fn put_if_absent(&self, key: &str, bytes: Bytes) -> Result<PutOutcome, StoreError> {
         check_key("put", key)?;
         self.blocking("put", key, move |store, key| {
-            if fs::symlink_metadata(store.path(key)).is_ok() {
-                return Ok(PutOutcome::Exists);
+            let path = store.path(key);
+            if fs::symlink_metadata(&path).is_ok() {
+                return store.settle_existing(&path);
             }
             let temporary = store.write(&bytes)?;
             store.link(&temporary, key)
@@ -219,6 +249,25 @@ impl Store for DirectoryStore {
             walk(&store.path(folder), folder, prefix, &mut found)?;
             found.sort_by(|a, b| a.key.cmp(&b.key));
             Ok(found)
+        })
+        .await
+    }
+
+    async fn has_behind(
+        &self,
+        prefix: &str,
+        after: &str,
+        is_wanted: KeyTest,
+    ) -> Result<bool, StoreError> {
+        if !prefix.is_empty() {
+            check_key("list", prefix.trim_end_matches('/'))?;
+        }
+        let after = after.to_owned();
+        self.blocking("list", prefix, move |store, prefix| {
+            let folder = prefix.rsplit_once('/').map_or("", |(folder, _)| folder);
+            has_below(&store.path(folder), folder, prefix, &|key| {
+                key > after.as_str() && is_wanted(key)
+            })
         })
         .await
     }
@@ -420,12 +469,7 @@ fn read_directory(path: &Path) -> io::Result<Vec<fs::DirEntry>> {
 
 fn walk(path: &Path, key: &str, prefix: &str, found: &mut Vec<Listed>) -> io::Result<()> {
     for entry in read_directory(path)? {
-        let name = entry.file_name();
-        let Some(name) = name.to_str() else { continue };
-        if key.is_empty() && name == UPLOADS {
-            continue;
-        }
-        let below = if key.is_empty() { name.to_owned() } else { format!("{key}/{name}") };
+        let Some(below) = key_of(&entry, key) else { continue };
         if entry.file_type()?.is_dir() {
             if below.starts_with(prefix) || prefix.starts_with(&below) {
                 walk(&entry.path(), &below, prefix, found)?;
@@ -440,6 +484,41 @@ fn walk(path: &Path, key: &str, prefix: &str, found: &mut Vec<Listed>) -> io::Re
         }
     }
     Ok(())
+}
+
+/// Whether a directory has an object that is wanted. It is read no further than to the first.
+fn has_below(
+    path: &Path,
+    key: &str,
+    prefix: &str,
+    is_wanted: &dyn Fn(&str) -> bool,
+) -> io::Result<bool> {
+    let entries = match fs::read_dir(path) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    for entry in entries {
+        let entry = entry?;
+        let Some(below) = key_of(&entry, key) else { continue };
+        let has = if entry.file_type()?.is_dir() {
+            (below.starts_with(prefix) || prefix.starts_with(&below))
+                && has_below(&entry.path(), &below, prefix, is_wanted)?
+        } else {
+            below.starts_with(prefix) && is_wanted(&below)
+        };
+        if has {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// What an entry of the directory `key` stands for.
+fn key_of(entry: &fs::DirEntry, key: &str) -> Option<String> {
+    let name = entry.file_name();
+    let name = name.to_str().filter(|name| !(key.is_empty() && *name == UPLOADS))?;
+    Some(if key.is_empty() { name.to_owned() } else { format!("{key}/{name}") })
 }
 
 fn classify(operation: &'static str, key: &str, source: io::Error) -> StoreError {
@@ -459,5 +538,38 @@ fn classify(operation: &'static str, key: &str, source: io::Error) -> StoreError
             StoreError::Large { key, source: source.into() }
         }
         _ => StoreError::Unavailable { operation, key, source: source.into() },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn nothing_is_said_to_be_there_before_its_name_is_durable() {
+        let place = tempfile::tempdir().unwrap();
+        let (key, bytes) = ("folder/below/object", Bytes::from_static(b"x"));
+        let first = DirectoryStore::new(place.path());
+        first.put(key, bytes.clone()).await.unwrap();
+        // To another process everything that it finds may be as young as this.
+        let second = DirectoryStore::new(place.path());
+        let folder = place.path().join("folder/below");
+        // Who cannot open a directory cannot sync it.
+        let mode = |mode| fs::set_permissions(&folder, fs::Permissions::from_mode(mode)).unwrap();
+        mode(0o300);
+        assert!(File::open(&folder).is_err(), "this test does not run as root");
+        second.put_if_absent(key, bytes.clone()).await.unwrap_err();
+        let temporary = second.write(&bytes).unwrap();
+        second.link(&temporary, key).unwrap_err();
+        // Nor is it shown to whoever looks whether it is there after all.
+        second.get(key, 10).await.unwrap_err();
+        mode(0o700);
+        second.get(key, 10).await.unwrap();
+        assert_eq!(second.put_if_absent(key, bytes).await.unwrap(), PutOutcome::Exists);
+        assert_eq!(second.link(&temporary, key).unwrap(), PutOutcome::Exists);
+        let durable = second.durable.lock().unwrap();
+        assert!(durable.contains(&folder) && durable.contains(&place.path().join("folder")));
     }
 }

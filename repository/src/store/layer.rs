@@ -5,11 +5,12 @@ use std::ops::Range;
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use super::{Listed, PutOutcome, Store, StoreError, Upload};
+use super::{KeyTest, Listed, PutOutcome, Store, StoreError, Upload};
 
 /// What a layer changes; every verb that it does not write anew goes through as it is. Each layer is a [`Store`].
 ///
-/// One that counts or refuses calls of `list` has to say what `list_directories` does: it does not pass through `list`.
+/// One that counts or refuses calls of `list` has to say what `list_directories` and `has_behind` do: they do not pass through
+/// `list`.
 #[async_trait]
 pub trait Layer: Send + Sync + std::fmt::Debug {
     /// The store behind it.
@@ -45,6 +46,15 @@ pub trait Layer: Send + Sync + std::fmt::Debug {
     /// As [`Store::list`].
     async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
         self.inner().list(prefix).await
+    }
+    /// As [`Store::has_behind`].
+    async fn has_behind(
+        &self,
+        prefix: &str,
+        after: &str,
+        is_wanted: KeyTest,
+    ) -> Result<bool, StoreError> {
+        self.inner().has_behind(prefix, after, is_wanted).await
     }
     /// As [`Store::list_directories`].
     async fn list_directories(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
@@ -89,6 +99,14 @@ impl<L: Layer> Store for L {
     }
     async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
         Layer::list(self, prefix).await
+    }
+    async fn has_behind(
+        &self,
+        prefix: &str,
+        after: &str,
+        is_wanted: KeyTest,
+    ) -> Result<bool, StoreError> {
+        Layer::has_behind(self, prefix, after, is_wanted).await
     }
     async fn list_directories(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
         Layer::list_directories(self, prefix).await

@@ -144,6 +144,9 @@ pub struct Listed {
     pub size_bytes: u64,
 }
 
+/// Whether somebody wants an object of this key.
+pub type KeyTest = fn(&str) -> bool;
+
 /// An object that is being written in parts. Nothing is visible before [`Upload::complete`]; dropping or aborting
 /// leaves nothing behind that a later sweep could not see.
 #[async_trait]
@@ -181,6 +184,17 @@ pub trait Store: Send + Sync + std::fmt::Debug {
     async fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError>;
     /// Every object whose key begins with the text `prefix`, sorted by key. Whole, or an error.
     async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError>;
+    /// Whether there is an object below `prefix` with a key behind `after` that is wanted. Where the store can, it begins
+    /// there and ends at the first one.
+    async fn has_behind(
+        &self,
+        prefix: &str,
+        after: &str,
+        is_wanted: KeyTest,
+    ) -> Result<bool, StoreError> {
+        let all = self.list(prefix).await?;
+        Ok(all.iter().any(|object| object.key.as_str() > after && is_wanted(&object.key)))
+    }
     /// The names directly below `prefix` (which ends with `/`) that have objects below them, sorted, without `/`.
     /// Never reads what is below them, so that a large repository can be looked at from above.
     async fn list_directories(&self, prefix: &str) -> Result<Vec<String>, StoreError> {

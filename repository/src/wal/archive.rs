@@ -101,10 +101,9 @@ impl Repository {
         segment: SegmentName,
     ) -> Result<bool, Error> {
         let prefix = layout::wal_of(lineage, segment.timeline);
-        let later = self.store.list(&prefix).await?.iter().any(|object| {
-            let name = object.key.strip_prefix(&prefix).and_then(|name| name.parse().ok());
-            name.is_some_and(|name| matches!(name, WalFileName::Segment(name) if name > segment))
-        });
+        let after = format!("{prefix}{segment}");
+        let is_segment = |key: &str| matches!(file_of(key), Some(WalFileName::Segment(_)));
+        let later = self.store.has_behind(&prefix, &after, is_segment).await?;
         if !later {
             self.identity(lineage).await?;
         }
@@ -119,6 +118,42 @@ impl Repository {
             Err(StoreError::NotFound { .. }) => self.identity(lineage).await.map(|_| false),
             Err(error) => Err(Error::needed(error)),
         }
+    }
+
+    /// Whether the archive has any file of a timeline. `false` only when that is certain.
+    pub async fn has_wal_of(&self, lineage: LineageId, timeline: Timeline) -> Result<bool, Error> {
+        let prefix = layout::wal_of(lineage, timeline);
+        let has = self.store.has_behind(&prefix, &prefix, |key| file_of(key).is_some()).await?;
+        if !has {
+            self.identity(lineage).await?;
+        }
+        Ok(has)
+    }
+
+    /// The histories of the timelines after `timeline` that the archive has, oldest first. One that cannot be read fails
+    /// them all: whoever asks wants to be certain.
+    pub async fn wal_histories_after(
+        &self,
+        lineage: LineageId,
+        timeline: Timeline,
+    ) -> Result<Vec<History>, Error> {
+        let folders = self.store.list_directories(&layout::wal(lineage)).await?;
+        let later = folders
+            .iter()
+            .filter_map(|folder| Some(Timeline(u32::from_str_radix(folder, 16).ok()?)))
+            .filter(|folder| *folder > timeline);
+        let read = stream::iter(later).map(|timeline| async move {
+            match self.history_of(lineage, timeline).await? {
+                Ok(history) => Ok(history),
+                Err(reason) => {
+                    let file = layout::wal_file(&WalFileName::History(timeline));
+                    Err(Error::damaged(layout::wal(lineage) + &file, reason))
+                }
+            }
+        });
+        let histories: Vec<Option<History>> = read.buffered(NOTES_IN_FLIGHT).try_collect().await?;
+        self.identity(lineage).await?;
+        Ok(histories.into_iter().flatten().collect())
     }
 
     /// What the archive has, from one listing, the histories, and the head of one segment of each timeline. A timeline
@@ -317,6 +352,11 @@ async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Error> {
     tokio::task::spawn_blocking(work).await.map_err(|gone| Error::Bug(gone.to_string()))
+}
+
+/// The file that a key of the archive ends with, if it is one's.
+fn file_of(key: &str) -> Option<WalFileName> {
+    key.rsplit('/').next()?.parse().ok()
 }
 
 /// What a key below the archive means.

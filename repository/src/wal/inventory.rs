@@ -1,4 +1,5 @@
-//! What the archive of a lineage has, and what can be recovered with it. Pure: a listing and the histories go in.
+//! What the archive of a lineage has. Pure: a listing and the histories go in. Which of it a server needs is `postgres`'
+//! affair.
 
 use std::collections::BTreeMap;
 
@@ -57,54 +58,6 @@ pub struct WalGap {
     pub to: Lsn,
 }
 
-/// How far replay gets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct WalReach {
-    /// Everything before this position is there.
-    pub to: Lsn,
-    /// The timeline of the last segment that is there; the one that was asked for, if none is.
-    pub timeline: Timeline,
-    /// The segment that is not there, with the timeline it would be looked for on.
-    pub missing: Segment,
-    /// Something of the line lies behind the missing segment: a gap, and not merely the end.
-    pub is_gap: bool,
-}
-
-/// Why a stretch of WAL cannot be replayed from the archive.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum WalMissing {
-    /// Nobody knows where the timeline came from.
-    #[error("find {}: without it nobody knows where timeline {timeline} begins", proto::wal::history_file_name(*timeline))]
-    History {
-        /// The timeline.
-        timeline: Timeline,
-    },
-    /// No segment tells how large segments are.
-    #[error("find a WAL segment of timeline {timeline} or of those it came from")]
-    Empty {
-        /// The timeline.
-        timeline: Timeline,
-    },
-    /// A segment is not there.
-    #[error("find WAL segment {name}, which holds {from}: everything before {from} is there")]
-    Segment {
-        /// Its name.
-        name: SegmentName,
-        /// The first byte that cannot be replayed.
-        from: Lsn,
-    },
-}
-
-/// A timeline on the way to another, and the bytes that are its own.
-#[derive(Debug, Clone, Copy)]
-struct Leg {
-    timeline: Timeline,
-    /// Where it begins; the segment around this position begins as a copy of its ancestor's.
-    from: Lsn,
-    /// Where the next one begins.
-    to: Lsn,
-}
-
 impl TimelineWal {
     /// Whether a segment is there.
     pub fn has(&self, segment: Segment) -> bool {
@@ -143,118 +96,45 @@ impl TimelineWal {
 }
 
 impl WalInventory {
-    /// Every gap within a timeline, by timeline and position.
-    pub fn gaps(&self) -> Vec<WalGap> {
-        let gaps = self.timelines.iter().flat_map(|(timeline, wal)| {
-            wal.runs.windows(2).map(|pair| WalGap {
-                timeline: *timeline,
-                from: pair[0].to,
-                to: pair[1].from,
-            })
-        });
-        gaps.collect()
+    /// Whether a segment of this size is there.
+    pub fn has(&self, segment: Segment, segment_size: u32) -> bool {
+        let wal = self.timelines.get(&segment.timeline);
+        wal.is_some_and(|wal| wal.segment_size == segment_size && wal.has(segment))
     }
 
-    /// Whether everything needed to replay from `from` up to `to` along the history of `timeline` is there. The error names
-    /// the first thing that is not.
-    pub fn covers(&self, timeline: Timeline, from: Lsn, to: Lsn) -> Result<(), WalMissing> {
-        if to <= from {
-            return Ok(());
-        }
-        let (legs, size) = self.way(self.history(timeline)?)?;
-        match self.walk(&legs, size, from, to) {
-            None => Ok(()),
-            Some(missing) => {
-                let from = missing.start(size).max(from);
-                Err(WalMissing::Segment { name: missing.name(size), from })
+    /// Whether a later timeline's history shows that a timeline's log was there up to `end`.
+    pub fn shows(&self, timeline: Timeline, end: Lsn) -> bool {
+        self.histories().any(|history| history.shows(timeline, end))
+    }
+
+    /// Every gap of a timeline, by timeline and position: between two segments, and between its last one and the position
+    /// where a later timeline left it.
+    pub fn gaps(&self) -> Vec<WalGap> {
+        let mut gaps = Vec::new();
+        for (timeline, wal) in &self.timelines {
+            let gap = |from, to| WalGap { timeline: *timeline, from, to };
+            gaps.extend(wal.runs.windows(2).map(|pair| gap(pair[0].to, pair[1].from)));
+            let size = wal.segment_size;
+            let left = self.histories().flat_map(|history| &history.entries);
+            let left = left.filter(|entry| entry.timeline == *timeline);
+            // The segment around that position need not be there: the later timeline has its own.
+            let last = left
+                .map(|entry| {
+                    Segment::containing(entry.switched_at, *timeline, size.max(1)).start(size)
+                })
+                .max();
+            if let (Some(end), Some(last)) = (wal.end(), last)
+                && end < last
+            {
+                gaps.push(gap(end, last));
             }
         }
+        gaps
     }
 
-    /// How far replay from `from` gets along the history of `timeline`.
-    pub fn reach(&self, timeline: Timeline, from: Lsn) -> Result<WalReach, WalMissing> {
-        self.reach_along(self.history(timeline)?, from)
+    fn histories(&self) -> impl Iterator<Item = &History> {
+        self.timelines.values().filter_map(|wal| wal.history.as_ref())
     }
-
-    /// How far replay from `from` gets along a history. One without ancestors is enough for what was written on the timeline
-    /// itself, whether or not anybody knows where it came from.
-    pub fn reach_along(&self, history: &History, from: Lsn) -> Result<WalReach, WalMissing> {
-        let (legs, size) = self.way(history)?;
-        let timeline = history.timeline;
-        let known = |leg: &Leg| {
-            self.timelines.get(&leg.timeline).and_then(TimelineWal::end).map(|end| end.min(leg.to))
-        };
-        let end = legs.iter().filter_map(known).max().unwrap_or(from).max(from);
-        let gap = self.walk(&legs, size, from, end);
-        let to = gap.map_or(end, |missing| missing.start(size).max(from));
-        let missing = gap.unwrap_or_else(|| {
-            let segment = Segment::containing(end, timeline, size);
-            Segment { timeline: newest_at(&legs, end).unwrap_or(timeline), ..segment }
-        });
-        // The last byte that is there lies before the position.
-        let last = Lsn(to.0.saturating_sub(1));
-        let reached = if to > from { newest_at(&legs, last) } else { None };
-        Ok(WalReach { to, timeline: reached.unwrap_or(timeline), missing, is_gap: gap.is_some() })
-    }
-
-    fn history(&self, timeline: Timeline) -> Result<&History, WalMissing> {
-        const FIRST: &History = &History::FIRST;
-        let known = self.timelines.get(&timeline).and_then(|wal| wal.history.as_ref());
-        match known {
-            Some(history) => Ok(history),
-            None if timeline == FIRST.timeline => Ok(FIRST),
-            None => Err(WalMissing::History { timeline }),
-        }
-    }
-
-    /// The timelines of a history, and the size of their segments.
-    fn way(&self, history: &History) -> Result<(Vec<Leg>, u32), WalMissing> {
-        let timeline = history.timeline;
-        let mut from = Lsn(0);
-        let mut legs = Vec::with_capacity(history.entries.len() + 1);
-        for entry in &history.entries {
-            legs.push(Leg { timeline: entry.timeline, from, to: entry.switched_at });
-            from = entry.switched_at;
-        }
-        legs.push(Leg { timeline, from, to: Lsn(u64::MAX) });
-        let sizes = legs.iter().rev().filter_map(|leg| self.timelines.get(&leg.timeline));
-        let size = sizes.map(|wal| wal.segment_size).find(|size| *size > 0);
-        size.map(|size| (legs, size)).ok_or(WalMissing::Empty { timeline })
-    }
-
-    /// The first segment between two positions that no timeline on the way has.
-    fn walk(&self, legs: &[Leg], size: u32, from: Lsn, to: Lsn) -> Option<Segment> {
-        let last = Segment::ending_at(to, Timeline(1), size).number;
-        let mut number = Segment::containing(from, Timeline(1), size).number;
-        while number <= last && to > from {
-            let segment = Segment { timeline: Timeline(1), number };
-            // What is needed of it ends where the segment does, or the stretch.
-            let needed_to = segment.end(size).min(to);
-            // A server looks on the newest timeline that has begun by then, and then on older ones. A timeline's segment
-            // holds what its ancestors wrote before it began, and nothing of the line after the next one began.
-            let holds = |leg: &&Leg| {
-                let begins = Segment::containing(leg.from, leg.timeline, size).number <= number;
-                let wal = self.timelines.get(&leg.timeline).filter(|wal| wal.segment_size == size);
-                begins && needed_to <= leg.to && wal.is_some_and(|wal| wal.run_of(number).is_some())
-            };
-            let Some(leg) = legs.iter().rev().find(holds) else {
-                let last = Lsn(needed_to.0.saturating_sub(1));
-                let timeline = newest_at(legs, last).unwrap_or(segment.timeline);
-                return Some(Segment { timeline, number });
-            };
-            // Within a run and before the timeline's end nothing has to be looked up again.
-            let run = self.timelines.get(&leg.timeline).and_then(|wal| wal.run_of(number));
-            let whole_to = Segment::containing(leg.to, leg.timeline, size).number;
-            let sure = run.map_or(number, |run| run.last.number).min(whole_to.saturating_sub(1));
-            number = number.max(sure) + 1;
-        }
-        None
-    }
-}
-
-/// The newest timeline that has begun at a position.
-fn newest_at(legs: &[Leg], lsn: Lsn) -> Option<Timeline> {
-    legs.iter().rev().find(|leg| leg.from <= lsn).map(|leg| leg.timeline)
 }
 
 #[cfg(test)]
@@ -280,77 +160,31 @@ mod tests {
         inventory
     }
 
-    fn missing(inventory: &WalInventory, timeline: u32, from: u64, to: u64) -> String {
-        match inventory.covers(Timeline(timeline), Lsn(from), Lsn(to)) {
-            Ok(()) => String::new(),
-            Err(WalMissing::Segment { name, .. }) => name.to_string(),
-            Err(error) => error.to_string(),
-        }
-    }
-
     #[test]
-    fn a_gap_is_told_and_nothing_is_covered_through_it() {
+    fn what_is_missing_between_segments_and_before_a_later_timeline_is_told() {
+        let gap = |timeline, from, to| WalGap {
+            timeline: Timeline(timeline),
+            from: Lsn(from * MIB),
+            to: Lsn(to * MIB),
+        };
         let inventory = archive(&[(1, &[3, 4, 7, 8], "")]);
-        let gap = WalGap { timeline: Timeline(1), from: Lsn(5 * MIB), to: Lsn(7 * MIB) };
-        assert_eq!(inventory.gaps(), [gap]);
-        assert_eq!(missing(&inventory, 1, 3 * MIB, 5 * MIB), "");
-        assert_eq!(missing(&inventory, 1, 3 * MIB, 5 * MIB + 1), "000000010000000000000005");
-        assert_eq!(missing(&inventory, 1, 2 * MIB, 4 * MIB), "000000010000000000000002");
-        assert_eq!(missing(&inventory, 1, 7 * MIB + 5, 9 * MIB), "");
-        assert_eq!(missing(&inventory, 1, 7 * MIB, 9 * MIB + 1), "000000010000000000000009");
-        let reach = |from| inventory.reach(Timeline(1), Lsn(from)).unwrap();
-        let before = reach(3 * MIB + 9);
-        assert_eq!((before.to, before.is_gap), (Lsn(5 * MIB), true));
-        assert_eq!(before.missing.number, 5);
-        let after = reach(7 * MIB);
-        assert_eq!((after.to, after.is_gap, after.missing.number), (Lsn(9 * MIB), false, 9));
-        let nowhere = reach(5 * MIB + 7);
-        assert_eq!((nowhere.to, nowhere.is_gap), (Lsn(5 * MIB + 7), true));
-        let beyond = reach(20 * MIB + 7);
-        assert_eq!(
-            (beyond.to, beyond.is_gap, beyond.missing.number),
-            (Lsn(20 * MIB + 7), false, 20)
-        );
-    }
+        assert_eq!(inventory.gaps(), [gap(1, 5, 7)]);
 
-    #[test]
-    fn the_way_leads_across_timelines_and_never_along_an_abandoned_one() {
-        // Timeline 10 left timeline 1 in the middle of segment 5; timeline 1 went on for a while.
-        let history = format!("1\t{}\tno recovery target specified\n", Lsn(5 * MIB + 100));
-        let inventory = archive(&[(1, &[3, 4, 5, 6, 7], ""), (10, &[5, 6], &history)]);
-        assert_eq!(missing(&inventory, 10, 3 * MIB, 7 * MIB), "");
-        assert_eq!(missing(&inventory, 10, 3 * MIB, 7 * MIB + 1), "0000000A0000000000000007");
-        assert_eq!(missing(&inventory, 1, 3 * MIB, 8 * MIB), "");
-        let reach = inventory.reach(Timeline(10), Lsn(3 * MIB)).unwrap();
-        assert_eq!((reach.to, reach.timeline), (Lsn(7 * MIB), Timeline(10)));
-        assert_eq!(reach.missing, Segment { timeline: Timeline(10), number: 7 });
-
-        // The new timeline's first segment is not there: the old one's serves up to the promotion and not beyond.
-        let inventory = archive(&[(1, &[3, 4, 5, 6, 7], ""), (10, &[6], &history)]);
-        assert_eq!(missing(&inventory, 10, 3 * MIB, 5 * MIB + 100), "");
-        assert_eq!(missing(&inventory, 10, 3 * MIB, 5 * MIB + 101), "0000000A0000000000000005");
-        assert!(inventory.reach(Timeline(10), Lsn(3 * MIB)).unwrap().is_gap);
-
-        // Nothing of the new timeline but its history.
-        let inventory = archive(&[(1, &[3, 4, 5, 6, 7], ""), (10, &[], &history)]);
-        let reach = inventory.reach(Timeline(10), Lsn(3 * MIB)).unwrap();
-        assert_eq!((reach.to, reach.timeline), (Lsn(5 * MIB + 100), Timeline(1)));
-        assert_eq!((reach.missing.timeline, reach.is_gap), (Timeline(10), false));
-    }
-
-    #[test]
-    fn a_timeline_without_its_history_leads_nowhere() {
-        let inventory = archive(&[(1, &[3], ""), (2, &[3], "")]);
-        assert_eq!(
-            inventory.covers(Timeline(2), Lsn(3 * MIB), Lsn(4 * MIB)),
-            Err(WalMissing::History { timeline: Timeline(2) })
-        );
-        let nothing = WalInventory::default();
-        assert_eq!(
-            nothing.covers(Timeline(1), Lsn(0), Lsn(1)),
-            Err(WalMissing::Empty { timeline: Timeline(1) })
-        );
-        assert_eq!(nothing.covers(Timeline(1), Lsn(1), Lsn(1)), Ok(()));
+        // Timeline 2 left timeline 1 in the middle of segment 12, and timeline 3 where segment 9 began.
+        let history = format!("1\t{}\tx\n", Lsn(12 * MIB + 100));
+        let earlier = format!("1\t{}\tx\n", Lsn(9 * MIB));
+        let archive = |numbers: &[u64]| {
+            archive(&[(1, numbers, ""), (2, &[12, 13], &history), (3, &[9, 10], &earlier)])
+        };
+        assert_eq!(archive(&[3, 4, 7, 8]).gaps(), [gap(1, 5, 7), gap(1, 9, 12)]);
+        assert_eq!(archive(&[7, 8, 9, 10, 11]).gaps(), []);
+        assert_eq!(archive(&[7, 8, 9, 10, 11, 12, 13]).gaps(), []);
+        // Nothing was ever archived of it.
+        assert_eq!(archive(&[]).gaps(), []);
+        let inventory = archive(&[3]);
+        assert!(inventory.shows(Timeline(1), Lsn(12 * MIB)));
+        assert!(!inventory.shows(Timeline(1), Lsn(13 * MIB)));
+        assert!(!inventory.shows(Timeline(2), Lsn(13 * MIB)));
     }
 
     #[test]

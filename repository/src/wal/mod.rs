@@ -10,5 +10,5 @@ mod object;
 
 pub use archive::WalStored;
 pub(crate) use archive::of_place;
-pub use inventory::{TimelineWal, WalGap, WalInventory, WalMissing, WalReach, WalRun};
+pub use inventory::{TimelineWal, WalGap, WalInventory, WalRun};
 pub(crate) use object::object_id;

@@ -70,17 +70,20 @@ pub(super) fn seal(
         .map_err(|error| Error::Bug(format!("zstd at level {LEVEL}: {error}")))?;
     let mut builder = PackBuilder::new(keys, lineage, ObjectType::Archive, object_id(place))?;
     builder.append(&Head::of(content).encode(), None)?;
-    let mut parts = Vec::new();
+    // Content and object together are what this takes: a segment may have a gigabyte.
+    let mut sealed = Vec::new();
     for frame in content.chunks(FRAME_BYTES) {
         builder.append(frame, Some(&mut compressor))?;
-        parts.extend(builder.take_part());
+        if let Some(part) = builder.take_part() {
+            sealed.extend_from_slice(&part);
+        }
     }
     let (last, _) = builder.finish()?;
-    if parts.is_empty() {
+    if sealed.is_empty() {
         return Ok(last);
     }
-    parts.push(last);
-    Ok(parts.concat().into())
+    sealed.extend_from_slice(&last);
+    Ok(sealed.into())
 }
 
 /// The content of a whole object. The reason is for people.

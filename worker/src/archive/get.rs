@@ -4,13 +4,15 @@ use std::io::{self, Write as _};
 use std::path::Path;
 
 use bytes::Bytes;
-use postgres::wal::is_whole;
 use proto::{Action, Code, Failure, WalFileName};
-use repository::{Identity, Repository};
+use repository::Repository;
+use tempfile::NamedTempFile;
 
+use super::gap::Asked;
 use super::lineage::Whose;
 use super::{Until, segment_of, server_of, tablespaces, verify};
 use crate::context::blocking;
+use crate::failpoint;
 
 /// How fetching a file ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,8 +34,16 @@ pub async fn get(
 ) -> Result<Got, Failure> {
     let server = server_of(to).await?;
     let identity = whose.find(repository, server.map(|server| server.system_identifier)).await?;
-    let Some(content) = repository.fetch_wal(identity.lineage, file).await? else {
-        return not_there(repository, &identity, file, to).await;
+    let asked = Asked { repository, identity: &identity, file, to, server };
+    let found = repository.fetch_wal(identity.lineage, file).await?;
+    asked.refuse_abandoned(found.is_some()).await?;
+    let content = match found {
+        Some(content) => content,
+        None => match asked.why_missing().await? {
+            None => return Ok(Got::NotThere),
+            // A server may be archiving at this moment: what shows that the file is missing came after it.
+            Some(missing) => repository.fetch_wal(identity.lineage, file).await?.ok_or(missing)?,
+        },
     };
     if let Some(name) = segment_of(file) {
         verify(name, &content, identity.system_identifier, server).map_err(|what| {
@@ -48,61 +58,182 @@ pub async fn get(
         let lineage = identity.lineage;
         tablespaces::protect(repository, lineage, segment, &content, server, to, until).await?;
     }
-    let to = to.to_owned();
-    blocking(move || {
-        write(&to, &content).map_err(|error| {
-            let what = format!("failed to write {}: {error}", to.display());
+    let unwritable = {
+        let to = to.display().to_string();
+        move |error| {
+            let what = format!("failed to write {to}: {error}");
             Failure::new(Code::TargetUnwritable, Action::FixConfig, what)
                 .with_hint("Make room there, and run this as the server's user.")
-        })
+        }
+    };
+    let (directory, to) = (asked.directory(), to.to_owned());
+    let failed = unwritable.clone();
+    let (file, directory) = blocking(move || {
+        let file = write(&directory, &content).map_err(failed)?;
+        Ok((file, directory))
     })
     .await?;
+    failpoint::reached("wal_written").await;
+    blocking(move || publish(file, &to, &directory).map_err(unwritable)).await?;
     Ok(Got::Written)
 }
 
-/// A segment that is not there, when later ones are, is a gap and no end; unless the server has it itself, as a backup brings
-/// its WAL along: it looks into its own `pg_wal` when it hears that there is none.
-async fn not_there(
-    repository: &Repository,
-    identity: &Identity,
-    file: &WalFileName,
-    to: &Path,
-) -> Result<Got, Failure> {
-    let WalFileName::Segment(name) = *file else { return Ok(Got::NotThere) };
-    if !repository.has_later_wal(identity.lineage, name).await? {
-        return Ok(Got::NotThere);
-    }
-    let own = to.with_file_name(file.to_string());
-    let system_identifier = identity.system_identifier;
-    let is_own = blocking(move || {
-        let Ok(content) = std::fs::read(own) else { return Ok(false) };
-        let start =
-            u32::try_from(content.len()).ok().and_then(|size| Some((name.segment(size)?, size)));
-        Ok(verify(name, &content, system_identifier, None).is_ok()
-            && start.is_some_and(|(segment, size)| is_whole(&content, segment.start(size))))
-    });
-    if is_own.await? {
-        return Ok(Got::NotThere);
-    }
-    let what = format!(
-        "{file} is missing in the archive of {}, which has later segments of this timeline",
-        identity.cluster
-    );
-    Err(Failure::new(Code::WalMissing, Action::FixData, what).with_hint(
-        "`pgmuster recovery windows` shows what can be recovered. Archive the segment with `pgmuster wal push` if the server that \
-         wrote it still has it; else recover to a position before it.",
-    ))
+/// A file beside the one that is wanted, whole and durable. When this process dies its server sweeps it, as one of its own
+/// that it was about to make a segment of.
+fn write(directory: &Path, content: &Bytes) -> io::Result<NamedTempFile> {
+    let mut file = tempfile::Builder::new().prefix("xlogtemp.pgmuster-").tempfile_in(directory)?;
+    file.write_all(content)?;
+    file.as_file().sync_all()?;
+    Ok(file)
 }
 
 /// The whole file appears at once, and stays after a crash.
-fn write(to: &Path, content: &Bytes) -> io::Result<()> {
-    let directory = match to.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let mut file = tempfile::Builder::new().prefix(".pgmuster-").tempfile_in(directory)?;
-    file.write_all(content)?;
-    file.as_file().sync_all()?;
+fn publish(file: NamedTempFile, to: &Path, directory: &Path) -> io::Result<()> {
     file.persist(to)?;
     std::fs::File::open(directory)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+    use std::sync::{Arc, Mutex};
+
+    use async_trait::async_trait;
+    use proto::SystemIdentifier;
+    use repository::store::directory::DirectoryStore;
+    use repository::store::layer::Layer;
+    use repository::store::{KeyTest, Store, StoreError};
+    use repository::{Encryption, Identity, InitOptions};
+
+    use super::*;
+    use crate::archive::tests::segment;
+
+    const MIB: u64 = 1 << 20;
+
+    /// A store in which a server archives at the moment in which somebody looks whether there is more.
+    #[derive(Debug)]
+    struct Busy {
+        inner: DirectoryStore,
+        arriving: Mutex<Vec<(String, Bytes)>>,
+    }
+
+    #[async_trait]
+    impl Layer for Busy {
+        fn inner(&self) -> &dyn Store {
+            &self.inner
+        }
+        async fn has_behind(
+            &self,
+            prefix: &str,
+            after: &str,
+            is_wanted: KeyTest,
+        ) -> Result<bool, StoreError> {
+            let arriving = std::mem::take(&mut *self.arriving.lock().unwrap());
+            for (key, bytes) in arriving {
+                self.inner.put(&key, bytes).await?;
+            }
+            self.inner.has_behind(prefix, after, is_wanted).await
+        }
+    }
+
+    /// An archive, and what is asked of it by somebody who is no server.
+    struct Asking {
+        place: tempfile::TempDir,
+        store: Arc<Busy>,
+        repository: Repository,
+        identity: Identity,
+    }
+
+    impl Asking {
+        async fn new() -> Self {
+            let place = tempfile::tempdir().unwrap();
+            let inner = DirectoryStore::new(place.path().join("repository"));
+            let store = Arc::new(Busy { inner, arriving: Mutex::default() });
+            let options = InitOptions { encryption: Encryption::Off, now_ms: 1 };
+            let shared: Arc<dyn Store> = Arc::clone(&store) as _;
+            let repository = Repository::init(shared, options).await.unwrap().repository;
+            let cluster = "orders".parse().unwrap();
+            let identity =
+                repository.find_or_mint_lineage(&cluster, SystemIdentifier(7), 1).await.unwrap();
+            Self { place, store, repository, identity }
+        }
+
+        async fn archive(&self, name: &str) {
+            let segment_name: proto::wal::SegmentName = name.parse().unwrap();
+            let start = segment_name.segment(1 << 20).unwrap().start(1 << 20).0;
+            self.archive_as(name, segment(segment_name.timeline.0, start, 7)).await;
+        }
+
+        async fn archive_as(&self, name: &str, content: impl Into<Bytes>) {
+            let lineage = self.identity.lineage;
+            self.repository
+                .store_wal(lineage, &name.parse().unwrap(), content.into())
+                .await
+                .unwrap();
+        }
+
+        fn to(&self) -> PathBuf {
+            self.place.path().join("fetched")
+        }
+
+        async fn get(&self, name: &str) -> Result<Got, Code> {
+            let whose = Whose::Lineage(self.identity.lineage);
+            let got = get(&self.repository, &whose, &name.parse().unwrap(), &self.to()).await;
+            got.map_err(|failure| failure.code)
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_is_missing_when_the_archive_shows_that_there_was_one() {
+        let asking = Asking::new().await;
+        let missing = Err(Code::WalMissing);
+        for name in ["000000010000000000000003", "000000010000000000000005"] {
+            asking.archive(name).await;
+        }
+        assert_eq!(asking.get("000000010000000000000004").await, missing);
+        assert_eq!(asking.get("000000010000000000000005").await, Ok(Got::Written));
+        assert_eq!(asking.get("000000010000000000000006").await, Ok(Got::NotThere));
+        assert_eq!(asking.get("00000001.history").await, Ok(Got::NotThere));
+        assert_eq!(asking.get("00000002.history").await, Ok(Got::NotThere));
+
+        // Timeline 2 left timeline 1 in the middle of segment 8, and timeline 3 timeline 2 where segment 10 begins.
+        let second = format!("1\t{}\tx\n", proto::Lsn(8 * MIB + 100));
+        let third = format!("{second}2\t{}\tx\n", proto::Lsn(10 * MIB));
+        asking.archive_as("00000002.history", second).await;
+        asking.archive_as("00000003.history", third).await;
+        for name in
+            ["000000010000000000000006", "000000010000000000000007", "000000020000000000000009"]
+        {
+            assert_eq!(asking.get(name).await, missing, "{name}");
+        }
+        for name in
+            ["000000010000000000000008", "000000010000000000000009", "00000002000000000000000A"]
+        {
+            assert_eq!(asking.get(name).await, Ok(Got::NotThere), "{name}");
+        }
+
+        // A history without which nobody comes to files that are there, or that a later one names.
+        assert_eq!(asking.get("00000004.history").await, Ok(Got::NotThere));
+        asking.archive_as("00000004000000000000000C.partial", segment(4, 12 * MIB, 7)).await;
+        assert_eq!(asking.get("00000004.history").await, missing);
+        assert_eq!(asking.get("00000006.history").await, Ok(Got::NotThere));
+        asking.archive_as("00000007.history", "1\t0/900000\tx\n").await;
+        assert_eq!(asking.get("00000006.history").await, missing);
+    }
+
+    #[tokio::test]
+    async fn what_is_archived_while_it_is_asked_for_is_fetched() {
+        let asking = Asking::new().await;
+        let names = ["00000001000000000000000D", "00000001000000000000000E"];
+        let prefix = format!("lineages/{}/wal/00000001/", asking.identity.lineage);
+        for name in names {
+            asking.archive(name).await;
+            let key = format!("{prefix}{name}");
+            let bytes = asking.store.inner.get(&key, 2 * MIB).await.unwrap();
+            asking.store.inner.delete(&key).await.unwrap();
+            asking.store.arriving.lock().unwrap().push((key, bytes));
+        }
+        assert_eq!(asking.get(names[0]).await, Ok(Got::Written));
+        assert_eq!(std::fs::read(asking.to()).unwrap(), segment(1, 13 * MIB, 7));
+    }
 }

@@ -1,6 +1,6 @@
 //! Into which lineage a server archives, and out of which it recovers.
 
-use proto::{Action, ClusterName, Code, Failure, LineageId, SystemIdentifier};
+use proto::{Action, BackupKind, ClusterName, Code, Failure, LineageId, SystemIdentifier};
 use repository::{Identity, Repository};
 
 use crate::clock;
@@ -21,19 +21,13 @@ impl Whose {
         repository: &Repository,
         system_identifier: Option<SystemIdentifier>,
     ) -> Result<Identity, Failure> {
-        let (cluster, all) = match self {
-            Self::Lineage(lineage) => {
-                let identity = repository.identity(*lineage).await?;
-                return match system_identifier {
-                    Some(server) if server != identity.system_identifier => {
-                        Err(another(&identity, server))
-                    }
-                    _ => Ok(identity),
-                };
+        match self {
+            Self::Lineage(lineage) => named(repository, *lineage, system_identifier).await,
+            Self::Cluster(cluster) => {
+                let known = known(repository, cluster, system_identifier).await?;
+                choose(repository, cluster, known, system_identifier)
             }
-            Self::Cluster(cluster) => (cluster, of_cluster(repository, cluster).await?),
-        };
-        choose(repository, cluster, all, system_identifier)
+        }
     }
 
     /// The same for a server that archives. The first WAL of a cluster that the repository has never seen mints its
@@ -43,21 +37,51 @@ impl Whose {
         repository: &Repository,
         system_identifier: Option<SystemIdentifier>,
     ) -> Result<Identity, Failure> {
-        if let (Self::Cluster(cluster), Some(server)) = (self, system_identifier)
-            && of_cluster(repository, cluster).await?.is_empty()
-        {
+        let (Self::Cluster(cluster), Some(server)) = (self, system_identifier) else {
+            return self.find(repository, system_identifier).await;
+        };
+        let known = known(repository, cluster, system_identifier).await?;
+        if known.is_empty() {
             return Ok(repository.find_or_mint_lineage(cluster, server, clock::now_ms()).await?);
         }
-        self.find(repository, system_identifier).await
+        choose(repository, cluster, known, system_identifier)
     }
 }
 
-async fn of_cluster(
+async fn named(
+    repository: &Repository,
+    lineage: LineageId,
+    system_identifier: Option<SystemIdentifier>,
+) -> Result<Identity, Failure> {
+    let identity = repository.identity(lineage).await?;
+    if !identity.kind.is_physical() {
+        let what = format!(
+            "lineage {lineage} holds logical backups of cluster {}, and such a lineage has no WAL",
+            identity.cluster
+        );
+        return Err(Failure::new(Code::RequestInvalid, Action::FixConfig, what)
+            .with_hint("`pgmuster repo list URL --key FILE` shows the lineages; --cluster finds the right one."));
+    }
+    match system_identifier {
+        Some(server) if server != identity.system_identifier => Err(another(&identity, server)),
+        _ => Ok(identity),
+    }
+}
+
+/// The lineages of a cluster that has this system identifier; if there are none, or nobody knows that identifier, all of
+/// the cluster. Only that has to look at what is not the cluster's.
+async fn known(
     repository: &Repository,
     cluster: &ClusterName,
+    system_identifier: Option<SystemIdentifier>,
 ) -> Result<Vec<Identity>, Failure> {
+    if let Some(server) = system_identifier {
+        let own = repository.lineages_of(BackupKind::Physical, cluster, server).await?;
+        if !own.is_empty() {
+            return Ok(own);
+        }
+    }
     let mut all = repository.list_lineages().await?;
-    // A lineage of logical backups has no WAL.
     all.retain(|identity| identity.cluster == *cluster && identity.kind.is_physical());
     Ok(all)
 }

@@ -3,10 +3,13 @@
 //! Both work with the server's files and the repository alone, without coordinator, broker or connection to the server. How
 //! an outcome is told to the server, and for how long it is tried, is the command line's affair.
 
+mod branch;
+mod gap;
 mod get;
 mod lineage;
 mod patience;
 mod push;
+mod reach;
 mod tablespaces;
 mod windows;
 
@@ -15,12 +18,13 @@ use std::path::{Path, PathBuf};
 use postgres::control_file::ControlFile;
 use postgres::wal::{Segment, SegmentHeader, WalOrigin};
 use proto::wal::SegmentName;
-use proto::{Action, Code, Failure, SystemIdentifier, WalFileName};
+use proto::{Action, Code, Failure, SystemIdentifier, Timeline, WalFileName};
 
 pub use get::{Got, get};
 pub use lineage::Whose;
 pub use patience::patiently;
 pub use push::{Pushed, push};
+pub(crate) use reach::Reach;
 pub use tablespaces::Until;
 pub use windows::{Damaged, Gap, Recoverable, Window, recoverable};
 
@@ -32,6 +36,8 @@ struct Server {
     system_identifier: SystemIdentifier,
     segment_size: u32,
     catalog_version: u32,
+    /// The newest timeline that it has come to.
+    timeline: Timeline,
     /// Absent where `PG_VERSION` cannot be read.
     major: Option<u32>,
 }
@@ -50,6 +56,7 @@ async fn server_of(path: &Path) -> Result<Option<Server>, Failure> {
             system_identifier: control.system_identifier,
             segment_size: control.wal_segment_size,
             catalog_version: control.catalog_version,
+            timeline: control.timeline.max(control.min_recovery_timeline),
             major: major.and_then(|text| text.trim().parse().ok()),
         }))
     })
@@ -100,14 +107,12 @@ fn refused(file: &WalFileName, what: &str) -> Failure {
 
 #[cfg(test)]
 mod tests {
-    use proto::Timeline;
-
     use super::*;
 
     const MIB: usize = 1 << 20;
 
     /// A segment of 1 MiB as PostgreSQL 15 begins it.
-    fn segment(timeline: u32, start: u64, system_identifier: u64) -> Vec<u8> {
+    pub(super) fn segment(timeline: u32, start: u64, system_identifier: u64) -> Vec<u8> {
         let mut bytes = vec![0; MIB];
         bytes[..2].copy_from_slice(&0xD110_u16.to_ne_bytes());
         bytes[2..4].copy_from_slice(&2_u16.to_ne_bytes());
@@ -128,6 +133,7 @@ mod tests {
             system_identifier: ours,
             segment_size: 1 << 20,
             catalog_version: 1,
+            timeline: Timeline(10),
             major: Some(15),
         };
         let good = segment(10, start, 7);

@@ -2,10 +2,13 @@
 
 use std::collections::BTreeMap;
 
+use postgres::recovery::Way;
 use proto::wal::{History, SegmentName};
-use proto::{BackupFacts, BackupId, ClusterName, Failure, LineageId, Lsn, Timeline};
+use proto::{BackupFacts, BackupId, ClusterName, Failure, LineageId, Lsn, Timeline, WalFileName};
 use repository::{Identity, Repository, WalInventory};
 use serde::Serialize;
+
+use super::Reach;
 
 /// What can be recovered of one lineage.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -18,10 +21,23 @@ pub struct Recoverable {
     pub windows: Vec<Window>,
     /// WAL that is missing between files that are there.
     pub gaps: Vec<Gap>,
+    /// Timelines that nobody can recover to from an older one, because their history is missing.
+    pub without_history: Vec<Timeline>,
     /// Files of the archive that cannot be read, and why.
     pub damaged: Vec<Damaged>,
     /// Files that came with other content than the archived one, which was kept.
     pub conflicts: Vec<String>,
+}
+
+impl Recoverable {
+    /// Whether there is nothing that a person should look at.
+    pub fn is_whole(&self) -> bool {
+        self.windows.iter().all(|window| window.missing.is_none())
+            && self.gaps.is_empty()
+            && self.without_history.is_empty()
+            && self.damaged.is_empty()
+            && self.conflicts.is_empty()
+    }
 }
 
 /// An unbroken stretch that begins with a backup: every position in it can be recovered.
@@ -39,7 +55,7 @@ pub struct Window {
     pub from_at_ms: i64,
     /// Everything before this position can be recovered.
     pub to: Lsn,
-    /// The segment that is missing there though later ones are not, if that is why the window ends.
+    /// The segment that is missing there though there was more, if that is why the window ends.
     pub missing: Option<String>,
 }
 
@@ -103,6 +119,7 @@ async fn of_lineage(repository: &Repository, identity: Identity) -> Result<Recov
         cluster: identity.cluster,
         windows: windows(&archive, &backups),
         gaps: gaps.collect(),
+        without_history: without_history(&archive, &backups),
         damaged: archive
             .damaged
             .iter()
@@ -127,29 +144,24 @@ fn windows(archive: &WalInventory, backups: &[(BackupId, BackupFacts)]) -> Vec<W
     for timeline in timelines {
         let mut of_timeline: BTreeMap<Lsn, Window> = BTreeMap::new();
         for (id, facts) in backups {
-            let Some(history) = way(archive, timeline, facts) else { continue };
-            let reach = archive.reach_along(&history, facts.stop_lsn);
+            let (stop, size) = (facts.stop_lsn, facts.wal_segment_size);
+            let Some(way) = way(archive, timeline, facts) else { continue };
             // A backup brings the WAL up to its own end along.
-            let (to, missing) = match reach {
-                Ok(reach) => (
-                    reach.to.max(facts.stop_lsn),
-                    reach.is_gap.then(|| reach.missing.file_name(facts.wal_segment_size)),
-                ),
-                Err(_) => (facts.stop_lsn, None),
-            };
+            let reach = Reach::along(&way, archive, |_| false);
+            let to = reach.missing.start(size).max(stop);
             let window = of_timeline.entry(to).or_insert_with(|| Window {
                 timeline,
                 backup: *id,
                 backups: 0,
-                from: facts.stop_lsn,
+                from: stop,
                 from_at_ms: facts.stopped_at_ms,
                 to,
-                missing,
+                missing: reach.is_gap.then(|| reach.missing.file_name(size)),
             });
             window.backups += 1;
-            if facts.stop_lsn < window.from {
+            if stop < window.from {
                 window.backup = *id;
-                window.from = facts.stop_lsn;
+                window.from = stop;
                 window.from_at_ms = facts.stopped_at_ms;
             }
         }
@@ -158,16 +170,24 @@ fn windows(archive: &WalInventory, backups: &[(BackupId, BackupFacts)]) -> Vec<W
     windows
 }
 
-/// The history along which a backup leads to a timeline, if it does.
-fn way(archive: &WalInventory, timeline: Timeline, facts: &BackupFacts) -> Option<History> {
+/// The way from the end of a backup to a timeline, if it leads there.
+fn way(archive: &WalInventory, timeline: Timeline, facts: &BackupFacts) -> Option<Way> {
     let known = archive.timelines.get(&timeline).and_then(|wal| wal.history.clone());
-    if timeline == facts.timeline {
-        return Some(known.unwrap_or(History { timeline, entries: Vec::new() }));
-    }
-    let history = known?;
-    // It was on the way until the next timeline began.
-    let entry = history.entries.iter().find(|entry| entry.timeline == facts.timeline)?;
-    (facts.stop_lsn <= entry.switched_at).then_some(history)
+    // Nobody needs to know where a backup's own timeline came from.
+    let own = || (timeline == facts.timeline).then_some(History { timeline, entries: Vec::new() });
+    let (stop, size) = (facts.stop_lsn, facts.wal_segment_size);
+    Way::new(known.or_else(own)?, facts.timeline, stop, stop, size).ok()
+}
+
+/// Timelines that have files and no history, though something older is there from which a history would lead to them.
+fn without_history(archive: &WalInventory, backups: &[(BackupId, BackupFacts)]) -> Vec<Timeline> {
+    let is_damaged =
+        |timeline| archive.damaged.iter().any(|(file, _)| *file == WalFileName::History(timeline));
+    let oldest = archive.timelines.keys().copied();
+    let oldest = oldest.chain(backups.iter().map(|(_, facts)| facts.timeline)).min();
+    let later = archive.timelines.iter().filter(|(timeline, _)| Some(**timeline) > oldest);
+    let lost = later.filter(|(timeline, wal)| wal.history.is_none() && !is_damaged(**timeline));
+    lost.map(|(timeline, _)| *timeline).collect()
 }
 
 #[cfg(test)]
@@ -249,6 +269,43 @@ mod tests {
         // Nobody knows where timeline 3 came from, and for its own backup nobody needs to.
         let own = (3, 1, 9 * MIB + 5, 10);
         assert_eq!(found, [(1, 2, 2 * MIB, 8), (2, 1, 2 * MIB, 10), own]);
+    }
+
+    #[test]
+    fn a_timeline_that_goes_back_behind_its_ancestors_beginning_leaves_later_backups_behind() {
+        let second = format!("1\t{}\tx\n", Lsn(15 * MIB));
+        let third = format!("{second}2\t{}\tx\n", Lsn(11 * MIB + 200));
+        let archive =
+            archive(&[(1, &[1, 15], ""), (2, &[15, 16], &second), (3, &[11, 16], &third)]);
+        let found: Vec<_> = windows(&archive, &[backup(1, 1, 2 * MIB), backup(2, 1, 13 * MIB)])
+            .into_iter()
+            .map(|window| (window.timeline.0, window.backups, window.to.0 / MIB, window.missing))
+            .collect();
+        assert_eq!(found, [(1, 2, 16, None), (2, 2, 17, None), (3, 1, 17, None)]);
+    }
+
+    #[test]
+    fn a_window_ends_at_a_gap_when_a_later_timeline_shows_that_there_was_more() {
+        let history = format!("1\t{}\tx\n", Lsn(9 * MIB + 100));
+        let archive = archive(&[(1, &[1, 5], ""), (2, &[9, 12], &history)]);
+        let found: Vec<_> = windows(&archive, &[backup(1, 1, 2 * MIB)])
+            .into_iter()
+            .map(|window| (window.timeline.0, window.to.0 / MIB, window.missing))
+            .collect();
+        let missing = Some("000000010000000000000006".to_owned());
+        assert_eq!(found, [(1, 6, missing.clone()), (2, 6, missing)]);
+    }
+
+    #[test]
+    fn a_history_that_is_missing_is_told_where_something_could_lead_there() {
+        let history = format!("1\t{}\tx\n", Lsn(5 * MIB));
+        let both = archive(&[(1, &[1, 7], ""), (2, &[5, 9], "")]);
+        assert_eq!(without_history(&both, &[]), [Timeline(2)]);
+        assert_eq!(without_history(&archive(&[(1, &[1, 7], ""), (2, &[5, 9], &history)]), &[]), []);
+        // A cluster that archives since it is on timeline 2.
+        let late = archive(&[(2, &[5, 9], "")]);
+        assert_eq!(without_history(&late, &[backup(1, 2, 6 * MIB)]), []);
+        assert_eq!(without_history(&late, &[backup(1, 1, 2 * MIB)]), [Timeline(2)]);
     }
 
     #[test]

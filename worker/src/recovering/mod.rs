@@ -24,7 +24,7 @@ use repository::{Backup, Pin, Pinned, Repository, WalInventory};
 use self::search::{Found, Search};
 pub use self::start::Starter;
 pub use self::words::Fetching;
-use crate::archive::Until;
+use crate::archive::{self, Until};
 use crate::restoring;
 
 /// A recovery that was found possible, as far as anybody can know before it is done.
@@ -71,7 +71,7 @@ struct Reach {
     to: Lsn,
     /// What is not there.
     missing: Segment,
-    /// Later WAL of this way is there: it is a gap and no end.
+    /// Something shows that it was there once: it is a gap and no end.
     is_gap: bool,
 }
 
@@ -238,28 +238,18 @@ impl Planner<'_> {
         Ok(Ok(Candidate { id, backup, way, brought }))
     }
 
-    fn is_archived(&self, segment: Segment, size: u32) -> bool {
-        let wal = self.archive.timelines.get(&segment.timeline);
-        wal.is_some_and(|wal| wal.segment_size == size && wal.has(segment))
-    }
-
     /// How far a candidate's WAL leads without a gap, its own and the archive's together.
     fn reach(&self, candidate: &Candidate) -> Reach {
         let (way, facts) = (&candidate.way, candidate.backup.facts());
         let size = way.segment_size();
-        let is_there =
-            |segment| self.is_archived(segment, size) || candidate.brought.contains(&segment);
-        let missing = way.breaks_off(is_there);
-        let to = missing.start(size);
-        // A backup's last segment may be cut at the end of the backup.
-        let last = Segment::ending_at(to, missing.timeline, size);
-        let is_cut = !self.is_archived(way.segment(last.number), size);
-        let is_gap = self.archive.timelines.iter().any(|(timeline, wal)| {
-            wal.runs.iter().any(|run| {
-                run.last.number >= missing.number
-                    && way.segment(run.last.number).timeline == *timeline
-            })
+        let leads = archive::Reach::along(way, &self.archive, |segment| {
+            candidate.brought.contains(&segment)
         });
+        let to = leads.missing.start(size);
+        // A backup's last segment may be cut at the end of the backup.
+        let last = Segment::ending_at(to, leads.missing.timeline, size);
+        let is_cut = !self.archive.has(way.segment(last.number), size);
+        let archive::Reach { missing, is_gap } = leads;
         Reach { to: if is_cut { facts.stop_lsn } else { to }, missing, is_gap }
     }
 
@@ -479,7 +469,7 @@ impl Planner<'_> {
         let (mut segments, mut brought) = (0_u64, 0_u64);
         for segment in way.segments(until) {
             segments += 1;
-            brought += u64::from(!self.is_archived(segment, size));
+            brought += u64::from(!self.archive.has(segment, size));
         }
         let newest = search.newest_end(way, facts.stop_lsn, reach.to).await?;
         let timeline = (way.timeline() != facts.timeline).then(|| way.timeline());

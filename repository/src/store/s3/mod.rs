@@ -12,7 +12,7 @@ mod upload;
 
 use std::collections::{BTreeSet, HashSet};
 use std::fmt;
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -37,7 +37,7 @@ use tokio::sync::Semaphore;
 
 use self::answer::{Answer, chain};
 pub use self::options::{Checksums, Limits, S3Credentials, S3Options};
-use crate::store::{Listed, PutOutcome, Store, StoreError, Upload, check_key};
+use crate::store::{KeyTest, Listed, PutOutcome, Store, StoreError, Upload, check_key};
 use crate::{chance, hex};
 
 /// Where a write id stands in an object's user metadata.
@@ -45,6 +45,9 @@ const WRITE_ID: &str = "pgmuster-write-id";
 
 /// S3's code for an upload that was completed, ended, or never begun.
 const NO_SUCH_UPLOAD: &str = "NoSuchUpload";
+
+/// How the name of a directory bucket ends.
+const DIRECTORY_BUCKET: &str = "--x-s3";
 
 /// The verbs that find out whether an object is there.
 const READ: &str = "read";
@@ -274,7 +277,8 @@ impl S3Store {
         &self,
         prefix: &str,
         delimiter: Option<&str>,
-        mut take: impl FnMut(ListObjectsV2Output) -> Option<()> + Send,
+        after: Option<&str>,
+        mut take: impl FnMut(ListObjectsV2Output) -> Option<ControlFlow<()>> + Send,
     ) -> Result<(), StoreError> {
         if !prefix.is_empty() {
             check_key("list", prefix.trim_end_matches('/'))?;
@@ -287,6 +291,7 @@ impl S3Store {
                 .bucket(&self.inner.bucket)
                 .prefix(self.full_key(prefix))
                 .set_delimiter(delimiter.map(ToOwned::to_owned))
+                .set_start_after(after.map(|key| self.full_key(key)))
                 .max_keys(i32::from(self.inner.limits.page_keys))
                 .set_continuation_token(token.clone())
                 .send()
@@ -294,8 +299,8 @@ impl S3Store {
                 .map_err(|error| self.failed("list", prefix, &error))?;
             let more = page.is_truncated() == Some(true);
             let next = page.next_continuation_token().map(ToOwned::to_owned);
-            take(page).ok_or_else(|| broken_listing("list", prefix))?;
-            if !more {
+            let taken = take(page).ok_or_else(|| broken_listing("list", prefix))?;
+            if !more || taken.is_break() {
                 return Ok(());
             }
             if next.is_none() || next == token {
@@ -472,12 +477,12 @@ impl Store for S3Store {
 
     async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
         let mut listed = Vec::new();
-        self.pages(prefix, None, |page| {
+        self.pages(prefix, None, None, |page| {
             for object in page.contents.unwrap_or_default() {
                 let key = self.relative(object.key)?;
                 listed.push(Listed { key, size_bytes: u64::try_from(object.size?).ok()? });
             }
-            Some(())
+            Some(ControlFlow::Continue(()))
         })
         .await?;
         // Most servers sort; directory buckets and some imitators do not.
@@ -485,14 +490,35 @@ impl Store for S3Store {
         Ok(listed)
     }
 
+    async fn has_behind(
+        &self,
+        prefix: &str,
+        after: &str,
+        is_wanted: KeyTest,
+    ) -> Result<bool, StoreError> {
+        let mut has = false;
+        // Directory buckets do not sort, and refuse to begin anywhere.
+        let sorts = !self.inner.bucket.ends_with(DIRECTORY_BUCKET);
+        self.pages(prefix, None, sorts.then_some(after), |page| {
+            for object in page.contents.unwrap_or_default() {
+                let key = self.relative(object.key)?;
+                // Imitators may begin elsewhere.
+                has |= key.as_str() > after && is_wanted(&key);
+            }
+            Some(if has { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+        })
+        .await?;
+        Ok(has)
+    }
+
     async fn list_directories(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
         let mut names = Vec::new();
-        self.pages(prefix, Some("/"), |page| {
+        self.pages(prefix, Some("/"), None, |page| {
             for below in page.common_prefixes.unwrap_or_default() {
                 let below = self.relative(below.prefix)?;
                 names.push(below.strip_prefix(prefix)?.strip_suffix('/')?.to_owned());
             }
-            Some(())
+            Some(ControlFlow::Continue(()))
         })
         .await?;
         names.sort_unstable();
