@@ -22,7 +22,7 @@ pub(super) fn choose(task: &PgDump, databases: Vec<Database>) -> Result<Choice, 
             return Err(Failure::new(
                 Code::RequestInvalid,
                 Action::FixConfig,
-                format!("no database fits {pattern:?}, which was to be backed up"),
+                format!("no database fits {:?}, which was to be backed up", pattern.to_string()),
             )
             .with_hint(format!("The server has: {}.", there.join(", "))));
         }
