@@ -10,16 +10,17 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
 use tests::fleet::text;
-use tests::{Finished, Pgmuster, services};
+use tests::{Cluster, Finished, Pgmuster, services};
 
 /// Bound of one script or runbook.
 const RUN_MAX: Duration = Duration::from_mins(2);
 
-/// The desk.
+/// The desk. A server that was started from it, and still runs, ends with it.
 #[derive(Debug)]
 pub(crate) struct Desk {
     place: tempfile::TempDir,
     variables: BTreeMap<String, String>,
+    servers: Vec<PathBuf>,
 }
 
 /// The checkout.
@@ -31,7 +32,7 @@ impl Desk {
     /// A home, an empty `TMPDIR`, and in `PATH` the program, PostgreSQL 15 and the system.
     pub(crate) fn new() -> anyhow::Result<Self> {
         let place = tempfile::Builder::new().prefix("desk").tempdir_in("/tmp")?;
-        let mut desk = Self { place, variables: BTreeMap::new() };
+        let mut desk = Self { place, variables: BTreeMap::new(), servers: Vec::new() };
         for directory in ["home", "tmp", "bin"] {
             std::fs::create_dir(desk.path(directory))?;
         }
@@ -76,6 +77,20 @@ impl Desk {
     /// What a variable has.
     pub(crate) fn get(&self, name: &str) -> anyhow::Result<&str> {
         self.variables.get(name).map(String::as_str).with_context(|| format!("{name} is not set"))
+    }
+
+    /// Names a data directory whose server is started from here.
+    pub(crate) fn starts(&mut self, data_directory: PathBuf) {
+        self.servers.push(data_directory);
+    }
+
+    /// Lets `psql` without arguments mean this server.
+    pub(crate) fn sit_at(&mut self, cluster: &Cluster) {
+        let socket = cluster.server.socket_directory().display().to_string();
+        self.set("PGHOST", socket);
+        self.set("PGPORT", cluster.server.port().to_string());
+        self.set("PGUSER", "postgres");
+        self.set("PGDATABASE", "postgres");
     }
 
     /// Writes a file; gives its path.
@@ -131,5 +146,14 @@ impl Desk {
         let left: Vec<_> = std::fs::read_dir(self.path("tmp"))?.flatten().collect();
         ensure!(left.is_empty(), "left behind: {left:?}");
         Ok(())
+    }
+}
+
+impl Drop for Desk {
+    fn drop(&mut self) {
+        for server in self.servers.iter().filter(|place| place.join("postmaster.pid").exists()) {
+            let directory = server.display().to_string();
+            let _ = self.run(&["pg_ctl", "stop", "-m", "immediate", "-s", "-D", &directory]);
+        }
     }
 }
