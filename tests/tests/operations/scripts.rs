@@ -500,6 +500,37 @@ async fn a_server_archives_and_recovers_through_the_scripts() -> anyhow::Result<
     desk.is_tidy()
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_without_a_coordinator_that_is_stopped_leaves_nothing() -> anyhow::Result<()> {
+    let mut scene = Scene::create().await?;
+    let made = scene.dump()?;
+    ensure!(made.code() == 0, "{made}");
+    let repository = format!("file://{}", scene.desk.at("backups/repository"));
+    let (server, key) = (scene.cluster.url(), scene.key());
+    let to = ["--repository", &repository, "--key", &key];
+    for (engine, step) in [("native", "copy"), ("pg_dump", "dump")] {
+        scene.desk.set("PGMUSTER_FAILPOINT", format!("{step}=pause"));
+        let from = ["pgmuster", "backup", "orders", "--engine", engine, "--server", &server];
+        let program = scene.desk.start(&[&from[..], &to[..]].concat())?;
+        eventually_async("the session of a backup", SOON, async || {
+            let query =
+                "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'pgmuster/%'";
+            Ok((scene.cluster.number(query).await? > 0).then_some(()))
+        })
+        .await?;
+        program.terminate()?;
+        let done = program.wait(RUN_MAX)?;
+        ensure!(done.code() == 130 && done.stderr.contains("CANCELLED"), "{engine}: {done}");
+        scene.cluster.is_left_alone().await?;
+    }
+    ensure!(scene.backups()?.len() == 1, "nothing was committed");
+    let secret = ["pgmuster", "backup", "orders", "--server", "postgres://a:hunter2@h/d"];
+    let secret = scene.desk.run(&[&secret[..], &to[..]].concat())?;
+    ensure!(secret.code() == 2 && secret.stderr.contains(".pgpass"), "{secret}");
+    ensure!(!secret.stderr.contains("hunter2"), "{secret}");
+    Ok(())
+}
+
 #[test]
 fn every_script_says_how_it_is_used_and_refuses_what_it_does_not_know() -> anyhow::Result<()> {
     let desk = Desk::new()?;
