@@ -28,6 +28,11 @@ pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate has a parent folder")
 }
 
+/// Who may read and write a file.
+pub(crate) fn mode(path: &str) -> anyhow::Result<u32> {
+    Ok(std::fs::metadata(path)?.permissions().mode() & 0o777)
+}
+
 impl Desk {
     /// A home, an empty `TMPDIR`, and in `PATH` the program, PostgreSQL 15 and the system.
     pub(crate) fn new() -> anyhow::Result<Self> {

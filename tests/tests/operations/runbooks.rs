@@ -10,7 +10,7 @@ use postgres::instance::{InstanceOptions, StopMode};
 use tests::fleet::text;
 use tests::{Cluster, Finished, SOON, eventually_async, services};
 
-use crate::desk::{Desk, root};
+use crate::desk::{Desk, mode, root};
 
 /// A page of a cluster.
 const PAGE: u64 = 8192;
@@ -217,7 +217,9 @@ async fn a_lost_key_is_replaced_by_another_one_or_by_a_new_repository() -> anyho
     ensure!(stolen.code() == 11 && stolen.stderr.contains("KEY_WRONG"), "{stolen}");
     ensure!(desk.backups(&new_repository, &format!("{new_key}.recovery"))?.len() == 1, "{done}");
     for sheet in [&key, &new_key] {
-        ensure!(std::fs::read_to_string(format!("{sheet}.sheet"))?.contains("pgmuster-key-1"));
+        let sheet = format!("{sheet}.sheet");
+        ensure!(std::fs::read_to_string(&sheet)?.contains("pgmuster-key-1"), "{sheet}");
+        ensure!(mode(&sheet)? == 0o600, "{sheet} can be read by others");
     }
     production.archived().await
 }

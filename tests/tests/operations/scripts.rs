@@ -9,7 +9,7 @@ use serde_json::Value;
 use tests::fleet::text;
 use tests::{Bucket, Cluster, Finished, Pgmuster, SOON, eventually_async};
 
-use crate::desk::{Desk, root};
+use crate::desk::{Desk, mode, root};
 use crate::receiver::Receiver;
 
 /// `wal get` does not know.
@@ -91,11 +91,6 @@ impl Scene {
 
 fn wishes(backups: &[Value]) -> Vec<Option<&str>> {
     backups.iter().map(|row| row["wish"].as_str()).collect()
-}
-
-fn mode(path: &str) -> anyhow::Result<u32> {
-    use std::os::unix::fs::PermissionsExt as _;
-    Ok(std::fs::metadata(path)?.permissions().mode() & 0o777)
 }
 
 #[tokio::test(flavor = "multi_thread")]
