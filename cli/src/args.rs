@@ -67,7 +67,10 @@ pub enum Command {
     Coordinator(Role),
     /// Run a worker, or enroll one.
     Worker(WorkerArgs),
-    /// Order a backup.
+    /// Order a backup, or take one.
+    ///
+    /// With a cluster's name alone, a worker does it. With `--server`, `--repository` and `--key`, this process does it, needing
+    /// nothing else: no coordinator, no broker, no catalog.
     Backup(Backup),
     /// Order the proof of a backup: restore it in a sandbox and check it.
     Verify(Verify),
@@ -236,8 +239,21 @@ pub struct Backup {
     #[arg(long = "exclude-database", value_name = "PATTERN")]
     pub exclude_databases: Vec<proto::job::DatabasePattern>,
     /// Prove the backup afterwards, at this level: 1 to 5, see `pgmuster help verify`.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", conflicts_with = "server")]
     pub verify: Option<ProofLevel>,
+    /// Take it here, without a coordinator, from this server: `postgres://user@host/postgres`, `host=… user=…` or `service=…`;
+    /// the password belongs into `.pgpass`. A copy of its files needs its host and user.
+    #[arg(long, value_name = "URL", requires = "repository")]
+    pub server: Option<String>,
+    /// Where it goes then: `file:///path` or `s3://bucket/prefix`.
+    #[arg(long, value_name = "URL", requires_all = ["server", "backup_opener"])]
+    pub repository: Option<String>,
+    /// That repository's key file: a path, or `env:NAME` or `exec:/program` for what is not a file.
+    #[arg(long, value_name = "FILE", requires = "repository", group = "backup_opener")]
+    pub key: Option<PathBuf>,
+    /// Where its passphrase is: `file:/path`, `env:NAME`, `exec:/program`, or `-` for a line of standard input.
+    #[arg(long, value_name = "REFERENCE", requires = "repository", group = "backup_opener")]
+    pub passphrase: Option<String>,
     /// Waiting.
     #[command(flatten)]
     pub waiting: Waiting,

@@ -10,7 +10,7 @@ use std::process::Command as Process;
 use postgres::process::Account;
 use proto::{Action, Code, Failure};
 
-use crate::args::{Cli, Command, WorkerCommand};
+use crate::args::{Cli, Command, Engine, WorkerCommand};
 use crate::commands::sockets;
 use crate::environment;
 
@@ -78,6 +78,9 @@ async fn whom(cli: &Cli) -> Result<Option<Account>, Failure> {
             }
             _ => Ok(None),
         },
+        Command::Backup(args) if args.server.is_some() && args.engine == Engine::Native => {
+            Ok(socket_owner(args.server.as_deref()))
+        }
         Command::Restore(args) if args.repository.is_some() => {
             let mut above = args.into.iter().flat_map(|into| into.ancestors());
             let existing = above.find(|place| place.exists());

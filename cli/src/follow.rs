@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use coordinator::api::types::JobView;
 use indicatif::{ProgressBar, ProgressStyle};
 use proto::job::{BackupOutcome, JobState, Outcome};
-use proto::{Failure, JobId};
+use proto::{ClusterName, Failure, JobId};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::args::{Output, Waiting};
@@ -179,16 +179,19 @@ pub(crate) fn report(view: &JobView, format: Output) {
     }
 }
 
-/// A logical backup in one line, and what is not in it.
-fn dumped(view: &JobView, done: &BackupOutcome, took: &str) -> String {
-    let Some(logical) = &done.logical else { return String::new() };
+/// A backup in one line; of a logical one also what is not in it.
+pub(crate) fn backed_up(cluster: &ClusterName, done: &BackupOutcome, took_ms: i64) -> String {
+    let (size, stored) = (output::bytes(done.size_bytes), output::bytes(done.stored_bytes));
+    let (took, backup) = (output::duration(took_ms), done.backup);
+    let Some(logical) = &done.logical else {
+        let (files, read) = (done.files, output::bytes(done.read_bytes));
+        return format!(
+            "Backed up {cluster} ({size}, {files} files) in {took}: {read} read, {stored} stored; backup {backup}"
+        );
+    };
+    let databases = logical.databases;
     let mut line = format!(
-        "Dumped {} databases of {} ({}) in {took}: {} stored; backup {}",
-        logical.databases,
-        view.cluster,
-        output::bytes(done.size_bytes),
-        output::bytes(done.stored_bytes),
-        done.backup
+        "Dumped {databases} databases of {cluster} ({size}) in {took}: {stored} stored; backup {backup}"
     );
     for skipped in &logical.skipped {
         line.extend(["; not ", skipped.database.as_str(), ": ", &skipped.why]);
@@ -201,21 +204,12 @@ fn dumped(view: &JobView, done: &BackupOutcome, took: &str) -> String {
 
 /// A job's result in one line.
 pub(crate) fn result_line(view: &JobView) -> String {
-    let took = view.started_at_ms.zip(view.ended_at_ms).map_or(0, |(start, end)| end - start);
-    let took = output::duration(took);
+    let took_ms = view.started_at_ms.zip(view.ended_at_ms).map_or(0, |(start, end)| end - start);
+    let took = output::duration(took_ms);
     match (&view.state, &view.outcome) {
-        (JobState::Succeeded, Some(Outcome::Backup(done))) if done.logical.is_some() => {
-            dumped(view, done, &took)
+        (JobState::Succeeded, Some(Outcome::Backup(done))) => {
+            backed_up(&view.cluster, done, took_ms)
         }
-        (JobState::Succeeded, Some(Outcome::Backup(done))) => format!(
-            "Backed up {} ({}, {} files) in {took}: {} read, {} stored; backup {}",
-            view.cluster,
-            output::bytes(done.size_bytes),
-            done.files,
-            output::bytes(done.read_bytes),
-            output::bytes(done.stored_bytes),
-            done.backup
-        ),
         (_, Some(Outcome::VerifyRestore(done))) => worker::proving::sentence(&done.proof),
         (JobState::Succeeded, Some(Outcome::Restore(done))) if done.planned_only => {
             done.plan.join("\n")

@@ -19,7 +19,7 @@ const RUN_BOUND: Duration = Duration::from_mins(2);
 /// A running `pgmuster`. Dropping it kills it.
 #[derive(Debug)]
 pub struct Pgmuster {
-    arguments: String,
+    line: String,
     child: Child,
     stdout: Capture,
     stderr: Capture,
@@ -79,15 +79,20 @@ impl Pgmuster {
             }
         };
         command.args(arguments);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         prepare(&mut command);
-        let arguments: Vec<_> =
-            arguments.iter().map(|part| part.as_ref().to_string_lossy()).collect();
-        let arguments = arguments.join(" ");
-        let mut child = command.spawn().with_context(|| format!("start pgmuster {arguments}"))?;
+        Self::spawn(command)
+    }
+
+    /// Starts any command, with an empty standard input: a script that calls `pgmuster`.
+    pub fn spawn(mut command: Command) -> anyhow::Result<Self> {
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let arguments: Vec<_> = command.get_args().map(OsStr::to_string_lossy).collect();
+        let program = command.get_program().to_string_lossy();
+        let line = [program.as_ref(), &arguments.join(" ")].join(" ");
+        let mut child = command.spawn().with_context(|| format!("start {line}"))?;
         let stdout = Capture::of(child.stdout.take().context("take its stdout")?);
         let stderr = Capture::of(child.stderr.take().context("take its stderr")?);
-        Ok(Self { arguments, child, stdout, stderr })
+        Ok(Self { line, child, stdout, stderr })
     }
 
     /// Runs it to its end.
@@ -97,7 +102,7 @@ impl Pgmuster {
 
     /// Waits for a line on either stream that holds `part`, and gives that line.
     pub fn wait_for_line(&mut self, part: &str, bound: Duration) -> anyhow::Result<String> {
-        let what = format!("a line with {part:?} from pgmuster {}", self.arguments);
+        let what = format!("a line with {part:?} from {}", self.line);
         let found = eventually(what, bound, || {
             let ended = self.child.try_wait()?;
             let line = self.stdout.find(part).or_else(|| self.stderr.find(part));
@@ -111,7 +116,7 @@ impl Pgmuster {
             Ok(Ok(line)) => Ok(line),
             // It may have said the line and ended between the two looks.
             Ok(Err(status)) => self.drained(part).with_context(|| {
-                format!("pgmuster {} ended ({status}) without it: {}", self.arguments, self.said())
+                format!("{} ended ({status}) without it: {}", self.line, self.said())
             }),
             Err(error) => Err(error.context(self.said())),
         }
@@ -153,7 +158,7 @@ impl Pgmuster {
 
     /// Waits until it ends by itself.
     pub fn wait(mut self, bound: Duration) -> anyhow::Result<Finished> {
-        let what = format!("the end of pgmuster {}", self.arguments);
+        let what = format!("the end of {}", self.line);
         let status = eventually(what, bound, || Ok(self.child.try_wait()?));
         let status = status.with_context(|| self.said())?;
         Ok(Finished { status, stdout: self.stdout.drain(), stderr: self.stderr.drain() })

@@ -42,6 +42,12 @@ pub fn facts() -> Option<PathBuf> {
     optional("PGMUSTER_TEST_FACTS").map(PathBuf::from)
 }
 
+/// By this variable `tests/services strays` knows what a test left running; absent when a test runs alone.
+pub fn mark() -> Option<(&'static str, String)> {
+    const NAME: &str = "PGMUSTER_TEST_MARK";
+    optional(NAME).map(|value| (NAME, value))
+}
+
 /// The `pgmuster` program of this build.
 pub fn pgmuster() -> anyhow::Result<PathBuf> {
     let path = match optional("PGMUSTER_TEST_BINARY") {

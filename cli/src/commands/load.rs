@@ -6,11 +6,11 @@ use repository::Pin;
 use worker::engines::pg_dump::{self, LoadOutcome, LoadRequest};
 use worker::restoring;
 
-use super::restore::{context, show_progress};
+use super::restore::{context, nominal, show_progress, stopped_by_signals};
 use crate::args::{OpenerArgs, Output, Restore};
 use crate::commands::repo;
 use crate::exit::Exit;
-use crate::{environment, follow, output};
+use crate::{environment, output};
 
 /// `restore --repository URL --key FILE --into-server URL`.
 pub(super) async fn into_server(
@@ -20,13 +20,7 @@ pub(super) async fn into_server(
     server: &str,
     format: Output,
 ) -> Result<Exit, Failure> {
-    let target = Target::parse(server, &Environment::of_process())?;
-    if target.has_inline_password() {
-        let message =
-            "the server's URL holds a password, which everybody on this machine could read";
-        return Err(Failure::new(Code::RequestInvalid, Action::FixConfig, message)
-            .with_hint("Put it into ~/.pgpass (0600), or into a file that passfile=… names."));
-    }
+    let target = server_at(server)?;
     let repository = repo::open(url, opener).await?;
     let pin = Pin { by: repo::who(), why: "restore".to_owned(), at_ms: environment::now_ms() };
     let (kind, cluster) = (BackupKind::Logical, args.cluster.as_ref());
@@ -42,12 +36,8 @@ pub(super) async fn into_server(
         no_owner: args.no_owner,
         jobs: args.jobs,
     };
-    let cx = context(&backup.facts().cluster);
-    let stop = cx.clone();
-    let interrupted = tokio::spawn(async move {
-        follow::interrupted().await;
-        stop.stop(Failure::new(Code::Cancelled, Action::Abandon, "interrupted"));
-    });
+    let cx = context(&backup.facts().cluster, nominal());
+    let interrupted = stopped_by_signals(&cx);
     let shown = tokio::spawn(show_progress(cx.clone()));
     let work = async {
         let plan = pg_dump::plan(&cx, &backup, &request).await?;
@@ -62,6 +52,18 @@ pub(super) async fn into_server(
     backup.release().await;
     output::show(format, &done?, told);
     Ok(Exit::Ok)
+}
+
+/// The server that was typed.
+pub(super) fn server_at(text: &str) -> Result<Target, Failure> {
+    let target = Target::parse(text, &Environment::of_process())?;
+    if target.has_inline_password() {
+        let message =
+            "the server's URL holds a password, which everybody on this machine could read";
+        return Err(Failure::new(Code::RequestInvalid, Action::FixConfig, message)
+            .with_hint("Put it into ~/.pgpass (0600), or into a file that passfile=… names."));
+    }
+    Ok(target)
 }
 
 fn told(done: &LoadOutcome) -> String {

@@ -1,5 +1,6 @@
 //! The commands: one file a group, wiring and printing only.
 
+mod backup;
 mod backups;
 mod cluster;
 mod config;
@@ -40,7 +41,10 @@ pub(crate) async fn run(cli: Cli) -> Result<Exit, Failure> {
         Command::Demo(args) => Box::pin(demo::run(args)).await,
         Command::Coordinator(args) => roles::coordinator(&args.config).await,
         Command::Worker(args) => roles::worker(args, client, format).await,
-        Command::Backup(args) => order::backup(&client()?, args, format).await,
+        Command::Backup(args) => match args.server {
+            Some(_) => Box::pin(backup::alone(args, format)).await,
+            None => order::backup(&client()?, args, format).await,
+        },
         Command::Verify(args) => order::verify(&client()?, args, format).await,
         Command::Maintain(args) => order::maintain(&client()?, args, format).await,
         Command::Restore(args) => {

@@ -14,18 +14,22 @@ use crate::follow;
 
 /// `backup CLUSTER`.
 pub(crate) async fn backup(client: &Client, args: Backup, format: Output) -> Result<Exit, Failure> {
-    let pg_dump = scope(&args)?;
-    let task = Task::Backup(proto::job::Backup {
+    let task = Task::Backup(task(&args)?);
+    let request = SubmitRequest { verify: args.verify, ..SubmitRequest::new(args.cluster, task) };
+    let view: JobView = client.post("/v1/jobs", &request).await?;
+    follow::after_order(client, view, &args.waiting, format).await
+}
+
+/// What was asked for.
+pub(crate) fn task(args: &Backup) -> Result<proto::job::Backup, Failure> {
+    Ok(proto::job::Backup {
         fast_checkpoint: !args.spread_checkpoint,
         full_read: args.full_read,
         compression_level: None,
         processes: args.processes,
         rate_limit_bytes: args.rate_limit.map(|limit| limit.as_u64()),
-        pg_dump,
-    });
-    let request = SubmitRequest { verify: args.verify, ..SubmitRequest::new(args.cluster, task) };
-    let view: JobView = client.post("/v1/jobs", &request).await?;
-    follow::after_order(client, view, &args.waiting, format).await
+        pg_dump: scope(args)?,
+    })
 }
 
 /// Which databases a logical backup is of; `None` for a physical one, which has all of them.

@@ -5,8 +5,8 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 use proto::failure::chain;
-use proto::{Action, BackupId, ClusterName, Code, Failure, LineageId};
-use repository::{Encryption, InitOptions, Lineages, Lost, Repository, Wish, store};
+use proto::{Action, BackupId, BackupKind, ClusterName, Code, Failure, LineageId};
+use repository::{Encryption, Identity, InitOptions, Lineages, Lost, Repository, Wish, store};
 use serde::Serialize;
 
 use crate::args::{OpenerArgs, Output, RepoCommand};
@@ -20,6 +20,8 @@ use crate::{environment, output};
 struct Row {
     cluster: String,
     system_identifier: String,
+    lineage: LineageId,
+    kind: BackupKind,
     backup: String,
     committed_at_ms: Option<i64>,
     proofs: u32,
@@ -63,14 +65,22 @@ pub(crate) async fn run(command: RepoCommand, format: Output) -> Result<Exit, Fa
                     vec![
                         row.cluster.clone(),
                         row.system_identifier.clone(),
+                        row.kind.to_string(),
                         row.backup.clone(),
                         output::ago(now_ms, row.committed_at_ms),
                         row.proofs.to_string(),
                         row.wish.unwrap_or_default().to_owned(),
                     ]
                 };
-                let head =
-                    ["CLUSTER", "SYSTEM IDENTIFIER", "BACKUP", "COMMITTED", "PROOFS", "WISH"];
+                let head = [
+                    "CLUSTER",
+                    "SYSTEM IDENTIFIER",
+                    "KIND",
+                    "BACKUP",
+                    "COMMITTED",
+                    "PROOFS",
+                    "WISH",
+                ];
                 output::table(&head, rows.iter().map(row).collect())
             });
             for line in &unreadable {
@@ -320,6 +330,8 @@ async fn list(repository: &Repository) -> Result<(Vec<Row>, Vec<String>), Failur
             rows.push(Row {
                 cluster: identity.cluster.to_string(),
                 system_identifier: identity.system_identifier.to_string(),
+                lineage: identity.lineage,
+                kind: identity.kind,
                 backup: summary.attempt.to_string(),
                 committed_at_ms: summary.committed_at_ms(),
                 proofs: summary.proofs,

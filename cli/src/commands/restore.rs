@@ -7,6 +7,7 @@ use proto::job::{RestoreOutcome, RestoreTarget};
 use proto::message::{SCHEMA, Spec};
 use proto::{Action, AttemptId, Code, Failure, JobId, Step, Task};
 use repository::{Backup, Pin};
+use tokio::task::JoinHandle;
 use worker::context::JobContext;
 use worker::recovering::{self, RecoveryPlan, Wanted};
 use worker::restoring::{self, Destination};
@@ -74,12 +75,8 @@ pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failu
         keep_archiving: args.moment.keep_archiving,
     };
     let destination = given.complete(backup.facts());
-    let cx = context(&cluster);
-    let stop = cx.clone();
-    let interrupted = tokio::spawn(async move {
-        follow::interrupted().await;
-        stop.stop(Failure::new(Code::Cancelled, Action::Abandon, "interrupted"));
-    });
+    let cx = context(&cluster, nominal());
+    let interrupted = stopped_by_signals(&cx);
     let done = if args.plan {
         restoring::plan(&cx, &backup, &destination, 0).await
     } else {
@@ -131,13 +128,28 @@ async fn restore(
     }
 }
 
-/// A context for work that no coordinator knows of.
-pub(super) fn context(cluster: &proto::ClusterName) -> JobContext {
-    let now_ms = u64::try_from(environment::now_ms()).unwrap_or(0);
+/// The task of a restore that no coordinator ordered: where it goes to is known without it.
+pub(super) fn nominal() -> Task {
     let target = RestoreTarget {
         root: "/".to_owned(),
         directory: "restore".parse().expect("it is a relative path"),
     };
+    let (backup, recovery) = (None, None);
+    let (plan_only, delta) = (false, false);
+    let keep_archiving = false;
+    Task::Restore(proto::job::Restore {
+        backup,
+        target,
+        plan_only,
+        delta,
+        recovery,
+        keep_archiving,
+    })
+}
+
+/// A context for work that no coordinator knows of.
+pub(super) fn context(cluster: &proto::ClusterName, task: Task) -> JobContext {
+    let now_ms = u64::try_from(environment::now_ms()).unwrap_or(0);
     let spec = Spec {
         schema: SCHEMA,
         job: JobId::mint(now_ms, environment::random()),
@@ -145,18 +157,20 @@ pub(super) fn context(cluster: &proto::ClusterName) -> JobContext {
         predecessor: None,
         cluster: cluster.clone(),
         system_identifier: None,
-        task: Task::Restore(proto::job::Restore {
-            backup: None,
-            target,
-            plan_only: false,
-            delta: false,
-            recovery: None,
-            keep_archiving: false,
-        }),
+        task,
         deadline_ms: u64::MAX,
         traceparent: None,
     };
     JobContext::new(spec, Arc::new(|_: &Step| {}))
+}
+
+/// Stops the work at Ctrl-C or SIGTERM; to be aborted when the work has ended.
+pub(super) fn stopped_by_signals(cx: &JobContext) -> JoinHandle<()> {
+    let cx = cx.clone();
+    tokio::spawn(async move {
+        follow::interrupted().await;
+        cx.stop(Failure::new(Code::Cancelled, Action::Abandon, "interrupted"));
+    })
 }
 
 pub(super) async fn show_progress(cx: JobContext) {
