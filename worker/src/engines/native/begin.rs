@@ -1,8 +1,10 @@
 //! The first part of a backup: the server enters backup mode, and the files turn out to be its own.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use postgres::control_file::ControlFile;
+use postgres::files::{LocalFiles, ServerFiles};
 use postgres::{BackupOptions, BackupSession, Purpose, connect_maintenance, settings, standby};
 use proto::backup::Setting;
 use proto::{Action, Code, Failure};
@@ -16,7 +18,7 @@ use crate::places::Cluster;
 /// A server that can be backed up, before anything was changed there.
 pub(super) struct Ready {
     pub(super) server: postgres::ServerIdentity,
-    pub(super) directory: PathBuf,
+    pub(super) files: Arc<dyn ServerFiles>,
     pub(super) settings: Vec<Setting>,
     pub(super) settings_files: Vec<PathBuf>,
     /// How old the content of a standby may be.
@@ -46,17 +48,17 @@ pub(super) async fn ready(
         .with_hint("Point the cluster's connection at the right server, or give the new server a name of its own."));
     }
     settings::require_for_backup(&session).await?;
-    let directory = data_directory(cluster, &server)?;
+    let files: Arc<dyn ServerFiles> = Arc::new(LocalFiles::new(data_directory(cluster, &server)?));
     let mut lag_s = 0;
     if server.in_recovery {
         lag_s = standby::lag_s(&session).await?;
         refuse_stale(cluster, lag_s, config.standby_lag_max_s)?;
-        same_timeline(&directory, &server).await?;
+        same_timeline(&files, &server).await?;
     }
     let settings = settings::kept(&session).await?;
     let settings_files = settings::files_outside(&session).await?;
     session.close().await;
-    Ok(Ready { server, directory, settings, settings_files, lag_s })
+    Ok(Ready { server, files, settings, settings_files, lag_s })
 }
 
 /// A backup of a standby that has fallen behind would pass for one of today.
@@ -80,11 +82,11 @@ pub(in crate::engines) fn refuse_stale(
 
 /// Makes sure that what a standby replays is of the timeline its control file names.
 pub(super) async fn same_timeline(
-    directory: &Path,
+    files: &Arc<dyn ServerFiles>,
     server: &postgres::ServerIdentity,
 ) -> Result<(), Failure> {
-    let (wal, timeline) = (directory.join("pg_wal"), server.timeline);
-    blocking(move || Ok(standby::require_timeline(&wal, timeline)?)).await
+    let (files, timeline) = (Arc::clone(files), server.timeline);
+    blocking(move || Ok(standby::require_timeline(&*files, timeline)?)).await
 }
 
 /// Enters backup mode, and holds the data directory against what the server says.
@@ -109,10 +111,17 @@ pub(super) async fn enter(
         Err(postgres::Error::Cancelled { .. }) => return Err(cx.stopped()),
         Err(error) => return Err(error.into()),
     };
-    let directory = ready.directory.clone();
-    let control = blocking(move || Ok(ControlFile::read(&directory)?)).await?;
-    agree(&control, &session, &ready.directory)?;
+    let (control, _) = read_control(&ready.files).await?;
+    agree(&control, &session, &ready.files.place(Path::new("")))?;
     Ok(session)
+}
+
+/// The control file, with the bytes whose checksum was right.
+pub(super) async fn read_control(
+    files: &Arc<dyn ServerFiles>,
+) -> Result<(ControlFile, Vec<u8>), Failure> {
+    let files = Arc::clone(files);
+    blocking(move || Ok(ControlFile::read_in(&*files)?)).await
 }
 
 /// A stale mount, a snapshot or another server's directory shows here: its control file knows nothing of the checkpoint
