@@ -52,6 +52,10 @@ impl Roots {
         self.places.first().is_some_and(|root| root.device != stat.device)
     }
 
+    pub(crate) fn places(&self) -> &[Place] {
+        &self.places
+    }
+
     /// Looks whether the same directories lie in the same places as when they were scanned. Call it after the last file was
     /// copied. Blocking, a few system calls.
     pub fn verify(&self) -> Result<()> {

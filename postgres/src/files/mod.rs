@@ -3,7 +3,9 @@
 //! Paths are relative to the data directory; absolute ones name the server's settings files outside of it. Everything
 //! here blocks: call it on a thread that may wait, never on one that serves the runtime.
 
+mod listing;
 mod local;
+mod remote;
 
 use std::ffi::OsString;
 use std::fmt::Debug;
@@ -11,6 +13,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 pub use self::local::LocalFiles;
+pub use self::remote::{RemoteFiles, RemoteOptions, require_remote_rights};
 use crate::Error;
 use crate::process::Result;
 use crate::roots::Roots;
@@ -41,6 +44,9 @@ pub trait ServerFiles: Debug + Send + Sync {
 
     /// The error for a file that could not be read.
     fn unreadable(&self, path: &Path, source: io::Error) -> Error;
+
+    /// Ends whatever reading holds open on the server; who still reads gets an error.
+    fn close(&self) {}
 }
 
 /// A file of a server that is being read.
@@ -109,6 +115,8 @@ pub(crate) trait Tree {
 pub(crate) enum Directory {
     /// Device and inode.
     Inode(u64, u64),
+    /// Its path on the server, where nothing else is told.
+    Path(PathBuf),
 }
 
 /// What a settings file turned out to be.
