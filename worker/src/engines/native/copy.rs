@@ -21,7 +21,7 @@ use repository::{BackupWriter, Repository, SourceEntry, SourceKind, WriteOptions
 
 use tokio_util::sync::CancellationToken;
 
-use super::begin::{Ready, enter, read_control, ready, same_timeline};
+use super::begin::{Ready, enter, read_control, ready, same_timeline, sessions};
 use super::hold::{Hold, LOOK_EVERY};
 use super::source::{BAD_PAGES_NAMED_MAX, DataDirectory, Found};
 use super::wal::WalCollector;
@@ -58,7 +58,16 @@ pub async fn back_up(
 ) -> Result<BackupOutcome, Failure> {
     let ready = cx
         .step_with("connect", |step| async move {
-            let ready = ready(cx, request.cluster, request.config).await?;
+            let sessions = sessions(request.config, request.task.processes);
+            let ready = ready(cx, request.cluster, request.config, sessions).await?;
+            if ready.files.here().is_none() {
+                step.figure("remote_sessions", sessions as u64);
+                tracing::info!(
+                    cluster.name = %cx.spec.cluster,
+                    "The server's files are read over {sessions} connections at most; the free space of its pg_wal cannot be \
+                     looked at, backup.wal_held_max_bytes alone is the limit"
+                );
+            }
             if ready.server.in_recovery {
                 step.figure("standby_lag_s", ready.lag_s);
             }
