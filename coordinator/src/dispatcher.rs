@@ -180,6 +180,7 @@ pub(crate) fn candidate(worker: &Worker, granted: &[Attempt], now_ms: i64) -> Ca
             .map(|offer| Served {
                 cluster: offer.name.clone(),
                 files: offer.files,
+                remote: offer.remote,
                 // It becomes the reason that is stored with a job, whatever an older worker has left in it.
                 problem: offer
                     .problem
@@ -519,6 +520,7 @@ mod tests {
             system_identifier: None,
             server_version_num: None,
             files: false,
+            remote: false,
             problem: Some(Failure::new(Code::ServerUnreachable, Action::Retry, text)),
         };
         let offers = Offers {

@@ -103,8 +103,10 @@ pub struct Candidate {
 pub struct Served {
     /// The cluster.
     pub cluster: ClusterName,
-    /// Whether the worker can read its data directory.
+    /// Whether the worker can read its files.
     pub files: bool,
+    /// Whether it reads them over connections to the server.
+    pub remote: bool,
     /// Why it can do nothing for it, as it found when it looked last: code and message of the failure.
     pub problem: Option<String>,
 }
@@ -116,6 +118,10 @@ impl Candidate {
 
     fn reads_files_of(&self, cluster: &ClusterName) -> bool {
         self.clusters.iter().any(|served| served.cluster == *cluster && served.files)
+    }
+
+    fn reads_remotely(&self, cluster: &ClusterName) -> bool {
+        self.clusters.iter().any(|served| served.cluster == *cluster && served.remote)
     }
 
     fn reaches(&self, need: &Need<'_>) -> bool {
@@ -262,6 +268,13 @@ fn choose(need: &Need<'_>, willing: &[&Candidate], workers: &[Candidate]) -> Pla
         .filter(|w| need.home.is_some_and(|home| w.site == *home))
         .collect();
     let preferred = if near.is_empty() { preferred } else { &near };
+    // Whoever reads files itself, before whoever lets the server read them and sends them over the network.
+    let beside: Vec<&Candidate> = preferred
+        .iter()
+        .copied()
+        .filter(|w| !need.files || !w.reads_remotely(need.cluster))
+        .collect();
+    let preferred = if beside.is_empty() { preferred } else { &beside };
     // Most room first; the name breaks ties, so that the same facts give the same answer.
     let Some(best) = preferred.iter().copied().max_by(|a, b| {
         a.free(need.lane).cmp(&b.free(need.lane)).then_with(|| b.worker.cmp(&a.worker))
@@ -308,6 +321,7 @@ mod tests {
             clusters: vec![Served {
                 cluster: "orders".parse().unwrap(),
                 files: true,
+                remote: false,
                 problem: None,
             }],
             repositories: vec!["main".to_owned()],
@@ -364,6 +378,19 @@ mod tests {
                 Placed::Nobody { reason } => reason,
             }
         }
+    }
+
+    #[test]
+    fn a_worker_that_reads_files_itself_goes_first() {
+        let mut far = worker("far", "fra1");
+        far.clusters[0].remote = true;
+        let mut beside = worker("host", "fra1");
+        let ask = Ask::new(JobKind::Backup);
+        assert!(ask.queue(std::slice::from_ref(&far)).contains("far"));
+        far.slots.routine_free = 9;
+        assert!(ask.queue(&[far.clone(), beside.clone()]).contains("host"));
+        beside.alive = false;
+        assert!(ask.queue(&[far, beside]).contains("far"));
     }
 
     #[test]

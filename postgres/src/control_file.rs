@@ -3,19 +3,21 @@
 //! The file can be caught half-written, so it is read until its checksum is right. Deliberately not
 //! here: any judgement whether the values fit a backup.
 
-use std::io;
 use std::path::Path;
 use std::time::Duration;
 
 use proto::{Lsn, SystemIdentifier, Timeline};
 
 use crate::Error;
+use crate::files::{LocalFiles, ServerFiles};
 use crate::process::Result;
 
 /// Where it lies in a data directory.
 pub const CONTROL_FILE_PATH: &str = "global/pg_control";
 /// Its size on disk (`PG_CONTROL_FILE_SIZE`); the content is shorter and followed by zeroes.
 pub const CONTROL_FILE_SIZE_BYTES: usize = 8192;
+/// No more than this is read of what has its name.
+const CONTROL_FILE_LIMIT_BYTES: u64 = 1 << 20;
 /// How often a torn file is read. The server writes it in one call, so the second try nearly always
 /// does; half a second covers a server that was suspended in that call.
 const ATTEMPTS: u32 = 50;
@@ -133,22 +135,29 @@ impl ControlFile {
 
     /// The same, with the bytes whose checksum was right: these are what a backup stores.
     pub fn read_with_bytes(data_directory: &Path) -> Result<(Self, Vec<u8>)> {
-        let path = data_directory.join(CONTROL_FILE_PATH);
+        Self::read_in(&LocalFiles::new(data_directory))
+    }
+
+    /// The same of a server's files, wherever they are.
+    pub fn read_in(files: &dyn ServerFiles) -> Result<(Self, Vec<u8>)> {
+        let path = Path::new(CONTROL_FILE_PATH);
         let mut attempt = 1;
         loop {
-            let bytes = std::fs::read(&path).map_err(|source| match source.kind() {
-                io::ErrorKind::PermissionDenied => crate::scan::unreadable(&path, source),
-                io::ErrorKind::NotFound => Error::Shape {
-                    path: data_directory.to_owned(),
+            let read = files.read(path, CONTROL_FILE_LIMIT_BYTES);
+            let Some(bytes) = read.map_err(|source| files.unreadable(path, source))? else {
+                return Err(Error::Shape {
+                    path: files.place(Path::new("")),
                     what: format!("{CONTROL_FILE_PATH} is missing, so it is no data directory"),
                     cure: "Give the directory that SHOW data_directory names.".to_owned(),
-                },
-                _ => Error::io("read", &path, source),
-            })?;
+                });
+            };
             match Self::parse(&bytes) {
                 Ok(control) => return Ok((control, bytes)),
                 Err(what) if attempt == ATTEMPTS => {
-                    return Err(Error::Content { name: path.display().to_string(), what });
+                    return Err(Error::Content {
+                        name: files.place(path).display().to_string(),
+                        what,
+                    });
                 }
                 Err(_) => std::thread::sleep(BACK_OFF),
             }

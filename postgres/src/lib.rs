@@ -14,6 +14,7 @@ pub mod connect;
 pub mod control_file;
 pub mod databases;
 pub mod error;
+pub mod files;
 pub mod globals;
 pub mod identity;
 pub mod instance;

@@ -14,6 +14,7 @@ use std::time::Duration;
 use proto::Lsn;
 use rustix::fs::{Advice, fadvise};
 
+use crate::files::{LocalFiles, ServerFile, ServerFiles};
 use crate::page::{self, PageState};
 
 /// Pauses before a suspicious page is read again. A write takes microseconds; one that waits for a
@@ -112,7 +113,7 @@ pub struct PageRules {
 /// A relation file that is being read for a backup.
 #[derive(Debug)]
 pub struct RelationReader {
-    file: File,
+    file: Box<dyn ServerFile>,
     rules: PageRules,
     first_block: u32,
     bad_blocks: Vec<u32>,
@@ -120,18 +121,24 @@ pub struct RelationReader {
 }
 
 impl RelationReader {
-    /// Opens a file for reading. `None` when it is gone: its relation was dropped, and the WAL of
+    /// Opens a file of this host. `None` when it is gone: its relation was dropped, and the WAL of
     /// the backup says so.
     pub fn open(path: &Path, name: RelationFile, rules: PageRules) -> io::Result<Option<Self>> {
-        let file = match File::open(path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error),
-        };
+        Self::open_in(&LocalFiles::new("/"), path, 0, name, rules)
+    }
+
+    /// The same for a file of a server, `size_bytes` long when it was listed.
+    pub fn open_in(
+        files: &dyn ServerFiles,
+        path: &Path,
+        size_bytes: u64,
+        name: RelationFile,
+        rules: PageRules,
+    ) -> io::Result<Option<Self>> {
+        let Some(file) = files.open(path, size_bytes)? else { return Ok(None) };
         let impossible =
             || io::Error::new(io::ErrorKind::InvalidData, "segment number is too large");
         let first_block = name.first_block(rules.segment_blocks).ok_or_else(impossible)?;
-        advise_once(&file);
         Ok(Some(Self { file, rules, first_block, bad_blocks: Vec::new(), torn_pages: 0 }))
     }
 
@@ -143,7 +150,7 @@ impl RelationReader {
         if !offset.is_multiple_of(block_size as u64) {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "offset inside a page"));
         }
-        let mut length = read_full_at(&self.file, buffer, offset)?;
+        let mut length = self.file.read_full_at(buffer, offset)?;
         let in_file = u32::try_from(offset / block_size as u64).map_err(|_| {
             io::Error::new(io::ErrorKind::InvalidInput, "offset beyond any relation")
         })?;
@@ -218,7 +225,7 @@ impl RelationReader {
             let mut still = Vec::new();
             for index in suspects {
                 let start = index as usize * block_size;
-                let n_bytes = read_full_at(&self.file, &mut fresh, offset + start as u64)?;
+                let n_bytes = self.file.read_full_at(&mut fresh, offset + start as u64)?;
                 if n_bytes < block_size {
                     // Truncated meanwhile: the file ends here, and the WAL says so.
                     *length = (*length).min(start + n_bytes);

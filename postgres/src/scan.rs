@@ -7,14 +7,13 @@
 //! cannot be copied as it is becomes a warning or an error, never a silence.
 
 use std::collections::{HashMap, HashSet};
-use std::fs::{FileType, Metadata};
 use std::io;
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::Error;
 use crate::control_file::CONTROL_FILE_PATH;
+use crate::files::{self, Kind, LocalFiles, ServerFiles as _, SettingsFile, Stat, Tree};
 use crate::process::{Account, Result};
 use crate::relation::{Fork, RelationFile};
 use crate::roots::Roots;
@@ -170,6 +169,13 @@ pub struct Scan {
     pub roots: Roots,
 }
 
+impl ScanOptions {
+    /// The name of this server's directory inside a tablespace.
+    pub(crate) fn versioned_directory(&self) -> String {
+        format!("PG_{}_{}", self.major, self.catalog_version)
+    }
+}
+
 impl Scan {
     /// Bytes of all files.
     pub fn total_bytes(&self) -> u64 {
@@ -177,11 +183,16 @@ impl Scan {
     }
 }
 
-/// Walks a data directory. Blocking: a few microseconds a file.
+/// Walks a data directory of this host. Blocking: a few microseconds a file.
 pub fn scan(options: &ScanOptions) -> Result<Scan> {
-    let mut walk = Walk::new(options)?;
+    LocalFiles::new(&options.data_directory).scan(options)
+}
+
+/// Walks a data directory, wherever it is.
+pub(crate) fn walk(tree: &impl Tree, options: &ScanOptions) -> Result<Scan> {
+    let mut walk = Walk::new(tree, options)?;
     walk.tablespaces()?;
-    walk.directory("", &options.data_directory, Place::Root)?;
+    walk.directory("", Place::Root)?;
     for path in &options.settings_files {
         walk.settings_file(path);
     }
@@ -190,13 +201,18 @@ pub fn scan(options: &ScanOptions) -> Result<Scan> {
     scan.entries.dedup_by(|a, b| a.path == b.path);
     scan.tablespaces.sort_by_key(|tablespace| tablespace.oid);
     if !scan.entries.iter().any(|entry| entry.kind == EntryKind::ControlFile) {
-        return Err(Error::Shape {
-            path: options.data_directory.clone(),
-            what: format!("{CONTROL_FILE_PATH} is missing, so it is no data directory"),
-            cure: "Give the directory that SHOW data_directory names.".to_owned(),
-        });
+        return Err(no_data_directory(options, CONTROL_FILE_PATH));
     }
     Ok(scan)
+}
+
+/// The error for a directory that lacks what every data directory has.
+pub(crate) fn no_data_directory(options: &ScanOptions, missing: &str) -> Error {
+    Error::Shape {
+        path: options.data_directory.clone(),
+        what: format!("{missing} is missing, so it is no data directory"),
+        cure: "Give the directory that SHOW data_directory names.".to_owned(),
+    }
 }
 
 /// The error for files of a server that this process may not read, with the two cures.
@@ -215,107 +231,85 @@ pub(crate) fn unreadable(path: &Path, source: io::Error) -> Error {
 
 /// Where in the data directory the walk is: which rules hold for the files there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Place {
+pub(crate) enum Place {
     Root,
     Global,
     /// `base`, or the versioned directory of a tablespace: databases and temporary files.
     Databases,
     Database,
+    /// `pg_tblspc`: tablespaces by their numbers.
+    Tablespaces,
+    /// A tablespace: directories of server versions.
+    Tablespace,
     Elsewhere,
 }
 
-struct Walk<'a> {
+struct Walk<'a, T> {
+    tree: &'a T,
     options: &'a ScanOptions,
-    /// Directories of tablespaces by device and inode, so that none is copied twice.
-    tablespace_places: HashMap<(u64, u64), (u32, PathBuf)>,
+    /// Directories of tablespaces, so that none is copied twice.
+    tablespace_places: HashMap<files::Directory, (u32, PathBuf)>,
     scan: Scan,
 }
 
-impl<'a> Walk<'a> {
-    fn new(options: &'a ScanOptions) -> Result<Self> {
-        let version_path = options.data_directory.join("PG_VERSION");
-        let version = std::fs::read_to_string(&version_path).map_err(|source| {
-            if source.kind() == io::ErrorKind::NotFound {
-                Error::Shape {
-                    path: options.data_directory.clone(),
-                    what: "PG_VERSION is missing, so it is no data directory".to_owned(),
-                    cure: "Give the directory that SHOW data_directory names.".to_owned(),
-                }
-            } else {
-                io_error(&version_path, source)
-            }
-        })?;
-        if version.trim() != options.major.to_string() {
-            return Err(Error::Shape {
-                path: options.data_directory.clone(),
-                what: format!(
-                    "it is of PostgreSQL {}, the server of {}",
-                    version.trim(),
-                    options.major
-                ),
-                cure: "Give the directory that SHOW data_directory names.".to_owned(),
-            });
-        }
-        let roots = Roots::of(&options.data_directory)
-            .map_err(|source| io_error(&options.data_directory, source))?;
-        let scan = Scan { roots, ..Scan::default() };
-        Ok(Self { options, tablespace_places: HashMap::new(), scan })
+impl<'a, T: Tree> Walk<'a, T> {
+    fn new(tree: &'a T, options: &'a ScanOptions) -> Result<Self> {
+        let root = tree.follow("").map_err(|source| tree.unreadable(Path::new(""), source))?;
+        let scan = Scan { roots: Roots::of(tree.source(""), &root), ..Scan::default() };
+        Ok(Self { tree, options, tablespace_places: HashMap::new(), scan })
     }
 
     /// Tablespaces come first: the walk of the data directory must know the directories that are
     /// copied as one.
     fn tablespaces(&mut self) -> Result<()> {
-        let parent = self.options.data_directory.join("pg_tblspc");
-        let versioned = format!("PG_{}_{}", self.options.major, self.options.catalog_version);
+        let versioned = self.options.versioned_directory();
         let mut found = Vec::new();
-        for (name, link) in self.list("pg_tblspc/", &parent)? {
+        for name in self.list("pg_tblspc")? {
             let path = format!("pg_tblspc/{name}");
-            let Some(metadata) = vanishing(&link, std::fs::symlink_metadata(&link))? else {
-                continue;
-            };
+            let Some(itself) = self.look(&path)? else { continue };
             let oid = RelationFile::parse(&name)
                 .filter(|file| file.fork == Fork::Main && file.segment == 0);
             let Some(RelationFile { filenode: oid, .. }) = oid else {
                 self.scan.warnings.push(ScanWarning::StrangeTablespace(path));
                 continue;
             };
-            let in_place = metadata.is_dir();
+            let in_place = itself.kind == Kind::Directory;
             let location = if in_place {
                 PathBuf::from(&path)
-            } else if metadata.is_symlink() {
-                let Some(location) = vanishing(&link, std::fs::read_link(&link))? else { continue };
+            } else if itself.kind == Kind::Link {
+                let Some(location) = self.link_of(&path)? else { continue };
                 location
             } else {
                 self.scan.warnings.push(ScanWarning::StrangeTablespace(path));
                 continue;
             };
-            let Some(directory) = tablespace_directory(&link, &location)? else { continue };
-            self.scan.roots.remember(&link, &directory, true);
+            let Some(directory) = self.tablespace_directory(&path, &location)? else { continue };
+            self.scan.roots.remember_tablespace(self.tree.source(&path), &directory, &versioned);
             if !in_place {
-                let id = (directory.dev(), directory.ino());
+                let id = self.tree.directory(&path, &directory);
                 self.tablespace_places.insert(id, (oid, location.clone()));
             }
-            found.push((link, directory, ScannedTablespace { oid, location, in_place }));
+            found.push((path, directory, ScannedTablespace { oid, location, in_place }));
         }
         // Only now are all places known: a tablespace may lie inside another.
-        for (link, directory, tablespace) in found {
-            let source = link.join(&versioned);
-            let Some(metadata) = versioned_directory(&link, &source)? else { continue };
-            let path = format!("pg_tblspc/{}", tablespace.oid);
-            self.push(path.clone(), link, EntryKind::Directory, &directory);
-            let path = format!("{path}/{versioned}");
-            self.push(path.clone(), source.clone(), EntryKind::Directory, &metadata);
-            self.directory(&format!("{path}/"), &source, Place::Databases)?;
+        for (path, directory, tablespace) in found {
+            let inside = format!("{path}/{versioned}");
+            let Some(found) = self.versioned_directory(&path, &inside)? else { continue };
+            self.push(path, EntryKind::Directory, &directory);
+            self.push(inside.clone(), EntryKind::Directory, &found);
+            self.directory(&inside, Place::Databases)?;
             self.scan.tablespaces.push(tablespace);
         }
         Ok(())
     }
 
-    /// Walks the content of one directory; `prefix` is its path with a slash behind.
-    fn directory(&mut self, prefix: &str, directory: &Path, place: Place) -> Result<()> {
-        let listed = self.list(prefix, directory)?;
-        let unlogged = if place == Place::Database { unlogged(&listed) } else { HashSet::new() };
-        for (name, source) in listed {
+    /// Walks the content of one directory.
+    fn directory(&mut self, directory: &str, place: Place) -> Result<()> {
+        let listed = self.list(directory)?;
+        let prefix = if directory.is_empty() { String::new() } else { format!("{directory}/") };
+        let unlogged =
+            if place == Place::Database { self.unlogged(&prefix, &listed) } else { HashSet::new() };
+        for name in listed {
             if place.skips(&name) {
                 continue;
             }
@@ -326,82 +320,67 @@ impl<'a> Walk<'a> {
             {
                 continue;
             }
-            let Some(metadata) = vanishing(&source, std::fs::symlink_metadata(&source))? else {
-                continue;
-            };
             let path = format!("{prefix}{name}");
-            let kind = metadata.file_type();
-            if kind.is_symlink() {
-                self.link(path, source, place)?;
-            } else if kind.is_dir() {
-                self.subdirectory(&path, &source, &metadata, place)?;
-            } else if kind.is_file() {
-                let kind = match relation {
-                    _ if path == CONTROL_FILE_PATH => EntryKind::ControlFile,
-                    Some(file) => EntryKind::Relation(file),
-                    None => EntryKind::Plain,
-                };
-                self.push(path, source, kind, &metadata);
-            } else {
-                debug_assert!(is_special(kind), "files, directories and links were handled");
-                self.scan.warnings.push(ScanWarning::SpecialFile(path));
+            let Some(stat) = self.look(&path)? else { continue };
+            match stat.kind {
+                Kind::Link => self.link(path, place)?,
+                Kind::Directory => self.subdirectory(&path, &stat, place)?,
+                Kind::File => {
+                    let kind = match relation {
+                        _ if path == CONTROL_FILE_PATH => EntryKind::ControlFile,
+                        Some(file) => EntryKind::Relation(file),
+                        None => EntryKind::Plain,
+                    };
+                    self.push(path, kind, &stat);
+                }
+                Kind::Special => self.scan.warnings.push(ScanWarning::SpecialFile(path)),
             }
         }
         Ok(())
     }
 
-    fn subdirectory(
-        &mut self,
-        path: &str,
-        source: &Path,
-        metadata: &Metadata,
-        place: Place,
-    ) -> Result<()> {
-        if let Some((oid, location)) = self.tablespace_places.get(&(metadata.dev(), metadata.ino()))
+    fn subdirectory(&mut self, path: &str, stat: &Stat, place: Place) -> Result<()> {
+        if let Some((oid, location)) = self.tablespace_places.get(&self.tree.directory(path, stat))
         {
             self.scan.warnings.push(ScanWarning::TablespaceInside(*oid, location.clone()));
             return Ok(());
         }
-        self.push(path.to_owned(), source.to_owned(), EntryKind::Directory, metadata);
-        if self.scan.roots.is_elsewhere(metadata) && place == Place::Root {
-            self.scan.roots.remember(source, metadata, false);
+        self.push(path.to_owned(), EntryKind::Directory, stat);
+        if self.scan.roots.is_elsewhere(stat) && place == Place::Root {
+            self.scan.roots.remember(self.tree.source(path), stat);
         }
-        let inside = match place {
-            Place::Root if EMPTIED.contains(&path) => return self.emptied(path, source),
-            // Walked already.
-            Place::Root if path == "pg_tblspc" => return Ok(()),
-            Place::Root if path == "base" => Place::Databases,
-            Place::Root if path == "global" => Place::Global,
-            Place::Databases => Place::Database,
-            _ => Place::Elsewhere,
-        };
-        self.directory(&format!("{path}/"), source, inside)
+        match place.inside(path) {
+            Inside::Walked(Place::Tablespaces) => Ok(()),
+            Inside::Walked(inside) => self.directory(path, inside),
+            Inside::Emptied(kept) => self.emptied(path, kept),
+        }
     }
 
     /// A directory whose content stays behind, but for the directories the server expects in it.
-    fn emptied(&mut self, path: &str, source: &Path) -> Result<()> {
-        if path != "pg_wal" {
-            return Ok(());
-        }
-        for name in ["archive_status", "summaries"] {
-            let source = source.join(name);
-            if let Some(metadata) = vanishing(&source, std::fs::metadata(&source))?
-                && metadata.is_dir()
-            {
-                self.push(format!("{path}/{name}"), source, EntryKind::Directory, &metadata);
+    fn emptied(&mut self, path: &str, kept: &[&str]) -> Result<()> {
+        for name in kept {
+            let path = format!("{path}/{name}");
+            match self.tree.follow(&path) {
+                Ok(stat) if stat.kind == Kind::Directory => {
+                    self.push(path, EntryKind::Directory, &stat);
+                }
+                Ok(_) => {}
+                Err(error) => self.vanished(&path, error)?,
             }
         }
         Ok(())
     }
 
-    fn link(&mut self, path: String, source: PathBuf, place: Place) -> Result<()> {
-        let Some(target) = vanishing(&source, std::fs::read_link(&source))? else { return Ok(()) };
-        if place == Place::Root && EMPTIED.contains(&path.as_str()) {
-            let Some(metadata) = vanishing(&source, std::fs::metadata(&source))? else {
-                return Ok(());
-            };
-            self.push(path.clone(), source.clone(), EntryKind::Directory, &metadata);
-            return self.emptied(&path, &source);
+    fn link(&mut self, path: String, place: Place) -> Result<()> {
+        let Some(target) = self.link_of(&path)? else { return Ok(()) };
+        if place == Place::Root
+            && let Inside::Emptied(kept) = place.inside(&path)
+        {
+            match self.tree.follow(&path) {
+                Ok(stat) => self.push(path.clone(), EntryKind::Directory, &stat),
+                Err(error) => return self.vanished(&path, error),
+            }
+            return self.emptied(&path, kept);
         }
         let first = path.split('/').next().unwrap_or_default();
         if SERVERS_OWN.contains(&first) {
@@ -410,15 +389,15 @@ impl<'a> Walk<'a> {
                     "{path} is a link to {}, which the server did not make",
                     target.display()
                 ),
-                path: source,
+                path: self.tree.source(&path),
                 cure: "Move the files back, or into a tablespace made with CREATE TABLESPACE."
                     .to_owned(),
             });
         }
-        match std::fs::metadata(&source) {
-            Ok(metadata) if metadata.is_file() => {
+        match self.tree.follow(&path) {
+            Ok(stat) if stat.kind == Kind::File => {
                 self.scan.warnings.push(ScanWarning::LinkFollowed(path.clone(), target));
-                self.push(path, source, EntryKind::Plain, &metadata);
+                self.push(path, EntryKind::Plain, &stat);
             }
             _ => self.scan.warnings.push(ScanWarning::LinkLeftOut(path, target)),
         }
@@ -426,99 +405,196 @@ impl<'a> Walk<'a> {
     }
 
     fn settings_file(&mut self, path: &Path) {
-        let resolved = path.canonicalize();
-        let data_directory = self.options.data_directory.canonicalize();
-        if let (Ok(resolved), Ok(data_directory)) = (&resolved, &data_directory)
-            && let Ok(inside) = resolved.strip_prefix(data_directory)
-            && !inside.starts_with(EXTERNAL_ROOT)
-        {
-            return;
-        }
-        // A way back (`..`) has no place in a backup.
-        let plain = path.components().all(|part| part != Component::ParentDir);
-        let named = resolved.as_deref().ok().filter(|_| !plain).unwrap_or(path);
-        let readable = std::fs::File::open(path).and_then(|file| file.metadata());
-        let pushed = match (readable, named.to_str()) {
-            (Ok(metadata), Some(name)) if metadata.is_file() => {
-                self.external_file(path, name, &metadata)
-            }
-            (Ok(_), Some(name)) => {
-                self.scan.warnings.push(ScanWarning::SpecialFile(name.to_owned()));
-                Ok(())
-            }
-            (Ok(_), None) => {
-                self.scan.warnings.push(ScanWarning::NameNotText(path.to_owned()));
-                Ok(())
-            }
-            (Err(error), _) => Err(error),
+        let (named, stat) = match self.tree.settings_file(path) {
+            Ok(SettingsFile::Inside) => return,
+            Ok(SettingsFile::Outside { named, stat }) => (named, stat),
+            Err(error) => return self.settings_file_unreadable(path, &error),
         };
-        if let Err(error) = pushed {
-            let warning = ScanWarning::SettingsFileUnreadable(path.to_owned(), error.to_string());
-            self.scan.warnings.push(warning);
+        match named.to_str() {
+            Some(name) if stat.kind == Kind::File => {
+                if let Err(error) = self.external_file(path, name, &stat) {
+                    self.settings_file_unreadable(path, &error);
+                }
+            }
+            Some(name) => self.scan.warnings.push(ScanWarning::SpecialFile(name.to_owned())),
+            None => self.scan.warnings.push(ScanWarning::NameNotText(path.to_owned())),
         }
+    }
+
+    fn settings_file_unreadable(&mut self, path: &Path, error: &io::Error) {
+        let warning = ScanWarning::SettingsFileUnreadable(path.to_owned(), error.to_string());
+        self.scan.warnings.push(warning);
     }
 
     /// The file and every directory above it, which nobody else may read in a copy. A directory
     /// that was listed for another file before is listed again; the end of the scan removes it.
-    fn external_file(&mut self, source: &Path, name: &str, metadata: &Metadata) -> io::Result<()> {
+    fn external_file(&mut self, source: &Path, name: &str, stat: &Stat) -> io::Result<()> {
         let mut place = PathBuf::from("/");
         let mut path = EXTERNAL_ROOT.to_owned();
         let parts = name.split('/').filter(|part| !matches!(*part, "" | "."));
         for part in parts {
-            let directory = std::fs::metadata(&place)?;
-            self.push(path.clone(), place.clone(), EntryKind::Directory, &directory);
-            if let Some(entry) = self.scan.entries.last_mut() {
-                entry.mode = 0o700;
-            }
+            let directory = Stat { mode: 0o700, ..self.tree.outside(&place)? };
+            self.push_from(path.clone(), place.clone(), EntryKind::Directory, &directory);
             place.push(part);
             path = format!("{path}/{part}");
         }
-        self.push(path, source.to_owned(), EntryKind::External, metadata);
+        self.push_from(path, source.to_owned(), EntryKind::External, stat);
         Ok(())
     }
 
-    /// Names and paths of a directory's content; empty when it is gone.
-    fn list(&mut self, prefix: &str, directory: &Path) -> Result<Vec<(String, PathBuf)>> {
-        let Some(reader) = vanishing(directory, std::fs::read_dir(directory))? else {
-            if prefix.is_empty() {
-                return Err(io_error(directory, io::Error::from(io::ErrorKind::NotFound)));
+    /// The names in a directory, sorted; empty when it is gone.
+    fn list(&mut self, directory: &str) -> Result<Vec<String>> {
+        let names =
+            self.tree.names(directory).map_err(|source| self.unreadable(directory, source))?;
+        let Some(names) = names else {
+            if directory.is_empty() {
+                return Err(self.unreadable(directory, io::Error::from(io::ErrorKind::NotFound)));
             }
             return Ok(Vec::new());
         };
-        let mut listed = Vec::new();
-        for entry in reader {
-            let Some(entry) = vanishing(directory, entry)? else { continue };
-            match entry.file_name().into_string() {
-                Ok(name) => listed.push((name, entry.path())),
-                Err(_) => self.scan.warnings.push(ScanWarning::NameNotText(entry.path())),
+        let mut listed = Vec::with_capacity(names.len());
+        for name in names {
+            match name.into_string() {
+                Ok(name) => listed.push(name),
+                Err(name) => {
+                    let path = self.tree.source(directory).join(name);
+                    self.scan.warnings.push(ScanWarning::NameNotText(path));
+                }
             }
         }
-        listed.sort_by(|(a, _), (b, _)| a.cmp(b));
+        listed.sort_unstable();
         Ok(listed)
     }
 
-    fn push(&mut self, path: String, source: PathBuf, kind: EntryKind, metadata: &Metadata) {
+    fn push(&mut self, path: String, kind: EntryKind, stat: &Stat) {
+        let source = self.tree.source(&path);
+        self.push_from(path, source, kind, stat);
+    }
+
+    fn push_from(&mut self, path: String, source: PathBuf, kind: EntryKind, stat: &Stat) {
         self.scan.entries.push(ScanEntry {
             path,
             source,
             kind,
-            size: if kind == EntryKind::Directory { 0 } else { metadata.len() },
-            mode: metadata.mode() & 0o7777,
-            mtime_ns: nanoseconds(metadata.mtime(), metadata.mtime_nsec()),
-            ctime_ns: nanoseconds(metadata.ctime(), metadata.ctime_nsec()),
-            inode: metadata.ino(),
-            device: metadata.dev(),
+            size: if kind == EntryKind::Directory { 0 } else { stat.size },
+            mode: stat.mode,
+            mtime_ns: stat.mtime_ns,
+            ctime_ns: stat.ctime_ns,
+            inode: stat.inode,
+            device: stat.device,
         });
+    }
+
+    fn look(&self, path: &str) -> Result<Option<Stat>> {
+        self.tree.look(path).map_err(|source| self.unreadable(path, source))
+    }
+
+    fn link_of(&self, path: &str) -> Result<Option<PathBuf>> {
+        self.tree.link(path).map_err(|source| self.unreadable(path, source))
+    }
+
+    fn unreadable(&self, path: &str, source: io::Error) -> Error {
+        self.tree.unreadable(Path::new(path), source)
+    }
+
+    /// What is gone by now is passed over; any other error ends the walk.
+    fn vanished(&self, path: &str, error: io::Error) -> Result<()> {
+        match error.kind() {
+            io::ErrorKind::NotFound => Ok(()),
+            _ => Err(self.unreadable(path, error)),
+        }
+    }
+
+    /// The unlogged relations of a database's directory: those whose init fork was listed and is still
+    /// there. While it is, the number cannot have changed hands, so the other forks are an unlogged
+    /// relation's and will be made anew from the init fork. In every other case they are copied: it is
+    /// never wrong to copy too much.
+    fn unlogged(&self, prefix: &str, listed: &[String]) -> HashSet<u32> {
+        let init = listed.iter().filter_map(|name| {
+            let file = RelationFile::parse(name)?;
+            let is_init = file.fork == Fork::Init && file.segment == 0;
+            let is_there = || matches!(self.tree.look(&format!("{prefix}{name}")), Ok(Some(_)));
+            (is_init && is_there()).then_some(file.filenode)
+        });
+        init.collect()
+    }
+
+    /// What the link of a tablespace leads to; `None` when the tablespace was dropped since it was
+    /// listed.
+    fn tablespace_directory(&self, link: &str, location: &Path) -> Result<Option<Stat>> {
+        match self.tree.follow(link) {
+            Ok(stat) => Ok(Some(stat)),
+            Err(_) if !self.tree.has_link(link).unwrap_or(false) => Ok(None),
+            // The server would not start on a copy without it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Error::Shape {
+                path: self.tree.source(link),
+                what: format!("the tablespace's directory {} does not exist", location.display()),
+                cure: "Mount it again, or drop the tablespace.".to_owned(),
+            }),
+            Err(error) => Err(self.unreadable(link, error)),
+        }
+    }
+
+    /// The directory of this server inside a tablespace; `None` when the tablespace was dropped since it
+    /// was listed. One that is missing though the tablespace exists means that another file system was
+    /// mounted there: a backup without its files would look complete.
+    fn versioned_directory(&self, link: &str, directory: &str) -> Result<Option<Stat>> {
+        // DROP TABLESPACE removes the directory a moment before it removes the link.
+        for _ in 0..DROP_LOOKS {
+            if let Some(stat) = self.look(directory)? {
+                return Ok(Some(stat));
+            }
+            if !self.tree.has_link(link).map_err(|source| self.unreadable(link, source))? {
+                return Ok(None);
+            }
+            std::thread::sleep(DROP_PAUSE);
+        }
+        Err(Error::Shape {
+            path: self.tree.source(directory),
+            what: format!(
+                "the tablespace {} has no such directory",
+                self.tree.source(link).display()
+            ),
+            cure: "Mount the tablespace's file system again, or drop the tablespace.".to_owned(),
+        })
     }
 }
 
+/// How often, and with which pause, a tablespace is looked at that lost its directory and still has its link.
+pub(crate) const DROP_LOOKS: u32 = 100;
+/// See [`DROP_LOOKS`].
+pub(crate) const DROP_PAUSE: Duration = Duration::from_millis(10);
+
+/// What is done with the content of a directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Inside {
+    /// It is walked by the rules of this place.
+    Walked(Place),
+    /// It is left out, but for these directories.
+    Emptied(&'static [&'static str]),
+}
+
 impl Place {
+    /// What is done with the content of the directory at `path`, which lies here.
+    pub(crate) fn inside(self, path: &str) -> Inside {
+        match (self, path) {
+            (Self::Root, "pg_wal") => Inside::Emptied(&["archive_status", "summaries"]),
+            (Self::Root, path) if EMPTIED.contains(&path) => Inside::Emptied(&[]),
+            (Self::Root, "pg_tblspc") => Inside::Walked(Self::Tablespaces),
+            (Self::Root, "global") => Inside::Walked(Self::Global),
+            (Self::Tablespaces, _) => Inside::Walked(Self::Tablespace),
+            (Self::Root, "base") | (Self::Tablespace, _) => Inside::Walked(Self::Databases),
+            (Self::Databases, _) => Inside::Walked(Self::Database),
+            _ => Inside::Walked(Self::Elsewhere),
+        }
+    }
+
     fn holds_relations(self) -> bool {
         matches!(self, Self::Global | Self::Database)
     }
 
     /// Whether a name is left out here.
-    fn skips(self, name: &str) -> bool {
+    pub(crate) fn skips(self, name: &str) -> bool {
         match self {
             Self::Root => {
                 SKIPPED.contains(&name)
@@ -534,81 +610,7 @@ impl Place {
                     || name.starts_with("pgsql_tmp")
                     || RelationFile::is_temporary(name)
             }
-            Self::Elsewhere => false,
+            Self::Tablespaces | Self::Tablespace | Self::Elsewhere => false,
         }
     }
-}
-
-/// The unlogged relations of a database's directory: those whose init fork was listed and is still
-/// there. While it is, the number cannot have changed hands, so the other forks are an unlogged
-/// relation's and will be made anew from the init fork. In every other case they are copied: it is
-/// never wrong to copy too much.
-fn unlogged(listed: &[(String, PathBuf)]) -> HashSet<u32> {
-    let init = listed.iter().filter_map(|(name, path)| {
-        let file = RelationFile::parse(name)?;
-        let is_init = file.fork == Fork::Init && file.segment == 0;
-        (is_init && std::fs::symlink_metadata(path).is_ok()).then_some(file.filenode)
-    });
-    init.collect()
-}
-
-/// What the link of a tablespace leads to; `None` when the tablespace was dropped since it was
-/// listed.
-fn tablespace_directory(link: &Path, location: &Path) -> Result<Option<Metadata>> {
-    match std::fs::metadata(link) {
-        Ok(metadata) => Ok(Some(metadata)),
-        Err(_) if std::fs::symlink_metadata(link).is_err() => Ok(None),
-        // The server would not start on a copy without it.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Error::Shape {
-            path: link.to_owned(),
-            what: format!("the tablespace's directory {} does not exist", location.display()),
-            cure: "Mount it again, or drop the tablespace.".to_owned(),
-        }),
-        Err(error) => Err(io_error(link, error)),
-    }
-}
-
-/// The directory of this server inside a tablespace; `None` when the tablespace was dropped since it
-/// was listed. One that is missing though the tablespace exists means that another file system was
-/// mounted there: a backup without its files would look complete.
-fn versioned_directory(link: &Path, directory: &Path) -> Result<Option<Metadata>> {
-    // DROP TABLESPACE removes the directory a moment before it removes the link.
-    for _ in 0..100 {
-        if let Some(metadata) = vanishing(directory, std::fs::symlink_metadata(directory))? {
-            return Ok(Some(metadata));
-        }
-        if vanishing(link, std::fs::symlink_metadata(link))?.is_none() {
-            return Ok(None);
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    Err(Error::Shape {
-        path: directory.to_owned(),
-        what: format!("the tablespace {} has no such directory", link.display()),
-        cure: "Mount the tablespace's file system again, or drop the tablespace.".to_owned(),
-    })
-}
-
-/// `None` for what is gone by now.
-fn vanishing<T>(path: &Path, result: io::Result<T>) -> Result<Option<T>> {
-    match result {
-        Ok(value) => Ok(Some(value)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(io_error(path, error)),
-    }
-}
-
-fn io_error(path: &Path, source: io::Error) -> Error {
-    match source.kind() {
-        io::ErrorKind::PermissionDenied => unreadable(path, source),
-        _ => Error::io("read", path, source),
-    }
-}
-
-fn is_special(kind: FileType) -> bool {
-    kind.is_fifo() || kind.is_socket() || kind.is_block_device() || kind.is_char_device()
-}
-
-fn nanoseconds(seconds: i64, nanoseconds: i64) -> i64 {
-    seconds.saturating_mul(1_000_000_000).saturating_add(nanoseconds)
 }

@@ -9,6 +9,7 @@ use std::path::Path;
 use proto::Timeline;
 
 use crate::error::Error;
+use crate::files::ServerFiles;
 use crate::process::Result;
 use crate::session::Session;
 use crate::wal::WalFileName;
@@ -32,12 +33,11 @@ pub async fn lag_s(session: &Session) -> Result<u64> {
 }
 
 /// Refuses WAL of a server that has heard of a timeline after `timeline`: positions may mean other bytes there. A standby
-/// knows the history of a timeline before it replays anything of it, and keeps it in `pg_wal`, the directory given here.
-/// Blocking; reads names only.
-pub fn require_timeline(directory: &Path, timeline: Timeline) -> Result<()> {
-    let failed = |source| Error::io("read", directory, source);
-    for entry in std::fs::read_dir(directory).map_err(failed)? {
-        let name = entry.map_err(failed)?.file_name();
+/// knows the history of a timeline before it replays anything of it, and keeps it in `pg_wal`. Blocking; reads names only.
+pub fn require_timeline(files: &dyn ServerFiles, timeline: Timeline) -> Result<()> {
+    let wal = Path::new("pg_wal");
+    let names = files.names(wal).map_err(|source| files.unreadable(wal, source))?;
+    for name in names.unwrap_or_default() {
         let file = name.to_str().and_then(|name| name.parse().ok());
         if let Some(WalFileName::History(known)) = file
             && known > timeline
@@ -55,20 +55,23 @@ pub fn require_timeline(directory: &Path, timeline: Timeline) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::files::LocalFiles;
 
     #[test]
     fn a_later_timeline_is_noticed_by_its_history() {
         let place = tempfile::tempdir().unwrap();
-        let wal = place.path();
+        let wal = &place.path().join("pg_wal");
+        std::fs::create_dir(wal).unwrap();
+        let files = &LocalFiles::new(place.path());
         for name in
             ["00000002.history", "000000020000000000000003", "0000000300000000000000FF.partial"]
         {
             std::fs::write(wal.join(name), "").unwrap();
         }
-        require_timeline(wal, Timeline(2)).unwrap();
+        require_timeline(files, Timeline(2)).unwrap();
         std::fs::write(wal.join("0000000A.history"), "").unwrap();
-        let error = require_timeline(wal, Timeline(2)).unwrap_err();
+        let error = require_timeline(files, Timeline(2)).unwrap_err();
         assert!(error.to_string().contains("0000000A.history"), "{error}");
-        require_timeline(wal, Timeline(10)).unwrap();
+        require_timeline(files, Timeline(10)).unwrap();
     }
 }

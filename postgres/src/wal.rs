@@ -12,15 +12,15 @@ use proto::{Lsn, SystemIdentifier, Timeline};
 pub use proto::wal::{History, HistoryEntry, Segment, WalFileName, history_file_name};
 
 use crate::Error;
+use crate::files::ServerFiles;
 use crate::process::Result;
-use crate::relation::read_full_at;
 
 /// The long header at the start of every segment (`SizeOfXLogLongPHD`).
 pub const SEGMENT_HEADER_BYTES: usize = 40;
 /// Marks a long header (`XLP_LONG_HEADER`).
 const LONG_HEADER: u16 = 0x0002;
 /// Longest history file that is read: one line a promotion, about 60 bytes each.
-const HISTORY_LIMIT_BYTES: u64 = 1 << 20;
+pub const HISTORY_LIMIT_BYTES: u64 = 1 << 20;
 
 /// What the first page of a segment says of itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -159,32 +159,25 @@ impl WalOrigin {
         Ok(())
     }
 
-    /// Opens a segment in `directory` (`pg_wal`) after checking its size and header. `None` when it
-    /// is not there.
+    /// Reads a segment from `pg_wal` and holds its size and header against its name. `None` when it
+    /// is not there, or no more when it was read: the server may give the file another name at any time.
     ///
     /// The caller knows from the server that the segment is complete: the file has its full size
     /// from the beginning.
-    pub fn open(&self, directory: &Path, segment: Segment) -> Result<Option<File>> {
-        let path = directory.join(segment.file_name(self.segment_size));
-        let failed = |source: io::Error| match source.kind() {
-            io::ErrorKind::PermissionDenied => crate::scan::unreadable(&path, source),
-            _ => Error::io("read", &path, source),
-        };
-        let file = match File::open(&path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(failed(error)),
-        };
-        let wrong = |what| Error::Content { name: path.display().to_string(), what };
-        let length = file.metadata().map_err(failed)?.len();
-        if length != u64::from(self.segment_size) {
-            return Err(wrong(format!("it has {length} bytes, not {}", self.segment_size)));
+    pub fn read(&self, files: &dyn ServerFiles, segment: Segment) -> Result<Option<Vec<u8>>> {
+        let path = Path::new("pg_wal").join(segment.file_name(self.segment_size));
+        let failed = |source: io::Error| files.unreadable(&path, source);
+        let size = u64::from(self.segment_size);
+        let Some(content) = files.read(&path, size + 1).map_err(failed)? else { return Ok(None) };
+        let wrong = |what| Error::Content { name: files.place(&path).display().to_string(), what };
+        if content.len() as u64 != size {
+            let length = content.len();
+            return Err(wrong(format!("it has {length} bytes, not {size}")));
         }
-        let mut header = [0; SEGMENT_HEADER_BYTES];
-        let n_bytes = read_full_at(&file, &mut header, 0).map_err(failed)?;
-        self.verify(segment, &header[..n_bytes]).map_err(wrong)?;
-        crate::relation::advise_once(&file);
-        Ok(Some(file))
+        self.verify(segment, &content).map_err(wrong)?;
+        // A file whose header still fits after the reading was not recycled under us.
+        let header = files.read(&path, SEGMENT_HEADER_BYTES as u64).map_err(failed)?;
+        Ok(header.is_some_and(|now| self.verify(segment, &now).is_ok()).then_some(content))
     }
 }
 

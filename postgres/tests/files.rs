@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use postgres::Error;
 use postgres::control_file::{CONTROL_FILE_PATH, ControlFile};
+use postgres::files::LocalFiles;
 use postgres::instance::{Instance, StopMode};
 use postgres::page::{self, PageState};
 use postgres::process::Account;
@@ -764,14 +765,15 @@ async fn segments_are_read_only_when_they_are_what_their_name_says() {
         let origin =
             WalOrigin { major, system_identifier: control.system_identifier, segment_size: size };
         let wal = instance.data_directory().join("pg_wal");
+        let files = LocalFiles::new(instance.data_directory());
         let segments: Vec<Segment> = Segment::range(start, stop, Timeline(1), size).collect();
         assert!(segments.len() >= 4, "{segments:?}");
         for segment in &segments {
-            let file = origin.open(&wal, *segment).unwrap().unwrap();
-            assert_eq!(file.metadata().unwrap().len(), u64::from(size));
+            let content = origin.read(&files, *segment).unwrap().unwrap();
+            assert_eq!(content, std::fs::read(wal.join(segment.file_name(size))).unwrap());
         }
         let refused = |origin: WalOrigin, segment: Segment| {
-            origin.open(&wal, segment).unwrap_err().to_string()
+            origin.read(&files, segment).unwrap_err().to_string()
         };
         let stranger = WalOrigin { system_identifier: SystemIdentifier(1), ..origin };
         assert!(refused(stranger, segments[0]).contains("system identifier"));
@@ -779,7 +781,7 @@ async fn segments_are_read_only_when_they_are_what_their_name_says() {
         assert!(refused(older, segments[0]).contains("PostgreSQL"));
         let longer = WalOrigin { segment_size: 2 << 20, ..origin };
         let far = Segment { number: 0, ..segments[0] };
-        assert!(longer.open(&wal, far).unwrap().is_none());
+        assert!(longer.read(&files, far).unwrap().is_none());
         // A segment under the name of another: what the server keeps ready for later looks just so.
         let later = Segment { number: segments[0].number + 1000, ..segments[0] };
         let copy = wal.join(later.file_name(size));
@@ -804,10 +806,8 @@ async fn segments_are_read_only_when_they_are_what_their_name_says() {
         assert!(start < left && left <= now, "{start} {left} {now}");
         assert_eq!(read_history(&wal, Timeline(3)).unwrap(), None);
         let first = Segment::containing(history.entries[0].switched_at, Timeline(2), size);
-        let file = origin.open(&wal, first).unwrap().unwrap();
-        let mut header = [0; 40];
-        file.read_exact_at(&mut header, 0).unwrap();
-        let header = SegmentHeader::parse(&header).unwrap();
+        let content = origin.read(&files, first).unwrap().unwrap();
+        let header = SegmentHeader::parse(&content).unwrap();
         assert!(header.timeline <= Timeline(2) && header.block_size == 8192);
     }
     assert!(n_majors >= 2);

@@ -465,6 +465,7 @@ fn the_conversation() {
                     system_identifier: Some(SYSTEM),
                     server_version_num: Some(150_018),
                     files: true,
+                    remote: false,
                     problem: Some(failure()),
                 }],
                 repositories: vec![RepositoryOffer {
@@ -513,6 +514,21 @@ fn the_conversation() {
             }],
         },
     );
+}
+
+#[test]
+fn an_offer_says_that_files_are_read_over_connections() {
+    let offer = ClusterOffer {
+        name: "orders".parse().unwrap(),
+        labels: BTreeMap::new(),
+        repository: Some("main".to_owned()),
+        system_identifier: Some(SYSTEM),
+        server_version_num: Some(150_018),
+        files: true,
+        remote: true,
+        problem: None,
+    };
+    golden("offer.remote", &offer);
 }
 
 #[test]

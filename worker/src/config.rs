@@ -172,9 +172,13 @@ pub struct ClusterConfig {
     /// Where the password is; `.pgpass`, peer and certificates need none.
     #[serde(default)]
     pub password: Option<SecretRef>,
-    /// Its data directory as this worker sees it; what the server says when absent.
+    /// Its data directory as this worker sees it; what the server says when absent. One that is named here is never read
+    /// over connections instead.
     #[serde(default)]
     pub data_directory: Option<Utf8PathBuf>,
+    /// How its files are read.
+    #[serde(default)]
+    pub files: FilesConfig,
     /// The repository its backups go to.
     #[serde(default)]
     pub repository: Option<String>,
@@ -184,6 +188,19 @@ pub struct ClusterConfig {
     /// Kinds of jobs for this cluster; all that the worker may do when absent.
     #[serde(default)]
     pub kinds: Option<Vec<JobKind>>,
+}
+
+/// How the files of a cluster are read for a physical backup.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FilesConfig {
+    /// By this worker itself where it can, else over connections where the role may.
+    #[default]
+    Auto,
+    /// By this worker itself.
+    Local,
+    /// Over connections to the server.
+    Remote,
 }
 
 impl WorkerConfig {
@@ -268,6 +285,10 @@ impl WorkerConfig {
                     format!("clusters.{name}.repository: there is no repository {repository:?}"),
                 );
             }
+            require(
+                cluster.files != FilesConfig::Remote || cluster.data_directory.is_none(),
+                format!("clusters.{name}: data_directory has no meaning with files = \"remote\""),
+            );
         }
         problems
     }
@@ -340,11 +361,13 @@ mod tests {
 
     #[test]
     fn all_problems_are_told_at_once() {
-        let broken = SAMPLE
-            .replace("\"/var/tmp\"", "\"relative\"")
-            .replace("repository = \"main\"", "repository = \"mian\"");
+        let broken = SAMPLE.replace("\"/var/tmp\"", "\"relative\"").replace(
+            "repository = \"main\"",
+            "repository = \"mian\"\ndata_directory = \"/data\"\nfiles = \"remote\"",
+        );
         let problems = toml::from_str::<WorkerConfig>(&broken).unwrap().problems();
-        assert_eq!(problems.len(), 2, "{problems:?}");
+        assert_eq!(problems.len(), 3, "{problems:?}");
         assert!(problems[1].contains("mian"));
+        assert!(problems[2].contains("data_directory"));
     }
 }

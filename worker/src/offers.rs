@@ -9,8 +9,7 @@ use proto::message::{ClusterOffer, Offers, RepositoryOffer};
 use proto::{Action, Code, Failure, JobId};
 
 use crate::attempt::scrub_failure;
-use crate::context::blocking;
-use crate::engines::native;
+use crate::engines::native::{self, Access};
 use crate::places::Cluster;
 use crate::shared::Shared;
 
@@ -63,25 +62,27 @@ async fn look_at(shared: &Shared, cluster: &Cluster) -> ClusterOffer {
         system_identifier: None,
         server_version_num: None,
         files: false,
+        remote: false,
         problem: None,
     };
     let asked = tokio::time::timeout(LOOK_MAX, async {
         let purpose = Purpose::ask(&JobId(shared.boot.0));
         let session = connect_maintenance(&cluster.target, &purpose).await?;
-        session.identity().await
+        let identity = session.identity().await?;
+        Ok::<_, postgres::Error>((session, identity))
     });
     match asked.await {
-        Ok(Ok(identity)) => {
+        Ok(Ok((session, identity))) => {
             offer.system_identifier = Some(identity.system_identifier);
             offer.server_version_num = Some(identity.version.0);
-            let (config, target) = (cluster.config.clone(), cluster.target.clone());
-            let looked = blocking(move || {
-                native::data_directory(&Cluster { config, target }, &identity).map(drop)
-            });
             // A dead mount answers nobody.
-            let looked = tokio::time::timeout(LOOK_MAX, looked).await;
+            let looked =
+                tokio::time::timeout(LOOK_MAX, native::access(cluster, &identity, &session)).await;
             match looked.unwrap_or_else(|_| Err(silent(&offer.name, "file system"))) {
-                Ok(()) => offer.files = true,
+                Ok(access) => {
+                    offer.files = true;
+                    offer.remote = access == Access::Remote;
+                }
                 Err(failure) => offer.problem = Some(failure),
             }
         }
@@ -117,6 +118,7 @@ mod tests {
             system_identifier: None,
             server_version_num: None,
             files: false,
+            remote: false,
             problem: Some(problem),
         });
         let told = serde_json::to_string(&offer).unwrap();

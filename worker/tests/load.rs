@@ -146,8 +146,20 @@ async fn replay(directory: &Path, major: u32, end: Lsn, restore_command: &str) {
     running.wait().await.unwrap();
 }
 
-async fn equals_a_standby_page_by_page(major: u32, from_standby: bool) {
+/// What is backed up, and how it is read.
+#[derive(Clone, Copy, PartialEq)]
+enum Source {
+    Primary,
+    PrimaryOverConnections,
+    Standby,
+}
+
+async fn equals_a_standby_page_by_page(major: u32, source: Source) {
+    let from_standby = source == Source::Standby;
     let mut house = House::new(major, options(major)).await;
+    if source == Source::PrimaryOverConnections {
+        house.read_over_connections();
+    }
     prepare(&house).await;
     // The witness: a copy by the server's own tool, from before, that is replayed by the server alone.
     let witness = house.place.path().join("witness");
@@ -218,11 +230,16 @@ async fn a_backup_under_load_equals_a_standby_page_by_page() {
     let is_long = std::env::var_os("PGMUSTER_TEST_LONG").is_some_and(|value| !value.is_empty());
     let majors: &[u32] = if is_long { &[14, 15, 18] } else { &[15] };
     for major in majors {
-        Box::pin(equals_a_standby_page_by_page(*major, false)).await;
+        Box::pin(equals_a_standby_page_by_page(*major, Source::Primary)).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_backup_read_over_connections_under_load_equals_a_standby_page_by_page() {
+    Box::pin(equals_a_standby_page_by_page(18, Source::PrimaryOverConnections)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_backup_of_a_standby_under_load_equals_another_page_by_page() {
-    Box::pin(equals_a_standby_page_by_page(18, true)).await;
+    Box::pin(equals_a_standby_page_by_page(18, Source::Standby)).await;
 }

@@ -116,6 +116,10 @@ async fn coordinator(client: &Client, required: bool, findings: &mut Vec<Finding
                 let what = format!("cluster {}", cluster.name);
                 findings.push(match &cluster.problem {
                     Some(failure) => bad(what, failure),
+                    None if cluster.remote => {
+                        let how = "which reads its files over connections";
+                        good(what, format!("served by {}, {how}", worker.name))
+                    }
                     None => good(what, format!("served by {}", worker.name)),
                 });
             }
@@ -190,11 +194,11 @@ async fn configuration(path: &Path, findings: &mut Vec<Finding>) {
             let session = connect_maintenance(&cluster.target, &purpose).await?;
             let server = session.identity().await?;
             postgres::settings::require_for_backup(&session).await?;
+            let access = native::access(cluster, &server, &session).await?;
             session.close().await;
-            let directory = native::data_directory(cluster, &server)?;
             let version = server.version.0;
             let (major, minor) = (version / 10_000, version % 10_000);
-            Ok::<String, Failure>(format!("PostgreSQL {major}.{minor} in {}", directory.display()))
+            Ok::<String, Failure>(format!("PostgreSQL {major}.{minor} {access}"))
         };
         findings.push(match looked.await {
             Ok(detail) => good(what, detail),

@@ -8,8 +8,8 @@ use std::time::Duration;
 use coordinator::api::types::{ClusterView, JobView, SubmitRequest};
 use postgres::{Environment, Purpose, Target, connect_maintenance};
 use proto::{Action, Code, Failure, JobId, ProofLevel, Task};
-use worker::config::ClusterConfig;
-use worker::engines::native;
+use worker::config::{ClusterConfig, FilesConfig};
+use worker::engines::native::{self, Access};
 use worker::places::Cluster;
 
 use crate::args::Up;
@@ -137,7 +137,6 @@ async fn look(args: &Up, connection: &str) -> Result<String, Failure> {
     let purpose = Purpose::ask(&JobId::mint(now_ms, environment::random()));
     let session = connect_maintenance(&target, &purpose).await?;
     let server = session.identity().await?;
-    session.close().await;
     let config = ClusterConfig {
         name: args.name.clone(),
         connection: String::new(),
@@ -146,23 +145,25 @@ async fn look(args: &Up, connection: &str) -> Result<String, Failure> {
             .data_directory
             .clone()
             .and_then(|directory| camino::Utf8PathBuf::from_path_buf(directory).ok()),
+        files: FilesConfig::Auto,
         repository: None,
         labels: BTreeMap::new(),
         kinds: None,
     };
-    let directory = native::data_directory(&Cluster { config, target }, &server)?;
-    readable(&directory)?;
+    let access = native::access(&Cluster { config, target }, &server, &session).await?;
+    session.close().await;
+    if let Access::Here(directory) = &access {
+        readable(directory)?;
+    }
     let version = server.version.0;
-    Ok(format!("PostgreSQL {}.{} in {}", version / 10_000, version % 10_000, directory.display()))
+    Ok(format!("PostgreSQL {}.{} {access}", version / 10_000, version % 10_000))
 }
 
 fn readable(directory: &Path) -> Result<(), Failure> {
     std::fs::read_dir(directory.join("base")).map(drop).map_err(|error| {
         let message = format!("failed to read {}: {error}", directory.display());
-        Failure::new(Code::DataDirectoryUnreadable, Action::FixConfig, message).with_hint(
-            "Run pgmuster on the database's host as the server's user; a server whose files cannot be read needs \
-             engine stream, which this version does not have.",
-        )
+        Failure::new(Code::DataDirectoryUnreadable, Action::FixConfig, message)
+            .with_hint("Run pgmuster on the database's host as the server's user.")
     })
 }
 

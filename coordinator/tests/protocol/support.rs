@@ -370,6 +370,7 @@ impl Worker {
                     system_identifier: Some(self.identifier),
                     server_version_num: Some(150_018),
                     files: true,
+                    remote: false,
                     problem: None,
                 })
                 .collect(),

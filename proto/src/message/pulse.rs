@@ -95,8 +95,11 @@ pub struct ClusterOffer {
     /// `server_version_num`, when it could be asked.
     #[serde(default)]
     pub server_version_num: Option<u32>,
-    /// Whether the worker can read its data directory.
+    /// Whether the worker can read its files.
     pub files: bool,
+    /// Whether it reads them over connections to the server, not itself.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub remote: bool,
     /// What stands in the way, if anything.
     #[serde(default)]
     pub problem: Option<Failure>,

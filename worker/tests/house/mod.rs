@@ -19,7 +19,7 @@ use repository::store::layer::Layer;
 use repository::store::{Store, StoreError, Upload};
 use repository::{Encryption, InitOptions, KeyFile, Repository, store};
 use tempfile::TempDir;
-use worker::config::WorkerConfig;
+use worker::config::{FilesConfig, WorkerConfig};
 use worker::context::JobContext;
 use worker::engines::native::{BackupRequest, back_up};
 use worker::places::Places;
@@ -96,6 +96,17 @@ impl House {
     /// Has another server of the same cluster backed up from now on.
     pub(crate) fn reconnect(&mut self, connection: &str) {
         connection.clone_into(&mut self.config.clusters[0].connection);
+        self.places = places_of(&self.config);
+    }
+
+    /// Has the server's files read over connections, as from another host.
+    pub(crate) fn read_over_connections(&mut self) {
+        self.config.clusters[0].files = FilesConfig::Remote;
+        self.places = places_of(&self.config);
+    }
+
+    pub(crate) fn read_locally(&mut self) {
+        self.config.clusters[0].files = FilesConfig::Local;
         self.places = places_of(&self.config);
     }
 

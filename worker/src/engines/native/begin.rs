@@ -1,13 +1,16 @@
 //! The first part of a backup: the server enters backup mode, and the files turn out to be its own.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use postgres::control_file::ControlFile;
+use postgres::files::{LocalFiles, RemoteFiles, RemoteOptions, ServerFiles};
 use postgres::{BackupOptions, BackupSession, Purpose, connect_maintenance, settings, standby};
 use proto::backup::Setting;
 use proto::{Action, Code, Failure};
 
-use super::data_directory;
+use super::access::{Access, access};
+use super::copy::{at_most, processes};
 use crate::config::BackupConfig;
 use crate::context::{JobContext, blocking};
 use crate::jobs::session_owner;
@@ -16,18 +19,32 @@ use crate::places::Cluster;
 /// A server that can be backed up, before anything was changed there.
 pub(super) struct Ready {
     pub(super) server: postgres::ServerIdentity,
-    pub(super) directory: PathBuf,
+    pub(super) files: Arc<dyn ServerFiles>,
     pub(super) settings: Vec<Setting>,
     pub(super) settings_files: Vec<PathBuf>,
     /// How old the content of a standby may be.
     pub(super) lag_s: u64,
 }
 
-/// Asks the server who it is and whether a backup can work there at all.
+impl Drop for Ready {
+    fn drop(&mut self) {
+        self.files.close();
+    }
+}
+
+/// Sessions that read files at once: one for each thread of the copy, and one for the WAL.
+pub(super) fn sessions(config: &BackupConfig, asked: Option<u32>) -> usize {
+    let asked = asked.and_then(|asked| usize::try_from(asked).ok());
+    at_most(processes(config.processes), asked) + 1
+}
+
+/// Asks the server who it is and whether a backup can work there at all. Where its files are read over connections, there
+/// will be at most `sessions_max` of them.
 pub(super) async fn ready(
     cx: &JobContext,
     cluster: &Cluster,
     config: &BackupConfig,
+    sessions_max: usize,
 ) -> Result<Ready, Failure> {
     let purpose = Purpose::ask(&session_owner(cx.spec.attempt));
     let session = connect_maintenance(&cluster.target, &purpose).await?;
@@ -46,17 +63,27 @@ pub(super) async fn ready(
         .with_hint("Point the cluster's connection at the right server, or give the new server a name of its own."));
     }
     settings::require_for_backup(&session).await?;
-    let directory = data_directory(cluster, &server)?;
+    let files: Arc<dyn ServerFiles> = match access(cluster, &server, &session).await? {
+        Access::Here(directory) => Arc::new(LocalFiles::new(directory)),
+        Access::Remote => {
+            let options = RemoteOptions {
+                job: session_owner(cx.spec.attempt),
+                sessions_max,
+                cancel: cx.cancel.clone(),
+            };
+            Arc::new(RemoteFiles::of(&session, &cluster.target, &server, options).await?)
+        }
+    };
     let mut lag_s = 0;
     if server.in_recovery {
         lag_s = standby::lag_s(&session).await?;
         refuse_stale(cluster, lag_s, config.standby_lag_max_s)?;
-        same_timeline(&directory, &server).await?;
+        same_timeline(&files, &server).await?;
     }
     let settings = settings::kept(&session).await?;
     let settings_files = settings::files_outside(&session).await?;
     session.close().await;
-    Ok(Ready { server, directory, settings, settings_files, lag_s })
+    Ok(Ready { server, files, settings, settings_files, lag_s })
 }
 
 /// A backup of a standby that has fallen behind would pass for one of today.
@@ -80,11 +107,11 @@ pub(in crate::engines) fn refuse_stale(
 
 /// Makes sure that what a standby replays is of the timeline its control file names.
 pub(super) async fn same_timeline(
-    directory: &Path,
+    files: &Arc<dyn ServerFiles>,
     server: &postgres::ServerIdentity,
 ) -> Result<(), Failure> {
-    let (wal, timeline) = (directory.join("pg_wal"), server.timeline);
-    blocking(move || Ok(standby::require_timeline(&wal, timeline)?)).await
+    let (files, timeline) = (Arc::clone(files), server.timeline);
+    blocking(move || Ok(standby::require_timeline(&*files, timeline)?)).await
 }
 
 /// Enters backup mode, and holds the data directory against what the server says.
@@ -109,10 +136,33 @@ pub(super) async fn enter(
         Err(postgres::Error::Cancelled { .. }) => return Err(cx.stopped()),
         Err(error) => return Err(error.into()),
     };
-    let directory = ready.directory.clone();
-    let control = blocking(move || Ok(ControlFile::read(&directory)?)).await?;
-    agree(&control, &session, &ready.directory)?;
+    if ready.files.here().is_none() {
+        same_server(cluster, ready, &session)?;
+    }
+    let (control, _) = read_control(&ready.files).await?;
+    agree(&control, &session, &ready.files.place(Path::new("")))?;
     Ok(session)
+}
+
+/// The control file, with the bytes whose checksum was right.
+pub(super) async fn read_control(
+    files: &Arc<dyn ServerFiles>,
+) -> Result<(ControlFile, Vec<u8>), Failure> {
+    let files = Arc::clone(files);
+    blocking(move || Ok(ControlFile::read_in(&*files)?)).await
+}
+
+/// Each session that reads files is with the server that was asked first. The backup must be of that one, too.
+fn same_server(cluster: &Cluster, ready: &Ready, session: &BackupSession) -> Result<(), Failure> {
+    if session.started().server.started_at_ms == ready.server.started_at_ms {
+        return Ok(());
+    }
+    let what = format!(
+        "the server of {} was restarted as the backup began, or its connection leads to several servers",
+        cluster.config.name
+    );
+    Err(Failure::new(Code::BackupSessionLost, Action::Retry, what)
+        .with_hint("Give the cluster a connection that leads to one server."))
 }
 
 /// A stale mount, a snapshot or another server's directory shows here: its control file knows nothing of the checkpoint
@@ -137,5 +187,8 @@ fn agree(control: &ControlFile, session: &BackupSession, directory: &Path) -> Re
             started.timeline
         ),
     )
-    .with_hint("The directory is not the one the server writes: look for a stale mount or a copy."))
+    .with_hint(
+        "The directory is not the one the server writes: look for a stale mount or a copy. Where the server is on another \
+         host, files = \"remote\" in the cluster's section has its files read over connections.",
+    ))
 }

@@ -3,14 +3,14 @@
 use std::collections::HashSet;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use postgres::census::{CensusDraft, CensusOptions, finish_census, take_census};
 use postgres::control_file::{CONTROL_FILE_PATH, ControlFile};
 use postgres::relation::PageRules;
-use postgres::scan::{EntryKind, Scan, ScanEntry, ScanOptions, scan};
+use postgres::scan::{EntryKind, Scan, ScanEntry, ScanOptions};
 use postgres::wal::WalOrigin;
 use postgres::wal_changes::WalChanges;
 use postgres::{BackupSession, Stopped};
@@ -21,7 +21,7 @@ use repository::{BackupWriter, Repository, SourceEntry, SourceKind, WriteOptions
 
 use tokio_util::sync::CancellationToken;
 
-use super::begin::{Ready, enter, ready, same_timeline};
+use super::begin::{Ready, enter, read_control, ready, same_timeline, sessions};
 use super::hold::{Hold, LOOK_EVERY};
 use super::source::{BAD_PAGES_NAMED_MAX, DataDirectory, Found};
 use super::wal::WalCollector;
@@ -58,7 +58,16 @@ pub async fn back_up(
 ) -> Result<BackupOutcome, Failure> {
     let ready = cx
         .step_with("connect", |step| async move {
-            let ready = ready(cx, request.cluster, request.config).await?;
+            let sessions = sessions(request.config, request.task.processes);
+            let ready = ready(cx, request.cluster, request.config, sessions).await?;
+            if ready.files.here().is_none() {
+                step.figure("remote_sessions", sessions as u64);
+                tracing::info!(
+                    cluster.name = %cx.spec.cluster,
+                    "The server's files are read over {sessions} connections at most; the free space of its pg_wal cannot be \
+                     looked at, backup.wal_held_max_bytes alone is the limit"
+                );
+            }
             if ready.server.in_recovery {
                 step.figure("standby_lag_s", ready.lag_s);
             }
@@ -112,11 +121,12 @@ async fn from_attempt(
     let mut writer = attempt.write(WriteOptions {
         full_read: request.task.full_read || read_all,
         read_again,
-        continuity: Some(format!("{} timeline {timeline}", node_name())),
+        // Times and inodes mean something only where this process sees them itself.
+        continuity: ready.files.here().map(|_| format!("{} timeline {timeline}", node_name())),
         ..as_ordered(cx, request.task, request.config, &progress)
     })?;
     let mut wal = collector(&session, ready, &writer);
-    let hold = Hold::new(&ready.directory, ready.server.wal_segment_size, request.config);
+    let hold = Hold::new(ready.files.here(), ready.server.wal_segment_size, request.config);
     // The slot was reserved at the checkpoint before the one that started the backup; that WAL is not needed.
     session.advance(wal.stored_until()).await?;
     hold.beside(&session, wal.store_history()).await?;
@@ -166,7 +176,7 @@ async fn from_attempt(
                 // The slot held all of it until now; had the session been lost, files might have been recycled under us.
                 session.check().await?;
                 if ready.server.in_recovery {
-                    same_timeline(&ready.directory, &session.started().server).await?;
+                    same_timeline(&ready.files, &session.started().server).await?;
                 }
                 let same = Box::pin(same_tablespaces(&session, wal.changes(), tablespaces));
                 hold.beside(&session, same).await?;
@@ -254,8 +264,8 @@ fn collector(session: &BackupSession, ready: &Ready, writer: &BackupWriter) -> W
         segment_size: server.wal_segment_size,
     };
     let changes = WalChanges::new(server.version, started.start_lsn);
-    let directory = ready.directory.join("pg_wal");
-    WalCollector::new(directory, origin, started.timeline, started.start_lsn, writer.wal(), changes)
+    let files = Arc::clone(&ready.files);
+    WalCollector::new(files, origin, started.timeline, started.start_lsn, writer.wal(), changes)
 }
 
 /// The files in which the predecessor found bad pages: a backup that does not read them again would not say so. The
@@ -268,8 +278,9 @@ fn known_bad(predecessor: Option<&BackupFacts>) -> (HashSet<Vec<u8>>, bool) {
 
 /// The time by the clock that stamps the files: the starting checkpoint has just written the control file. On a network
 /// file system that clock is another host's.
-fn stamped_now_ns(directory: &Path) -> i64 {
+fn stamped_now_ns(directory: Option<&Path>) -> i64 {
     let now_ns = clock::now_ms().saturating_mul(1_000_000);
+    let Some(directory) = directory else { return now_ns };
     let written_ns = std::fs::metadata(directory.join(CONTROL_FILE_PATH)).map_or(now_ns, |file| {
         file.ctime().saturating_mul(1_000_000_000).saturating_add(file.ctime_nsec())
     });
@@ -285,8 +296,8 @@ async fn copy(
     kept: Kept<'_>,
 ) -> Result<Copied, Failure> {
     let start_lsn = kept.session.started().start_lsn;
-    let control = read_control(ready.directory.clone()).await?.0;
-    let scanned_at_ns = stamped_now_ns(&ready.directory);
+    let control = read_control(&ready.files).await?.0;
+    let scanned_at_ns = stamped_now_ns(ready.files.here());
     let scanned = kept.hold.beside(kept.session, walk(ready, &control)).await?;
     for warning in &scanned.warnings {
         tracing::warn!(cluster.name = %cx.spec.cluster, "{warning}");
@@ -306,7 +317,8 @@ async fn copy(
         (Some(allowed), asked) => Some(at_most(allowed, asked)),
         (None, asked) => asked,
     };
-    let files = Arc::new(DataDirectory::new(&scanned.entries, rules, limit));
+    let files = DataDirectory::new(Arc::clone(&ready.files), &scanned.entries, rules, limit);
+    let files = Arc::new(files);
     let roots = scanned.roots.clone();
     let entries = entries(scanned, control.block_size, scanned_at_ns);
     let counted = {
@@ -328,23 +340,21 @@ async fn copy(
             done = async { tokio::try_join!(work, watching) } => done?.0.1,
         }
     };
-    blocking(move || Ok(roots.verify()?)).await?;
-    let (control, control_bytes) = read_control(ready.directory.clone()).await?;
+    let server_files = Arc::clone(&ready.files);
+    blocking(move || Ok(server_files.verify(&roots)?)).await?;
+    let (control, control_bytes) = read_control(&ready.files).await?;
     Ok(Copied { files, counted, control, control_bytes, start_lsn, tablespaces })
-}
-
-async fn read_control(directory: PathBuf) -> Result<(ControlFile, Vec<u8>), Failure> {
-    blocking(move || Ok(ControlFile::read_with_bytes(&directory)?)).await
 }
 
 async fn walk(ready: &Ready, control: &ControlFile) -> Result<Scan, Failure> {
     let options = ScanOptions {
-        data_directory: ready.directory.clone(),
+        data_directory: ready.files.place(Path::new("")),
         major: ready.server.version.major(),
         catalog_version: control.catalog_version,
         settings_files: ready.settings_files.clone(),
     };
-    blocking(move || Ok(scan(&options)?)).await
+    let files = Arc::clone(&ready.files);
+    blocking(move || Ok(files.scan(&options)?)).await
 }
 
 /// The scan in the words and the order of the repository. The control file is not among them: it comes last.

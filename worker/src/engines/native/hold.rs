@@ -29,8 +29,8 @@ const RESERVE_MAX_BYTES: u64 = 16 << 30;
 /// The limits of one backup.
 #[derive(Debug, Clone)]
 pub(super) struct Hold {
-    /// `pg_wal`, links followed.
-    directory: PathBuf,
+    /// `pg_wal`, links followed, where this process can ask for the free space of its file system.
+    directory: Option<PathBuf>,
     max_bytes: u64,
     reserve_bytes: Option<u64>,
     always_bytes: u64,
@@ -44,9 +44,13 @@ struct Space {
 }
 
 impl Hold {
-    pub(super) fn new(data_directory: &Path, segment_size: u32, config: &BackupConfig) -> Self {
+    pub(super) fn new(
+        data_directory: Option<&Path>,
+        segment_size: u32,
+        config: &BackupConfig,
+    ) -> Self {
         Self {
-            directory: data_directory.join("pg_wal"),
+            directory: data_directory.map(|directory| directory.join("pg_wal")),
             max_bytes: config.wal_held_max_bytes,
             reserve_bytes: config.wal_free_min_bytes,
             always_bytes: SEGMENTS_ALWAYS * u64::from(segment_size),
@@ -62,7 +66,10 @@ impl Hold {
             return Ok(standing);
         }
         let directory = self.directory.clone();
-        let space = blocking(move || space(&directory)).await?;
+        let space = match directory {
+            Some(directory) => Some(blocking(move || space(&directory)).await?),
+            None => None,
+        };
         match self.too_much(held_bytes, space) {
             None => Ok(standing),
             Some(what) => {
@@ -98,16 +105,16 @@ impl Hold {
     }
 
     /// Why so much WAL may not be held, if so.
-    fn too_much(&self, held_bytes: u64, space: Space) -> Option<String> {
+    fn too_much(&self, held_bytes: u64, space: Option<Space>) -> Option<String> {
         if held_bytes <= self.always_bytes {
             return None;
         }
-        let directory = self.directory.display();
         let held = format!("the backup's replication slot holds {held_bytes} bytes of WAL back");
         if held_bytes > self.max_bytes {
             return Some(format!("{held}, more than the {} it may", self.max_bytes));
         }
-        let Space { total_bytes, free_bytes } = space;
+        let (Space { total_bytes, free_bytes }, directory) = (space?, self.directory.as_ref()?);
+        let directory = directory.display();
         let by_share = total_bytes / 100 * RESERVE_PERCENT;
         let reserve_bytes =
             self.reserve_bytes.unwrap_or(by_share.clamp(RESERVE_BYTES, RESERVE_MAX_BYTES));
@@ -147,17 +154,17 @@ mod tests {
             wal_free_min_bytes: reserve_bytes,
             ..BackupConfig::default()
         };
-        Hold::new(Path::new("/data"), 16 << 20, &config)
+        Hold::new(Some(Path::new("/data")), 16 << 20, &config)
     }
 
     #[test]
     fn a_backup_ends_at_its_limit_and_not_before() {
         let roomy = Space { total_bytes: 100 * GIB, free_bytes: 50 * GIB };
-        assert_eq!(hold(GIB, None).too_much(GIB, roomy), None);
-        let text = hold(GIB, None).too_much(GIB + 1, roomy).unwrap();
+        assert_eq!(hold(GIB, None).too_much(GIB, Some(roomy)), None);
+        let text = hold(GIB, None).too_much(GIB + 1, Some(roomy)).unwrap();
         assert!(text.contains("1073741825") && text.contains("1073741824"), "{text}");
         // A limit below what a backup cannot do without would end every backup.
-        assert_eq!(hold(MIB, None).too_much(64 * MIB, roomy), None);
+        assert_eq!(hold(MIB, None).too_much(64 * MIB, Some(roomy)), None);
     }
 
     #[test]
@@ -165,7 +172,7 @@ mod tests {
         let held = 100 * MIB;
         let at = |total, free, reserve| {
             let space = Space { total_bytes: total, free_bytes: free };
-            hold(64 * GIB, reserve).too_much(held, space).is_some()
+            hold(64 * GIB, reserve).too_much(held, Some(space)).is_some()
         };
         assert!(!at(10 * GIB, GIB, None));
         assert!(at(10 * GIB, GIB - 1, None));
@@ -182,7 +189,7 @@ mod tests {
     #[test]
     fn a_disk_that_was_full_before_is_not_the_backup_s_doing() {
         let full = Space { total_bytes: 10 * GIB, free_bytes: 0 };
-        assert_eq!(hold(GIB, None).too_much(64 * MIB, full), None);
-        assert!(hold(GIB, None).too_much(64 * MIB + 1, full).is_some());
+        assert_eq!(hold(GIB, None).too_much(64 * MIB, Some(full)), None);
+        assert!(hold(GIB, None).too_much(64 * MIB + 1, Some(full)).is_some());
     }
 }

@@ -2,12 +2,12 @@
 //! looked at in the same pass.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use postgres::relation::{PageRules, RelationFile, RelationReader, advise_once, read_full_at};
+use postgres::files::{ServerFile, ServerFiles};
+use postgres::relation::{PageRules, RelationFile, RelationReader};
 use postgres::scan::{EntryKind, ScanEntry};
 use proto::backup::BadPage;
 use repository::{Source, SourceEntry, SourceFile};
@@ -20,6 +20,7 @@ pub(crate) const BAD_PAGES_NAMED_MAX: usize = 1_000;
 /// Where each entry of a scan is read.
 #[derive(Debug)]
 pub(crate) struct DataDirectory {
+    files: Arc<dyn ServerFiles>,
     places: HashMap<Vec<u8>, (PathBuf, Option<RelationFile>)>,
     rules: PageRules,
     limit: Option<Arc<RateLimit>>,
@@ -40,6 +41,7 @@ pub(crate) struct Found {
 impl DataDirectory {
     /// `rate_limit_bytes` is how much may be read in a second.
     pub(crate) fn new(
+        files: Arc<dyn ServerFiles>,
         entries: &[ScanEntry],
         rules: PageRules,
         rate_limit_bytes: Option<u64>,
@@ -54,7 +56,7 @@ impl DataDirectory {
         };
         let places = entries.iter().filter_map(place).collect();
         let limit = RateLimit::new(rate_limit_bytes).map(Arc::new);
-        Self { places, rules, limit, found: Arc::default() }
+        Self { files, places, rules, limit, found: Arc::default() }
     }
 
     /// What was found so far; complete once every file is closed.
@@ -68,11 +70,14 @@ impl Source for DataDirectory {
         let Some((path, relation)) = self.places.get(&entry.path) else {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "no such entry in the scan"));
         };
-        let named =
-            |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
+        let named = |error: io::Error| {
+            let place = self.files.place(path);
+            io::Error::new(error.kind(), format!("{}: {error}", place.display()))
+        };
+        let (files, size) = (&*self.files, entry.size_bytes);
         if let Some(relation) = relation {
-            let reader = RelationReader::open(path, *relation, self.rules).map_err(named)?;
-            return Ok(reader.map(|reader| -> Box<dyn SourceFile> {
+            let reader = RelationReader::open_in(files, path, size, *relation, self.rules);
+            return Ok(reader.map_err(named)?.map(|reader| -> Box<dyn SourceFile> {
                 Box::new(Relation {
                     path: String::from_utf8_lossy(&entry.path).into_owned(),
                     reader,
@@ -81,14 +86,10 @@ impl Source for DataDirectory {
                 })
             }));
         }
-        match File::open(path) {
-            Ok(file) => {
-                advise_once(&file);
-                Ok(Some(Box::new(Plain { file, limit: self.limit.clone() })))
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(named(error)),
-        }
+        let file = files.open(path, size).map_err(named)?;
+        Ok(file.map(|file| -> Box<dyn SourceFile> {
+            Box::new(Plain { file, limit: self.limit.clone() })
+        }))
     }
 }
 
@@ -100,14 +101,14 @@ fn pace(limit: Option<&Arc<RateLimit>>, buffer: &[u8]) {
 }
 
 struct Plain {
-    file: File,
+    file: Box<dyn ServerFile>,
     limit: Option<Arc<RateLimit>>,
 }
 
 impl SourceFile for Plain {
     fn read_at(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
         pace(self.limit.as_ref(), buffer);
-        read_full_at(&self.file, buffer, offset)
+        self.file.read_full_at(buffer, offset)
     }
 }
 

@@ -3,12 +3,12 @@
 //! From the segment of the start position to the one of the stop position, no gap, on one timeline. Each segment is read
 //! once: the same bytes go to the repository and to the census.
 
-use std::io::Read as _;
-use std::path::PathBuf;
+use std::path::Path;
+use std::sync::Arc;
 
 use bytes::{Buf as _, Bytes};
-use postgres::relation::read_full_at;
-use postgres::wal::{SEGMENT_HEADER_BYTES, Segment, WalOrigin, history_file_name};
+use postgres::files::ServerFiles;
+use postgres::wal::{HISTORY_LIMIT_BYTES, Segment, WalOrigin, history_file_name};
 use postgres::wal_changes::WalChanges;
 use proto::{Action, Code, Failure, Lsn, Timeline};
 use repository::WalWriter;
@@ -17,7 +17,7 @@ use crate::context::blocking;
 
 /// Collects the WAL of one backup.
 pub(crate) struct WalCollector {
-    directory: PathBuf,
+    files: Arc<dyn ServerFiles>,
     origin: WalOrigin,
     next: Segment,
     writer: WalWriter,
@@ -30,7 +30,7 @@ pub(crate) struct WalCollector {
 impl WalCollector {
     /// Begins with the segment that holds `start`.
     pub(crate) fn new(
-        directory: PathBuf,
+        files: Arc<dyn ServerFiles>,
         origin: WalOrigin,
         timeline: Timeline,
         start: Lsn,
@@ -38,7 +38,7 @@ impl WalCollector {
         changes: WalChanges,
     ) -> Self {
         let next = Segment::containing(start, timeline, origin.segment_size);
-        Self { directory, origin, next, writer, changes: Some(changes), bytes: 0, end: None }
+        Self { files, origin, next, writer, changes: Some(changes), bytes: 0, end: None }
     }
 
     /// Stores the next segment if it is complete at `written`, a position the server has flushed. `false` when it is not.
@@ -78,17 +78,18 @@ impl WalCollector {
             return Ok(());
         }
         let name = history_file_name(timeline);
-        let path = self.directory.join(&name);
-        match tokio::fs::read(&path).await {
-            Ok(bytes) => {
-                self.writer.add(&name, std::io::Cursor::new(bytes)).await?;
-                Ok(())
-            }
-            // The server removes it together with the old timeline's last segment; a restore to this timeline's own
-            // positions does without.
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(unreadable(&path, &error)),
+        let files = Arc::clone(&self.files);
+        let path = Path::new("pg_wal").join(&name);
+        let read = blocking(move || {
+            let read = files.read(&path, HISTORY_LIMIT_BYTES);
+            read.map_err(|error| files.unreadable(&path, error).into())
+        });
+        // The server removes it together with the old timeline's last segment; a restore to this timeline's own positions
+        // does without.
+        if let Some(bytes) = read.await? {
+            self.writer.add(&name, std::io::Cursor::new(bytes)).await?;
         }
+        Ok(())
     }
 
     /// What the WAL says about tables that changed, for the census.
@@ -119,32 +120,16 @@ impl WalCollector {
     }
 
     async fn read_next(&self, name: String) -> Result<Bytes, Failure> {
-        let (origin, segment, directory) = (self.origin, self.next, self.directory.clone());
+        let (origin, segment, files) = (self.origin, self.next, Arc::clone(&self.files));
         let end = self.end;
         blocking(move || {
             let size = origin.segment_size as usize;
-            let Some(mut file) = origin.open(&directory, segment)? else {
+            let Some(mut bytes) = origin.read(&*files, segment)? else {
                 return Err(gone(format!(
                     "WAL segment {name}, which the backup needs, is gone from {}",
-                    directory.display()
+                    files.place(Path::new("pg_wal")).display()
                 )));
             };
-            let mut bytes = Vec::with_capacity(size);
-            let read = file.read_to_end(&mut bytes);
-            read.map_err(|error| unreadable(&directory.join(&name), &error))?;
-            if bytes.len() != size {
-                return Err(gone(format!(
-                    "WAL segment {name} has {} bytes, not {size}",
-                    bytes.len()
-                )));
-            }
-            // The slot kept it until now; a file whose header still fits after the reading was not recycled under us.
-            let mut header = [0; SEGMENT_HEADER_BYTES];
-            let length = read_full_at(&file, &mut header, 0)
-                .map_err(|error| unreadable(&directory.join(&name), &error))?;
-            origin.verify(segment, &header[..length]).map_err(|what| {
-                gone(format!("WAL segment {name} is not what it should be: {what}"))
-            })?;
             if let Some(end) = end {
                 let kept = end.0.saturating_sub(segment.start(origin.segment_size).0);
                 let kept = usize::try_from(kept).unwrap_or(size).min(size);
@@ -161,9 +146,4 @@ fn gone(message: String) -> Failure {
         "The backup's replication slot holds it; look for a script that deletes from pg_wal, and at \
          max_slot_wal_keep_size.",
     )
-}
-
-fn unreadable(path: &std::path::Path, error: &std::io::Error) -> Failure {
-    let message = format!("failed to read {}: {error}", path.display());
-    Failure::new(Code::SourceUnreadable, Action::Retry, message)
 }
