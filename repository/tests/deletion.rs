@@ -87,7 +87,8 @@ async fn a_clock_that_was_ahead_once_makes_no_later_backup_an_old_one() {
         backups.push(backup);
     }
     let listed = bench.repository.list_backups(bench.lineage).await.unwrap();
-    let listed: Vec<BackupId> = listed.iter().filter_map(|summary| summary.backup()).collect();
+    let listed: Vec<BackupId> =
+        listed.iter().filter_map(repository::AttemptSummary::backup).collect();
     assert_eq!(listed, backups);
     refused(&bench, backups[2], "it is the newest one").await;
     bench.repository.forget(bench.lineage, backups[0], &wish()).await.unwrap();

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use proto::job::BackupOutcome;
 use proto::{Failure, Task};
-use worker::config::{BackupConfig, ClusterConfig};
+use worker::config::{BackupConfig, ClusterConfig, FilesConfig};
 use worker::engines::{native, pg_dump};
 use worker::places::Cluster;
 
@@ -36,6 +36,7 @@ pub(crate) async fn alone(args: Backup, format: Output) -> Result<Exit, Failure>
         repository: None,
         labels: BTreeMap::new(),
         kinds: None,
+        files: FilesConfig::Auto,
     };
     let cluster = Cluster { config, target };
     let cx = context(&args.cluster, Task::Backup(task.clone()));

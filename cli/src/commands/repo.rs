@@ -6,7 +6,7 @@ use std::path::Path;
 
 use proto::failure::chain;
 use proto::{Action, BackupId, BackupKind, ClusterName, Code, Failure, LineageId};
-use repository::{Encryption, Identity, InitOptions, Lineages, Lost, Repository, Wish, store};
+use repository::{Encryption, InitOptions, Lineages, Lost, Repository, Wish, store};
 use serde::Serialize;
 
 use crate::args::{OpenerArgs, Output, RepoCommand};

@@ -178,7 +178,7 @@ mod tests {
 
         async fn get(&self, name: &str) -> Result<Got, Code> {
             let whose = Whose::Lineage(self.identity.lineage);
-            let got = get(&self.repository, &whose, &name.parse().unwrap(), &self.to()).await;
+            let got = get(&self.repository, &whose, &name.parse().unwrap(), &self.to(), None).await;
             got.map_err(|failure| failure.code)
         }
     }

@@ -32,10 +32,10 @@ pub(super) async fn is_idle(
     if written == 0 || written > BYTES_MAX {
         return written == 0;
     }
-    let (config, target) = (cluster.config.clone(), cluster.target.clone());
+    let config = cluster.config.clone();
     let (next, segment_size) = (line.next(), line.segment_size);
     let look = blocking(move || {
-        let directory = native::data_directory(&Cluster { config, target }, &server)?;
+        let directory = native::data_directory(&config, &server)?;
         Ok(holds_no_end(&directory, next, segment_size, until, server.version.major()))
     });
     // Without the files it is not known.

@@ -66,7 +66,10 @@ pub async fn access(
 }
 
 /// The data directory of a server as this process sees it, after making sure that it is this server's.
-fn data_directory(cluster: &ClusterConfig, server: &ServerIdentity) -> Result<PathBuf, Failure> {
+pub(crate) fn data_directory(
+    cluster: &ClusterConfig,
+    server: &ServerIdentity,
+) -> Result<PathBuf, Failure> {
     let configured = cluster.data_directory.as_ref().map(|dir| dir.clone().into_std_path_buf());
     let Some(directory) = configured.or_else(|| server.data_directory.clone()) else {
         return Err(Failure::new(

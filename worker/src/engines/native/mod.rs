@@ -16,6 +16,7 @@ use std::path::PathBuf;
 
 use crate::config::WorkerConfig;
 
+pub(crate) use access::data_directory;
 pub use access::{Access, access};
 pub(super) use begin::refuse_stale;
 pub(super) use copy::at_most;
