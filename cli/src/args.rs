@@ -598,7 +598,7 @@ pub enum RepoCommand {
     },
     /// Delete what no wanted backup needs: what backups that were given up leave, and rests of failed attempts.
     ///
-    /// Safe beside running backups and other collections. While a backup is being written nothing is deleted. Says what goes
+    /// Archived WAL goes with the oldest backup: what stands before the beginning of all that are left. Safe beside running backups and other collections. While a backup is being written nothing is deleted. Says what goes
     /// and what stays; more than a fifth at once needs --confirm-large. Needs the right to delete in the store.
     Gc {
         /// Which repository.

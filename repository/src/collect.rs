@@ -1,5 +1,6 @@
-//! Collecting garbage: deleting the packs that no wanted backup refers to. The collector's half of the commit protocol
-//! (FORMAT.md, section 8); its order of steps is what keeps it away from backups that are being written.
+//! Collecting garbage: deleting the packs that no wanted backup refers to, and archived WAL that none can use. The
+//! collector's half of the commit protocol (FORMAT.md, section 8); its order of steps is what keeps it away from backups that
+//! are being written.
 //!
 //! Nothing here decides which backups are wanted: `judge` does, by what people wish. Any number of collectors may run, and any
 //! of them may die at any point; the next one deletes what it left.
@@ -15,11 +16,13 @@ use crate::attempt::Aborted;
 use crate::error::Error;
 use crate::judge::{Judged, Roots};
 use crate::limits::CONDEMNED_BYTES_MAX;
-use crate::lineage::{AttemptSummary, has};
+use crate::lineage::{AttemptSummary, Seen, has};
 use crate::pack::PackId;
 use crate::record::{Condemned, Gone};
 use crate::repository::Repository;
+use crate::scrub::WalAmount;
 use crate::store::{Listed, PutOutcome, StoreError};
+use crate::wal::{Doomed, WalPlan};
 use crate::{chance, hex, layout, note};
 
 /// Packs that are deleted at the same time.
@@ -76,10 +79,13 @@ pub struct CollectPlan {
     /// Packs with their bytes.
     garbage: BTreeMap<PackId, u64>,
     goes: Vec<BackupId>,
-    /// What goes.
+    doomed_wal: Vec<Doomed>,
+    /// Packs that go.
     pub delete: Amount,
-    /// What stays.
+    /// Packs that stay.
     pub keep: Amount,
+    /// What goes of the WAL archive, and why.
+    pub wal: WalPlan,
     /// Every backup that is there, and whether and why it stays.
     pub backups: Vec<Judged>,
     /// What is being written, and postpones the collection.
@@ -141,6 +147,8 @@ pub enum Collected {
 pub struct CollectSummary {
     /// What was deleted.
     pub deleted: Amount,
+    /// What was deleted of the WAL archive.
+    pub wal: WalAmount,
     /// Backups that are gone.
     pub backups: Vec<BackupId>,
     /// What was needed again by the time it was looked at for the second time.
@@ -160,21 +168,28 @@ impl Repository {
         self.check_deletable()?;
         let options = &self.courtesies(options);
         self.identity(lineage).await?;
-        // The packs first: one that is stored later is not in the list, and cannot be taken for garbage.
+        // Packs and WAL first: what is stored later is not in the list, and cannot be taken for garbage.
         let packs = self.list_packs(lineage).await?;
+        let archived = self.list_archived(lineage).await?;
         let mut roots = Roots::new();
-        let mut judged = self.judge(lineage, options, None, &mut roots).await?;
+        let attempts = self.look_at_all(lineage).await?;
+        let (open, _) = open_attempts(&attempts, options);
+        let mut judged = self.judge(lineage, options, None, attempts, &mut roots).await?;
         self.measure(lineage, &mut judged.backups, &packs, &mut roots).await?;
+        let bound = judged.wal_bound(&roots);
+        let (wal, doomed_wal) = self.plan_wal(lineage, &archived, bound).await?;
         let mut plan = CollectPlan {
             repository: self.clone(),
             lineage,
             roots,
             garbage: BTreeMap::new(),
             goes: judged.goes,
+            doomed_wal,
+            wal,
             delete: Amount::default(),
             keep: Amount::default(),
             backups: judged.backups,
-            open: self.open_attempts(lineage, options).await?.0,
+            open,
             lists: self.lists(lineage).await?.into_iter().filter_map(|list| list.left).collect(),
         };
         for (pack, bytes) in packs {
@@ -215,9 +230,9 @@ impl Repository {
             }
         }
         for judged in backups {
-            let Some(named) = roots.get(&judged.backup) else { continue };
+            let Some(needs) = roots.get(&judged.backup) else { continue };
             let mut alone = Amount::default();
-            for pack in named.iter().filter(|pack| users.get(*pack) == Some(&1)) {
+            for pack in needs.packs.iter().filter(|pack| users.get(*pack) == Some(&1)) {
                 packs.get(pack).into_iter().for_each(|bytes| alone.add(*bytes));
             }
             judged.alone = Some(alone);
@@ -310,7 +325,8 @@ impl Repository {
 impl CollectPlan {
     /// More than a fifth of what is there would go: somebody should look twice.
     pub fn is_large(&self) -> bool {
-        self.delete.bytes > (self.delete.bytes + self.keep.bytes) / 5
+        let delete = self.delete.bytes + self.wal.delete.bytes;
+        delete > (delete + self.keep.bytes + self.wal.keep.bytes) / 5
     }
 
     /// Does it.
@@ -321,7 +337,8 @@ impl CollectPlan {
         if options.cancel.is_cancelled() {
             return Err(Error::Cancelled);
         }
-        if self.garbage.is_empty() && self.goes.is_empty() {
+        let condemns = !(self.garbage.is_empty() && self.goes.is_empty());
+        if !condemns && self.doomed_wal.is_empty() {
             repository.tidy(lineage, options).await?;
             return Ok(Collected::Nothing);
         }
@@ -337,16 +354,20 @@ impl CollectPlan {
         if bytes.len() as u64 > CONDEMNED_BYTES_MAX {
             return Err(Error::Limit { reason: format!("{} packs at once", self.garbage.len()) });
         }
-        if repository.store.put_if_absent(&list, bytes).await? == PutOutcome::Exists {
+        // WAL is on no list: nobody refers to it.
+        if condemns && repository.store.put_if_absent(&list, bytes).await? == PutOutcome::Exists {
             return Err(Error::Bug(format!("{list} was made by somebody else")));
         }
         let retire = async || {
+            if !condemns {
+                return Ok(());
+            }
             let done = layout::of_run(lineage, &run, "done");
             repository.store.put(&done, bytes::Bytes::from_static(b"\n")).await
         };
         // From here on every new attempt keeps away from these packs. Those that began before are asked for their end.
         let mut summary = CollectSummary::default();
-        let (open, old) = repository.open_attempts(lineage, options).await?;
+        let (open, old) = open_attempts(&repository.look_at_all(lineage).await?, options);
         if !open.is_empty() {
             retire().await?;
             return Ok(Collected::Postponed { open });
@@ -361,7 +382,10 @@ impl CollectPlan {
         }
         // They may have committed, and refer to what was garbage; and a wish may have been taken back.
         let planned = self.goes.iter().copied().collect();
-        let judged = repository.judge(lineage, options, Some(&planned), &mut self.roots).await?;
+        let attempts = repository.look_at_all(lineage).await?;
+        let judged =
+            repository.judge(lineage, options, Some(&planned), attempts, &mut self.roots).await?;
+        let wal_bound = judged.wal_bound(&self.roots);
         let mut doomed = Vec::new();
         for (pack, bytes) in std::mem::take(&mut self.garbage) {
             if judged.packs.contains(&pack) {
@@ -396,6 +420,9 @@ impl CollectPlan {
             deleted?.into_iter().for_each(|bytes| summary.deleted.add(bytes));
         }
         retire().await?;
+        // After the backups that alone needed it. Whoever began to write since the attempts were looked at began after the
+        // WAL was listed, and the segments that follow its backup were archived later still.
+        summary.wal = repository.delete_wal(lineage, self.doomed_wal, &wal_bound, options).await?;
         if options.cancel.is_cancelled() {
             return Err(Error::Cancelled);
         }
@@ -404,34 +431,38 @@ impl CollectPlan {
     }
 }
 
-impl Repository {
-    /// The attempts without a verdict: those to wait for, and those that have been open for longer than the patience.
-    async fn open_attempts(
-        &self,
-        lineage: LineageId,
-        options: &CollectOptions,
-    ) -> Result<(Vec<Open>, Vec<AttemptId>), Error> {
-        let (mut open, mut old) = (Vec::new(), Vec::new());
-        for seen in self.look(lineage).await? {
-            let (by, began_at_ms) = match seen.summary {
-                Ok(AttemptSummary { intent: Some(intent), verdict: None, .. }) => {
-                    (intent.by, intent.began_at_ms)
-                }
-                // An intent that cannot be read is one all the same. To abort it harms nobody but its writer.
-                Err(Error::Damaged { key, .. }) if !has(&seen.names, "verdict") => {
-                    (format!("nobody knows whom: {key} is damaged"), 0)
-                }
-                Err(error) if !matches!(error, Error::Damaged { .. }) => return Err(error),
-                _ => continue,
-            };
-            let age_ms = options.now_ms.saturating_sub(began_at_ms);
-            if options.patience_ms.is_some_and(|patience_ms| age_ms >= patience_ms) {
-                old.push(seen.attempt);
-            } else {
-                open.push(Open { attempt: seen.attempt, by, began_at_ms });
+/// The attempts without a verdict: those to wait for, and those that have been open for longer than the patience.
+fn open_attempts(attempts: &[Seen], options: &CollectOptions) -> (Vec<Open>, Vec<AttemptId>) {
+    let (mut open, mut old) = (Vec::new(), Vec::new());
+    for seen in attempts {
+        let (by, began_at_ms) = match &seen.summary {
+            Ok(AttemptSummary { intent: Some(intent), verdict: None, .. }) => {
+                (intent.by.clone(), intent.began_at_ms)
             }
+            // An intent that cannot be read is one all the same. To abort it harms nobody but its writer.
+            Err(Error::Damaged { key, .. }) if !has(&seen.names, "verdict") => {
+                (format!("nobody knows whom: {key} is damaged"), 0)
+            }
+            _ => continue,
+        };
+        let age_ms = options.now_ms.saturating_sub(began_at_ms);
+        if options.patience_ms.is_some_and(|patience_ms| age_ms >= patience_ms) {
+            old.push(seen.attempt);
+        } else {
+            open.push(Open { attempt: seen.attempt, by, began_at_ms });
         }
-        Ok((open, old))
+    }
+    (open, old)
+}
+
+impl Repository {
+    /// Every attempt, damaged or not. That the store did not answer says nothing about one, and ends it.
+    async fn look_at_all(&self, lineage: LineageId) -> Result<Vec<Seen>, Error> {
+        let attempts = self.look(lineage).await?.into_iter().map(|seen| match seen.summary {
+            Err(error) if !matches!(error, Error::Damaged { .. }) => Err(error),
+            _ => Ok(seen),
+        });
+        attempts.collect()
     }
 
     /// Deletes what a backup that goes has beside its verdict: its proofs, and then the manifest, without which it is none;

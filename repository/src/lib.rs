@@ -82,7 +82,10 @@ pub use restore::{
 };
 pub use scrub::{CheckLevel, Damage, ScrubOptions, ScrubReport, ScrubbedLineage, WalAmount};
 pub use slice::Slice;
-pub use wal::{TimelineWal, WalGap, WalInventory, WalMissing, WalReach, WalRun, WalStored};
+pub use wal::{
+    TimelineWal, WalAbsence, WalBound, WalGap, WalInventory, WalMissing, WalPlan,
+    WalReach, WalRun, WalStored,
+};
 pub use writer::{
     BackupSummary, BackupWriter, Source, SourceFile, WalWriter, WriteOptions, Written,
 };

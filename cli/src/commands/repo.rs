@@ -5,7 +5,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 use proto::{Action, BackupId, ClusterName, Code, Failure, LineageId};
-use repository::{Encryption, Identity, InitOptions, Repository, Wish, store};
+use repository::{Encryption, Identity, InitOptions, Repository, WalAmount, Wish, store};
 use serde::Serialize;
 
 use crate::args::{OpenerArgs, Output, RepoCommand};
@@ -158,6 +158,12 @@ pub(crate) fn unknown(repository: &Repository, backup: BackupId) -> Failure {
     let message = format!("{} has no backup {backup}", repository.describe());
     Failure::new(Code::BackupUnknown, Action::FixConfig, message)
         .with_hint("List what there is with `pgmuster repo list`.")
+}
+
+/// How much of a WAL archive, for people.
+pub(crate) fn files(amount: WalAmount) -> String {
+    let noun = if amount.files == 1 { "file" } else { "files" };
+    format!("{} in {} {noun}", output::bytes(amount.bytes), amount.files)
 }
 
 /// The lineages of a cluster, or all.

@@ -6,7 +6,7 @@ use std::path::Path;
 use bytes::Bytes;
 use postgres::wal::is_whole;
 use proto::{Action, Code, Failure, WalFileName};
-use repository::{Identity, Repository};
+use repository::{Identity, Repository, WalAbsence};
 
 use super::lineage::Whose;
 use super::{segment_of, server_of, verify};
@@ -31,8 +31,9 @@ pub async fn get(
 ) -> Result<Got, Failure> {
     let server = server_of(to).await?;
     let identity = whose.find(repository, server.map(|server| server.system_identifier)).await?;
-    let Some(content) = repository.fetch_wal(identity.lineage, file).await? else {
-        return not_there(repository, &identity, file, to).await;
+    let content = match repository.ask_wal(identity.lineage, file).await? {
+        Ok(content) => content,
+        Err(absence) => return not_there(&identity, file, absence, to).await,
     };
     if let Some(name) = segment_of(file) {
         verify(name, &content, identity.system_identifier, server).map_err(|what| {
@@ -53,16 +54,16 @@ pub async fn get(
     Ok(Got::Written)
 }
 
-/// A segment that is not there, when later ones are, is a gap and no end; unless the server has it itself, as a backup brings
-/// its WAL along: it looks into its own `pg_wal` when it hears that there is none.
+/// A segment that is not there, when later ones are or a collection may have deleted it, is no end; unless the server has it
+/// itself, as a backup brings its WAL along: it looks into its own `pg_wal` when it hears that there is none.
 async fn not_there(
-    repository: &Repository,
     identity: &Identity,
     file: &WalFileName,
+    absence: WalAbsence,
     to: &Path,
 ) -> Result<Got, Failure> {
     let WalFileName::Segment(name) = *file else { return Ok(Got::NotThere) };
-    if !repository.has_later_wal(identity.lineage, name).await? {
+    if absence == WalAbsence::End {
         return Ok(Got::NotThere);
     }
     let own = to.with_file_name(file.to_string());
@@ -77,14 +78,24 @@ async fn not_there(
     if is_own.await? {
         return Ok(Got::NotThere);
     }
-    let what = format!(
-        "{file} is missing in the archive of {}, which has later segments of this timeline",
-        identity.cluster
-    );
-    Err(Failure::new(Code::WalMissing, Action::FixData, what).with_hint(
-        "`pgmuster recovery windows` shows what can be recovered. Archive the segment with `pgmuster wal push` if the server that \
-         wrote it still has it; else recover to a position before it.",
-    ))
+    let cluster = &identity.cluster;
+    let (what, hint) = match absence {
+        WalAbsence::Collected { below } => (
+            format!(
+                "{file} is not in the archive of {cluster}: `repo gc` deleted the WAL before {below}, which no backup needed"
+            ),
+            "This data directory is older than every backup that is left, and the archive leads nowhere from it. Restore a backup \
+             of `pgmuster repo list` and recover from there; a standby is made anew.",
+        ),
+        WalAbsence::Gap | WalAbsence::End => (
+            format!(
+                "{file} is missing in the archive of {cluster}, which has later segments of this timeline"
+            ),
+            "`pgmuster recovery windows` shows what can be recovered. Archive the segment with `pgmuster wal push` if the server that \
+             wrote it still has it; else recover to a position before it.",
+        ),
+    };
+    Err(Failure::new(Code::WalMissing, Action::FixData, what).with_hint(hint))
 }
 
 /// The whole file appears at once, and stays after a crash.
