@@ -329,3 +329,41 @@ async fn wal_that_was_collected_is_never_told_as_the_end_of_the_log() {
     ends(&wal_get(&place, "000000020000000000000005"), 1);
     ends(&wal_get(&place, "00000003.history"), 1);
 }
+
+#[tokio::test]
+async fn a_copy_brings_the_wal_along_and_tells_what_differs() {
+    let place = Place::new().await;
+    archive(&place, 1, 1..=3).await;
+    let to = place.url("copy");
+    let copied = json(&place.repo("copy", &[&to, "-o", "json"]), 0);
+    let wal = |rows: &Value| rows.as_array().unwrap().last().unwrap()["wal"].clone();
+    assert_eq!(
+        (copied.as_array().unwrap().len(), wal(&copied)["sent"]["files"].as_u64()),
+        (4, Some(3))
+    );
+    let again = ends(&place.repo("copy", &[&to]), 0);
+    assert!(
+        again.lines().any(|line| line.contains("WAL") && line.contains("was there")),
+        "{again}"
+    );
+    assert_eq!(ends(&windows(&place, "copy"), 0), ends(&windows(&place, "main"), 0));
+
+    // Somebody archives into the copy.
+    let name = "000000010000000000000002";
+    let object = format!("copy/lineages/{}/wal/00000001/{name}", place.lineage);
+    std::fs::remove_file(place.directory.path().join(object)).unwrap();
+    let key: repository::KeyFile = std::fs::read_to_string(place.key()).unwrap().parse().unwrap();
+    let store = Arc::new(DirectoryStore::new(place.directory.path().join("copy")));
+    let other = Repository::open(store, Some(&key)).await.unwrap();
+    let content = vec![77; 1 << 20].into();
+    other.store_wal(place.lineage, &name.parse().unwrap(), content).await.unwrap();
+    archive(&place, 1, 4..=4).await;
+    let told = ends(&place.repo("copy", &[&to]), 9);
+    assert!(
+        told.contains("Not all of the WAL of orders is copied") && told.contains(name),
+        "{told}"
+    );
+    assert!(told.contains("WAL_CONFLICT"), "{told}");
+    let object = format!("copy/lineages/{}/wal/00000001/000000010000000000000004", place.lineage);
+    assert!(place.directory.path().join(object).exists(), "everything else is copied");
+}

@@ -83,7 +83,7 @@ pub use restore::{
 pub use scrub::{CheckLevel, Damage, ScrubOptions, ScrubReport, ScrubbedLineage, WalAmount};
 pub use slice::Slice;
 pub use wal::{
-    TimelineWal, WalAbsence, WalBound, WalGap, WalInventory, WalMissing, WalPlan,
+    TimelineWal, WalAbsence, WalBound, WalCopySummary, WalGap, WalInventory, WalMissing, WalPlan,
     WalReach, WalRun, WalStored,
 };
 pub use writer::{

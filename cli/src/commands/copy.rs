@@ -1,11 +1,12 @@
-//! `repo copy`: backups into a second repository, which the same key opens.
+//! `repo copy`: backups and archived WAL into a second repository, which the same key opens.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use proto::{BackupId, Failure, LineageId};
+use proto::{Action, BackupId, Code, Failure, LineageId};
 use repository::{
-    Amount, CopyOptions, CopyOutcome, CopySummary, Mirror, Progress, Repository, store,
+    Amount, CopyOptions, CopyOutcome, CopySummary, Identity, Mirror, Progress, Repository,
+    WalCopySummary, store,
 };
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
@@ -16,9 +17,37 @@ use crate::exit::Exit;
 use crate::opener::Opener;
 use crate::{environment, follow, output};
 
+/// Files that a failure names.
+const NAMED_MAX: usize = 5;
+
+/// A line of what is told.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum Row {
+    Backup(BackupRow),
+    Wal(WalRow),
+}
+
+impl Row {
+    fn failure(&self) -> Option<&Failure> {
+        match self {
+            Self::Backup(row) => row.failure.as_ref(),
+            Self::Wal(row) => row.failure.as_ref(),
+        }
+    }
+}
+
+/// What became of the WAL archive of one lineage.
+#[derive(Debug, Serialize)]
+struct WalRow {
+    cluster: String,
+    wal: WalCopySummary,
+    failure: Option<Failure>,
+}
+
 /// What became of one backup.
 #[derive(Debug, Serialize)]
-struct Row {
+struct BackupRow {
     cluster: String,
     backup: BackupId,
     committed_at_ms: Option<i64>,
@@ -45,6 +74,11 @@ pub(crate) async fn run(args: RepoCopy, format: Output) -> Result<Exit, Failure>
     let source = Repository::open_with(store, opener.unlock()).await?;
     let opener = args.to_key.as_deref().map_or(Ok(opener), Opener::file)?;
     let wanted = select(&source, &args).await?;
+    let mut lineages = repo::lineages(&source, args.cluster.as_ref()).await?;
+    lineages.retain(|identity| {
+        let is_meant = || wanted.iter().any(|wanted| wanted.lineage == identity.lineage);
+        identity.kind.is_physical() && (args.backup.is_none() || is_meant())
+    });
     let probe = async |store: &dyn store::Store| {
         let found = store::probe::probe(store).await?;
         tracing::info!(?found, "Probed {}", store.describe());
@@ -71,22 +105,31 @@ pub(crate) async fn run(args: RepoCopy, format: Output) -> Result<Exit, Failure>
             break;
         }
         let options = CopyOptions { now_ms: environment::now_ms(), ..options.clone() };
-        rows.push(copy(&mut mirror, wanted, &options).await);
+        rows.push(Row::Backup(copy(&mut mirror, wanted, &options).await));
+    }
+    // After the backups, so that what a collection there would delete is known.
+    for identity in lineages {
+        if options.cancel.is_cancelled() {
+            break;
+        }
+        rows.extend(copy_wal(&mirror, &identity, &options).await.map(Row::Wal));
     }
     interrupted.abort();
     shown.abort();
     output::show(format, &rows, |rows| table(rows));
     for row in &rows {
-        if let Some(failure) = &row.failure {
-            output::talk(&format!("Backup {} of {} is not copied:", row.backup, row.cluster));
-            output::failure(failure);
-        }
+        let Some(failure) = row.failure() else { continue };
+        output::talk(&match row {
+            Row::Backup(row) => format!("Backup {} of {} is not copied:", row.backup, row.cluster),
+            Row::Wal(row) => format!("Not all of the WAL of {} is copied:", row.cluster),
+        });
+        output::failure(failure);
     }
     Ok(exit(&rows, options.cancel.is_cancelled()))
 }
 
 fn exit(rows: &[Row], interrupted: bool) -> Exit {
-    let mut failures = rows.iter().filter_map(|row| row.failure.as_ref());
+    let mut failures = rows.iter().filter_map(Row::failure);
     match failures.next() {
         _ if interrupted => Exit::Interrupted,
         None => Exit::Ok,
@@ -127,12 +170,59 @@ async fn select(source: &Repository, args: &RepoCopy) -> Result<Vec<Wanted>, Fai
     }
 }
 
-async fn copy(mirror: &mut Mirror, wanted: Wanted, options: &CopyOptions) -> Row {
+/// Copies the WAL of a lineage; `None` when it has none.
+async fn copy_wal(mirror: &Mirror, identity: &Identity, options: &CopyOptions) -> Option<WalRow> {
+    let cluster = identity.cluster.to_string();
+    match mirror.copy_wal(identity.lineage, options).await {
+        Ok(wal) if wal == WalCopySummary::default() => None,
+        Ok(wal) => {
+            let failure = left_out(&wal, &mirror.target().describe());
+            Some(WalRow { cluster, wal, failure })
+        }
+        Err(error) => {
+            Some(WalRow { cluster, wal: WalCopySummary::default(), failure: Some(error.into()) })
+        }
+    }
+}
+
+/// What of the WAL was not copied although everything was tried.
+fn left_out(wal: &WalCopySummary, place: &str) -> Option<Failure> {
+    let named = |files: &[&str]| {
+        let shown = files.iter().take(NAMED_MAX).copied().collect::<Vec<_>>().join(", ");
+        let more = files.len().saturating_sub(NAMED_MAX);
+        if more > 0 { format!("{shown} and {more} more") } else { shown }
+    };
+    let damaged: Vec<&str> = wal.damaged.iter().map(|(file, _)| file.as_str()).collect();
+    let conflicts: Vec<&str> = wal.conflicts.iter().map(String::as_str).collect();
+    if let Some((_, why)) = wal.damaged.first() {
+        let what = format!(
+            "{} archived files cannot be read and are not copied ({}; of the first: {why}), {} have other content in {place}",
+            damaged.len(),
+            named(&damaged),
+            conflicts.len(),
+        );
+        return Some(Failure::new(Code::ObjectDamaged, Action::FixData, what).with_hint(
+            "Archive them again with `pgmuster wal push` if the server still has them, after deleting the damaged objects; else take a backup.",
+        ));
+    }
+    (!conflicts.is_empty()).then(|| {
+        let what = format!(
+            "{} archived files have other content in {place}, which stays as it is: {}",
+            conflicts.len(),
+            named(&conflicts)
+        );
+        Failure::new(Code::WalConflict, Action::FixConfig, what).with_hint(
+            "Somebody archives into the copy, or it went on by itself: let no archive_command name it, and copy into an empty place.",
+        )
+    })
+}
+
+async fn copy(mirror: &mut Mirror, wanted: Wanted, options: &CopyOptions) -> BackupRow {
     let copied = match mirror.copy_lineage(wanted.lineage).await {
         Ok(()) => mirror.copy(wanted.lineage, wanted.backup, options).await,
         Err(error) => Err(error),
     };
-    let row = Row {
+    let row = BackupRow {
         cluster: wanted.cluster,
         backup: wanted.backup,
         committed_at_ms: wanted.committed_at_ms,
@@ -144,9 +234,9 @@ async fn copy(mirror: &mut Mirror, wanted: Wanted, options: &CopyOptions) -> Row
     };
     match copied {
         Ok(CopySummary { outcome, sent, present, proofs }) => {
-            Row { outcome: Some(outcome), sent, present, proofs, ..row }
+            BackupRow { outcome: Some(outcome), sent, present, proofs, ..row }
         }
-        Err(error) => Row { failure: Some(error.into()), ..row },
+        Err(error) => BackupRow { failure: Some(error.into()), ..row },
     }
 }
 
@@ -154,7 +244,7 @@ fn table(rows: &[Row]) -> String {
     let now_ms = environment::now_ms();
     let amount =
         |amount: Amount| format!("{} in {} packs", output::bytes(amount.bytes), amount.packs);
-    let row = |row: &Row| {
+    let of_backup = |row: &BackupRow| {
         let result = match (row.outcome, &row.failure) {
             (Some(CopyOutcome::Copied), _) => "copied".to_owned(),
             (Some(CopyOutcome::Present), _) => "was there".to_owned(),
@@ -171,6 +261,20 @@ fn table(rows: &[Row]) -> String {
             amount(row.present),
             result,
         ]
+    };
+    let of_wal = |row: &WalRow| {
+        let wal = &row.wal;
+        let result = match &row.failure {
+            Some(failure) => failure.code.to_string(),
+            None if wal.sent.files > 0 => "copied".to_owned(),
+            None => "was there".to_owned(),
+        };
+        let (sent, present) = (repo::files(wal.sent), repo::files(wal.present));
+        vec![row.cluster.clone(), "WAL".to_owned(), "-".to_owned(), sent, present, result]
+    };
+    let row = |row: &Row| match row {
+        Row::Backup(row) => of_backup(row),
+        Row::Wal(row) => of_wal(row),
     };
     let head = ["CLUSTER", "BACKUP", "COMMITTED", "SENT", "WAS THERE", "RESULT"];
     output::table(&head, rows.iter().map(row).collect())

@@ -321,6 +321,25 @@ impl Repository {
         .await
     }
 
+    /// An object of the archive as it lies there, if it opens at its place.
+    pub(super) async fn get_sealed(
+        &self,
+        lineage: LineageId,
+        place: &str,
+    ) -> Result<Option<Bytes>, Error> {
+        let key = layout::wal(lineage) + place;
+        again(|| async {
+            let Some(object) = self.get_object(&key).await? else { return Ok(None) };
+            let (keys, place, bytes) = (Arc::clone(&self.keys), place.to_owned(), object.to_vec());
+            let opened = blocking(move || object::open(&keys, lineage, &place, bytes).map(drop));
+            match opened.await? {
+                Ok(()) => Ok(Some(object)),
+                Err(reason) => Err(Error::damaged(&key, reason)),
+            }
+        })
+        .await
+    }
+
     async fn get_object(&self, key: &str) -> Result<Option<Bytes>, Error> {
         match self.store.get(key, OBJECT_BYTES_MAX).await {
             Ok(object) => Ok(Some(object)),

@@ -6,6 +6,7 @@
 
 mod archive;
 mod collect;
+mod copy;
 mod inventory;
 mod object;
 
@@ -13,5 +14,6 @@ pub(crate) use archive::{Place, of_place};
 pub use archive::{WalAbsence, WalStored};
 pub(crate) use collect::{Doomed, Start};
 pub use collect::{WalBound, WalPlan};
+pub use copy::WalCopySummary;
 pub use inventory::{TimelineWal, WalGap, WalInventory, WalMissing, WalReach, WalRun};
 pub(crate) use object::object_id;
