@@ -8,7 +8,7 @@ mod archive;
 mod collect;
 mod copy;
 mod inventory;
-mod object;
+pub(crate) mod object;
 
 pub(crate) use archive::{Place, of_place};
 pub use archive::{WalAbsence, WalStored};
