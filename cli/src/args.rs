@@ -614,9 +614,9 @@ pub enum RepoCommand {
     },
     /// Delete what no wanted backup needs: what backups that were given up leave, and rests of failed attempts.
     ///
-    /// Safe beside running backups and other collections. While a backup is being written nothing is deleted. Says what goes
-    /// and what stays; more than a fifth at once, of the bytes or of the backups, needs --confirm-large. Needs the right to
-    /// delete in the store.
+    /// Archived WAL goes with the oldest backup: what stands before the beginning of all that are left. Safe beside running
+    /// backups and other collections. While a backup is being written nothing is deleted. Says what goes and what stays; more
+    /// than a fifth at once, of the bytes or of the backups, needs --confirm-large. Needs the right to delete in the store.
     Gc {
         /// Which repository.
         #[command(flatten)]
@@ -655,7 +655,8 @@ pub enum RepoCommand {
     ///
     /// The target is empty, or an earlier copy of the same repository. Every pack is held against its digest on the way, and a
     /// backup is there only when all of it is. What is there is not sent again; what is missing there is. A backup that
-    /// cannot be copied is named, and the others are copied. Safe beside backups and collections on both sides.
+    /// cannot be copied is named, and the others are copied. The WAL archive comes along, the oldest first. Safe beside backups
+    /// and collections on both sides.
     Copy(RepoCopy),
 }
 

@@ -89,8 +89,8 @@ impl Place {
         writer.copy(Arc::new(Inline), entries).await.unwrap();
         let facts = serde_json::from_value(serde_json::json!({
             "cluster": "orders", "system_identifier": "7", "server_version_num": 150_000, "catalog_version": 1,
-            "block_size": 8192, "wal_segment_size": 16_777_216, "data_checksums": true, "timeline": 1,
-            "start_lsn": "0/1", "stop_lsn": "0/2", "started_at_ms": 1, "stopped_at_ms": 2, "backup_label": "",
+            "block_size": 8192, "wal_segment_size": 1_048_576, "data_checksums": true, "timeline": 1,
+            "start_lsn": format!("0/{n}00028"), "stop_lsn": format!("0/{n}10000"), "started_at_ms": 1, "stopped_at_ms": 2, "backup_label": "",
         }));
         let written = writer.finish(Arc::new(Inline), vec![], facts.unwrap()).await.unwrap();
         self.backups.push(written.commit(at_ms).await.unwrap().backup);
@@ -380,4 +380,107 @@ async fn a_copy_is_made_taken_up_and_repeated_and_names_what_is_damaged() {
     let refused = ends(&place.repo("copy", &[&foreign, "--to-key", &key]), 7);
     assert!(refused.contains("REPOSITORY_EXISTS"), "{refused}");
     ends(&place.repo("copy", &[&place.url("main")]), 7);
+}
+
+/// Archives segments of 1 MiB. The first twelve digits of their names are the timeline and nothing.
+async fn archive(place: &Place, timeline: u32, numbers: std::ops::RangeInclusive<u8>) {
+    for number in numbers {
+        let name = format!("{timeline:08X}00000000{number:08X}").parse().unwrap();
+        let content = vec![number; 1 << 20].into();
+        place.repository.store_wal(place.lineage, &name, content).await.unwrap();
+    }
+}
+
+fn wal_get(place: &Place, name: &str) -> Output {
+    let (url, key) = (place.url("main"), place.key());
+    let to = place.directory.path().join(name);
+    let arguments = ["wal", "get", name, to.to_str().unwrap(), "--repository", &url];
+    let whose = ["--key", &key, "--cluster", "orders"];
+    let arguments = [&arguments[..], &whose].concat();
+    Command::new(env!("CARGO_BIN_EXE_pgmuster")).args(arguments).env_clear().output().unwrap()
+}
+
+fn windows(place: &Place, name: &str) -> Output {
+    let (url, key) = (place.url(name), place.key());
+    let arguments = ["recovery", "windows", &url, "--key", &key];
+    Command::new(env!("CARGO_BIN_EXE_pgmuster")).args(arguments).env_clear().output().unwrap()
+}
+
+#[tokio::test]
+async fn wal_that_was_collected_is_never_told_as_the_end_of_the_log() {
+    let place = Place::new().await;
+    // Backups begin in segments 1, 2 and 3.
+    let [first, second, _] = place.backups[..] else { panic!() };
+    let nothing = ends(&place.repo("gc", &["--plan"]), 0);
+    assert!(!nothing.contains("WAL of orders"), "{nothing}");
+    archive(&place, 1, 0..=1).await;
+    archive(&place, 2, 1..=4).await;
+    let planned = ends(&place.repo("gc", &["--plan"]), 0);
+    let said = "in 1 file go, up to segment 000000010000000000000000; ";
+    let why = format!("the oldest backup that stays, {first}, begins in 000000010000000000000001.");
+    assert!(planned.contains(said) && planned.contains(&why), "{planned}");
+
+    place.forget_long_ago(0).await;
+    let planned = json(&place.repo("gc", &["--plan", "-o", "json"]), 0);
+    let wal = &planned[0]["wal"];
+    assert_eq!(wal["delete"]["files"], 3, "{wal}");
+    assert_eq!(wal["last"], "000000020000000000000001");
+    assert_eq!(wal["bound"]["before"]["backup"], second.to_string());
+    assert_eq!(wal["bound"]["before"]["segment"], "000000010000000000000002");
+    let collected = json(&place.repo("gc", &["--confirm-large", "-o", "json"]), 0);
+    assert_eq!(collected[0]["wal"]["delete"]["files"], 3);
+    assert_eq!(collected[0]["result"], "deleted");
+
+    // What can be recovered begins later, and is told without a gap.
+    let told = ends(&windows(&place, "main"), 0);
+    assert!(told.contains(&second.to_string()) && !told.contains(&first.to_string()), "{told}");
+    assert!(told.contains("0/310000") && !told.contains("missing"), "{told}");
+
+    // Of the first timeline nothing is left; of the second, later segments are.
+    for name in ["000000010000000000000001", "000000020000000000000001"] {
+        let told = ends(&wal_get(&place, name), 200);
+        let below = format!("deleted the WAL before {}0000000000000002", &name[..8]);
+        assert!(told.contains(&below) && told.contains("WAL_MISSING"), "{told}");
+    }
+    ends(&wal_get(&place, "000000010000000000000002"), 1);
+    ends(&wal_get(&place, "000000020000000000000005"), 1);
+    ends(&wal_get(&place, "00000003.history"), 1);
+}
+
+#[tokio::test]
+async fn a_copy_brings_the_wal_along_and_tells_what_differs() {
+    let place = Place::new().await;
+    archive(&place, 1, 1..=3).await;
+    let to = place.url("copy");
+    let copied = json(&place.repo("copy", &[&to, "-o", "json"]), 0);
+    let wal = |rows: &Value| rows.as_array().unwrap().last().unwrap()["wal"].clone();
+    assert_eq!(
+        (copied.as_array().unwrap().len(), wal(&copied)["sent"]["files"].as_u64()),
+        (4, Some(3))
+    );
+    let again = ends(&place.repo("copy", &[&to]), 0);
+    assert!(
+        again.lines().any(|line| line.contains("WAL") && line.contains("was there")),
+        "{again}"
+    );
+    assert_eq!(ends(&windows(&place, "copy"), 0), ends(&windows(&place, "main"), 0));
+
+    // Somebody archives into the copy.
+    let name = "000000010000000000000002";
+    let object = format!("copy/lineages/{}/wal/00000001/{name}", place.lineage);
+    std::fs::remove_file(place.directory.path().join(object)).unwrap();
+    let key: repository::KeyFile = std::fs::read_to_string(place.key()).unwrap().parse().unwrap();
+    let store = Arc::new(DirectoryStore::new(place.directory.path().join("copy")));
+    let other = Repository::open(store, Some(&key)).await.unwrap();
+    let content = vec![77; 1 << 20].into();
+    other.store_wal(place.lineage, &name.parse().unwrap(), content).await.unwrap();
+    archive(&place, 1, 4..=4).await;
+    let told = ends(&place.repo("copy", &[&to]), 9);
+    assert!(
+        told.contains("Not all of the WAL of orders is copied") && told.contains(name),
+        "{told}"
+    );
+    assert!(told.contains("WAL_CONFLICT"), "{told}");
+    let object = format!("copy/lineages/{}/wal/00000001/000000010000000000000004", place.lineage);
+    assert!(place.directory.path().join(object).exists(), "everything else is copied");
 }

@@ -114,6 +114,18 @@ impl SegmentName {
             number: u64::from(self.high) * per_name + u64::from(self.low),
         })
     }
+
+    /// Where it stands in the log, whatever its timeline: the name without the timeline, as one number. Among segments of one
+    /// size it grows with the position.
+    pub fn rank(self) -> u64 {
+        u64::from(self.high) << 32 | u64::from(self.low)
+    }
+
+    /// The name of this rank on a timeline.
+    pub fn ranked(timeline: Timeline, rank: u64) -> Self {
+        let half = |half: u64| u32::try_from(half & u64::from(u32::MAX)).unwrap_or(u32::MAX);
+        Self { timeline, high: half(rank >> 32), low: half(rank) }
+    }
 }
 
 impl fmt::Display for SegmentName {

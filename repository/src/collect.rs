@@ -1,5 +1,6 @@
-//! Collecting garbage: deleting the packs that no wanted backup refers to. The collector's half of the commit protocol
-//! (FORMAT.md, section 8); its order of steps is what keeps it away from backups that are being written.
+//! Collecting garbage: deleting the packs that no wanted backup refers to, and archived WAL that none can use. The
+//! collector's half of the commit protocol (FORMAT.md, section 8); its order of steps is what keeps it away from backups that
+//! are being written.
 //!
 //! Nothing here decides which backups are wanted: `judge` does, by what people wish. Any number of collectors may run, and any
 //! of them may die at any point; the next one deletes what it left.
@@ -16,11 +17,13 @@ use crate::attempt::Aborted;
 use crate::error::Error;
 use crate::judge::{Judged, Roots, is_older};
 use crate::limits::CONDEMNED_BYTES_MAX;
-use crate::lineage::{AttemptSummary, has};
+use crate::lineage::{AttemptSummary, Seen, has};
 use crate::pack::PackId;
 use crate::record::{Condemned, Gone};
 use crate::repository::Repository;
+use crate::scrub::WalAmount;
 use crate::store::{Listed, PutOutcome, StoreError};
+use crate::wal::{Doomed, WalPlan};
 use crate::{chance, hex, layout, note};
 
 /// Packs that are deleted at the same time.
@@ -77,10 +80,13 @@ pub struct CollectPlan {
     /// Packs with their bytes.
     garbage: BTreeMap<PackId, u64>,
     goes: Vec<BackupId>,
-    /// What goes.
+    doomed_wal: Vec<Doomed>,
+    /// Packs that go.
     pub delete: Amount,
-    /// What stays.
+    /// Packs that stay.
     pub keep: Amount,
+    /// What goes of the WAL archive, and why.
+    pub wal: WalPlan,
     /// Every backup that is there, and whether and why it stays.
     pub backups: Vec<Judged>,
     /// What is being written, and postpones the collection.
@@ -144,6 +150,8 @@ pub enum Collected {
 pub struct CollectSummary {
     /// What was deleted.
     pub deleted: Amount,
+    /// What was deleted of the WAL archive.
+    pub wal: WalAmount,
     /// Backups that are gone.
     pub backups: Vec<BackupId>,
     /// What was needed again by the time it was looked at for the second time.
@@ -163,18 +171,24 @@ impl Repository {
         self.check_deletable()?;
         let options = &self.courtesies(options);
         self.identity(lineage).await?;
-        // The packs first: one that is stored later is not in the list, and cannot be taken for garbage.
+        // Packs and WAL first: what is stored later is not in the list, and cannot be taken for garbage.
         let packs = self.list_packs(lineage).await?;
+        let archived = self.list_archived(lineage).await?;
         let mut roots = Roots::new();
-        let mut judged = self.judge(lineage, options, None, &mut roots).await?;
+        let attempts = self.look_at_all(lineage).await?;
+        let (open, aborts) = open_attempts(&attempts, options);
+        let mut judged = self.judge(lineage, options, None, attempts, &mut roots).await?;
         self.measure(lineage, &mut judged.backups, &packs, &mut roots).await?;
-        let (open, aborts) = self.open_attempts(lineage, options).await?;
+        let bound = judged.wal_bound(&roots);
+        let (wal, doomed_wal) = self.plan_wal(lineage, &archived, bound).await?;
         let mut plan = CollectPlan {
             repository: self.clone(),
             lineage,
             roots,
             garbage: BTreeMap::new(),
             goes: judged.goes,
+            doomed_wal,
+            wal,
             delete: Amount::default(),
             keep: Amount::default(),
             backups: judged.backups,
@@ -220,9 +234,9 @@ impl Repository {
             }
         }
         for judged in backups {
-            let Some(named) = roots.get(&judged.backup) else { continue };
+            let Some(needs) = roots.get(&judged.backup) else { continue };
             let mut alone = Amount::default();
-            for pack in named.iter().filter(|pack| users.get(*pack) == Some(&1)) {
+            for pack in needs.packs.iter().filter(|pack| users.get(*pack) == Some(&1)) {
                 packs.get(pack).into_iter().for_each(|bytes| alone.add(*bytes));
             }
             judged.alone = Some(alone);
@@ -316,7 +330,8 @@ impl CollectPlan {
     /// More than a fifth of what is there would go, of the bytes, or of the backups when it is more than one: somebody should
     /// look twice.
     pub fn is_large(&self) -> bool {
-        self.delete.bytes > (self.delete.bytes + self.keep.bytes) / 5
+        let delete = self.delete.bytes + self.wal.delete.bytes;
+        delete > (delete + self.keep.bytes + self.wal.keep.bytes) / 5
             || self.goes.len() > (self.backups.len() / 5).max(1)
     }
 
@@ -328,7 +343,8 @@ impl CollectPlan {
         if options.cancel.is_cancelled() {
             return Err(Error::Cancelled);
         }
-        if self.garbage.is_empty() && self.goes.is_empty() {
+        let condemns = !(self.garbage.is_empty() && self.goes.is_empty());
+        if !condemns && self.doomed_wal.is_empty() {
             repository.tidy(lineage, options).await?;
             return Ok(Collected::Nothing);
         }
@@ -345,11 +361,20 @@ impl CollectPlan {
             return Err(Error::Limit { reason: format!("{} packs at once", self.garbage.len()) });
         }
         let retire = async || {
+            if !condemns {
+                return Ok(());
+            }
             let done = layout::of_run(lineage, &run, "done");
             repository.store.put(&done, bytes::Bytes::from_static(b"\n")).await
         };
         let mut unanswered = false;
-        let ended = match repository.store.put_if_absent(&list, bytes).await {
+        // WAL is on no list: nobody refers to it.
+        let listed = if condemns {
+            repository.store.put_if_absent(&list, bytes).await
+        } else {
+            Ok(PutOutcome::Created)
+        };
+        let ended = match listed {
             Ok(PutOutcome::Created) => self.carry_out(options, &run, &mut unanswered).await,
             Ok(PutOutcome::Exists) => {
                 return Err(Error::Bug(format!("{list} was made by somebody else")));
@@ -383,7 +408,7 @@ impl CollectPlan {
         let (repository, lineage) = (self.repository.clone(), self.lineage);
         // From here on every new attempt keeps away from these packs. Those that began before are asked for their end.
         let mut summary = CollectSummary::default();
-        let (open, old) = repository.open_attempts(lineage, options).await?;
+        let (open, old) = open_attempts(&repository.look_at_all(lineage).await?, options);
         if !open.is_empty() {
             return Ok(Collected::Postponed { open });
         }
@@ -397,7 +422,10 @@ impl CollectPlan {
         }
         // They may have committed, and refer to what was garbage; and a wish may have been taken back.
         let planned = self.goes.iter().copied().collect();
-        let judged = repository.judge(lineage, options, Some(&planned), &mut self.roots).await?;
+        let attempts = repository.look_at_all(lineage).await?;
+        let judged =
+            repository.judge(lineage, options, Some(&planned), attempts, &mut self.roots).await?;
+        let wal_bound = judged.wal_bound(&self.roots);
         let mut doomed = Vec::new();
         for (pack, bytes) in std::mem::take(&mut self.garbage) {
             if judged.packs.contains(&pack) {
@@ -432,6 +460,9 @@ impl CollectPlan {
         for deleted in ended {
             deleted?.into_iter().for_each(|bytes| summary.deleted.add(bytes));
         }
+        // After the backups that alone needed it. Whoever began to write since the attempts were looked at began after the
+        // WAL was listed, and the segments that follow its backup were archived later still.
+        summary.wal = repository.delete_wal(lineage, self.doomed_wal, &wal_bound, options).await?;
         if options.cancel.is_cancelled() {
             return Err(Error::Cancelled);
         }
@@ -439,32 +470,39 @@ impl CollectPlan {
     }
 }
 
-impl Repository {
-    /// The attempts without a verdict: those to wait for, and those that have been open for longer than the patience.
-    async fn open_attempts(
-        &self,
-        lineage: LineageId,
-        options: &CollectOptions,
-    ) -> Result<(Vec<Open>, Vec<Open>), Error> {
-        let (mut open, mut old) = (Vec::new(), Vec::new());
-        for seen in self.look(lineage).await? {
-            let (by, began_at_ms) = match seen.summary {
-                Ok(AttemptSummary { intent: Some(intent), verdict: None, .. }) => {
-                    (intent.by, intent.began_at_ms)
-                }
-                // An intent that cannot be read is one all the same. To abort it harms nobody but its writer.
-                Err(Error::Damaged { key, .. }) if !has(&seen.names, "verdict") => {
-                    (format!("nobody knows whom: {key} is damaged"), 0)
-                }
-                Err(error) if !matches!(error, Error::Damaged { .. }) => return Err(error),
-                _ => continue,
-            };
-            let is_old = |patience_ms| is_older(began_at_ms, options.now_ms, patience_ms);
-            let attempt = Open { attempt: seen.attempt, by, began_at_ms };
-            if options.patience_ms.is_some_and(is_old) { &mut old } else { &mut open }
-                .push(attempt);
+/// The attempts without a verdict: those to wait for, and those that have been open for longer than the patience.
+fn open_attempts(attempts: &[Seen], options: &CollectOptions) -> (Vec<Open>, Vec<Open>) {
+    let (mut open, mut old) = (Vec::new(), Vec::new());
+    for seen in attempts {
+        let (by, began_at_ms) = match &seen.summary {
+            Ok(AttemptSummary { intent: Some(intent), verdict: None, .. }) => {
+                (intent.by.clone(), intent.began_at_ms)
+            }
+            // An intent that cannot be read is one all the same. To abort it harms nobody but its writer.
+            Err(Error::Damaged { key, .. }) if !has(&seen.names, "verdict") => {
+                (format!("nobody knows whom: {key} is damaged"), 0)
+            }
+            _ => continue,
+        };
+        let is_old = |patience_ms| is_older(began_at_ms, options.now_ms, patience_ms);
+        let attempt = Open { attempt: seen.attempt, by, began_at_ms };
+        if options.patience_ms.is_some_and(is_old) {
+            old.push(attempt);
+        } else {
+            open.push(attempt);
         }
-        Ok((open, old))
+    }
+    (open, old)
+}
+
+impl Repository {
+    /// Every attempt, damaged or not. That the store did not answer says nothing about one, and ends it.
+    async fn look_at_all(&self, lineage: LineageId) -> Result<Vec<Seen>, Error> {
+        let attempts = self.look(lineage).await?.into_iter().map(|seen| match seen.summary {
+            Err(error) if !matches!(error, Error::Damaged { .. }) => Err(error),
+            _ => Ok(seen),
+        });
+        attempts.collect()
     }
 
     /// Deletes what a backup that goes has beside its verdict: its proofs, and then the manifest, without which it is none;

@@ -78,8 +78,8 @@ pub struct CopySummary {
 /// A source and its mirror.
 #[derive(Debug)]
 pub struct Mirror {
-    source: Repository,
-    target: Repository,
+    pub(crate) source: Repository,
+    pub(crate) target: Repository,
     /// Packs of the source that are damaged, and how.
     bad: HashMap<PackId, String>,
     /// Metadata packs of the target that were held against their digests.

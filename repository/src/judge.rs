@@ -12,6 +12,7 @@ use crate::lineage::{AttemptSummary, Seen, backups, has};
 use crate::pack::PackId;
 use crate::pins::SeenPin;
 use crate::repository::Repository;
+use crate::wal::{Start, WalBound};
 use crate::wishes;
 
 /// Why a backup stays.
@@ -71,8 +72,16 @@ pub(crate) fn is_older(at_ms: i64, now_ms: i64, than_ms: i64) -> bool {
     now_ms.abs_diff(at_ms) >= than_ms.unsigned_abs()
 }
 
-/// The packs of each backup's manifest, which never changes.
-pub(crate) type Roots = HashMap<BackupId, Vec<PackId>>;
+/// What a backup needs, by its manifest, which never changes.
+#[derive(Debug)]
+pub(crate) struct Needs {
+    pub(crate) packs: Vec<PackId>,
+    /// Where it begins in the log, if it is of a kind that does.
+    pub(crate) start: Option<Start>,
+}
+
+/// What is known of the needs of backups.
+pub(crate) type Roots = HashMap<BackupId, Needs>;
 
 /// What stays.
 pub(crate) struct Judgement {
@@ -84,15 +93,29 @@ pub(crate) struct Judgement {
     pub(crate) packs: HashSet<PackId>,
 }
 
+impl Judgement {
+    /// Before which segment no WAL is needed once those that go are gone. One that goes and cannot be read counts while it
+    /// is there, so that nothing rests on what nobody knows.
+    pub(crate) fn wal_bound(&self, roots: &Roots) -> WalBound {
+        let starts = self.backups.iter().filter_map(|judged| {
+            let needs = roots.get(&judged.backup);
+            let counts = needs.is_none() || !self.goes.contains(&judged.backup);
+            counts.then(|| (judged.backup, needs.and_then(|needs| needs.start)))
+        });
+        WalBound::by(starts)
+    }
+}
+
 impl Repository {
-    /// Judges every backup. `planned` are those of which the collection said that they may go; every other one stays,
-    /// whatever was wished since: who reads it or refers to it could not know. Fails when anything that stays cannot be
-    /// read: what it refers to is unknown.
+    /// Judges every backup, by what was seen of the attempts. `planned` are those of which the collection said that they may
+    /// go; every other one stays, whatever was wished since: who reads it or refers to it could not know. Fails when anything
+    /// that stays cannot be read: what it refers to is unknown.
     pub(crate) async fn judge(
         &self,
         lineage: LineageId,
         options: &CollectOptions,
         planned: Option<&HashSet<BackupId>>,
+        attempts: Vec<Seen>,
         roots: &mut Roots,
     ) -> Result<Judgement, Error> {
         let pins = self.list_pins(lineage).await?;
@@ -107,7 +130,7 @@ impl Repository {
         let mut judgement =
             Judgement { backups: Vec::new(), goes: Vec::new(), packs: HashSet::new() };
         let mut readable = Vec::new();
-        for seen in self.look(lineage).await? {
+        for seen in attempts {
             match seen.summary {
                 Ok(summary) if summary.backup().is_none() => readable.push(summary),
                 // What was given up and cannot be read is nobody's newest.
@@ -119,7 +142,6 @@ impl Repository {
                     readable.push(summary);
                 }
                 Err(Error::Damaged { .. }) if !has(&seen.names, "verdict") => {}
-                // That the store did not answer says nothing about the backup.
                 Err(error) if !matches!(error, Error::Damaged { .. }) => return Err(error),
                 _ => {
                     if let Some(judged) = self.judge_damaged(lineage, seen, options).await? {
@@ -227,12 +249,14 @@ impl Repository {
         backup: BackupId,
         roots: &'a mut Roots,
     ) -> Result<&'a [PackId], Error> {
-        Ok(match roots.entry(backup) {
+        let needs = match roots.entry(backup) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(unknown) => {
                 let opened = self.open_backup(lineage, backup).await?;
-                unknown.insert(opened.root.packs.keys().copied().collect())
+                let packs = opened.root.packs.keys().copied().collect();
+                unknown.insert(Needs { packs, start: Start::of(opened.facts()) })
             }
-        })
+        };
+        Ok(&needs.packs)
     }
 }

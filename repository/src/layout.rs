@@ -8,6 +8,8 @@ pub(crate) const CONFIG: &str = "config";
 pub(crate) const KEYS: &str = "keys/";
 pub(crate) const KEYRINGS: &str = "keyring/";
 pub(crate) const LINEAGES: &str = "lineages/";
+/// Below [`wal`].
+pub(crate) const WAL_FLOORS: &str = "floor/";
 
 pub(crate) fn key(id: &str) -> String {
     format!("{KEYS}{id}")
@@ -95,6 +97,11 @@ pub(crate) fn wal_of(lineage: LineageId, timeline: Timeline) -> String {
 /// A file of the archive: a name below [`wal`]. Each timeline has a folder.
 pub(crate) fn wal_file(file: &WalFileName) -> String {
     format!("{:08X}/{file}", file.timeline().0)
+}
+
+/// What says that a collection may have deleted whatever ranks below a segment: a name below [`wal`].
+pub(crate) fn wal_floor(rank: u64) -> String {
+    format!("{WAL_FLOORS}{rank:016X}")
 }
 
 /// What came under a name that other content had first: a name below [`wal`]. `number` from 1.

@@ -82,7 +82,10 @@ pub use restore::{
 };
 pub use scrub::{CheckLevel, Damage, ScrubOptions, ScrubReport, ScrubbedLineage, WalAmount};
 pub use slice::Slice;
-pub use wal::{TimelineWal, WalGap, WalInventory, WalRun, WalStored};
+pub use wal::{
+    TimelineWal, WalAbsence, WalBound, WalCopySummary, WalGap, WalInventory, WalPlan, WalRun,
+    WalStored,
+};
 pub use writer::{
     BackupSummary, BackupWriter, Source, SourceFile, WalWriter, WriteOptions, Written,
 };

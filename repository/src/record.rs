@@ -125,6 +125,17 @@ pub(crate) struct Gone {
     pub(crate) at_ms: i64,
 }
 
+/// A collection may have deleted the archived WAL below a segment, which the object's name tells. For people.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Floor {
+    /// Who collected.
+    pub(crate) by: String,
+    /// Which backup was the oldest, and where it begins.
+    pub(crate) why: String,
+    /// Their clock, Unix milliseconds.
+    pub(crate) at_ms: i64,
+}
+
 /// Somebody reads a backup.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pin {

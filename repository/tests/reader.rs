@@ -57,7 +57,19 @@ impl Found {
     }
 
     fn run(&self, verb: &str, arguments: &[&str]) -> Result<String, String> {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/reader/restore.py");
+        self.run_script("restore.py", verb, arguments)
+    }
+
+    /// What the reader makes of an archived file of a lineage, or why it refuses.
+    fn fetch(&self, lineage: LineageId, name: &str) -> Result<Vec<u8>, String> {
+        let place = tempfile::tempdir().unwrap();
+        let to = place.path().join("file");
+        self.run_script("wal.py", "get", &[&lineage.to_string(), name, to.to_str().unwrap()])?;
+        Ok(fs::read(&to).unwrap())
+    }
+
+    fn run_script(&self, script: &str, verb: &str, arguments: &[&str]) -> Result<String, String> {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/reader").join(script);
         let key = self.key.as_deref().unwrap_or(Path::new("-"));
         let output = Command::new(PYTHON)
             .args(["-B".as_ref(), script.as_os_str(), verb.as_ref()])
@@ -137,6 +149,29 @@ async fn compare(found: &Found) -> usize {
         }
     }
     assert_eq!(found.run("list", &[]).unwrap(), listed.join("\n") + "\n");
+    compared
+}
+
+/// Fetches every archived file with both and compares; says how many there were.
+async fn compare_archives(found: &Found) -> usize {
+    let repository = found.open().await;
+    let mut compared = 0;
+    for identity in repository.list_lineages().await.unwrap() {
+        let lineage = identity.lineage;
+        let prefix = format!("lineages/{lineage}/wal/");
+        let objects = repository.store().list(&prefix).await.unwrap();
+        let mut names = Vec::new();
+        for object in objects {
+            let name = object.key.rsplit_once('/').unwrap().1;
+            let Ok(file) = name.parse() else { continue };
+            let ours = repository.fetch_wal(lineage, &file).await.unwrap().unwrap();
+            assert!(found.fetch(lineage, name).unwrap() == ours, "{name}");
+            names.push(name.to_owned());
+            compared += 1;
+        }
+        let listed = found.run_script("wal.py", "list", &[&lineage.to_string()]).unwrap();
+        assert_eq!(listed.lines().collect::<Vec<_>>(), names);
+    }
     compared
 }
 
@@ -293,14 +328,64 @@ fn everything() -> Tree {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_golden_repository_is_restored_alike_by_both_readers() {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-    let mut compared = Vec::new();
+    let mut compared = BTreeMap::new();
     for version in fs::read_dir(golden).unwrap() {
         let version = version.unwrap().path();
         let found =
             Found { store: version.join("repository"), key: Some(version.join("repository.key")) };
-        compared.push(compare(&found).await);
+        let name = version.file_name().unwrap().to_str().unwrap().to_owned();
+        compared.insert(name, (compare(&found).await, compare_archives(&found).await));
     }
-    assert_eq!(compared, [2]);
+    let expected = [("v1".to_owned(), (2, 0)), ("v1-wal".to_owned(), (1, 7))];
+    assert_eq!(compared, BTreeMap::from(expected));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_second_reader_refuses_archived_wal_that_was_changed_moved_or_is_not_there() {
+    let made = Made::new(Encryption::KeyFile).await;
+    let [lineage, other] = [made.lineage("orders", 7).await, made.lineage("invoices", 8).await];
+    let names = ["000000010000000000000001", "000000010000000000000002"];
+    for (number, name) in (1..).zip(names) {
+        let content = common::segment(1, number);
+        made.repository.store_wal(lineage, &name.parse().unwrap(), content).await.unwrap();
+    }
+    // A lineage that has no backup has an archive all the same.
+    assert_eq!(
+        (made.found.run("list", &[]), compare_archives(&made.found).await),
+        (Ok(String::new()), 2)
+    );
+    let file = |lineage: LineageId, name: &str| {
+        made.found.store.join(format!("lineages/{lineage}/wal/00000001/{name}"))
+    };
+    let [first, second] = names.map(|name| file(lineage, name));
+    let whole = fs::read(&first).unwrap();
+    let refused = |what: &str, needle: &str| {
+        let reason = made.found.fetch(lineage, names[0]).expect_err(what);
+        assert!(reason.contains("failed") && reason.contains(needle), "{what}: {reason}");
+    };
+    for at in [0, 70, 100, 150, 200, 250, whole.len() - 60, whole.len() - 20, whole.len() - 1] {
+        let mut changed = whole.clone();
+        changed[at] ^= 1;
+        fs::write(&first, changed).unwrap();
+        refused(&format!("byte {at} is changed"), "");
+    }
+    for length in [0, 150, whole.len() - 1] {
+        fs::write(&first, &whole[..length]).unwrap();
+        refused(&format!("cut to {length} bytes"), "");
+    }
+    fs::copy(&second, &first).unwrap();
+    refused("another segment", "another object");
+    fs::write(&first, &whole).unwrap();
+    fs::create_dir_all(file(other, names[0]).parent().unwrap()).unwrap();
+    fs::copy(&first, file(other, names[0])).unwrap();
+    let reason = made.found.fetch(other, names[0]).unwrap_err();
+    assert!(reason.contains("another object"), "{reason}");
+    fs::remove_file(&first).unwrap();
+    refused("deleted", "No such file");
+    for name in ["../identity", "00000001.histor", "floor", "000000010000000000000001.bak"] {
+        let reason = made.found.fetch(lineage, name).unwrap_err();
+        assert!(reason.contains("is not the name of a file"), "{reason}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -15,7 +15,9 @@ use proto::{Code, Failure, Lsn, SystemIdentifier, Timeline};
 use repository::store::directory::DirectoryStore;
 use repository::store::layer::Layer;
 use repository::store::{Listed, PutOutcome, Store, StoreError};
-use repository::{CheckLevel, Error, Repository, ScrubOptions, ScrubReport, WalGap, WalStored};
+use repository::{
+    CheckLevel, Error, Repository, ScrubOptions, ScrubReport, WalAbsence, WalGap, WalStored,
+};
 
 const MIB: u64 = 1 << 20;
 
@@ -145,9 +147,10 @@ async fn an_unfinished_segment_never_stands_for_the_whole_one() {
     let wal = &inventory.timelines[&Timeline(1)];
     assert!(wal.runs.is_empty() && wal.partials.len() == 1, "{inventory:?}");
     let segment = Segment { timeline: Timeline(1), number: 4 }.name(1 << 20);
-    assert!(!bench.repository.has_later_wal(bench.lineage, segment).await.unwrap());
+    let absence = async || bench.repository.wal_absence(bench.lineage, segment).await.unwrap();
+    assert_eq!(absence().await, WalAbsence::End);
     store(&bench, "000000010000000000000005", content(1)).await.unwrap();
-    assert!(bench.repository.has_later_wal(bench.lineage, segment).await.unwrap());
+    assert_eq!(absence().await, WalAbsence::Gap);
 }
 
 #[tokio::test]
@@ -159,7 +162,7 @@ async fn nothing_is_missing_for_certain_where_the_repository_is_not() {
     std::fs::rename(&here, &away).unwrap();
     fetch(&bench, name).await.unwrap_err();
     let segment = Segment { timeline: Timeline(1), number: 1 }.name(1 << 20);
-    bench.repository.has_later_wal(bench.lineage, segment).await.unwrap_err();
+    bench.repository.wal_absence(bench.lineage, segment).await.unwrap_err();
     bench.repository.list_wal(bench.lineage).await.unwrap_err();
     // A mount point without what is to be mounted there.
     std::fs::create_dir(&here).unwrap();
@@ -274,10 +277,12 @@ async fn whether_there_is_more_is_told_without_a_list_of_all_there_is() {
     }
     let endless = Endless(DirectoryStore::new(bench.store_path()));
     let endless = Repository::open(Arc::new(endless), Some(&bench.key)).await.unwrap();
-    for (number, more) in [(0x0e, true), (0x0f, false), (0x10, false)] {
+    for (number, expected) in
+        [(0x0e, WalAbsence::Gap), (0x0f, WalAbsence::End), (0x10, WalAbsence::End)]
+    {
         let segment = Segment { timeline: Timeline(1), number }.name(1 << 20);
-        let told = endless.has_later_wal(bench.lineage, segment).await.unwrap();
-        assert_eq!(told, more, "{segment}");
+        let told = endless.wal_absence(bench.lineage, segment).await.unwrap();
+        assert_eq!(told, expected, "{segment}");
     }
     for (timeline, any) in [(1, true), (2, false)] {
         let told = endless.has_wal_of(bench.lineage, Timeline(timeline)).await.unwrap();

@@ -375,6 +375,17 @@ async fn nothing_but_the_certain_end_of_the_log_ends_a_recovery() -> anyhow::Res
     let log = fails(&mut server, "a segment is deleted in the middle").await?;
     ensure!(log.contains("WAL_MISSING"), "{log}");
     std::fs::write(&middle, &whole)?;
+    // Nothing is left of the timeline but the word that it may have been collected.
+    let timeline = middle.parent().context("the timeline's directory")?;
+    let (floor, aside) = (timeline.with_file_name("floor"), timeline.with_file_name("aside"));
+    std::fs::rename(timeline, &aside)?;
+    std::fs::create_dir(&floor)?;
+    let rank = run.last.next().name(1 << 20).rank();
+    std::fs::write(floor.join(format!("{rank:016X}")), "whatever it says")?;
+    let log = fails(&mut server, "all of it was collected").await?;
+    ensure!(log.contains("`repo gc` deleted the WAL before"), "{log}");
+    std::fs::remove_dir_all(&floor)?;
+    std::fs::rename(&aside, timeline)?;
 
     for (what, wrong) in [
         ("there is no such option", "--kye"),

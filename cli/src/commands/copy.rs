@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proto::failure::chain;
-use proto::{BackupId, ClusterName, Failure, LineageId};
+use proto::{Action, BackupId, ClusterName, Code, Failure, LineageId};
 use repository::{
-    Amount, CopyOptions, CopyOutcome, CopySummary, Lineages, Lost, Mirror, Progress, Repository,
-    store,
+    Amount, CopyOptions, CopyOutcome, CopySummary, Identity, Lineages, Lost, Mirror, Progress,
+    Repository, WalCopySummary, store,
 };
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
@@ -18,9 +18,37 @@ use crate::exit::Exit;
 use crate::opener::Opener;
 use crate::{environment, follow, output};
 
+/// Files that a failure names.
+const NAMED_MAX: usize = 5;
+
+/// A line of what is told.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum Row {
+    Backup(BackupRow),
+    Wal(WalRow),
+}
+
+impl Row {
+    fn failure(&self) -> Option<&Failure> {
+        match self {
+            Self::Backup(row) => row.failure.as_ref(),
+            Self::Wal(row) => row.failure.as_ref(),
+        }
+    }
+}
+
+/// What became of the WAL archive of one lineage.
+#[derive(Debug, Serialize)]
+struct WalRow {
+    cluster: String,
+    wal: WalCopySummary,
+    failure: Option<Failure>,
+}
+
 /// What became of one backup.
 #[derive(Debug, Serialize)]
-struct Row {
+struct BackupRow {
     cluster: String,
     backup: BackupId,
     committed_at_ms: Option<i64>,
@@ -31,7 +59,7 @@ struct Row {
     failure: Option<Failure>,
 }
 
-impl Row {
+impl BackupRow {
     fn of(cluster: &ClusterName, backup: BackupId) -> Self {
         Self {
             cluster: cluster.to_string(),
@@ -49,9 +77,9 @@ impl Row {
 #[derive(Default)]
 struct Selected {
     /// To be copied, with the row that will tell what became of it.
-    wanted: Vec<(LineageId, Row)>,
+    wanted: Vec<(LineageId, BackupRow)>,
     /// What cannot be read at the source.
-    lost: Vec<Row>,
+    lost: Vec<BackupRow>,
     /// Lineages that cannot.
     unreadable: Vec<(LineageId, repository::Error)>,
 }
@@ -63,6 +91,11 @@ pub(crate) async fn run(args: RepoCopy, format: Output) -> Result<Exit, Failure>
     let source = Repository::open_with(store, opener.unlock()).await?;
     let opener = args.to_key.as_deref().map_or(Ok(opener), Opener::file)?;
     let Selected { wanted, lost, unreadable } = select(&source, &args).await?;
+    let mut lineages = repo::lineages(&source, args.cluster.as_ref()).await?.readable;
+    lineages.retain(|identity| {
+        let is_meant = || wanted.iter().any(|(lineage, _)| *lineage == identity.lineage);
+        identity.kind.is_physical() && (args.backup.is_none() || is_meant())
+    });
     let to = repo::open_store(&args.to).await?;
     let probe = async |store: &dyn store::Store| {
         let found = if args.single_writer {
@@ -88,22 +121,31 @@ pub(crate) async fn run(args: RepoCopy, format: Output) -> Result<Exit, Failure>
         cancel.cancel();
     });
     let shown = tokio::spawn(show_progress(Arc::clone(&options.progress)));
-    let mut rows = lost;
+    let mut rows: Vec<Row> = lost.into_iter().map(Row::Backup).collect();
     for (lineage, row) in wanted {
         if options.cancel.is_cancelled() {
             break;
         }
         let options = CopyOptions { now_ms: environment::now_ms(), ..options.clone() };
-        rows.push(copy(&mut mirror, lineage, row, &options).await);
+        rows.push(Row::Backup(copy(&mut mirror, lineage, row, &options).await));
+    }
+    // After the backups, so that what a collection there would delete is known.
+    for identity in lineages {
+        if options.cancel.is_cancelled() {
+            break;
+        }
+        rows.extend(copy_wal(&mirror, &identity, &options).await.map(Row::Wal));
     }
     interrupted.abort();
     shown.abort();
     output::show(format, &rows, |rows| table(rows));
     for row in &rows {
-        if let Some(failure) = &row.failure {
-            output::talk(&format!("Backup {} of {} is not copied:", row.backup, row.cluster));
-            output::failure(failure);
-        }
+        let Some(failure) = row.failure() else { continue };
+        output::talk(&match row {
+            Row::Backup(row) => format!("Backup {} of {} is not copied:", row.backup, row.cluster),
+            Row::Wal(row) => format!("Not all of the WAL of {} is copied:", row.cluster),
+        });
+        output::failure(failure);
     }
     for (lineage, why) in &unreadable {
         output::talk(&format!("Lineage {lineage} is not copied: failed to {}", chain(why)));
@@ -115,7 +157,7 @@ pub(crate) async fn run(args: RepoCopy, format: Output) -> Result<Exit, Failure>
 }
 
 fn exit(rows: &[Row], interrupted: bool) -> Exit {
-    let mut failures = rows.iter().filter_map(|row| row.failure.as_ref());
+    let mut failures = rows.iter().filter_map(Row::failure);
     match failures.next() {
         _ if interrupted => Exit::Interrupted,
         None => Exit::Ok,
@@ -141,7 +183,8 @@ async fn select(source: &Repository, args: &RepoCopy) -> Result<Selected, Failur
             };
             if meant {
                 let committed_at_ms = summary.committed_at_ms();
-                of_lineage.push((lineage, Row { committed_at_ms, ..Row::of(cluster, backup) }));
+                let row = BackupRow { committed_at_ms, ..BackupRow::of(cluster, backup) };
+                of_lineage.push((lineage, row));
             }
         }
         if args.newest {
@@ -156,7 +199,7 @@ async fn select(source: &Repository, args: &RepoCopy) -> Result<Selected, Failur
             };
             if meant {
                 let failure = Some(why.into());
-                selected.lost.push(Row { failure, ..Row::of(cluster, backup) });
+                selected.lost.push(BackupRow { failure, ..BackupRow::of(cluster, backup) });
             }
         }
         selected.wanted.append(&mut of_lineage);
@@ -169,16 +212,68 @@ async fn select(source: &Repository, args: &RepoCopy) -> Result<Selected, Failur
     }
 }
 
-async fn copy(mirror: &mut Mirror, lineage: LineageId, row: Row, options: &CopyOptions) -> Row {
+/// Copies the WAL of a lineage; `None` when it has none.
+async fn copy_wal(mirror: &Mirror, identity: &Identity, options: &CopyOptions) -> Option<WalRow> {
+    let cluster = identity.cluster.to_string();
+    match mirror.copy_wal(identity.lineage, options).await {
+        Ok(wal) if wal == WalCopySummary::default() => None,
+        Ok(wal) => {
+            let failure = left_out(&wal, &mirror.target().describe());
+            Some(WalRow { cluster, wal, failure })
+        }
+        Err(error) => {
+            Some(WalRow { cluster, wal: WalCopySummary::default(), failure: Some(error.into()) })
+        }
+    }
+}
+
+/// What of the WAL was not copied although everything was tried.
+fn left_out(wal: &WalCopySummary, place: &str) -> Option<Failure> {
+    let named = |files: &[&str]| {
+        let shown = files.iter().take(NAMED_MAX).copied().collect::<Vec<_>>().join(", ");
+        let more = files.len().saturating_sub(NAMED_MAX);
+        if more > 0 { format!("{shown} and {more} more") } else { shown }
+    };
+    let damaged: Vec<&str> = wal.damaged.iter().map(|(file, _)| file.as_str()).collect();
+    let conflicts: Vec<&str> = wal.conflicts.iter().map(String::as_str).collect();
+    if let Some((_, why)) = wal.damaged.first() {
+        let what = format!(
+            "{} archived files cannot be read and are not copied ({}; of the first: {why}), {} have other content in {place}",
+            damaged.len(),
+            named(&damaged),
+            conflicts.len(),
+        );
+        return Some(Failure::new(Code::ObjectDamaged, Action::FixData, what).with_hint(
+            "Archive them again with `pgmuster wal push` if the server still has them, after deleting the damaged objects; else take a backup.",
+        ));
+    }
+    (!conflicts.is_empty()).then(|| {
+        let what = format!(
+            "{} archived files have other content in {place}, which stays as it is: {}",
+            conflicts.len(),
+            named(&conflicts)
+        );
+        Failure::new(Code::WalConflict, Action::FixConfig, what).with_hint(
+            "Somebody archives into the copy, or it went on by itself: let no archive_command name it, and copy into an empty place.",
+        )
+    })
+}
+
+async fn copy(
+    mirror: &mut Mirror,
+    lineage: LineageId,
+    row: BackupRow,
+    options: &CopyOptions,
+) -> BackupRow {
     let copied = match mirror.copy_lineage(lineage).await {
         Ok(()) => mirror.copy(lineage, row.backup, options).await,
         Err(error) => Err(error),
     };
     match copied {
         Ok(CopySummary { outcome, sent, present }) => {
-            Row { outcome: Some(outcome), sent, present, ..row }
+            BackupRow { outcome: Some(outcome), sent, present, ..row }
         }
-        Err(error) => Row { failure: Some(error.into()), ..row },
+        Err(error) => BackupRow { failure: Some(error.into()), ..row },
     }
 }
 
@@ -186,7 +281,7 @@ fn table(rows: &[Row]) -> String {
     let now_ms = environment::now_ms();
     let amount =
         |amount: Amount| format!("{} in {} packs", output::bytes(amount.bytes), amount.packs);
-    let row = |row: &Row| {
+    let of_backup = |row: &BackupRow| {
         let result = match (row.outcome, &row.failure) {
             (Some(CopyOutcome::Copied), _) => "copied".to_owned(),
             (Some(CopyOutcome::Present), _) => "was there".to_owned(),
@@ -207,6 +302,20 @@ fn table(rows: &[Row]) -> String {
             amount(row.present),
             result,
         ]
+    };
+    let of_wal = |row: &WalRow| {
+        let wal = &row.wal;
+        let result = match &row.failure {
+            Some(failure) => failure.code.to_string(),
+            None if wal.sent.files > 0 => "copied".to_owned(),
+            None => "was there".to_owned(),
+        };
+        let (sent, present) = (repo::files(wal.sent), repo::files(wal.present));
+        vec![row.cluster.clone(), "WAL".to_owned(), "-".to_owned(), sent, present, result]
+    };
+    let row = |row: &Row| match row {
+        Row::Backup(row) => of_backup(row),
+        Row::Wal(row) => of_wal(row),
     };
     let head = ["CLUSTER", "BACKUP", "COMMITTED", "SENT", "WAS THERE", "RESULT"];
     output::table(&head, rows.iter().map(row).collect())

@@ -1,7 +1,12 @@
 //! `repo gc`: says what goes, what stays and why, and deletes it.
 
+use std::fmt::Write as _;
+
 use proto::{ClusterName, Failure, LineageId};
-use repository::{Amount, CollectOptions, Collected, Judged, LeftList, Open, Reason, Repository};
+use repository::{
+    Amount, CollectOptions, Collected, Judged, LeftList, Open, Reason, Repository, WalBound,
+    WalPlan,
+};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
@@ -33,6 +38,8 @@ struct Collection {
     lineage: String,
     delete: Amount,
     keep: Amount,
+    /// Of the WAL archive; `None` when there was no plan.
+    wal: Option<WalPlan>,
     backups: Vec<Judged>,
     /// Backups that are being written.
     open: Vec<Open>,
@@ -50,6 +57,7 @@ impl Collection {
             lineage: lineage.to_string(),
             delete: Amount::default(),
             keep: Amount::default(),
+            wal: None,
             backups: Vec::new(),
             open: Vec::new(),
             aborts: Vec::new(),
@@ -112,7 +120,7 @@ pub(crate) async fn run(
     output::show(format, &rows, |rows| {
         let mut shown = String::new();
         if how.plan_only {
-            shown = backups(rows, options.now_ms) + "\n\n";
+            shown = backups(rows, options.now_ms) + "\n\n" + &archives(rows);
         }
         shown + &summary(rows, options.now_ms)
     });
@@ -139,6 +147,7 @@ async fn collect(
 ) -> Result<Exit, Failure> {
     let plan = repository.plan_collection(lineage, options).await?;
     (row.delete, row.keep) = (plan.delete, plan.keep);
+    row.wal = Some(plan.wal.clone());
     row.backups.clone_from(&plan.backups);
     row.open.clone_from(&plan.open);
     // Nobody is aborted for nothing.
@@ -164,6 +173,7 @@ async fn collect(
             }
             Collected::Done(done) => {
                 row.delete = done.deleted;
+                row.wal.iter_mut().for_each(|wal| wal.delete = done.wal);
                 let aborted: Vec<String> =
                     done.aborted.iter().map(|attempt| format!("; {attempt} aborted")).collect();
                 (format!("deleted{}", aborted.concat()), Exit::Ok)
@@ -195,9 +205,52 @@ fn summary(rows: &[Collection], now_ms: i64) -> String {
                 list.run
             )
         }));
-        vec![row.cluster.clone(), amount(row.delete), amount(row.keep), said.join("; ")]
+        let wal = row.wal.as_ref().filter(|wal| wal.delete.files > 0);
+        let wal = wal.map_or_else(|| "-".to_owned(), |wal| repo::files(wal.delete));
+        vec![row.cluster.clone(), amount(row.delete), wal, amount(row.keep), said.join("; ")]
     };
-    output::table(&["CLUSTER", "DELETE", "KEEP", "RESULT"], rows.iter().map(row).collect())
+    let head = ["CLUSTER", "DELETE", "DELETE WAL", "KEEP", "RESULT"];
+    output::table(&head, rows.iter().map(row).collect())
+}
+
+/// What goes of each WAL archive and why; nothing of those that are empty.
+fn archives(rows: &[Collection]) -> String {
+    let mut said = String::new();
+    for Collection { cluster, wal, .. } in rows {
+        let Some(wal) = wal.as_ref().filter(|wal| wal.delete.files + wal.keep.files > 0) else {
+            continue;
+        };
+        let goes = match wal.last {
+            Some(last) => format!("{} go, up to segment {last}", repo::files(wal.delete)),
+            None => "none goes".to_owned(),
+        };
+        let why = match &wal.bound {
+            WalBound::Before { segment, backup, .. } => {
+                format!("the oldest backup that stays, {backup}, begins in {segment}")
+            }
+            WalBound::NoBackup => "there is no backup that would tell what is needed".to_owned(),
+            WalBound::Unknown { backup } => {
+                format!(
+                    "where backup {backup} begins cannot be read; WAL goes when that one is gone"
+                )
+            }
+            WalBound::Sizes { backup } => format!(
+                "segments had another size when backup {backup} was made, so their names cannot be compared"
+            ),
+        };
+        let _ = writeln!(said, "WAL of {cluster}: {goes}; {} stay: {why}.", repo::files(wal.keep));
+        for timeline in &wal.untouched {
+            let _ = writeln!(
+                said,
+                "WAL of {cluster}: timeline {timeline} stays whole: none of its segments tells that it has the size that the \
+                 backups tell."
+            );
+        }
+    }
+    if !said.is_empty() {
+        said.push('\n');
+    }
+    said
 }
 
 /// Every backup, whether it stays, why, and what it alone needs.

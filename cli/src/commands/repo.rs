@@ -6,7 +6,7 @@ use std::path::Path;
 
 use proto::failure::chain;
 use proto::{Action, BackupId, BackupKind, ClusterName, Code, Failure, LineageId};
-use repository::{Encryption, InitOptions, Lineages, Lost, Repository, Wish, store};
+use repository::{Encryption, InitOptions, Lineages, Lost, Repository, WalAmount, Wish, store};
 use serde::Serialize;
 
 use crate::args::{OpenerArgs, Output, RepoCommand};
@@ -169,6 +169,12 @@ pub(crate) fn unknown(repository: &Repository, backup: BackupId) -> Failure {
     let message = format!("{} has no backup {backup}", repository.describe());
     Failure::new(Code::BackupUnknown, Action::FixConfig, message)
         .with_hint("List what there is with `pgmuster repo list`.")
+}
+
+/// How much of a WAL archive, for people.
+pub(crate) fn files(amount: WalAmount) -> String {
+    let noun = if amount.files == 1 { "file" } else { "files" };
+    format!("{} in {} {noun}", output::bytes(amount.bytes), amount.files)
 }
 
 /// The lineages of a cluster, or all. Of those that cannot be read nobody knows whose they are: they are told where all are meant.

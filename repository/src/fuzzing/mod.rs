@@ -12,6 +12,8 @@
 mod input;
 mod valid;
 
+use std::sync::LazyLock;
+
 use input::{Choice, Input};
 
 use crate::config::Config;
@@ -25,6 +27,7 @@ use crate::pack::{self, Codec, FrameRef, HEADER_BYTES, ObjectType, TAIL_BYTES, T
 use crate::recipient::{KeyObject, Unlock};
 use crate::record::{Condemned, Identity, Intent, Verdict, Wish};
 use crate::shard;
+use crate::wal::object as wal;
 
 /// Memory that an answer may take beside what grows with its input.
 const SMALL_BYTES: usize = 64 << 10;
@@ -112,6 +115,41 @@ fn table(input: &Input<'_>) -> bool {
     assert_eq!(offset, (HEADER_BYTES + valid::FRAMES_BYTES) as u64);
     assert_eq!(size_bytes, offset + rows.len() as u64 + 16 + TAIL_BYTES as u64);
     true
+}
+
+/// A file of the WAL archive: its container (forged, with the digest it needs), or head and content as a writer with the key
+/// could seal them (authentic). What its first bytes tell is believed of the whole object.
+pub fn archived(data: &[u8]) -> bool {
+    static VALID: LazyLock<Vec<u8>> = LazyLock::new(|| valid::archived(&valid::archived_plain()));
+    let Some(input) = Input::new(data) else { return false };
+    let (keys, lineage) = (valid::keys(), valid::lineage());
+    let open = |place, bytes: &[u8]| wal::open(keys, lineage, place, bytes.to_vec());
+    if input.choice == Choice::Forged {
+        let mut bytes = input.bytes(&VALID);
+        if let Some(digested) = bytes.len().checked_sub(40) {
+            let digest = blake3::hash(&bytes[..digested]);
+            bytes[digested..digested + 32].copy_from_slice(digest.as_bytes());
+        }
+        let told = wal::head(keys, lineage, valid::PLACE, &bytes);
+        let end = usize::try_from(wal::HEAD_END).unwrap_or(usize::MAX);
+        let is_ours = bytes.get(..end) == VALID.get(..end);
+        assert_eq!(told.is_ok(), is_ours, "a head that nobody wrote was believed, or one was not");
+        let opened = open(valid::PLACE, &bytes);
+        assert!(opened.is_err() || bytes == *VALID, "a file that nobody archived was opened");
+        let elsewhere = open("00000001/000000010000000000000002", &bytes);
+        assert!(elsewhere.is_err(), "a file was opened under another name");
+        return opened.is_ok();
+    }
+    let plain = input.bytes(&valid::archived_plain());
+    let object = valid::archived(&plain);
+    let (head, content) = plain.split_at(plain.len().min(wal::HEAD_BYTES));
+    let is_right = wal::Head::decode(head) == Some(wal::Head::of(content));
+    let told = wal::head(keys, lineage, valid::PLACE, &object);
+    assert_eq!(told.ok(), wal::Head::decode(head));
+    let opened = open(valid::PLACE, &object);
+    assert_eq!(opened.is_ok(), is_right, "the head and the content do not fit, or do");
+    assert!(opened.is_err() || opened.as_deref() == Ok(content));
+    is_right
 }
 
 /// A manifest: its head (forged) or its body (authentic). Both are sealed together, so either means a writer with the key.
@@ -311,9 +349,10 @@ mod tests {
 
     type Parser = fn(&[u8]) -> bool;
 
-    const TARGETS: [(&str, Parser); 8] = [
+    const TARGETS: [(&str, Parser); 9] = [
         ("frame", frame),
         ("container", container),
+        ("archived", archived),
         ("manifest", manifest),
         ("shard", shard),
         ("verdict", verdict),

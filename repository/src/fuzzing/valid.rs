@@ -14,6 +14,7 @@ use crate::pack::{
 };
 use crate::recipient::KeyObject;
 use crate::shard::{self, ShardRef};
+use crate::wal::object::{HEAD_BYTES, Head as ArchivedHead, object_id};
 
 pub(super) const REPOSITORY: RepositoryId = RepositoryId(uuid::Uuid::from_bytes([1; 16]));
 pub(super) const PACK: PackId = PackId([7; 16]);
@@ -104,6 +105,31 @@ pub(super) fn container() -> &'static Vec<u8> {
         builder.finish().expect("a pack can be ended").0.to_vec()
     });
     &MADE
+}
+
+/// Where [`archived`] lies.
+pub(super) const PLACE: &str = "00000001/000000010000000000000001";
+/// Content that a frame of it holds; a writer's are larger.
+pub(super) const ARCHIVED_FRAME_BYTES: usize = 300;
+
+/// A file of the WAL archive, which its head describes: the head, and the content behind it.
+pub(super) fn archived_plain() -> Vec<u8> {
+    let content = content();
+    [&ArchivedHead::of(&content).encode()[..], &content].concat()
+}
+
+/// A head and content, sealed as a file of the archive whether they fit each other or not.
+pub(super) fn archived(plain: &[u8]) -> Vec<u8> {
+    let mut compressor = Compressor::new(3).expect("zstd can be started");
+    let mut builder = PackBuilder::new(keys(), lineage(), ObjectType::Archive, object_id(PLACE))
+        .expect("a container can be begun");
+    let (head, content) = plain.split_at(plain.len().min(HEAD_BYTES));
+    builder.append(head, None).expect("a frame can be added");
+    for (number, frame) in content.chunks(ARCHIVED_FRAME_BYTES).enumerate() {
+        let compressor = (number % 2 == 0).then_some(&mut compressor);
+        builder.append(frame, compressor).expect("a frame can be added");
+    }
+    builder.finish().expect("a container can be ended").0.to_vec()
 }
 
 /// Bytes of the frames that [`table`] describes.

@@ -174,6 +174,8 @@ struct Found {
     runs: BTreeMap<String, BTreeMap<String, u64>>,
     /// Files of the WAL archive, by their names below it.
     wal: BTreeMap<String, u64>,
+    /// Notes that say below which segment WAL may have been deleted, and their sizes.
+    floors: BTreeMap<u64, u64>,
 }
 
 impl Repository {
@@ -244,6 +246,9 @@ impl Repository {
                     let is_read = options.reads(wal::slice_id(&place));
                     to_read += if is_read { size_bytes } else { 0 };
                     found.wal.insert(place, size_bytes);
+                }
+                Part::Floor(rank) => {
+                    found.floors.insert(rank, size_bytes);
                 }
                 Part::Pin => {}
             }

@@ -32,6 +32,8 @@ pub(super) enum Part {
     Run(String, String),
     /// A file of the WAL archive, or what was refused there, by its name below it.
     Wal(String),
+    /// What says below which segment WAL may have been deleted.
+    Floor(u64),
     /// A pin, which comes and goes.
     Pin,
 }
@@ -77,7 +79,10 @@ fn part(lineage: LineageId, key: &str, rest: &str) -> Option<Part> {
             let (run, name) = rest.split_once('/')?;
             matches!(name, "condemned" | "done").then(|| Part::Run(run.to_owned(), name.to_owned()))
         }
-        "wal" => wal::of_place(rest).map(|_| Part::Wal(rest.to_owned())),
+        "wal" => match wal::of_place(rest)? {
+            wal::Place::Floor(rank) => Some(Part::Floor(rank)),
+            _ => Some(Part::Wal(rest.to_owned())),
+        },
         "pins" => Some(Part::Pin),
         _ => None,
     }
@@ -158,6 +163,8 @@ mod tests {
             let part = Part::Wal(place.to_owned());
             assert_eq!(of(&format!("wal/{place}")), Name::Of(lineage, part));
         }
+        let floor = of(&format!("wal/{}", layout::wal_floor(0xA_0000_00FF)));
+        assert_eq!(floor, Name::Of(lineage, Part::Floor(0xA_0000_00FF)));
         assert_eq!(of("pins/a/b"), Name::Of(lineage, Part::Pin));
     }
 

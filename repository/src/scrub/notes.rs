@@ -10,7 +10,7 @@ use crate::error::Error;
 use crate::layout;
 use crate::limits::{CONDEMNED_BYTES_MAX, PROOF_BYTES_MAX};
 use crate::note;
-use crate::record::{Condemned, Gone, Intent, Mark, Wish};
+use crate::record::{Condemned, Floor, Gone, Intent, Mark, Wish};
 use crate::store::StoreError;
 
 impl Survey<'_> {
@@ -48,6 +48,12 @@ impl Survey<'_> {
                     "{wrong}; no backup is compared with another while it is there: delete it"
                 );
                 blame(self.faults, layout::of_run(self.lineage, run, "condemned"), what);
+            }
+        }
+        for (rank, size) in &self.found.floors {
+            let key = layout::wal(self.lineage) + &layout::wal_floor(*rank);
+            if let Some(wrong) = self.note::<Floor>(&key, *size).await?.err() {
+                blame(self.faults, key, wrong);
             }
         }
         for pack in &self.found.marks {

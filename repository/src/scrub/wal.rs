@@ -22,6 +22,13 @@ pub struct WalAmount {
     pub bytes: u64,
 }
 
+impl WalAmount {
+    pub(crate) fn add(&mut self, bytes: u64) {
+        self.files += 1;
+        self.bytes += bytes;
+    }
+}
+
 pub(super) fn amount(files: &BTreeMap<String, u64>) -> WalAmount {
     WalAmount { files: files.len() as u64, bytes: files.values().sum() }
 }

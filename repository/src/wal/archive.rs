@@ -9,7 +9,7 @@ use proto::wal::{History, SegmentName, WalFileName, is_segment_size};
 use proto::{LineageId, Timeline};
 
 use super::inventory::{TimelineWal, WalInventory};
-use super::object::{self, HEAD_END, OBJECT_BYTES_MAX};
+use super::object::{self, HEAD_END, Head, OBJECT_BYTES_MAX};
 use crate::again::again;
 use crate::error::Error;
 use crate::layout;
@@ -31,6 +31,20 @@ pub enum WalStored {
     Created,
     /// The same content was there.
     AlreadyThere,
+}
+
+/// What it means that the archive has not got a segment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WalAbsence {
+    /// Nothing that would have to come after it on its timeline is there: the log ends before it, as far as it was archived.
+    End,
+    /// Later segments of its timeline are there.
+    Gap,
+    /// A collection may have deleted it, with all that begins before `below`, of whatever timeline.
+    Collected {
+        /// The first segment that was left, named as one of the timeline that was asked for.
+        below: SegmentName,
+    },
 }
 
 impl Repository {
@@ -94,20 +108,26 @@ impl Repository {
         }
     }
 
-    /// Whether the archive has a segment of the same timeline behind `segment`. `false` only when that is certain.
-    pub async fn has_later_wal(
+    /// What it means that the archive has not got a segment. [`WalAbsence::End`] only when that is certain.
+    pub async fn wal_absence(
         &self,
         lineage: LineageId,
         segment: SegmentName,
-    ) -> Result<bool, Error> {
+    ) -> Result<WalAbsence, Error> {
+        // Presence counts, whoever wrote it: to know less is safe.
+        let floor = self.list_floors(lineage).await?.into_iter().max();
+        if let Some(rank) = floor.filter(|rank| segment.rank() < *rank) {
+            let below = SegmentName::ranked(segment.timeline, rank);
+            return Ok(WalAbsence::Collected { below });
+        }
         let prefix = layout::wal_of(lineage, segment.timeline);
         let after = format!("{prefix}{segment}");
         let is_segment = |key: &str| matches!(file_of(key), Some(WalFileName::Segment(_)));
-        let later = self.store.has_behind(&prefix, &after, is_segment).await?;
-        if !later {
-            self.identity(lineage).await?;
+        if self.store.has_behind(&prefix, &after, is_segment).await? {
+            return Ok(WalAbsence::Gap);
         }
-        Ok(later)
+        self.identity(lineage).await?;
+        Ok(WalAbsence::End)
     }
 
     /// Whether the archive has a segment; says nothing of its content. `false` only when that is certain.
@@ -183,7 +203,7 @@ impl Repository {
                     }
                 }
                 Some(Place::Conflict(file, _)) => inventory.conflicts.push(file),
-                None => {}
+                Some(Place::Floor(_)) | None => {}
             }
         }
         // Each is numbered, and the listing is in order.
@@ -233,7 +253,7 @@ impl Repository {
 
     /// How long the segments of a timeline are, said by the first that can be read; 0 when none can. Each is looked at, so
     /// that one that is damaged hides nothing.
-    async fn size_of_segments(
+    pub(super) async fn size_of_segments(
         &self,
         lineage: LineageId,
         names: &[SegmentName],
@@ -241,18 +261,7 @@ impl Repository {
     ) -> Result<u32, Error> {
         for name in names {
             let file = WalFileName::Segment(*name);
-            let place = layout::wal_file(&file);
-            let key = layout::wal(lineage) + &place;
-            let head = again(|| async {
-                let start = match self.store.get_range(&key, 0..HEAD_END).await {
-                    Ok(start) => start,
-                    Err(StoreError::NotFound { .. }) => return Ok(None),
-                    Err(error) => return Err(Error::needed(error)),
-                };
-                let head = object::head(&self.keys, lineage, &place, &start);
-                head.map(Some).map_err(|reason| Error::damaged(&key, reason))
-            });
-            match head.await {
+            match self.head_of(lineage, &layout::wal_file(&file)).await {
                 Ok(Some(head)) if is_segment_size(head.bytes) => {
                     return Ok(u32::try_from(head.bytes).unwrap_or(0));
                 }
@@ -303,11 +312,7 @@ impl Repository {
         }
         let key = layout::wal(lineage) + place;
         again(|| async {
-            let object = match self.store.get(&key, OBJECT_BYTES_MAX).await {
-                Ok(object) => object,
-                Err(StoreError::NotFound { .. }) => return Ok(()),
-                Err(error) => return Err(Error::needed(error)),
-            };
+            let Some(object) = self.get_object(&key).await? else { return Ok(()) };
             let is_right = blocking(move || {
                 let tail = Tail::parse(&object).ok()?;
                 (pack::digest_of(&object)? == tail.digest).then_some(())
@@ -332,17 +337,59 @@ impl Repository {
     async fn get_archived(&self, lineage: LineageId, place: &str) -> Result<Option<Bytes>, Error> {
         let key = layout::wal(lineage) + place;
         again(|| async {
-            let object = match self.store.get(&key, OBJECT_BYTES_MAX).await {
-                Ok(object) => object,
-                Err(StoreError::NotFound { .. }) => return Ok(None),
-                Err(error) => return Err(Error::needed(error)),
-            };
+            let Some(object) = self.get_object(&key).await? else { return Ok(None) };
             let (keys, place) = (Arc::clone(&self.keys), place.to_owned());
             let opened = blocking(move || object::open(&keys, lineage, &place, object.into()));
             match opened.await? {
                 Ok(content) => Ok(Some(content.into())),
                 Err(reason) => Err(Error::damaged(&key, reason)),
             }
+        })
+        .await
+    }
+
+    /// An object of the archive as it lies there, if it opens at its place.
+    pub(super) async fn get_sealed(
+        &self,
+        lineage: LineageId,
+        place: &str,
+    ) -> Result<Option<Bytes>, Error> {
+        let key = layout::wal(lineage) + place;
+        again(|| async {
+            let Some(object) = self.get_object(&key).await? else { return Ok(None) };
+            let (keys, place, bytes) = (Arc::clone(&self.keys), place.to_owned(), object.to_vec());
+            let opened = blocking(move || object::open(&keys, lineage, &place, bytes).map(drop));
+            match opened.await? {
+                Ok(()) => Ok(Some(object)),
+                Err(reason) => Err(Error::damaged(&key, reason)),
+            }
+        })
+        .await
+    }
+
+    async fn get_object(&self, key: &str) -> Result<Option<Bytes>, Error> {
+        match self.store.get(key, OBJECT_BYTES_MAX).await {
+            Ok(object) => Ok(Some(object)),
+            Err(StoreError::NotFound { .. }) => Ok(None),
+            Err(error) => Err(Error::needed(error)),
+        }
+    }
+
+    /// What an object of the archive says of its content, by its first bytes. `None` when there is no such object.
+    pub(super) async fn head_of(
+        &self,
+        lineage: LineageId,
+        place: &str,
+    ) -> Result<Option<Head>, Error> {
+        let key = layout::wal(lineage) + place;
+        again(|| async {
+            let start = match self.store.get_range(&key, 0..HEAD_END).await {
+                Ok(start) => start,
+                Err(StoreError::NotFound { .. }) => return Ok(None),
+                Err(error) => return Err(Error::needed(error)),
+            };
+            let head = object::head(&self.keys, lineage, place, &start);
+            head.map(Some).map_err(|reason| Error::damaged(&key, reason))
         })
         .await
     }
@@ -365,20 +412,25 @@ pub(crate) enum Place {
     File(WalFileName),
     /// Content that was refused under this name, by its number.
     Conflict(WalFileName, u32),
+    /// What ranks below may have been deleted.
+    Floor(u64),
 }
 
 /// What a name below the archive means. Strict: a second spelling is no name.
 pub(crate) fn of_place(place: &str) -> Option<Place> {
     let (folder, rest) = place.split_once('/')?;
-    let read = if folder == "conflicts" {
-        let (file, number) = rest.split_once('/')?;
-        Place::Conflict(file.parse().ok()?, number.parse().ok().filter(|number| *number > 0)?)
-    } else {
-        Place::File(rest.parse().ok()?)
+    let read = match folder {
+        "conflicts" => {
+            let (file, number) = rest.split_once('/')?;
+            Place::Conflict(file.parse().ok()?, number.parse().ok().filter(|number| *number > 0)?)
+        }
+        "floor" => Place::Floor(u64::from_str_radix(rest, 16).ok()?),
+        _ => Place::File(rest.parse().ok()?),
     };
     let written = match &read {
         Place::File(file) => layout::wal_file(file),
         Place::Conflict(file, number) => layout::wal_conflict(file, *number),
+        Place::Floor(rank) => layout::wal_floor(*rank),
     };
     (written == place).then_some(read)
 }
@@ -431,6 +483,7 @@ mod tests {
             let place = layout::wal_conflict(&file, 7);
             assert_eq!(of_place(&place), Some(Place::Conflict(file, 7)));
         }
+        assert_eq!(of_place("floor/0000000A00000FFF"), Some(Place::Floor(0xA_0000_0FFF)));
         for place in [
             "0000000A0000000000000005",
             "00000001/0000000A0000000000000005",
@@ -439,6 +492,9 @@ mod tests {
             "conflicts/0000000A.history",
             "conflicts/0000000A.history/0",
             "conflicts/0000000A.history/01",
+            "floor/000000010000001",
+            "floor/000000010000000a",
+            "floor/+000000100000001",
             "other/0000000A.history",
         ] {
             assert_eq!(of_place(place), None, "{place}");

@@ -5,10 +5,15 @@
 //! what was stored under this name is checked here.
 
 mod archive;
+mod collect;
+mod copy;
 mod inventory;
-mod object;
+pub(crate) mod object;
 
-pub use archive::WalStored;
-pub(crate) use archive::of_place;
+pub(crate) use archive::{Place, of_place};
+pub use archive::{WalAbsence, WalStored};
+pub(crate) use collect::{Doomed, Start};
+pub use collect::{WalBound, WalPlan};
+pub use copy::WalCopySummary;
 pub use inventory::{TimelineWal, WalGap, WalInventory, WalRun};
 pub(crate) use object::object_id;

@@ -16,7 +16,7 @@ const ID_CONTEXT: &str = "pgmuster repository v1: place of an archived WAL file"
 /// A writer puts this much content into a frame.
 const FRAME_BYTES: usize = 4 << 20;
 /// The head: length and digest of the content.
-const HEAD_BYTES: usize = 8 + 32;
+pub(crate) const HEAD_BYTES: usize = 8 + 32;
 /// zstd's level, as for files.
 const LEVEL: i32 = 3;
 /// The largest content a reader accepts: a segment.
@@ -34,18 +34,18 @@ pub(crate) struct Head {
 }
 
 impl Head {
-    fn of(content: &[u8]) -> Self {
+    pub(crate) fn of(content: &[u8]) -> Self {
         Self { bytes: content.len() as u64, blake3: blake3::hash(content).into() }
     }
 
-    fn encode(&self) -> [u8; HEAD_BYTES] {
+    pub(crate) fn encode(&self) -> [u8; HEAD_BYTES] {
         let mut bytes = [0; HEAD_BYTES];
         bytes[..8].copy_from_slice(&self.bytes.to_be_bytes());
         bytes[8..].copy_from_slice(&self.blake3);
         bytes
     }
 
-    fn decode(bytes: &[u8]) -> Option<Self> {
+    pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
         let (length, blake3) = bytes.split_first_chunk::<8>()?;
         Some(Self { bytes: u64::from_be_bytes(*length), blake3: blake3.try_into().ok()? })
     }
@@ -60,7 +60,7 @@ pub(crate) fn object_id(place: &str) -> [u8; 16] {
 }
 
 /// Compresses and seals.
-pub(super) fn seal(
+pub(crate) fn seal(
     keys: &Keys,
     lineage: LineageId,
     place: &str,
@@ -87,7 +87,7 @@ pub(super) fn seal(
 }
 
 /// The content of a whole object. The reason is for people.
-pub(super) fn open(
+pub(crate) fn open(
     keys: &Keys,
     lineage: LineageId,
     place: &str,
@@ -113,7 +113,7 @@ pub(super) fn open(
 }
 
 /// The head of an object that begins with `bytes`, [`HEAD_END`] of them or more.
-pub(super) fn head(
+pub(crate) fn head(
     keys: &Keys,
     lineage: LineageId,
     place: &str,

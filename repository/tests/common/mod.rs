@@ -305,6 +305,11 @@ impl Bench {
 
     /// A copy of the repository in another place, which goes on with the same names.
     pub async fn forked(&self) -> Self {
+        self.forked_over(|to| Arc::new(DirectoryStore::new(to))).await
+    }
+
+    /// The same, reached through another store.
+    pub async fn forked_over(&self, store: impl FnOnce(&Path) -> Arc<dyn Store>) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let to = directory.path().join("repository");
         for file in files_below(&self.store_path()) {
@@ -312,7 +317,7 @@ impl Bench {
             std::fs::create_dir_all(copy.parent().unwrap()).unwrap();
             std::fs::copy(&file, copy).unwrap();
         }
-        let store: Arc<dyn Store> = Arc::new(DirectoryStore::new(to));
+        let store = store(&to);
         Self {
             directory,
             repository: Repository::open(store, Some(&self.key)).await.unwrap(),
@@ -356,6 +361,38 @@ impl Bench {
         back_up(&self.repository, self.lineage, self.intent(at_ms), tree, options).await
     }
 
+    /// A small backup that begins in a segment, segments being 1 MiB, and ends with the one behind it.
+    pub async fn back_up_from(&self, timeline: u32, segment: u64, at_ms: i64) -> BackupSummary {
+        let tree = Arc::new(Tree::new().file("a", noise(segment, 10_000)));
+        let facts = BackupFacts {
+            wal_segment_size: 1 << 20,
+            timeline: Timeline(timeline),
+            start_lsn: Lsn((segment << 20) + 0x28),
+            stop_lsn: Lsn((segment + 2) << 20),
+            ..facts()
+        };
+        let options = WriteOptions { continuity: Some("here".into()), ..WriteOptions::default() };
+        let (repository, lineage) = (&self.repository, self.lineage);
+        let done =
+            back_up_that_says(repository, lineage, self.intent(at_ms), &tree, options, facts).await;
+        done.unwrap()
+    }
+
+    /// Archives segments of 1 MiB; each has the content that [`segment`] says.
+    pub async fn archive(&self, timeline: u32, numbers: std::ops::RangeInclusive<u64>) {
+        for number in numbers {
+            self.archive_one(&wal_name(timeline, number), segment(timeline, number)).await.unwrap();
+        }
+    }
+
+    pub async fn archive_one(
+        &self,
+        name: &str,
+        content: bytes::Bytes,
+    ) -> Result<repository::WalStored, Error> {
+        self.repository.store_wal(self.lineage, &name.parse().unwrap(), content).await
+    }
+
     pub async fn open(&self, summary: &BackupSummary) -> Backup {
         self.repository.open_backup(self.lineage, summary.backup).await.unwrap()
     }
@@ -372,6 +409,18 @@ impl Bench {
     }
 }
 
+/// The name of a segment of 1 MiB.
+pub fn wal_name(timeline: u32, number: u64) -> String {
+    proto::wal::Segment { timeline: Timeline(timeline), number }.file_name(1 << 20)
+}
+
+/// What is archived under that name.
+pub fn segment(timeline: u32, number: u64) -> bytes::Bytes {
+    let mut bytes = vec![0; 1 << 20];
+    bytes[..12].copy_from_slice(&[&timeline.to_be_bytes()[..], &number.to_be_bytes()].concat());
+    bytes.into()
+}
+
 /// A whole backup, with WAL and late files.
 pub async fn back_up(
     repository: &Repository,
@@ -379,6 +428,18 @@ pub async fn back_up(
     intent: Intent,
     tree: &Arc<Tree>,
     options: WriteOptions,
+) -> Result<BackupSummary, Error> {
+    back_up_that_says(repository, lineage, intent, tree, options, facts()).await
+}
+
+/// The same with other facts.
+pub async fn back_up_that_says(
+    repository: &Repository,
+    lineage: LineageId,
+    intent: Intent,
+    tree: &Arc<Tree>,
+    options: WriteOptions,
+    facts: BackupFacts,
 ) -> Result<BackupSummary, Error> {
     let committed_at_ms = intent.began_at_ms + 1000;
     let attempt = repository.begin(lineage, intent).await?;
@@ -390,7 +451,7 @@ pub async fn back_up(
         SourceEntry::bytes("backup_label", 0o600, "START WAL LOCATION: 0/1000000"),
         SourceEntry::bytes("late_control", 0o600, noise(1, 8192)),
     ];
-    let written = writer.finish(source, late, facts()).await?;
+    let written = writer.finish(source, late, facts).await?;
     written.commit(committed_at_ms).await
 }
 

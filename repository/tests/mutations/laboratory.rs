@@ -10,10 +10,10 @@ use std::sync::Arc;
 use bytes::Bytes;
 use proto::envelope::{Certificate, Credentials, SigningKey};
 use proto::proof::ProofLevel;
-use proto::{BackupId, LineageId, Proof, SystemIdentifier};
+use proto::{BackupId, LineageId, Proof, SystemIdentifier, WalFileName};
 use repository::{
-    Aborted, BackupSummary, Change, CollectOptions, KeyFile, Keyring, Source, SourceEntry, Unlock,
-    Wish, WriteOptions,
+    Aborted, BackupSummary, Change, CollectOptions, Collected, KeyFile, Keyring, Source,
+    SourceEntry, Unlock, Wish, WriteOptions,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -62,6 +62,10 @@ pub(crate) enum Class {
     Wal {
         needed: bool,
     },
+    /// A file of the WAL archive, or what was refused there.
+    Archived,
+    /// What says below which segment WAL may have been deleted.
+    Floor,
 }
 
 /// A backup and what it restores to.
@@ -76,6 +80,8 @@ pub(crate) struct Laboratory {
     path: PathBuf,
     pub objects: BTreeMap<String, Object>,
     pub backups: Vec<Kept>,
+    /// Files of the WAL archive and their content.
+    pub archived: Vec<(LineageId, WalFileName, Bytes)>,
     /// The objects of another repository that was made in the same way.
     pub elsewhere: BTreeMap<String, Vec<u8>>,
     /// The objects of a copy of this repository that went on in another way.
@@ -122,6 +128,8 @@ pub(crate) async fn build() -> Laboratory {
     let first = bench.back_up(&orders, NOW_MS).await;
     let mut backups = vec![keep(&bench, &orders, &first).await];
     let forked = fork(&bench).await;
+    // Before there is any garbage: it collects.
+    let mut archived = archive(&bench, 100).await;
     change(&orders, 10);
     let second = bench.back_up(&orders, NOW_MS + 1_000).await;
     backups.push(keep(&bench, &orders, &second).await);
@@ -145,6 +153,7 @@ pub(crate) async fn build() -> Laboratory {
         backups.push(keep(&billing, &invoices, &summary).await);
     }
 
+    archived.extend(archive(&billing, 200).await);
     let second_key = add_key(&bench).await;
     let repository = &bench.repository;
     let wish = Wish { by: "tester".into(), why: "to be spoilt".into(), at_ms: NOW_MS };
@@ -159,6 +168,7 @@ pub(crate) async fn build() -> Laboratory {
     leave_a_collection(&bench).await;
 
     let other = Bench::new().await;
+    archive(&other, 300).await;
     let strange = tree(1);
     for n in 0..2 {
         other.back_up(&strange, NOW_MS + n).await;
@@ -177,6 +187,7 @@ pub(crate) async fn build() -> Laboratory {
     Laboratory {
         objects: objects.collect(),
         backups,
+        archived,
         elsewhere: read(&other.store_path()),
         fork: forked.0,
         path: bench.store_path(),
@@ -196,6 +207,8 @@ fn class(key: &str, bytes: &[u8], committed: bool, forgotten: bool, needed: bool
         "manifest" => Class::Manifest { committed, forgotten },
         "forget" => Class::Wish,
         _ if name.starts_with("hold.") || name.starts_with("release.") => Class::Wish,
+        _ if key.contains("/wal/floor/") => Class::Floor,
+        _ if key.contains("/wal/") => Class::Archived,
         "condemned" => Class::Condemned,
         // One backup has one proof, the other two.
         "proof.1" => {
@@ -242,6 +255,50 @@ async fn abort(bench: &Bench, tree: &Arc<Tree>, at_ms: i64) -> BackupId {
     id.into()
 }
 
+/// An archive with every kind of file, of which a collection has taken one. Every backup begins in segment 1.
+async fn archive(bench: &Bench, seed: u64) -> Vec<(LineageId, WalFileName, Bytes)> {
+    let segment = |seed| {
+        let mut bytes = noise(seed, 1 << 20);
+        bytes[10_000..].fill(0);
+        Bytes::from(bytes)
+    };
+    let mut files = vec![
+        ("000000010000000000000001", segment(seed)),
+        ("000000010000000000000002", segment(seed + 1)),
+        ("000000020000000000000002.partial", segment(seed + 2)),
+        ("00000002.history", "1\t0/1080000\tno recovery target specified\n".into()),
+        ("000000010000000000000001.00000028.backup", "START".into()),
+    ];
+    for (name, content) in &files {
+        bench.archive_one(name, content.clone()).await.unwrap();
+    }
+    bench.archive_one("000000010000000000000002", segment(seed + 3)).await.unwrap_err();
+    // As long as the backups say, on a timeline of its own: none of the first one's could be compared with it.
+    let old = "000000030000000000000000";
+    bench.archive_one(old, vec![0; 16 << 20].into()).await.unwrap();
+    if bench.repository.list_backups(bench.lineage).await.unwrap().is_empty() {
+        files.push((old, vec![0; 16 << 20].into()));
+    } else {
+        let options = collecting(NOW_MS);
+        let plan = bench.repository.plan_collection(bench.lineage, &options).await.unwrap();
+        let ended = plan.collect(&options).await.unwrap();
+        assert!(matches!(ended, Collected::Done(done) if done.wal.files == 1));
+    }
+    files.into_iter().map(|(name, bytes)| (bench.lineage, name.parse().unwrap(), bytes)).collect()
+}
+
+fn collecting(now_ms: i64) -> CollectOptions {
+    CollectOptions {
+        by: "tester".into(),
+        now_ms,
+        grace_ms: DAY_MS,
+        patience_ms: None,
+        pins_for_ms: 7 * DAY_MS,
+        lists_for_ms: None,
+        cancel: CancellationToken::new(),
+    }
+}
+
 /// A second key, which puts a second list of keys beside the first. Returns its id.
 async fn add_key(bench: &Bench) -> String {
     let store = Arc::clone(bench.repository.store());
@@ -262,17 +319,9 @@ async fn billing(bench: &Bench) -> Bench {
 
 /// A list of condemned packs whose collector died.
 async fn leave_a_collection(bench: &Bench) {
-    let options = CollectOptions {
-        by: "tester".into(),
-        now_ms: NOW_MS + DAY_MS / 2,
-        grace_ms: DAY_MS,
-        patience_ms: None,
-        pins_for_ms: 7 * DAY_MS,
-        lists_for_ms: None,
-        cancel: CancellationToken::new(),
-    };
+    let options = collecting(NOW_MS + DAY_MS / 2);
     let plan = bench.repository.plan_collection(bench.lineage, &options).await.unwrap();
-    let mut collecting = pin!(plan.collect(&options));
+    let mut run = pin!(plan.collect(&options));
     let lists = bench.store_path().join(format!("lineages/{}/gc", bench.lineage));
     let is_there = std::future::poll_fn(|_| {
         let there = std::fs::read_dir(&lists).into_iter().flatten().flatten();
@@ -282,7 +331,7 @@ async fn leave_a_collection(bench: &Bench) {
     // The list is the first thing that it writes, and it is looked for at every step of the collector's.
     tokio::select! {
         biased;
-        done = &mut collecting => panic!("the collection was not interrupted: {done:?}"),
+        done = &mut run => panic!("the collection was not interrupted: {done:?}"),
         () = is_there => {}
     }
 }

@@ -154,6 +154,7 @@ impl Bed<'_> {
             outcome.unseen = 1;
         }
         self.restore(mutation, &mut outcome).await;
+        self.fetch(mutation).await;
         for edit in &mutation.edits {
             let file = self.path.join(&edit.key);
             match self.laboratory.objects.get(&edit.key) {
@@ -219,6 +220,26 @@ impl Bed<'_> {
                     outcome.right += 1;
                 }
                 Err(_) => outcome.refused += 1,
+            }
+        }
+    }
+
+    /// Fetches every file of an archive that is concerned: exactly its bytes, an error, or none where it was deleted.
+    async fn fetch(&self, mutation: &Mutation) {
+        if !mutation.edits.iter().any(|edit| edit.key.contains("/wal/")) {
+            return;
+        }
+        let repository = open(self.laboratory, self.path).await.unwrap();
+        for (lineage, file, content) in &self.laboratory.archived {
+            let key = format!("lineages/{lineage}/wal/{:08X}/{file}", file.timeline().0);
+            let edit = mutation.edits.iter().find(|edit| edit.key == key);
+            match (repository.fetch_wal(*lineage, file).await, edit) {
+                (Ok(Some(fetched)), _) => assert!(fetched == *content, "{mutation}: {file}"),
+                (Ok(None), Some(edit)) => assert!(edit.bytes.is_none(), "{mutation}: {file}"),
+                (Err(error), Some(_)) => {
+                    assert!(matches!(error, Error::Damaged { .. }), "{mutation}: {file}: {error}");
+                }
+                (other, None) => panic!("{mutation}: {file}: {other:?}"),
             }
         }
     }

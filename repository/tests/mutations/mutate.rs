@@ -159,6 +159,8 @@ fn kind(class: Class) -> usize {
         Class::Data { .. } => 9,
         Class::Metadata { .. } => 10,
         Class::Wal { .. } => 11,
+        Class::Archived => 13,
+        Class::Floor => 14,
     }
 }
 
@@ -206,6 +208,7 @@ fn replacements(laboratory: &Laboratory, mutations: &mut Vec<Mutation>) {
 fn type_of(key: &str, bytes: &[u8]) -> String {
     match key.split('/').nth(2) {
         Some("packs") => format!("pack of type {}", bytes[9]),
+        Some("wal") if !key.contains("/floor/") => "archived".to_owned(),
         _ if key.starts_with("keys/") => "key".to_owned(),
         _ if key.starts_with("keyring/") => "keyring".to_owned(),
         _ => key.rsplit('/').next().unwrap().to_owned(),
@@ -236,6 +239,13 @@ fn duplicates(laboratory: &Laboratory, mutations: &mut Vec<Mutation>) {
             Some("backups") => {
                 parts[3] = attempt;
                 double("doubled for another attempt", parts.join("/"), inventory);
+            }
+            Some("wal") if object.class == Class::Archived => {
+                let name = format!("0000000500000000{n:08X}");
+                parts.truncate(3);
+                parts.extend(["00000005", &name]);
+                let decrypt = Expect::At(repository::CheckLevel::Decrypt);
+                double("doubled under a segment's name", parts.join("/"), decrypt);
             }
             _ => {}
         }

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use repository::CheckLevel::{self, Inventory, Manifest, Read};
+use repository::CheckLevel::{self, Decrypt, Inventory, Manifest, Read};
 
 use crate::laboratory::{Class, Object};
 use crate::mutate::{Change, Origin};
@@ -65,6 +65,15 @@ pub(crate) fn expect(object: &Object, change: &Change) -> Expect {
             Unseen("the certificate in a proof is checked by whoever knows the coordinator's key")
         }
         (Class::Proof { .. }, _) => At(Manifest),
+
+        (Class::Archived, Change::Delete) => {
+            Unseen("it may never have been there; where later ones are it is a gap")
+        }
+        // Each is sound in itself, and opens at its own place only.
+        (Class::Archived, Change::Other { .. }) => At(Decrypt),
+        (Class::Archived, _) => At(Read),
+        (Class::Floor, Change::Delete) => Unseen("it may never have been there"),
+        (Class::Floor, _) => At(Manifest),
 
         (_, Change::Delete | Change::Cut { .. } | Change::Extend | Change::Empty) => At(Inventory),
         (_, Change::Other { bytes, .. }) if bytes.len() != object.bytes.len() => At(Inventory),

@@ -27,7 +27,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-CONTENT, METADATA, WAL, MANIFEST = 1, 2, 3, 4
+CONTENT, METADATA, WAL, MANIFEST, ARCHIVE = 1, 2, 3, 4, 5
 DIRECTORY, FILE, LINK, LARGE_FILE = 0, 1, 2, 3
 HEADER, TAIL, TAG, TABLE = 144, 48, 16, 2**32 - 1
 SHARD_UNITS, SHARD_ENTRIES, INLINE_UNITS = 256, 512, 32
@@ -117,7 +117,7 @@ class Container:
         self.path = path
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            limit = 512 * MIB if kind == MANIFEST else GIB
+            limit = {MANIFEST: 512 * MIB, ARCHIVE: GIB + MIB}.get(kind, GIB)
             demand(HEADER + TAG + TAIL <= size <= limit, f"{path} has {size} bytes")
             self.data = data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         header = struct.pack(">8s4B4x", b"pgmuster", 1, kind, 1, 1) + repository.id + lineage.bytes + object_id
@@ -168,7 +168,7 @@ class Repository:
         self.id = uuid.UUID(config["repository"]).bytes
         master = self.master_key(key_file)
         self.index_key, data_key = kdf("index key", master, self.id), kdf("data key", master, self.id)
-        self.class_keys = {CONTENT: data_key, WAL: data_key, METADATA: self.index_key, MANIFEST: self.index_key}
+        self.class_keys = {kind: self.index_key if kind in (METADATA, MANIFEST) else data_key for kind in range(1, 6)}
         self.note("config")
 
     def read(self, key):
@@ -204,14 +204,14 @@ class Repository:
     def attempts(self):
         """Every attempt of every lineage: lineage, identity, attempt, and its verdict or None."""
         for name in sorted(os.listdir(os.path.join(self.root, "lineages"))):
-            below = f"lineages/{name}/backups"
+            below, path = f"lineages/{name}/backups", os.path.join(self.root, "lineages", name, "backups")
             identity = self.note(f"lineages/{name}/identity")
             numbers = struct.pack("<QI", int(identity["system_identifier"]), identity["generation"])
             minted = bytearray(kdf("lineage id", self.index_key, numbers, identity["cluster"].encode())[:16])
             minted[6], minted[8] = minted[6] & 0x0F | 0x80, minted[8] & 0x3F | 0x80
             demand(identity["lineage"] == name == str(uuid.UUID(bytes=bytes(minted))), f"{name} is another lineage")
-            for attempt in sorted(os.listdir(os.path.join(self.root, below))):
-                there = set(os.listdir(os.path.join(self.root, below, attempt)))
+            for attempt in sorted(os.listdir(path) if os.path.isdir(path) else ()):
+                there = set(os.listdir(os.path.join(path, attempt)))
                 notes = {name: self.note(f"{below}/{attempt}/{name}") for name in there & {"intent", "verdict"}}
                 demand(all(note["attempt"] == attempt for note in notes.values()), f"{attempt} has notes of another")
                 yield uuid.UUID(name), identity, uuid.UUID(attempt), notes.get("verdict")

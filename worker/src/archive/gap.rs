@@ -6,9 +6,9 @@
 use std::path::{Path, PathBuf};
 
 use postgres::wal::{is_whole, read_history};
-use proto::wal::SegmentName;
+use proto::wal::{History, SegmentName};
 use proto::{Action, Code, Failure, Timeline, WalFileName};
-use repository::{Identity, Repository};
+use repository::{Identity, Repository, WalAbsence};
 
 use super::{Server, verify};
 use crate::context::blocking;
@@ -38,24 +38,35 @@ impl Asked<'_> {
 
     async fn segment_is_missing(&self, name: SegmentName) -> Result<Option<Failure>, Failure> {
         let (repository, lineage) = (self.repository, self.identity.lineage);
-        let shown = if repository.has_later_wal(lineage, name).await? {
-            "which has later segments of this timeline".to_owned()
-        } else {
-            // A promoted standby had replayed the old timeline up to the position where it left it, whoever archived that.
-            let histories = repository.wal_histories_after(lineage, name.timeline).await?;
-            let Some(size) = self.segment_size().await? else { return Ok(None) };
-            let Some(segment) = name.segment(size) else { return Ok(None) };
-            let end = segment.end(size);
-            let Some(history) = histories.iter().find(|one| one.shows(name.timeline, end)) else {
-                return Ok(None);
-            };
-            format!(
-                "whose history of timeline {} shows that timeline {} went on behind it",
-                history.timeline, name.timeline
-            )
+        let absence = repository.wal_absence(lineage, name).await?;
+        let shown = match absence {
+            WalAbsence::Collected { below } => {
+                format!("where `repo gc` deleted the WAL before {below}, which no backup needed")
+            }
+            WalAbsence::Gap => "which has later segments of this timeline".to_owned(),
+            WalAbsence::End => {
+                // A promoted standby had replayed the old timeline up to the position where it left it, whoever archived
+                // that.
+                let histories = repository.wal_histories_after(lineage, name.timeline).await?;
+                let Some(size) = self.segment_size().await? else { return Ok(None) };
+                let Some(segment) = name.segment(size) else { return Ok(None) };
+                let end = segment.end(size);
+                let shows = |one: &&History| one.shows(name.timeline, end);
+                let Some(history) = histories.iter().find(shows) else { return Ok(None) };
+                format!(
+                    "whose history of timeline {} shows that timeline {} went on behind it",
+                    history.timeline, name.timeline
+                )
+            }
         };
         if self.has_own_segment(name).await? {
             return Ok(None);
+        }
+        if let WalAbsence::Collected { .. } = absence {
+            return Ok(Some(self.failure(&shown).with_hint(
+                "This data directory is older than every backup that is left, and the archive leads nowhere from it. Restore a \
+                 backup of `pgmuster repo list` and recover from there; a standby is made anew.",
+            )));
         }
         Ok(Some(self.failure(&shown).with_hint(
             "`pgmuster recovery windows` shows what can be recovered. Archive the segment with `pgmuster wal push` if a server \
