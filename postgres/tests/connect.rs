@@ -487,7 +487,9 @@ async fn poolers(major: u32) {
         let directory = tempfile::Builder::new().prefix("b").tempdir_in("/tmp").unwrap();
         let _bouncer = bouncer(&server, directory.path(), more);
         let socket = directory.path().join(".s.PGSQL.6543");
-        servers::wait_for("pgbouncer to listen", async || socket.exists()).await;
+        // A socket that has its name may not listen yet.
+        let listens = || std::os::unix::net::UnixStream::connect(&socket).is_ok();
+        servers::wait_for("pgbouncer to listen", async || listens()).await;
         let target = Target::on_socket(directory.path(), 6543, "postgres", "postgres");
         let error = refusal(&target).await;
         assert!(matches!(error, Error::Pooler { .. }), "{more}: {}", shown(&error));

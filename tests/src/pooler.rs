@@ -1,6 +1,7 @@
 //! A real pooler in front of a throwaway cluster.
 
 use std::fs::File;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
@@ -45,8 +46,9 @@ impl Pooler {
             .spawn()
             .context("start the pooler")?;
         let pooler = Self { child, place };
-        let up =
-            eventually("the pooler to listen", SOON, || Ok(pooler.socket().exists().then_some(())));
+        let up = eventually("the pooler to listen", SOON, || {
+            Ok(UnixStream::connect(pooler.socket()).is_ok().then_some(()))
+        });
         up.with_context(|| {
             std::fs::read_to_string(pooler.place.path().join("log")).unwrap_or_default()
         })?;
