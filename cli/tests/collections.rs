@@ -415,6 +415,9 @@ async fn wal_that_was_collected_is_never_told_as_the_end_of_the_log() {
     assert!(!nothing.contains("WAL of orders"), "{nothing}");
     archive(&place, 1, 0..=1).await;
     archive(&place, 2, 1..=4).await;
+    let history = "1\t0/100028\tno recovery target specified\n";
+    let name = "00000002.history".parse().unwrap();
+    place.repository.store_wal(place.lineage, &name, history.into()).await.unwrap();
     let planned = ends(&place.repo("gc", &["--plan"]), 0);
     let said = "in 1 file go, up to segment 000000010000000000000000; ";
     let why = format!("the oldest backup that stays, {first}, begins in 000000010000000000000001.");

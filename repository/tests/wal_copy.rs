@@ -274,7 +274,7 @@ async fn what_was_collected_on_either_side_is_neither_brought_back_nor_taken_for
     bench.archive(2, 7..=12).await;
     let oldest = bench.back_up_from(1, 3, NOW_MS).await;
     let older = bench.back_up_from(2, 8, NOW_MS + 1_000).await;
-    bench.back_up_from(2, 10, NOW_MS + 2_000).await;
+    let third = bench.back_up_from(2, 10, NOW_MS + 2_000).await;
     let place = tempfile::tempdir().unwrap();
     assert_eq!(copy_all(&bench, place.path()).await.sent.files, 10);
     let there = open(&bench, place.path()).await;
@@ -286,13 +286,14 @@ async fn what_was_collected_on_either_side_is_neither_brought_back_nor_taken_for
     assert_eq!((copied.needless.files, copied.sent.files, copied.present.files), (5, 0, 5));
 
     // A backup that needs it comes back (as one under a new name would): so does its WAL.
-    let again = bench.back_up_from(2, 7, NOW_MS + 1_500).await;
+    let again = bench.back_up_from(2, 7, NOW_MS + 3_000).await;
     let copied = copy_all(&bench, place.path()).await;
     assert_eq!((copied.needless.files, copied.sent.files), (4, 1));
     assert!(serves(&bench, &there, 2, 7).await);
 
     // The source keeps fewer than its mirror.
-    for backup in [oldest, older, again] {
+    bench.back_up_from(2, 10, NOW_MS + 4_000).await;
+    for backup in [oldest, older, third, again] {
         forget(&bench.repository, &bench, backup.backup).await;
     }
     let source = collect(&bench.repository, &bench).await;

@@ -1,13 +1,13 @@
 //! The scripts for cron, `archive_command` and `restore_command`, each step of them made to fail.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::ensure;
 use postgres::instance::{InstanceOptions, StopMode};
 use serde_json::Value;
 use tests::fleet::text;
-use tests::{Bucket, Cluster, Finished, Pgmuster, SOON, eventually_async};
+use tests::{Bucket, Cluster, Finished, Pgmuster, SOON, eventually, eventually_async};
 
 use crate::desk::{Desk, mode, root};
 use crate::receiver::Receiver;
@@ -333,11 +333,8 @@ async fn a_second_run_at_once_is_refused_and_the_first_one_goes_on() -> anyhow::
     let script = root().join("scripts/backup/dump");
     let first: Pgmuster = scene.desk.start(&[text(&script)?])?;
     scene.desk.unset("PGMUSTER_FAILPOINT");
-    eventually_async("the first run's session", SOON, async || {
-        let sessions = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'backup'";
-        Ok((scene.cluster.number(sessions).await? > 0).then_some(()))
-    })
-    .await?;
+    let lineages = PathBuf::from(scene.desk.at("backups/repository/lineages"));
+    eventually("the first run to begin", SOON, || Ok((begun(&lineages)? > 0).then_some(())))?;
     let second = scene.dump()?;
     ensure!(second.code() == 7 && second.stderr.contains("another run holds"), "{second}");
     ensure!(second.stderr.contains("FAILED in step lock"), "{second}");
@@ -495,6 +492,23 @@ async fn a_server_archives_and_recovers_through_the_scripts() -> anyhow::Result<
     desk.is_tidy()
 }
 
+/// Backups that were begun, whatever became of them.
+fn begun(directory: &Path) -> anyhow::Result<usize> {
+    let mut count = 0;
+    if !directory.exists() {
+        return Ok(count);
+    }
+    for entry in std::fs::read_dir(directory)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            count += begun(&entry.path())?;
+        } else if entry.file_name() == "intent" {
+            count += 1;
+        }
+    }
+    Ok(count)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backup_without_a_coordinator_that_is_stopped_leaves_nothing() -> anyhow::Result<()> {
     let mut scene = Scene::create().await?;
@@ -506,13 +520,10 @@ async fn a_backup_without_a_coordinator_that_is_stopped_leaves_nothing() -> anyh
     for (engine, step) in [("native", "copy"), ("pg_dump", "dump")] {
         scene.desk.set("PGMUSTER_FAILPOINT", format!("{step}=pause"));
         let from = ["pgmuster", "backup", "orders", "--engine", engine, "--server", &server];
+        let lineages = PathBuf::from(scene.desk.at("backups/repository/lineages"));
+        let before = begun(&lineages)?;
         let program = scene.desk.start(&[&from[..], &to[..]].concat())?;
-        eventually_async("the session of a backup", SOON, async || {
-            let query =
-                "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'pgmuster/%'";
-            Ok((scene.cluster.number(query).await? > 0).then_some(()))
-        })
-        .await?;
+        eventually("a backup to begin", SOON, || Ok((begun(&lineages)? > before).then_some(())))?;
         program.terminate()?;
         let done = program.wait(RUN_MAX)?;
         ensure!(done.code() == 130 && done.stderr.contains("CANCELLED"), "{engine}: {done}");
