@@ -1,12 +1,15 @@
 //! Up to when a cluster can be recovered, as `status` says it: never more than the archive really has, also when the server
 //! is told that everything is archived.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, ensure};
 use postgres::instance::InstanceOptions;
 use serde_json::Value;
-use tests::{
-    Cluster, Fleet, Place, SOON, Vhost, WorkerSetup, eventually, eventually_async, services,
-};
+use tests::{Cluster, Fleet, Place, Vhost, WorkerSetup, eventually, eventually_async, services};
+
+/// Archives are looked at every few seconds, and judged after half a minute.
+const LATER: Duration = Duration::from_mins(2);
 
 /// By the server's clock, which is this machine's.
 async fn now_ms(server: &Cluster) -> anyhow::Result<i64> {
@@ -56,7 +59,7 @@ async fn what_is_recoverable_is_what_is_archived_and_an_archive_that_lies_is_fou
     );
     archives_by(&server, &push).await?;
     server.run("SELECT pg_switch_wal()").await?;
-    eventually_async("the first segment to be archived", SOON, async || {
+    eventually_async("the first segment to be archived", LATER, async || {
         let archived = "SELECT archived_count FROM pg_stat_archiver";
         Ok((server.number(archived).await? > 0).then_some(()))
     })
@@ -70,13 +73,13 @@ async fn what_is_recoverable_is_what_is_archived_and_an_archive_that_lies_is_fou
     let safe = commit(&server).await?;
     ensure!(of_backup < safe && recoverable_to(&fleet)? < safe);
     server.run("SELECT pg_switch_wal()").await?;
-    eventually("what is archived to be recoverable", SOON, || {
+    eventually("what is archived to be recoverable", LATER, || {
         Ok((recoverable_to(&fleet)? >= safe).then_some(()))
     })
     .with_context(|| format!("{:?}\n{}", orders(&fleet), fleet.said()))?;
     // Nothing commits, and so nothing grows old.
     let idle = now_ms(&server).await?;
-    eventually("an idle server to lose nothing", SOON, || {
+    eventually("an idle server to lose nothing", LATER, || {
         Ok((recoverable_to(&fleet)? >= idle).then_some(()))
     })?;
     let lost = now_ms(&server).await?;
@@ -87,7 +90,7 @@ async fn what_is_recoverable_is_what_is_archived_and_an_archive_that_lies_is_fou
     server.run("SELECT pg_switch_wal()").await?;
     commit(&server).await?;
     server.run("SELECT pg_switch_wal()").await?;
-    let told = eventually("an archive that lies to be found out", SOON, || {
+    let told = eventually("an archive that lies to be found out", LATER, || {
         ensure!(recoverable_to(&fleet)? <= lost, "what is lost seems to be safe");
         let orders = orders(&fleet)?;
         Ok((orders["state"] == "AT_RISK").then_some(orders))
@@ -105,7 +108,7 @@ async fn what_is_recoverable_is_what_is_archived_and_an_archive_that_lies_is_fou
     archives_by(&server, &push).await?;
     commit(&server).await?;
     server.run("SELECT pg_switch_wal()").await?;
-    let told = eventually("the gap to be told", SOON, || {
+    let told = eventually("the gap to be told", LATER, || {
         ensure!(recoverable_to(&fleet)? <= lost, "what is lost seems to be safe");
         let reason = orders(&fleet)?["reason"].as_str().unwrap_or_default().to_owned();
         Ok(reason.contains("take another backup").then_some(reason))
@@ -116,7 +119,7 @@ async fn what_is_recoverable_is_what_is_archived_and_an_archive_that_lies_is_fou
     fleet.expect(&["backup", "orders", "--wait"])?;
     let safe = commit(&server).await?;
     server.run("SELECT pg_switch_wal()").await?;
-    eventually("the gap to be closed", SOON, || {
+    eventually("the gap to be closed", LATER, || {
         let orders = orders(&fleet)?;
         let point = orders["recoverable_to_at_ms"].as_i64().unwrap_or_default();
         Ok((orders["state"] == "TAKEN" && point >= safe).then_some(()))
