@@ -12,6 +12,7 @@ pub mod checks;
 pub mod clients;
 pub mod connect;
 pub mod control_file;
+mod crc32c;
 pub mod databases;
 pub mod error;
 pub mod files;
@@ -40,6 +41,7 @@ mod unfit;
 pub mod version;
 pub mod wal;
 pub mod wal_changes;
+mod wal_layout;
 pub mod wal_moments;
 pub mod wal_position;
 

@@ -13,33 +13,21 @@ use proto::Lsn;
 
 use crate::error::Error;
 use crate::version::ServerVersion;
+use crate::wal_layout::{
+    BLOCK_DATA_LONG, BLOCK_DATA_SHORT, BLOCK_ORIGIN, BLOCK_TOPLEVEL_XID, FIRST_IS_CONTINUED,
+    Fields, LARGEST_RECORD, LONG_HEADER, LONG_PAGE_HEADER, OPERATION, RECORD_HEADER,
+    RMGR_TABLESPACE, RMGR_XLOG, SHORT_PAGE_HEADER, TABLESPACE_CREATE, XLOG_SWITCH, page_size,
+    u16_at, u32_at, u64_at,
+};
 
-const SHORT_PAGE_HEADER: usize = 24;
-const LONG_PAGE_HEADER: usize = 40;
-const FIRST_IS_CONTINUED: u16 = 0x0001;
-const LONG_HEADER: u16 = 0x0002;
-const RECORD_HEADER: usize = 24;
-/// `XLogRecordMaxSize`, the largest record a server writes.
-const LARGEST_RECORD: usize = 1020 * 1024 * 1024;
-
-const RMGR_XLOG: u8 = 0;
-const RMGR_TABLESPACE: u8 = 5;
 const RMGR_HEAP2: u8 = 9;
 const RMGR_HEAP: u8 = 10;
-const XLOG_SWITCH: u8 = 0x40;
-/// The bits of a record's `info` that belong to its resource manager.
-const OPERATION: u8 = 0xf0;
-const TABLESPACE_CREATE: u8 = 0x00;
 const TABLESPACE_DROP: u8 = 0x10;
 const HEAP_OPERATION: u8 = 0x70;
 const HEAP_INSERT: u8 = 0x00;
 const HEAP_DELETE: u8 = 0x10;
 const HEAP2_MULTI_INSERT: u8 = 0x50;
 
-const BLOCK_DATA_SHORT: u8 = 255;
-const BLOCK_DATA_LONG: u8 = 254;
-const BLOCK_ORIGIN: u8 = 253;
-const BLOCK_TOPLEVEL_XID: u8 = 252;
 const LARGEST_BLOCK_ID: u8 = 32;
 const BLOCK_HAS_IMAGE: u8 = 0x10;
 const BLOCK_SAME_RELATION: u8 = 0x80;
@@ -317,51 +305,6 @@ enum Page {
 enum Next {
     Record,
     Segment,
-}
-
-struct Fields<'a> {
-    rest: &'a [u8],
-}
-
-impl Fields<'_> {
-    fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
-        let (head, rest) = self.rest.split_first_chunk::<N>()?;
-        self.rest = rest;
-        Some(*head)
-    }
-
-    fn u8(&mut self) -> Option<u8> {
-        self.take::<1>().map(|[byte]| byte)
-    }
-
-    fn u16(&mut self) -> Option<u16> {
-        self.take().map(u16::from_ne_bytes)
-    }
-
-    fn u32(&mut self) -> Option<u32> {
-        self.take().map(u32::from_ne_bytes)
-    }
-}
-
-fn page_size(segment: &[u8]) -> Option<usize> {
-    let header = segment.get(..LONG_PAGE_HEADER)?;
-    let size = u32_at(header, 36) as usize;
-    let sound = size.is_power_of_two()
-        && (1024..=65536).contains(&size)
-        && segment.len().is_multiple_of(size);
-    (sound && u16_at(header, 2) & LONG_HEADER != 0).then_some(size)
-}
-
-fn u16_at(bytes: &[u8], at: usize) -> u16 {
-    u16::from_ne_bytes([bytes[at], bytes[at + 1]])
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from_ne_bytes(std::array::from_fn(|i| bytes[at + i]))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from_ne_bytes(std::array::from_fn(|i| bytes[at + i]))
 }
 
 fn usize_of(value: u64) -> usize {

@@ -7,26 +7,19 @@
 use jiff::Timestamp;
 use proto::Lsn;
 
+use crate::crc32c::crc32c;
 use crate::error::Error;
+use crate::wal_layout::{
+    BLOCK_DATA_LONG, BLOCK_DATA_SHORT, BLOCK_ORIGIN, BLOCK_TOPLEVEL_XID, FIRST_IS_CONTINUED,
+    Fields, LARGEST_RECORD, LONG_HEADER, LONG_PAGE_HEADER, OPERATION, RECORD_HEADER,
+    RMGR_TABLESPACE, RMGR_XLOG, SHORT_PAGE_HEADER, TABLESPACE_CREATE, XLOG_SWITCH, page_size,
+    u16_at, u32_at, u64_at,
+};
 
-const SHORT_PAGE_HEADER: usize = 24;
-const LONG_PAGE_HEADER: usize = 40;
-const FIRST_IS_CONTINUED: u16 = 0x0001;
-const LONG_HEADER: u16 = 0x0002;
-const RECORD_HEADER: usize = 24;
-/// `XLogRecordMaxSize`, the largest record a server writes.
-const LARGEST_RECORD: usize = 1020 * 1024 * 1024;
-
-const RMGR_XLOG: u8 = 0;
 const RMGR_TRANSACTION: u8 = 1;
-const RMGR_TABLESPACE: u8 = 5;
 const XLOG_CHECKPOINT_SHUTDOWN: u8 = 0x00;
 const XLOG_CHECKPOINT_ONLINE: u8 = 0x10;
-const XLOG_SWITCH: u8 = 0x40;
 const XLOG_RESTORE_POINT: u8 = 0x70;
-const TABLESPACE_CREATE: u8 = 0x00;
-/// The bits of a record's `info` that belong to its resource manager.
-const OPERATION: u8 = 0xf0;
 const TRANSACTION_OPERATION: u8 = 0x70;
 const COMMIT: u8 = 0x00;
 const ABORT: u8 = 0x20;
@@ -44,11 +37,6 @@ const HAS_DROPPED_STATISTICS: u32 = 1 << 8;
 const CHECKPOINT_TIME: usize = 64;
 /// Bytes of a restore point's name, its end included.
 const RESTORE_POINT_NAME: usize = 64;
-
-const BLOCK_DATA_SHORT: u8 = 255;
-const BLOCK_DATA_LONG: u8 = 254;
-const BLOCK_ORIGIN: u8 = 253;
-const BLOCK_TOPLEVEL_XID: u8 = 252;
 
 /// Microseconds from 1970 to the server's 2000.
 const EPOCH_US: i64 = 946_684_800_000_000;
@@ -369,70 +357,12 @@ fn main_data(record: &[u8]) -> Option<&[u8]> {
 
 /// Whether the record's checksum is right: the data first, then the header before the checksum.
 fn is_sound(record: &[u8]) -> bool {
-    let crc = crc32c(crc32c(!0, &record[RECORD_HEADER..]), &record[..RECORD_HEADER - 4]);
-    !crc == u32_at(record, RECORD_HEADER - 4)
-}
-
-fn crc32c(crc: u32, bytes: &[u8]) -> u32 {
-    bytes.iter().fold(crc, |crc, byte| {
-        (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
-            (crc >> 1) ^ (0x82F6_3B78 & (crc & 1).wrapping_neg())
-        })
-    })
+    let crc = crc32c([&record[RECORD_HEADER..], &record[..RECORD_HEADER - 4]]);
+    crc == u32_at(record, RECORD_HEADER - 4)
 }
 
 fn time(since_2000_us: i64) -> Option<Timestamp> {
     Timestamp::from_microsecond(since_2000_us.checked_add(EPOCH_US)?).ok()
-}
-
-struct Fields<'a> {
-    rest: &'a [u8],
-}
-
-impl Fields<'_> {
-    fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
-        let (head, rest) = self.rest.split_first_chunk::<N>()?;
-        self.rest = rest;
-        Some(*head)
-    }
-
-    fn skip(&mut self, n_bytes: usize) -> Option<()> {
-        self.rest = self.rest.get(n_bytes..)?;
-        Some(())
-    }
-
-    fn u8(&mut self) -> Option<u8> {
-        self.take::<1>().map(|[byte]| byte)
-    }
-
-    fn u32(&mut self) -> Option<u32> {
-        self.take().map(u32::from_ne_bytes)
-    }
-
-    fn i64(&mut self) -> Option<i64> {
-        self.take().map(i64::from_ne_bytes)
-    }
-}
-
-fn page_size(segment: &[u8]) -> Option<usize> {
-    let header = segment.get(..LONG_PAGE_HEADER)?;
-    let size = u32_at(header, 36) as usize;
-    let sound = size.is_power_of_two()
-        && (1024..=65536).contains(&size)
-        && segment.len().is_multiple_of(size);
-    (sound && u16_at(header, 2) & LONG_HEADER != 0).then_some(size)
-}
-
-fn u16_at(bytes: &[u8], at: usize) -> u16 {
-    u16::from_ne_bytes([bytes[at], bytes[at + 1]])
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from_ne_bytes(std::array::from_fn(|i| bytes[at + i]))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from_ne_bytes(std::array::from_fn(|i| bytes[at + i]))
 }
 
 #[cfg(test)]
@@ -474,7 +404,7 @@ mod tests {
             record[4..8].copy_from_slice(&xid.to_ne_bytes());
             record[8..16].copy_from_slice(&previous.to_ne_bytes());
             record[16..18].copy_from_slice(&[*info, *manager]);
-            let crc = !crc32c(crc32c(!0, &record[RECORD_HEADER..]), &record[..20]);
+            let crc = crc32c([&record[RECORD_HEADER..], &record[..20]]);
             record[20..24].copy_from_slice(&crc.to_ne_bytes());
             previous = START.0 + at as u64;
             let mut rest = &record[..];
