@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use common::{Bench, DAY_MS, NOW_MS, Tree, noise};
+use common::{Bench, DAY_MS, NOW_MS, Tree, collect_options, noise};
 use interrupted::{Interrupted, Turn};
 use proto::{BackupId, LineageId};
 use repository::store::layer::Layer;
@@ -18,19 +18,6 @@ use repository::{
     BackupSummary, CheckOptions, CollectOptions, CollectPlan, Collected, Error, Pin, Reason,
     Repository, RestoreOptions, RestoreTarget, Wish, WriteOptions,
 };
-use tokio_util::sync::CancellationToken;
-
-fn options(now_ms: i64) -> CollectOptions {
-    CollectOptions {
-        by: "tester".into(),
-        now_ms,
-        grace_ms: DAY_MS,
-        patience_ms: Some(2 * DAY_MS),
-        pins_for_ms: 7 * DAY_MS,
-        lists_for_ms: None,
-        cancel: CancellationToken::new(),
-    }
-}
 
 fn wish(at_ms: i64) -> Wish {
     Wish { by: "tester".into(), why: "to see it go".into(), at_ms }
@@ -62,7 +49,7 @@ async fn collect(
     lineage: LineageId,
     now_ms: i64,
 ) -> Result<Collected, Error> {
-    let options = options(now_ms);
+    let options = collect_options(now_ms);
     repository.plan_collection(lineage, &options).await?.collect(&options).await
 }
 
@@ -73,7 +60,7 @@ fn stays(plan: &CollectPlan, backup: BackupId) -> &[Reason] {
 
 /// Nothing is left that a second collection would delete, and no list.
 async fn is_clean(repository: &Repository, lineage: LineageId, now_ms: i64) -> bool {
-    let plan = repository.plan_collection(lineage, &options(now_ms)).await.unwrap();
+    let plan = repository.plan_collection(lineage, &collect_options(now_ms)).await.unwrap();
     let lists = repository.store().list(&format!("lineages/{lineage}/gc/")).await.unwrap();
     // A backup that went left its verdict and the wish, and neither manifest nor proof.
     let goes = plan.backups.iter().any(|judged| judged.stays.is_empty());
@@ -95,7 +82,7 @@ async fn what_only_forgotten_backups_need_goes_and_nothing_else() {
 
     repository.forget(lineage, first.backup, &wish(now_ms)).await.unwrap();
     repository.forget(lineage, second.backup, &wish(now_ms)).await.unwrap();
-    let plan = repository.plan_collection(lineage, &options(now_ms)).await.unwrap();
+    let plan = repository.plan_collection(lineage, &collect_options(now_ms)).await.unwrap();
     let at_ms = now_ms + DAY_MS;
     for backup in [first.backup, second.backup] {
         assert_eq!(stays(&plan, backup), [Reason::Grace { until_ms: at_ms }]);
@@ -103,7 +90,7 @@ async fn what_only_forgotten_backups_need_goes_and_nothing_else() {
     assert_eq!(stays(&plan, third.backup), [Reason::Wanted, Reason::Newest]);
     assert_eq!(plan.delete.packs, 0);
 
-    let plan = repository.plan_collection(lineage, &options(at_ms)).await.unwrap();
+    let plan = repository.plan_collection(lineage, &collect_options(at_ms)).await.unwrap();
     assert!(plan.delete.packs > 0 && plan.keep.packs > 0 && plan.is_large());
     // What two share that both go is nobody's alone.
     let alone: u64 = plan.backups.iter().map(|judged| judged.alone.unwrap().bytes).sum();
@@ -180,15 +167,19 @@ async fn a_forged_wish_deletes_nothing() {
     let forged = br#"{"by":"me","why":"","at_ms":0}"#;
     let forged = [&forged[..], b"\n", &[b'0'; 64], b"\n"].concat();
     bench.repository.store().put(&key, forged.into()).await.unwrap();
-    let plan = bench.repository.plan_collection(bench.lineage, &options(NOW_MS * 2)).await.unwrap();
+    let plan = bench
+        .repository
+        .plan_collection(bench.lineage, &collect_options(NOW_MS * 2))
+        .await
+        .unwrap();
     assert_eq!((plan.delete.packs, stays(&plan, first.backup)), (0, &[Reason::NotBelieved][..]));
     // It is in nobody's way: a real one stands beside it, and both are taken back.
     let (repository, lineage) = (&bench.repository, bench.lineage);
     repository.forget(lineage, first.backup, &wish(NOW_MS)).await.unwrap();
-    let plan = repository.plan_collection(lineage, &options(NOW_MS * 2)).await.unwrap();
+    let plan = repository.plan_collection(lineage, &collect_options(NOW_MS * 2)).await.unwrap();
     assert_eq!(stays(&plan, first.backup), []);
     repository.remember(lineage, first.backup, &wish(NOW_MS)).await.unwrap();
-    let plan = repository.plan_collection(lineage, &options(NOW_MS * 2)).await.unwrap();
+    let plan = repository.plan_collection(lineage, &collect_options(NOW_MS * 2)).await.unwrap();
     assert_eq!((plan.delete.packs, stays(&plan, first.backup)), (0, &[Reason::Wanted][..]));
 }
 
@@ -202,7 +193,7 @@ async fn interruptible() -> (Arc<Interrupted>, Bench) {
 
 /// Collects what a dead collector left, whose list is retired because somebody knows that it is dead.
 async fn finish(repository: &Repository, lineage: LineageId, now_ms: i64) {
-    let dead = CollectOptions { lists_for_ms: Some(0), ..options(now_ms) };
+    let dead = CollectOptions { lists_for_ms: Some(0), ..collect_options(now_ms) };
     let plan = repository.plan_collection(lineage, &dead).await.unwrap();
     plan.collect(&dead).await.unwrap();
 }
@@ -312,11 +303,11 @@ async fn a_backup_being_written_postpones_a_collection_until_it_is_old() {
     let began_ms = NOW_MS + DAY_MS;
     let open = bench.begin(began_ms).await;
     let now_ms = began_ms + DAY_MS;
-    let plan = repository.plan_collection(lineage, &options(now_ms)).await.unwrap();
+    let plan = repository.plan_collection(lineage, &collect_options(now_ms)).await.unwrap();
     assert_eq!(plan.open[0].attempt, open.id());
     let postponed = collect(repository, lineage, now_ms).await.unwrap();
     assert_eq!(postponed, Collected::Postponed { open: plan.open });
-    let never = CollectOptions { patience_ms: None, ..options(NOW_MS * 2) };
+    let never = CollectOptions { patience_ms: None, ..collect_options(NOW_MS * 2) };
     let plan = repository.plan_collection(lineage, &never).await.unwrap();
     assert!(matches!(plan.collect(&never).await.unwrap(), Collected::Postponed { .. }));
     let Collected::Done(done) = collect(repository, lineage, began_ms + 2 * DAY_MS).await.unwrap()
@@ -389,7 +380,7 @@ async fn a_rotten_intent_postpones_a_collection_and_can_be_aborted() {
     let key = format!("lineages/{lineage}/backups/{open}/intent");
     repository.store().put(&key, "rotten".into()).await.unwrap();
     let now_ms = NOW_MS + 2 * DAY_MS;
-    let never = CollectOptions { patience_ms: None, ..options(now_ms) };
+    let never = CollectOptions { patience_ms: None, ..collect_options(now_ms) };
     let plan = repository.plan_collection(lineage, &never).await.unwrap();
     assert!(plan.open[0].attempt == open && plan.open[0].by.contains("damaged"), "{plan:?}");
     assert!(matches!(plan.collect(&never).await.unwrap(), Collected::Postponed { .. }));
@@ -408,21 +399,22 @@ async fn the_list_of_another_collector_stays_until_somebody_says_that_it_is_dead
     let [first, ..] = three(&bench, &tree()).await;
     repository.forget(lineage, first.backup, &wish(NOW_MS)).await.unwrap();
     let now_ms = NOW_MS + 2 * DAY_MS;
-    let plan = repository.plan_collection(lineage, &options(now_ms)).await.unwrap();
+    let plan = repository.plan_collection(lineage, &collect_options(now_ms)).await.unwrap();
     store.after(4, None);
-    plan.collect(&options(now_ms)).await.unwrap_err();
+    plan.collect(&collect_options(now_ms)).await.unwrap_err();
     store.after(-1, None);
     for _ in 0..2 {
         collect(repository, lineage, now_ms + DAY_MS).await.unwrap();
     }
-    let plan = repository.plan_collection(lineage, &options(now_ms)).await.unwrap();
+    let plan = repository.plan_collection(lineage, &collect_options(now_ms)).await.unwrap();
     let [list] = &plan.lists[..] else { panic!("{:?}", plan.lists) };
     assert!(list.packs > 0 && list.backups == 1, "{list:?}");
     assert_eq!((list.by.as_deref(), list.at_ms), (Some("tester"), Some(now_ms)));
-    let younger = CollectOptions { lists_for_ms: Some(DAY_MS + 1), ..options(now_ms + DAY_MS) };
+    let younger =
+        CollectOptions { lists_for_ms: Some(DAY_MS + 1), ..collect_options(now_ms + DAY_MS) };
     repository.plan_collection(lineage, &younger).await.unwrap().collect(&younger).await.unwrap();
     assert!(!is_clean(repository, lineage, now_ms).await);
-    let older = CollectOptions { lists_for_ms: Some(DAY_MS), ..options(now_ms + DAY_MS) };
+    let older = CollectOptions { lists_for_ms: Some(DAY_MS), ..collect_options(now_ms + DAY_MS) };
     repository.plan_collection(lineage, &older).await.unwrap().collect(&older).await.unwrap();
     assert!(is_clean(repository, lineage, now_ms).await);
 }
@@ -434,7 +426,7 @@ async fn a_cancelled_collection_leaves_no_list() {
     let (repository, lineage) = (&bench.repository, bench.lineage);
     let [first, ..] = three(&bench, &tree()).await;
     repository.forget(lineage, first.backup, &wish(NOW_MS)).await.unwrap();
-    let how = options(NOW_MS + 2 * DAY_MS);
+    let how = collect_options(NOW_MS + 2 * DAY_MS);
     let plan = repository.plan_collection(lineage, &how).await.unwrap();
     let cancel = how.cancel.clone();
     store.after(3, Some(Box::pin(async move { cancel.cancel() })));
@@ -599,7 +591,8 @@ async fn a_reader_that_begins_before_any_call_of_a_collection_keeps_what_it_was_
             Ok(pinned) if pinned.unprotected().is_none() => {
                 protected += 1;
                 assert!(is_sound(repository, lineage, first.backup).await, "{calls} calls");
-                let plan = repository.plan_collection(lineage, &options(now_ms)).await.unwrap();
+                let plan =
+                    repository.plan_collection(lineage, &collect_options(now_ms)).await.unwrap();
                 let by =
                     Reason::Pinned { by: "reader".into(), why: "restore".into(), at_ms: now_ms };
                 assert_eq!(stays(&plan, first.backup), [by]);
@@ -628,7 +621,8 @@ async fn a_dead_readers_pin_is_let_go_for_its_age() {
     drop(repository.open_pinned(lineage, first.backup, &pin(now_ms * 2)).await.unwrap());
     let forged = format!("lineages/{lineage}/pins/{}/forged", first.backup);
     repository.store().put(&forged, "{}".into()).await.unwrap();
-    let plan = repository.plan_collection(lineage, &options(now_ms + 6 * DAY_MS)).await.unwrap();
+    let plan =
+        repository.plan_collection(lineage, &collect_options(now_ms + 6 * DAY_MS)).await.unwrap();
     assert!(matches!(stays(&plan, first.backup), [Reason::Pinned { .. }]));
     assert_eq!(collect(repository, lineage, now_ms).await.unwrap(), Collected::Nothing);
     let now_ms = now_ms + 7 * DAY_MS;

@@ -8,27 +8,16 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use common::{Bench, DAY_MS, NOW_MS, Tree, noise};
+use common::{Bench, DAY_MS, NOW_MS, Tree, collect_options, copy_options, noise};
 use interrupted::{Interrupted, Turn};
 use proto::{BackupId, LineageId};
 use repository::store::Store;
 use repository::store::directory::DirectoryStore;
 use repository::store::probe::{Capabilities, probe};
 use repository::{
-    BackupSummary, CollectOptions, Collected, CopyOptions, CopyOutcome, CopySummary, Error, Mirror,
-    Progress, Reason, Repository, Unlock, Wish,
+    BackupSummary, CollectOptions, Collected, CopyOutcome, CopySummary, Error, Mirror, Reason,
+    Repository, Unlock, Wish,
 };
-use tokio_util::sync::CancellationToken;
-
-fn options(now_ms: i64) -> CopyOptions {
-    CopyOptions {
-        by: "copier".into(),
-        now_ms,
-        processes: 2,
-        progress: Arc::new(Progress::default()),
-        cancel: CancellationToken::new(),
-    }
-}
 
 fn wish(at_ms: i64) -> Wish {
     Wish { by: "tester".into(), why: String::new(), at_ms }
@@ -62,7 +51,7 @@ async fn copy_all(bench: &Bench, store: Arc<dyn Store>) -> Result<Vec<CopySummar
     let mut copied = Vec::new();
     for summary in bench.repository.list_backups(bench.lineage).await? {
         let backup = summary.backup().unwrap();
-        copied.push(mirror.copy(bench.lineage, backup, &options(NOW_MS + 5_000)).await?);
+        copied.push(mirror.copy(bench.lineage, backup, &copy_options(NOW_MS + 5_000)).await?);
     }
     Ok(copied)
 }
@@ -219,7 +208,7 @@ async fn a_collector_at_any_call_of_a_copy_leaves_no_hole_in_it() {
         let mut plain = mirror(&bench, at(place.path())).await.unwrap();
         plain.copy_lineage(lineage).await.unwrap();
         for backup in [first.backup, newest.backup] {
-            plain.copy(lineage, backup, &options(NOW_MS)).await.unwrap();
+            plain.copy(lineage, backup, &copy_options(NOW_MS)).await.unwrap();
         }
         let repository = open(&bench, place.path()).await;
         let store = Arc::new(Interrupted::new(place.path()));
@@ -234,7 +223,7 @@ async fn a_collector_at_any_call_of_a_copy_leaves_no_hole_in_it() {
             }
         });
         store.after(calls, Some(turn));
-        let ended = copier.copy(lineage, second.backup, &options(NOW_MS + 2 * DAY_MS)).await;
+        let ended = copier.copy(lineage, second.backup, &copy_options(NOW_MS + 2 * DAY_MS)).await;
         let finished = store.is_left();
         store.after(-1, None);
         match ended {
@@ -243,7 +232,7 @@ async fn a_collector_at_any_call_of_a_copy_leaves_no_hole_in_it() {
             Err(error) => panic!("{calls}: {error:?}"),
         }
         for backup in [second.backup, third.backup] {
-            plain.copy(lineage, backup, &options(NOW_MS + 2 * DAY_MS)).await.unwrap();
+            plain.copy(lineage, backup, &copy_options(NOW_MS + 2 * DAY_MS)).await.unwrap();
         }
         for summary in repository.list_backups(lineage).await.unwrap() {
             let backup = summary.backup().unwrap();
@@ -258,15 +247,7 @@ async fn a_collector_at_any_call_of_a_copy_leaves_no_hole_in_it() {
 }
 
 fn collecting(now_ms: i64) -> CollectOptions {
-    CollectOptions {
-        by: "collector".into(),
-        now_ms,
-        grace_ms: DAY_MS,
-        patience_ms: None,
-        pins_for_ms: 7 * DAY_MS,
-        lists_for_ms: None,
-        cancel: CancellationToken::new(),
-    }
+    CollectOptions { patience_ms: None, ..collect_options(now_ms) }
 }
 
 /// What is on a list of a collector at the target keeps its name from being given again.
@@ -283,7 +264,7 @@ async fn nothing_is_copied_to_a_name_that_is_condemned() {
     let mut mirror = mirror(&bench, at(place.path())).await.unwrap();
     mirror.copy_lineage(lineage).await.unwrap();
     for backup in [first.backup, newest.backup] {
-        mirror.copy(lineage, backup, &options(NOW_MS)).await.unwrap();
+        mirror.copy(lineage, backup, &copy_options(NOW_MS)).await.unwrap();
     }
     // A collector dies with its list written and one thing deleted.
     let as_store: Arc<dyn Store> = Arc::<Interrupted>::clone(&store);
@@ -293,7 +274,7 @@ async fn nothing_is_copied_to_a_name_that_is_condemned() {
     let plan = dies.plan_collection(lineage, &how).await.unwrap();
     store.after(1, None);
     plan.collect(&how).await.unwrap_err();
-    let refused = mirror.copy(lineage, second.backup, &options(NOW_MS)).await.unwrap_err();
+    let refused = mirror.copy(lineage, second.backup, &copy_options(NOW_MS)).await.unwrap_err();
     assert!(matches!(refused, Error::Condemned { .. }), "{refused}");
     let repository = open(&bench, place.path()).await;
     assert_eq!(repository.verdict(lineage, second.backup.into()).await.unwrap(), None);
@@ -305,7 +286,7 @@ async fn nothing_is_copied_to_a_name_that_is_condemned() {
     let dead = CollectOptions { lists_for_ms: Some(0), patience_ms: Some(0), ..how };
     let plan = repository.plan_collection(lineage, &dead).await.unwrap();
     plan.collect(&dead).await.unwrap();
-    let ended = mirror.copy(lineage, second.backup, &options(NOW_MS)).await.unwrap();
+    let ended = mirror.copy(lineage, second.backup, &copy_options(NOW_MS)).await.unwrap();
     assert_eq!(ended.outcome, CopyOutcome::Aborted);
 }
 
@@ -332,7 +313,7 @@ async fn a_backup_that_is_copied_is_pinned_at_its_source() {
     });
     store.after(5, Some(turn));
     let now_ms = NOW_MS + 2 * DAY_MS;
-    let copied = mirror.copy(lineage, first.backup, &options(now_ms)).await.unwrap();
+    let copied = mirror.copy(lineage, first.backup, &copy_options(now_ms)).await.unwrap();
     assert!(!store.is_left(), "the collector had its turn");
     assert_eq!(copied.outcome, CopyOutcome::Copied);
     let pins = bench.repository.store().list(&format!("lineages/{lineage}/pins/")).await.unwrap();
@@ -366,11 +347,11 @@ async fn damage_at_the_source_stays_there_and_damage_at_the_target_is_repaired()
         let mut mirror = mirror(&bench, at(place.path())).await.unwrap();
         mirror.copy_lineage(lineage).await.unwrap();
         for backup in [first.backup, second.backup] {
-            let error = mirror.copy(lineage, backup, &options(NOW_MS)).await.unwrap_err();
+            let error = mirror.copy(lineage, backup, &copy_options(NOW_MS)).await.unwrap_err();
             let name = bad.file_name().unwrap().to_str().unwrap();
             assert!(matches!(&error, Error::Damaged { key, .. } if key.ends_with(name)), "{error}");
         }
-        mirror.copy(lineage, third.backup, &options(NOW_MS)).await.unwrap();
+        mirror.copy(lineage, third.backup, &copy_options(NOW_MS)).await.unwrap();
     }
     let target = open(&bench, place.path()).await;
     let backups = target.list_backups(lineage).await.unwrap();
@@ -397,7 +378,7 @@ async fn a_cancelled_copy_ends_cleanly_and_what_was_deleted_at_the_target_stays_
     let place = tempfile::tempdir().unwrap();
     let mut mirror = mirror(&bench, at(place.path())).await.unwrap();
     mirror.copy_lineage(lineage).await.unwrap();
-    let how = options(NOW_MS);
+    let how = copy_options(NOW_MS);
     how.cancel.cancel();
     let ended = mirror.copy(lineage, first.backup, &how).await.unwrap_err();
     assert!(matches!(ended, Error::Cancelled), "{ended}");

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use common::{Bench, DAY_MS, NOW_MS, Tree, noise};
+use common::{Bench, DAY_MS, NOW_MS, Tree, collect_options, noise};
 use interrupted::{Interrupted, Turn};
 use proto::{BackupId, LineageId};
 use repository::store::directory::DirectoryStore;
@@ -19,19 +19,6 @@ use repository::store::{Listed, PutOutcome, Store, StoreError};
 use repository::{
     CheckOptions, CollectOptions, CollectPlan, Collected, Error, Reason, Repository, Wish,
 };
-use tokio_util::sync::CancellationToken;
-
-fn options(now_ms: i64) -> CollectOptions {
-    CollectOptions {
-        by: "tester".into(),
-        now_ms,
-        grace_ms: DAY_MS,
-        patience_ms: Some(2 * DAY_MS),
-        pins_for_ms: 7 * DAY_MS,
-        lists_for_ms: None,
-        cancel: CancellationToken::new(),
-    }
-}
 
 fn wish() -> Wish {
     Wish { by: "tester".into(), why: "to see it go".into(), at_ms: NOW_MS }
@@ -48,11 +35,11 @@ async fn is_sound(repository: &Repository, lineage: LineageId, backup: BackupId)
 }
 
 async fn plan(bench: &Bench, now_ms: i64) -> CollectPlan {
-    bench.repository.plan_collection(bench.lineage, &options(now_ms)).await.unwrap()
+    bench.repository.plan_collection(bench.lineage, &collect_options(now_ms)).await.unwrap()
 }
 
 async fn collect(bench: &Bench, now_ms: i64) -> Result<Collected, Error> {
-    let options = options(now_ms);
+    let options = collect_options(now_ms);
     bench.repository.plan_collection(bench.lineage, &options).await?.collect(&options).await
 }
 
@@ -247,7 +234,7 @@ async fn what_a_wrong_clock_dated_does_not_stay_for_ever() {
     bench.back_up(&tree, NOW_MS + 1_000).await;
     repository.forget(lineage, first, &wish()).await.unwrap();
     // A collector with such a clock dies when it has deleted something.
-    let ahead = options(2 * NOW_MS);
+    let ahead = collect_options(2 * NOW_MS);
     let its_plan = repository.plan_collection(lineage, &ahead).await.unwrap();
     store.after(6, None);
     its_plan.collect(&ahead).await.unwrap_err();
@@ -255,7 +242,7 @@ async fn what_a_wrong_clock_dated_does_not_stay_for_ever() {
     let now_ms = NOW_MS + 4 * DAY_MS;
     assert_eq!(plan(&bench, now_ms).await.lists.len(), 1);
     let open = bench.begin(2 * NOW_MS).await;
-    let dead = CollectOptions { lists_for_ms: Some(3 * DAY_MS), ..options(now_ms) };
+    let dead = CollectOptions { lists_for_ms: Some(3 * DAY_MS), ..collect_options(now_ms) };
     let planned = repository.plan_collection(lineage, &dead).await.unwrap();
     let Collected::Done(done) = planned.collect(&dead).await.unwrap() else { panic!() };
     assert_eq!(done.aborted, [open.id()]);
@@ -335,7 +322,7 @@ async fn a_collection_that_failed_leaves_its_list_only_when_a_deletion_may_come_
             bench.back_up(&tree, NOW_MS + 1_000).await;
             bench.repository.forget(bench.lineage, first, &wish()).await.unwrap();
             bench.begin(NOW_MS).await;
-            let how = options(NOW_MS + 2 * DAY_MS);
+            let how = collect_options(NOW_MS + 2 * DAY_MS);
             let planned = bench.repository.plan_collection(bench.lineage, &how).await.unwrap();
             store.deletes.store(0, Ordering::SeqCst);
             store.left.store(n, Ordering::SeqCst);

@@ -10,28 +10,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
-use common::{Bench, NOW_MS, Tree, noise};
+use common::{Bench, NOW_MS, Tree, copy_options, noise};
 use interrupted::{Interrupted, Turn};
 use proto::BackupId;
 use repository::store::Store;
 use repository::store::directory::DirectoryStore;
 use repository::store::probe::Capabilities;
 use repository::{
-    CheckLevel, CopyOptions, CopyOutcome, Error, Mirror, Progress, Repository, ScrubOptions,
-    ScrubReport, Unlock, Wish,
+    CheckLevel, CopyOutcome, Error, Mirror, Repository, ScrubOptions, ScrubReport, Unlock, Wish,
 };
 use tokio::runtime::Handle;
-use tokio_util::sync::CancellationToken;
-
-fn options() -> CopyOptions {
-    CopyOptions {
-        by: "copier".into(),
-        now_ms: NOW_MS,
-        processes: 2,
-        progress: Arc::new(Progress::default()),
-        cancel: CancellationToken::new(),
-    }
-}
 
 fn wish() -> Wish {
     Wish { by: "tester".into(), why: String::new(), at_ms: NOW_MS }
@@ -66,7 +54,9 @@ async fn copy(bench: &Bench, place: &Path, backups: &[BackupId]) -> Vec<CopyOutc
     let mut mirror = mirror(bench, at(place)).await;
     let mut outcomes = Vec::new();
     for backup in backups {
-        outcomes.push(mirror.copy(bench.lineage, *backup, &options()).await.unwrap().outcome);
+        outcomes.push(
+            mirror.copy(bench.lineage, *backup, &copy_options(NOW_MS)).await.unwrap().outcome,
+        );
     }
     outcomes
 }
@@ -207,7 +197,7 @@ async fn a_copy_that_dies_takes_nothing_away_that_another_brought() {
                 }
             });
             store.after(calls, Some(turn));
-            let _ = slow.copy(bench.lineage, backups[0], &options()).await;
+            let _ = slow.copy(bench.lineage, backups[0], &copy_options(NOW_MS)).await;
             assert!(objects(place.path()) == objects(&bench.store_path()), "{calls}, {dies_after}");
             if !had_its_turn.load(Ordering::SeqCst) {
                 assert!(calls > 5, "{calls}");
@@ -225,7 +215,7 @@ async fn a_copy_that_was_aborted_at_its_target_is_told_and_fails_no_other() {
     let store = Arc::new(Interrupted::new(place.path()));
     let mut dies = mirror(&bench, Arc::<Interrupted>::clone(&store) as _).await;
     store.after(5, None);
-    dies.copy(bench.lineage, backups[0], &options()).await.unwrap_err();
+    dies.copy(bench.lineage, backups[0], &copy_options(NOW_MS)).await.unwrap_err();
     assert!(!store.is_left(), "it died there");
     let target = open(&bench, place.path()).await;
     target
@@ -249,7 +239,7 @@ async fn a_mirror_is_for_a_single_writer_when_its_own_store_needs_that() {
         let unlock = Unlock::KeyFile(&bench.key);
         let mut made = repository.mirror(at(&place), unlock, single_writer, found).await.unwrap();
         made.copy_lineage(bench.lineage).await.unwrap();
-        let copied = made.copy(bench.lineage, backups[0], &options()).await.unwrap();
+        let copied = made.copy(bench.lineage, backups[0], &copy_options(NOW_MS)).await.unwrap();
         assert_eq!(copied.outcome, CopyOutcome::Copied);
         assert_eq!(made.target().is_single_writer(), single_writer);
         repository = open(&bench, &place).await;

@@ -14,44 +14,31 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use common::{Bench, DAY_MS, NOW_MS, segment, wal_name};
+use common::{Bench, DAY_MS, NOW_MS, collect_options, segment, wal_name};
 use interrupted::{Interrupted, Turn};
 use proto::Timeline;
 use proto::wal::{SegmentName, WalFileName};
 use repository::store::layer::Layer;
 use repository::store::{Listed, Store, StoreError};
 use repository::{
-    BackupSummary, CheckLevel, CollectOptions, CollectPlan, CollectSummary, Collected, Error,
-    Repository, ScrubOptions, ScrubReport, WalAbsence, WalBound, WalStored, Wish,
+    BackupSummary, CheckLevel, CollectPlan, CollectSummary, Collected, Error, Repository,
+    ScrubOptions, ScrubReport, WalAbsence, WalBound, WalStored, Wish,
 };
-use tokio_util::sync::CancellationToken;
 
 /// Late enough for everything that was given up or left open at [`NOW_MS`].
 const LATER_MS: i64 = NOW_MS + 5 * DAY_MS;
 const HISTORY: &str = "1\t0/700000\tno recovery target specified\n";
-
-fn options(now_ms: i64) -> CollectOptions {
-    CollectOptions {
-        by: "tester".into(),
-        now_ms,
-        grace_ms: DAY_MS,
-        patience_ms: Some(2 * DAY_MS),
-        pins_for_ms: 7 * DAY_MS,
-        lists_for_ms: None,
-        cancel: CancellationToken::new(),
-    }
-}
 
 fn name(timeline: u32, number: u64) -> SegmentName {
     wal_name(timeline, number).parse().unwrap()
 }
 
 async fn plan(bench: &Bench) -> Result<CollectPlan, Error> {
-    bench.repository.plan_collection(bench.lineage, &options(LATER_MS)).await
+    bench.repository.plan_collection(bench.lineage, &collect_options(LATER_MS)).await
 }
 
 async fn collect(bench: &Bench) -> Result<Collected, Error> {
-    plan(bench).await?.collect(&options(LATER_MS)).await
+    plan(bench).await?.collect(&collect_options(LATER_MS)).await
 }
 
 async fn done(bench: &Bench) -> CollectSummary {
@@ -133,7 +120,8 @@ async fn wal_before_the_oldest_backup_goes_on_every_timeline_and_all_else_stays(
 
     // Given up is not gone: its WAL stays until it is. Then both go at once.
     give_up(&bench, &older).await;
-    let early = bench.repository.plan_collection(bench.lineage, &options(NOW_MS)).await.unwrap();
+    let early =
+        bench.repository.plan_collection(bench.lineage, &collect_options(NOW_MS)).await.unwrap();
     assert_eq!(early.wal.delete.files, 0);
     let second = done(&bench).await;
     assert_eq!((second.backups, second.wal.files), (vec![older.backup], 4 + 1 + 1 + 2 + 1));
@@ -230,7 +218,7 @@ async fn a_backup_that_was_committed_since_the_plan_keeps_its_wal() {
     let planned = plan(&bench).await.unwrap();
     assert_eq!(planned.wal.delete.files, 5);
     bench.back_up_from(1, 5, NOW_MS + 1_000).await;
-    let Collected::Done(done) = planned.collect(&options(LATER_MS)).await.unwrap() else {
+    let Collected::Done(done) = planned.collect(&collect_options(LATER_MS)).await.unwrap() else {
         panic!()
     };
     assert_eq!((done.wal.files, floors(&bench).await), (2, vec!["0000000000000005".to_owned()]));
@@ -368,7 +356,7 @@ async fn a_cancelled_collection_of_wal_stops_between_two_files() {
     two_timelines(&made).await;
     made.back_up_from(2, 9, NOW_MS).await;
     let (store, bench) = interruptible(&made).await;
-    let how = options(LATER_MS);
+    let how = collect_options(LATER_MS);
     let planned = bench.repository.plan_collection(bench.lineage, &how).await.unwrap();
     let cancel = how.cancel.clone();
     let turn: Turn = Box::pin(async move { cancel.cancel() });
@@ -468,7 +456,7 @@ async fn a_plan_asks_for_nothing_twice_and_a_missing_segment_costs_few_requests(
     assert_eq!(fetched, Some(segment(2, 12)));
     assert_eq!(written.take().len(), 1);
 
-    let plan = repository.plan_collection(bench.lineage, &options(LATER_MS)).await.unwrap();
+    let plan = repository.plan_collection(bench.lineage, &collect_options(LATER_MS)).await.unwrap();
     assert_eq!(plan.wal.delete.files, 3);
     let mut asked = written.take();
     let count = asked.len();

@@ -9,28 +9,17 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use common::{Bench, DAY_MS, NOW_MS, segment, wal_name};
+use common::{Bench, DAY_MS, NOW_MS, collect_options, copy_options, segment, wal_name};
 use interrupted::{Interrupted, Turn};
 use repository::store::Store;
 use repository::store::directory::DirectoryStore;
 use repository::store::probe::Capabilities;
 use repository::{
-    CollectOptions, Collected, CopyOptions, Error, Mirror, Progress, Repository, Unlock,
-    WalAbsence, WalAmount, WalCopySummary, Wish,
+    CollectOptions, Collected, Error, Mirror, Repository, Unlock, WalAbsence, WalAmount,
+    WalCopySummary, Wish,
 };
-use tokio_util::sync::CancellationToken;
 
 const LATER_MS: i64 = NOW_MS + 5 * DAY_MS;
-
-fn options() -> CopyOptions {
-    CopyOptions {
-        by: "copier".into(),
-        now_ms: LATER_MS,
-        processes: 2,
-        progress: Arc::new(Progress::default()),
-        cancel: CancellationToken::new(),
-    }
-}
 
 fn at(place: &Path) -> Arc<dyn Store> {
     Arc::new(DirectoryStore::new(place))
@@ -42,7 +31,7 @@ async fn mirror(bench: &Bench, store: Arc<dyn Store>) -> Result<Mirror, Error> {
 }
 
 async fn copy(bench: &Bench, store: Arc<dyn Store>) -> Result<WalCopySummary, Error> {
-    mirror(bench, store).await?.copy_wal(bench.lineage, &options()).await
+    mirror(bench, store).await?.copy_wal(bench.lineage, &copy_options(LATER_MS)).await
 }
 
 /// Copies backups and WAL.
@@ -50,9 +39,12 @@ async fn copy_all(bench: &Bench, place: &Path) -> WalCopySummary {
     let mut mirror = mirror(bench, at(place)).await.unwrap();
     mirror.copy_lineage(bench.lineage).await.unwrap();
     for summary in bench.repository.list_backups(bench.lineage).await.unwrap() {
-        mirror.copy(bench.lineage, summary.backup().unwrap(), &options()).await.unwrap();
+        mirror
+            .copy(bench.lineage, summary.backup().unwrap(), &copy_options(LATER_MS))
+            .await
+            .unwrap();
     }
-    mirror.copy_wal(bench.lineage, &options()).await.unwrap()
+    mirror.copy_wal(bench.lineage, &copy_options(LATER_MS)).await.unwrap()
 }
 
 async fn open(bench: &Bench, place: &Path) -> Repository {
@@ -99,15 +91,7 @@ async fn forget(repository: &Repository, bench: &Bench, backup: proto::BackupId)
 }
 
 async fn collect(repository: &Repository, bench: &Bench) -> Collected {
-    let how = CollectOptions {
-        by: "tester".into(),
-        now_ms: LATER_MS,
-        grace_ms: DAY_MS,
-        patience_ms: None,
-        pins_for_ms: 7 * DAY_MS,
-        lists_for_ms: None,
-        cancel: CancellationToken::new(),
-    };
+    let how = CollectOptions { patience_ms: None, ..collect_options(LATER_MS) };
     let plan = repository.plan_collection(bench.lineage, &how).await.unwrap();
     plan.collect(&how).await.unwrap()
 }
@@ -329,7 +313,7 @@ async fn a_collection_at_the_source_at_any_call_of_a_copy_harms_no_backup_of_the
         let place = tempfile::tempdir().unwrap();
         let mirror = mirror(&bench, at(place.path())).await.unwrap();
         store.after(calls, Some(turn));
-        let copied = mirror.copy_wal(bench.lineage, &options()).await.unwrap();
+        let copied = mirror.copy_wal(bench.lineage, &copy_options(LATER_MS)).await.unwrap();
         let finished = store.is_left();
         store.after(-1, None);
         assert_eq!((copied.damaged.len(), copied.conflicts.len()), (0, 0), "{calls}");
@@ -351,7 +335,7 @@ async fn a_cancelled_copy_of_wal_ends_between_two_files() {
     some_wal(&bench).await;
     let place = tempfile::tempdir().unwrap();
     let mirror = mirror(&bench, at(place.path())).await.unwrap();
-    let how = options();
+    let how = copy_options(LATER_MS);
     how.cancel.cancel();
     let ended = mirror.copy_wal(bench.lineage, &how).await.unwrap_err();
     assert!(matches!(ended, Error::Cancelled), "{ended}");

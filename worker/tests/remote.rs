@@ -9,8 +9,7 @@ use std::io::Read as _;
 use std::time::Duration;
 
 use house::{
-    DATA, House, back_up_and_meanwhile, copies, eventually, nothing_is_left_on, number,
-    start_plainly, within_limit,
+    DATA, House, copies, eventually, nothing_is_left_on, number, start_plainly, within_limit,
 };
 use postgres::instance::InstanceOptions;
 use proto::{Action, Code, ProofLevel};
@@ -142,7 +141,9 @@ async fn connections_that_are_cut_in_the_middle_commit_nothing_and_leave_nothing
     let mut house = filled(18).await;
     // Nothing is over before it was cut.
     let gate = house.with_gate().await;
+    let cx = house.cx();
     let cut = async {
+        copies(&cx).await;
         let ours = "FROM pg_stat_activity WHERE application_name LIKE 'pgmuster/%'";
         let read = format!("SELECT count(*) {READERS}");
         let reads = async || (house.number(&read).await > 0).then_some(());
@@ -150,7 +151,8 @@ async fn connections_that_are_cut_in_the_middle_commit_nothing_and_leave_nothing
         let cut = house.number(&format!("SELECT count(pg_terminate_backend(pid)) {ours}")).await;
         assert!(cut > 2, "{cut}");
     };
-    let failure = Box::pin(within_limit(back_up_and_meanwhile(&house, cut))).await;
+    let both = async { tokio::join!(house.back_up_as(&cx), cut).0 };
+    let failure = Box::pin(within_limit(both)).await.unwrap_err();
     let expected = [Code::BackupSessionLost, Code::ServerUnreachable, Code::SourceUnreadable];
     assert!(expected.contains(&failure.code), "{failure:?}");
     assert_eq!(failure.action, Action::Retry, "{failure:?}");

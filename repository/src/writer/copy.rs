@@ -94,7 +94,7 @@ pub(super) struct Copier<'a> {
     spoilt: Arc<BTreeSet<PackId>>,
     stream: PackStream,
     compressor: Compressor,
-    events: Sender<(u64, Event)>,
+    events: &'a Sender<(u64, Event)>,
     frame: Vec<u8>,
     filled: usize,
     waiting: VecDeque<Copied>,
@@ -121,7 +121,7 @@ impl<'a> Copier<'a> {
         detection: Detection,
         spoilt: Arc<BTreeSet<PackId>>,
         level: i32,
-        events: Sender<(u64, Event)>,
+        events: &'a Sender<(u64, Event)>,
     ) -> Result<Self, Error> {
         let mut compressor = Compressor::new(level)
             .map_err(|error| Error::Bug(format!("zstd cannot be started: {error}")))?;

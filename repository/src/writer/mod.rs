@@ -27,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::assemble::{Assembled, Assembler, ShardWriter};
 use self::copy::Copier;
-use self::plan::{Planner, Reread, Trust};
+use self::plan::{Outlets, Planner, Reread, Trust};
 use self::previous::Walk;
 pub use self::source::{Source, SourceFile};
 use self::stream::Uploads;
@@ -421,11 +421,13 @@ fn run_threads(
         let mut running = Vec::with_capacity(threads.processes + 1);
         for n in 0..threads.processes {
             let (work, events, spoilt) = (work.clone(), events.clone(), Arc::clone(&trust.spoilt));
+            // The ends of the channels outlive the work: whoever finds nobody there must not be the first to tell of an end,
+            // which then has no cause.
             let body = move || {
                 guarded(stop, || {
                     step_back(threads.nice);
                     let detection = Detection(uploads.keys.detection(threads.lineage));
-                    Copier::new(source, uploads, detection, spoilt, threads.level, events)?
+                    Copier::new(source, uploads, detection, spoilt, threads.level, &events)?
                         .run(&work)
                 });
             };
@@ -434,10 +436,12 @@ fn run_threads(
         drop(work);
         let walk = predecessor.map(Walk::new);
         let stretches_max = threads.processes + STRETCHES_AHEAD;
-        let planner =
-            Planner::new(source, walk, trust, stop, progress, credits, jobs, events, stretches_max);
         running.push(spawn(scope, stop, "plan".to_owned(), move || {
-            guarded(stop, || planner.run(entries));
+            let outlets = Outlets { credits, jobs, events };
+            guarded(stop, || {
+                Planner::new(source, walk, trust, stop, progress, &outlets, stretches_max)
+                    .run(entries)
+            });
         }));
         let mut assembled = None;
         guarded(stop, || {

@@ -73,6 +73,14 @@ impl Reread {
     }
 }
 
+/// The planner's ends of the channels.
+pub(super) struct Outlets {
+    /// One unit for every event that the assembler has not put away.
+    pub(super) credits: Sender<()>,
+    pub(super) jobs: Sender<Job>,
+    pub(super) events: Sender<(u64, Event)>,
+}
+
 /// What the planner needs besides the entries.
 pub(super) struct Planner<'a> {
     pub(super) source: &'a dyn Source,
@@ -80,30 +88,24 @@ pub(super) struct Planner<'a> {
     pub(super) trust: Trust,
     pub(super) stop: &'a Stop,
     pub(super) progress: &'a Progress,
-    /// One unit for every event that the assembler has not put away.
-    pub(super) credits: Sender<()>,
-    pub(super) jobs: Sender<Job>,
-    pub(super) events: Sender<(u64, Event)>,
+    pub(super) outlets: &'a Outlets,
     /// Room for stretches of streams.
     rooms: (Sender<()>, Receiver<()>),
     next: u64,
 }
 
 impl<'a> Planner<'a> {
-    #[expect(clippy::too_many_arguments, reason = "it has an end of every channel of the copy")]
     pub(super) fn new(
         source: &'a dyn Source,
         walk: Option<Walk>,
         trust: Trust,
         stop: &'a Stop,
         progress: &'a Progress,
-        credits: Sender<()>,
-        jobs: Sender<Job>,
-        events: Sender<(u64, Event)>,
+        outlets: &'a Outlets,
         stretches_max: usize,
     ) -> Self {
         let rooms = crossbeam_channel::bounded(stretches_max);
-        Self { source, walk, trust, stop, progress, credits, jobs, events, rooms, next: 0 }
+        Self { source, walk, trust, stop, progress, outlets, rooms, next: 0 }
     }
 
     pub(super) fn run(
@@ -204,7 +206,7 @@ impl<'a> Planner<'a> {
                 claims_unchanged: trusted,
                 read: None,
             };
-            self.jobs.send(job).map_err(|_| Error::Cancelled)?;
+            self.outlets.jobs.send(job).map_err(|_| Error::Cancelled)?;
         }
         Ok(())
     }
@@ -259,7 +261,7 @@ impl<'a> Planner<'a> {
                 claims_unchanged: false,
                 read: Some(Stretch { bytes: Bytes::from(bytes), room }),
             };
-            self.jobs.send(job).map_err(|_| Error::Cancelled)?;
+            self.outlets.jobs.send(job).map_err(|_| Error::Cancelled)?;
             piece += 1;
         }
         self.event(Event::Ended { pieces: piece })
@@ -275,7 +277,7 @@ impl<'a> Planner<'a> {
     }
 
     fn number(&mut self) -> Result<u64, Error> {
-        self.credits.send(()).map_err(|_| Error::Cancelled)?;
+        self.outlets.credits.send(()).map_err(|_| Error::Cancelled)?;
         let seq = self.next;
         self.next += 1;
         Ok(seq)
@@ -283,7 +285,7 @@ impl<'a> Planner<'a> {
 
     fn event(&mut self, event: Event) -> Result<(), Error> {
         let seq = self.number()?;
-        self.events.send((seq, event)).map_err(|_| Error::Cancelled)
+        self.outlets.events.send((seq, event)).map_err(|_| Error::Cancelled)
     }
 }
 

@@ -21,14 +21,39 @@ use proto::{AttemptId, BackupFacts, LineageId, Lsn, SystemIdentifier, Timeline};
 use repository::store::Store;
 use repository::store::directory::DirectoryStore;
 use repository::{
-    Attempt, Backup, BackupSummary, Encryption, Error, InitOptions, Intent, KeyFile, Repository,
-    RestoreOptions, RestoreTarget, Source, SourceEntry, SourceFile, SourceKind, WriteOptions,
-    path_order,
+    Attempt, Backup, BackupSummary, CollectOptions, CopyOptions, Encryption, Error, InitOptions,
+    Intent, KeyFile, Repository, RestoreOptions, RestoreTarget, Source, SourceEntry, SourceFile,
+    SourceKind, WriteOptions, path_order,
 };
+use tokio_util::sync::CancellationToken;
 
 pub const SECOND: i64 = 1_000_000_000;
 pub const NOW_MS: i64 = 1_700_000_000_000;
 pub const DAY_MS: i64 = 24 * 3600 * 1000;
+
+/// A collection by people who are patient for a day, and for two with what is being written.
+pub fn collect_options(now_ms: i64) -> CollectOptions {
+    CollectOptions {
+        by: "tester".into(),
+        now_ms,
+        grace_ms: DAY_MS,
+        patience_ms: Some(2 * DAY_MS),
+        pins_for_ms: 7 * DAY_MS,
+        lists_for_ms: None,
+        cancel: CancellationToken::new(),
+    }
+}
+
+/// A copy in two threads.
+pub fn copy_options(now_ms: i64) -> CopyOptions {
+    CopyOptions {
+        by: "copier".into(),
+        now_ms,
+        processes: 2,
+        progress: Arc::default(),
+        cancel: CancellationToken::new(),
+    }
+}
 
 /// One file of a [`Tree`].
 #[derive(Debug, Clone)]

@@ -388,7 +388,8 @@ pub(crate) async fn within_limit<T>(work: impl Future<Output = T>) -> T {
     ended.expect("it ends by itself")
 }
 
-/// Runs a backup, and something else when it has begun to copy, while it waits.
+/// Runs a backup, and something else when it has begun to copy, while nobody asks how the backup goes: what it has given to
+/// threads goes on, the rest waits.
 pub(crate) async fn back_up_and_meanwhile(
     house: &House,
     meanwhile: impl Future<Output = ()>,
