@@ -180,12 +180,15 @@ impl OpenPack {
         let shared = Arc::clone(uploads);
         let task = uploads.stop.runtime().spawn(async move {
             let stored = store_pack(&shared, &key, parts).await;
-            if let Err(error) = stored {
-                // Whoever fills this pack must not go on. The cause is kept there; this only says "ended".
-                shared.stop.fail(error);
-                return Err(Error::Cancelled);
+            match stored {
+                // Everything has ended, or whoever filled this pack gave it up; he knows why, and is about to say so.
+                Err(Error::Cancelled) | Ok(_) => stored,
+                Err(error) => {
+                    // Whoever fills this pack must not go on. The cause is kept there; this only says "ended".
+                    shared.stop.fail(error);
+                    Err(Error::Cancelled)
+                }
             }
-            stored
         });
         Ok(Self { builder, sender, task })
     }
