@@ -1,13 +1,17 @@
 //! The clusters and repositories of a worker, with their secrets resolved.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
+use async_trait::async_trait;
 use postgres::{Environment, Target};
 use proto::{Action, ClusterName, Code, Failure, SecretRef};
 use repository::{KeyFile, Repository, Unlock, store};
 use secrecy::{ExposeSecret as _, SecretString};
 use tokio::sync::OnceCell;
 
+use crate::archive::Whose;
+use crate::archive::service::OpenArchive;
 use crate::config::{ClusterConfig, RepositoryConfig, WorkerConfig};
 
 /// Turns a reference into the secret; given by whoever may read the environment.
@@ -140,6 +144,36 @@ impl Places {
             )
             .with_hint("Name it in the cluster's section: repository = \"main\".")
         })
+    }
+}
+
+/// The archives of WAL of a worker.
+#[async_trait]
+impl OpenArchive for Arc<Places> {
+    async fn open(&self, whose: Whose) -> Result<Repository, Failure> {
+        let lineage = match whose {
+            Whose::Cluster(cluster) => {
+                self.cluster(&cluster)?;
+                return self.repository_for(&cluster).await;
+            }
+            Whose::Lineage(lineage) => lineage,
+        };
+        let mut failed = None;
+        for place in self.repositories() {
+            let has_it = async {
+                let repository = place.open().await?;
+                repository.identity(lineage).await?;
+                Ok(repository)
+            };
+            match has_it.await {
+                Ok(repository) => return Ok(repository),
+                Err(failure) => failed = Some(failure),
+            }
+        }
+        Err(failed.unwrap_or_else(|| {
+            let what = format!("this worker has no repository, so none with lineage {lineage}");
+            Failure::new(Code::ConfigInvalid, Action::FixConfig, what)
+        }))
     }
 }
 

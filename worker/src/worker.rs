@@ -10,6 +10,7 @@ use proto::{Action, BootId, Code, Failure};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::archive::service::Service;
 use crate::config::WorkerConfig;
 use crate::outbound::Outbound;
 use crate::places::Places;
@@ -33,6 +34,8 @@ pub struct Worker {
     parts: JoinSet<()>,
     consumers: JoinSet<()>,
     deliverer: tokio::task::JoinHandle<()>,
+    /// For the servers on this host; not every worker has some.
+    archive: Option<Service>,
     stop: CancellationToken,
     abandon: CancellationToken,
 }
@@ -100,7 +103,8 @@ impl Worker {
         for queue in consume::queues(&shared) {
             consumers.spawn(consume::serve(Arc::clone(&shared), broker.clone(), queue));
         }
-        Ok(Self { shared, parts, consumers, deliverer, stop, abandon })
+        let archive = serve_archive(&shared).await;
+        Ok(Self { shared, parts, consumers, deliverer, archive, stop, abandon })
     }
 
     /// Stops taking jobs, lets short ones finish, hands long ones back, delivers the last reports. `now` ends the
@@ -137,7 +141,25 @@ impl Worker {
             self.abandon.cancel();
             tracing::warn!("Some reports could not be delivered; the next start will deliver them");
         }
+        if let Some(archive) = self.archive {
+            archive.stop().await;
+        }
         self.consumers.shutdown().await;
         self.parts.shutdown().await;
+    }
+}
+
+/// Answers the commands of servers on this host. Without it they do the work themselves.
+async fn serve_archive(shared: &Shared) -> Option<Service> {
+    if shared.config.clusters.is_empty() {
+        return None;
+    }
+    let socket = shared.config.wal_socket();
+    match Service::listen(socket.as_std_path(), Arc::new(Arc::clone(&shared.places))).await {
+        Ok(service) => Some(service),
+        Err(error) => {
+            tracing::warn!("Failed to serve the archive of WAL at {socket}: {error}");
+            None
+        }
     }
 }

@@ -1,15 +1,18 @@
 //! `wal …`: what a server calls for each file of its log. Quiet when all is well, because it speaks into the server's log.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
-use proto::Failure;
-use repository::WalStored;
+use proto::{Action, Code, Failure};
+use repository::{Repository, WalStored};
+use worker::archive::service::{self, Service};
 use worker::archive::{self, Got, Whose, patiently};
 use worker::failpoint;
 
-use crate::args::{Cli, Command, WalArchive, WalCommand, WalGet, WalPush};
-use crate::commands::repo;
+use crate::args::{Cli, Command, WalArchive, WalCommand, WalGet, WalPush, WalServe};
+use crate::commands::repo::Named;
+use crate::commands::roles::Signals;
 use crate::exit::Exit;
 use crate::opener::Opener;
 use crate::{environment, output};
@@ -29,21 +32,28 @@ pub(crate) async fn run(command: WalCommand) -> Result<Exit, Failure> {
     match command {
         WalCommand::Push(args) => push(&args).await,
         WalCommand::Get(args) => get(&args).await,
+        WalCommand::Serve(args) => serve(args).await,
     }
 }
 
 async fn push(args: &WalPush) -> Result<Exit, Failure> {
-    let (opener, whose) = asked(&args.archive)?;
+    let archive = Archive::read(&args.archive, args.archive.socket.clone())?;
     let limit = Duration::from_secs(args.deadline.into());
-    let pushed = patiently(limit, async || {
-        let repository = open(&args.archive, &opener).await?;
-        archive::push(&repository, &whose, &args.path).await
-    });
-    let pushed = pushed.await?;
-    if pushed.stored == WalStored::AlreadyThere {
+    let (lineage, stored) = patiently(limit, async || {
+        if let Some(socket) = &archive.socket
+            && let Some(answer) = service::ask_to_store(socket, &archive.whose, &args.path).await
+        {
+            return answer;
+        }
+        let repository = archive.open().await?;
+        let pushed = archive::push(&repository, &archive.whose, &args.path).await?;
+        Ok((pushed.identity.lineage, pushed.stored))
+    })
+    .await?;
+    if stored == WalStored::AlreadyThere {
         output::talk(&format!(
-            "{} was archived before, with the same content, in lineage {}",
-            pushed.file, pushed.identity.lineage
+            "{} was archived before, with the same content, in lineage {lineage}",
+            args.path.display()
         ));
     }
     Ok(Exit::Ok)
@@ -51,10 +61,20 @@ async fn push(args: &WalPush) -> Result<Exit, Failure> {
 
 async fn get(args: &WalGet) -> Result<Exit, Failure> {
     let got = async {
-        let (opener, whose) = asked(&args.archive)?;
+        let socket = args.archive.socket.clone();
+        let socket =
+            socket.or_else(|| environment::variable(service::SOCKET_VARIABLE).map(PathBuf::from));
+        let archive = Archive::read(&args.archive, socket)?;
+        let (whose, file) = (&archive.whose, &args.file);
         patiently(within(args), async || {
-            let repository = open(&args.archive, &opener).await?;
-            archive::get(&repository, &whose, &args.file, &args.path, args.until).await
+            if let Some(socket) = &archive.socket
+                && let Some(answer) =
+                    service::ask_for(socket, whose, file, &args.path, args.until).await
+            {
+                return answer;
+            }
+            let repository = archive.open().await?;
+            archive::get(&repository, whose, file, &args.path, args.until).await
         })
         .await
     };
@@ -70,18 +90,54 @@ async fn get(args: &WalGet) -> Result<Exit, Failure> {
     }
 }
 
-fn asked(archive: &WalArchive) -> Result<(Opener, Whose), Failure> {
-    let whose = match (&archive.whose.cluster, archive.whose.lineage) {
-        (Some(cluster), None) => Whose::Cluster(cluster.clone()),
-        (None, Some(lineage)) => Whose::Lineage(lineage),
-        _ => return Err(Failure::bug("WAL is of either --cluster or --lineage")),
-    };
-    Ok((Opener::read(&archive.opener)?, whose))
+async fn serve(args: WalServe) -> Result<Exit, Failure> {
+    let opener = Opener::read(&args.opener)?;
+    let archive = Named { url: args.repository, opener };
+    // What is wrong with it is better known now than when a server asks.
+    archive.open().await?;
+    let socket = args.socket;
+    let service = Service::listen(&socket, Arc::new(archive)).await.map_err(|error| {
+        let what = format!("failed to listen at {}: {error}", socket.display());
+        Failure::new(Code::ConfigInvalid, Action::FixConfig, what)
+            .with_hint("The directory must be there, and the path have at most 107 bytes.")
+    })?;
+    output::talk(&format!("Answers at {}", socket.display()));
+    Signals::listen()?.next().await;
+    service.stop().await;
+    Ok(Exit::Ok)
 }
 
-async fn open(archive: &WalArchive, opener: &Opener) -> Result<repository::Repository, Failure> {
-    let store = repo::open_store(&archive.repository).await?;
-    Ok(repository::Repository::open_with(store, opener.unlock()).await?)
+/// Whose archive, and how it is reached.
+struct Archive {
+    whose: Whose,
+    socket: Option<PathBuf>,
+    repository: Option<Named>,
+}
+
+impl Archive {
+    fn read(args: &WalArchive, socket: Option<PathBuf>) -> Result<Self, Failure> {
+        let whose = match (&args.whose.cluster, args.whose.lineage) {
+            (Some(cluster), None) => Whose::Cluster(cluster.clone()),
+            (None, Some(lineage)) => Whose::Lineage(lineage),
+            _ => return Err(Failure::bug("WAL is of either --cluster or --lineage")),
+        };
+        let opener = Opener::read_if_any(&args.opener)?;
+        let repository = args.repository.clone().zip(opener);
+        let repository = repository.map(|(url, opener)| Named { url, opener });
+        Ok(Self { whose, socket, repository })
+    }
+
+    /// Opens the repository to do the work here.
+    async fn open(&self) -> Result<Repository, Failure> {
+        if let Some(repository) = &self.repository {
+            return repository.open().await;
+        }
+        let socket = self.socket.as_deref().unwrap_or(Path::new("?"));
+        let what = format!("nobody answers at {}", socket.display());
+        Err(Failure::new(Code::WalServiceAway, Action::Retry, what).with_hint(
+            "Start the worker there, or `pgmuster wal serve`; with --repository and --key as well, the command does the work itself.",
+        ))
+    }
 }
 
 fn within(args: &WalGet) -> Duration {

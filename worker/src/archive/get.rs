@@ -5,12 +5,12 @@ use std::path::Path;
 
 use bytes::Bytes;
 use proto::{Action, Code, Failure, WalFileName};
-use repository::Repository;
+use repository::{Identity, Repository};
 use tempfile::NamedTempFile;
 
 use super::gap::Asked;
 use super::lineage::Whose;
-use super::{Until, segment_of, server_of, tablespaces, verify};
+use super::{Server, Until, segment_of, server_of, tablespaces, verify};
 use crate::context::blocking;
 use crate::failpoint;
 
@@ -23,8 +23,9 @@ pub enum Got {
     NotThere,
 }
 
-/// Fetches `file` and puts it to `to`, whole or not at all. Of it, the server will replay nothing behind `until`. Whatever is not certain is an error: a server that is told that
-/// there is no such file takes it for the end of its log and goes into service with what it has.
+/// Fetches `file` and puts it to `to`, whole or not at all. Of it, the server will replay nothing behind `until`. Whatever is
+/// not certain is an error: a server that is told that there is no such file takes it for the end of its log and goes into
+/// service with what it has.
 pub async fn get(
     repository: &Repository,
     whose: &Whose,
@@ -32,10 +33,29 @@ pub async fn get(
     to: &Path,
     until: Option<Until>,
 ) -> Result<Got, Failure> {
+    let (identity, server) = recipient(repository, whose, to).await?;
+    let found = repository.fetch_wal(identity.lineage, file).await?;
+    hand_over(Asked { repository, identity: &identity, file, to, server }, found, until).await
+}
+
+/// The lineage to fetch from, and the server that wants something at `to`, where that is one.
+pub(super) async fn recipient(
+    repository: &Repository,
+    whose: &Whose,
+    to: &Path,
+) -> Result<(Identity, Option<Server>), Failure> {
     let server = server_of(to).await?;
     let identity = whose.find(repository, server.map(|server| server.system_identifier)).await?;
-    let asked = Asked { repository, identity: &identity, file, to, server };
-    let found = repository.fetch_wal(identity.lineage, file).await?;
+    Ok((identity, server))
+}
+
+/// Gives a server what was found in the archive, or tells it that there is nothing if that is certain.
+pub(super) async fn hand_over(
+    asked: Asked<'_>,
+    found: Option<Bytes>,
+    until: Option<Until>,
+) -> Result<Got, Failure> {
+    let Asked { repository, identity, file, to, server } = asked;
     asked.refuse_abandoned(found.is_some()).await?;
     let content = match found {
         Some(content) => content,

@@ -10,6 +10,7 @@ mod lineage;
 mod patience;
 mod push;
 mod reach;
+pub mod service;
 mod tablespaces;
 mod windows;
 
