@@ -11,7 +11,7 @@ use secrecy::{ExposeSecret as _, SecretString};
 use tokio::sync::OnceCell;
 
 use crate::archive::Whose;
-use crate::archive::service::OpenArchive;
+use crate::archive::service::{OpenArchive, another_repository};
 use crate::config::{ClusterConfig, RepositoryConfig, WorkerConfig};
 
 /// Turns a reference into the secret; given by whoever may read the environment.
@@ -150,30 +150,31 @@ impl Places {
 /// The archives of WAL of a worker.
 #[async_trait]
 impl OpenArchive for Arc<Places> {
-    async fn open(&self, whose: Whose) -> Result<Repository, Failure> {
-        let lineage = match whose {
-            Whose::Cluster(cluster) => {
+    async fn open(&self, whose: Whose, named: Option<String>) -> Result<Repository, Failure> {
+        let place = match (whose, &named) {
+            (Whose::Cluster(cluster), _) => {
                 self.cluster(&cluster)?;
-                return self.repository_for(&cluster).await;
+                self.place_for(&cluster)?
             }
-            Whose::Lineage(lineage) => lineage,
+            (Whose::Lineage(_), None) if self.repositories.len() == 1 => {
+                self.repositories().next().ok_or_else(|| Failure::bug("one is the first"))?
+            }
+            (Whose::Lineage(lineage), None) => {
+                let what = format!(
+                    "this worker has several repositories, and lineage {lineage} may be in each"
+                );
+                return Err(Failure::new(Code::RequestInvalid, Action::FixConfig, what)
+                    .with_hint("Name the repository as well, or the cluster."));
+            }
+            (Whose::Lineage(_), Some(named)) => {
+                let same = self.repositories().find(|place| place.config.url == *named);
+                same.ok_or_else(|| another_repository(named))?
+            }
         };
-        let mut failed = None;
-        for place in self.repositories() {
-            let has_it = async {
-                let repository = place.open().await?;
-                repository.identity(lineage).await?;
-                Ok(repository)
-            };
-            match has_it.await {
-                Ok(repository) => return Ok(repository),
-                Err(failure) => failed = Some(failure),
-            }
+        match named {
+            Some(named) if named != place.config.url => Err(another_repository(&named)),
+            _ => place.open().await,
         }
-        Err(failed.unwrap_or_else(|| {
-            let what = format!("this worker has no repository, so none with lineage {lineage}");
-            Failure::new(Code::ConfigInvalid, Action::FixConfig, what)
-        }))
     }
 }
 

@@ -26,6 +26,8 @@ const HAND_BACK_MAX: Duration = Duration::from_secs(30);
 const HAND_BACK_AT_ONCE: Duration = Duration::from_secs(5);
 /// How long the last reports may take to be confirmed; they stay on disk otherwise.
 const LAST_REPORTS_MAX: Duration = Duration::from_secs(10);
+/// How often a worker tries to take the place of its WAL service.
+const SOCKET_TRIED_EVERY: Duration = Duration::from_secs(10);
 
 /// A running worker.
 #[derive(Debug)]
@@ -34,8 +36,8 @@ pub struct Worker {
     parts: JoinSet<()>,
     consumers: JoinSet<()>,
     deliverer: tokio::task::JoinHandle<()>,
-    /// For the servers on this host; not every worker has some.
-    archive: Option<Service>,
+    /// Serves the archive to the servers on this host.
+    archive: tokio::task::JoinHandle<()>,
     stop: CancellationToken,
     abandon: CancellationToken,
 }
@@ -103,7 +105,7 @@ impl Worker {
         for queue in consume::queues(&shared) {
             consumers.spawn(consume::serve(Arc::clone(&shared), broker.clone(), queue));
         }
-        let archive = serve_archive(&shared).await;
+        let archive = tokio::spawn(serve_archive(Arc::clone(&shared), stop.clone()));
         Ok(Self { shared, parts, consumers, deliverer, archive, stop, abandon })
     }
 
@@ -141,25 +143,39 @@ impl Worker {
             self.abandon.cancel();
             tracing::warn!("Some reports could not be delivered; the next start will deliver them");
         }
-        if let Some(archive) = self.archive {
-            archive.stop().await;
-        }
+        let _ = self.archive.await;
         self.consumers.shutdown().await;
         self.parts.shutdown().await;
     }
 }
 
-/// Answers the commands of servers on this host. Without it they do the work themselves.
-async fn serve_archive(shared: &Shared) -> Option<Service> {
+/// Answers the commands of servers on this host until `stop`. Without it they do the work themselves.
+async fn serve_archive(shared: Arc<Shared>, stop: CancellationToken) {
     if shared.config.clusters.is_empty() {
-        return None;
+        return;
     }
     let socket = shared.config.wal_socket();
-    match Service::listen(socket.as_std_path(), Arc::new(Arc::clone(&shared.places))).await {
-        Ok(service) => Some(service),
-        Err(error) => {
-            tracing::warn!("Failed to serve the archive of WAL at {socket}: {error}");
-            None
+    let mut has_warned = false;
+    let listen = async {
+        loop {
+            let opener = Arc::new(Arc::clone(&shared.places));
+            match Service::listen(socket.as_std_path(), opener).await {
+                Ok(service) => return service,
+                // Another worker may be about to end.
+                Err(error) if !has_warned => {
+                    tracing::warn!("Failed to serve the archive of WAL at {socket}: {error}");
+                    has_warned = true;
+                }
+                Err(_) => {}
+            }
+            tokio::time::sleep(SOCKET_TRIED_EVERY).await;
         }
+    };
+    tokio::select! {
+        service = listen => {
+            stop.cancelled().await;
+            service.stop().await;
+        }
+        () = stop.cancelled() => {}
     }
 }

@@ -10,7 +10,7 @@ use proto::{Action, BackupId, BackupKind, ClusterName, Code, Failure, LineageId}
 use repository::{Encryption, InitOptions, Lineages, Lost, Repository, WalAmount, Wish, store};
 use serde::Serialize;
 use worker::archive::Whose;
-use worker::archive::service::OpenArchive;
+use worker::archive::service::{OpenArchive, another_repository};
 
 use crate::args::{OpenerArgs, Output, RepoCommand};
 use crate::commands::{copy, gc, repo_key};
@@ -234,8 +234,11 @@ impl Named {
 
 #[async_trait]
 impl OpenArchive for Named {
-    async fn open(&self, _: Whose) -> Result<Repository, Failure> {
-        self.open().await
+    async fn open(&self, _: Whose, named: Option<String>) -> Result<Repository, Failure> {
+        match named {
+            Some(named) if named != self.url => Err(another_repository(&named)),
+            _ => self.open().await,
+        }
     }
 }
 

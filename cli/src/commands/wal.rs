@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use proto::{Action, Code, Failure};
 use repository::{Repository, WalStored};
-use worker::archive::service::{self, Service};
+use worker::archive::service::{self, Asking, Heard, Service};
 use worker::archive::{self, Got, Whose, patiently};
 use worker::failpoint;
 
@@ -20,6 +20,8 @@ use crate::{environment, output};
 /// How long a file is tried for; a standby goes on by streaming, or asks again.
 const GET_WITHIN: Duration = Duration::from_mins(5);
 const GET_WITHIN_OF_STANDBY: Duration = Duration::from_secs(30);
+/// How long a service may be silent until the work is done without it.
+const SILENCE_MAX: Duration = Duration::from_mins(1);
 /// What makes a server a standby.
 const STANDBY_SIGNAL: &str = "standby.signal";
 
@@ -37,15 +39,17 @@ pub(crate) async fn run(command: WalCommand) -> Result<Exit, Failure> {
 }
 
 async fn push(args: &WalPush) -> Result<Exit, Failure> {
-    let archive = Archive::read(&args.archive, args.archive.socket.clone())?;
     let limit = Duration::from_secs(args.deadline.into());
+    let archive = Archive::of(&args.archive, args.archive.socket.clone(), limit)?;
     let (lineage, stored) = patiently(limit, async || {
-        if let Some(socket) = &archive.socket
-            && let Some(answer) = service::ask_to_store(socket, &archive.whose, &args.path).await
-        {
-            return answer;
+        let mut away = None;
+        if let Some(asking) = archive.asking() {
+            match asking.to_store(&args.path).await {
+                Heard::Answer(answer) => return answer,
+                Heard::Nobody(why) => away = why,
+            }
         }
-        let repository = archive.open().await?;
+        let repository = archive.open(away).await?;
         let pushed = archive::push(&repository, &archive.whose, &args.path).await?;
         Ok((pushed.identity.lineage, pushed.stored))
     })
@@ -64,17 +68,17 @@ async fn get(args: &WalGet) -> Result<Exit, Failure> {
         let socket = args.archive.socket.clone();
         let socket =
             socket.or_else(|| environment::variable(service::SOCKET_VARIABLE).map(PathBuf::from));
-        let archive = Archive::read(&args.archive, socket)?;
-        let (whose, file) = (&archive.whose, &args.file);
+        let archive = Archive::of(&args.archive, socket, within(args))?;
         patiently(within(args), async || {
-            if let Some(socket) = &archive.socket
-                && let Some(answer) =
-                    service::ask_for(socket, whose, file, &args.path, args.until).await
-            {
-                return answer;
+            let mut away = None;
+            if let Some(asking) = archive.asking() {
+                match asking.for_file(&args.file, &args.path, args.until).await {
+                    Heard::Answer(answer) => return answer,
+                    Heard::Nobody(why) => away = why,
+                }
             }
-            let repository = archive.open().await?;
-            archive::get(&repository, whose, file, &args.path, args.until).await
+            let repository = archive.open(away).await?;
+            archive::get(&repository, &archive.whose, &args.file, &args.path, args.until).await
         })
         .await
     };
@@ -99,7 +103,7 @@ async fn serve(args: WalServe) -> Result<Exit, Failure> {
     let service = Service::listen(&socket, Arc::new(archive)).await.map_err(|error| {
         let what = format!("failed to listen at {}: {error}", socket.display());
         Failure::new(Code::ConfigInvalid, Action::FixConfig, what)
-            .with_hint("The directory must be there, and the path have at most 107 bytes.")
+            .with_hint("Its directory must be there, and the path be short: some 100 bytes.")
     })?;
     output::talk(&format!("Answers at {}", socket.display()));
     Signals::listen()?.next().await;
@@ -108,35 +112,48 @@ async fn serve(args: WalServe) -> Result<Exit, Failure> {
 }
 
 /// Whose archive, and how it is reached.
-struct Archive {
+struct Archive<'a> {
+    args: &'a WalArchive,
     whose: Whose,
     socket: Option<PathBuf>,
-    repository: Option<Named>,
+    /// How long a silent service is waited for.
+    patience: Duration,
 }
 
-impl Archive {
-    fn read(args: &WalArchive, socket: Option<PathBuf>) -> Result<Self, Failure> {
+impl<'a> Archive<'a> {
+    fn of(args: &'a WalArchive, socket: Option<PathBuf>, limit: Duration) -> Result<Self, Failure> {
         let whose = match (&args.whose.cluster, args.whose.lineage) {
             (Some(cluster), None) => Whose::Cluster(cluster.clone()),
             (None, Some(lineage)) => Whose::Lineage(lineage),
             _ => return Err(Failure::bug("WAL is of either --cluster or --lineage")),
         };
-        let opener = Opener::read_if_any(&args.opener)?;
-        let repository = args.repository.clone().zip(opener);
-        let repository = repository.map(|(url, opener)| Named { url, opener });
-        Ok(Self { whose, socket, repository })
+        // Who can do the work himself does not wait to the end.
+        let patience = if args.repository.is_some() { (limit / 2).min(SILENCE_MAX) } else { limit };
+        Ok(Self { args, whose, socket, patience })
     }
 
-    /// Opens the repository to do the work here.
-    async fn open(&self) -> Result<Repository, Failure> {
-        if let Some(repository) = &self.repository {
-            return repository.open().await;
+    fn asking(&self) -> Option<Asking<'_>> {
+        Some(Asking {
+            socket: self.socket.as_deref()?,
+            whose: &self.whose,
+            repository: self.args.repository.as_deref(),
+            within: self.patience,
+        })
+    }
+
+    /// Opens the repository to do the work here, because a service did not; `away` says why, where that is known.
+    async fn open(&self, away: Option<Failure>) -> Result<Repository, Failure> {
+        let opener = Opener::read_if_any(&self.args.opener)?;
+        if let Some((url, opener)) = self.args.repository.clone().zip(opener) {
+            return Named { url, opener }.open().await;
         }
-        let socket = self.socket.as_deref().unwrap_or(Path::new("?"));
-        let what = format!("nobody answers at {}", socket.display());
-        Err(Failure::new(Code::WalServiceAway, Action::Retry, what).with_hint(
-            "Start the worker there, or `pgmuster wal serve`; with --repository and --key as well, the command does the work itself.",
-        ))
+        Err(away.unwrap_or_else(|| {
+            let socket = self.socket.as_deref().unwrap_or(Path::new("?"));
+            let what = format!("nobody answers at {}", socket.display());
+            Failure::new(Code::WalServiceAway, Action::Retry, what).with_hint(
+                "Start the worker there, or `pgmuster wal serve`; with --repository and --key as well, the command does the work itself.",
+            )
+        }))
     }
 }
 

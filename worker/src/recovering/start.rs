@@ -66,15 +66,16 @@ impl Starter {
         destination: &Destination,
         done: RestoreOutcome,
     ) -> Result<RestoreOutcome, Failure> {
-        let mut environment = self.environment.clone();
         let service = self.serve().await;
-        if let Some((_, socket)) = &service {
-            environment.push((SOCKET_VARIABLE.to_owned(), socket.clone()));
-        }
+        let alone: Vec<(String, String)> = service
+            .iter()
+            .map(|(_, socket)| (SOCKET_VARIABLE.to_owned(), socket.clone()))
+            .collect();
         let server = RecoveryServer {
             binaries: &self.binaries,
             directory: &destination.data_directory,
-            environment: &environment,
+            environment: &self.environment,
+            environment_alone: &alone,
             cancel: &cx.cancel,
         };
         let recovered = match server.recover(&self.expected).await {

@@ -1,24 +1,28 @@
 //! Segments that are stored before the server asks for that.
 //!
-//! A server hands over one segment and waits until it is stored, then the next. So while it waits for one, the next ones
-//! that it has marked as ready are read, checked, compressed and sealed, each on a core of its own. They are *stored* one
-//! after the other, in the server's order: an archive that has a segment and not the one before it has a gap, for everybody
-//! who looks at that moment, and for ever when the server is lost in it.
+//! A server hands over one segment and waits until it is stored, then the next. So while it waits for one, the ones that
+//! follow and that it has marked as ready are read, checked, compressed and sealed, each on a core of its own. They are *stored*
+//! one after the other: an archive that has a segment and not the one before it has a gap, for everybody who looks at that
+//! moment, and for ever when the server is lost in it. So only what follows without a break on the same timeline is begun,
+//! and each waits for the very one before it and fails with it.
 //!
-//! What was stored ahead counts when the server asks for it, and only if the file is the one that was read. What failed ahead
-//! is done again then, and that is what is told.
+//! What was stored ahead counts when the server asks for it, if the file still is the one that was read and the repository of
+//! that moment has it. Else it is done again, and that is what is told.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use futures::FutureExt as _;
 use futures::future::{BoxFuture, Shared};
+use proto::wal::SegmentName;
 use proto::{Action, Code, Failure, WalFileName};
 use repository::Repository;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
 
 use super::super::lineage::Whose;
 use super::super::push::{self, Pushed};
@@ -28,13 +32,13 @@ use crate::context::blocking;
 const MEMORY_MIB: usize = 96;
 /// How many may be stored, or be about to be, that the server has not asked for yet.
 const WINDOW: usize = 16;
-/// How many names of a long list are kept in mind. A list is read again when they are used up.
-const NAMES_MAX: usize = 1_000;
+/// A server that asks for nothing for so long is forgotten.
+const KEPT: Duration = Duration::from_mins(10);
 
 /// What is done ahead for all servers of a host.
 #[derive(Debug)]
 pub(super) struct Ahead {
-    lines: Mutex<BTreeMap<(Whose, PathBuf), Arc<Mutex<Line>>>>,
+    lines: Mutex<BTreeMap<(Whose, PathBuf), Arc<tokio::sync::Mutex<Line>>>>,
     /// In MiB.
     memory: Arc<Semaphore>,
 }
@@ -46,13 +50,13 @@ impl Default for Ahead {
 }
 
 /// The log of one server.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Line {
-    uploads: BTreeMap<String, Upload>,
-    /// The one that was begun last: the next one waits for it.
-    last: Option<Upload>,
-    /// Segments that the server has marked, from the oldest on.
-    marked: VecDeque<String>,
+    /// What was asked for last, and what follows.
+    uploads: BTreeMap<SegmentName, Upload>,
+    /// What was asked for last failed: nothing is done ahead of what may fail again.
+    fails: bool,
+    asked_at: Instant,
 }
 
 /// A file on its way, and what it was when it was read.
@@ -74,98 +78,138 @@ impl Ahead {
         whose: &Whose,
         path: &Path,
     ) -> Result<Pushed, Failure> {
-        let file = push::name_of(path)?;
+        let WalFileName::Segment(name) = push::name_of(path)? else {
+            // Few and small, and the server has an order of its own for them.
+            return push::push(repository, whose, path).await;
+        };
         let directory = path.parent().unwrap_or(Path::new("/")).to_owned();
-        let line = {
-            let mut lines = lock(&self.lines);
-            Arc::clone(lines.entry((whose.clone(), directory.clone())).or_default())
-        };
         let source = Source { repository: Arc::clone(repository), whose: whose.clone(), directory };
-        let (upload, was_ahead) = {
-            let (this, line, source) = (Arc::clone(self), Arc::clone(&line), source.clone());
-            blocking(move || Ok(this.begin(&mut lock(&line), &source, &file))).await?
-        };
-        let stored = upload.clone().await;
-        lock(&line).forget(&file.to_string(), &upload);
-        match stored {
-            Ok((pushed, stamp)) if !was_ahead || Stamp::of(path).await.ok() == Some(stamp) => {
-                Ok(pushed)
-            }
-            // It failed when nobody waited for it, or is another file by now.
-            _ if was_ahead => {
-                begin(&source, &file.to_string(), None, None).await.map(|(pushed, _)| pushed)
-            }
-            stored => stored.map(|(pushed, _)| pushed),
+        let line = self.line(&source);
+        let (mut stored, was_ahead) = self.stored(&line, &source, name).await?;
+        if was_ahead && !counts(&stored, repository, name, path).await {
+            stored = self.stored(&line, &source, name).await?.0;
         }
+        line.lock().await.fails = stored.is_err();
+        stored.map(|(pushed, _)| pushed)
     }
 
-    /// The upload of a file, whether it was begun before, and the next ones on their way.
-    fn begin(&self, line: &mut Line, source: &Source, file: &WalFileName) -> (Upload, bool) {
-        let name = file.to_string();
-        if line.marked.is_empty() {
-            line.marked = marked(&source.directory);
+    fn line(&self, source: &Source) -> Arc<tokio::sync::Mutex<Line>> {
+        let mut lines = lock(&self.lines);
+        let line = lines.entry((source.whose.clone(), source.directory.clone()));
+        Arc::clone(line.or_insert_with(|| {
+            let line = Line { uploads: BTreeMap::new(), fails: false, asked_at: Instant::now() };
+            Arc::new(tokio::sync::Mutex::new(line))
+        }))
+    }
+
+    /// What came of a segment, and whether it was begun before it was asked for.
+    async fn stored(
+        self: &Arc<Self>,
+        line: &Arc<tokio::sync::Mutex<Line>>,
+        source: &Source,
+        name: SegmentName,
+    ) -> Result<(Result<(Pushed, Stamp), Failure>, bool), Failure> {
+        let (upload, was_ahead) = {
+            let (this, line, source) = (Arc::clone(self), Arc::clone(line), source.clone());
+            blocking(move || Ok(this.begin(&mut line.blocking_lock(), &source, name))).await?
+        };
+        let stored = upload.clone().await;
+        let mut line = line.lock().await;
+        if line.uploads.get(&name).is_some_and(|known| known.ptr_eq(&upload)) {
+            line.uploads.remove(&name);
         }
-        line.drop_useless(&name);
+        Ok((stored, was_ahead))
+    }
+
+    /// The upload of a segment, and whether it was begun before; and those that follow on their way.
+    fn begin(&self, line: &mut Line, source: &Source, name: SegmentName) -> (Upload, bool) {
+        line.asked_at = Instant::now();
         let known = line.uploads.get(&name).cloned();
         let was_ahead = known.is_some();
-        let upload = known.unwrap_or_else(|| {
-            let upload = begin(source, &name, None, None);
-            line.uploads.insert(name.clone(), upload.clone());
-            if line.uploads.len() == 1 {
-                line.last = Some(upload.clone());
-            }
-            upload
-        });
-        while line.uploads.len() < WINDOW
-            && let Some(next) = line.marked.front()
-        {
-            // What is older than the file that is asked for now comes when it is asked for.
-            let is_next = *next > name && !line.uploads.contains_key(next);
-            let size = std::fs::metadata(source.directory.join(next)).map(|file| file.len());
-            if let (true, Ok(size)) = (is_next, size) {
-                let mib = u32::try_from(2 * size.div_ceil(1 << 20)).unwrap_or(u32::MAX);
-                let memory = Arc::clone(&self.memory).try_acquire_many_owned(mib);
-                let Ok(memory) = memory else { break };
-                let upload = begin(source, next, line.last.clone(), Some(memory));
-                line.uploads.insert(next.clone(), upload.clone());
-                line.last = Some(upload);
-            }
-            line.marked.pop_front();
+        let upload = known.unwrap_or_else(|| begin(source, name, None, None));
+        if was_ahead {
+            line.uploads.retain(|later, _| *later > name);
+        } else {
+            // Whatever is there waits for another one.
+            line.uploads.clear();
+        }
+        line.uploads.insert(name, upload.clone());
+        if !line.fails {
+            self.go_on(line, source, name, upload.clone());
         }
         (upload, was_ahead)
     }
-}
 
-impl Line {
-    /// What failed is begun again when it is asked for; what is older than the file `asked` for now was asked for before, or is
-    /// not wanted any more.
-    fn drop_useless(&mut self, asked: &str) {
-        self.uploads.retain(|name, upload| match upload.peek() {
-            None => true,
-            Some(Ok(_)) => name.as_str() >= asked,
-            Some(Err(_)) => false,
-        });
-    }
-
-    fn forget(&mut self, name: &str, upload: &Upload) {
-        if self.uploads.get(name).is_some_and(|known| known.ptr_eq(upload)) {
-            self.uploads.remove(name);
+    /// Begins what follows a segment.
+    fn go_on(&self, line: &mut Line, source: &Source, name: SegmentName, upload: Upload) {
+        let size = std::fs::metadata(source.directory.join(name.to_string()));
+        let size = size.ok().and_then(|file| u32::try_from(file.len()).ok()).unwrap_or(0);
+        let Some(mut segment) = (size > 0).then(|| name.segment(size)).flatten() else { return };
+        let mut before = upload;
+        for _ in 0..WINDOW {
+            segment = segment.next();
+            let next = segment.name(size);
+            if let Some(known) = line.uploads.get(&next) {
+                before = known.clone();
+                continue;
+            }
+            let mib = (2 * size).div_ceil(1 << 20);
+            if !is_marked(&source.directory, next, size) {
+                break;
+            }
+            let Ok(memory) = Arc::clone(&self.memory).try_acquire_many_owned(mib) else { break };
+            let upload = begin(source, next, Some(before), Some(memory));
+            line.uploads.insert(next, upload.clone());
+            before = upload;
         }
     }
+
+    /// Forgets servers that do not ask any more.
+    pub(super) fn sweep(&self) {
+        lock(&self.lines)
+            .retain(|_, line| line.try_lock().map_or(true, |line| line.asked_at.elapsed() < KEPT));
+    }
+
+    /// How many segments of a server are on their way, or stored and not asked for.
+    #[cfg(test)]
+    pub(super) fn begun(&self) -> usize {
+        let lines = lock(&self.lines);
+        lines.values().map(|line| line.try_lock().map_or(0, |line| line.uploads.len())).sum()
+    }
 }
 
-/// Begins to store a file, which waits for the one before it and then is stored, or fails with it.
+/// Whether the server has marked a segment as ready to be archived.
+fn is_marked(directory: &Path, name: SegmentName, size: u32) -> bool {
+    let marked = directory.join("archive_status").join(format!("{name}.ready"));
+    let file = std::fs::metadata(directory.join(name.to_string()));
+    marked.exists() && file.is_ok_and(|file| file.len() == u64::from(size))
+}
+
+/// Whether what was stored ahead is what the server asks to be stored now, where it asks for it.
+async fn counts(
+    stored: &Result<(Pushed, Stamp), Failure>,
+    repository: &Repository,
+    name: SegmentName,
+    path: &Path,
+) -> bool {
+    let Ok((pushed, stamp)) = stored else { return false };
+    Stamp::of(path).await.ok() == Some(*stamp)
+        && repository.has_wal(pushed.identity.lineage, name).await.unwrap_or(false)
+}
+
+/// Begins to store a segment, which waits for the one before it and then is stored, or fails with it.
 fn begin(
     source: &Source,
-    name: &str,
+    name: SegmentName,
     before: Option<Upload>,
     memory: Option<OwnedSemaphorePermit>,
 ) -> Upload {
-    let (source, path) = (source.clone(), source.directory.join(name));
+    let (source, path) = (source.clone(), source.directory.join(name.to_string()));
     let storing = tokio::spawn(async move {
         let unreadable = |error: io::Error| {
             let what = format!("failed to look at {}: {error}", path.display());
             Failure::new(Code::SourceUnreadable, Action::FixData, what)
+                .with_hint("Run the service as the server's user.")
         };
         let stamp = Stamp::of(&path).await.map_err(unreadable)?;
         let ready = push::ready(&source.repository, &source.whose, &path).await?;
@@ -173,33 +217,15 @@ fn begin(
             before.await?;
         }
         let pushed = ready.store(&source.repository).await?;
-        // Nobody opened it for this file: it may have gone, and something else lie in its place.
-        source.repository.check_there().await?;
         drop(memory);
         Ok((pushed, stamp))
     });
     let stored = async move {
         storing.await.unwrap_or_else(|gone| {
-            Err(Failure::bug(&format!("the storing of a WAL file ended: {gone}")))
+            Err(Failure::bug(format!("the storing of a WAL file ended: {gone}")))
         })
     };
     stored.boxed().shared()
-}
-
-/// The segments that a server has marked as ready to be archived, from the oldest on. Other files are few and small, and the
-/// server asks for them in an order of its own.
-fn marked(directory: &Path) -> VecDeque<String> {
-    let entries = std::fs::read_dir(directory.join("archive_status")).into_iter().flatten();
-    let mut names: Vec<String> = entries
-        .filter_map(|entry| {
-            let name = entry.ok()?.file_name().into_string().ok()?;
-            let name = name.strip_suffix(".ready")?;
-            matches!(name.parse(), Ok(WalFileName::Segment(_))).then(|| name.to_owned())
-        })
-        .collect();
-    names.sort_unstable();
-    names.truncate(NAMES_MAX);
-    names.into()
 }
 
 /// What tells one file, and one content of it, from another.

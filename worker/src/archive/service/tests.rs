@@ -1,3 +1,4 @@
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -14,7 +15,8 @@ use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::{OpenArchive, Service, ask_for, ask_to_store};
+use super::words::{self, Answer, Question};
+use super::{Archives, Asking, Heard, OpenArchive, Service, another_repository};
 use crate::archive::tests::segment;
 use crate::archive::{Got, Whose};
 
@@ -56,6 +58,7 @@ impl Layer for Watched {
     }
     async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
         if let Some(file) = file_of(key) {
+            self.open.subscribe().wait_for(|open| *open).await.unwrap();
             self.fetched.lock().unwrap().push(file);
         }
         self.inner.get(key, limit_bytes).await
@@ -67,7 +70,10 @@ struct Opens(Arc<Watched>, KeyFile);
 
 #[async_trait]
 impl OpenArchive for Opens {
-    async fn open(&self, _: Whose) -> Result<Repository, Failure> {
+    async fn open(&self, _: Whose, named: Option<String>) -> Result<Repository, Failure> {
+        if let Some(named) = named.filter(|named| named != "ours") {
+            return Err(another_repository(&named));
+        }
         Ok(Repository::open(Arc::clone(&self.0) as _, Some(&self.1)).await?)
     }
 }
@@ -77,6 +83,7 @@ struct Scene {
     place: tempfile::TempDir,
     store: Arc<Watched>,
     opens: Arc<Opens>,
+    archives: Arc<Archives>,
     service: Service,
 }
 
@@ -99,8 +106,9 @@ impl Scene {
         let made = Repository::init(Arc::clone(&store) as _, options).await.unwrap();
         let opens = Arc::new(Opens(Arc::clone(&store), made.key_file.unwrap().parse().unwrap()));
         let socket = place.path().join("wal.sock");
-        let service = Service::listen(&socket, Arc::clone(&opens) as _).await.unwrap();
-        Self { place, store, opens, service }
+        let archives = Arc::new(Archives::of(Arc::clone(&opens) as _));
+        let service = Service::with(&socket, Arc::clone(&archives)).await.unwrap();
+        Self { place, store, opens, archives, service }
     }
 
     fn socket(&self) -> PathBuf {
@@ -113,28 +121,48 @@ impl Scene {
 
     /// Writes a segment and marks it as a server does.
     fn fill(&self, number: u64) {
-        std::fs::write(self.path(&name(number)), segment(1, number << 20, 7)).unwrap();
-        let status = format!("archive_status/{}.ready", name(number));
-        std::fs::write(self.path(&status), "").unwrap();
+        self.fill_as(&name(number), &segment(1, number << 20, 7));
+    }
+
+    fn fill_as(&self, file: &str, content: &[u8]) {
+        std::fs::write(self.path(file), content).unwrap();
+        std::fs::write(self.path(&format!("archive_status/{file}.ready")), "").unwrap();
     }
 
     async fn push(&self, number: u64) -> Result<WalStored, Code> {
-        let path = self.path(&name(number));
-        let asked = ask_to_store(&self.socket(), &whose(), &path).await.unwrap();
-        asked.map(|(_, stored)| stored).map_err(|failure| failure.code)
+        self.push_as(&name(number)).await
+    }
+
+    async fn push_as(&self, file: &str) -> Result<WalStored, Code> {
+        let heard = asking(&self.socket(), &whose(), None).to_store(&self.path(file)).await;
+        answer(heard).map(|(_, stored)| stored).map_err(|failure| failure.code)
+    }
+
+    /// Where the archive has a file.
+    fn object(&self, file: &str) -> PathBuf {
+        let lineages = std::fs::read_dir(self.place.path().join("repository/lineages"));
+        let lineage = lineages.unwrap().next().unwrap().unwrap().path();
+        lineage.join("wal").join(&file[..8]).join(file)
+    }
+
+    /// What lies in `pg_wal` beside segments and their marks.
+    fn others(&self) -> Vec<String> {
+        let names = std::fs::read_dir(self.path("")).unwrap();
+        let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| !name.starts_with("0000") && name != "archive_status").collect()
     }
 
     /// The same, beside what else is asked.
     fn begin(&self, number: u64) -> JoinHandle<Result<(LineageId, WalStored), Failure>> {
         let (socket, path) = (self.socket(), self.path(&name(number)));
-        tokio::spawn(async move { ask_to_store(&socket, &whose(), &path).await.unwrap() })
+        tokio::spawn(async move { answer(asking(&socket, &whose(), None).to_store(&path).await) })
     }
 
     async fn get(&self, number: u64) -> Result<Got, Code> {
         let file: WalFileName = name(number).parse().unwrap();
         let to = self.path("RECOVERYXLOG");
-        let asked = ask_for(&self.socket(), &whose(), &file, &to, None).await.unwrap();
-        asked.map_err(|failure| failure.code)
+        let heard = asking(&self.socket(), &whose(), None).for_file(&file, &to, None).await;
+        answer(heard).map_err(|failure| failure.code)
     }
 
     fn stored(&self) -> Vec<String> {
@@ -144,6 +172,17 @@ impl Scene {
     fn fetched(&self, number: u64) -> usize {
         let fetched = self.store.fetched.lock().unwrap();
         fetched.iter().filter(|file| **file == name(number)).count()
+    }
+}
+
+fn asking<'a>(socket: &'a Path, whose: &'a Whose, repository: Option<&'a str>) -> Asking<'a> {
+    Asking { socket, whose, repository, within: SOON }
+}
+
+fn answer<T: std::fmt::Debug>(heard: Heard<T>) -> Result<T, Failure> {
+    match heard {
+        Heard::Answer(answer) => answer,
+        Heard::Nobody(why) => why.map_or_else(|| panic!("nobody answers"), Err),
     }
 }
 
@@ -193,6 +232,8 @@ async fn nothing_is_stored_behind_a_segment_that_failed() {
     assert_eq!(scene.push(2).await, Ok(WalStored::Created));
     assert_eq!(scene.push(3).await, Err(Code::StoreForbidden));
     assert_eq!(scene.push(3).await, Err(Code::StoreForbidden));
+    // Nothing is done in vain behind it.
+    assert_eq!(scene.archives.ahead.begun(), 0);
     assert_eq!(scene.stored(), names(1..=2));
     *scene.store.fails.lock().unwrap() = None;
     for number in 3..=8 {
@@ -222,19 +263,56 @@ async fn only_the_file_that_was_read_is_acknowledged() {
     assert_eq!(scene.push(5).await, Err(Code::SourceUnreadable));
 }
 
+/// A segment of 16 MiB.
+fn large(number: u64) -> Vec<u8> {
+    let mut bytes = segment(1, number << 24, 7);
+    bytes.resize(16 << 20, 0);
+    bytes[32..36].copy_from_slice(&(16_u32 << 20).to_ne_bytes());
+    bytes
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn no_more_is_held_than_there_is_room_for() {
     let scene = Scene::new().await;
-    (1..=60).for_each(|number| scene.fill(number));
+    (1..=8).for_each(|number| scene.fill_as(&name(number), &large(number)));
     scene.store.open.send_replace(false);
-    let (first, second) = (scene.begin(1), scene.begin(2));
+    let first = scene.begin(1);
+    // 96 MiB are three segments, each twice, and the one that is asked for.
+    eventually("three are begun", || scene.archives.ahead.begun() == 4).await;
+    let second = scene.begin(2);
     scene.store.open.send_replace(true);
     first.await.unwrap().unwrap();
     second.await.unwrap().unwrap();
-    for number in 3..=60 {
+    for number in 3..=8 {
         assert_eq!(scene.push(number).await, Ok(WalStored::Created), "{number}");
     }
-    assert_eq!(scene.stored(), names(1..=60));
+    assert_eq!(scene.stored(), names(1..=8));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_stored_ahead_over_a_break_or_onto_another_timeline() {
+    let scene = Scene::new().await;
+    scene.fill(1);
+    assert_eq!(scene.push(1).await, Ok(WalStored::Created));
+    // A promotion: what the old timeline has left comes after the history, and before the new one.
+    let second = |number: u64| format!("0000000200000000{number:08X}");
+    (2..=3).for_each(|number| scene.fill(number));
+    scene.fill_as("00000002.history", b"1\t0/400000\tx\n");
+    (4..=5).for_each(|number| scene.fill_as(&second(number), &segment(2, number << 20, 7)));
+    assert_eq!(scene.push_as("00000002.history").await, Ok(WalStored::Created));
+    assert_eq!((scene.stored().len(), scene.archives.ahead.begun()), (2, 0));
+    assert_eq!(scene.push(2).await, Ok(WalStored::Created));
+    eventually("the third is ahead", || scene.stored().len() == 4).await;
+    assert_eq!(scene.push(3).await, Ok(WalStored::Created));
+    assert_eq!((scene.stored().len(), scene.archives.ahead.begun()), (4, 0));
+    assert_eq!(scene.push_as(&second(4)).await, Ok(WalStored::Created));
+    eventually("the fifth is ahead", || scene.stored().len() == 6).await;
+    // The seventh is not marked: the server still writes it.
+    (6..=9).for_each(|number| scene.fill_as(&second(number), &segment(2, number << 20, 7)));
+    std::fs::remove_file(scene.path(&format!("archive_status/{}.ready", second(7)))).unwrap();
+    assert_eq!(scene.push_as(&second(5)).await, Ok(WalStored::Created));
+    eventually("the sixth is ahead", || scene.stored().len() == 7).await;
+    assert_eq!(scene.archives.ahead.begun(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -265,10 +343,7 @@ async fn a_recovery_finds_the_next_segments_fetched_and_the_end_of_the_log_as_it
     scene.fill(8);
     scene.push(8).await.unwrap();
     for number in [6, 7] {
-        let lineage = std::fs::read_dir(scene.place.path().join("repository/lineages"));
-        let lineage = lineage.unwrap().next().unwrap().unwrap().path();
-        let object = lineage.join("wal/00000001").join(name(number));
-        std::fs::remove_file(object).unwrap();
+        std::fs::remove_file(scene.object(&name(number))).unwrap();
     }
     assert_eq!(scene.get(6).await, Err(Code::WalMissing));
 }
@@ -289,26 +364,71 @@ async fn a_repository_that_went_away_is_opened_anew() {
     std::fs::rename(&away, &repository).unwrap();
     assert_eq!(scene.push(2).await, Ok(WalStored::Created));
 
-    // What was stored ahead at a moment when it was away is not taken for stored when it is back.
+    // What was stored ahead, and is not in the repository that is there now, is stored in it.
     (3..=5).for_each(|number| scene.fill(number));
+    assert_eq!(scene.push(3).await, Ok(WalStored::Created));
+    eventually("the fifth is ahead", || scene.stored().len() == 5).await;
+    std::fs::remove_file(scene.object(&name(4))).unwrap();
+    assert_eq!(scene.push(4).await, Ok(WalStored::Created));
+    assert!(scene.object(&name(4)).exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_is_put_into_its_place_only_by_somebody_who_still_waits_for_it() {
+    let scene = Scene::new().await;
+    scene.fill(1);
+    scene.push(1).await.unwrap();
+    let question = || Question::Fetch {
+        whose: whose(),
+        repository: None,
+        file: name(1),
+        to: scene.path("RECOVERYXLOG"),
+        until: None,
+    };
     scene.store.open.send_replace(false);
-    let third = scene.begin(3);
-    eventually("the fourth is ahead", || scene.store.open.receiver_count() > 0).await;
-    std::fs::rename(&repository, &away).unwrap();
-    std::fs::create_dir(&repository).unwrap();
+    let mut stream = UnixStream::connect(scene.socket()).await.unwrap();
+    words::say(&mut stream, question()).await.unwrap();
+    eventually("it is asked for", || scene.store.open.receiver_count() > 0).await;
+    drop(stream);
+    eventually("the question is given up", || scene.store.open.receiver_count() == 0).await;
     scene.store.open.send_replace(true);
-    assert_eq!(third.await.unwrap().unwrap_err().code, Code::RepositoryMissing);
-    std::fs::remove_dir_all(&repository).unwrap();
-    std::fs::rename(&away, &repository).unwrap();
-    for number in 3..=5 {
-        assert_eq!(scene.push(number).await, Ok(WalStored::Created), "{number}");
-    }
+    let mut stream = UnixStream::connect(scene.socket()).await.unwrap();
+    words::say(&mut stream, question()).await.unwrap();
+    let Answer::Fetched { file } = words::hear(&mut stream).await.unwrap() else { panic!() };
+    assert!(file.exists() && !scene.path("RECOVERYXLOG").exists());
+    drop(stream);
+    eventually("what nobody took is gone", || scene.others().is_empty()).await;
+    assert_eq!(scene.get(1).await, Ok(Got::Written));
+    assert_eq!(scene.others(), ["RECOVERYXLOG"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_of_another_repository_and_one_that_is_silent_are_none() {
+    let scene = Scene::new().await;
+    scene.fill(1);
+    let (socket, path, whose) = (scene.socket(), scene.path(&name(1)), whose());
+    let other = asking(&socket, &whose, Some("theirs")).to_store(&path).await;
+    let Heard::Nobody(Some(failure)) = other else { panic!("{other:?}") };
+    assert_eq!(failure.code, Code::ConfigInvalid);
+    assert!(scene.stored().is_empty());
+    let same = asking(&socket, &whose, Some("ours")).to_store(&path).await;
+    assert!(matches!(same, Heard::Answer(Ok(_))), "{same:?}");
+
+    let dumb = scene.place.path().join("dumb.sock");
+    let _listener = tokio::net::UnixListener::bind(&dumb).unwrap();
+    let within = Duration::from_millis(100);
+    let silence = Asking { within, ..asking(&dumb, &whose, None) }.to_store(&path).await;
+    assert!(matches!(silence, Heard::Nobody(None)), "{silence:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_socket_has_one_service_and_a_dead_one_is_replaced() {
+    // Nobody else may open the socket, whatever the umask is. Each test has a process of its own.
+    rustix::process::umask(rustix::fs::Mode::empty());
     let scene = Scene::new().await;
     let socket = scene.socket();
+    let mode = std::fs::metadata(&socket).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600, "{mode:o}");
     let listen = async |path: &Path| Service::listen(path, Arc::clone(&scene.opens) as _).await;
     let error = listen(&socket).await.unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::AddrInUse);
@@ -328,5 +448,7 @@ async fn a_socket_has_one_service_and_a_dead_one_is_replaced() {
     scene.service.stop().await;
     assert!(!socket.exists());
     let path: &Path = &scene.place.path().join("data/pg_wal").join(name(1));
-    assert!(ask_to_store(&socket, &whose(), path).await.is_none());
+    let whose = whose();
+    let heard = asking(&socket, &whose, None).to_store(path).await;
+    assert!(matches!(heard, Heard::Nobody(None)), "{heard:?}");
 }

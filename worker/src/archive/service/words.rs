@@ -1,4 +1,5 @@
-//! What is asked and answered: one line of JSON each.
+//! What is asked and answered: one line of JSON each. The asker keeps his side open until he has what he wanted: when it is
+//! closed, nobody waits any more.
 
 use std::io;
 use std::path::PathBuf;
@@ -10,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{
     AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, BufReader,
 };
+use tokio::net::UnixStream;
 
 use super::super::Until;
 use super::super::lineage::Whose;
@@ -22,10 +24,17 @@ const LINE_BYTES_MAX: u64 = 64 << 10;
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub(super) enum Question {
     /// As `archive_command`: store this file.
-    Store { whose: Whose, path: PathBuf },
-    /// As `restore_command`: write the file of this name there.
+    Store {
+        whose: Whose,
+        #[serde(default)]
+        repository: Option<String>,
+        path: PathBuf,
+    },
+    /// As `restore_command`: have the content of the file of this name beside `to`.
     Fetch {
         whose: Whose,
+        #[serde(default)]
+        repository: Option<String>,
         file: String,
         to: PathBuf,
         #[serde(default)]
@@ -43,10 +52,14 @@ pub(super) enum Answer {
         #[serde(with = "stored")]
         stored: WalStored,
     },
-    /// It is written, whole and durable.
-    Written,
+    /// It lies here, whole and durable, as long as the asker keeps his side open: he puts it into its place.
+    Fetched {
+        file: PathBuf,
+    },
     /// It is certain that there is none.
     NotThere,
+    /// Nothing was found out about the file: the service is not for this archive.
+    Unserved(Failure),
     Failed(Failure),
 }
 
@@ -71,7 +84,12 @@ mod stored {
     }
 }
 
-/// Says something, and that nothing follows.
+/// Whether this user, or root, is at the other end.
+pub(super) fn is_of_this_user(stream: &UnixStream) -> io::Result<bool> {
+    let uid = stream.peer_cred()?.uid();
+    Ok(uid == 0 || uid == rustix::process::geteuid().as_raw())
+}
+
 pub(super) async fn say(
     to: &mut (impl AsyncWrite + Unpin),
     words: impl Serialize,
@@ -79,13 +97,12 @@ pub(super) async fn say(
     let mut line = serde_json::to_vec(&words)?;
     drop(words);
     line.push(b'\n');
-    to.write_all(&line).await?;
-    to.shutdown().await
+    to.write_all(&line).await
 }
 
 /// One line. What is no line of ours is [`io::ErrorKind::InvalidData`]; that nothing came is
 /// [`io::ErrorKind::UnexpectedEof`].
-pub(super) async fn read<T: DeserializeOwned>(
+pub(super) async fn hear<T: DeserializeOwned>(
     from: &mut (impl AsyncRead + Unpin),
 ) -> io::Result<T> {
     let mut line = Vec::new();
@@ -94,4 +111,9 @@ pub(super) async fn read<T: DeserializeOwned>(
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
     serde_json::from_slice(&line).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+}
+
+/// Waits until the other side has closed, or says something that it should not.
+pub(super) async fn gone(from: &mut (impl AsyncRead + Unpin)) {
+    let _ = from.read(&mut [0]).await;
 }
