@@ -448,6 +448,31 @@ pub enum ClusterCommand {
         /// The cluster.
         cluster: ClusterName,
     },
+    /// Have the server archive its WAL into the cluster's repository, and see it arrive.
+    ///
+    /// The worker beside the server sets wal_level, archive_mode, archive_command and archive_timeout as far as they are not
+    /// right, says whether the server must be restarted, and once it need not, ends a segment and waits until the
+    /// repository has it. Run it again at any time: it changes only what is not as it should be. The role needs ALTER SYSTEM.
+    EnableWal(EnableWal),
+}
+
+/// `cluster enable-wal`.
+#[derive(Debug, Args)]
+pub struct EnableWal {
+    /// The cluster.
+    pub cluster: ClusterName,
+    /// The longest that a segment which is not full stays with the server; 0 leaves the setting as it is.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub archive_timeout: u32,
+    /// Take the place of another archive_command or archive_library.
+    #[arg(long)]
+    pub replace: bool,
+    /// Only say what would be set.
+    #[arg(long)]
+    pub plan: bool,
+    /// Waiting.
+    #[command(flatten)]
+    pub waiting: Waiting,
 }
 
 /// `backups …`.
@@ -870,20 +895,63 @@ pub enum WalCommand {
     /// file nor a later one, which PostgreSQL takes for the end of its log; with 200 whenever that is not known, which stops the
     /// recovery instead of ending it early.
     Get(WalGet),
+    /// Answer `wal push --socket` and `wal get --socket` on this host, and work ahead of the servers that ask.
+    ///
+    /// A worker does the same for its clusters; this is for hosts without one. It stores what a server has marked as ready before
+    /// the server asks, in the server's order, and fetches what a recovery will ask for next. Run it as the servers' user: the
+    /// socket is nobody else's. It ends at SIGTERM.
+    Serve(WalServe),
 }
 
-/// Whose archive.
+/// `wal serve`.
 #[derive(Debug, Args)]
-pub struct WalArchive {
+pub struct WalServe {
+    /// Where to listen. What a dead service left there is replaced.
+    #[arg(value_name = "SOCKET")]
+    pub socket: PathBuf,
     /// The repository: `file:///path` or `s3://bucket/prefix`.
     #[arg(long, value_name = "URL")]
     pub repository: String,
     /// What opens it.
     #[command(flatten)]
     pub opener: OpenerArgs,
+}
+
+/// Whose archive, and who has it.
+#[derive(Debug, Args)]
+pub struct WalArchive {
+    /// Ask the service at this socket: a worker's `wal.sock` in its `state_dir`, or the one of `wal serve`.
+    ///
+    /// It stores and fetches ahead of the server, so nothing waits that need not. Where nobody answers, the work is done here, if
+    /// --repository and what opens it are given as well.
+    #[arg(long, value_name = "SOCKET")]
+    pub socket: Option<PathBuf>,
+    /// The repository: `file:///path` or `s3://bucket/prefix`.
+    #[arg(
+        long,
+        value_name = "URL",
+        required_unless_present = "socket",
+        requires = "MaybeOpenerArgs"
+    )]
+    pub repository: Option<String>,
+    /// What opens it.
+    #[command(flatten)]
+    pub opener: MaybeOpenerArgs,
     /// Whose WAL it is.
     #[command(flatten)]
     pub whose: WhoseWal,
+}
+
+/// What opens a repository, where one is named.
+#[derive(Debug, Args)]
+#[group(multiple = false, requires = "repository")]
+pub struct MaybeOpenerArgs {
+    /// Its key file: a path, or `env:NAME` or `exec:/program` for what is not a file.
+    #[arg(long, value_name = "FILE")]
+    pub key: Option<PathBuf>,
+    /// Where its passphrase is: `file:/path`, `env:NAME`, `exec:/program`, or `-` for a line of standard input.
+    #[arg(long, value_name = "REFERENCE")]
+    pub passphrase: Option<String>,
 }
 
 /// Whose WAL.

@@ -37,7 +37,9 @@ pub(crate) fn now() -> jiff::Zoned {
 /// What a server needs of this environment to call this program for WAL: where keys and an object store's credentials are.
 pub(crate) fn for_fetching() -> Vec<(String, String)> {
     let wanted = |name: &str| {
-        name == "HOME" || ["AWS_", "PGMUSTER_"].iter().any(|start| name.starts_with(start))
+        // A service that this program was given is none for a server that outlives it.
+        name != worker::archive::service::SOCKET_VARIABLE
+            && (name == "HOME" || ["AWS_", "PGMUSTER_"].iter().any(|start| name.starts_with(start)))
     };
     std::env::vars().filter(|(name, _)| wanted(name)).collect()
 }

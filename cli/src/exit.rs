@@ -77,7 +77,8 @@ impl Exit {
             | Code::BrokerUnreachable
             | Code::CatalogUnavailable
             | Code::ServerUnreachable
-            | Code::StoreUnavailable => Self::Unreachable,
+            | Code::StoreUnavailable
+            | Code::WalServiceAway => Self::Unreachable,
             Code::KeyWrong => Self::KeyWrong,
             Code::RecoveryTargetUnreachable
             | Code::TargetNotEmpty

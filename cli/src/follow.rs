@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use coordinator::api::types::JobView;
 use indicatif::{ProgressBar, ProgressStyle};
-use proto::job::{BackupOutcome, JobState, Outcome};
+use proto::job::{BackupOutcome, EnableWalOutcome, JobState, Outcome};
 use proto::{ClusterName, Failure, JobId};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -202,6 +202,23 @@ pub(crate) fn backed_up(cluster: &ClusterName, done: &BackupOutcome, took_ms: i6
     line
 }
 
+/// What came of setting up the archive of WAL.
+fn archives(cluster: &ClusterName, done: &EnableWalOutcome) -> String {
+    match done.seen {
+        _ if done.planned_only => done.plan.join("\n"),
+        Some(seen) => format!(
+            "{cluster} archives its WAL: segment {} was in lineage {} after {}",
+            seen.segment,
+            seen.lineage,
+            output::duration(i64::try_from(seen.after_ms).unwrap_or(i64::MAX))
+        ),
+        None => format!(
+            "Restart the server of {cluster} for {}, then run this again; nothing is archived before",
+            done.restart_for.join(" and ")
+        ),
+    }
+}
+
 /// A job's result in one line.
 pub(crate) fn result_line(view: &JobView) -> String {
     let took_ms = view.started_at_ms.zip(view.ended_at_ms).map_or(0, |(start, end)| end - start);
@@ -243,6 +260,7 @@ pub(crate) fn result_line(view: &JobView) -> String {
             view.cluster,
             done.skipped.len()
         ),
+        (JobState::Succeeded, Some(Outcome::EnableWal(done))) => archives(&view.cluster, done),
         (state, _) => {
             let reason = view.reason.as_ref().map_or(String::new(), |why| format!(": {why}"));
             format!("{} of {} is {state}{reason} ({})", view.kind, view.cluster, view.id)

@@ -7,7 +7,7 @@ use proto::{Action, Code, Failure, SecretRef};
 use repository::{KeyFile, Unlock};
 use secrecy::{ExposeSecret as _, SecretString};
 
-use crate::args::OpenerArgs;
+use crate::args::{MaybeOpenerArgs, OpenerArgs};
 use crate::secrets;
 
 /// A secret that may open a repository.
@@ -20,10 +20,20 @@ pub(crate) enum Opener {
 impl Opener {
     /// Reads the one that was typed.
     pub(crate) fn read(args: &OpenerArgs) -> Result<Self, Failure> {
-        match (&args.key, &args.passphrase) {
-            (Some(key), None) => key_file(key).map(Self::KeyFile),
-            (None, Some(reference)) => passphrase(reference).map(Self::Passphrase),
-            _ => Err(Failure::bug("a repository is opened by either --key or --passphrase")),
+        Self::of(args.key.as_deref(), args.passphrase.as_deref())
+            .ok_or_else(|| Failure::bug("a repository is opened by either --key or --passphrase"))?
+    }
+
+    /// The same where none may have been typed.
+    pub(crate) fn read_if_any(args: &MaybeOpenerArgs) -> Result<Option<Self>, Failure> {
+        Self::of(args.key.as_deref(), args.passphrase.as_deref()).transpose()
+    }
+
+    fn of(key: Option<&Path>, reference: Option<&str>) -> Option<Result<Self, Failure>> {
+        match (key, reference) {
+            (Some(key), _) => Some(key_file(key).map(Self::KeyFile)),
+            (None, Some(reference)) => Some(passphrase(reference).map(Self::Passphrase)),
+            (None, None) => None,
         }
     }
 

@@ -241,6 +241,7 @@ fn release(situation: &mut Situation, attempt: &Attempt) {
 fn reads_files(task: &Task) -> bool {
     match task {
         Task::Backup(backup) => backup.kind().is_physical(),
+        Task::EnableWal(_) => true,
         Task::VerifyRestore(_)
         | Task::Restore(_)
         | Task::Analyze(_)

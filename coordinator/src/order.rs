@@ -263,6 +263,14 @@ fn check(request: &SubmitRequest, key: Option<&str>) -> Result<()> {
             "rate_limit_bytes is {limit}, at least {RATE_LIMIT_MIN_BYTES} (1 MiB a second) is needed"
         ));
     }
+    if let Task::EnableWal(enable) = &request.task
+        && (1..10).contains(&enable.archive_timeout_s)
+    {
+        return invalid(format!(
+            "archive_timeout_s is {}: at least 10 are needed, or 0 to leave it as it is",
+            enable.archive_timeout_s
+        ));
+    }
     if request.attempts_max == Some(0) {
         return invalid("attempts_max is 0: nothing would run".to_owned());
     }
@@ -285,7 +293,11 @@ fn asked_backup(task: &Task) -> Option<proto::BackupId> {
     match task {
         Task::VerifyRestore(verify) => verify.backup,
         Task::Restore(restore) => restore.backup,
-        Task::Backup(_) | Task::Analyze(_) | Task::Vacuum(_) | Task::Probe(_) => None,
+        Task::Backup(_)
+        | Task::Analyze(_)
+        | Task::Vacuum(_)
+        | Task::Probe(_)
+        | Task::EnableWal(_) => None,
     }
 }
 

@@ -255,6 +255,7 @@ fn contradiction(outcome: &Outcome, job: &Job, attempt: &Attempt) -> Option<Stri
         Outcome::Analyze(_) => JobKind::Analyze,
         Outcome::Vacuum(_) => JobKind::Vacuum,
         Outcome::Probe(_) => JobKind::Probe,
+        Outcome::EnableWal(_) => JobKind::EnableWal,
     };
     (kind != job.kind())
         .then(|| format!("a job of kind {} reported the outcome of a {kind}", job.kind()))

@@ -162,7 +162,9 @@ pub enum Remains {
 /// What a silent attempt of this kind may leave.
 pub fn remains(kind: JobKind) -> Remains {
     match kind {
-        JobKind::Backup | JobKind::Analyze | JobKind::Vacuum => Remains::Visible,
+        JobKind::Backup | JobKind::Analyze | JobKind::Vacuum | JobKind::EnableWal => {
+            Remains::Visible
+        }
         JobKind::Restore => Remains::Unseen,
         JobKind::VerifyRestore | JobKind::Probe => Remains::Nothing,
     }

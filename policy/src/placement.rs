@@ -45,7 +45,7 @@ pub fn class_of(kind: JobKind) -> Class {
         JobKind::Backup => Class::Protect,
         JobKind::VerifyRestore => Class::Prove,
         JobKind::Restore => Class::Restore,
-        JobKind::Analyze | JobKind::Vacuum => Class::Maintain,
+        JobKind::Analyze | JobKind::Vacuum | JobKind::EnableWal => Class::Maintain,
         JobKind::Probe => Class::Probe,
     }
 }

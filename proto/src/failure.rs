@@ -138,6 +138,8 @@ codes! {
     WalRefused = "WAL_REFUSED",
     /// Other content is archived under the name of a WAL file.
     WalConflict = "WAL_CONFLICT",
+    /// Nobody answers at the socket of the WAL service.
+    WalServiceAway = "WAL_SERVICE_AWAY",
     /// The PostgreSQL programs of the needed version are not installed.
     BinariesMissing = "BINARIES_MISSING",
 

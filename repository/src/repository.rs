@@ -287,7 +287,7 @@ impl Repository {
     }
 
     /// Makes sure that the store still holds this repository: it may have been unmounted, or replaced, since it was opened.
-    pub(crate) async fn check_there(&self) -> Result<(), Error> {
+    pub async fn check_there(&self) -> Result<(), Error> {
         let place = self.describe();
         again(|| async {
             let bytes = match self.store.get(layout::CONFIG, NOTE_BYTES_MAX).await {

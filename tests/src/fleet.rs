@@ -494,6 +494,14 @@ impl Cluster {
         Ok(number)
     }
 
+    /// Asks for a text.
+    pub async fn text(&self, query: &str) -> anyhow::Result<String> {
+        let session = self.session().await?;
+        let text = session.one("look", query, &[]).await?.get(0);
+        session.close().await;
+        Ok(text)
+    }
+
     /// Waits until no slot, lock or session of ours is on the server, and no backup runs.
     pub async fn is_left_alone(&self) -> anyhow::Result<()> {
         const QUERY: &str = "

@@ -104,7 +104,13 @@ async fn what_is_recoverable_is_what_is_archived_and_an_archive_that_lies_is_fou
     ensure!(status.code() == 3 && status.stdout.contains("orders is AT_RISK"), "{status}");
     ensure!(fleet.metric("pgmuster_wal_waiting_segments{cluster=\"orders\"}")? >= 2.0);
 
-    // What comes now is archived behind a gap: only another backup leads on.
+    // What comes now is archived behind a gap: only another backup leads on. It goes through the worker.
+    let socket = fleet.path("w1").join("wal.sock");
+    let push = format!(
+        "'{}' wal push \"%p\" --socket '{}' --cluster orders",
+        services::pgmuster()?.display(),
+        socket.display()
+    );
     archives_by(&server, &push).await?;
     commit(&server).await?;
     server.run("SELECT pg_switch_wal()").await?;

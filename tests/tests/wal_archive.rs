@@ -1,6 +1,9 @@
 //! A server's log goes into the archive by its own `archive_command` and comes back by its `restore_command`, the program
 //! being both; and nothing that goes wrong on the way makes a recovery end early.
 
+#[path = "wal_archive/service.rs"]
+mod service;
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;

@@ -118,6 +118,11 @@ fn scrubbed(mut body: ReportBody) -> ReportBody {
     let skipped = match outcome.map(AsMut::as_mut) {
         Some(Outcome::Analyze(done)) => &mut done.skipped,
         Some(Outcome::Vacuum(done)) => &mut done.skipped,
+        // The command that archived before may be anything.
+        Some(Outcome::EnableWal(done)) => {
+            done.plan.iter_mut().for_each(scrub);
+            return body;
+        }
         Some(
             Outcome::Backup(_)
             | Outcome::VerifyRestore(_)

@@ -34,6 +34,9 @@ pub struct WorkerConfig {
     /// How backups are made.
     #[serde(default)]
     pub backup: BackupConfig,
+    /// How servers on this host reach the archive of WAL.
+    #[serde(default)]
+    pub archive: ArchiveConfig,
     /// Where backups live.
     #[serde(default)]
     pub repositories: Vec<RepositoryConfig>,
@@ -139,6 +142,16 @@ impl Default for BackupConfig {
     }
 }
 
+/// How servers on this host reach the archive of WAL.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ArchiveConfig {
+    /// The socket at which `pgmuster wal push --socket` and `wal get --socket` find this worker; `wal.sock` in `state_dir` when
+    /// absent. A worker without clusters has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket: Option<Utf8PathBuf>,
+}
+
 /// A repository.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -216,6 +229,10 @@ impl WorkerConfig {
         require((1..=16).contains(&self.slots.urgent), "slots.urgent: 1 to 16".to_owned());
         require(self.state_dir.is_absolute(), "state_dir: an absolute path".to_owned());
         require(
+            self.archive.socket.as_ref().is_none_or(|socket| socket.is_absolute()),
+            "archive.socket: an absolute path".to_owned(),
+        );
+        require(
             self.sandbox.directory.is_absolute(),
             "sandbox.directory: an absolute path".to_owned(),
         );
@@ -291,6 +308,11 @@ impl WorkerConfig {
             );
         }
         problems
+    }
+
+    /// Where servers on this host find the archive.
+    pub fn wal_socket(&self) -> Utf8PathBuf {
+        self.archive.socket.clone().unwrap_or_else(|| self.state_dir.join("wal.sock"))
     }
 
     /// The cluster of this name.

@@ -1,13 +1,17 @@
 //! The clusters and repositories of a worker, with their secrets resolved.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
+use async_trait::async_trait;
 use postgres::{Environment, Target};
 use proto::{Action, ClusterName, Code, Failure, SecretRef};
 use repository::{KeyFile, Repository, Unlock, store};
 use secrecy::{ExposeSecret as _, SecretString};
 use tokio::sync::OnceCell;
 
+use crate::archive::Whose;
+use crate::archive::service::{OpenArchive, another_repository};
 use crate::config::{ClusterConfig, RepositoryConfig, WorkerConfig};
 
 /// Turns a reference into the secret; given by whoever may read the environment.
@@ -140,6 +144,37 @@ impl Places {
             )
             .with_hint("Name it in the cluster's section: repository = \"main\".")
         })
+    }
+}
+
+/// The archives of WAL of a worker.
+#[async_trait]
+impl OpenArchive for Arc<Places> {
+    async fn open(&self, whose: Whose, named: Option<String>) -> Result<Repository, Failure> {
+        let place = match (whose, &named) {
+            (Whose::Cluster(cluster), _) => {
+                self.cluster(&cluster)?;
+                self.place_for(&cluster)?
+            }
+            (Whose::Lineage(_), None) if self.repositories.len() == 1 => {
+                self.repositories().next().ok_or_else(|| Failure::bug("one is the first"))?
+            }
+            (Whose::Lineage(lineage), None) => {
+                let what = format!(
+                    "this worker has several repositories, and lineage {lineage} may be in each"
+                );
+                return Err(Failure::new(Code::RequestInvalid, Action::FixConfig, what)
+                    .with_hint("Name the repository as well, or the cluster."));
+            }
+            (Whose::Lineage(_), Some(named)) => {
+                let same = self.repositories().find(|place| place.config.url == *named);
+                same.ok_or_else(|| another_repository(named))?
+            }
+        };
+        match named {
+            Some(named) if named != place.config.url => Err(another_repository(&named)),
+            _ => place.open().await,
+        }
     }
 }
 

@@ -10,6 +10,7 @@ use proto::{Action, BootId, Code, Failure};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::archive::service::Service;
 use crate::config::WorkerConfig;
 use crate::outbound::Outbound;
 use crate::places::Places;
@@ -25,6 +26,8 @@ const HAND_BACK_MAX: Duration = Duration::from_secs(30);
 const HAND_BACK_AT_ONCE: Duration = Duration::from_secs(5);
 /// How long the last reports may take to be confirmed; they stay on disk otherwise.
 const LAST_REPORTS_MAX: Duration = Duration::from_secs(10);
+/// How often a worker tries to take the place of its WAL service.
+const SOCKET_TRIED_EVERY: Duration = Duration::from_secs(10);
 
 /// A running worker.
 #[derive(Debug)]
@@ -33,6 +36,8 @@ pub struct Worker {
     parts: JoinSet<()>,
     consumers: JoinSet<()>,
     deliverer: tokio::task::JoinHandle<()>,
+    /// Serves the archive to the servers on this host.
+    archive: tokio::task::JoinHandle<()>,
     stop: CancellationToken,
     abandon: CancellationToken,
 }
@@ -100,7 +105,8 @@ impl Worker {
         for queue in consume::queues(&shared) {
             consumers.spawn(consume::serve(Arc::clone(&shared), broker.clone(), queue));
         }
-        Ok(Self { shared, parts, consumers, deliverer, stop, abandon })
+        let archive = tokio::spawn(serve_archive(Arc::clone(&shared), stop.clone()));
+        Ok(Self { shared, parts, consumers, deliverer, archive, stop, abandon })
     }
 
     /// Stops taking jobs, lets short ones finish, hands long ones back, delivers the last reports. `now` ends the
@@ -137,7 +143,39 @@ impl Worker {
             self.abandon.cancel();
             tracing::warn!("Some reports could not be delivered; the next start will deliver them");
         }
+        let _ = self.archive.await;
         self.consumers.shutdown().await;
         self.parts.shutdown().await;
+    }
+}
+
+/// Answers the commands of servers on this host until `stop`. Without it they do the work themselves.
+async fn serve_archive(shared: Arc<Shared>, stop: CancellationToken) {
+    if shared.config.clusters.is_empty() {
+        return;
+    }
+    let socket = shared.config.wal_socket();
+    let mut has_warned = false;
+    let listen = async {
+        loop {
+            let opener = Arc::new(Arc::clone(&shared.places));
+            match Service::listen(socket.as_std_path(), opener).await {
+                Ok(service) => return service,
+                // Another worker may be about to end.
+                Err(error) if !has_warned => {
+                    tracing::warn!("Failed to serve the archive of WAL at {socket}: {error}");
+                    has_warned = true;
+                }
+                Err(_) => {}
+            }
+            tokio::time::sleep(SOCKET_TRIED_EVERY).await;
+        }
+    };
+    tokio::select! {
+        service = listen => {
+            stop.cancelled().await;
+            service.stop().await;
+        }
+        () = stop.cancelled() => {}
     }
 }

@@ -347,8 +347,13 @@ async fn every_moment(major: u32) {
     };
     let binaries = Binaries::at(&bin_dir(major)).await.unwrap();
     let cancel = CancellationToken::new();
-    let server =
-        RecoveryServer { binaries: &binaries, directory: &into, environment: &[], cancel: &cancel };
+    let server = RecoveryServer {
+        binaries: &binaries,
+        directory: &into,
+        environment: &[],
+        environment_alone: &[],
+        cancel: &cancel,
+    };
     let missed = server.recover(&expected).await.unwrap_err();
     assert!(matches!(missed, postgres::Error::RecoveryMissed { .. }), "{missed:?}");
     assert!(!into.join("postmaster.pid").exists(), "it still runs");

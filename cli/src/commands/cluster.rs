@@ -1,4 +1,4 @@
-//! `cluster list` and `cluster show`.
+//! `cluster …`.
 
 use coordinator::api::types::ClusterView;
 use proto::message::WalStanding;
@@ -6,6 +6,7 @@ use proto::{ClusterName, Failure};
 
 use crate::args::{ClusterCommand, Output};
 use crate::client::Client;
+use crate::commands::order;
 use crate::exit::Exit;
 use crate::{environment, output};
 
@@ -24,6 +25,7 @@ pub(crate) async fn run(
             let view: ClusterView = client.get(&format!("/v1/clusters/{cluster}")).await?;
             output::show(format, &view, |view| details(view, environment::now_ms()));
         }
+        ClusterCommand::EnableWal(args) => return order::enable_wal(client, args, format).await,
     }
     Ok(Exit::Ok)
 }

@@ -3,10 +3,10 @@
 use std::path::{Component, Path};
 
 use coordinator::api::types::{JobView, SubmitRequest, WorkerView};
-use proto::job::{Analyze, PgDump, RestoreTarget, Vacuum, VerifyRestore};
+use proto::job::{self, Analyze, PgDump, RestoreTarget, Vacuum, VerifyRestore};
 use proto::{Action, Code, Failure, Task, WorkerName};
 
-use crate::args::{Backup, Engine, Maintain, MaintenanceTask, Output, Restore, Verify};
+use crate::args::{Backup, EnableWal, Engine, Maintain, MaintenanceTask, Output, Restore, Verify};
 use crate::client::Client;
 use crate::commands::moment;
 use crate::exit::Exit;
@@ -21,8 +21,8 @@ pub(crate) async fn backup(client: &Client, args: Backup, format: Output) -> Res
 }
 
 /// What was asked for.
-pub(crate) fn task(args: &Backup) -> Result<proto::job::Backup, Failure> {
-    Ok(proto::job::Backup {
+pub(crate) fn task(args: &Backup) -> Result<job::Backup, Failure> {
+    Ok(job::Backup {
         fast_checkpoint: !args.spread_checkpoint,
         full_read: args.full_read,
         compression_level: None,
@@ -86,6 +86,23 @@ pub(crate) async fn maintain(
     follow::after_order(client, view, &waiting, format).await
 }
 
+/// `cluster enable-wal CLUSTER`.
+pub(crate) async fn enable_wal(
+    client: &Client,
+    args: EnableWal,
+    format: Output,
+) -> Result<Exit, Failure> {
+    let task = Task::EnableWal(job::EnableWal {
+        archive_timeout_s: args.archive_timeout,
+        replace: args.replace,
+        plan_only: args.plan,
+    });
+    let view: JobView = client.post("/v1/jobs", &SubmitRequest::new(args.cluster, task)).await?;
+    let mut waiting = args.waiting;
+    waiting.wait |= args.plan;
+    follow::after_order(client, view, &waiting, format).await
+}
+
 /// `restore CLUSTER --into DIR`.
 pub(crate) async fn restore(
     client: &Client,
@@ -102,14 +119,8 @@ pub(crate) async fn restore(
     })?;
     let plan_only = args.plan;
     let (backup, delta, keep_archiving) = (args.backup, args.delta, args.moment.keep_archiving);
-    let task = Task::Restore(proto::job::Restore {
-        backup,
-        target,
-        plan_only,
-        delta,
-        recovery,
-        keep_archiving,
-    });
+    let task =
+        Task::Restore(job::Restore { backup, target, plan_only, delta, recovery, keep_archiving });
     let request = SubmitRequest { worker: Some(worker), ..SubmitRequest::new(cluster, task) };
     let view: JobView = client.post("/v1/jobs", &request).await?;
     let mut waiting = args.waiting;

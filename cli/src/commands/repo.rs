@@ -4,10 +4,13 @@ use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
+use async_trait::async_trait;
 use proto::failure::chain;
 use proto::{Action, BackupId, BackupKind, ClusterName, Code, Failure, LineageId};
 use repository::{Encryption, InitOptions, Lineages, Lost, Repository, WalAmount, Wish, store};
 use serde::Serialize;
+use worker::archive::Whose;
+use worker::archive::service::{OpenArchive, another_repository};
 
 use crate::args::{OpenerArgs, Output, RepoCommand};
 use crate::commands::{copy, gc, repo_key};
@@ -215,10 +218,33 @@ async fn forget_damaged(
     Ok(repository.forget_damaged(lineage, backup.into(), wish).await?)
 }
 
-/// Opens a repository with what was typed and, for S3, the standard AWS credentials.
+/// A repository that was named on the command line.
+#[derive(Debug)]
+pub(crate) struct Named {
+    pub(crate) url: String,
+    pub(crate) opener: Opener,
+}
+
+impl Named {
+    /// Opens it with what was typed and, for S3, the standard AWS credentials.
+    pub(crate) async fn open(&self) -> Result<Repository, Failure> {
+        Ok(Repository::open_with(open_store(&self.url).await?, self.opener.unlock()).await?)
+    }
+}
+
+#[async_trait]
+impl OpenArchive for Named {
+    async fn open(&self, _: Whose, named: Option<String>) -> Result<Repository, Failure> {
+        match named {
+            Some(named) if named != self.url => Err(another_repository(&named)),
+            _ => self.open().await,
+        }
+    }
+}
+
+/// Opens a repository with what was typed.
 pub(crate) async fn open(url: &str, opener: &OpenerArgs) -> Result<Repository, Failure> {
-    let opener = Opener::read(opener)?;
-    Ok(Repository::open_with(open_store(url).await?, opener.unlock()).await?)
+    Named { url: url.to_owned(), opener: Opener::read(opener)? }.open().await
 }
 
 pub(crate) async fn open_store(url: &str) -> Result<std::sync::Arc<dyn store::Store>, Failure> {

@@ -8,13 +8,16 @@ use proto::message::{SCHEMA, Spec};
 use proto::{Action, AttemptId, Code, Failure, JobId, Step, Task};
 use repository::{Backup, Pin};
 use tokio::task::JoinHandle;
+use worker::archive::service::OpenArchive;
 use worker::context::JobContext;
 use worker::recovering::{self, RecoveryPlan, Wanted};
 use worker::restoring::{self, Destination};
 
 use crate::args::{OpenerArgs, Output, Restore};
+use crate::commands::repo::Named;
 use crate::commands::{moment, repo};
 use crate::exit::Exit;
+use crate::opener::Opener;
 use crate::{environment, follow, output};
 
 /// What clap does not refuse: options that need another one which is in conflict with a third.
@@ -52,7 +55,8 @@ pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failu
         Failure::new(Code::RequestInvalid, Action::FixConfig, message)
     })?;
     let recovery = moment::wanted(&args)?;
-    let repository = repo::open(url, &opener).await?;
+    let named = Arc::new(Named { url: url.clone(), opener: Opener::read(&opener)? });
+    let repository = named.open().await?;
     let pin = Pin { by: repo::who(), why: "restore".to_owned(), at_ms: environment::now_ms() };
     let cluster = args.cluster.as_ref();
     let (backup, recovery) = match &recovery {
@@ -81,7 +85,7 @@ pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failu
         restoring::plan(&cx, &backup, &destination, 0).await
     } else {
         let shown = tokio::spawn(show_progress(cx.clone()));
-        let done = restore(&cx, &backup, &destination, recovery.as_ref()).await;
+        let done = restore(&cx, &backup, &destination, recovery.as_ref(), named).await;
         shown.abort();
         done
     };
@@ -115,10 +119,14 @@ async fn restore(
     backup: &Backup,
     destination: &Destination,
     recovery: Option<&RecoveryPlan>,
+    archive: Arc<dyn OpenArchive>,
 ) -> Result<RestoreOutcome, Failure> {
     let starts = recovery.filter(|plan| plan.starts);
     let starter = match starts {
-        Some(plan) => Some(plan.starter(backup.facts(), &[], environment::for_fetching()).await?),
+        Some(plan) => {
+            let environment = environment::for_fetching();
+            Some(plan.starter(backup.facts(), &[], environment, archive).await?)
+        }
         None => None,
     };
     let done = restoring::restore(cx, backup, destination, 0).await?;

@@ -155,13 +155,13 @@ async fn say_whether_the_broker_answers(broker: &Broker) {
 }
 
 /// SIGTERM and SIGINT. One of these for the life of the process: a signal between two would be nobody's.
-struct Signals {
+pub(crate) struct Signals {
     term: Signal,
     int: Signal,
 }
 
 impl Signals {
-    fn listen() -> Result<Self, Failure> {
+    pub(crate) fn listen() -> Result<Self, Failure> {
         let failed = |error| Failure::bug(format!("signals cannot be received: {error}"));
         Ok(Self {
             term: signal(SignalKind::terminate()).map_err(failed)?,
@@ -169,7 +169,7 @@ impl Signals {
         })
     }
 
-    async fn next(&mut self) {
+    pub(crate) async fn next(&mut self) {
         tokio::select! {
             _ = self.term.recv() => {}
             _ = self.int.recv() => {}

@@ -1,15 +1,18 @@
 //! `wal …`: what a server calls for each file of its log. Quiet when all is well, because it speaks into the server's log.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
-use proto::Failure;
-use repository::WalStored;
+use proto::{Action, Code, Failure};
+use repository::{Repository, WalStored};
+use worker::archive::service::{self, Asking, Heard, Service};
 use worker::archive::{self, Got, Whose, patiently};
 use worker::failpoint;
 
-use crate::args::{Cli, Command, WalArchive, WalCommand, WalGet, WalPush};
-use crate::commands::repo;
+use crate::args::{Cli, Command, WalArchive, WalCommand, WalGet, WalPush, WalServe};
+use crate::commands::repo::Named;
+use crate::commands::roles::Signals;
 use crate::exit::Exit;
 use crate::opener::Opener;
 use crate::{environment, output};
@@ -17,6 +20,8 @@ use crate::{environment, output};
 /// How long a file is tried for; a standby goes on by streaming, or asks again.
 const GET_WITHIN: Duration = Duration::from_mins(5);
 const GET_WITHIN_OF_STANDBY: Duration = Duration::from_secs(30);
+/// How long a service may be silent until the work is done without it.
+const SILENCE_MAX: Duration = Duration::from_mins(1);
 /// What makes a server a standby.
 const STANDBY_SIGNAL: &str = "standby.signal";
 
@@ -29,21 +34,30 @@ pub(crate) async fn run(command: WalCommand) -> Result<Exit, Failure> {
     match command {
         WalCommand::Push(args) => push(&args).await,
         WalCommand::Get(args) => get(&args).await,
+        WalCommand::Serve(args) => serve(args).await,
     }
 }
 
 async fn push(args: &WalPush) -> Result<Exit, Failure> {
-    let (opener, whose) = asked(&args.archive)?;
     let limit = Duration::from_secs(args.deadline.into());
-    let pushed = patiently(limit, async || {
-        let repository = open(&args.archive, &opener).await?;
-        archive::push(&repository, &whose, &args.path).await
-    });
-    let pushed = pushed.await?;
-    if pushed.stored == WalStored::AlreadyThere {
+    let archive = Archive::of(&args.archive, args.archive.socket.clone(), limit)?;
+    let (lineage, stored) = patiently(limit, async || {
+        let mut away = None;
+        if let Some(asking) = archive.asking() {
+            match asking.to_store(&args.path).await {
+                Heard::Answer(answer) => return answer,
+                Heard::Nobody(why) => away = why,
+            }
+        }
+        let repository = archive.open(away).await?;
+        let pushed = archive::push(&repository, &archive.whose, &args.path).await?;
+        Ok((pushed.identity.lineage, pushed.stored))
+    })
+    .await?;
+    if stored == WalStored::AlreadyThere {
         output::talk(&format!(
-            "{} was archived before, with the same content, in lineage {}",
-            pushed.file, pushed.identity.lineage
+            "{} was archived before, with the same content, in lineage {lineage}",
+            args.path.display()
         ));
     }
     Ok(Exit::Ok)
@@ -51,10 +65,20 @@ async fn push(args: &WalPush) -> Result<Exit, Failure> {
 
 async fn get(args: &WalGet) -> Result<Exit, Failure> {
     let got = async {
-        let (opener, whose) = asked(&args.archive)?;
+        let socket = args.archive.socket.clone();
+        let socket =
+            socket.or_else(|| environment::variable(service::SOCKET_VARIABLE).map(PathBuf::from));
+        let archive = Archive::of(&args.archive, socket, within(args))?;
         patiently(within(args), async || {
-            let repository = open(&args.archive, &opener).await?;
-            archive::get(&repository, &whose, &args.file, &args.path, args.until).await
+            let mut away = None;
+            if let Some(asking) = archive.asking() {
+                match asking.for_file(&args.file, &args.path, args.until).await {
+                    Heard::Answer(answer) => return answer,
+                    Heard::Nobody(why) => away = why,
+                }
+            }
+            let repository = archive.open(away).await?;
+            archive::get(&repository, &archive.whose, &args.file, &args.path, args.until).await
         })
         .await
     };
@@ -70,18 +94,67 @@ async fn get(args: &WalGet) -> Result<Exit, Failure> {
     }
 }
 
-fn asked(archive: &WalArchive) -> Result<(Opener, Whose), Failure> {
-    let whose = match (&archive.whose.cluster, archive.whose.lineage) {
-        (Some(cluster), None) => Whose::Cluster(cluster.clone()),
-        (None, Some(lineage)) => Whose::Lineage(lineage),
-        _ => return Err(Failure::bug("WAL is of either --cluster or --lineage")),
-    };
-    Ok((Opener::read(&archive.opener)?, whose))
+async fn serve(args: WalServe) -> Result<Exit, Failure> {
+    let opener = Opener::read(&args.opener)?;
+    let archive = Named { url: args.repository, opener };
+    // What is wrong with it is better known now than when a server asks.
+    archive.open().await?;
+    let socket = args.socket;
+    let service = Service::listen(&socket, Arc::new(archive)).await.map_err(|error| {
+        let what = format!("failed to listen at {}: {error}", socket.display());
+        Failure::new(Code::ConfigInvalid, Action::FixConfig, what)
+            .with_hint("Its directory must be there, and the path be short: some 100 bytes.")
+    })?;
+    output::talk(&format!("Answers at {}", socket.display()));
+    Signals::listen()?.next().await;
+    service.stop().await;
+    Ok(Exit::Ok)
 }
 
-async fn open(archive: &WalArchive, opener: &Opener) -> Result<repository::Repository, Failure> {
-    let store = repo::open_store(&archive.repository).await?;
-    Ok(repository::Repository::open_with(store, opener.unlock()).await?)
+/// Whose archive, and how it is reached.
+struct Archive<'a> {
+    args: &'a WalArchive,
+    whose: Whose,
+    socket: Option<PathBuf>,
+    /// How long a silent service is waited for.
+    patience: Duration,
+}
+
+impl<'a> Archive<'a> {
+    fn of(args: &'a WalArchive, socket: Option<PathBuf>, limit: Duration) -> Result<Self, Failure> {
+        let whose = match (&args.whose.cluster, args.whose.lineage) {
+            (Some(cluster), None) => Whose::Cluster(cluster.clone()),
+            (None, Some(lineage)) => Whose::Lineage(lineage),
+            _ => return Err(Failure::bug("WAL is of either --cluster or --lineage")),
+        };
+        // Who can do the work himself does not wait to the end.
+        let patience = if args.repository.is_some() { (limit / 2).min(SILENCE_MAX) } else { limit };
+        Ok(Self { args, whose, socket, patience })
+    }
+
+    fn asking(&self) -> Option<Asking<'_>> {
+        Some(Asking {
+            socket: self.socket.as_deref()?,
+            whose: &self.whose,
+            repository: self.args.repository.as_deref(),
+            within: self.patience,
+        })
+    }
+
+    /// Opens the repository to do the work here, because a service did not; `away` says why, where that is known.
+    async fn open(&self, away: Option<Failure>) -> Result<Repository, Failure> {
+        let opener = Opener::read_if_any(&self.args.opener)?;
+        if let Some((url, opener)) = self.args.repository.clone().zip(opener) {
+            return Named { url, opener }.open().await;
+        }
+        Err(away.unwrap_or_else(|| {
+            let socket = self.socket.as_deref().unwrap_or(Path::new("?"));
+            let what = format!("nobody answers at {}", socket.display());
+            Failure::new(Code::WalServiceAway, Action::Retry, what).with_hint(
+                "Start the worker there, or `pgmuster wal serve`; with --repository and --key as well, the command does the work itself.",
+            )
+        }))
+    }
 }
 
 fn within(args: &WalGet) -> Duration {

@@ -87,6 +87,8 @@ pub struct RecoveryServer<'a> {
     pub directory: &'a Path,
     /// Variables that the server gets for its `restore_command`.
     pub environment: &'a [(String, String)],
+    /// The same, and only as long as it runs alone.
+    pub environment_alone: &'a [(String, String)],
     /// Ends it early.
     pub cancel: &'a CancellationToken,
 }
@@ -216,6 +218,9 @@ impl RecoveryServer<'_> {
             settings.extend(minimums.map(|(name, value)| (name, value.to_string())));
         }
         let mut program = self.program("postgres")?.arg("-D").arg(self.directory);
+        for (name, value) in self.environment_alone {
+            program = program.env(name, value);
+        }
         for (name, value) in settings {
             program = program.arg("-c").arg(format!("{name}={value}"));
         }

@@ -6,6 +6,7 @@
 
 mod analyze;
 mod backup;
+mod enable_wal;
 mod pattern;
 mod probe;
 mod restore;
@@ -19,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 pub use analyze::{Analyze, AnalyzeOutcome, SkippedTable};
 pub use backup::{Backup, BackupOutcome, LogicalOutcome, PgDump, RATE_LIMIT_MIN_BYTES};
+pub use enable_wal::{EnableWal, EnableWalOutcome, SeenSegment};
 pub use pattern::{DatabasePattern, PatternError};
 pub use probe::{Probe, ProbeOutcome, SeenVerdict};
 pub use restore::{
@@ -93,6 +95,8 @@ kinds! {
     Vacuum(VacuumOutcome) = "vacuum",
     /// Look for evidence of another attempt, and end its session when asked.
     Probe(ProbeOutcome) = "probe",
+    /// Have the server archive its WAL into the cluster's repository.
+    EnableWal(EnableWalOutcome) = "enable_wal",
 }
 
 /// A text that is no job kind.
@@ -119,7 +123,7 @@ impl JobKind {
     /// Where a job of this kind may run.
     pub fn placement(self) -> Placement {
         match self {
-            Self::Backup | Self::Analyze | Self::Vacuum => Placement::Cluster,
+            Self::Backup | Self::Analyze | Self::Vacuum | Self::EnableWal => Placement::Cluster,
             Self::VerifyRestore | Self::Restore | Self::Probe => Placement::Site,
         }
     }

@@ -33,6 +33,15 @@ pub enum WalStored {
     AlreadyThere,
 }
 
+/// A file of the log that was looked at and sealed for its place, and is not stored yet.
+#[derive(Debug, Clone)]
+pub struct SealedWal {
+    lineage: LineageId,
+    file: WalFileName,
+    content: Bytes,
+    object: Bytes,
+}
+
 /// What it means that the archive has not got a segment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WalAbsence {
@@ -59,36 +68,53 @@ impl Repository {
         file: &WalFileName,
         content: Bytes,
     ) -> Result<WalStored, Error> {
+        let sealed = self.seal_wal(lineage, file, content).await?;
+        self.store_sealed_wal(sealed).await
+    }
+
+    /// The first half of [`Repository::store_wal`], which costs the time and needs nobody: for callers who have several
+    /// files, and want them stored in their order.
+    pub async fn seal_wal(
+        &self,
+        lineage: LineageId,
+        file: &WalFileName,
+        content: Bytes,
+    ) -> Result<SealedWal, Error> {
         self.check_writable()?;
         check(file, &content)?;
-        let place = layout::wal_file(file);
-        let outcome = self.put_archived(lineage, &place, content.clone()).await;
+        let object = self.seal_archived(lineage, &layout::wal_file(file), content.clone()).await?;
+        Ok(SealedWal { lineage, file: *file, content, object })
+    }
+
+    /// The second half of [`Repository::store_wal`].
+    pub async fn store_sealed_wal(&self, sealed: SealedWal) -> Result<WalStored, Error> {
+        let SealedWal { lineage, file, content, object } = sealed;
+        let place = layout::wal_file(&file);
+        let key = layout::wal(lineage) + &place;
+        let outcome = self.store.put_if_absent(&key, object).await;
         match outcome {
             Ok(PutOutcome::Created) => return Ok(WalStored::Created),
-            Ok(PutOutcome::Exists) | Err(Error::Store(_)) => {}
-            Err(error) => return Err(error),
+            Ok(PutOutcome::Exists) | Err(_) => {}
         }
         // What is there is read to its end: what cannot be read back is not stored, whoever stored it.
         let there = match (self.get_archived(lineage, &place).await, outcome) {
             (Ok(Some(there)), _) => there,
             // Nobody knows whether it was written, or will appear.
-            (_, Err(unheard)) => return Err(unheard),
-            (Ok(None), Ok(_)) => {
-                return Err(Error::Missing { key: layout::wal(lineage) + &place });
-            }
+            (_, Err(unheard)) => return Err(unheard.into()),
+            (Ok(None), Ok(_)) => return Err(Error::Missing { key }),
             (Err(error), Ok(_)) => return Err(error),
         };
         if there == content {
             return Ok(WalStored::AlreadyThere);
         }
-        let kept = match self.keep_aside(lineage, file, &content).await {
+        let kept = match self.keep_aside(lineage, &file, &content).await {
             Ok(Some(key)) => format!("it is kept as {key}"),
             Ok(None) => format!("{CONFLICTS_MAX} others were kept before it, it is not"),
             Err(error) => {
                 format!("it could not be kept: failed to {}", proto::failure::chain(&error))
             }
         };
-        Err(Error::WalConflict { file: *file, lineage, kept })
+        Err(Error::WalConflict { file, lineage, kept })
     }
 
     /// The content of a file of the archive. `None` only when it is certain that there is no such file: the store said so,
@@ -158,10 +184,11 @@ impl Repository {
         timeline: Timeline,
     ) -> Result<Vec<History>, Error> {
         let folders = self.store.list_directories(&layout::wal(lineage)).await?;
-        let later = folders
+        let later: Vec<Timeline> = folders
             .iter()
             .filter_map(|folder| Some(Timeline(u32::from_str_radix(folder, 16).ok()?)))
-            .filter(|folder| *folder > timeline);
+            .filter(|folder| *folder > timeline)
+            .collect();
         let read = stream::iter(later).map(|timeline| async move {
             match self.history_of(lineage, timeline).await? {
                 Ok(history) => Ok(history),
@@ -329,9 +356,18 @@ impl Repository {
         place: &str,
         content: Bytes,
     ) -> Result<PutOutcome, Error> {
-        let (keys, bound_to) = (Arc::clone(&self.keys), place.to_owned());
-        let sealed = blocking(move || object::seal(&keys, lineage, &bound_to, &content)).await??;
+        let sealed = self.seal_archived(lineage, place, content).await?;
         Ok(self.store.put_if_absent(&(layout::wal(lineage) + place), sealed).await?)
+    }
+
+    async fn seal_archived(
+        &self,
+        lineage: LineageId,
+        place: &str,
+        content: Bytes,
+    ) -> Result<Bytes, Error> {
+        let (keys, bound_to) = (Arc::clone(&self.keys), place.to_owned());
+        blocking(move || object::seal(&keys, lineage, &bound_to, &content)).await?
     }
 
     async fn get_archived(&self, lineage: LineageId, place: &str) -> Result<Option<Bytes>, Error> {

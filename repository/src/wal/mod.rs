@@ -11,7 +11,7 @@ mod inventory;
 pub(crate) mod object;
 
 pub(crate) use archive::{Place, of_place};
-pub use archive::{WalAbsence, WalStored};
+pub use archive::{SealedWal, WalAbsence, WalStored};
 pub(crate) use collect::{Doomed, Start};
 pub use collect::{WalBound, WalPlan};
 pub use copy::WalCopySummary;

@@ -1,16 +1,16 @@
 //! One file from the archive to where the server wants it.
 
 use std::io::{self, Write as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use proto::{Action, Code, Failure, WalFileName};
-use repository::Repository;
+use repository::{Identity, Repository};
 use tempfile::NamedTempFile;
 
 use super::gap::Asked;
 use super::lineage::Whose;
-use super::{Until, segment_of, server_of, tablespaces, verify};
+use super::{Server, Until, segment_of, server_of, tablespaces, verify};
 use crate::context::blocking;
 use crate::failpoint;
 
@@ -23,8 +23,9 @@ pub enum Got {
     NotThere,
 }
 
-/// Fetches `file` and puts it to `to`, whole or not at all. Of it, the server will replay nothing behind `until`. Whatever is not certain is an error: a server that is told that
-/// there is no such file takes it for the end of its log and goes into service with what it has.
+/// Fetches `file` and puts it to `to`, whole or not at all. Of it, the server will replay nothing behind `until`. Whatever is
+/// not certain is an error: a server that is told that there is no such file takes it for the end of its log and goes into
+/// service with what it has.
 pub async fn get(
     repository: &Repository,
     whose: &Whose,
@@ -32,15 +33,39 @@ pub async fn get(
     to: &Path,
     until: Option<Until>,
 ) -> Result<Got, Failure> {
+    let (identity, server) = recipient(repository, whose, to).await?;
+    let found = repository.fetch_wal(identity.lineage, file).await?;
+    let asked = Asked { repository, identity: &identity, file, to, server };
+    match hand_over(asked, found, until).await? {
+        Some(file) => put(file.into_temp_path(), to.to_owned()).await.map(|()| Got::Written),
+        None => Ok(Got::NotThere),
+    }
+}
+
+/// The lineage to fetch from, and the server that wants something at `to`, where that is one.
+pub(super) async fn recipient(
+    repository: &Repository,
+    whose: &Whose,
+    to: &Path,
+) -> Result<(Identity, Option<Server>), Failure> {
     let server = server_of(to).await?;
     let identity = whose.find(repository, server.map(|server| server.system_identifier)).await?;
-    let asked = Asked { repository, identity: &identity, file, to, server };
-    let found = repository.fetch_wal(identity.lineage, file).await?;
+    Ok((identity, server))
+}
+
+/// What was found in the archive for a server, in a durable file beside the one that it wants; or nothing, if it is certain
+/// that there is none.
+pub(super) async fn hand_over(
+    asked: Asked<'_>,
+    found: Option<Bytes>,
+    until: Option<Until>,
+) -> Result<Option<NamedTempFile>, Failure> {
+    let Asked { repository, identity, file, to, server } = asked;
     asked.refuse_abandoned(found.is_some()).await?;
     let content = match found {
         Some(content) => content,
         None => match asked.why_missing().await? {
-            None => return Ok(Got::NotThere),
+            None => return Ok(None),
             // A server may be archiving at this moment: what shows that the file is missing came after it.
             Some(missing) => repository.fetch_wal(identity.lineage, file).await?.ok_or(missing)?,
         },
@@ -58,24 +83,37 @@ pub async fn get(
         let lineage = identity.lineage;
         tablespaces::protect(repository, lineage, segment, &content, server, to, until).await?;
     }
-    let unwritable = {
-        let to = to.display().to_string();
-        move |error| {
-            let what = format!("failed to write {to}: {error}");
-            Failure::new(Code::TargetUnwritable, Action::FixConfig, what)
-                .with_hint("Make room there, and run this as the server's user.")
-        }
-    };
-    let (directory, to) = (asked.directory(), to.to_owned());
-    let failed = unwritable.clone();
-    let (file, directory) = blocking(move || {
-        let file = write(&directory, &content).map_err(failed)?;
-        Ok((file, directory))
-    })
-    .await?;
+    let failed = unwritable(to);
+    let directory = asked.directory();
+    let file = blocking(move || write(&directory, &content).map_err(failed)).await?;
     failpoint::reached("wal_written").await;
-    blocking(move || publish(file, &to, &directory).map_err(unwritable)).await?;
-    Ok(Got::Written)
+    Ok(Some(file))
+}
+
+/// Puts a file that was fetched where the server wants it, and makes that durable.
+pub(super) async fn put(
+    file: impl AsRef<Path> + Send + 'static,
+    to: PathBuf,
+) -> Result<(), Failure> {
+    blocking(move || {
+        let failed = unwritable(&to);
+        let directory = to.parent().filter(|parent| !parent.as_os_str().is_empty());
+        let put = || {
+            std::fs::rename(file.as_ref(), &to)?;
+            std::fs::File::open(directory.unwrap_or(Path::new(".")))?.sync_all()
+        };
+        put().map_err(failed)
+    })
+    .await
+}
+
+fn unwritable(to: &Path) -> impl FnOnce(io::Error) -> Failure + use<> {
+    let to = to.display().to_string();
+    move |error| {
+        let what = format!("failed to write {to}: {error}");
+        Failure::new(Code::TargetUnwritable, Action::FixConfig, what)
+            .with_hint("Make room there, and run this as the server's user.")
+    }
 }
 
 /// A file beside the one that is wanted, whole and durable. When this process dies its server sweeps it, as one of its own
@@ -85,12 +123,6 @@ fn write(directory: &Path, content: &Bytes) -> io::Result<NamedTempFile> {
     file.write_all(content)?;
     file.as_file().sync_all()?;
     Ok(file)
-}
-
-/// The whole file appears at once, and stays after a crash.
-fn publish(file: NamedTempFile, to: &Path, directory: &Path) -> io::Result<()> {
-    file.persist(to)?;
-    std::fs::File::open(directory)?.sync_all()
 }
 
 #[cfg(test)]

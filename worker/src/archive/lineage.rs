@@ -2,11 +2,13 @@
 
 use proto::{Action, BackupKind, ClusterName, Code, Failure, LineageId, SystemIdentifier};
 use repository::{Identity, Repository};
+use serde::{Deserialize, Serialize};
 
 use crate::clock;
 
 /// Whose WAL it is, as somebody said.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Whose {
     /// This lineage.
     Lineage(LineageId),

@@ -4,12 +4,14 @@
 //! an outcome is told to the server, and for how long it is tried, is the command line's affair.
 
 mod branch;
+mod calling;
 mod gap;
 mod get;
 mod lineage;
 mod patience;
 mod push;
 mod reach;
+pub mod service;
 mod tablespaces;
 mod windows;
 
@@ -20,6 +22,8 @@ use postgres::wal::{Segment, SegmentHeader, WalOrigin};
 use proto::wal::SegmentName;
 use proto::{Action, Code, Failure, SystemIdentifier, Timeline, WalFileName};
 
+pub use calling::Calling;
+pub(crate) use calling::quoted;
 pub use get::{Got, get};
 pub use lineage::Whose;
 pub use patience::patiently;

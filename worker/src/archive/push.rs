@@ -5,7 +5,7 @@ use std::path::Path;
 use bytes::Bytes;
 use proto::wal::SEGMENT_BYTES_MAX;
 use proto::{Action, Code, Failure, WalFileName};
-use repository::{Identity, Repository, WalStored};
+use repository::{Identity, Repository, SealedWal, WalStored};
 
 use super::lineage::Whose;
 use super::{refused, segment_of, server_of, verify};
@@ -23,9 +23,25 @@ pub struct Pushed {
     pub stored: WalStored,
 }
 
+/// A file that was read, checked and sealed, and is not stored yet.
+pub(super) struct Ready {
+    file: WalFileName,
+    identity: Identity,
+    sealed: SealedWal,
+}
+
 /// Archives the file at `path`, whose last part is its name in the log. Idempotent by name and content. Everything is
 /// checked before the first byte is stored: size, header, timeline, and whose log it is.
 pub async fn push(repository: &Repository, whose: &Whose, path: &Path) -> Result<Pushed, Failure> {
+    ready(repository, whose, path).await?.store(repository).await
+}
+
+/// All of a push but the storing.
+pub(super) async fn ready(
+    repository: &Repository,
+    whose: &Whose,
+    path: &Path,
+) -> Result<Ready, Failure> {
     let file = name_of(path)?;
     let server = server_of(path).await?;
     failpoint::reached("wal_read").await;
@@ -45,13 +61,21 @@ pub async fn push(repository: &Repository, whose: &Whose, path: &Path) -> Result
         verify(name, &content, system_identifier, server).map_err(|what| refused(&file, &what))?;
     }
     let identity = whose.find_or_mint(repository, system_identifier).await?;
-    failpoint::reached("wal_store").await;
-    let stored = repository.store_wal(identity.lineage, &file, content).await?;
-    failpoint::reached("wal_stored").await;
-    Ok(Pushed { file, identity, stored })
+    let sealed = repository.seal_wal(identity.lineage, &file, content).await?;
+    Ok(Ready { file, identity, sealed })
 }
 
-fn name_of(path: &Path) -> Result<WalFileName, Failure> {
+impl Ready {
+    /// Stores it. It is durable when this returns.
+    pub(super) async fn store(self, repository: &Repository) -> Result<Pushed, Failure> {
+        failpoint::reached("wal_store").await;
+        let stored = repository.store_sealed_wal(self.sealed).await?;
+        failpoint::reached("wal_stored").await;
+        Ok(Pushed { file: self.file, identity: self.identity, stored })
+    }
+}
+
+pub(super) fn name_of(path: &Path) -> Result<WalFileName, Failure> {
     let name = path.file_name().and_then(|name| name.to_str());
     name.and_then(|name| name.parse().ok()).ok_or_else(|| {
         let what = format!("{} has no name that a WAL file has", path.display());

@@ -18,12 +18,14 @@ use postgres::wal::{Segment, SegmentHeader};
 use postgres::wal_moments::{self, Moment, NewTablespace, SegmentMoments};
 use proto::{Action, Code, Failure, LineageId, Lsn, WalFileName};
 use repository::Repository;
+use serde::{Deserialize, Serialize};
 
 use super::{Server, data_directory};
 use crate::context::blocking;
 
 /// Where a recovery ends, as far as whoever began it knows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
 pub enum Until {
     /// Nothing from this position on is replayed.
     Position(Lsn),
@@ -49,6 +51,20 @@ impl fmt::Display for Until {
             Self::Position(position) => position.fmt(f),
             Self::Time(time) => time.fmt(f),
         }
+    }
+}
+
+impl From<Until> for String {
+    fn from(until: Until) -> Self {
+        until.to_string()
+    }
+}
+
+impl TryFrom<String> for Until {
+    type Error = UntilError;
+
+    fn try_from(text: String) -> Result<Self, UntilError> {
+        text.parse()
     }
 }
 

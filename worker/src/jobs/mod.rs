@@ -3,6 +3,7 @@
 mod analyze;
 mod backup;
 mod databases;
+mod enable_wal;
 mod probe;
 mod restore;
 mod vacuum;
@@ -40,6 +41,10 @@ pub(crate) async fn run(shared: &Arc<Shared>, cx: &JobContext) -> Ended {
         Task::Vacuum(task) => {
             let work = Box::pin(vacuum::run(cx, places, task));
             plain(work.await.map(Outcome::Vacuum))
+        }
+        Task::EnableWal(task) => {
+            let work = Box::pin(enable_wal::run(cx, places, &shared.config, task));
+            plain(work.await.map(Outcome::EnableWal))
         }
         Task::Probe(task) => {
             let work = Box::pin(probe::run(cx, places, task));

@@ -1,6 +1,7 @@
 //! Restores a backup into a directory below one of the worker's restore roots.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use proto::job::{Restore, RestoreOutcome};
 use proto::{Action, Code, Failure};
@@ -16,7 +17,7 @@ use crate::restoring::{self, Destination};
 /// Runs a restore, or says what it would do.
 pub(crate) async fn run(
     cx: &JobContext,
-    places: &Places,
+    places: &Arc<Places>,
     config: &WorkerConfig,
     task: &Restore,
 ) -> Result<RestoreOutcome, Failure> {
@@ -43,7 +44,7 @@ pub(crate) async fn run(
             Ok((backup, Some(plan)))
         })
         .await?;
-    let restored = restore(cx, config, task, &directory, &backup, recovery.as_ref()).await;
+    let restored = restore(cx, places, config, task, &directory, &backup, recovery.as_ref()).await;
     backup.release().await;
     restored.map(|done| match &recovery {
         Some(plan) => plan.tell(done),
@@ -53,6 +54,7 @@ pub(crate) async fn run(
 
 async fn restore(
     cx: &JobContext,
+    places: &Arc<Places>,
     config: &WorkerConfig,
     task: &Restore,
     directory: &Path,
@@ -78,7 +80,8 @@ async fn restore(
         Some(plan) => {
             let bin_dirs: Vec<PathBuf> =
                 config.sandbox.postgres_bin_dirs.iter().map(PathBuf::from).collect();
-            Some(plan.starter(backup.facts(), &bin_dirs, Vec::new()).await?)
+            let archive = Arc::new(Arc::clone(places));
+            Some(plan.starter(backup.facts(), &bin_dirs, Vec::new(), archive).await?)
         }
         None => None,
     };

@@ -1,6 +1,7 @@
 //! Starting a restored server and seeing that it came to where it shall be.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use postgres::binaries::Binaries;
 use postgres::process::Account;
@@ -8,7 +9,10 @@ use postgres::recovery::{Expected, RecoveryServer};
 use proto::job::{Reached, RecoveryOutcome, RestoreOutcome};
 use proto::{Action, BackupFacts, Code, Failure};
 
+use tempfile::TempDir;
+
 use super::RecoveryPlan;
+use crate::archive::service::{OpenArchive, SOCKET_VARIABLE, Service};
 use crate::context::JobContext;
 use crate::restoring::Destination;
 
@@ -17,6 +21,7 @@ use crate::restoring::Destination;
 pub struct Starter {
     binaries: Binaries,
     environment: Vec<(String, String)>,
+    archive: Arc<dyn OpenArchive>,
     expected: Expected,
     outcome: RecoveryOutcome,
 }
@@ -33,12 +38,14 @@ impl RecoveryPlan {
         RestoreOutcome { plan, recovery, ..done }
     }
 
-    /// Finds the programs of the backup's version. `environment` is what the server gets of it.
+    /// Finds the programs of the backup's version. `environment` is what the server gets of it, and `archive` is where its WAL
+    /// comes from.
     pub async fn starter(
         &self,
         facts: &BackupFacts,
         bin_dirs: &[PathBuf],
         environment: Vec<(String, String)>,
+        archive: Arc<dyn OpenArchive>,
     ) -> Result<Starter, Failure> {
         if Account::current().is_root() {
             let what = "PostgreSQL does not run as root, so a server cannot be started";
@@ -47,7 +54,7 @@ impl RecoveryPlan {
         }
         let binaries = Binaries::find(facts.server_version_num / 10_000, bin_dirs).await?;
         let (expected, outcome) = (self.expected.clone(), self.outcome.clone());
-        Ok(Starter { binaries, environment, expected, outcome })
+        Ok(Starter { binaries, environment, archive, expected, outcome })
     }
 }
 
@@ -59,10 +66,16 @@ impl Starter {
         destination: &Destination,
         done: RestoreOutcome,
     ) -> Result<RestoreOutcome, Failure> {
+        let service = self.serve().await;
+        let alone: Vec<(String, String)> = service
+            .iter()
+            .map(|(_, socket)| (SOCKET_VARIABLE.to_owned(), socket.clone()))
+            .collect();
         let server = RecoveryServer {
             binaries: &self.binaries,
             directory: &destination.data_directory,
             environment: &self.environment,
+            environment_alone: &alone,
             cancel: &cx.cancel,
         };
         let recovered = match server.recover(&self.expected).await {
@@ -79,5 +92,19 @@ impl Starter {
         };
         let recovery = RecoveryOutcome { reached: Some(reached), ..self.outcome.clone() };
         Ok(RestoreOutcome { recovery: Some(recovery), ..done })
+    }
+
+    /// Fetches ahead for as long as the server recovers. Without it, the server's commands fetch for themselves.
+    async fn serve(&self) -> Option<((Service, TempDir), String)> {
+        // The path of a socket is short.
+        let place = tempfile::Builder::new().prefix("pgmuster-").tempdir_in("/tmp").ok()?;
+        let socket = place.path().join("wal.sock");
+        match Service::listen(&socket, Arc::clone(&self.archive)).await {
+            Ok(service) => Some(((service, place), socket.display().to_string())),
+            Err(error) => {
+                tracing::info!("WAL is not fetched ahead: {error}");
+                None
+            }
+        }
     }
 }

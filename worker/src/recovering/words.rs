@@ -7,7 +7,7 @@ use postgres::recovery::RecoverySettings;
 use proto::job::RecoveryOutcome;
 use proto::{BackupFacts, BackupId, LineageId, Recovery, RecoveryTarget, TargetAction};
 
-use crate::archive::Until;
+use crate::archive::{Until, quoted};
 
 /// How a restored server calls this program for WAL. No secret stands in it: keys are named by reference.
 #[derive(Debug, Clone)]
@@ -43,11 +43,6 @@ impl Fetching {
         }
         command
     }
-}
-
-/// One word of a shell's, in a setting in which the server reads `%` itself.
-fn quoted(word: &str) -> String {
-    format!("'{}'", word.replace('\'', "'\\''").replace('%', "%%"))
 }
 
 /// What the sentences are about.

@@ -1,0 +1,70 @@
+//! A server that archives nothing is brought to archive by one command, and by one more when it had to be restarted.
+
+use anyhow::{Context as _, ensure};
+use postgres::instance::{InstanceOptions, StopMode};
+use tests::{Cluster, Fleet, Place, Vhost, WorkerSetup};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_archives_after_one_command_and_a_restart_and_another_archive_is_not_replaced()
+-> anyhow::Result<()> {
+    let settings = vec![("autovacuum".to_owned(), "off".to_owned())];
+    let options =
+        InstanceOptions { settings, wal_segment_size_mb: Some(1), ..InstanceOptions::default() };
+    let mut server = Cluster::start(15, options).await?;
+    let vhost = Vhost::create()?;
+    let mut fleet = Fleet::prepare(&vhost.url(), "", Place::Directory)?;
+    fleet.start_coordinator()?;
+    fleet.start_worker(&WorkerSetup::of("w1", "orders", server.url()))?;
+    let enable = ["cluster", "enable-wal", "orders", "--wait"];
+
+    let plan = fleet.expect(&["cluster", "enable-wal", "orders", "--plan"])?;
+    for part in ["set archive_mode = 'on'", "must be restarted", "set archive_command = ", "600"] {
+        ensure!(plan.contains(part), "{part} in: {plan}");
+    }
+    ensure!(server.text("SHOW archive_mode").await? == "off");
+    let pending = "SELECT count(*) FROM pg_settings WHERE pending_restart";
+    ensure!(server.number(pending).await? == 0, "a plan changes nothing");
+
+    let said = fleet.expect(&enable)?;
+    ensure!(said.contains("Restart the server of orders for archive_mode"), "{said}");
+    // Twice changes nothing, and says the same.
+    let said = fleet.expect(&enable)?;
+    ensure!(said.contains("Restart the server of orders for archive_mode"), "{said}");
+    server.server.stop(StopMode::Fast).await?;
+    server.server.start().await?;
+    let said = fleet.expect(&enable)?;
+    ensure!(said.contains("orders archives its WAL: segment 00000001"), "{said}");
+    ensure!(server.text("SHOW archive_timeout").await? == "10min");
+    let command = server.text("SHOW archive_command").await?;
+    ensure!(command.contains("w1/wal.sock") && command.contains("--cluster orders"), "{command}");
+    let plan = fleet.expect(&["cluster", "enable-wal", "orders", "--plan"])?;
+    ensure!(plan.lines().count() == 1 && plan.starts_with("end a segment"), "{plan}");
+
+    // A worker that is killed is not missed: the command opens the repository itself.
+    fleet.worker("w1")?.kill()?;
+    let archived = server.number("SELECT archived_count FROM pg_stat_archiver").await?;
+    server.run("CREATE TABLE public.t AS SELECT 1 AS n").await?;
+    server.run("SELECT pg_switch_wal()").await?;
+    tests::eventually_async(
+        "a segment that is archived without a worker",
+        tests::SOON,
+        async || {
+            let now = server.number("SELECT archived_count FROM pg_stat_archiver").await?;
+            Ok((now > archived).then_some(()))
+        },
+    )
+    .await
+    .context("archived_count")?;
+    fleet.start_worker(&WorkerSetup::of("w1", "orders", server.url()))?;
+
+    server.run("ALTER SYSTEM SET archive_command = 'cp \"%p\" /nowhere/'").await?;
+    server.run("SELECT pg_reload_conf()").await?;
+    let refused = fleet.run(&enable)?;
+    ensure!(refused.code() == 1 && refused.stderr.contains("--replace"), "{refused}");
+    ensure!(refused.stderr.contains("archives by another archive_command"), "{refused}");
+    let said = fleet.expect(&["cluster", "enable-wal", "orders", "--replace", "--wait"])?;
+    ensure!(said.contains("orders archives its WAL"), "{said}");
+    let refused = fleet.run(&["cluster", "enable-wal", "orders", "--archive-timeout", "5"])?;
+    ensure!(refused.code() == 2 && refused.stderr.contains("at least 10"), "{refused}");
+    Ok(())
+}

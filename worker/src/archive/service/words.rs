@@ -1,0 +1,119 @@
+//! What is asked and answered: one line of JSON each. The asker keeps his side open until he has what he wanted: when it is
+//! closed, nobody waits any more.
+
+use std::io;
+use std::path::PathBuf;
+
+use proto::{Failure, LineageId};
+use repository::WalStored;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use tokio::io::{
+    AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, BufReader,
+};
+use tokio::net::UnixStream;
+
+use super::super::Until;
+use super::super::lineage::Whose;
+
+/// The longest line: paths are short, and sentences too.
+const LINE_BYTES_MAX: u64 = 64 << 10;
+
+/// What a command wants. Paths are absolute.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub(super) enum Question {
+    /// As `archive_command`: store this file.
+    Store {
+        whose: Whose,
+        #[serde(default)]
+        repository: Option<String>,
+        path: PathBuf,
+    },
+    /// As `restore_command`: have the content of the file of this name beside `to`.
+    Fetch {
+        whose: Whose,
+        #[serde(default)]
+        repository: Option<String>,
+        file: String,
+        to: PathBuf,
+        #[serde(default)]
+        until: Option<Until>,
+    },
+}
+
+/// What came of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Answer {
+    /// It is durable in this lineage.
+    Stored {
+        lineage: LineageId,
+        #[serde(with = "stored")]
+        stored: WalStored,
+    },
+    /// It lies here, whole and durable, as long as the asker keeps his side open: he puts it into its place.
+    Fetched {
+        file: PathBuf,
+    },
+    /// It is certain that there is none.
+    NotThere,
+    /// Nothing was found out about the file: the service is not for this archive.
+    Unserved(Failure),
+    Failed(Failure),
+}
+
+/// Whether a file was new.
+mod stored {
+    use repository::WalStored;
+    use serde::{Deserialize as _, Deserializer, Serializer};
+
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+    pub(super) fn serialize<S: Serializer>(
+        stored: &WalStored,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bool(*stored == WalStored::Created)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<WalStored, D::Error> {
+        let is_new = bool::deserialize(deserializer)?;
+        Ok(if is_new { WalStored::Created } else { WalStored::AlreadyThere })
+    }
+}
+
+/// Whether this user, or root, is at the other end.
+pub(super) fn is_of_this_user(stream: &UnixStream) -> io::Result<bool> {
+    let uid = stream.peer_cred()?.uid();
+    Ok(uid == 0 || uid == rustix::process::geteuid().as_raw())
+}
+
+pub(super) async fn say(
+    to: &mut (impl AsyncWrite + Unpin),
+    words: impl Serialize,
+) -> io::Result<()> {
+    let mut line = serde_json::to_vec(&words)?;
+    drop(words);
+    line.push(b'\n');
+    to.write_all(&line).await
+}
+
+/// One line. What is no line of ours is [`io::ErrorKind::InvalidData`]; that nothing came is
+/// [`io::ErrorKind::UnexpectedEof`].
+pub(super) async fn hear<T: DeserializeOwned>(
+    from: &mut (impl AsyncRead + Unpin),
+) -> io::Result<T> {
+    let mut line = Vec::new();
+    BufReader::new(from.take(LINE_BYTES_MAX)).read_until(b'\n', &mut line).await?;
+    if line.is_empty() {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    serde_json::from_slice(&line).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+}
+
+/// Waits until the other side has closed, or says something that it should not.
+pub(super) async fn gone(from: &mut (impl AsyncRead + Unpin)) {
+    let _ = from.read(&mut [0]).await;
+}
