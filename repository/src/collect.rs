@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-use futures::{StreamExt as _, stream};
+use futures::{StreamExt as _, TryStreamExt as _, stream};
 use proto::failure::chain;
 use proto::{AttemptId, BackupId, LineageId};
 use tokio_util::sync::CancellationToken;
@@ -17,7 +17,7 @@ use crate::attempt::Aborted;
 use crate::error::Error;
 use crate::judge::{Judged, Roots, is_older};
 use crate::limits::CONDEMNED_BYTES_MAX;
-use crate::lineage::{AttemptSummary, Seen, has};
+use crate::lineage::{AttemptSummary, NOTES_IN_FLIGHT, Seen, has};
 use crate::pack::PackId;
 use crate::record::{Condemned, Gone};
 use crate::repository::Repository;
@@ -496,13 +496,26 @@ fn open_attempts(attempts: &[Seen], options: &CollectOptions) -> (Vec<Open>, Vec
 }
 
 impl Repository {
-    /// Every attempt, damaged or not. That the store did not answer says nothing about one, and ends it.
+    /// Every attempt, damaged or not, but those that an earlier collection deleted. That the store did not answer says nothing
+    /// about one, and ends it.
     async fn look_at_all(&self, lineage: LineageId) -> Result<Vec<Seen>, Error> {
-        let attempts = self.look(lineage).await?.into_iter().map(|seen| match seen.summary {
-            Err(error) if !matches!(error, Error::Damaged { .. }) => Err(error),
-            _ => Ok(seen),
+        let attempts = self.look(lineage).await?.into_iter().map(|seen| async move {
+            let seen = match seen.summary {
+                Err(error) if !matches!(error, Error::Damaged { .. }) => return Err(error),
+                _ => seen,
+            };
+            let has = |name| has(&seen.names, name);
+            let is_gone = has("verdict")
+                && !has("manifest")
+                && has("gone")
+                && self.is_gone(lineage, seen.attempt.into()).await?;
+            Ok((!is_gone).then_some(seen))
         });
-        attempts.collect()
+        // Collected first: a stream of borrowing futures is not general enough for a spawned caller.
+        let attempts: Vec<_> = attempts.collect();
+        let looked: Vec<Option<Seen>> =
+            stream::iter(attempts).buffered(NOTES_IN_FLIGHT).try_collect().await?;
+        Ok(looked.into_iter().flatten().collect())
     }
 
     /// Deletes what a backup that goes has beside its verdict: its proofs, and then the manifest, without which it is none;
