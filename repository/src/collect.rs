@@ -245,7 +245,10 @@ impl Repository {
     }
 
     /// Every pack in the store, with its bytes. Whatever else lies there is not ours to delete.
-    async fn list_packs(&self, lineage: LineageId) -> Result<BTreeMap<PackId, u64>, Error> {
+    pub(crate) async fn list_packs(
+        &self,
+        lineage: LineageId,
+    ) -> Result<BTreeMap<PackId, u64>, Error> {
         let pack = |object: &Listed| {
             let id = PackId(hex::decode(object.key.rsplit_once('/')?.1)?);
             (layout::pack(lineage, id) == object.key).then_some((id, object.size_bytes))

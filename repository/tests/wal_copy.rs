@@ -171,7 +171,7 @@ async fn other_content_at_the_mirror_is_told_stays_and_hinders_nothing() {
     let bench = Bench::new().await;
     some_wal(&bench).await;
     let place = tempfile::tempdir().unwrap();
-    let mirror = mirror(&bench, at(place.path())).await.unwrap();
+    let mut mirror = mirror(&bench, at(place.path())).await.unwrap();
     mirror.copy_lineage(bench.lineage).await.unwrap();
     let there = open(&bench, place.path()).await;
     let file = wal_name(1, 5).parse().unwrap();
@@ -311,7 +311,7 @@ async fn a_collection_at_the_source_at_any_call_of_a_copy_harms_no_backup_of_the
             assert!(matches!(ended, Collected::Done(done) if done.wal.files == 3));
         });
         let place = tempfile::tempdir().unwrap();
-        let mirror = mirror(&bench, at(place.path())).await.unwrap();
+        let mut mirror = mirror(&bench, at(place.path())).await.unwrap();
         store.after(calls, Some(turn));
         let copied = mirror.copy_wal(bench.lineage, &copy_options(LATER_MS)).await.unwrap();
         let finished = store.is_left();
@@ -334,7 +334,7 @@ async fn a_cancelled_copy_of_wal_ends_between_two_files() {
     let bench = Bench::new().await;
     some_wal(&bench).await;
     let place = tempfile::tempdir().unwrap();
-    let mirror = mirror(&bench, at(place.path())).await.unwrap();
+    let mut mirror = mirror(&bench, at(place.path())).await.unwrap();
     let how = copy_options(LATER_MS);
     how.cancel.cancel();
     let ended = mirror.copy_wal(bench.lineage, &how).await.unwrap_err();

@@ -88,7 +88,7 @@ impl Mirror {
     /// Copies the WAL archive of a lineage. Idempotent; what an interrupted copy left is taken up. A file of which one side has
     /// other content, or that cannot be read, is told in the summary and hinders no other.
     pub async fn copy_wal(
-        &self,
+        &mut self,
         lineage: LineageId,
         options: &CopyOptions,
     ) -> Result<WalCopySummary, Error> {
