@@ -331,11 +331,15 @@ impl Repository {
 
 impl CollectPlan {
     /// More than a fifth of what is there would go, of the bytes, or of the backups when it is more than one: somebody should
-    /// look twice.
+    /// look twice. WAL does not count where one backup goes, which takes along the WAL up to the next one: where few are kept
+    /// and much is written, that is always a large part.
     pub fn is_large(&self) -> bool {
-        let delete = self.delete.bytes + self.wal.delete.bytes;
-        delete > (delete + self.keep.bytes + self.wal.keep.bytes) / 5
-            || self.goes.len() > (self.backups.len() / 5).max(1)
+        let (mut delete, mut keep) = (self.delete.bytes, self.keep.bytes);
+        if self.goes.len() != 1 {
+            delete += self.wal.delete.bytes;
+            keep += self.wal.keep.bytes;
+        }
+        delete > (delete + keep) / 5 || self.goes.len() > (self.backups.len() / 5).max(1)
     }
 
     /// Does it.

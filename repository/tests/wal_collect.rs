@@ -386,6 +386,27 @@ async fn much_wal_at_once_is_a_large_collection() {
     assert!(plan(&bench).await.unwrap().is_large());
 }
 
+/// Where few backups are kept, the WAL of one is more than a fifth of all: that is what retention does every week.
+#[tokio::test]
+async fn wal_that_goes_with_one_backup_is_no_large_collection_and_with_two_it_is() {
+    let bench = Bench::new().await;
+    let mut backups = Vec::new();
+    for number in 0..11 {
+        let at_ms = NOW_MS + 1_000 * i64::try_from(number).unwrap();
+        backups.push(bench.back_up_from(1, 3 + number, at_ms).await);
+    }
+    let much = common::noise(1, 1 << 20);
+    bench.archive_one(&wal_name(1, 3), much.into()).await.unwrap();
+    assert!(!plan(&bench).await.unwrap().is_large());
+    give_up(&bench, &backups[0]).await;
+    let planned = plan(&bench).await.unwrap();
+    let kept = planned.keep.bytes + planned.wal.keep.bytes;
+    assert!(planned.wal.delete.bytes > kept / 5 && !planned.is_large(), "{kept}");
+    // Two of eleven are few backups, and their WAL is to be looked at.
+    give_up(&bench, &backups[1]).await;
+    assert!(plan(&bench).await.unwrap().is_large());
+}
+
 /// A copy of a bench and its store, in which somebody may have a turn.
 async fn interruptible(bench: &Bench) -> (Arc<Interrupted>, Bench) {
     let mut interrupted = None;
