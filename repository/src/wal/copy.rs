@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 
-use futures::{StreamExt as _, TryStreamExt as _, stream};
+use futures::{StreamExt as _, stream};
 use proto::LineageId;
 use proto::wal::{SegmentName, WalFileName};
 
@@ -16,7 +16,7 @@ use super::floors::Floors;
 use crate::copy::{CopyOptions, Mirror};
 use crate::error::Error;
 use crate::layout;
-use crate::lineage::{AttemptSummary, NOTES_IN_FLIGHT, backups};
+use crate::lineage::{AttemptSummary, NOTES_IN_FLIGHT};
 use crate::repository::Repository;
 use crate::scrub::WalAmount;
 use crate::store::{Listed, PutOutcome};
@@ -246,20 +246,16 @@ impl Mirror {
 impl Repository {
     /// Below which rank no backup that is there needs WAL; `None` when that is not certain.
     async fn wal_needed_from(&self, lineage: LineageId) -> Result<Option<u64>, Error> {
-        let attempts = self.list_attempts(lineage).await;
-        let opened = async {
-            let found =
-                backups(attempts?).into_iter().filter_map(|one| AttemptSummary::backup(&one));
-            let found: Vec<_> = found.collect();
-            let starts = found.into_iter().map(|backup| async move {
-                let opened = self.open_backup(lineage, backup).await?;
-                Ok::<_, Error>((backup, Start::of(opened.facts())))
-            });
-            let starts: Vec<_> = starts.collect();
-            stream::iter(starts).buffered(NOTES_IN_FLIGHT).try_collect::<Vec<_>>().await
+        let read = async {
+            let backups = self.list_backups(lineage).await?;
+            let backups = backups.iter().filter_map(AttemptSummary::backup).collect();
+            self.read_facts(lineage, backups).await
         };
-        match opened.await {
-            Ok(starts) => Ok(WalBound::by(starts.into_iter()).rank()),
+        match read.await {
+            Ok(read) => {
+                let starts = read.into_iter().map(|(backup, facts)| (backup, Start::of(&facts)));
+                Ok(WalBound::by(starts).rank())
+            }
             Err(Error::Damaged { .. } | Error::Missing { .. }) => Ok(None),
             Err(error) => Err(error),
         }
