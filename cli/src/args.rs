@@ -641,7 +641,8 @@ pub enum RepoCommand {
     ///
     /// Archived WAL goes with the oldest backup: what stands before the beginning of all that are left. Safe beside running
     /// backups and other collections. While a backup is being written nothing is deleted. Says what goes and what stays; more
-    /// than a fifth at once, of the bytes or of the backups, needs --confirm-large. Needs the right to delete in the store.
+    /// than a fifth at once, of the bytes or of the backups, needs --confirm-large; the WAL that goes with one backup does not
+    /// count. Needs the right to delete in the store.
     Gc {
         /// Which repository.
         #[command(flatten)]

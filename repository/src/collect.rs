@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-use futures::{StreamExt as _, stream};
+use futures::{StreamExt as _, TryStreamExt as _, stream};
 use proto::failure::chain;
 use proto::{AttemptId, BackupId, LineageId};
 use tokio_util::sync::CancellationToken;
@@ -17,7 +17,7 @@ use crate::attempt::Aborted;
 use crate::error::Error;
 use crate::judge::{Judged, Roots, is_older};
 use crate::limits::CONDEMNED_BYTES_MAX;
-use crate::lineage::{AttemptSummary, Seen, has};
+use crate::lineage::{AttemptSummary, NOTES_IN_FLIGHT, Seen, has};
 use crate::pack::PackId;
 use crate::record::{Condemned, Gone};
 use crate::repository::Repository;
@@ -245,7 +245,10 @@ impl Repository {
     }
 
     /// Every pack in the store, with its bytes. Whatever else lies there is not ours to delete.
-    async fn list_packs(&self, lineage: LineageId) -> Result<BTreeMap<PackId, u64>, Error> {
+    pub(crate) async fn list_packs(
+        &self,
+        lineage: LineageId,
+    ) -> Result<BTreeMap<PackId, u64>, Error> {
         let pack = |object: &Listed| {
             let id = PackId(hex::decode(object.key.rsplit_once('/')?.1)?);
             (layout::pack(lineage, id) == object.key).then_some((id, object.size_bytes))
@@ -328,11 +331,15 @@ impl Repository {
 
 impl CollectPlan {
     /// More than a fifth of what is there would go, of the bytes, or of the backups when it is more than one: somebody should
-    /// look twice.
+    /// look twice. WAL does not count where one backup goes, which takes along the WAL up to the next one: where few are kept
+    /// and much is written, that is always a large part.
     pub fn is_large(&self) -> bool {
-        let delete = self.delete.bytes + self.wal.delete.bytes;
-        delete > (delete + self.keep.bytes + self.wal.keep.bytes) / 5
-            || self.goes.len() > (self.backups.len() / 5).max(1)
+        let (mut delete, mut keep) = (self.delete.bytes, self.keep.bytes);
+        if self.goes.len() != 1 {
+            delete += self.wal.delete.bytes;
+            keep += self.wal.keep.bytes;
+        }
+        delete > (delete + keep) / 5 || self.goes.len() > (self.backups.len() / 5).max(1)
     }
 
     /// Does it.
@@ -496,13 +503,26 @@ fn open_attempts(attempts: &[Seen], options: &CollectOptions) -> (Vec<Open>, Vec
 }
 
 impl Repository {
-    /// Every attempt, damaged or not. That the store did not answer says nothing about one, and ends it.
+    /// Every attempt, damaged or not, but those that an earlier collection deleted. That the store did not answer says nothing
+    /// about one, and ends it.
     async fn look_at_all(&self, lineage: LineageId) -> Result<Vec<Seen>, Error> {
-        let attempts = self.look(lineage).await?.into_iter().map(|seen| match seen.summary {
-            Err(error) if !matches!(error, Error::Damaged { .. }) => Err(error),
-            _ => Ok(seen),
+        let attempts = self.look(lineage).await?.into_iter().map(|seen| async move {
+            let seen = match seen.summary {
+                Err(error) if !matches!(error, Error::Damaged { .. }) => return Err(error),
+                _ => seen,
+            };
+            let has = |name| has(&seen.names, name);
+            let is_gone = has("verdict")
+                && !has("manifest")
+                && has("gone")
+                && self.is_gone(lineage, seen.attempt.into()).await?;
+            Ok((!is_gone).then_some(seen))
         });
-        attempts.collect()
+        // Collected first: a stream of borrowing futures is not general enough for a spawned caller.
+        let attempts: Vec<_> = attempts.collect();
+        let looked: Vec<Option<Seen>> =
+            stream::iter(attempts).buffered(NOTES_IN_FLIGHT).try_collect().await?;
+        Ok(looked.into_iter().flatten().collect())
     }
 
     /// Deletes what a backup that goes has beside its verdict: its proofs, and then the manifest, without which it is none;

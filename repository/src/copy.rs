@@ -6,7 +6,7 @@
 //! choice, so it stores nothing under a name that is on a list. What is there is not stored again: a copy that was
 //! interrupted is taken up by the next one. Wishes and proofs stay where they were made: they say nothing of the other bytes.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -84,6 +84,10 @@ pub struct Mirror {
     bad: HashMap<PackId, String>,
     /// Metadata packs of the target that were held against their digests.
     sound: HashSet<PackId>,
+    /// Lineages that the target is known to have.
+    lineages: HashSet<LineageId>,
+    /// Packs of the target with their bytes, as they were listed last and sent since.
+    packs: HashMap<LineageId, BTreeMap<PackId, u64>>,
 }
 
 impl Repository {
@@ -122,8 +126,14 @@ impl Repository {
             return Err(Error::NoMirror { place: target.describe(), reason });
         }
         target.check_writable()?;
-        let (bad, sound) = (HashMap::new(), HashSet::new());
-        Ok(Mirror { source: self.clone(), target, bad, sound })
+        Ok(Mirror {
+            source: self.clone(),
+            target,
+            bad: HashMap::new(),
+            sound: HashSet::new(),
+            lineages: HashSet::new(),
+            packs: HashMap::new(),
+        })
     }
 
     async fn create_mirror(
@@ -202,13 +212,17 @@ impl Mirror {
         &self.target
     }
 
-    /// Makes sure that the target has the lineage. Idempotent.
-    pub async fn copy_lineage(&self, lineage: LineageId) -> Result<(), Error> {
+    /// Makes sure that the target has the lineage. Idempotent; nothing is asked twice.
+    pub async fn copy_lineage(&mut self, lineage: LineageId) -> Result<(), Error> {
+        if self.lineages.contains(&lineage) {
+            return Ok(());
+        }
         let key = layout::identity(lineage);
         let bytes = self.source.store.get(&key, NOTE_BYTES_MAX).await.map_err(Error::needed)?;
         self.source.identity(lineage).await?;
         create(self.target.store.as_ref(), &key, bytes).await?;
         self.target.identity(lineage).await?;
+        self.lineages.insert(lineage);
         Ok(())
     }
 
@@ -258,6 +272,11 @@ impl Mirror {
         // After the intent: either the collector waits for us, or we see its list.
         let condemned = self.target.condemned(lineage).await?;
         let marked = self.target.marked(lineage).await?;
+        // A verdict is written on what was seen after the intent. One that stands is only looked after.
+        if !committed || !self.packs.contains_key(&lineage) {
+            let listed = self.target.list_packs(lineage).await?;
+            self.packs.insert(lineage, listed);
+        }
         let sent = self.send_packs(&papers, &condemned, &marked, &mut summary, options).await?;
         for pack in marked.iter().filter(|pack| papers.root.packs.contains_key(pack)) {
             self.target.unmark(lineage, *pack).await?;
@@ -313,9 +332,7 @@ impl Mirror {
         options: &CopyOptions,
     ) -> Result<u64, Error> {
         let lineage = papers.lineage;
-        let listed = self.target.store.list(&layout::packs(lineage)).await?;
-        let sizes: HashMap<String, u64> =
-            listed.into_iter().map(|object| (object.key, object.size_bytes)).collect();
+        let there = self.packs.entry(lineage).or_default();
         let mut records: Vec<&PackRecord> = papers.root.packs.values().collect();
         records.sort_by_key(|record| record.id);
         let mut missing = Vec::new();
@@ -328,7 +345,7 @@ impl Mirror {
                 let key = layout::pack(lineage, record.id);
                 return Err(Error::damaged(key, reason.clone()));
             }
-            match sizes.get(&key) {
+            match there.get(&record.id) {
                 Some(size) if *size == record.size_bytes && !wrong.contains(&record.id) => {
                     summary.present.add(record.size_bytes);
                 }
@@ -339,14 +356,15 @@ impl Mirror {
         let sending = missing.into_iter().map(|(record, key)| async move {
             // What is there under its name is replaced and never deleted: another copy may have stored it just now.
             let sent = send(source.as_ref(), target.as_ref(), record, &key, options).await;
-            sent.map(|()| record.size_bytes).map_err(|error| (record.id, error).into())
+            sent.map(|()| record).map_err(|error| (record.id, error).into())
         });
         let mut ended = stream::iter(sending).buffer_unordered(options.processes.max(1));
         let mut sent = 0;
         while let Some(one) = ended.next().await {
             match one {
-                Ok(bytes) => {
-                    summary.sent.add(bytes);
+                Ok(record) => {
+                    there.insert(record.id, record.size_bytes);
+                    summary.sent.add(record.size_bytes);
                     sent += 1;
                 }
                 Err(Unsent { pack, error }) => {

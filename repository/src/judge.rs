@@ -144,12 +144,11 @@ impl Repository {
                 Err(Error::Damaged { .. }) if !has(&seen.names, "verdict") => {}
                 Err(error) if !matches!(error, Error::Damaged { .. }) => return Err(error),
                 _ => {
-                    if let Some(judged) = self.judge_damaged(lineage, seen, options).await? {
-                        if may(judged.backup) {
-                            judgement.goes.push(judged.backup);
-                        }
-                        judgement.backups.push(judged);
+                    let judged = self.judge_damaged(lineage, seen, options).await?;
+                    if may(judged.backup) {
+                        judgement.goes.push(judged.backup);
                     }
+                    judgement.backups.push(judged);
                 }
             }
         }
@@ -213,19 +212,16 @@ impl Repository {
         }
     }
 
-    /// A backup whose verdict or manifest cannot be believed, or whose manifest is not there. It goes, or is gone already, or
-    /// nobody knows what it needs, and nothing may be collected.
+    /// A backup whose verdict or manifest cannot be believed, or whose manifest is not there. It goes, or nobody knows what it
+    /// needs, and nothing may be collected.
     async fn judge_damaged(
         &self,
         lineage: LineageId,
         seen: Seen,
         options: &CollectOptions,
-    ) -> Result<Option<Judged>, Error> {
+    ) -> Result<Judged, Error> {
         let backup: BackupId = seen.attempt.into();
         let is_there = has(&seen.names, "manifest");
-        if !is_there && has(&seen.names, "gone") && self.is_gone(lineage, backup).await? {
-            return Ok(None);
-        }
         let ends: Vec<String> = wishes::forgets(&seen.names).map(str::to_owned).collect();
         let wish = self.forgotten_by(lineage, backup, &ends).await?;
         let until_ms = wish.map(|wish| wish.at_ms.saturating_add(options.grace_ms));
@@ -233,7 +229,7 @@ impl Repository {
         if is_over && !wishes::is_held(&seen.names) {
             let (stays, alone) = (Vec::new(), None);
             let committed_at_ms = seen.summary.ok().and_then(|seen| seen.committed_at_ms());
-            return Ok(Some(Judged { backup, committed_at_ms, given_up: true, stays, alone }));
+            return Ok(Judged { backup, committed_at_ms, given_up: true, stays, alone });
         }
         let key = layout::of_backup(lineage, backup, "manifest");
         Err(match seen.summary {

@@ -99,9 +99,13 @@ pub(crate) fn wal_file(file: &WalFileName) -> String {
     format!("{:08X}/{file}", file.timeline().0)
 }
 
-/// What says that a collection may have deleted whatever ranks below a segment: a name below [`wal`].
-pub(crate) fn wal_floor(rank: u64) -> String {
-    format!("{WAL_FLOORS}{rank:016X}")
+/// What says that a collection may have deleted whatever of a timeline ranks below a segment: a name below [`wal`]. `None`
+/// means every timeline, as earlier programs said it.
+pub(crate) fn wal_floor(timeline: Option<Timeline>, rank: u64) -> String {
+    match timeline {
+        Some(timeline) => format!("{WAL_FLOORS}{:08X}/{rank:016X}", timeline.0),
+        None => format!("{WAL_FLOORS}{rank:016X}"),
+    }
 }
 
 /// What came under a name that other content had first: a name below [`wal`]. `number` from 1.

@@ -338,24 +338,39 @@ impl Repository {
 
     /// The same where an object that cannot be read stands in the way of no other: for whoever looks for one to restore.
     pub async fn find_backups(&self, lineage: LineageId) -> Result<Backups, Error> {
+        let seen = self.look(lineage).await?.into_iter().map(|seen| self.found(lineage, seen));
+        // Collected first: a stream of borrowing futures is not general enough for a spawned caller.
+        let seen: Vec<_> = seen.collect();
+        let mut found = stream::iter(seen).buffered(NOTES_IN_FLIGHT);
         let (mut readable, mut lost) = (Vec::new(), Vec::new());
-        for Seen { attempt, names, summary } in self.look(lineage).await? {
-            let backup = attempt.into();
-            let why = match summary {
-                Ok(summary) if summary.backup().is_none() || summary.has_manifest => {
-                    readable.push(summary);
-                    continue;
-                }
-                Ok(_) => Error::Missing { key: layout::of_attempt(lineage, attempt, "manifest") },
-                Err(error) => self.of_one_object(error).await?,
-            };
-            // One without a verdict is no backup yet.
-            let may_be_deleted = || self.may_be_deleted(lineage, backup);
-            if has(&names, "verdict") && !matches!(may_be_deleted().await, Ok(true)) {
-                lost.push(Lost { backup, why });
+        while let Some(found) = found.next().await {
+            match found? {
+                Some(Ok(summary)) => readable.push(summary),
+                Some(Err(one)) => lost.push(one),
+                None => {}
             }
         }
         Ok(Backups { readable: backups(readable), lost })
+    }
+
+    /// An attempt that can be read, or a backup that is lost; `None` of one that was deleted, as every one is in the end.
+    async fn found(
+        &self,
+        lineage: LineageId,
+        Seen { attempt, names, summary }: Seen,
+    ) -> Result<Option<Result<AttemptSummary, Lost>>, Error> {
+        let backup = attempt.into();
+        let why = match summary {
+            Ok(summary) if summary.backup().is_none() || summary.has_manifest => {
+                return Ok(Some(Ok(summary)));
+            }
+            Ok(_) => Error::Missing { key: layout::of_attempt(lineage, attempt, "manifest") },
+            Err(error) => self.of_one_object(error).await?,
+        };
+        // One without a verdict is no backup yet.
+        let is_lost = has(&names, "verdict")
+            && !matches!(self.may_be_deleted(lineage, backup, &names).await, Ok(true));
+        Ok(is_lost.then_some(Err(Lost { backup, why })))
     }
 
     /// The same without those that cannot be read, which are told in the log.

@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
+use futures::{StreamExt as _, TryStreamExt as _, stream};
 use proto::{BackupFacts, BackupId, LineageId};
 
 use crate::again::again;
@@ -14,6 +15,7 @@ use crate::hex;
 use crate::key::Keys;
 use crate::layout;
 use crate::limits::MANIFEST_BYTES_MAX;
+use crate::lineage::NOTES_IN_FLIGHT;
 use crate::manifest::{Counts, Root};
 use crate::pack::{FrameRef, ObjectType, PackCipher, PackId, PackRecord, digest_of};
 use crate::record::{Outcome, Verdict};
@@ -46,6 +48,22 @@ impl Repository {
             Some(verdict) => self.open_committed(lineage, &verdict).await,
             None => Err(Error::BackupUnknown { lineage, backup }),
         }
+    }
+
+    /// What several committed backups say of themselves, in the order given: a few manifests are read at the same time, and
+    /// none is kept. One that cannot be read fails them all.
+    pub async fn read_facts(
+        &self,
+        lineage: LineageId,
+        backups: Vec<BackupId>,
+    ) -> Result<Vec<(BackupId, BackupFacts)>, Error> {
+        let read = backups.into_iter().map(|backup| async move {
+            let opened = self.open_backup(lineage, backup).await?;
+            Ok::<_, Error>((backup, opened.facts().clone()))
+        });
+        // Collected first: a stream of borrowing futures is not general enough for a spawned caller.
+        let read: Vec<_> = read.collect();
+        stream::iter(read).buffered(NOTES_IN_FLIGHT).try_collect().await
     }
 
     /// The same when its verdict was read already.

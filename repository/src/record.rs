@@ -125,7 +125,7 @@ pub(crate) struct Gone {
     pub(crate) at_ms: i64,
 }
 
-/// A collection may have deleted the archived WAL below a segment, which the object's name tells. For people.
+/// A collection may have deleted the archived WAL of a timeline below a segment, which the object's name tells. For people.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Floor {
     /// Who collected.

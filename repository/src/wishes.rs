@@ -260,17 +260,18 @@ impl Repository {
         }
     }
 
-    /// Whether a missing manifest is no damage: a collector deleted it, or the backup was given up and one may.
+    /// Whether a missing manifest is no damage: a collector deleted it, or the backup was given up and one may. `names` are
+    /// those of its objects. What a collector says since they were listed is heard all the same.
     pub(crate) async fn may_be_deleted(
         &self,
         lineage: LineageId,
         backup: BackupId,
+        names: &[String],
     ) -> Result<bool, Error> {
         if self.is_gone(lineage, backup).await? {
             return Ok(true);
         }
-        let names = self.names_of(lineage, backup.into()).await?;
-        let ends: Vec<String> = forgets(&names).map(str::to_owned).collect();
+        let ends: Vec<String> = forgets(names).map(str::to_owned).collect();
         Ok(self.forgotten_by(lineage, backup, &ends).await?.is_some())
     }
 

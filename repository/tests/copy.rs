@@ -7,13 +7,17 @@ mod interrupted;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
+use async_trait::async_trait;
+use bytes::Bytes;
 use common::{Bench, DAY_MS, NOW_MS, Tree, collect_options, copy_options, noise};
 use interrupted::{Interrupted, Turn};
 use proto::{BackupId, LineageId};
-use repository::store::Store;
 use repository::store::directory::DirectoryStore;
+use repository::store::layer::Layer;
 use repository::store::probe::{Capabilities, probe};
+use repository::store::{Listed, Store, StoreError};
 use repository::{
     BackupSummary, CollectOptions, Collected, CopyOutcome, CopySummary, Error, Mirror, Reason,
     Repository, Unlock, Wish,
@@ -396,4 +400,55 @@ async fn a_cancelled_copy_ends_cleanly_and_what_was_deleted_at_the_target_stays_
     }
     assert_eq!(target.list_backups(lineage).await.unwrap().len(), 1);
     assert!(is_whole(&target, lineage, second.backup).await);
+}
+
+/// A store that counts listings of packs and looks at identities.
+#[derive(Debug)]
+struct Counted {
+    inner: DirectoryStore,
+    packs: AtomicUsize,
+    identities: AtomicUsize,
+}
+
+#[async_trait]
+impl Layer for Counted {
+    fn inner(&self) -> &dyn Store {
+        &self.inner
+    }
+    async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
+        self.identities.fetch_add(key.ends_with("/identity").into(), Ordering::SeqCst);
+        self.inner.get(key, limit_bytes).await
+    }
+    async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
+        self.packs.fetch_add(prefix.ends_with("/packs/").into(), Ordering::SeqCst);
+        self.inner.list(prefix).await
+    }
+}
+
+#[tokio::test]
+async fn a_copy_of_what_is_there_lists_its_packs_once_and_repairs_all_the_same() {
+    let bench = Bench::new().await;
+    let tree = tree();
+    two(&bench, &tree).await;
+    let target = tempfile::tempdir().unwrap();
+    copy_all(&bench, at(target.path())).await.unwrap();
+    let whole = objects(target.path());
+    let pack = whole.keys().find(|name| name.to_str().unwrap().contains("/packs/")).unwrap();
+    std::fs::remove_file(target.path().join(pack)).unwrap();
+    let store = Arc::new(Counted {
+        inner: DirectoryStore::new(target.path()),
+        packs: AtomicUsize::default(),
+        identities: AtomicUsize::default(),
+    });
+    let mut mirror = mirror(&bench, Arc::<Counted>::clone(&store)).await.unwrap();
+    let mut sent = 0;
+    for summary in bench.repository.list_backups(bench.lineage).await.unwrap() {
+        mirror.copy_lineage(bench.lineage).await.unwrap();
+        let backup = summary.backup().unwrap();
+        let how = copy_options(NOW_MS + 5_000);
+        sent += mirror.copy(bench.lineage, backup, &how).await.unwrap().sent.packs;
+    }
+    let counted = |counter: &AtomicUsize| counter.load(Ordering::SeqCst);
+    assert_eq!((sent, counted(&store.packs), counted(&store.identities)), (1, 1, 1));
+    assert!(objects(target.path()) == whole);
 }

@@ -7,6 +7,7 @@ mod interrupted;
 
 use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -368,5 +369,78 @@ async fn many_backups_are_much_whatever_their_bytes() {
         let plan = plan(&bench, now_ms).await;
         assert!(plan.delete.bytes < plan.keep.bytes / 5, "{:?} {:?}", plan.delete, plan.keep);
         assert_eq!(plan.is_large(), is_large, "{n}");
+    }
+}
+
+/// A store that answers nobody who asks whether a backup is gone until all have asked, and counts listings.
+#[derive(Debug)]
+struct Together {
+    inner: Arc<dyn Store>,
+    all: tokio::sync::Barrier,
+    lists: AtomicUsize,
+}
+
+#[async_trait]
+impl Layer for Together {
+    fn inner(&self) -> &dyn Store {
+        self.inner.as_ref()
+    }
+    async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
+        if key.ends_with("/gone") {
+            self.all.wait().await;
+        }
+        self.inner.get(key, limit_bytes).await
+    }
+    async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
+        self.lists.fetch_add(1, Ordering::SeqCst);
+        self.inner.list(prefix).await
+    }
+}
+
+/// Years of backups that were collected are left as verdicts. Whoever looks for one to restore passes them all at once, and
+/// with one listing, be they gone by a collection or only given up.
+#[tokio::test]
+async fn what_was_collected_makes_nobody_wait_for_one_answer_after_the_other() {
+    const COLLECTED: usize = 5;
+    let bench = Bench::new().await;
+    let tree = tree();
+    let mut backups = Vec::new();
+    for number in 0..=COLLECTED {
+        let at_ms = NOW_MS + 1_000 * i64::try_from(number).unwrap();
+        backups.push(bench.back_up(&tree, at_ms).await.backup);
+    }
+    let newest = backups.pop().unwrap();
+    for backup in &backups {
+        bench.repository.forget(bench.lineage, *backup, &wish()).await.unwrap();
+    }
+    let later_ms = NOW_MS + 5 * DAY_MS;
+    assert!(matches!(collect(&bench, later_ms).await.unwrap(), Collected::Done(_)));
+    let store = Arc::new(Together {
+        inner: Arc::clone(bench.repository.store()),
+        all: tokio::sync::Barrier::new(COLLECTED),
+        lists: AtomicUsize::default(),
+    });
+    let repository =
+        Repository::open(Arc::<Together>::clone(&store), Some(&bench.key)).await.unwrap();
+    let lineage = bench.lineage;
+    for deletes_note in [false, true] {
+        if deletes_note {
+            let key = format!("lineages/{lineage}/backups/{}/gone", backups[0]);
+            bench.repository.store().delete(&key).await.unwrap();
+        }
+        store.lists.store(0, Ordering::SeqCst);
+        let found = repository.find_backups(lineage);
+        let found = tokio::time::timeout(Duration::from_mins(1), found).await.unwrap().unwrap();
+        assert_eq!(store.lists.load(Ordering::SeqCst), 1, "{deletes_note}");
+        assert!(found.lost.is_empty(), "{:?}", found.lost);
+        let found: Vec<_> =
+            found.readable.iter().filter_map(repository::AttemptSummary::backup).collect();
+        assert_eq!(found, [newest]);
+        if !deletes_note {
+            let options = collect_options(later_ms);
+            let plan = repository.plan_collection(lineage, &options);
+            let plan = tokio::time::timeout(Duration::from_mins(1), plan).await.unwrap().unwrap();
+            assert_eq!(plan.backups.len(), 1);
+        }
     }
 }

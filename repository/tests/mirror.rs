@@ -43,7 +43,7 @@ async fn source(backups: u64) -> (Bench, Arc<Tree>, Vec<BackupId>) {
 
 async fn mirror(bench: &Bench, store: Arc<dyn Store>) -> Mirror {
     let found = async |_: &dyn Store| Ok(Capabilities::default());
-    let mirror =
+    let mut mirror =
         bench.repository.mirror(store, Unlock::KeyFile(&bench.key), false, found).await.unwrap();
     mirror.copy_lineage(bench.lineage).await.unwrap();
     mirror

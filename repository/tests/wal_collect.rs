@@ -67,6 +67,10 @@ async fn floors(bench: &Bench) -> Vec<String> {
     objects.iter().map(|object| object.key.strip_prefix(&prefix).unwrap().to_owned()).collect()
 }
 
+fn floor(timeline: u32, number: u64) -> String {
+    format!("{timeline:08X}/{:016X}", name(timeline, number).rank())
+}
+
 async fn absence(bench: &Bench, timeline: u32, number: u64) -> WalAbsence {
     let file = WalFileName::Segment(name(timeline, number));
     assert_eq!(bench.repository.fetch_wal(bench.lineage, &file).await.unwrap(), None, "{file}");
@@ -136,13 +140,15 @@ async fn wal_before_the_oldest_backup_goes_on_every_timeline_and_all_else_stays(
         .collect();
     expected.sort();
     assert_eq!(left, expected);
-    assert_eq!(floors(&bench).await, ["0000000000000009"]);
+    assert_eq!(floors(&bench).await, [floor(1, 9), floor(2, 9)]);
 
     // What is gone is gone, and no end of the log: not even where nothing follows.
     let below = |timeline| WalAbsence::Collected { below: name(timeline, 9) };
     assert_eq!(absence(&bench, 1, 4).await, below(1));
-    assert_eq!(absence(&bench, 3, 8).await, below(3));
+    assert_eq!(absence(&bench, 2, 8).await, below(2));
     assert_eq!(absence(&bench, 1, 10).await, WalAbsence::End);
+    // Of a timeline that never was nothing went.
+    assert_eq!(absence(&bench, 3, 8).await, WalAbsence::End);
     assert_eq!(absence(&bench, 2, 13).await, WalAbsence::End);
     let inventory = bench.repository.list_wal(bench.lineage).await.unwrap();
     assert_eq!((inventory.gaps(), inventory.damaged), (vec![], vec![]));
@@ -150,6 +156,148 @@ async fn wal_before_the_oldest_backup_goes_on_every_timeline_and_all_else_stays(
     let how = ScrubOptions::new(CheckLevel::Decrypt, NOW_MS);
     bench.repository.scrub(&how, &mut report).await.unwrap();
     assert!(report.is_sound() && report.foreign.is_empty(), "{report:?}");
+}
+
+/// A recovery to an earlier moment goes on before the oldest backup that stays: what its timeline never had is no loss, however
+/// far others had come when they were collected.
+#[tokio::test]
+async fn a_timeline_that_begins_before_what_was_collected_ends_where_it_ends() {
+    let bench = Bench::new().await;
+    bench.archive(1, 5..=24).await;
+    let first = bench.back_up_from(1, 5, NOW_MS).await;
+    let second = bench.back_up_from(1, 20, NOW_MS + 1_000).await;
+    bench.archive(2, 8..=9).await;
+    bench.archive_one("00000002.history", "1\t0/880000\tx\n".into()).await.unwrap();
+    give_up(&bench, &first).await;
+    assert_eq!(done(&bench).await.wal.files, 15 + 2);
+    assert_eq!(floors(&bench).await, [floor(1, 20), floor(2, 10)]);
+    let below = |timeline, number| WalAbsence::Collected { below: name(timeline, number) };
+    assert_eq!(absence(&bench, 1, 8).await, below(1, 20));
+    assert_eq!(absence(&bench, 2, 9).await, below(2, 10));
+    assert_eq!(absence(&bench, 2, 10).await, WalAbsence::End);
+
+    // By the same backup, what came since goes too, and is no end either.
+    bench.archive(2, 10..=10).await;
+    assert_eq!(done(&bench).await.wal.files, 1);
+    assert_eq!(absence(&bench, 2, 10).await, below(2, 11));
+
+    // A backup there brings the first two segments along; its server is lost before it has archived any, and after some.
+    let third = bench.back_up_from(2, 11, NOW_MS + 2_000).await;
+    assert_eq!(absence(&bench, 2, 13).await, WalAbsence::End);
+    bench.archive(2, 11..=14).await;
+    assert_eq!(absence(&bench, 2, 15).await, WalAbsence::End);
+    assert_eq!(collect(&bench).await.unwrap(), Collected::Nothing);
+
+    // A later bound may stand before an earlier one.
+    bench.archive(2, 15..=18).await;
+    bench.back_up_from(2, 16, NOW_MS + 3_000).await;
+    give_up(&bench, &second).await;
+    give_up(&bench, &third).await;
+    assert_eq!(done(&bench).await.wal.files, 5);
+    assert_eq!(floors(&bench).await, [floor(1, 20), floor(2, 16)]);
+    assert_eq!(absence(&bench, 2, 15).await, below(2, 16));
+    assert_eq!(absence(&bench, 2, 19).await, WalAbsence::End);
+    assert!(has(&bench, 1, 20).await && has(&bench, 2, 16).await);
+
+    // What an earlier program wrote is of every timeline.
+    let legacy = format!("lineages/{}/wal/floor/{:016X}", bench.lineage, 19);
+    bench.repository.store().put(&legacy, "whatever it says".into()).await.unwrap();
+    assert_eq!(absence(&bench, 3, 8).await, below(3, 19));
+    assert_eq!(absence(&bench, 1, 8).await, below(1, 20));
+    assert_eq!(absence(&bench, 2, 19).await, WalAbsence::End);
+}
+
+/// A store that answers some calls with less than there is.
+#[derive(Debug)]
+struct Reluctant {
+    inner: Arc<dyn Store>,
+    /// Part of the keys that are not listed.
+    hides: Mutex<Option<&'static str>>,
+    /// End of the keys that are not deleted.
+    keeps: Mutex<Option<&'static str>>,
+}
+
+#[async_trait]
+impl Layer for Reluctant {
+    fn inner(&self) -> &dyn Store {
+        self.inner.as_ref()
+    }
+    async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
+        let mut listed = self.inner.list(prefix).await?;
+        let hidden = *self.hides.lock().unwrap();
+        listed.retain(|object| hidden.is_none_or(|part| !object.key.contains(part)));
+        Ok(listed)
+    }
+    async fn delete(&self, key: &str) -> Result<(), StoreError> {
+        let kept = *self.keeps.lock().unwrap();
+        if kept.is_some_and(|end| key.ends_with(end)) {
+            let source = "it is locked".into();
+            return Err(StoreError::Forbidden { operation: "delete", key: key.into(), source });
+        }
+        self.inner.delete(key).await
+    }
+}
+
+async fn reluctant(bench: &Bench) -> (Arc<Reluctant>, Bench) {
+    let mut reluctant = None;
+    let copy = bench.forked_over(|to| {
+        let inner = Arc::new(repository::store::directory::DirectoryStore::new(to));
+        let store = Arc::new(Reluctant { inner, hides: None.into(), keeps: None.into() });
+        reluctant = Some(Arc::<Reluctant>::clone(&store));
+        store
+    });
+    let copy = copy.await;
+    (reluctant.unwrap(), copy)
+}
+
+/// Where a listing comes late, nobody would see what says that WAL was deleted.
+#[tokio::test]
+async fn nothing_goes_before_everybody_can_see_that_it_may_be_gone() {
+    let made = Bench::new().await;
+    two_timelines(&made).await;
+    made.back_up_from(1, 5, NOW_MS).await;
+    let (store, bench) = reluctant(&made).await;
+    done(&bench).await;
+    let first = [floor(1, 5)];
+    assert_eq!(floors(&bench).await, first);
+    let older = bench.repository.list_backups(bench.lineage).await.unwrap();
+    bench.back_up_from(2, 9, NOW_MS + 1_000).await;
+    let wish = Wish { by: "tester".into(), why: String::new(), at_ms: NOW_MS };
+    bench.repository.forget(bench.lineage, older[0].backup().unwrap(), &wish).await.unwrap();
+    let before = archived(&bench).await;
+    *store.hides.lock().unwrap() = Some("/wal/floor/00000002/");
+    let error = collect(&bench).await.unwrap_err().to_string();
+    assert!(error.contains("does not list") && error.contains(&floor(2, 9)), "{error}");
+    *store.hides.lock().unwrap() = None;
+    assert_eq!(archived(&bench).await, before);
+    assert!(floors(&bench).await.contains(&first[0]), "it said less, and all that can be seen");
+    done(&bench).await;
+    assert_eq!(floors(&bench).await, [floor(1, 9), floor(2, 9)]);
+}
+
+/// What cannot be deleted and is no segment hinders no other; behind a segment nothing goes, or there would be a hole.
+#[tokio::test]
+async fn one_file_that_cannot_be_deleted_stays_alone_unless_it_is_a_segment() {
+    let made = Bench::new().await;
+    two_timelines(&made).await;
+    made.back_up_from(2, 9, NOW_MS).await;
+    for kept in [".partial", ".backup", "/1"] {
+        let (store, bench) = reluctant(&made).await;
+        *store.keeps.lock().unwrap() = Some(kept);
+        done(&bench).await;
+        let left = archived(&bench).await;
+        let before = |file: &&String| !file.ends_with(kept) && !file.contains(".history");
+        let before = left.iter().filter(before).filter(|file| file[9..].len() == 24).count();
+        assert_eq!(before, 1 + 4, "{kept}: {left:?}");
+        assert!(left.iter().any(|file| file.ends_with(kept)), "{kept}: {left:?}");
+        *store.keeps.lock().unwrap() = None;
+        done(&bench).await;
+        assert_eq!(archived(&bench).await.len(), 6, "{kept}");
+    }
+    let (store, bench) = reluctant(&made).await;
+    *store.keeps.lock().unwrap() = Some("000000010000000000000006");
+    collect(&bench).await.unwrap_err();
+    assert!(has(&bench, 1, 7).await && has(&bench, 2, 7).await && has(&bench, 2, 8).await);
 }
 
 #[tokio::test]
@@ -221,7 +369,7 @@ async fn a_backup_that_was_committed_since_the_plan_keeps_its_wal() {
     let Collected::Done(done) = planned.collect(&collect_options(LATER_MS)).await.unwrap() else {
         panic!()
     };
-    assert_eq!((done.wal.files, floors(&bench).await), (2, vec!["0000000000000005".to_owned()]));
+    assert_eq!((done.wal.files, floors(&bench).await), (2, vec![floor(1, 5)]));
     for number in 5..=9 {
         assert!(has(&bench, 1, number).await, "{number}");
     }
@@ -235,6 +383,27 @@ async fn much_wal_at_once_is_a_large_collection() {
     assert!(!plan(&bench).await.unwrap().is_large());
     let much = common::noise(1, 1 << 20);
     bench.archive_one(&wal_name(1, 3), much.into()).await.unwrap();
+    assert!(plan(&bench).await.unwrap().is_large());
+}
+
+/// Where few backups are kept, the WAL of one is more than a fifth of all: that is what retention does every week.
+#[tokio::test]
+async fn wal_that_goes_with_one_backup_is_no_large_collection_and_with_two_it_is() {
+    let bench = Bench::new().await;
+    let mut backups = Vec::new();
+    for number in 0..11 {
+        let at_ms = NOW_MS + 1_000 * i64::try_from(number).unwrap();
+        backups.push(bench.back_up_from(1, 3 + number, at_ms).await);
+    }
+    let much = common::noise(1, 1 << 20);
+    bench.archive_one(&wal_name(1, 3), much.into()).await.unwrap();
+    assert!(!plan(&bench).await.unwrap().is_large());
+    give_up(&bench, &backups[0]).await;
+    let planned = plan(&bench).await.unwrap();
+    let kept = planned.keep.bytes + planned.wal.keep.bytes;
+    assert!(planned.wal.delete.bytes > kept / 5 && !planned.is_large(), "{kept}");
+    // Two of eleven are few backups, and their WAL is to be looked at.
+    give_up(&bench, &backups[1]).await;
     assert!(plan(&bench).await.unwrap().is_large());
 }
 
@@ -297,7 +466,8 @@ async fn a_collector_of_wal_that_dies_anywhere_leaves_an_unbroken_line() {
             collect(&bench).await.unwrap();
             is_unbroken(&bench, &format!("after {calls} calls and another collection")).await;
             assert_eq!(archived(&bench).await.len(), 6, "after {calls} calls");
-            assert_eq!(floors(&bench).await.len(), 1, "after {calls} calls");
+            let floors = floors(&bench).await;
+            assert_eq!(floors, [floor(1, 9), floor(2, 9)], "after {calls} calls");
             if finished {
                 assert!(calls > 30, "it was interrupted at {calls} places only");
                 break;
@@ -390,7 +560,7 @@ async fn wal_on_s3_is_collected_as_in_a_directory() {
         interrupted += 1;
     }
     assert!(interrupted > 3, "{interrupted}");
-    assert_eq!((archived(&bench).await.len(), floors(&bench).await.len()), (6, 1));
+    assert_eq!((archived(&bench).await.len(), floors(&bench).await.len()), (6, 2));
 }
 
 /// A store that writes down what it is asked for.

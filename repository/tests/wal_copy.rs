@@ -6,14 +6,18 @@ mod common;
 mod interrupted;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
+use async_trait::async_trait;
+use bytes::Bytes;
 use common::{Bench, DAY_MS, NOW_MS, collect_options, copy_options, segment, wal_name};
 use interrupted::{Interrupted, Turn};
-use repository::store::Store;
 use repository::store::directory::DirectoryStore;
+use repository::store::layer::Layer;
 use repository::store::probe::Capabilities;
+use repository::store::{Listed, Store, StoreError};
 use repository::{
     CollectOptions, Collected, Error, Mirror, Repository, Unlock, WalAbsence, WalAmount,
     WalCopySummary, Wish,
@@ -171,7 +175,7 @@ async fn other_content_at_the_mirror_is_told_stays_and_hinders_nothing() {
     let bench = Bench::new().await;
     some_wal(&bench).await;
     let place = tempfile::tempdir().unwrap();
-    let mirror = mirror(&bench, at(place.path())).await.unwrap();
+    let mut mirror = mirror(&bench, at(place.path())).await.unwrap();
     mirror.copy_lineage(bench.lineage).await.unwrap();
     let there = open(&bench, place.path()).await;
     let file = wal_name(1, 5).parse().unwrap();
@@ -292,7 +296,61 @@ async fn what_was_collected_on_either_side_is_neither_brought_back_nor_taken_for
     let new = open(&bench, new.path()).await;
     let asked = wal_name(1, 5).parse().unwrap();
     let absence = new.wal_absence(bench.lineage, asked).await.unwrap();
-    assert_eq!(absence, WalAbsence::Collected { below: wal_name(1, 10).parse().unwrap() });
+    assert_eq!(absence, WalAbsence::Collected { below: wal_name(1, 7).parse().unwrap() });
+}
+
+/// A store that lists a file which is not there, and stores other content under its name once somebody has looked.
+#[derive(Debug)]
+struct Late {
+    inner: DirectoryStore,
+    key: String,
+    other: Mutex<Option<Bytes>>,
+}
+
+#[async_trait]
+impl Layer for Late {
+    fn inner(&self) -> &dyn Store {
+        &self.inner
+    }
+    async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
+        let mut listed = self.inner.list(prefix).await?;
+        if self.key.starts_with(prefix) && self.other.lock().unwrap().is_some() {
+            listed.push(Listed { key: self.key.clone(), size_bytes: 1 });
+        }
+        Ok(listed)
+    }
+    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+        let other = if key == self.key { self.other.lock().unwrap().take() } else { None };
+        let got = self.inner.get_range(key, range).await;
+        if let Some(other) = other {
+            self.inner.put(key, other).await?;
+        }
+        got
+    }
+}
+
+/// A file that is listed at the mirror and gone when it is compared may be there again, with other content, when it is sent.
+#[tokio::test]
+async fn only_what_no_reader_accepts_is_replaced_at_the_mirror() {
+    let bench = Bench::new().await;
+    some_wal(&bench).await;
+    let place = tempfile::tempdir().unwrap();
+    let asked = wal_name(1, 5).parse().unwrap();
+    let other = {
+        let elsewhere = tempfile::tempdir().unwrap();
+        let mut mirror = mirror(&bench, at(elsewhere.path())).await.unwrap();
+        mirror.copy_lineage(bench.lineage).await.unwrap();
+        mirror.target().store_wal(bench.lineage, &asked, segment(8, 5)).await.unwrap();
+        let name = format!("00000001/{asked}");
+        std::fs::read(archive_of(&bench, elsewhere.path()).join(name)).unwrap()
+    };
+    let key = format!("lineages/{}/wal/00000001/{asked}", bench.lineage);
+    let other = Mutex::new(Some(other.into()));
+    let late = Arc::new(Late { inner: DirectoryStore::new(place.path()), key, other });
+    let copied = copy(&bench, late).await.unwrap();
+    assert_eq!(copied.conflicts, [format!("00000001/{asked}")]);
+    let there = open(&bench, place.path()).await;
+    assert_eq!(there.fetch_wal(bench.lineage, &asked).await.unwrap(), Some(segment(8, 5)));
 }
 
 /// Before each call that a copy makes at its source, a collection there does all of its work.
@@ -311,7 +369,7 @@ async fn a_collection_at_the_source_at_any_call_of_a_copy_harms_no_backup_of_the
             assert!(matches!(ended, Collected::Done(done) if done.wal.files == 3));
         });
         let place = tempfile::tempdir().unwrap();
-        let mirror = mirror(&bench, at(place.path())).await.unwrap();
+        let mut mirror = mirror(&bench, at(place.path())).await.unwrap();
         store.after(calls, Some(turn));
         let copied = mirror.copy_wal(bench.lineage, &copy_options(LATER_MS)).await.unwrap();
         let finished = store.is_left();
@@ -334,7 +392,7 @@ async fn a_cancelled_copy_of_wal_ends_between_two_files() {
     let bench = Bench::new().await;
     some_wal(&bench).await;
     let place = tempfile::tempdir().unwrap();
-    let mirror = mirror(&bench, at(place.path())).await.unwrap();
+    let mut mirror = mirror(&bench, at(place.path())).await.unwrap();
     let how = copy_options(LATER_MS);
     how.cancel.cancel();
     let ended = mirror.copy_wal(bench.lineage, &how).await.unwrap_err();

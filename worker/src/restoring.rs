@@ -18,8 +18,8 @@ use proto::{
     SystemIdentifier,
 };
 use repository::{
-    Addition, Backup, Backups, Comparison, Existing, Foreign, Identity, Lineages, Lost, Pin,
-    Pinned, Repository, RestoreOptions, RestorePlan, RestoreTarget,
+    Addition, AttemptSummary, Backup, Backups, Comparison, Existing, Foreign, Identity, Lineages,
+    Lost, Pin, Pinned, Repository, RestoreOptions, RestorePlan, RestoreTarget,
 };
 
 use crate::context::JobContext;
@@ -131,8 +131,9 @@ pub async fn find(
     backup: Option<BackupId>,
 ) -> Result<Backup, Failure> {
     let kind = BackupKind::Physical;
-    let (lineage, id) = locate(repository, kind, cluster, system_identifier, backup).await?;
-    Ok(repository.open_backup(lineage, id).await?)
+    let Located { lineage, backup, .. } =
+        locate(repository, kind, cluster, system_identifier, backup).await?;
+    Ok(repository.open_backup(lineage, backup).await?)
 }
 
 /// The same for whoever reads for a while: no collection of garbage takes it away until it is released.
@@ -156,8 +157,9 @@ pub async fn find_pinned_of(
     backup: Option<BackupId>,
     pin: &Pin,
 ) -> Result<Pinned, Failure> {
-    let (lineage, id) = locate(repository, kind, cluster, system_identifier, backup).await?;
-    Ok(repository.open_pinned(lineage, id, pin).await?)
+    let Located { lineage, backup, .. } =
+        locate(repository, kind, cluster, system_identifier, backup).await?;
+    Ok(repository.open_pinned(lineage, backup, pin).await?)
 }
 
 /// Why a backup is not put back the way that was asked for.
@@ -200,13 +202,22 @@ async fn named(repository: &Repository, backup: BackupId) -> Result<Option<Named
     }))
 }
 
+/// Where the backup is that is meant.
+pub(crate) struct Located {
+    pub(crate) lineage: LineageId,
+    /// The one that was named, or the newest that nobody gave up.
+    pub(crate) backup: BackupId,
+    /// Those before it, oldest first, given up or not. None where one was named.
+    pub(crate) older: Vec<AttemptSummary>,
+}
+
 pub(crate) async fn locate(
     repository: &Repository,
     kind: BackupKind,
     cluster: Option<&ClusterName>,
     system_identifier: Option<SystemIdentifier>,
     backup: Option<BackupId>,
-) -> Result<(LineageId, BackupId), Failure> {
+) -> Result<Located, Failure> {
     let place = repository.describe();
     let unknown = |what: String, hint: &str| {
         Failure::new(Code::BackupUnknown, Action::FixConfig, what).with_hint(hint)
@@ -222,7 +233,7 @@ pub(crate) async fn locate(
                 if is_meant(&cluster, system_identifier) =>
             {
                 if found == kind {
-                    Ok((lineage, backup))
+                    Ok(Located { lineage, backup, older: Vec::new() })
                 } else {
                     Err(other_kind(found, backup))
                 }
@@ -256,28 +267,32 @@ pub(crate) async fn locate(
             .with_hint("Say which cluster, or which backup with --backup ID."));
         }
     }
-    let mut newest: Option<(i64, BackupId, LineageId)> = None;
+    let mut newest: Option<(i64, Located)> = None;
     let mut unknown_newer = None;
     for identity in lineages.iter().filter(|identity| identity.kind == kind) {
-        let Backups { readable, lost } = repository.find_backups(identity.lineage).await?;
+        let lineage = identity.lineage;
+        let Backups { readable: mut older, lost } = repository.find_backups(lineage).await?;
         let mut last = None;
-        for summary in readable.iter().rev() {
-            if let (Some(id), Some(at_ms)) = (summary.backup(), summary.committed_at_ms())
-                && !repository.is_given_up(identity.lineage, summary).await?
+        while let Some(summary) = older.pop() {
+            if let (Some(backup), Some(at_ms)) = (summary.backup(), summary.committed_at_ms())
+                && !repository.is_given_up(lineage, &summary).await?
             {
-                last = Some((at_ms, id, identity.lineage));
+                last = Some((at_ms, Located { lineage, backup, older }));
                 break;
             }
         }
         for Lost { backup, why } in lost {
             tracing::warn!("Backup {backup} is left out: failed to {}", chain(&why));
             // What cannot be read now may be read later, and be the one that is meant.
-            let is_newer = last.is_none_or(|(_, id, _)| backup > id);
+            let is_newer = last.as_ref().is_none_or(|(_, last)| backup > last.backup);
             if matches!(why, repository::Error::Store(_)) && is_newer {
                 unknown_newer = Some((backup, why));
             }
         }
-        newest = newest.max(last);
+        let order = |found: &(i64, Located)| (found.0, found.1.backup, found.1.lineage);
+        if last.as_ref().map(order) > newest.as_ref().map(order) {
+            newest = last;
+        }
     }
     if let Some((backup, why)) = unknown_newer {
         let failure = Failure::from(why);
@@ -286,8 +301,8 @@ pub(crate) async fn locate(
             "Make that object readable, or name the backup to be restored with --backup ID.",
         ));
     }
-    if let Some((_, id, lineage)) = newest {
-        return Ok((lineage, id));
+    if let Some((_, newest)) = newest {
+        return Ok(newest);
     }
     let whose = cluster.map_or(String::new(), |cluster| format!(" of {cluster}"));
     let (what, hint) = match kind {

@@ -82,6 +82,8 @@ struct Selected {
     lost: Vec<BackupRow>,
     /// Lineages that cannot.
     unreadable: Vec<(LineageId, repository::Error)>,
+    /// Those whose WAL is copied.
+    archives: Vec<Identity>,
 }
 
 /// `repo copy FROM --key FILE TO`.
@@ -90,12 +92,7 @@ pub(crate) async fn run(args: RepoCopy, format: Output) -> Result<Exit, Failure>
     let store = repo::open_store(&args.at.url).await?;
     let source = Repository::open_with(store, opener.unlock()).await?;
     let opener = args.to_key.as_deref().map_or(Ok(opener), Opener::file)?;
-    let Selected { wanted, lost, unreadable } = select(&source, &args).await?;
-    let mut lineages = repo::lineages(&source, args.cluster.as_ref()).await?.readable;
-    lineages.retain(|identity| {
-        let is_meant = || wanted.iter().any(|(lineage, _)| *lineage == identity.lineage);
-        identity.kind.is_physical() && (args.backup.is_none() || is_meant())
-    });
+    let Selected { wanted, lost, unreadable, archives } = select(&source, &args).await?;
     let to = repo::open_store(&args.to).await?;
     let probe = async |store: &dyn store::Store| {
         let found = if args.single_writer {
@@ -130,11 +127,11 @@ pub(crate) async fn run(args: RepoCopy, format: Output) -> Result<Exit, Failure>
         rows.push(Row::Backup(copy(&mut mirror, lineage, row, &options).await));
     }
     // After the backups, so that what a collection there would delete is known.
-    for identity in lineages {
+    for identity in archives {
         if options.cancel.is_cancelled() {
             break;
         }
-        rows.extend(copy_wal(&mirror, &identity, &options).await.map(Row::Wal));
+        rows.extend(copy_wal(&mut mirror, &identity, &options).await.map(Row::Wal));
     }
     interrupted.abort();
     shown.abort();
@@ -171,7 +168,7 @@ async fn select(source: &Repository, args: &RepoCopy) -> Result<Selected, Failur
     let Lineages { readable, unreadable } = repo::lineages(source, args.cluster.as_ref()).await?;
     let mut selected = Selected { unreadable, ..Selected::default() };
     for identity in readable {
-        let (lineage, cluster) = (identity.lineage, &identity.cluster);
+        let (lineage, cluster) = (identity.lineage, identity.cluster.clone());
         let backups = source.find_backups(lineage).await?;
         let mut of_lineage = Vec::new();
         for summary in backups.readable {
@@ -183,7 +180,7 @@ async fn select(source: &Repository, args: &RepoCopy) -> Result<Selected, Failur
             };
             if meant {
                 let committed_at_ms = summary.committed_at_ms();
-                let row = BackupRow { committed_at_ms, ..BackupRow::of(cluster, backup) };
+                let row = BackupRow { committed_at_ms, ..BackupRow::of(&cluster, backup) };
                 of_lineage.push((lineage, row));
             }
         }
@@ -199,8 +196,11 @@ async fn select(source: &Repository, args: &RepoCopy) -> Result<Selected, Failur
             };
             if meant {
                 let failure = Some(why.into());
-                selected.lost.push(BackupRow { failure, ..BackupRow::of(cluster, backup) });
+                selected.lost.push(BackupRow { failure, ..BackupRow::of(&cluster, backup) });
             }
+        }
+        if identity.kind.is_physical() && (args.backup.is_none() || !of_lineage.is_empty()) {
+            selected.archives.push(identity);
         }
         selected.wanted.append(&mut of_lineage);
     }
@@ -213,7 +213,11 @@ async fn select(source: &Repository, args: &RepoCopy) -> Result<Selected, Failur
 }
 
 /// Copies the WAL of a lineage; `None` when it has none.
-async fn copy_wal(mirror: &Mirror, identity: &Identity, options: &CopyOptions) -> Option<WalRow> {
+async fn copy_wal(
+    mirror: &mut Mirror,
+    identity: &Identity,
+    options: &CopyOptions,
+) -> Option<WalRow> {
     let cluster = identity.cluster.to_string();
     match mirror.copy_wal(identity.lineage, options).await {
         Ok(wal) if wal == WalCopySummary::default() => None,

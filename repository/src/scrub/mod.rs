@@ -175,7 +175,7 @@ struct Found {
     /// Files of the WAL archive, by their names below it.
     wal: BTreeMap<String, u64>,
     /// Notes that say below which segment WAL may have been deleted, and their sizes.
-    floors: BTreeMap<u64, u64>,
+    floors: BTreeMap<String, u64>,
 }
 
 impl Repository {
@@ -247,8 +247,8 @@ impl Repository {
                     to_read += if is_read { size_bytes } else { 0 };
                     found.wal.insert(place, size_bytes);
                 }
-                Part::Floor(rank) => {
-                    found.floors.insert(rank, size_bytes);
+                Part::Floor(place) => {
+                    found.floors.insert(place, size_bytes);
                 }
                 Part::Pin => {}
             }

@@ -32,8 +32,8 @@ pub(super) enum Part {
     Run(String, String),
     /// A file of the WAL archive, or what was refused there, by its name below it.
     Wal(String),
-    /// What says below which segment WAL may have been deleted.
-    Floor(u64),
+    /// What says before which segment WAL may have been deleted, by its name below the archive.
+    Floor(String),
     /// A pin, which comes and goes.
     Pin,
 }
@@ -80,7 +80,7 @@ fn part(lineage: LineageId, key: &str, rest: &str) -> Option<Part> {
             matches!(name, "condemned" | "done").then(|| Part::Run(run.to_owned(), name.to_owned()))
         }
         "wal" => match wal::of_place(rest)? {
-            wal::Place::Floor(rank) => Some(Part::Floor(rank)),
+            wal::Place::Floor(..) => Some(Part::Floor(rest.to_owned())),
             _ => Some(Part::Wal(rest.to_owned())),
         },
         "pins" => Some(Part::Pin),
@@ -163,8 +163,11 @@ mod tests {
             let part = Part::Wal(place.to_owned());
             assert_eq!(of(&format!("wal/{place}")), Name::Of(lineage, part));
         }
-        let floor = of(&format!("wal/{}", layout::wal_floor(0xA_0000_00FF)));
-        assert_eq!(floor, Name::Of(lineage, Part::Floor(0xA_0000_00FF)));
+        for timeline in [None, Some(proto::Timeline(2))] {
+            let place = layout::wal_floor(timeline, 0xA_0000_00FF);
+            let floor = of(&format!("wal/{place}"));
+            assert_eq!(floor, Name::Of(lineage, Part::Floor(place)));
+        }
         assert_eq!(of("pins/a/b"), Name::Of(lineage, Part::Pin));
     }
 

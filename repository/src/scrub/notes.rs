@@ -50,8 +50,8 @@ impl Survey<'_> {
                 blame(self.faults, layout::of_run(self.lineage, run, "condemned"), what);
             }
         }
-        for (rank, size) in &self.found.floors {
-            let key = layout::wal(self.lineage) + &layout::wal_floor(*rank);
+        for (place, size) in &self.found.floors {
+            let key = layout::wal(self.lineage) + place;
             if let Some(wrong) = self.note::<Floor>(&key, *size).await?.err() {
                 blame(self.faults, key, wrong);
             }

@@ -211,7 +211,7 @@ impl Survey<'_> {
         }
         if !names.contains_key("manifest") && self.is_absent(attempt, "manifest").await? {
             // A collector deletes the manifest of a backup that was given up, and leaves its verdict.
-            if !self.is_given_up(attempt).await? {
+            if !self.is_given_up(attempt, &list).await? {
                 self.blame(attempt, "manifest", "it is missing, and nobody gave the backup up");
             }
             return Ok(());
@@ -234,7 +234,7 @@ impl Survey<'_> {
             }
             Err(Error::Damaged { key, reason }) => blame(self.faults, key, reason),
             Err(Error::Missing { key }) => {
-                if !self.is_given_up(attempt).await? {
+                if !self.is_given_up(attempt, &list).await? {
                     blame(self.faults, key, "it is missing");
                 }
             }
@@ -243,8 +243,8 @@ impl Survey<'_> {
         Ok(())
     }
 
-    async fn is_given_up(&self, attempt: AttemptId) -> Result<bool, Error> {
-        self.repository.may_be_deleted(self.lineage, attempt.into()).await
+    async fn is_given_up(&self, attempt: AttemptId, names: &[String]) -> Result<bool, Error> {
+        self.repository.may_be_deleted(self.lineage, attempt.into(), names).await
     }
 
     /// Proofs are numbered without a gap, and only with their backup do they go.
@@ -381,7 +381,10 @@ async fn is_there(
 ) -> Result<bool, Error> {
     match repository.store.size(&layout::of_backup(lineage, backup, "manifest")).await {
         Ok(_) => Ok(true),
-        Err(StoreError::NotFound { .. }) => Ok(!repository.may_be_deleted(lineage, backup).await?),
+        Err(StoreError::NotFound { .. }) => {
+            let names = repository.names_of(lineage, backup.into()).await?;
+            Ok(!repository.may_be_deleted(lineage, backup, &names).await?)
+        }
         Err(error) => Err(error.into()),
     }
 }

@@ -49,9 +49,9 @@ pub enum WalAbsence {
     End,
     /// Later segments of its timeline are there.
     Gap,
-    /// A collection may have deleted it, with all that begins before `below`, of whatever timeline.
+    /// A collection deleted it, or may have, with all of its timeline that begins before `below`.
     Collected {
-        /// The first segment that was left, named as one of the timeline that was asked for.
+        /// The first segment of the timeline that no collection deleted.
         below: SegmentName,
     },
 }
@@ -140,10 +140,9 @@ impl Repository {
         lineage: LineageId,
         segment: SegmentName,
     ) -> Result<WalAbsence, Error> {
-        // Presence counts, whoever wrote it: to know less is safe.
-        let floor = self.list_floors(lineage).await?.into_iter().max();
-        if let Some(rank) = floor.filter(|rank| segment.rank() < *rank) {
-            let below = SegmentName::ranked(segment.timeline, rank);
+        let floors = self.list_floors(lineage).await?;
+        if floors.is_below(segment) {
+            let below = SegmentName::ranked(segment.timeline, floors.rank(segment.timeline));
             return Ok(WalAbsence::Collected { below });
         }
         let prefix = layout::wal_of(lineage, segment.timeline);
@@ -230,7 +229,7 @@ impl Repository {
                     }
                 }
                 Some(Place::Conflict(file, _)) => inventory.conflicts.push(file),
-                Some(Place::Floor(_)) | None => {}
+                Some(Place::Floor(..)) | None => {}
             }
         }
         // Each is numbered, and the listing is in order.
@@ -448,8 +447,8 @@ pub(crate) enum Place {
     File(WalFileName),
     /// Content that was refused under this name, by its number.
     Conflict(WalFileName, u32),
-    /// What ranks below may have been deleted.
-    Floor(u64),
+    /// What ranks below may have been deleted, of one timeline or of every one.
+    Floor(Option<Timeline>, u64),
 }
 
 /// What a name below the archive means. Strict: a second spelling is no name.
@@ -460,13 +459,19 @@ pub(crate) fn of_place(place: &str) -> Option<Place> {
             let (file, number) = rest.split_once('/')?;
             Place::Conflict(file.parse().ok()?, number.parse().ok().filter(|number| *number > 0)?)
         }
-        "floor" => Place::Floor(u64::from_str_radix(rest, 16).ok()?),
+        "floor" => {
+            let (timeline, rank) = match rest.split_once('/') {
+                Some((timeline, rank)) => (Some(u32::from_str_radix(timeline, 16).ok()?), rank),
+                None => (None, rest),
+            };
+            Place::Floor(timeline.map(Timeline), u64::from_str_radix(rank, 16).ok()?)
+        }
         _ => Place::File(rest.parse().ok()?),
     };
     let written = match &read {
         Place::File(file) => layout::wal_file(file),
         Place::Conflict(file, number) => layout::wal_conflict(file, *number),
-        Place::Floor(rank) => layout::wal_floor(*rank),
+        Place::Floor(timeline, rank) => layout::wal_floor(*timeline, *rank),
     };
     (written == place).then_some(read)
 }
@@ -519,7 +524,10 @@ mod tests {
             let place = layout::wal_conflict(&file, 7);
             assert_eq!(of_place(&place), Some(Place::Conflict(file, 7)));
         }
-        assert_eq!(of_place("floor/0000000A00000FFF"), Some(Place::Floor(0xA_0000_0FFF)));
+        let rank = 0xA_0000_0FFF;
+        assert_eq!(of_place("floor/0000000A00000FFF"), Some(Place::Floor(None, rank)));
+        let of_one = Some(Place::Floor(Some(Timeline(11)), rank));
+        assert_eq!(of_place("floor/0000000B/0000000A00000FFF"), of_one);
         for place in [
             "0000000A0000000000000005",
             "00000001/0000000A0000000000000005",
@@ -531,6 +539,10 @@ mod tests {
             "floor/000000010000001",
             "floor/000000010000000a",
             "floor/+000000100000001",
+            "floor/B/0000000A00000FFF",
+            "floor/0000000b/0000000A00000FFF",
+            "floor/0000000B/A00000FFF",
+            "floor/0000000B/0000000A/00000FFF",
             "other/0000000A.history",
         ] {
             assert_eq!(of_place(place), None, "{place}");

@@ -5,16 +5,16 @@
 
 use std::collections::BTreeMap;
 
+use proto::failure::chain;
 use proto::wal::{Segment, SegmentName, WalFileName};
 use proto::{BackupFacts, BackupId, LineageId, Lsn, Timeline};
 
 use super::archive::{Place, of_place};
+use super::floors::Floors;
 use crate::collect::CollectOptions;
 use crate::error::Error;
 use crate::layout;
-use crate::note;
-use crate::record::Floor;
-use crate::repository::{Repository, create};
+use crate::repository::Repository;
 use crate::scrub::WalAmount;
 use crate::store::Listed;
 
@@ -123,6 +123,15 @@ pub(crate) struct Doomed {
     bytes: u64,
 }
 
+impl Doomed {
+    /// The rank of the segment behind the one that it belongs to.
+    fn behind(&self, segment_bytes: u32) -> u64 {
+        let name = SegmentName::ranked(self.timeline, self.rank);
+        let next = name.segment(segment_bytes).map(|segment| segment.next().name(segment_bytes));
+        next.map_or(self.rank + 1, SegmentName::rank)
+    }
+}
+
 /// The archive as it was listed.
 #[derive(Debug)]
 pub(crate) struct Archived(pub(super) Vec<(Place, Listed)>);
@@ -180,7 +189,7 @@ impl Repository {
         for (place, object) in &archived.0 {
             let file = match place {
                 Place::File(file) | Place::Conflict(file, _) => file,
-                Place::Floor(_) => continue,
+                Place::Floor(..) => continue,
             };
             let goes = segment_of(file)
                 .filter(|name| name.rank() < rank && !plan.untouched.contains(&name.timeline));
@@ -216,52 +225,32 @@ impl Repository {
         options: &CollectOptions,
     ) -> Result<WalAmount, Error> {
         let mut deleted = WalAmount::default();
-        let WalBound::Before { segment, backup, .. } = bound else { return Ok(deleted) };
+        let WalBound::Before { segment, backup, segment_bytes } = bound else { return Ok(deleted) };
         let rank = segment.rank();
         let goes: Vec<Doomed> = doomed.into_iter().filter(|one| one.rank < rank).collect();
         if goes.is_empty() || options.cancel.is_cancelled() {
             return Ok(deleted);
         }
+        let mut floors = Floors::default();
+        for one in &goes {
+            floors.raise(Some(one.timeline), one.behind(*segment_bytes));
+        }
         let why = format!("the oldest backup, {backup}, begins in {segment}");
-        self.raise_floor(lineage, rank, &options.by, why, options.now_ms).await?;
-        for Doomed { key, bytes, .. } in goes {
+        self.raise_floors(lineage, &floors, &options.by, &why, options.now_ms).await?;
+        for Doomed { key, bytes, is_segment, .. } in goes {
             if options.cancel.is_cancelled() {
                 break;
             }
-            self.store.delete(&key).await?;
-            deleted.add(bytes);
+            match self.store.delete(&key).await {
+                Ok(()) => deleted.add(bytes),
+                // No line of the log is broken by what is no segment of it: it stays, and the next collection tries again.
+                Err(error) if !is_segment => {
+                    tracing::warn!("{key} stays: failed to {}", chain(&error));
+                }
+                Err(error) => return Err(error.into()),
+            }
         }
         Ok(deleted)
-    }
-
-    /// Says durably that what ranks below may have been deleted, and lets go of what said less. Idempotent: of several floors
-    /// the highest counts.
-    pub(crate) async fn raise_floor(
-        &self,
-        lineage: LineageId,
-        rank: u64,
-        by: &str,
-        why: String,
-        at_ms: i64,
-    ) -> Result<(), Error> {
-        let key = layout::wal(lineage) + &layout::wal_floor(rank);
-        let floor = Floor { by: by.to_owned(), why, at_ms };
-        create(self.store.as_ref(), &key, note::write(&self.keys, &key, &floor)?).await?;
-        for lower in self.list_floors(lineage).await?.into_iter().filter(|lower| *lower < rank) {
-            self.store.delete(&(layout::wal(lineage) + &layout::wal_floor(lower))).await?;
-        }
-        Ok(())
-    }
-
-    /// The ranks below which a collection may have deleted something.
-    pub(super) async fn list_floors(&self, lineage: LineageId) -> Result<Vec<u64>, Error> {
-        let prefix = layout::wal(lineage);
-        let rank = |object: Listed| match of_place(object.key.strip_prefix(&prefix)?) {
-            Some(Place::Floor(rank)) => Some(rank),
-            _ => None,
-        };
-        let floors = self.store.list(&format!("{prefix}{}", layout::WAL_FLOORS)).await?;
-        Ok(floors.into_iter().filter_map(rank).collect())
     }
 }
 

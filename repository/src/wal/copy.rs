@@ -6,16 +6,17 @@
 
 use std::collections::HashMap;
 
-use futures::{StreamExt as _, TryStreamExt as _, stream};
+use futures::{StreamExt as _, stream};
 use proto::LineageId;
 use proto::wal::{SegmentName, WalFileName};
 
 use super::archive::Place;
 use super::collect::{Start, WalBound, segment_of};
+use super::floors::Floors;
 use crate::copy::{CopyOptions, Mirror};
 use crate::error::Error;
 use crate::layout;
-use crate::lineage::{AttemptSummary, NOTES_IN_FLIGHT, backups};
+use crate::lineage::{AttemptSummary, NOTES_IN_FLIGHT};
 use crate::repository::Repository;
 use crate::scrub::WalAmount;
 use crate::store::{Listed, PutOutcome};
@@ -53,9 +54,10 @@ impl File {
         Some(Self { place, name, bytes: object.size_bytes })
     }
 
-    fn rank(&self) -> Option<u64> {
+    /// The segment that it belongs to.
+    fn segment(&self) -> Option<SegmentName> {
         let (Place::File(file) | Place::Conflict(file, _)) = &self.place else { return None };
-        segment_of(file).map(SegmentName::rank)
+        segment_of(file)
     }
 
     /// Timelines in order, a history before its segments, these before what else has their names.
@@ -63,7 +65,7 @@ impl File {
         let (file, is_aside) = match &self.place {
             Place::File(file) => (file, false),
             Place::Conflict(file, _) => (file, true),
-            Place::Floor(_) => return (0, 0, 0),
+            Place::Floor(..) => return (0, 0, 0),
         };
         let kind = match file {
             _ if is_aside => 3,
@@ -88,7 +90,7 @@ impl Mirror {
     /// Copies the WAL archive of a lineage. Idempotent; what an interrupted copy left is taken up. A file of which one side has
     /// other content, or that cannot be read, is told in the summary and hinders no other.
     pub async fn copy_wal(
-        &self,
+        &mut self,
         lineage: LineageId,
         options: &CopyOptions,
     ) -> Result<WalCopySummary, Error> {
@@ -100,16 +102,17 @@ impl Mirror {
         }
         self.copy_lineage(lineage).await?;
         let there = self.target.list_archived(lineage).await?.0;
-        let floor_there = highest_floor(&there);
+        let floors_there = Floors::among(there.iter().map(|(place, _)| place));
         // First: what is missing at the mirror because it was collected here is no end of the log there either.
-        if let Some(rank) = highest_floor(&source).filter(|rank| floor_there < Some(*rank)) {
+        let floors = Floors::among(source.iter().map(|(place, _)| place));
+        if !floors_there.cover(&floors) {
             let why = format!("it was collected in {}", self.source.describe());
-            self.target.raise_floor(lineage, rank, &options.by, why, options.now_ms).await?;
+            self.target.raise_floors(lineage, &floors, &options.by, &why, options.now_ms).await?;
         }
         let sizes: HashMap<String, u64> =
             there.into_iter().map(|(_, object)| (object.key, object.size_bytes)).collect();
         let files = source.into_iter().filter_map(|object| File::of(&prefix, object));
-        let files = files.filter(|file| !matches!(file.place, Place::Floor(_)));
+        let files = files.filter(|file| !matches!(file.place, Place::Floor(..)));
         let (known, missing): (Vec<File>, Vec<File>) =
             files.partition(|file| sizes.contains_key(&(prefix.clone() + &file.name)));
 
@@ -129,22 +132,26 @@ impl Mirror {
             match there {
                 Ok(There::Same) => summary.present.add(file.bytes),
                 Ok(There::Other) => summary.conflicts.push(file.name),
-                Ok(There::Broken | There::Nothing) => wanted.push((file, true)),
+                // What is not there after all may be there when it is sent: only what no reader accepts is replaced.
+                Ok(There::Broken) => wanted.push((file, true)),
+                Ok(There::Nothing) => wanted.push((file, false)),
                 Err(Error::Damaged { reason, .. }) => summary.damaged.push((file.name, reason)),
                 Err(error) => return Err(error),
             }
         }
         // Only what a collection there may have deleted can be needless there.
-        let is_below = |file: &File, limit: Option<u64>| {
-            file.rank().is_some_and(|rank| limit.is_some_and(|limit| rank < limit))
-        };
-        let needed_from = if missing.iter().any(|file| is_below(file, floor_there)) {
+        let is_below = |file: &File| file.segment().is_some_and(|name| floors_there.is_below(name));
+        let needed_from = if missing.iter().any(is_below) {
             self.target.wal_needed_from(lineage).await?
         } else {
             None
         };
+        let is_needed = |file: &File| {
+            let rank = file.segment().map(SegmentName::rank);
+            needed_from.is_none_or(|from| rank.is_none_or(|rank| rank >= from))
+        };
         for file in missing {
-            if is_below(&file, floor_there) && is_below(&file, needed_from) {
+            if is_below(&file) && !is_needed(&file) {
                 summary.needless.add(file.bytes);
             } else {
                 wanted.push((file, false));
@@ -236,31 +243,19 @@ impl Mirror {
     }
 }
 
-fn highest_floor(archived: &[(Place, Listed)]) -> Option<u64> {
-    let floors = archived.iter().filter_map(|(place, _)| match place {
-        Place::Floor(rank) => Some(*rank),
-        _ => None,
-    });
-    floors.max()
-}
-
 impl Repository {
     /// Below which rank no backup that is there needs WAL; `None` when that is not certain.
     async fn wal_needed_from(&self, lineage: LineageId) -> Result<Option<u64>, Error> {
-        let attempts = self.list_attempts(lineage).await;
-        let opened = async {
-            let found =
-                backups(attempts?).into_iter().filter_map(|one| AttemptSummary::backup(&one));
-            let found: Vec<_> = found.collect();
-            let starts = found.into_iter().map(|backup| async move {
-                let opened = self.open_backup(lineage, backup).await?;
-                Ok::<_, Error>((backup, Start::of(opened.facts())))
-            });
-            let starts: Vec<_> = starts.collect();
-            stream::iter(starts).buffered(NOTES_IN_FLIGHT).try_collect::<Vec<_>>().await
+        let read = async {
+            let backups = self.list_backups(lineage).await?;
+            let backups = backups.iter().filter_map(AttemptSummary::backup).collect();
+            self.read_facts(lineage, backups).await
         };
-        match opened.await {
-            Ok(starts) => Ok(WalBound::by(starts.into_iter()).rank()),
+        match read.await {
+            Ok(read) => {
+                let starts = read.into_iter().map(|(backup, facts)| (backup, Start::of(&facts)));
+                Ok(WalBound::by(starts).rank())
+            }
             Err(Error::Damaged { .. } | Error::Missing { .. }) => Ok(None),
             Err(error) => Err(error),
         }

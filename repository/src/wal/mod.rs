@@ -7,6 +7,7 @@
 mod archive;
 mod collect;
 mod copy;
+mod floors;
 mod inventory;
 pub(crate) mod object;
 

@@ -28,8 +28,10 @@ pub use get::{Got, get};
 pub use lineage::Whose;
 pub use patience::patiently;
 pub use push::{Pushed, push};
-pub(crate) use reach::Reach;
+pub(crate) use reach::{NoWay, Reach, way_to};
 pub use tablespaces::Until;
+#[cfg(test)]
+pub(crate) use tests::segment as segment_for_tests;
 pub use windows::{Damaged, Gap, Recoverable, Window, recoverable};
 
 use crate::context::blocking;
@@ -116,7 +118,7 @@ mod tests {
     const MIB: usize = 1 << 20;
 
     /// A segment of 1 MiB as PostgreSQL 15 begins it.
-    pub(super) fn segment(timeline: u32, start: u64, system_identifier: u64) -> Vec<u8> {
+    pub(crate) fn segment(timeline: u32, start: u64, system_identifier: u64) -> Vec<u8> {
         let mut bytes = vec![0; MIB];
         bytes[..2].copy_from_slice(&0xD110_u16.to_ne_bytes());
         bytes[2..4].copy_from_slice(&2_u16.to_ne_bytes());

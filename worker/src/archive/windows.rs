@@ -2,13 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use postgres::recovery::Way;
-use proto::wal::{History, SegmentName};
+use proto::wal::SegmentName;
 use proto::{BackupFacts, BackupId, ClusterName, Failure, LineageId, Lsn, Timeline, WalFileName};
 use repository::{Identity, Repository, WalInventory};
 use serde::Serialize;
 
-use super::Reach;
+use super::{Reach, way_to};
 
 /// What can be recovered of one lineage.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -99,13 +98,15 @@ pub async fn recoverable(
 
 async fn of_lineage(repository: &Repository, identity: Identity) -> Result<Recoverable, Failure> {
     let archive = repository.list_wal(identity.lineage).await?;
-    let mut backups = Vec::new();
+    let mut ids = Vec::new();
     for summary in repository.list_readable_backups(identity.lineage).await? {
-        if let Some(id) = summary.backup().filter(|_| !summary.forgotten) {
-            let backup = repository.open_backup(identity.lineage, id).await?;
-            backups.push((id, backup.facts().clone()));
+        if let Some(id) = summary.backup()
+            && !repository.is_given_up(identity.lineage, &summary).await?
+        {
+            ids.push(id);
         }
     }
+    let backups = repository.read_facts(identity.lineage, ids).await?;
     let gaps = archive.gaps().into_iter().map(|gap| Gap {
         timeline: gap.timeline,
         from: gap.from,
@@ -145,10 +146,9 @@ fn windows(archive: &WalInventory, backups: &[(BackupId, BackupFacts)]) -> Vec<W
         let mut of_timeline: BTreeMap<Lsn, Window> = BTreeMap::new();
         for (id, facts) in backups {
             let (stop, size) = (facts.stop_lsn, facts.wal_segment_size);
-            let Some(way) = way(archive, timeline, facts) else { continue };
-            // A backup brings the WAL up to its own end along.
-            let reach = Reach::along(&way, archive, |_| false);
-            let to = reach.missing.start(size).max(stop);
+            let Ok(way) = way_to(archive, timeline, facts) else { continue };
+            let reach = Reach::along(&way, archive, facts);
+            let to = reach.to.max(stop);
             let window = of_timeline.entry(to).or_insert_with(|| Window {
                 timeline,
                 backup: *id,
@@ -170,15 +170,6 @@ fn windows(archive: &WalInventory, backups: &[(BackupId, BackupFacts)]) -> Vec<W
     windows
 }
 
-/// The way from the end of a backup to a timeline, if it leads there.
-fn way(archive: &WalInventory, timeline: Timeline, facts: &BackupFacts) -> Option<Way> {
-    let known = archive.timelines.get(&timeline).and_then(|wal| wal.history.clone());
-    // Nobody needs to know where a backup's own timeline came from.
-    let own = || (timeline == facts.timeline).then_some(History { timeline, entries: Vec::new() });
-    let (stop, size) = (facts.stop_lsn, facts.wal_segment_size);
-    Way::new(known.or_else(own)?, facts.timeline, stop, stop, size).ok()
-}
-
 /// Timelines that have files and no history, though something older is there from which a history would lead to them.
 fn without_history(archive: &WalInventory, backups: &[(BackupId, BackupFacts)]) -> Vec<Timeline> {
     let is_damaged =
@@ -192,6 +183,8 @@ fn without_history(archive: &WalInventory, backups: &[(BackupId, BackupFacts)]) 
 
 #[cfg(test)]
 mod tests {
+    use proto::wal::History;
+
     use super::*;
 
     const MIB: u64 = 1 << 20;
@@ -282,6 +275,35 @@ mod tests {
             .map(|window| (window.timeline.0, window.backups, window.to.0 / MIB, window.missing))
             .collect();
         assert_eq!(found, [(1, 2, 16, None), (2, 2, 17, None), (3, 1, 17, None)]);
+    }
+
+    /// A primary ends the segment with the backup. A standby cannot, and in its backup nothing stands behind the end.
+    #[test]
+    fn a_backup_leads_on_over_its_last_segment_when_that_is_whole() {
+        let archive = archive(&[(1, &[5, 9], "")]);
+        let end = |stop: u64, label: &str| {
+            let (id, mut facts) = backup(1, 1, stop);
+            facts.backup_label = label.to_owned();
+            let window = windows(&archive, &[(id, facts)]).remove(0);
+            (window.to.0, window.missing)
+        };
+        let standby = "BACKUP METHOD: streamed\nBACKUP FROM: standby\n";
+        let stop = 4 * MIB + 700;
+        assert_eq!(end(stop, "BACKUP FROM: primary\n"), (10 * MIB, None));
+        assert_eq!(end(stop, standby), (stop, Some("000000010000000000000004".to_owned())));
+        assert_eq!(end(5 * MIB, standby), (10 * MIB, None));
+        assert_eq!(end(11 * MIB + 700, standby), (11 * MIB + 700, None));
+    }
+
+    #[test]
+    fn a_timeline_that_left_in_a_backups_last_segment_needs_its_own_of_it() {
+        let history = format!("1\t{}\tx\n", Lsn(4 * MIB + 800));
+        let archive = archive(&[(1, &[1, 6], ""), (2, &[5, 9], &history)]);
+        let (_, facts) = backup(1, 1, 4 * MIB + 700);
+        let way = way_to(&archive, Timeline(2), &facts).unwrap();
+        let Reach { to, missing, is_gap } = Reach::along(&way, &archive, &facts);
+        assert_eq!((to, missing.timeline, missing.number), (Lsn(4 * MIB), Timeline(2), 4));
+        assert!(is_gap);
     }
 
     #[test]

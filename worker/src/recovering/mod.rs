@@ -6,26 +6,26 @@
 
 mod search;
 mod start;
+#[cfg(test)]
+mod tests;
 mod words;
 
-use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use jiff::Timestamp;
 use postgres::recovery::{Expected, RecoverySettings, Way};
-use postgres::wal::{History, Segment};
 use proto::job::RecoveryOutcome;
 use proto::{
     Action, BackupFacts, BackupId, BackupKind, ClusterName, Code, Failure, LineageId, Lsn,
     Recovery, RecoveryTarget, SystemIdentifier, Timeline,
 };
-use repository::{Backup, Pin, Pinned, Repository, WalInventory};
+use repository::{AttemptSummary, Pin, Pinned, Repository, WalInventory};
 
 use self::search::{Found, Search};
 pub use self::start::Starter;
 pub use self::words::Fetching;
-use crate::archive::{self, Until};
-use crate::restoring;
+use crate::archive::{self, NoWay, Reach, Until};
+use crate::restoring::{self, Located};
 
 /// A recovery that was found possible, as far as anybody can know before it is done.
 #[derive(Debug)]
@@ -58,21 +58,8 @@ pub struct Wanted<'a> {
 /// A backup and the WAL that follows it.
 struct Candidate {
     id: BackupId,
-    backup: Backup,
+    facts: BackupFacts,
     way: Way,
-    /// Segments that the backup brought along.
-    brought: BTreeSet<Segment>,
-}
-
-/// How far a candidate's way leads.
-#[derive(Debug, Clone, Copy)]
-struct Reach {
-    /// Everything before this position is there.
-    to: Lsn,
-    /// What is not there.
-    missing: Segment,
-    /// Something shows that it was there once: it is a gap and no end.
-    is_gap: bool,
 }
 
 /// Where a target was found.
@@ -101,35 +88,16 @@ pub async fn plan(
         Failure::new(Code::RequestInvalid, Action::FixConfig, what)
             .with_hint("pgmuster help restore says what goes with what.")
     })?;
-    let (lineage, newest) =
+    let located =
         restoring::locate(repository, BackupKind::Physical, cluster, system_identifier, wanted)
             .await?;
+    let lineage = located.lineage;
     let archive = repository.list_wal(lineage).await?;
-    let backups = backups(repository, lineage, wanted).await?;
     let planner = Planner { repository, lineage, archive, recovery };
-    let (id, plan) = planner.plan(backups, newest, wanted.is_some(), fetching).await?;
+    let (id, plan) = planner.plan(located, wanted.is_some(), fetching).await?;
+    // Read once more: only what is read after the pin is safe.
     let pinned = repository.open_pinned(lineage, id, pin).await?;
     Ok((pinned, plan))
-}
-
-/// The committed backups that nobody gave up, newest first; or the one that was named.
-async fn backups(
-    repository: &Repository,
-    lineage: LineageId,
-    wanted: Option<BackupId>,
-) -> Result<Vec<BackupId>, Failure> {
-    if let Some(wanted) = wanted {
-        return Ok(vec![wanted]);
-    }
-    let mut ids = Vec::new();
-    for summary in repository.list_readable_backups(lineage).await?.into_iter().rev() {
-        if let Some(id) = summary.backup()
-            && !repository.is_given_up(lineage, &summary).await?
-        {
-            ids.push(id);
-        }
-    }
-    Ok(ids)
 }
 
 struct Planner<'a> {
@@ -142,34 +110,23 @@ struct Planner<'a> {
 impl Planner<'_> {
     async fn plan(
         &self,
-        backups: Vec<BackupId>,
-        newest: BackupId,
+        located: Located,
         is_named: bool,
         fetching: &Fetching,
     ) -> Result<(BackupId, RecoveryPlan), Failure> {
-        let newest = self.repository.open_backup(self.lineage, newest).await?;
-        let history = self.history(newest.facts())?;
-        let mut search = Search::new(self.repository, self.lineage, newest.facts());
-        let mut refusals = Vec::new();
-        for id in backups {
-            let backup = self.repository.open_backup(self.lineage, id).await?;
-            let candidate = match self.candidate(id, backup, &history).await? {
-                Ok(candidate) => candidate,
-                Err(refusal) => {
-                    refusals.push(refusal);
-                    continue;
-                }
-            };
-            let reach = self.reach(&candidate);
-            match self.aim(&candidate, reach, &mut search).await? {
-                Ok(aim) => {
-                    let plan = self.finish(&candidate, reach, aim, &mut search, fetching).await?;
-                    return Ok((candidate.id, plan));
-                }
+        let Located { backup: newest, mut older, .. } = located;
+        let newest = self.facts_of(newest).await?;
+        let timeline = self.timeline(&newest.1);
+        let mut search = Search::new(self.repository, self.lineage, &newest.1);
+        let (mut next, mut refusals) = (Some(newest), Vec::new());
+        while let Some((id, facts)) = next {
+            match self.plan_from(id, facts, timeline, &mut search, fetching).await? {
+                Ok(plan) => return Ok((id, plan)),
                 // An older backup cannot help against what is missing behind a newer one.
                 Err(Refusal { is_final: true, failure }) => return Err(*failure),
                 Err(refusal) => refusals.push(refusal),
             }
+            next = self.newest_of(&mut older).await?;
         }
         // The refusal that is about the newest backup says most.
         let failure = refusals.into_iter().next().map(|refusal| *refusal.failure);
@@ -181,76 +138,75 @@ impl Planner<'_> {
         Err(failure.with_hint(hint))
     }
 
-    /// The history of the timeline to follow: the one that was asked for, else the newest.
-    fn history(&self, newest: &BackupFacts) -> Result<History, Failure> {
+    async fn facts_of(&self, id: BackupId) -> Result<(BackupId, BackupFacts), Failure> {
+        let backup = self.repository.open_backup(self.lineage, id).await?;
+        Ok((id, backup.facts().clone()))
+    }
+
+    /// Takes the newest backup off these that nobody gave up. Each is looked at only when no newer one does.
+    async fn newest_of(
+        &self,
+        older: &mut Vec<AttemptSummary>,
+    ) -> Result<Option<(BackupId, BackupFacts)>, Failure> {
+        while let Some(summary) = older.pop() {
+            if let Some(id) = summary.backup()
+                && !self.repository.is_given_up(self.lineage, &summary).await?
+            {
+                return self.facts_of(id).await.map(Some);
+            }
+        }
+        Ok(None)
+    }
+
+    /// The timeline to follow: the one that was asked for, else the newest.
+    fn timeline(&self, newest: &BackupFacts) -> Timeline {
         let known = self.archive.timelines.keys().copied();
-        let newest_known = known.max().unwrap_or(newest.timeline).max(newest.timeline);
-        let timeline = match (self.recovery.timeline, &self.recovery.to) {
+        match (self.recovery.timeline, &self.recovery.to) {
             (Some(timeline), _) => timeline,
             // The end of a backup is on the backup's own timeline.
             (None, RecoveryTarget::Immediate) => newest.timeline,
-            (None, _) => newest_known,
-        };
-        let history = self.archive.timelines.get(&timeline).and_then(|wal| wal.history.clone());
-        if let Some(history) = history {
-            return Ok(history);
+            (None, _) => known.max().unwrap_or(newest.timeline).max(newest.timeline),
         }
-        // Nobody needs to know where a backup's own timeline came from.
-        if timeline == Timeline(1) || timeline == newest.timeline {
-            return Ok(History { timeline, entries: Vec::new() });
-        }
-        let there: Vec<String> = self
-            .archive
-            .timelines
-            .iter()
-            .filter(|(timeline, wal)| timeline.0 == 1 || wal.history.is_some())
-            .map(|(timeline, _)| timeline.to_string())
-            .collect();
-        Err(unreachable(format!(
-            "{} is not in the archive, so nobody knows where timeline {timeline} begins",
-            postgres::wal::history_file_name(timeline)
-        ))
-        .with_hint(format!(
-            "Archive that file if a server still has it in pg_wal, or choose another timeline with --timeline; known are {}.",
-            if there.is_empty() { "none".to_owned() } else { there.join(", ") }
-        )))
     }
 
-    async fn candidate(
+    /// What begins with one backup.
+    async fn plan_from(
         &self,
         id: BackupId,
-        backup: Backup,
-        history: &History,
-    ) -> Result<Result<Candidate, Refusal>, Failure> {
-        let facts = backup.facts();
-        let size = facts.wal_segment_size;
-        let way = Way::new(history.clone(), facts.timeline, facts.start_lsn, facts.stop_lsn, size);
-        let way = match way {
+        facts: BackupFacts,
+        timeline: Timeline,
+        search: &mut Search<'_>,
+        fetching: &Fetching,
+    ) -> Result<Result<RecoveryPlan, Refusal>, Failure> {
+        let way = match archive::way_to(&self.archive, timeline, &facts) {
             Ok(way) => way,
-            Err(why) => {
-                let failure = unreachable(format!("backup {id} leads elsewhere: {why}"))
-                    .with_hint("Name another backup, or another timeline with --timeline.");
-                return Ok(Err(Refusal { is_final: false, failure: Box::new(failure) }));
-            }
+            Err(why) => return Ok(Err(self.no_way(id, &why))),
         };
-        let files = backup.wal_files().await?;
-        let brought = files.iter().filter_map(|file| Segment::parse(&file.name, size)).collect();
-        Ok(Ok(Candidate { id, backup, way, brought }))
+        let candidate = Candidate { id, facts, way };
+        let reach = Reach::along(&candidate.way, &self.archive, &candidate.facts);
+        match self.aim(&candidate, reach, search).await? {
+            Ok(aim) => self.finish(&candidate, reach, aim, search, fetching).await.map(Ok),
+            Err(refusal) => Ok(Err(refusal)),
+        }
     }
 
-    /// How far a candidate's WAL leads without a gap, its own and the archive's together.
-    fn reach(&self, candidate: &Candidate) -> Reach {
-        let (way, facts) = (&candidate.way, candidate.backup.facts());
-        let size = way.segment_size();
-        let leads = archive::Reach::along(way, &self.archive, |segment| {
-            candidate.brought.contains(&segment)
-        });
-        let to = leads.missing.start(size);
-        // A backup's last segment may be cut at the end of the backup.
-        let last = Segment::ending_at(to, leads.missing.timeline, size);
-        let is_cut = !self.archive.has(way.segment(last.number), size);
-        let archive::Reach { missing, is_gap } = leads;
-        Reach { to: if is_cut { facts.stop_lsn } else { to }, missing, is_gap }
+    fn no_way(&self, id: BackupId, why: &NoWay) -> Refusal {
+        let failure = match why {
+            NoWay::Elsewhere(why) => unreachable(format!("backup {id} leads elsewhere: {why}"))
+                .with_hint("Name another backup, or another timeline with --timeline."),
+            NoWay::WithoutHistory { .. } => {
+                let timelines = self.archive.timelines.iter();
+                let there: Vec<String> = timelines
+                    .filter(|(timeline, wal)| timeline.0 == 1 || wal.history.is_some())
+                    .map(|(timeline, _)| timeline.to_string())
+                    .collect();
+                unreachable(why.to_string()).with_hint(format!(
+                    "Archive that file if a server still has it in pg_wal, or choose another timeline with --timeline; known are {}.",
+                    if there.is_empty() { "none".to_owned() } else { there.join(", ") }
+                ))
+            }
+        };
+        Refusal { is_final: false, failure: Box::new(failure) }
     }
 
     /// Whether and where a candidate's way passes the target.
@@ -260,7 +216,7 @@ impl Planner<'_> {
         reach: Reach,
         search: &mut Search<'_>,
     ) -> Result<Result<Aim, Refusal>, Failure> {
-        let facts = candidate.backup.facts();
+        let facts = &candidate.facts;
         let before = self.recovery.before;
         let target = self.recovery.to.clone();
         let aim = |at_least, until: Option<Lsn>| {
@@ -322,7 +278,7 @@ impl Planner<'_> {
         search: &mut Search<'_>,
         time: Timestamp,
     ) -> Result<Result<Aim, Refusal>, Failure> {
-        let stop = candidate.backup.facts().stop_lsn;
+        let stop = candidate.facts.stop_lsn;
         let target = RecoveryTarget::Time(time);
         let found =
             search.after(&candidate.way, stop, reach.to, time, self.recovery.before).await?;
@@ -362,7 +318,7 @@ impl Planner<'_> {
         reach: Reach,
         search: &mut Search<'_>,
     ) -> Result<Result<Aim, Refusal>, Failure> {
-        let stop = candidate.backup.facts().stop_lsn;
+        let stop = candidate.facts.stop_lsn;
         let target = self.recovery.to.clone();
         let found = search.all(&candidate.way, stop, reach.to, &target).await?;
         let Some(found) = found else {
@@ -416,7 +372,7 @@ impl Planner<'_> {
         is_final: bool,
     ) -> Result<Refusal, Failure> {
         let size = candidate.way.segment_size();
-        let stop = candidate.backup.facts().stop_lsn;
+        let stop = candidate.facts.stop_lsn;
         let newest = search.newest_end(&candidate.way, stop, reach.to).await?;
         let last = search.last_record(&candidate.way, reach.to).await?;
         let last = last.filter(|last| *last >= stop);
@@ -457,7 +413,7 @@ impl Planner<'_> {
         search: &mut Search<'_>,
         fetching: &Fetching,
     ) -> Result<RecoveryPlan, Failure> {
-        let (way, facts, recovery) = (&candidate.way, candidate.backup.facts(), self.recovery);
+        let (way, facts, recovery) = (&candidate.way, &candidate.facts, self.recovery);
         let size = way.segment_size();
         let until = match (&aim.target, &recovery.to) {
             (RecoveryTarget::Lsn(lsn), _) => Lsn(lsn.0 + 1),
@@ -524,7 +480,7 @@ struct Refusal {
 }
 
 fn too_early(candidate: &Candidate, target: &str) -> Refusal {
-    let facts = candidate.backup.facts();
+    let facts = &candidate.facts;
     let ended = Timestamp::from_millisecond(facts.stopped_at_ms).unwrap_or_default();
     let failure = unreachable(format!(
         "backup {} ended at {} ({ended}), after {target}",

@@ -1,0 +1,204 @@
+//! What a plan reads, and that it agrees with what is shown as recoverable.
+
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use proto::wal::SegmentName;
+use proto::{AttemptId, WalFileName};
+use repository::store::directory::DirectoryStore;
+use repository::store::layer::Layer;
+use repository::store::{Listed, Store, StoreError};
+use repository::{
+    Encryption, InitOptions, Intent, Source, SourceEntry, SourceFile, Wish, WriteOptions,
+};
+
+use super::*;
+use crate::archive::{Window, recoverable, segment_for_tests};
+
+const MIB: u64 = 1 << 20;
+
+/// A store that writes down what is read from it.
+#[derive(Debug)]
+struct Written {
+    inner: DirectoryStore,
+    calls: Mutex<Vec<String>>,
+}
+
+impl Written {
+    fn note(&self, verb: &str, key: &str) {
+        self.calls.lock().unwrap().push(format!("{verb} {key}"));
+    }
+}
+
+#[async_trait]
+impl Layer for Written {
+    fn inner(&self) -> &dyn Store {
+        &self.inner
+    }
+    async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
+        self.note("get", key);
+        self.inner.get(key, limit_bytes).await
+    }
+    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+        self.note("get", key);
+        self.inner.get_range(key, range).await
+    }
+    async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
+        self.note("list", prefix);
+        self.inner.list(prefix).await
+    }
+}
+
+struct NoSource;
+
+impl Source for NoSource {
+    fn open(&self, _: &SourceEntry) -> io::Result<Option<Box<dyn SourceFile>>> {
+        Ok(None)
+    }
+}
+
+/// A lineage with backups and an archive, segments being 1 MiB.
+struct Place {
+    _directory: tempfile::TempDir,
+    store: Arc<Written>,
+    repository: Repository,
+    lineage: LineageId,
+    backups: Vec<BackupId>,
+}
+
+impl Place {
+    async fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let inner = DirectoryStore::new(directory.path().join("repository"));
+        let store = Arc::new(Written { inner, calls: Mutex::default() });
+        let options = InitOptions { encryption: Encryption::Off, now_ms: 1 };
+        let shared: Arc<dyn Store> = Arc::clone(&store) as _;
+        let repository = Repository::init(shared, options).await.unwrap().repository;
+        let cluster = "orders".parse().unwrap();
+        let lineage = repository
+            .find_or_mint_lineage(&cluster, SystemIdentifier(7), 1)
+            .await
+            .unwrap()
+            .lineage;
+        Self { _directory: directory, store, repository, lineage, backups: Vec::new() }
+    }
+
+    /// A backup that begins in a segment and ends in it.
+    async fn back_up(&mut self, timeline: u32, segment: u64) {
+        let number = self.backups.len() as u64 + 1;
+        let ended_at_ms = i64::try_from(number).unwrap() * 1_000;
+        let facts = serde_json::json!({
+            "cluster": "orders", "system_identifier": "7", "server_version_num": 150_018,
+            "catalog_version": 1, "block_size": 8192, "wal_segment_size": MIB,
+            "data_checksums": true, "timeline": timeline,
+            "start_lsn": Lsn(segment * MIB + 40), "stop_lsn": Lsn(segment * MIB + 400),
+            "started_at_ms": ended_at_ms, "stopped_at_ms": ended_at_ms, "backup_label": "",
+        });
+        let attempt = AttemptId::mint(number, [u8::try_from(number).unwrap(); 10]);
+        let intent = Intent { attempt, follows: None, by: "w".into(), began_at_ms: ended_at_ms };
+        let attempt = self.repository.begin(self.lineage, intent).await.unwrap();
+        let continuity = Some("here".into());
+        let mut writer =
+            attempt.write(WriteOptions { continuity, ..WriteOptions::default() }).unwrap();
+        let entry = SourceEntry::bytes("file", 0o600, number.to_string());
+        writer.copy(Arc::new(NoSource), vec![Ok(entry)]).await.unwrap();
+        let content = segment_for_tests(timeline, segment * MIB, 7);
+        let name = wal_name(timeline, segment).to_string();
+        writer.wal().add(&name, io::Cursor::new(content)).await.unwrap();
+        let facts = serde_json::from_value(facts).unwrap();
+        let written = writer.finish(Arc::new(NoSource), vec![], facts).await.unwrap();
+        self.backups.push(written.commit(ended_at_ms + 1).await.unwrap().backup);
+    }
+
+    async fn archive(&self, timeline: u32, numbers: std::ops::RangeInclusive<u64>) {
+        for number in numbers {
+            let file = WalFileName::Segment(wal_name(timeline, number));
+            let content = segment_for_tests(timeline, number * MIB, 7);
+            self.repository.store_wal(self.lineage, &file, content.into()).await.unwrap();
+        }
+    }
+
+    async fn archive_history(&self, timeline: u32, text: String) {
+        let file = WalFileName::History(Timeline(timeline));
+        self.repository.store_wal(self.lineage, &file, text.into()).await.unwrap();
+    }
+
+    async fn plan(&self, to: Lsn, timeline: Option<u32>) -> Result<BackupId, Failure> {
+        let to = RecoveryTarget::Lsn(to);
+        let timeline = timeline.map(Timeline);
+        let recovery = &Recovery { timeline, ..Recovery::to(to) };
+        let wanted = Wanted { cluster: None, system_identifier: None, backup: None, recovery };
+        let fetching = Fetching {
+            program: "/usr/bin/pgmuster".into(),
+            repository: "file:///repository".into(),
+            opener: ["--key".into(), "file".into()],
+        };
+        let pin = Pin { by: "tester".into(), why: "restore".into(), at_ms: 1 };
+        let (pinned, plan) = super::plan(&self.repository, wanted, &fetching, &pin).await?;
+        assert!(timeline.is_none_or(|timeline| plan.outcome.timeline == timeline));
+        let backup = pinned.id();
+        pinned.release().await;
+        Ok(backup)
+    }
+
+    async fn windows(&self) -> Vec<Window> {
+        recoverable(&self.repository, None).await.unwrap().remove(0).windows
+    }
+}
+
+fn wal_name(timeline: u32, number: u64) -> SegmentName {
+    proto::wal::Segment { timeline: Timeline(timeline), number }.name(1 << 20)
+}
+
+#[tokio::test]
+async fn a_plan_lists_once_and_reads_no_more_of_a_backup_than_its_manifest() {
+    let mut place = Place::new().await;
+    for segment in [2, 6, 8, 10] {
+        place.back_up(1, segment).await;
+    }
+    // One that was given up is passed by.
+    let wish = Wish { by: "tester".into(), why: String::new(), at_ms: 1 };
+    place.repository.forget(place.lineage, place.backups[2], &wish).await.unwrap();
+    place.archive(1, 2..=12).await;
+    place.store.calls.lock().unwrap().clear();
+    assert_eq!(place.plan(Lsn(5 * MIB), None).await.unwrap(), place.backups[0]);
+    let calls = std::mem::take(&mut *place.store.calls.lock().unwrap());
+    let count = |wanted: &str| calls.iter().filter(|call| call.ends_with(wanted)).count();
+    assert_eq!(count("/backups/"), 1, "{calls:#?}");
+    let read = place.backups.iter().map(|backup| count(&format!("{backup}/manifest")));
+    // The one that is taken is read again under its pin.
+    assert_eq!(read.collect::<Vec<_>>(), [2, 1, 0, 1], "{calls:#?}");
+    assert!(!calls.iter().any(|call| call.contains("/packs/")), "{calls:#?}");
+}
+
+/// Whatever window is shown, its beginning can be recovered to, with the backup that is shown.
+#[tokio::test]
+async fn every_window_that_is_shown_can_be_recovered_to() {
+    let mut place = Place::new().await;
+    // Timeline 2 left the first, and its history is lost; the third came from the first again.
+    place.back_up(1, 2).await;
+    place.archive(1, 2..=9).await;
+    place.back_up(2, 6).await;
+    place.archive(2, 6..=8).await;
+    place.archive_history(3, format!("1\t{}\tx\n", Lsn(8 * MIB + 100))).await;
+    place.archive(3, 8..=12).await;
+    place.back_up(3, 9).await;
+    // The archive has not the segment that this one brought along.
+    place.back_up(3, 13).await;
+    place.archive(3, 14..=15).await;
+    let windows = place.windows().await;
+    let timelines: Vec<u32> = windows.iter().map(|window| window.timeline.0).collect();
+    assert_eq!(timelines, [1, 2, 3, 3], "{windows:#?}");
+    for Window { timeline, backup, from, to, .. } in windows {
+        let planned = place.plan(from, Some(timeline.0)).await.unwrap();
+        assert_eq!(planned, backup, "{timeline}");
+        assert!(to > from, "{timeline}: {from} {to}");
+        place.plan(Lsn(to.0 - 1), Some(timeline.0)).await.unwrap();
+    }
+    let refused = place.plan(Lsn(9 * MIB), Some(7)).await.unwrap_err();
+    assert_eq!(refused.code, Code::RecoveryTargetUnreachable);
+    assert!(refused.message.contains("00000007.history"), "{}", refused.message);
+}
