@@ -9,6 +9,7 @@ use proto::failure::{Action, Code, Failure};
 use proto::job::{JobKind, JobState, Task};
 use proto::proof::{CheckOutcome, ProofLevel};
 use proto::{BackupId, BackupKind, ClusterName};
+use sqlx::AnyConnection;
 
 use crate::api::types::{BackupView, ClusterView, ProofView, StatusView};
 use crate::api::view;
@@ -20,12 +21,18 @@ use crate::core::Core;
 use crate::error::Result;
 use crate::metrics::{ClusterMoment, Moment};
 
+/// Backups of one cluster among which one is looked for that is not known to be bad.
+const BACKUPS_MAX: i64 = 100;
+/// Proofs of one backup that are looked at.
+const PROOFS_MAX: i64 = 100;
+
 /// A cluster with everything that is known of it.
 struct Known {
     cluster: Cluster,
     judgement: Judgement,
     backup: Option<Backup>,
     proofs: Vec<ProofRow>,
+    recoverable_to_at_ms: Option<i64>,
     open: Vec<Job>,
     eligible_workers: i64,
 }
@@ -64,9 +71,19 @@ async fn look(core: &Core, only: Option<&ClusterName>) -> Result<Vec<Known>> {
         let last = last_backup.remove(&cluster.name);
         let facts = facts(&cluster, backup.as_ref(), &proofs, last.as_ref());
         let judgement = judge_cluster(&facts, &Objectives::default(), now_ms);
+        let recoverable_to_at_ms =
+            recoverable_to(&mut db, &cluster, backup.as_ref(), &proofs).await?;
         let open = open.remove(&cluster.name).unwrap_or_default();
         let eligible_workers = eligible(&cluster.name, &workers, now_ms);
-        known.push(Known { cluster, judgement, backup, proofs, open, eligible_workers });
+        known.push(Known {
+            cluster,
+            judgement,
+            backup,
+            proofs,
+            recoverable_to_at_ms,
+            open,
+            eligible_workers,
+        });
     }
     known.sort_by(|a, b| {
         a.judgement.state.cmp(&b.judgement.state).then_with(|| a.cluster.name.cmp(&b.cluster.name))
@@ -90,6 +107,7 @@ fn facts(
 ) -> ClusterFacts {
     ClusterFacts {
         seen_at_ms: cluster.seen_at_ms,
+        contact_since_ms: cluster.contact_since_at_ms,
         problem: problem(cluster),
         has_repository: cluster.repository.is_some(),
         backup: backup.map(|backup| BackupFact { stopped_at_ms: backup.outcome.stopped_at_ms }),
@@ -150,11 +168,39 @@ fn backup_end(backup: &Backup) -> Option<BackupEnd> {
     })
 }
 
-/// Up to when a cluster can be recovered.
-fn recoverable_to(cluster: &Cluster, backup: Option<&Backup>) -> Option<i64> {
-    let backup = backup?;
+/// Up to when a cluster can be recovered: from its newest backup, and when that was found bad, from the newest before it that
+/// was not.
+async fn recoverable_to(
+    db: &mut AnyConnection,
+    cluster: &Cluster,
+    newest: Option<&Backup>,
+    proofs: &[ProofRow],
+) -> Result<Option<i64>> {
+    let Some(newest) = newest else { return Ok(None) };
+    if !is_found_bad(proofs) {
+        return Ok(Some(recoverable_from(newest, cluster)));
+    }
+    for backup in backups::list(db, cluster.name.as_str(), BACKUPS_MAX).await? {
+        if backup.id == newest.id || backup.outcome.kind() != newest.outcome.kind() {
+            continue;
+        }
+        let proofs = backups::list_proofs(db, "", &backup.id.to_string(), PROOFS_MAX).await?;
+        if !is_found_bad(&proofs) {
+            return Ok(Some(recoverable_from(&backup, cluster)));
+        }
+    }
+    Ok(None)
+}
+
+/// Whether the newest proof of a backup that says anything failed.
+fn is_found_bad(proofs: &[ProofRow]) -> bool {
+    let newest = proofs.iter().filter_map(proof_fact).max_by_key(|proof| proof.at_ms);
+    newest.is_some_and(|proof| !proof.passed)
+}
+
+fn recoverable_from(backup: &Backup, cluster: &Cluster) -> i64 {
     let end = backup_end(backup);
-    Some(end.map_or(backup.outcome.stopped_at_ms, |end| recovery_point(&end, cluster.wal.as_ref())))
+    end.map_or(backup.outcome.stopped_at_ms, |end| recovery_point(&end, cluster.wal.as_ref()))
 }
 
 /// What its worker says, or that another server answers under its name.
@@ -173,8 +219,7 @@ fn problem(cluster: &Cluster) -> Option<Failure> {
 }
 
 fn cluster_view(known: Known) -> ClusterView {
-    let Known { cluster, judgement, backup, proofs, open, .. } = known;
-    let recoverable_to_at_ms = recoverable_to(&cluster, backup.as_ref());
+    let Known { cluster, judgement, backup, proofs, recoverable_to_at_ms, open, .. } = known;
     ClusterView {
         name: cluster.name,
         state: judgement.state,
@@ -256,10 +301,9 @@ fn cluster_moment(known: &Known) -> ClusterMoment {
     let proof = telling(&known.proofs).filter(|row| row.proof.passed);
     let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
     let facts = known.backup.as_ref().map(|backup| &backup.outcome);
-    let point = recoverable_to(&known.cluster, known.backup.as_ref());
     let waiting = known.cluster.wal.as_ref().and_then(|wal| wal.waiting);
     ClusterMoment {
-        recovery_point_s: point.unwrap_or(0) / 1_000,
+        recovery_point_s: known.recoverable_to_at_ms.unwrap_or(0) / 1_000,
         wal_waiting: waiting.map_or(0, |waiting| number(waiting.segments)),
         cluster: known.cluster.name.to_string(),
         state: known.judgement.state,

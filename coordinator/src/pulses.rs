@@ -129,6 +129,9 @@ async fn hear(
 }
 
 async fn announce(tx: &mut Tx<'_>, pulse: &Pulse, worker: &Worker, now_ms: i64) -> Result<()> {
+    let served = worker.offers.iter().flat_map(|offers| &offers.clusters).map(|offer| &offer.name);
+    let served: Vec<_> = served.collect();
+    clusters::seen(tx, &served, now_ms).await?;
     if let Some(offers) = &pulse.offers {
         for offer in &offers.clusters {
             let location = offer.repository.as_ref().and_then(|name| {
@@ -138,11 +141,8 @@ async fn announce(tx: &mut Tx<'_>, pulse: &Pulse, worker: &Worker, now_ms: i64) 
         }
         jobs::forget_refusals(tx, &pulse.worker).await?;
     }
-    let served = worker.offers.iter().flat_map(|offers| &offers.clusters).map(|offer| &offer.name);
-    let served: Vec<_> = served.collect();
-    clusters::seen(tx, &served, now_ms).await?;
     for standing in pulse.wal.iter().filter(|standing| served.contains(&&standing.cluster)) {
-        clusters::archive_stands(tx, standing).await?;
+        clusters::archive_stands(tx, standing, pulse.at_ms, now_ms).await?;
     }
     Ok(())
 }

@@ -8,6 +8,7 @@ pub mod lease;
 pub mod placement;
 pub mod reach;
 pub mod retry;
+pub mod standing;
 pub mod state;
 pub mod words;
 

@@ -21,23 +21,31 @@ pub struct BackupEnd {
 /// Whether the archive's line leads on from the end of a backup.
 pub fn leads_on(backup: &BackupEnd, wal: &WalStanding) -> bool {
     let begins_before = wal.line_from <= backup.stop_lsn && backup.stop_lsn <= wal.archived_to;
-    wal.lineage == backup.lineage && begins_before && is_on_the_way(backup, wal)
+    wal.lineage == backup.lineage
+        && begins_before
+        && is_on_the_way(backup.timeline, backup.stop_lsn, wal)
 }
 
-/// Whether the server's timeline is the backup's, or left it behind the end of the backup. The positions of a history may go
-/// back, so the lowest of those that follow counts.
-fn is_on_the_way(backup: &BackupEnd, wal: &WalStanding) -> bool {
-    if backup.timeline == wal.timeline {
+/// Whether the server's timeline is this one, or left it behind a position of it. The positions of a history may go back, so
+/// the lowest of those that follow counts.
+pub(crate) fn is_on_the_way(timeline: Timeline, lsn: Lsn, wal: &WalStanding) -> bool {
+    if timeline == wal.timeline {
         return true;
     }
-    let later = wal.ancestors.iter().skip_while(|ancestor| ancestor.timeline != backup.timeline);
-    later.map(|ancestor| ancestor.left_at).min().is_some_and(|left| left >= backup.stop_lsn)
+    let later = wal.ancestors.iter().skip_while(|ancestor| ancestor.timeline != timeline);
+    later.map(|ancestor| ancestor.left_at).min().is_some_and(|left| left >= lsn)
+}
+
+/// Whether the archive has WAL that the server cannot have written, so that nothing of it counts as the server's.
+pub(crate) fn is_foreign(wal: &WalStanding) -> bool {
+    wal.archived_to > wal.server_lsn
 }
 
 /// The moment up to which everything that was committed can be recovered, Unix milliseconds.
 pub fn recovery_point(backup: &BackupEnd, wal: Option<&WalStanding>) -> i64 {
-    let by_wal = wal.filter(|wal| leads_on(backup, wal)).and_then(|wal| wal.safe_at_ms);
-    by_wal.map_or(backup.stopped_at_ms, |safe| safe.max(backup.stopped_at_ms))
+    let by_wal = wal.filter(|wal| leads_on(backup, wal) && !is_foreign(wal));
+    let safe = by_wal.and_then(|wal| wal.safe_at_ms);
+    safe.map_or(backup.stopped_at_ms, |safe| safe.max(backup.stopped_at_ms))
 }
 
 /// What is wrong with an archive, as a sentence without a period; `None` when all is well. `patience_ms` is how long a full
@@ -48,6 +56,12 @@ pub fn archive_trouble(
     patience_ms: i64,
     now_ms: i64,
 ) -> Option<String> {
+    if is_foreign(wal) {
+        return Some(format!(
+            "its archive has WAL up to {} that this server, at {}, did not write: another server archives as {}, or this one was set back",
+            wal.archived_to, wal.server_lsn, wal.cluster
+        ));
+    }
     if let Some(waiting) = wal.waiting
         && wal.at_ms.saturating_sub(waiting.since_ms) >= patience_ms
     {
@@ -59,12 +73,47 @@ pub fn archive_trouble(
             waiting.segment
         ));
     }
+    let backup = backup?;
     // Behind a gap only a later backup leads on.
-    let backup = backup.filter(|backup| backup.lineage == wal.lineage)?;
-    let gap = wal.gap.filter(|_| backup.stop_lsn < wal.line_from)?;
-    Some(format!(
-        "WAL segment {gap} is missing in its archive, so its newest backup does not lead beyond it: take another backup"
-    ))
+    if let Some(gap) = wal.gap
+        && backup.lineage == wal.lineage
+        && backup.stop_lsn < wal.line_from
+    {
+        return Some(format!(
+            "WAL segment {gap} is missing in its archive, so its newest backup does not lead beyond it: take another backup"
+        ));
+    }
+    is_left_behind(backup, wal).then(|| {
+        "its newest backup does not lead to where the server is now: take another backup".to_owned()
+    })
+}
+
+/// Whether what is archived can never be replayed onto a backup. One that the archive has not reached yet is not left behind.
+fn is_left_behind(backup: &BackupEnd, wal: &WalStanding) -> bool {
+    if backup.lineage != wal.lineage {
+        return true;
+    }
+    let is_off_the_way = wal.timeline > backup.timeline
+        && !wal.ancestors.is_empty()
+        && !is_on_the_way(backup.timeline, backup.stop_lsn, wal);
+    is_off_the_way || (wal.archived_to > backup.stop_lsn && !leads_on(backup, wal))
+}
+
+/// That nobody has looked at an archive for longer than `silence_max_ms`, as a sentence without a period. Nobody could before
+/// `contact_since_ms`, when the contact with a worker of the cluster began that lasts since.
+pub fn archive_silence(
+    wal: &WalStanding,
+    contact_since_ms: Option<i64>,
+    silence_max_ms: i64,
+    now_ms: i64,
+) -> Option<String> {
+    let since_ms = contact_since_ms.map_or(wal.at_ms, |since_ms| since_ms.max(wal.at_ms));
+    (now_ms.saturating_sub(since_ms) > silence_max_ms).then(|| {
+        format!(
+            "nothing has been seen of its archive for {}: it archives nothing any more, or its worker's log says why",
+            span(now_ms.saturating_sub(wal.at_ms))
+        )
+    })
 }
 
 #[cfg(test)]
@@ -116,6 +165,7 @@ mod tests {
         assert_eq!(point(backup(500), |wal| wal.safe_at_ms = None), 1_000);
         assert_eq!(point(backup(500), |wal| wal.safe_at_ms = Some(5)), 1_000);
         assert_eq!(point(backup(500), |wal| wal.lineage = lineage(2)), 1_000, "another history");
+        assert_eq!(point(backup(500), |wal| wal.server_lsn = Lsn(899)), 1_000, "not its own");
         assert_eq!(recovery_point(&backup(500), None), 1_000);
     }
 
@@ -160,5 +210,52 @@ mod tests {
         );
         assert_eq!(archive_trouble(None, &gap, 60_000, 0), None);
         assert_eq!(told(&wal(), 0), None);
+    }
+
+    #[test]
+    fn wal_that_the_server_did_not_write_is_told() {
+        let ahead = WalStanding { server_lsn: Lsn(899), ..wal() };
+        let told = archive_trouble(Some(&backup(500)), &ahead, 60_000, 160_000).unwrap();
+        assert!(
+            told.contains("WAL up to 0/384 that this server, at 0/383, did not write"),
+            "{told}"
+        );
+        let even = WalStanding { server_lsn: Lsn(900), ..wal() };
+        assert_eq!(archive_trouble(Some(&backup(500)), &even, 60_000, 160_000), None);
+    }
+
+    #[test]
+    fn a_backup_that_leads_to_nowhere_is_told() {
+        let left = |backup: &BackupEnd, change: &dyn Fn(&mut WalStanding)| {
+            let mut wal = wal();
+            change(&mut wal);
+            let told = archive_trouble(Some(backup), &wal, 60_000, 160_000);
+            told.is_some_and(|told| told.contains("does not lead to where the server is now"))
+        };
+        let promoted = |wal: &mut WalStanding, left_at: u64| {
+            wal.timeline = Timeline(2);
+            wal.ancestors = vec![WalAncestor { timeline: Timeline(1), left_at: Lsn(left_at) }];
+        };
+        assert!(left(&backup(99), &|_| {}), "archiving began behind it");
+        assert!(left(&backup(500), &|wal| wal.lineage = lineage(2)), "another history");
+        assert!(left(&backup(500), &|wal| wal.timeline = Timeline(2)), "history unknown");
+        assert!(left(&backup(500), &|wal| promoted(wal, 499)), "an abandoned branch");
+        assert!(left(&backup(950), &|wal| promoted(wal, 499)), "before the archive is so far");
+        assert!(!left(&backup(500), &|wal| promoted(wal, 500)));
+        assert!(!left(&backup(901), &|_| {}), "the archive is not so far yet");
+        assert!(!left(&backup(901), &|wal| wal.timeline = Timeline(2)), "the same");
+        let later = BackupEnd { timeline: Timeline(2), ..backup(901) };
+        assert!(!left(&later, &|_| {}), "taken after a promotion that nobody saw yet");
+        assert_eq!(archive_trouble(None, &wal(), 60_000, 160_000), None);
+    }
+
+    #[test]
+    fn silence_counts_while_somebody_could_speak() {
+        let silent =
+            |contact_since_ms, now_ms| archive_silence(&wal(), contact_since_ms, 120_000, now_ms);
+        assert_eq!(silent(Some(0), 220_000), None);
+        assert!(silent(Some(0), 280_001).unwrap().contains("its archive for 3 min"));
+        assert!(silent(None, 220_001).is_some());
+        assert_eq!(silent(Some(270_000), 280_001), None, "the worker has just come back");
     }
 }

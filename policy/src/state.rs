@@ -10,7 +10,7 @@ use proto::failure::Failure;
 use proto::message::WalStanding;
 use serde::{Deserialize, Serialize};
 
-use crate::reach::{BackupEnd, archive_trouble};
+use crate::reach::{BackupEnd, archive_silence, archive_trouble};
 use crate::words::{count, span};
 
 macro_rules! states {
@@ -96,6 +96,8 @@ pub struct Objectives {
     pub silence_max_ms: i64,
     /// How long a full segment of WAL may take into the archive, milliseconds.
     pub wal_delay_max_ms: i64,
+    /// How long nothing may be seen of an archive while its workers speak, milliseconds.
+    pub archive_silence_max_ms: i64,
 }
 
 impl Default for Objectives {
@@ -106,6 +108,7 @@ impl Default for Objectives {
             backup_age_max_ms: None,
             silence_max_ms: 60_000,
             wal_delay_max_ms: 30_000,
+            archive_silence_max_ms: 120_000,
         }
     }
 }
@@ -137,6 +140,8 @@ pub struct ProofFact {
 pub struct ClusterFacts {
     /// The last pulse of a worker that serves it, Unix milliseconds.
     pub seen_at_ms: Option<i64>,
+    /// Since when no two pulses were further apart than workers may be silent, Unix milliseconds.
+    pub contact_since_ms: Option<i64>,
     /// What its worker says stands in the way.
     pub problem: Option<Failure>,
     /// Whether any worker announced a repository for it.
@@ -198,10 +203,15 @@ pub fn judge_cluster(facts: &ClusterFacts, objectives: &Objectives, now_ms: i64)
     if let Some(problem) = &facts.problem {
         return Judgement::new(AtRisk, format!("it cannot be backed up now: {problem}"));
     }
-    if let Some(wal) = &facts.wal
-        && let Some(trouble) =
-            archive_trouble(facts.backup_end.as_ref(), wal, objectives.wal_delay_max_ms, now_ms)
-    {
+    if let Some(trouble) = facts.wal.as_ref().and_then(|wal| {
+        let silence_max_ms = objectives.archive_silence_max_ms;
+        let silence = archive_silence(wal, facts.contact_since_ms, silence_max_ms, now_ms);
+        let backup = facts.backup_end.as_ref();
+        // What nobody looks at any more, and was the archive of another server, says nothing of this one.
+        let is_over = silence.is_some() && backup.is_some_and(|end| end.lineage != wal.lineage);
+        let trouble = || archive_trouble(backup, wal, objectives.wal_delay_max_ms, now_ms);
+        if is_over { None } else { trouble().or(silence) }
+    }) {
         return Judgement::new(AtRisk, trouble);
     }
     let age = now_ms.saturating_sub(backup.stopped_at_ms);
@@ -279,6 +289,7 @@ fn seconds(ms: u64) -> String {
 mod tests {
     use proptest::prelude::*;
     use proto::failure::{Action, Code};
+    use proto::{LineageId, Lsn, Timeline};
 
     use super::*;
 
@@ -296,6 +307,7 @@ mod tests {
     fn healthy() -> ClusterFacts {
         ClusterFacts {
             seen_at_ms: Some(NOW - 5_000),
+            contact_since_ms: Some(NOW - 10 * DAY),
             problem: None,
             has_repository: true,
             backup: Some(BackupFact { stopped_at_ms: NOW - 2 * DAY }),
@@ -397,6 +409,39 @@ mod tests {
     }
 
     #[test]
+    fn an_archive_that_nobody_looks_at_is_at_risk() {
+        let lineage = |n: u8| LineageId::mint(1, [n; 10]);
+        let wal = |seen_ago_ms: i64| WalStanding {
+            cluster: "orders".parse().unwrap(),
+            lineage: lineage(1),
+            at_ms: NOW - seen_ago_ms,
+            timeline: Timeline(1),
+            ancestors: Vec::new(),
+            server_lsn: Lsn(950),
+            line_from: Lsn(100),
+            archived_to: Lsn(900),
+            safe_at_ms: Some(NOW - seen_ago_ms),
+            waiting: None,
+            gap: None,
+        };
+        let end = |n| BackupEnd {
+            lineage: lineage(n),
+            timeline: Timeline(1),
+            stop_lsn: Lsn(500),
+            stopped_at_ms: NOW - 2 * DAY,
+        };
+        let at = |seen_ago_ms, of: u8| {
+            judged(|f| (f.wal, f.backup_end) = (Some(wal(seen_ago_ms)), Some(end(of))))
+        };
+        assert_eq!(at(120_000, 1).0, ClusterState::Proved);
+        let (state, reason) = at(120_001, 1);
+        assert_eq!(state, ClusterState::AtRisk);
+        assert!(reason.starts_with("nothing has been seen of its archive for 2 min"), "{reason}");
+        assert_eq!(at(5_000, 2).0, ClusterState::AtRisk, "the server archives elsewhere now");
+        assert_eq!(at(DAY, 2).0, ClusterState::Proved, "the archive of a server that is no more");
+    }
+
+    #[test]
     fn states_round_trip_as_text() {
         for state in ClusterState::ALL {
             assert_eq!(state.as_str().parse::<ClusterState>().unwrap(), *state);
@@ -415,6 +460,7 @@ mod tests {
         ) {
             let facts = ClusterFacts {
                 seen_at_ms: seen.map(|age| NOW - age),
+                contact_since_ms: None,
                 problem: None,
                 has_repository: true,
                 backup: backup.map(|age| BackupFact { stopped_at_ms: NOW - age }),

@@ -8,7 +8,7 @@ use postgres::{Environment, Target};
 use proto::{Action, ClusterName, Code, Failure, SecretRef};
 use repository::{KeyFile, Repository, Unlock, store};
 use secrecy::{ExposeSecret as _, SecretString};
-use tokio::sync::OnceCell;
+use tokio::sync::Mutex;
 
 use crate::archive::Whose;
 use crate::archive::service::{OpenArchive, another_repository};
@@ -40,7 +40,7 @@ pub struct RepositoryPlace {
     pub config: RepositoryConfig,
     opener: Opener,
     credentials: store::Credentials,
-    kept: OnceCell<Repository>,
+    kept: Mutex<Option<Arc<Repository>>>,
 }
 
 /// What opens a repository. Whether it does is known when the repository is first needed.
@@ -94,7 +94,7 @@ impl Places {
                 config: repository.clone(),
                 opener,
                 credentials,
-                kept: OnceCell::new(),
+                kept: Mutex::default(),
             };
             repositories.insert(repository.name.clone(), place);
         }
@@ -203,7 +203,21 @@ impl RepositoryPlace {
     }
 
     /// The same, opened once, for whoever looks at it again and again and decides nothing.
-    pub(crate) async fn kept(&self) -> Result<&Repository, Failure> {
-        self.kept.get_or_try_init(|| self.open()).await
+    pub(crate) async fn kept(&self) -> Result<Arc<Repository>, Failure> {
+        let mut kept = self.kept.lock().await;
+        if let Some(repository) = kept.as_ref() {
+            return Ok(Arc::clone(repository));
+        }
+        let repository = Arc::new(self.open().await?);
+        *kept = Some(Arc::clone(&repository));
+        Ok(repository)
+    }
+
+    /// What was kept does not answer as it should: the next one who asks opens what is there now.
+    pub(crate) async fn let_go(&self, repository: &Arc<Repository>) {
+        let mut kept = self.kept.lock().await;
+        if kept.as_ref().is_some_and(|kept| Arc::ptr_eq(kept, repository)) {
+            *kept = None;
+        }
     }
 }

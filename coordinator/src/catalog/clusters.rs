@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use policy::{Objectives, standing};
 use proto::failure::Failure;
 use proto::message::{ClusterOffer, WalStanding};
 use proto::{ClusterName, SiteName, SystemIdentifier, WorkerName};
@@ -21,6 +22,8 @@ pub(crate) struct Cluster {
     pub(crate) registered_at_ms: i64,
     /// The last pulse of a worker that serves it.
     pub(crate) seen_at_ms: Option<i64>,
+    /// Since when its workers have not been silent for longer than they may.
+    pub(crate) contact_since_at_ms: Option<i64>,
     pub(crate) site: Option<SiteName>,
     pub(crate) worker: Option<WorkerName>,
     pub(crate) repository: Option<String>,
@@ -42,6 +45,7 @@ impl Cluster {
             name: row.parsed("name")?,
             registered_at_ms: row.number("registered_at_ms")?,
             seen_at_ms: row.maybe_number("seen_at_ms")?,
+            contact_since_at_ms: row.maybe_number("contact_since_at_ms")?,
             site: row.maybe_parsed("site")?,
             worker: row.maybe_parsed("worker")?,
             repository: row.maybe_text("repository")?,
@@ -80,7 +84,7 @@ pub(crate) async fn list(db: &mut AnyConnection) -> Result<Vec<Cluster>> {
     rows.into_iter().map(|row| Cluster::from_row(&Row(row))).collect()
 }
 
-/// Writes what a worker announced of a cluster; the key is its name.
+/// Writes what a worker announced of a cluster; the key is its name. That one which is known was seen is for [`seen`] to write.
 pub(crate) async fn announce(
     tx: &mut Tx<'_>,
     offer: &ClusterOffer,
@@ -93,10 +97,10 @@ pub(crate) async fn announce(
         "-- announce_cluster
          INSERT INTO clusters (
              name, registered_at_ms, seen_at_ms, site, worker, repository, repository_location, system_identifier,
-             announced_identifier, server_version_num, labels, problem, paused
-         ) VALUES ($1, $2, $2, $3, $4, $5, $6, $7, $7, $8, $9, $10, 0)
+             announced_identifier, server_version_num, labels, problem, paused, contact_since_at_ms
+         ) VALUES ($1, $2, $2, $3, $4, $5, $6, $7, $7, $8, $9, $10, 0, $2)
          ON CONFLICT (name) DO UPDATE SET
-             seen_at_ms = excluded.seen_at_ms, site = excluded.site, worker = excluded.worker,
+             site = excluded.site, worker = excluded.worker,
              repository = COALESCE(excluded.repository, clusters.repository),
              repository_location = COALESCE(excluded.repository_location, clusters.repository_location),
              system_identifier = COALESCE(clusters.system_identifier, excluded.system_identifier),
@@ -121,14 +125,18 @@ pub(crate) async fn announce(
 
 /// A worker that serves these clusters, alone or among others, gave a sign of life.
 pub(crate) async fn seen(tx: &mut Tx<'_>, names: &[&ClusterName], now_ms: i64) -> Result<()> {
+    let silent_since_ms = now_ms.saturating_sub(Objectives::default().silence_max_ms);
     for names in names.chunks(NAMES_MAX) {
-        let places: Vec<String> = (2..names.len() + 2).map(|n| format!("${n}")).collect();
+        let places: Vec<String> = (3..names.len() + 3).map(|n| format!("${n}")).collect();
         let text = format!(
             "-- clusters_seen
-             UPDATE clusters SET seen_at_ms = $1 WHERE name IN ({})",
+             UPDATE clusters SET seen_at_ms = $1, contact_since_at_ms = CASE
+                 WHEN contact_since_at_ms IS NULL OR seen_at_ms IS NULL OR seen_at_ms < $2 THEN $1
+                 ELSE contact_since_at_ms END
+             WHERE name IN ({})",
             places.join(", ")
         );
-        let mut query = sqlx::query(sqlx::AssertSqlSafe(text)).bind(now_ms);
+        let mut query = sqlx::query(sqlx::AssertSqlSafe(text)).bind(now_ms).bind(silent_since_ms);
         for name in names {
             query = query.bind(name.as_str());
         }
@@ -137,18 +145,19 @@ pub(crate) async fn seen(tx: &mut Tx<'_>, names: &[&ClusterName], now_ms: i64) -
     Ok(())
 }
 
-/// Writes how the archive of a cluster stands. What was safe before stays so along the same line, also while a worker that has
-/// just started does not know it yet.
-pub(crate) async fn archive_stands(tx: &mut Tx<'_>, standing: &WalStanding) -> Result<()> {
-    let Some(cluster) = get(tx.db(), &standing.cluster).await? else { return Ok(()) };
-    let before = cluster.wal.filter(|before| {
-        before.lineage == standing.lineage
-            && before.timeline == standing.timeline
-            && before.archived_to >= standing.line_from
-            && before.archived_to <= standing.archived_to
-    });
-    let safe_at_ms = standing.safe_at_ms.max(before.and_then(|before| before.safe_at_ms));
-    let standing = WalStanding { safe_at_ms, ..standing.clone() };
+/// Writes how the archive of a cluster stands, as a worker told at `told_at_ms` by its clock, unless more is known.
+pub(crate) async fn archive_stands(
+    tx: &mut Tx<'_>,
+    told: &WalStanding,
+    told_at_ms: i64,
+    now_ms: i64,
+) -> Result<()> {
+    let Some(cluster) = get(tx.db(), &told.cluster).await? else { return Ok(()) };
+    let silence_max_ms = Objectives::default().archive_silence_max_ms;
+    let before = cluster.wal.as_ref();
+    let Some(standing) = standing::hear(before, told, told_at_ms, now_ms, silence_max_ms) else {
+        return Ok(());
+    };
     sqlx::query(
         "-- archive_stands
          UPDATE clusters SET wal = $2 WHERE name = $1",

@@ -8,6 +8,7 @@
 )]
 
 mod api;
+mod archive;
 mod attempts;
 mod orders;
 mod several;

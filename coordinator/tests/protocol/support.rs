@@ -16,7 +16,7 @@ use proto::job::{Backup, BackupOutcome, JobKind, Task};
 use proto::message::{
     Beacon, Claim, ClaimMessage, ClusterOffer, Control, Decline, DeclineReason, DenialReason,
     Grant, Nonce, Offers, Pulse, Report, ReportBody, RepositoryOffer, RunningAttempt, SCHEMA,
-    Slots, Spec, Ticket,
+    Slots, Spec, Ticket, WalStanding,
 };
 use proto::topology::{self, TicketQueue};
 use proto::{
@@ -290,6 +290,8 @@ pub(crate) struct Worker {
     pub(crate) clusters: Vec<&'static str>,
     pub(crate) slots: Slots,
     pub(crate) running: Vec<RunningAttempt>,
+    /// What its pulses say of archives.
+    pub(crate) wal: Vec<WalStanding>,
     /// What its cluster shows.
     pub(crate) identifier: SystemIdentifier,
     pub(crate) every_ms: u32,
@@ -336,6 +338,7 @@ impl Worker {
             clusters: vec!["orders"],
             slots: Slots { urgent_free: 1, routine_free: 2 },
             running: Vec::new(),
+            wal: Vec::new(),
             identifier: SystemIdentifier(42),
             every_ms: 1_000,
             seq: 0,
@@ -403,7 +406,7 @@ impl Worker {
             draining: false,
             running: self.running.clone(),
             offers,
-            wal: Vec::new(),
+            wal: self.wal.clone(),
         };
         let body = serde_json::to_string(&self.credentials.sign(&pulse)).unwrap();
         self.say(topology::PULSE, "pulse", body).await;

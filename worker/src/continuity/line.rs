@@ -1,129 +1,79 @@
-//! The unbroken line of a cluster's WAL in the archive, followed segment by segment.
+//! The unbroken line of a cluster's WAL in the archive, as a look at the whole archive shows it.
 
 use postgres::recovery::Way;
-use postgres::wal_position::WalPosition;
-use proto::message::{WalAncestor, WalWaiting};
+use proto::message::WalAncestor;
 use proto::wal::{History, Segment};
 use proto::{LineageId, Lsn, Timeline};
-use repository::{Error, Repository, WalInventory};
+use repository::WalInventory;
 
-/// Segments that one look goes on by; the next look goes on from there.
-const SEGMENTS_MAX: usize = 256;
-/// How long a full segment may be missing before the archive is looked at as a whole: it may have later ones.
-const MISSING_MS: i64 = 10_000;
-/// How often at most that is done.
-const SURVEY_EVERY_MS: i64 = 30_000;
-
-/// What the archive has of one timeline, as it was seen last.
-#[derive(Debug)]
+/// What the archive has of one timeline.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Line {
-    lineage: LineageId,
-    timeline: Timeline,
+    pub(super) lineage: LineageId,
+    pub(super) timeline: Timeline,
     pub(super) from: Lsn,
     pub(super) to: Lsn,
     pub(super) missing: Option<Segment>,
     pub(super) segment_size: u32,
     pub(super) ancestors: Vec<WalAncestor>,
-    /// The next segment, and since when it has been full.
-    waiting: Option<(Segment, i64)>,
-    surveyed_at_ms: i64,
+    /// Whether the archive has anything of the timeline. Otherwise the line is empty, and begins where the server was seen.
+    pub(super) is_rooted: bool,
 }
 
 impl Line {
-    /// Looks at the whole archive of a lineage; `None` when it has nothing of the timeline.
-    pub(super) async fn survey(
-        repository: &Repository,
-        lineage: LineageId,
-        timeline: Timeline,
-        now_ms: i64,
-    ) -> Result<Option<Self>, Error> {
-        let archive = repository.list_wal(lineage).await?;
-        Ok(Self::newest(&archive, lineage, timeline, now_ms))
-    }
-
-    /// The newest unbroken stretch along the history of a timeline, as far as that is known.
-    fn newest(
+    /// The newest unbroken stretch along the history of a timeline, as far as that is known, for a server that was seen at
+    /// `server`. `None` when nothing is archived at all.
+    pub(super) fn newest(
         archive: &WalInventory,
         lineage: LineageId,
         timeline: Timeline,
-        now_ms: i64,
+        server: Lsn,
     ) -> Option<Self> {
-        let own = archive.timelines.get(&timeline)?;
-        let (segment_size, newest) = (own.segment_size, own.runs.last()?.last);
-        let unknown = || History { timeline, entries: Vec::new() };
-        let history = own.history.clone().unwrap_or_else(unknown);
+        let own = archive.timelines.get(&timeline).cloned().unwrap_or_default();
+        let sizes = archive.timelines.values().map(|wal| wal.segment_size);
+        let segment_size = [own.segment_size].into_iter().chain(sizes).find(|size| *size > 0)?;
+        let is_rooted = own.history.is_some() || !own.runs.is_empty();
+        let history = own.history.unwrap_or(History { timeline, entries: Vec::new() });
+        // As long as nothing of it is archived, the timeline begins with the segment in which it left the one before.
+        let begins = history.entries.last().map_or(server, |entry| entry.switched_at);
+        let next = own.runs.last().map_or_else(
+            || Segment::containing(begins, timeline, segment_size),
+            |newest| newest.last.next(),
+        );
         let ancestors = history
             .entries
             .iter()
             .map(|entry| WalAncestor { timeline: entry.timeline, left_at: entry.switched_at });
         let ancestors = ancestors.collect();
         let way = Way::of_timeline(history, segment_size);
-        let is_there = |segment: Segment| {
-            let wal = archive.timelines.get(&segment.timeline);
-            wal.is_some_and(|wal| wal.segment_size == segment_size && wal.has(segment))
-        };
-        let first = way.line_ending_with(newest.number, is_there);
+        let is_there = |segment: Segment| archive.has(segment, segment_size);
+        let first = way.line_ending_with(next.number, is_there);
         let oldest =
             archive.timelines.values().filter_map(|wal| wal.runs.first()).map(|run| run.from);
         let is_oldest = oldest.min() >= Some(first.start(segment_size));
-        let missing = first.number.checked_sub(1).filter(|_| !is_oldest);
+        let missing = first.number.checked_sub(1).filter(|_| is_rooted && !is_oldest);
         Some(Self {
             lineage,
             timeline,
             from: first.start(segment_size),
-            to: newest.end(segment_size),
+            to: next.start(segment_size),
             missing: missing.map(|number| way.segment(number)),
             segment_size,
             ancestors,
-            waiting: None,
-            surveyed_at_ms: now_ms,
+            is_rooted,
         })
     }
 
-    /// Goes on along the segments that came since.
-    pub(super) async fn go_on(
-        &mut self,
-        repository: &Repository,
-        server: &WalPosition,
-        now_ms: i64,
-    ) -> Result<(), Error> {
-        for _ in 0..SEGMENTS_MAX {
-            let next = self.next();
-            // The server still writes it.
-            if next.end(self.segment_size) > server.lsn {
-                self.waiting = None;
-                return Ok(());
-            }
-            if repository.has_wal(self.lineage, next.name(self.segment_size)).await? {
-                self.to = next.end(self.segment_size);
-                self.waiting = None;
-                continue;
-            }
-            let since = self.waiting.filter(|(segment, _)| *segment == next);
-            let since_ms = since.map_or(now_ms, |(_, since_ms)| since_ms);
-            self.waiting = Some((next, since_ms));
-            if now_ms - since_ms >= MISSING_MS && now_ms - self.surveyed_at_ms >= SURVEY_EVERY_MS {
-                self.jump(repository, since_ms, now_ms).await?;
-            }
-            return Ok(());
+    /// The line as it is after the whole archive was looked at again. When that began, this line led to `known_to` at least:
+    /// what came since is not in `found` and yet archived, what is not in `found` before that is gone.
+    pub(super) fn renewed(self, found: Self, known_to: Lsn) -> Self {
+        if self.lineage != found.lineage || found.to < known_to {
+            return found;
         }
-        Ok(())
-    }
-
-    /// Goes on behind a gap, when the archive has something there.
-    async fn jump(
-        &mut self,
-        repository: &Repository,
-        since_ms: i64,
-        now_ms: i64,
-    ) -> Result<(), Error> {
-        self.surveyed_at_ms = now_ms;
-        let again = Self::survey(repository, self.lineage, self.timeline, now_ms).await?;
-        if let Some(line) = again.filter(|line| line.to > self.to) {
-            *self = line;
-            self.waiting = Some((self.next(), since_ms));
+        if !self.is_rooted && !found.is_rooted {
+            return self;
         }
-        Ok(())
+        Self { to: found.to.max(self.to), ..found }
     }
 
     /// The segment in which the server goes on, or the first that is missing.
@@ -131,17 +81,9 @@ impl Line {
         Segment::containing(self.to, self.timeline, self.segment_size)
     }
 
-    /// Whole segments of the server that are not in the archive.
-    pub(super) fn waiting(&self, server: &WalPosition) -> Option<WalWaiting> {
-        let (next, since_ms) = self.waiting?;
-        let writes = Segment::containing(server.lsn, self.timeline, self.segment_size);
-        let segments = writes.number.saturating_sub(next.number);
-        let segment = next.name(self.segment_size);
-        (segments > 0).then_some(WalWaiting { segment, since_ms, segments })
-    }
-
-    pub(super) fn is_of(&self, timeline: Timeline) -> bool {
-        self.timeline == timeline
+    /// Whether it may turn out before long that more is archived than the line shows.
+    pub(super) fn is_doubtful(&self) -> bool {
+        self.missing.is_some() || (self.timeline.0 > 1 && self.ancestors.is_empty())
     }
 }
 
@@ -169,7 +111,7 @@ mod tests {
             };
             let history = History::parse(timeline, history).ok().filter(|_| timeline.0 > 1);
             let wal = TimelineWal {
-                segment_size: 1 << 20,
+                segment_size: if runs.is_empty() { 0 } else { 1 << 20 },
                 runs: runs.iter().map(run).collect(),
                 history: history.filter(|history| !history.entries.is_empty()),
                 ..TimelineWal::default()
@@ -182,7 +124,7 @@ mod tests {
     /// Where the newest line begins and ends, and what is missing before it, in segments.
     fn line(archive: &WalInventory, timeline: u32) -> Option<(u64, u64, Option<u64>)> {
         let lineage = LineageId::mint(1, [1; 10]);
-        let line = Line::newest(archive, lineage, Timeline(timeline), 0)?;
+        let line = Line::newest(archive, lineage, Timeline(timeline), Lsn(9 * MIB + 5))?;
         Some((line.from.0 / MIB, line.to.0 / MIB, line.missing.map(|gap| gap.number)))
     }
 
@@ -194,7 +136,6 @@ mod tests {
             Some((8, 10, Some(7)))
         );
         assert_eq!(line(&archive(&[(1, &[], "")]), 1), None);
-        assert_eq!(line(&archive(&[(1, &[(3, 3)], "")]), 2), None);
     }
 
     #[test]
@@ -206,5 +147,48 @@ mod tests {
         // Nobody knows where the timeline came from: its own segments count.
         let alone = archive(&[(1, &[(3, 4)], ""), (2, &[(5, 5)], "")]);
         assert_eq!(line(&alone, 2), Some((5, 6, Some(4))));
+    }
+
+    #[test]
+    fn a_timeline_of_which_nothing_is_archived_begins_where_it_left_the_other() {
+        let history = format!("1\t{}\tno recovery target specified\n", Lsn(5 * MIB + 100));
+        let promoted = |runs| archive(&[(1, runs, ""), (2, &[], &history)]);
+        assert_eq!(line(&promoted(&[(2, 5)]), 2), Some((2, 5, None)));
+        assert_eq!(line(&promoted(&[(2, 3)]), 2), Some((5, 5, Some(4))), "the last is missing");
+        // Nobody knows where it left: it begins where the server was seen, and leads on from nothing.
+        assert_eq!(line(&archive(&[(1, &[(2, 5)], "")]), 2), Some((9, 9, None)));
+    }
+
+    #[test]
+    fn a_line_is_renewed_by_what_is_there_and_keeps_what_came_since() {
+        let lineage = LineageId::mint(1, [1; 10]);
+        let line = |from: u64, to: u64, missing: Option<u64>| Line {
+            lineage,
+            timeline: Timeline(1),
+            from: Lsn(from),
+            to: Lsn(to),
+            missing: missing.map(|number| Segment { timeline: Timeline(1), number }),
+            segment_size: 1 << 20,
+            ancestors: Vec::new(),
+            is_rooted: true,
+        };
+        let renewed = |found: Line| line(1, 9, None).renewed(found, Lsn(7));
+        assert_eq!(renewed(line(1, 8, None)), line(1, 9, None));
+        assert_eq!(renewed(line(1, 10, None)), line(1, 10, None));
+        assert_eq!(renewed(line(4, 8, None)), line(4, 9, None), "the oldest was deleted");
+        assert_eq!(renewed(line(4, 8, Some(3))), line(4, 9, Some(3)), "one was deleted");
+        assert_eq!(renewed(line(1, 6, None)), line(1, 6, None), "the newest was deleted");
+        assert_eq!(
+            line(4, 9, Some(3)).renewed(line(1, 9, None), Lsn(9)),
+            line(1, 9, None),
+            "filled"
+        );
+        let empty = |at| Line { is_rooted: false, ..line(at, at, None) };
+        assert_eq!(
+            empty(3).renewed(empty(5), Lsn(3)),
+            empty(3),
+            "it waits since it was first seen"
+        );
+        assert_eq!(empty(3).renewed(line(1, 4, None), Lsn(3)), line(1, 4, None));
     }
 }

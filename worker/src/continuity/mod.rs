@@ -4,7 +4,10 @@
 //! itself here, whatever the server believes. Clusters that archive nothing into their repository are left alone.
 
 mod commits;
+mod follow;
 mod line;
+mod passed;
+mod survey;
 mod tail;
 
 use std::collections::BTreeMap;
@@ -12,15 +15,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::future::join_all;
-use postgres::{Purpose, connect_maintenance};
+use postgres::{Purpose, ServerIdentity, connect_maintenance};
 use proto::message::WalStanding;
-use proto::{ClusterName, Failure, JobId, LineageId, SystemIdentifier, Timeline};
+use proto::{Action, ClusterName, Code, Failure, JobId};
 use repository::Repository;
+use tokio::sync::Semaphore;
 
-use self::commits::Commits;
+use self::follow::{Follower, Looked, Server};
 use self::line::Line;
 use crate::clock;
-use crate::places::Cluster;
+use crate::places::{Cluster, RepositoryPlace};
 use crate::shared::Shared;
 
 /// How often a server is asked where it is: so fine is what is known of the last transaction that is safe.
@@ -31,10 +35,16 @@ const LOOK_SELDOM: Duration = Duration::from_secs(30);
 const LOOK_MAX: Duration = Duration::from_secs(30);
 /// How often a standing is told when nothing about it is new.
 const TELL_EVERY_MS: i64 = 15_000;
+/// Archives that are listed as a whole at the same time: a list of years takes its room in memory.
+const SURVEYS_MAX: usize = 4;
 
 /// How the archives stand, as they were seen last.
-#[derive(Debug, Default)]
-pub(crate) struct Standings(Mutex<BTreeMap<ClusterName, Told>>);
+#[derive(Debug)]
+pub(crate) struct Standings {
+    told: Mutex<BTreeMap<ClusterName, Told>>,
+    /// Who may list a whole archive.
+    surveys: Arc<Semaphore>,
+}
 
 #[derive(Debug)]
 struct Told {
@@ -43,10 +53,16 @@ struct Told {
     told_at_ms: i64,
 }
 
+impl Default for Standings {
+    fn default() -> Self {
+        Self { told: Mutex::default(), surveys: Arc::new(Semaphore::new(SURVEYS_MAX)) }
+    }
+}
+
 impl Standings {
     /// Notes a standing; `true` when something about it is new that people should know at once.
     fn note(&self, standing: WalStanding) -> bool {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         let before = all.get(&standing.cluster);
         let key = |standing: &WalStanding| {
             let waits = standing.waiting.map(|waiting| waiting.segment);
@@ -59,10 +75,15 @@ impl Standings {
         is_news
     }
 
+    /// There is nothing to say any more.
+    fn forget(&self, cluster: &ClusterName) {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner).remove(cluster);
+    }
+
     /// Those that are due, or all of them. They count as told.
     pub(crate) fn due(&self, all_of_them: bool) -> Vec<WalStanding> {
         let now_ms = clock::now_ms();
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         let due = all
             .values_mut()
             .filter(|told| all_of_them || now_ms.saturating_sub(told.told_at_ms) >= TELL_EVERY_MS);
@@ -75,7 +96,7 @@ impl Standings {
 
     /// What was told did not get through.
     pub(crate) fn not_told(&self, standings: &[WalStanding]) {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         for standing in standings {
             if let Some(told) = all.get_mut(&standing.cluster) {
                 told.told_at_ms = 0;
@@ -91,27 +112,37 @@ pub(crate) async fn watch(shared: Arc<Shared>) {
 }
 
 async fn watch_one(shared: &Shared, cluster: &Cluster) {
-    if shared.places.place_for(&cluster.config.name).is_err() {
-        return;
-    }
-    let mut watcher = Watcher { cluster, lineage: None, line: None, commits: Commits::default() };
+    let name = &cluster.config.name;
+    let Ok(place) = shared.places.place_for(name) else { return };
+    let mut watcher = Watcher { cluster, place, follower: Follower::new(name.clone()) };
     let mut is_failing = false;
     loop {
         let looked = tokio::time::timeout(LOOK_MAX, watcher.look(shared)).await;
-        let mut pause = LOOK_EVERY;
-        let failed = matches!(looked, Ok(Err(_)));
-        match looked {
-            Ok(Ok(Some(standing))) => {
+        let looked = looked.unwrap_or_else(|_| {
+            let message = format!("one look takes more than {} s", LOOK_MAX.as_secs());
+            Err(Failure::new(Code::DeadlineExceeded, Action::Retry, message))
+        });
+        if !matches!(looked, Ok(Looked::Standing(_))) {
+            // What nobody sees any more is not told again: that it is old tells itself.
+            shared.standings.forget(name);
+        }
+        let failed = looked.is_err();
+        let pause = match looked {
+            Ok(Looked::Standing(standing)) => {
                 if shared.standings.note(standing) {
                     shared.pulse_now.notify_one();
                 }
+                LOOK_EVERY
             }
-            Ok(Ok(None)) => pause = LOOK_SELDOM,
-            // A server that is away is told by the offers, a store that is away by what needs it.
-            Ok(Err(failure)) if !is_failing => {
-                tracing::info!(cluster = %cluster.config.name, "The archive of WAL cannot be looked at: {failure}");
+            Ok(Looked::Later) => LOOK_EVERY,
+            Err(failure) if !is_failing => {
+                tracing::warn!(cluster = %name, "The archive of WAL cannot be looked at: {failure}");
+                LOOK_EVERY
             }
-            Ok(Err(_)) | Err(_) => {}
+            Ok(Looked::Nothing) | Err(_) => LOOK_SELDOM,
+        };
+        if is_failing && !failed {
+            tracing::info!(cluster = %name, "The archive of WAL can be looked at again");
         }
         is_failing = failed;
         tokio::time::sleep(pause).await;
@@ -120,86 +151,59 @@ async fn watch_one(shared: &Shared, cluster: &Cluster) {
 
 struct Watcher<'a> {
     cluster: &'a Cluster,
-    lineage: Option<(SystemIdentifier, LineageId)>,
-    line: Option<Line>,
-    commits: Commits,
+    place: &'a RepositoryPlace,
+    follower: Follower,
 }
 
 impl Watcher<'_> {
-    /// `None` when there is nothing to say: a standby, a cluster that archives nowhere, or not here.
-    async fn look(&mut self, shared: &Shared) -> Result<Option<WalStanding>, Failure> {
-        let name = &self.cluster.config.name;
-        let purpose = Purpose::ask(&JobId(shared.boot.0));
-        let session = connect_maintenance(&self.cluster.target, &purpose).await?;
-        let now_ms = clock::now_ms();
-        let position = session.wal_position().await?.filter(|position| position.archives);
-        let Some(position) = position else {
-            self.line = None;
-            return Ok(None);
-        };
-        let identity = session.identity().await?;
-        let server = identity.system_identifier;
-        session.close().await;
-        if self.line.as_ref().is_some_and(|line| !line.is_of(position.timeline))
-            || self.lineage.is_some_and(|(known, _)| known != server)
-        {
-            (self.line, self.lineage) = (None, None);
-            self.commits.forget();
+    async fn look(&mut self, shared: &Shared) -> Result<Looked, Failure> {
+        if self.follower.follows() {
+            let repository = self.place.kept().await?;
+            let prepared = self.follower.prepare(&repository, clock::Seen::now()).await;
+            self.or_let_go(&repository, prepared).await?;
         }
-        let repository = shared.places.place_for(name)?.kept().await?;
-        if self.line.is_none() {
-            self.survey(repository, server, position.timeline, now_ms).await?;
-        }
-        let (Some(line), Some((_, lineage))) = (&mut self.line, self.lineage) else {
-            return Ok(None);
+        let Some((server, identity)) = self.ask(shared).await? else {
+            self.follower.forget();
+            return Ok(Looked::Nothing);
         };
-        line.go_on(repository, &position, now_ms).await?;
-        let is_idle = tail::is_idle(self.cluster, identity, line, position.lsn).await;
-        let behind = if is_idle { line.to } else { position.lsn };
-        self.commits.note(now_ms, &position.snapshot, behind);
-        Ok(Some(WalStanding {
-            cluster: name.clone(),
-            lineage,
-            at_ms: now_ms,
-            timeline: position.timeline,
-            ancestors: line.ancestors.clone(),
-            server_lsn: position.lsn,
-            line_from: line.from,
-            archived_to: line.to,
-            safe_at_ms: self.commits.safe_at(line.to),
-            waiting: line.waiting(&position),
-            gap: line.missing.map(|segment| segment.name(line.segment_size)),
-        }))
+        let repository = self.place.kept().await?;
+        let until = server.position.lsn;
+        let is_idle = async |line: &Line| tail::is_idle(self.cluster, identity, line, until).await;
+        let few = &shared.standings.surveys;
+        let looked = self.follower.follow(&repository, few, &server, is_idle).await;
+        self.or_let_go(&repository, looked).await
     }
 
-    async fn survey(
-        &mut self,
-        repository: &Repository,
-        server: SystemIdentifier,
-        timeline: Timeline,
-        now_ms: i64,
-    ) -> Result<(), Failure> {
-        if self.lineage.is_none() {
-            let name = &self.cluster.config.name;
-            let lineages = repository.list_lineages().await?;
-            let of_server = lineages.into_iter().find(|identity| {
-                identity.cluster == *name
-                    && identity.system_identifier == server
-                    && identity.kind.is_physical()
-            });
-            self.lineage = of_server.map(|identity| (server, identity.lineage));
+    /// `None` when there is nothing to follow: a standby, or a server that archives nothing.
+    async fn ask(&self, shared: &Shared) -> Result<Option<(Server, ServerIdentity)>, Failure> {
+        let purpose = Purpose::ask(&JobId(shared.boot.0));
+        let session = connect_maintenance(&self.cluster.target, &purpose).await?;
+        let seen = clock::Seen::now();
+        let position = session.wal_position().await?.filter(|position| position.archives);
+        let Some(position) = position else { return Ok(None) };
+        let identity = session.identity().await?;
+        session.close().await;
+        let system_identifier = identity.system_identifier;
+        Ok(Some((Server { seen, system_identifier, position }, identity)))
+    }
+
+    /// After an error the repository is opened anew: the one at this place may be another by now.
+    async fn or_let_go<T>(
+        &self,
+        repository: &Arc<Repository>,
+        result: Result<T, Failure>,
+    ) -> Result<T, Failure> {
+        if result.is_err() {
+            self.place.let_go(repository).await;
         }
-        if let Some((_, lineage)) = self.lineage {
-            self.line = Line::survey(repository, lineage, timeline, now_ms).await?;
-        }
-        Ok(())
+        result
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use proto::Lsn;
     use proto::message::WalWaiting;
+    use proto::{LineageId, Lsn, Timeline};
 
     use super::*;
 
@@ -238,5 +242,7 @@ mod tests {
         assert!(standings.due(false).is_empty());
         standings.not_told(&told);
         assert_eq!(standings.due(false).len(), 1);
+        standings.forget(&"orders".parse().unwrap());
+        assert!(standings.due(true).is_empty(), "what is not seen any more is not told again");
     }
 }

@@ -28,7 +28,8 @@ pub(super) async fn is_idle(
     line: &Line,
     until: Lsn,
 ) -> bool {
-    let written = until.0.saturating_sub(line.to.0);
+    // An archive that is ahead says nothing of what this server wrote.
+    let Some(written) = until.0.checked_sub(line.to.0) else { return false };
     if written == 0 || written > BYTES_MAX {
         return written == 0;
     }

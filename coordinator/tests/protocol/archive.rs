@@ -1,0 +1,126 @@
+//! What a cluster is judged by when its archive is not looked at, and when its newest backup is bad.
+
+use coordinator::api::types::{ClusterView, SubmitRequest};
+use policy::ClusterState;
+use proto::job::VerifyRestoreOutcome;
+use proto::message::{ReportBody, WalStanding};
+use proto::proof::{Proof, ProofLevel};
+use proto::{BackupId, JobState, LineageId, Lsn, Outcome, SystemIdentifier, Timeline};
+
+use crate::support::{Fleet, START, Worker, backup_outcome, backup_request, eventually, orders};
+
+/// What a worker saw, by its own clock.
+fn standing(at_ms: i64) -> WalStanding {
+    WalStanding {
+        cluster: orders(),
+        lineage: LineageId::mint(1, [1; 10]),
+        at_ms,
+        timeline: Timeline(1),
+        ancestors: Vec::new(),
+        server_lsn: Lsn(9),
+        line_from: Lsn(1),
+        archived_to: Lsn(8),
+        safe_at_ms: Some(at_ms - 100),
+        waiting: None,
+        gap: None,
+    }
+}
+
+async fn show(fleet: &Fleet) -> ClusterView {
+    fleet.get("/v1/clusters/orders").await
+}
+
+/// A pulse after a while of the coordinator's time.
+async fn pulse(fleet: &Fleet, worker: &mut Worker, after_ms: i64) -> ClusterView {
+    fleet.hand.advance(after_ms);
+    let now_ms = fleet.clock.now_ms();
+    worker.pulse().await;
+    eventually("the pulse is heard", || async {
+        let view = show(fleet).await;
+        (view.seen_at_ms == Some(now_ms)).then_some(view)
+    })
+    .await
+}
+
+async fn take_backup(fleet: &Fleet, worker: &mut Worker, verify: bool) -> BackupId {
+    let verify = verify.then_some(ProofLevel::L5);
+    let job = fleet.submit(&SubmitRequest { verify, ..backup_request() }).await;
+    let ticket = worker.ticket().await;
+    let mut work = worker.take(&ticket).await;
+    let Outcome::Backup(mut outcome) = backup_outcome(ticket.attempt) else { unreachable!() };
+    outcome.stopped_at_ms = fleet.clock.now_ms();
+    let outcome = Box::new(Outcome::Backup(outcome));
+    worker.end(&mut work, ReportBody::Succeeded { outcome, steps: vec![] }).await;
+    fleet.until_state(job.id, JobState::Succeeded).await;
+    ticket.attempt.into()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_archive_that_nobody_looks_at_is_at_risk_while_a_worker_speaks() {
+    use ClusterState::{AtRisk, Taken, Unknown};
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    take_backup(&fleet, &mut w1, false).await;
+    // By the worker's clock, which stands still in these tests, it has just been seen.
+    w1.wal = vec![standing(START)];
+    let view = pulse(&fleet, &mut w1, 1).await;
+    assert_eq!(view.wal.map(|wal| wal.at_ms), view.seen_at_ms, "in the coordinator's time");
+    w1.wal.clear();
+    let mut states = Vec::new();
+    for _ in 0..5 {
+        states.push(pulse(&fleet, &mut w1, 30_000).await.state);
+    }
+    assert_eq!(states, [Taken, Taken, Taken, Taken, AtRisk]);
+    // After an outage of everything the worker has a while to look.
+    fleet.hand.advance(600_000);
+    assert_eq!(show(&fleet).await.state, Unknown);
+    assert_eq!(pulse(&fleet, &mut w1, 1).await.state, Taken);
+    w1.wal = vec![standing(START)];
+    let view = pulse(&fleet, &mut w1, 50_000).await;
+    assert_eq!(view.wal.map(|wal| wal.at_ms), view.seen_at_ms);
+    assert_eq!(view.recoverable_to_at_ms, Some(START), "and nothing seems safer than it was");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_that_is_found_bad_is_nothing_to_recover_from() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    take_backup(&fleet, &mut w1, false).await;
+    let first_at_ms = show(&fleet).await.recoverable_to_at_ms;
+    assert_eq!(first_at_ms, Some(START));
+    fleet.hand.advance(1_000);
+    let bad = take_backup(&fleet, &mut w1, true).await;
+    assert_eq!(show(&fleet).await.recoverable_to_at_ms, Some(START + 1_000));
+
+    let ticket = w1.any_ticket().await;
+    let mut work = w1.take(&ticket).await;
+    let proof = Proof {
+        backup: bad,
+        lineage: LineageId::mint(1, [1; 10]),
+        cluster: orders(),
+        system_identifier: SystemIdentifier(42),
+        worker: "w1".parse().unwrap(),
+        at_ms: START + 2_000,
+        level_asked: ProofLevel::L5,
+        level_reached: Some(ProofLevel::L1),
+        passed: false,
+        server_version_num: None,
+        reached_lsn: None,
+        phases: vec![],
+        size_bytes: 1,
+        tables: 0,
+        rows: 0,
+        tables_exact: 0,
+        tables_bounded: 0,
+        checks: vec![],
+        isolation: String::new(),
+    };
+    let outcome = Outcome::VerifyRestore(VerifyRestoreOutcome { proof });
+    w1.end(&mut work, ReportBody::Succeeded { outcome: Box::new(outcome), steps: vec![] }).await;
+    let view = eventually("the proof counts", || async {
+        let view = show(&fleet).await;
+        (view.state == ClusterState::Broken).then_some(view)
+    })
+    .await;
+    assert_eq!(view.recoverable_to_at_ms, first_at_ms, "from the one before");
+}

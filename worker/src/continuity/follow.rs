@@ -1,0 +1,545 @@
+//! Follows one server's log into its archive: what is known of the archive, against where the server is.
+//!
+//! Whatever is known of the archive was seen before the server was asked where it is. So an archive that is ahead of the server
+//! has what that server did not write.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use postgres::wal_position::WalPosition;
+use proto::failure::{Action, Code, Failure};
+use proto::message::{WalStanding, WalWaiting};
+use proto::wal::Segment;
+use proto::{ClusterName, Lsn, RepositoryId, SystemIdentifier, Timeline};
+use repository::{Repository, WalAbsence};
+use tokio::sync::Semaphore;
+
+use super::commits::Commits;
+use super::line::Line;
+use super::passed::Passed;
+use super::survey::{Asked, Surveys};
+use crate::clock::Seen;
+
+/// Segments that one look goes on by; the next look goes on from there.
+const SEGMENTS_MAX: usize = 256;
+/// How long a full segment may be missing before it is asked whether the archive has later ones.
+const MISSING_MS: i64 = 10_000;
+/// How often at most that is asked.
+const ASK_BEHIND_EVERY_MS: i64 = 30_000;
+/// How soon the archive is looked at as a whole again while nothing is known of it, or it is known to have more.
+const SURVEY_SOON: Duration = Duration::from_secs(30);
+/// The same while it may turn out that it has more.
+const SURVEY_IN_DOUBT: Duration = Duration::from_mins(5);
+/// The same otherwise: what was deleted shows itself by nothing else.
+const SURVEY_EVERY: Duration = Duration::from_hours(1);
+/// How long a new timeline may take to show itself in the archive before that is told.
+const NEW_TIMELINE_MS: i64 = 60_000;
+
+/// What one look at a server and its archive showed.
+#[derive(Debug)]
+pub(super) enum Looked {
+    /// How the archive stands.
+    Standing(WalStanding),
+    /// Not known yet.
+    Later,
+    /// Nothing is archived here.
+    Nothing,
+}
+
+/// A server that was asked, and when.
+#[derive(Debug, Clone)]
+pub(super) struct Server {
+    /// Before it was asked.
+    pub(super) seen: Seen,
+    pub(super) system_identifier: SystemIdentifier,
+    pub(super) position: WalPosition,
+}
+
+/// One server's way into its archive.
+#[derive(Debug)]
+pub(super) struct Follower {
+    cluster: ClusterName,
+    of: Option<(RepositoryId, SystemIdentifier, Timeline)>,
+    known: Known,
+}
+
+/// What is known as long as server, timeline and repository stay the same.
+#[derive(Debug, Default)]
+struct Known {
+    since: Option<Seen>,
+    line: Option<Line>,
+    surveys: Surveys,
+    /// Whether the archive is known to have more than the line.
+    has_more: bool,
+    passed: Passed,
+    commits: Commits,
+    /// The next segment, and since when it is known to be missing.
+    missing: Option<(Segment, Seen)>,
+    asked_behind: Option<Seen>,
+    /// Whether it was asked if the archive has the segment that the server writes.
+    peeked: bool,
+    /// In which segment the server was when it turned out that the archive is ahead of it, and since when.
+    behind: Option<(Segment, Seen)>,
+}
+
+impl Follower {
+    pub(super) fn new(cluster: ClusterName) -> Self {
+        Self { cluster, of: None, known: Known::default() }
+    }
+
+    /// Whether anything is known already.
+    pub(super) fn follows(&self) -> bool {
+        self.of.is_some()
+    }
+
+    /// Forgets the server, which is a standby now, or archives nothing.
+    pub(super) fn forget(&mut self) {
+        (self.of, self.known) = (None, Known::default());
+    }
+
+    /// Takes in what was found meanwhile; before the server is asked.
+    pub(super) async fn prepare(
+        &mut self,
+        repository: &Repository,
+        now: Seen,
+    ) -> Result<(), Failure> {
+        if self.of.is_some_and(|(id, ..)| id != repository.id()) {
+            self.forget();
+        }
+        self.known.take_in_survey(now).await;
+        self.known.peek(repository).await
+    }
+
+    /// What is to be said of the archive of a server. `is_idle` says whether it is certain that no transaction ended on the
+    /// server between the end of the line and where it is.
+    pub(super) async fn follow(
+        &mut self,
+        repository: &Arc<Repository>,
+        few: &Arc<Semaphore>,
+        server: &Server,
+        is_idle: impl AsyncFnOnce(&Line) -> bool,
+    ) -> Result<Looked, Failure> {
+        let Server { seen: now, system_identifier, position } = server;
+        let of = Some((repository.id(), *system_identifier, position.timeline));
+        if self.of != of {
+            self.of = of;
+            self.known = Known { since: Some(*now), ..Known::default() };
+        }
+        let known = &mut self.known;
+        known.passed.note(position.lsn, *now);
+        if known.surveys.may_begin(known.pause(), *now) {
+            let asked = Asked {
+                cluster: self.cluster.clone(),
+                server: *system_identifier,
+                timeline: position.timeline,
+                lsn: position.lsn,
+            };
+            let known_to = known.line.as_ref().map_or(Lsn(0), |line| line.to);
+            known.surveys.begin(repository, few, asked, known_to);
+            known.has_more = false;
+        }
+        // What cannot be looked at again and again is not vouched for.
+        if let Some(failure) = &known.surveys.failure {
+            return Err(failure.clone());
+        }
+        let Some(line) = &known.line else {
+            return Ok(if known.surveys.is_running() { Looked::Later } else { Looked::Nothing });
+        };
+        if line.to > position.lsn && known.behind.is_none() {
+            let writes = Segment::containing(position.lsn, line.timeline, line.segment_size);
+            known.behind = Some((writes, *now));
+            known.commits.forget();
+        }
+        if known.behind.is_none() {
+            known.go_on(repository, *now).await?;
+        }
+        let Some(line) = &known.line else { return Ok(Looked::Later) };
+        if known.behind.is_none() && line.is_rooted {
+            let behind = if is_idle(line).await { line.to } else { position.lsn };
+            known.commits.note(*now, &position.snapshot, behind);
+        }
+        Ok(known.standing(&self.cluster, position, *now))
+    }
+}
+
+impl Known {
+    /// How soon the archive is looked at as a whole again.
+    fn pause(&self) -> Duration {
+        match &self.line {
+            None => SURVEY_SOON,
+            Some(line) if !line.is_rooted || self.has_more || self.surveys.failure.is_some() => {
+                SURVEY_SOON
+            }
+            Some(line) if line.is_doubtful() || self.behind.is_some() => SURVEY_IN_DOUBT,
+            Some(_) => SURVEY_EVERY,
+        }
+    }
+
+    async fn take_in_survey(&mut self, now: Seen) {
+        let Some((found, known_to)) = self.surveys.ended(now).await else { return };
+        let before = self.line.take();
+        let to = before.as_ref().map(|line| line.to);
+        if before.is_some() && found.is_none() {
+            let message = "nothing is left of the archive";
+            self.surveys.failure = Some(Failure::new(Code::WalMissing, Action::FixConfig, message));
+        }
+        self.line = match (before, found) {
+            (Some(line), Some(found)) => Some(line.renewed(found, known_to)),
+            (_, found) => found,
+        };
+        let line = self.line.as_ref();
+        // What the server did not write may be gone.
+        if line.is_none_or(|line| Some(line.to) < to) {
+            self.behind = None;
+        }
+        if line.map(|line| line.to) != to {
+            self.peeked = false;
+        }
+    }
+
+    /// Asks once for each segment that the server writes whether the archive has it already, from another server.
+    async fn peek(&mut self, repository: &Repository) -> Result<(), Failure> {
+        let Some(line) = self.line.as_mut().filter(|_| !self.peeked) else { return Ok(()) };
+        let next = line.next();
+        if repository.has_wal(line.lineage, next.name(line.segment_size)).await? {
+            line.to = next.end(line.segment_size);
+            self.has_more |= !line.is_rooted;
+        } else {
+            self.peeked = true;
+        }
+        Ok(())
+    }
+
+    /// Goes on along the segments that came since.
+    async fn go_on(&mut self, repository: &Repository, now: Seen) -> Result<(), Failure> {
+        let Some(line) = &mut self.line else { return Ok(()) };
+        for _ in 0..SEGMENTS_MAX {
+            let next = line.next();
+            // The server still writes it.
+            if self.passed.since(next.end(line.segment_size)).is_none() {
+                self.missing = None;
+                return Ok(());
+            }
+            let name = next.name(line.segment_size);
+            if repository.has_wal(line.lineage, name).await? {
+                line.to = next.end(line.segment_size);
+                self.has_more |= !line.is_rooted;
+                (self.missing, self.peeked) = (None, false);
+                continue;
+            }
+            let since = self.missing.filter(|(segment, _)| *segment == next);
+            let (_, since) = *self.missing.insert(since.unwrap_or((next, now)));
+            let asked = self.asked_behind;
+            if since.age_ms(now) >= MISSING_MS
+                && asked.is_none_or(|asked| asked.age_ms(now) >= ASK_BEHIND_EVERY_MS)
+            {
+                self.asked_behind = Some(now);
+                self.has_more |=
+                    repository.wal_absence(line.lineage, name).await? != WalAbsence::End;
+            }
+            return Ok(());
+        }
+        Ok(())
+    }
+
+    fn standing(&mut self, cluster: &ClusterName, position: &WalPosition, now: Seen) -> Looked {
+        let Some(line) = &self.line else { return Looked::Later };
+        let waiting = match self.behind {
+            Some(behind) => Some(behind),
+            None => self.missing.and_then(|(next, _)| {
+                Some((next, self.passed.since(next.end(line.segment_size))?))
+            }),
+        };
+        let writes = Segment::containing(position.lsn, line.timeline, line.segment_size);
+        let waiting = waiting.and_then(|(segment, since)| {
+            let segments = writes.number.saturating_sub(segment.number);
+            let since_ms = now.at_ms.saturating_sub(since.age_ms(now));
+            let segment = segment.name(line.segment_size);
+            (segments > 0).then_some(WalWaiting { segment, since_ms, segments })
+        });
+        let age_ms = self.since.map_or(0, |since| since.age_ms(now));
+        if !line.is_rooted && waiting.is_none() && age_ms < NEW_TIMELINE_MS {
+            return Looked::Later;
+        }
+        let safe = if self.behind.is_none() { self.commits.safe_at(line.to) } else { None };
+        Looked::Standing(WalStanding {
+            cluster: cluster.clone(),
+            lineage: line.lineage,
+            at_ms: now.at_ms,
+            timeline: line.timeline,
+            ancestors: line.ancestors.clone(),
+            server_lsn: position.lsn,
+            line_from: line.from,
+            archived_to: line.to,
+            safe_at_ms: safe.map(|safe| safe.at_ms_by(now)),
+            waiting,
+            gap: line.missing.map(|segment| segment.name(line.segment_size)),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use proto::wal::WalFileName;
+    use repository::store::directory::DirectoryStore;
+    use repository::{Encryption, InitOptions};
+
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+    const SERVER: SystemIdentifier = SystemIdentifier(7);
+
+    /// A repository with an archive of segments of 1 MiB.
+    async fn repository(place: &std::path::Path) -> Arc<Repository> {
+        let store = Arc::new(DirectoryStore::new(place));
+        let options = InitOptions { encryption: Encryption::Off, now_ms: 1 };
+        Arc::new(Repository::init(store, options).await.unwrap().repository)
+    }
+
+    /// A server on a timeline, its archive, and who follows.
+    struct Story {
+        place: tempfile::TempDir,
+        repository: Arc<Repository>,
+        few: Arc<Semaphore>,
+        follower: Follower,
+        timeline: u32,
+        now_ms: i64,
+    }
+
+    impl Story {
+        /// Segments `first` to `last` of timeline 1 are archived.
+        async fn new(first: u64, last: u64) -> Self {
+            let place = tempfile::tempdir().unwrap();
+            let story = Self {
+                repository: repository(&place.path().join("repository")).await,
+                place,
+                few: Arc::new(Semaphore::new(1)),
+                follower: Follower::new("orders".parse().unwrap()),
+                timeline: 1,
+                now_ms: 1_000_000,
+            };
+            for number in first..=last {
+                story.archive(1, number).await;
+            }
+            story
+        }
+
+        async fn store(&self, file: &WalFileName, content: Bytes) {
+            let cluster = "orders".parse().unwrap();
+            let identity = self.repository.find_or_mint_lineage(&cluster, SERVER, 1).await.unwrap();
+            self.repository.store_wal(identity.lineage, file, content).await.unwrap();
+        }
+
+        async fn archive(&self, timeline: u32, number: u64) {
+            let segment = Segment { timeline: Timeline(timeline), number };
+            self.store(&WalFileName::Segment(segment.name(1 << 20)), vec![0; 1 << 20].into()).await;
+        }
+
+        /// Somebody deletes a file of the archive.
+        async fn lose(&self, name: &str) {
+            let store = self.repository.store();
+            let all = store.list("").await.unwrap();
+            let lost = all.iter().find(|object| object.key.ends_with(name)).unwrap();
+            store.delete(&lost.key).await.unwrap();
+        }
+
+        /// Looks after `ms`, when the server is at `lsn`.
+        async fn look(&mut self, ms: i64, lsn: u64) -> Result<Looked, Failure> {
+            self.now_ms += ms;
+            let seen = Seen::test(self.now_ms, self.now_ms);
+            self.follower.prepare(&self.repository, seen).await?;
+            let position = WalPosition {
+                snapshot: self.now_ms.to_string(),
+                lsn: Lsn(lsn),
+                timeline: Timeline(self.timeline),
+                archives: true,
+            };
+            let server = Server { seen, system_identifier: SERVER, position };
+            let Self { repository, few, .. } = self;
+            self.follower.follow(repository, few, &server, async |_| false).await
+        }
+
+        /// The same twice: what the first one began to list counts at the second one.
+        async fn look_well(&mut self, ms: i64, lsn: u64) -> Result<Looked, Failure> {
+            drop(self.look(ms, lsn).await);
+            let listed = async {
+                while self.follower.known.surveys.is_listing() {
+                    tokio::task::yield_now().await;
+                }
+            };
+            tokio::time::timeout(Duration::from_mins(1), listed).await.unwrap();
+            self.look(1, lsn).await
+        }
+
+        async fn seen(&mut self, ms: i64, lsn: u64) -> WalStanding {
+            match self.look_well(ms, lsn).await {
+                Ok(Looked::Standing(standing)) => standing,
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    /// Where a line begins and ends, in segments.
+    fn line(standing: &WalStanding) -> (u64, u64) {
+        (standing.line_from.0 / MIB, standing.archived_to.0 / MIB)
+    }
+
+    fn waiting(standing: &WalStanding) -> Option<(String, u64)> {
+        standing.waiting.map(|waiting| (waiting.segment.to_string(), waiting.segments))
+    }
+
+    #[tokio::test]
+    async fn nothing_of_an_archive_that_is_ahead_of_its_server_is_safe() {
+        let mut story = Story::new(1, 5).await;
+        let safe = story.seen(0, 6 * MIB).await;
+        assert_eq!((line(&safe), safe.safe_at_ms), ((1, 6), Some(story.now_ms)));
+        // A volume is set back, and the server comes up on the same timeline.
+        for (ms, lsn) in [(5_000, 3 * MIB + 100), (5_000, 6 * MIB - 1)] {
+            let ahead = story.seen(ms, lsn).await;
+            assert!(ahead.archived_to > ahead.server_lsn);
+            assert_eq!(ahead.safe_at_ms, None);
+        }
+        // It writes on beyond, and nothing of that is archived: its segment 3 is not the one that is there.
+        let beyond = story.seen(5_000, 6 * MIB).await;
+        assert_eq!(beyond.safe_at_ms, None);
+        assert_eq!(waiting(&beyond), Some(("000000010000000000000003".to_owned(), 3)));
+        assert!(beyond.at_ms - beyond.waiting.unwrap().since_ms >= 10_000);
+        // The other segments are gone, the server archives its own.
+        for name in ["3", "4", "5"] {
+            story.lose(&format!("00000001000000000000000{name}")).await;
+        }
+        let again = story.seen(300_000, 6 * MIB).await;
+        assert_eq!((line(&again), again.safe_at_ms), ((1, 3), None));
+        for number in 3..6 {
+            story.archive(1, number).await;
+        }
+        let again = story.seen(5_000, 6 * MIB).await;
+        assert_eq!((line(&again), waiting(&again)), ((1, 6), None));
+        assert_eq!(again.safe_at_ms, Some(story.now_ms));
+    }
+
+    #[tokio::test]
+    async fn another_server_that_archives_ahead_is_noticed() {
+        let mut story = Story::new(1, 3).await;
+        assert!(story.seen(0, 4 * MIB + 9).await.safe_at_ms.is_none());
+        for number in 4..8 {
+            story.archive(1, number).await;
+        }
+        // Its own segment 4 is refused, and there is one of this name.
+        story.look(5_000, 5 * MIB + 9).await.unwrap();
+        let ahead = story.seen(5_000, 5 * MIB + 9).await;
+        assert!(ahead.archived_to > ahead.server_lsn);
+        assert_eq!(ahead.safe_at_ms, None);
+    }
+
+    #[tokio::test]
+    async fn an_archive_that_falls_behind_waits_since_the_server_was_ahead() {
+        let mut story = Story::new(1, 1).await;
+        story.seen(0, 2 * MIB).await;
+        // The server fills a segment every five seconds, every second one arrives in that time.
+        let mut waits_ms = Vec::new();
+        for round in 1..=20 {
+            if round % 2 == 0 {
+                story.archive(1, 1 + round / 2).await;
+            }
+            let standing = story.seen(5_000, (2 + round) * MIB).await;
+            let waiting = standing.waiting.unwrap();
+            waits_ms.push((standing.at_ms - waiting.since_ms) / 1_000);
+        }
+        assert_eq!(waits_ms[..6], [0, 0, 5, 5, 10, 10]);
+        assert_eq!(waits_ms[18..], [45, 45]);
+    }
+
+    #[tokio::test]
+    async fn a_server_that_was_promoted_and_archives_nothing_is_told() {
+        let mut story = Story::new(1, 5).await;
+        assert_eq!(line(&story.seen(0, 6 * MIB + 9).await), (1, 6));
+        story.timeline = 2;
+        // The history may be on its way.
+        let first = story.look_well(5_000, 6 * MIB + 99).await;
+        assert!(matches!(first, Ok(Looked::Later)), "{first:?}");
+        let full = story.seen(5_000, 7 * MIB + 9).await;
+        assert_eq!(full.timeline, Timeline(2));
+        assert_eq!(waiting(&full), Some(("000000020000000000000006".to_owned(), 1)));
+        assert_eq!((full.ancestors.len(), full.safe_at_ms), (0, None));
+        let since_ms = full.waiting.unwrap().since_ms;
+        let later = story.seen(60_000, 8 * MIB + 9).await;
+        assert_eq!(later.waiting.unwrap().since_ms, since_ms, "however often it is listed");
+    }
+
+    #[tokio::test]
+    async fn an_idle_server_that_was_promoted_is_told_after_a_while() {
+        let mut story = Story::new(1, 5).await;
+        story.timeline = 2;
+        assert!(matches!(story.look_well(0, 6 * MIB + 99).await, Ok(Looked::Later)));
+        let standing = story.seen(NEW_TIMELINE_MS, 6 * MIB + 99).await;
+        assert_eq!((line(&standing), waiting(&standing)), ((6, 6), None));
+    }
+
+    #[tokio::test]
+    async fn a_healthy_promotion_goes_on_where_the_timelines_part() {
+        let mut story = Story::new(1, 5).await;
+        story.timeline = 2;
+        let history = format!("1\t{}\tx\n", Lsn(6 * MIB + 50));
+        story.store(&WalFileName::History(Timeline(2)), history.into()).await;
+        let standing = story.seen(0, 6 * MIB + 99).await;
+        assert_eq!((line(&standing), standing.gap), ((1, 6), None));
+        assert_eq!(standing.ancestors[0].left_at, Lsn(6 * MIB + 50));
+        story.archive(2, 6).await;
+        let standing = story.seen(5_000, 7 * MIB).await;
+        assert_eq!((line(&standing), standing.safe_at_ms), ((1, 7), Some(story.now_ms)));
+    }
+
+    #[tokio::test]
+    async fn what_is_deleted_behind_the_line_is_noticed_and_what_is_filled_too() {
+        let mut story = Story::new(1, 5).await;
+        assert_eq!(line(&story.seen(0, 6 * MIB).await), (1, 6));
+        story.lose("000000010000000000000002").await;
+        let hour_ms = i64::try_from(SURVEY_EVERY.as_millis()).unwrap();
+        assert_eq!(line(&story.seen(hour_ms - 2_000, 6 * MIB).await), (1, 6), "listing costs");
+        let gap = story.seen(2_000, 6 * MIB).await;
+        assert_eq!(line(&gap), (3, 6));
+        assert_eq!(gap.gap.unwrap().to_string(), "000000010000000000000002");
+        assert!(gap.safe_at_ms.is_some());
+        story.archive(1, 2).await;
+        let doubt_ms = i64::try_from(SURVEY_IN_DOUBT.as_millis()).unwrap();
+        let filled = story.seen(doubt_ms, 6 * MIB).await;
+        assert_eq!((line(&filled), filled.gap), ((1, 6), None));
+        // The newest go: what seemed safe is not.
+        for name in ["000000010000000000000004", "000000010000000000000005"] {
+            story.lose(name).await;
+        }
+        let lost = story.seen(hour_ms, 6 * MIB).await;
+        assert_eq!((line(&lost), lost.safe_at_ms), ((1, 4), None));
+        assert_eq!(waiting(&lost), Some(("000000010000000000000004".to_owned(), 2)));
+    }
+
+    #[tokio::test]
+    async fn a_store_that_is_away_is_no_standing_until_it_is_back() {
+        let mut story = Story::new(1, 5).await;
+        story.seen(0, 6 * MIB).await;
+        let (there, away) = (story.place.path().join("repository"), story.place.path().join("x"));
+        std::fs::rename(&there, &away).unwrap();
+        assert!(story.look_well(5_000, 7 * MIB).await.is_err());
+        std::fs::rename(&away, &there).unwrap();
+        assert_eq!(line(&story.seen(5_000, 6 * MIB).await), (1, 6));
+        // Of an idle server nothing new is to be looked for, only what was there.
+        let hour_ms = i64::try_from(SURVEY_EVERY.as_millis()).unwrap();
+        std::fs::rename(&there, &away).unwrap();
+        assert!(story.look_well(hour_ms, 6 * MIB).await.is_err());
+        std::fs::rename(&away, &there).unwrap();
+        assert_eq!(line(&story.seen(60_000, 6 * MIB).await), (1, 6));
+    }
+
+    #[tokio::test]
+    async fn a_repository_that_was_made_anew_is_looked_at_anew() {
+        let mut story = Story::new(1, 5).await;
+        story.seen(0, 6 * MIB).await;
+        story.repository = repository(&story.place.path().join("another")).await;
+        let looked = story.look_well(5_000, 6 * MIB).await;
+        assert!(matches!(looked, Ok(Looked::Nothing)), "{looked:?}");
+        story.archive(1, 6).await;
+        assert_eq!(line(&story.seen(60_000, 7 * MIB).await), (6, 7));
+    }
+}

@@ -1,0 +1,106 @@
+//! Looking at a whole archive, beside the looks that follow it segment by segment: a listing may take minutes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use proto::failure::{Action, Code, Failure};
+use proto::{BackupKind, ClusterName, Lsn, SystemIdentifier, Timeline};
+use repository::Repository;
+use tokio::sync::Semaphore;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::line::Line;
+use crate::clock::Seen;
+
+/// How long one may take.
+const SURVEY_MAX: Duration = Duration::from_mins(10);
+/// A survey is paid for with this many times its duration without one.
+const REST: i64 = 20;
+
+/// Whose archive is looked at, and where its server was seen before.
+#[derive(Debug, Clone)]
+pub(super) struct Asked {
+    pub(super) cluster: ClusterName,
+    pub(super) server: SystemIdentifier,
+    pub(super) timeline: Timeline,
+    pub(super) lsn: Lsn,
+}
+
+/// What came of the last survey, and the one that runs.
+#[derive(Debug, Default)]
+pub(super) struct Surveys {
+    running: Option<Running>,
+    /// When the last one ended, and how many milliseconds it took.
+    ended: Option<(Seen, i64)>,
+    /// Why the last one failed.
+    pub(super) failure: Option<Failure>,
+}
+
+#[derive(Debug)]
+struct Running {
+    /// What it finds, and how many milliseconds it took.
+    task: AbortOnDropHandle<(Result<Option<Line>, Failure>, i64)>,
+    known_to: Lsn,
+}
+
+impl Surveys {
+    /// Whether one may begin: none runs, and the last one ended `pause` or longer ago.
+    pub(super) fn may_begin(&self, pause: Duration, now: Seen) -> bool {
+        let pause_ms = i64::try_from(pause.as_millis()).unwrap_or(i64::MAX);
+        let rested = self.ended.is_none_or(|(ended, took_ms)| {
+            ended.age_ms(now) >= pause_ms.max(took_ms.saturating_mul(REST))
+        });
+        self.running.is_none() && rested
+    }
+
+    /// Begins one, when what is known leads to `known_to`. Few run at the same time, however many clusters there are.
+    pub(super) fn begin(
+        &mut self,
+        repository: &Arc<Repository>,
+        few: &Arc<Semaphore>,
+        asked: Asked,
+        known_to: Lsn,
+    ) {
+        let (repository, few) = (Arc::clone(repository), Arc::clone(few));
+        let task = tokio::spawn(async move {
+            let _one_of_few = few.acquire().await;
+            let began = Seen::now();
+            let surveyed = tokio::time::timeout(SURVEY_MAX, survey(&repository, &asked)).await;
+            let found = surveyed.unwrap_or_else(|_| {
+                let message = format!("the archive is not listed after {} s", SURVEY_MAX.as_secs());
+                Err(Failure::new(Code::DeadlineExceeded, Action::Retry, message))
+            });
+            (found, began.age_ms(Seen::now()))
+        });
+        self.running = Some(Running { task: AbortOnDropHandle::new(task), known_to });
+    }
+
+    /// What was found, and to where the line led when that began; `None` unless one has ended well since.
+    pub(super) async fn ended(&mut self, now: Seen) -> Option<(Option<Line>, Lsn)> {
+        let Running { task, known_to } = self.running.take_if(|one| one.task.is_finished())?;
+        let (found, took_ms) = task.await.unwrap_or_else(|error| {
+            (Err(Failure::bug(format!("a survey ended badly: {error}"))), 0)
+        });
+        self.ended = Some((now, took_ms));
+        self.failure = found.as_ref().err().cloned();
+        found.ok().map(|line| (line, known_to))
+    }
+
+    /// Whether one runs and has not ended.
+    #[cfg(test)]
+    pub(super) fn is_listing(&self) -> bool {
+        self.running.as_ref().is_some_and(|running| !running.task.is_finished())
+    }
+
+    pub(super) fn is_running(&self) -> bool {
+        self.running.is_some()
+    }
+}
+
+async fn survey(repository: &Repository, asked: &Asked) -> Result<Option<Line>, Failure> {
+    let Asked { cluster, server, timeline, lsn } = asked;
+    let mut lineages = repository.lineages_of(BackupKind::Physical, cluster, *server).await?;
+    let Some(newest) = lineages.pop() else { return Ok(None) };
+    let archive = repository.list_wal(newest.lineage).await?;
+    Ok(Line::newest(&archive, newest.lineage, *timeline, *lsn))
+}
