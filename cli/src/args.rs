@@ -450,7 +450,7 @@ pub enum ClusterCommand {
     },
     /// Have the server archive its WAL into the cluster's repository, and see it arrive.
     ///
-    /// The worker beside the server sets wal_level, archive_mode, archive_command and archive_timeout as far as they are not
+    /// The worker beside the server sets `wal_level`, `archive_mode`, `archive_command` and `archive_timeout` as far as they are not
     /// right, says whether the server must be restarted, and once it need not, ends a segment and waits until the
     /// repository has it. Run it again at any time: it changes only what is not as it should be. The role needs ALTER SYSTEM.
     EnableWal(EnableWal),
@@ -464,7 +464,7 @@ pub struct EnableWal {
     /// The longest that a segment which is not full stays with the server; 0 leaves the setting as it is.
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     pub archive_timeout: u32,
-    /// Take the place of another archive_command or archive_library.
+    /// Take the place of another `archive_command` or `archive_library`.
     #[arg(long)]
     pub replace: bool,
     /// Only say what would be set.

@@ -109,6 +109,8 @@ pub struct JobsConfig {
     pub retry_first_ms: u32,
     /// The longest pause, milliseconds.
     pub retry_max_ms: u32,
+    /// Order a backup when WAL is missing in a cluster's archive, or nothing of it leads on from the newest backup.
+    pub backup_behind_gaps: bool,
 }
 
 impl Default for JobsConfig {
@@ -118,6 +120,7 @@ impl Default for JobsConfig {
             deadline_ms: 24 * 3_600_000,
             retry_first_ms: 5_000,
             retry_max_ms: 600_000,
+            backup_behind_gaps: true,
         }
     }
 }

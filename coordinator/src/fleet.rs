@@ -158,7 +158,7 @@ fn speaks_against(job: &Job, backup: Option<&Backup>) -> bool {
 }
 
 /// Where WAL leads on from; nothing leads on from a dump.
-fn backup_end(backup: &Backup) -> Option<BackupEnd> {
+pub(crate) fn backup_end(backup: &Backup) -> Option<BackupEnd> {
     let outcome = &backup.outcome;
     (outcome.kind() == BackupKind::Physical).then_some(BackupEnd {
         lineage: outcome.lineage,

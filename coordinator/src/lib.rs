@@ -22,6 +22,7 @@ mod core;
 mod dispatcher;
 mod error;
 mod fleet;
+mod gaps;
 mod inbox;
 mod metrics;
 mod order;

@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use crate::core::Core;
 use crate::error::{Error, Result};
 use crate::inbox::{self, Inbox};
-use crate::{dispatcher, reaper};
+use crate::{dispatcher, gaps, reaper};
 
 /// The pause before something that failed because of the catalog is begun anew.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -95,10 +95,11 @@ enum Duty {
     DeadLetters,
     Reap,
     Beacon,
+    Gaps,
 }
 
 impl Duty {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Dispatch,
         Self::Claims,
         Self::Reports,
@@ -106,6 +107,7 @@ impl Duty {
         Self::DeadLetters,
         Self::Reap,
         Self::Beacon,
+        Self::Gaps,
     ];
 }
 
@@ -120,6 +122,7 @@ async fn perform(core: &Core, epoch: i64, duty: Duty, over: &CancellationToken) 
             Duty::DeadLetters => inbox::run_dead(core, epoch, over).await,
             Duty::Reap => reaper::run(core, epoch, over).await,
             Duty::Beacon => reaper::run_beacon(core, epoch, over).await,
+            Duty::Gaps => gaps::run(core, over).await,
         };
         match done {
             Ok(()) => return,

@@ -48,6 +48,12 @@ pub fn recovery_point(backup: &BackupEnd, wal: Option<&WalStanding>) -> i64 {
     safe.map_or(backup.stopped_at_ms, |safe| safe.max(backup.stopped_at_ms))
 }
 
+/// Whether only another backup can lead to where a server is: nothing that its archive gets from now on can be replayed onto
+/// this one.
+pub fn needs_backup(backup: &BackupEnd, wal: &WalStanding) -> bool {
+    !is_foreign(wal) && is_left_behind(backup, wal)
+}
+
 /// What is wrong with an archive, as a sentence without a period; `None` when all is well. `patience_ms` is how long a full
 /// segment may take to arrive.
 pub fn archive_trouble(

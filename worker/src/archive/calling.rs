@@ -25,7 +25,7 @@ impl Calling {
         );
         if let Some((url, option, reference)) = &self.repository {
             let (url, reference) = (quoted(url), quoted(reference));
-            command.push_str(&format!(" --repository {url} {option} {reference}"));
+            command.extend([" --repository ", &url, " ", option, " ", &reference]);
         }
         command
     }

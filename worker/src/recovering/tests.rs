@@ -137,7 +137,7 @@ impl Place {
             opener: ["--key".into(), "file".into()],
         };
         let pin = Pin { by: "tester".into(), why: "restore".into(), at_ms: 1 };
-        let (pinned, plan) = super::plan(&self.repository, wanted, &fetching, &pin).await?;
+        let (pinned, plan) = plan(&self.repository, wanted, &fetching, &pin).await?;
         assert!(timeline.is_none_or(|timeline| plan.outcome.timeline == timeline));
         let backup = pinned.id();
         pinned.release().await;

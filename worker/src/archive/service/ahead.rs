@@ -38,7 +38,7 @@ const KEPT: Duration = Duration::from_mins(10);
 /// What is done ahead for all servers of a host.
 #[derive(Debug)]
 pub(super) struct Ahead {
-    lines: Mutex<BTreeMap<(Whose, PathBuf), Arc<tokio::sync::Mutex<Line>>>>,
+    lines: Mutex<BTreeMap<Log, SharedLine>>,
     /// In MiB.
     memory: Arc<Semaphore>,
 }
@@ -48,6 +48,10 @@ impl Default for Ahead {
         Self { lines: Mutex::default(), memory: Arc::new(Semaphore::new(MEMORY_MIB)) }
     }
 }
+
+/// Whose log, and the directory that has it.
+type Log = (Whose, PathBuf);
+type SharedLine = Arc<tokio::sync::Mutex<Line>>;
 
 /// The log of one server.
 #[derive(Debug)]
@@ -93,7 +97,7 @@ impl Ahead {
         stored.map(|(pushed, _)| pushed)
     }
 
-    fn line(&self, source: &Source) -> Arc<tokio::sync::Mutex<Line>> {
+    fn line(&self, source: &Source) -> SharedLine {
         let mut lines = lock(&self.lines);
         let line = lines.entry((source.whose.clone(), source.directory.clone()));
         Arc::clone(line.or_insert_with(|| {
@@ -105,7 +109,7 @@ impl Ahead {
     /// What came of a segment, and whether it was begun before it was asked for.
     async fn stored(
         self: &Arc<Self>,
-        line: &Arc<tokio::sync::Mutex<Line>>,
+        line: &SharedLine,
         source: &Source,
         name: SegmentName,
     ) -> Result<(Result<(Pushed, Stamp), Failure>, bool), Failure> {

@@ -178,11 +178,14 @@ async fn next(
     }
 }
 
+type Wanted = (Whose, Option<String>);
+
 /// What the questions share.
 #[derive(Debug)]
 struct Archives {
     opener: Arc<dyn OpenArchive>,
-    open: Mutex<BTreeMap<(Whose, Option<String>), Arc<Repository>>>,
+    /// By whose archive, and the repository as the asker names it.
+    open: Mutex<BTreeMap<Wanted, Arc<Repository>>>,
     ahead: Arc<Ahead>,
     readahead: ReadAhead,
 }

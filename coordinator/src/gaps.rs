@@ -1,0 +1,75 @@
+//! The backup that a gap asks for: behind it nothing that is archived counts until another backup leads on from there, so one
+//! is ordered at once, and again after a while as long as that did not help.
+
+use std::collections::HashMap;
+
+use policy::reach::needs_backup;
+use proto::ClusterName;
+use proto::job::{Backup, JobKind, JobState, Task};
+use tokio_util::sync::CancellationToken;
+
+use crate::api::types::SubmitRequest;
+use crate::catalog::{backups, clusters, jobs};
+use crate::core::Core;
+use crate::error::{Error, Result};
+use crate::fleet::backup_end;
+use crate::order;
+
+/// How often archives are looked at.
+const LOOK_EVERY_MS: i64 = 10_000;
+/// How long until another backup is ordered for the same gap.
+const AGAIN_MS: i64 = 6 * 3_600_000;
+/// Who orders.
+const ORDERED_BY: &str = "coordinator";
+
+/// Looks again and again until the term ends.
+pub(crate) async fn run(core: &Core, over: &CancellationToken) -> Result<()> {
+    if !core.config.jobs.backup_behind_gaps {
+        over.cancelled().await;
+        return Ok(());
+    }
+    loop {
+        tokio::select! {
+            () = over.cancelled() => return Ok(()),
+            () = core.clock.sleep_until(core.now_ms() + LOOK_EVERY_MS) => {}
+        }
+        for (cluster, gap) in gaps(core).await? {
+            let task = Task::Backup(Backup { fast_checkpoint: true, ..Backup::default() });
+            let request = SubmitRequest::new(cluster, task);
+            match order::submit(core, &request, Some(&gap), ORDERED_BY).await {
+                Ok(_) => {}
+                Err(Error::Refused(failure)) => tracing::warn!("No backup behind a gap: {failure}"),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+/// The clusters that need another backup and wait for none, each with a key for what it needs it for.
+async fn gaps(core: &Core) -> Result<Vec<(ClusterName, String)>> {
+    let mut db = core.catalog.read().await?;
+    let newest = backups::newest(&mut db).await?.into_iter();
+    let newest: HashMap<ClusterName, _> =
+        newest.filter_map(|backup| Some((backup.cluster.clone(), backup_end(&backup)?))).collect();
+    let mut gaps = Vec::new();
+    for cluster in clusters::list(&mut db).await? {
+        let (Some(wal), Some(backup)) = (&cluster.wal, newest.get(&cluster.name)) else { continue };
+        if !cluster.paused && needs_backup(backup, wal) {
+            let turn = core.now_ms() / AGAIN_MS;
+            let gap = format!(
+                "gap/{}/{}/{}/{}/{turn}",
+                cluster.name, wal.lineage, wal.timeline, wal.line_from
+            );
+            gaps.push((cluster.name, gap));
+        }
+    }
+    if gaps.is_empty() {
+        return Ok(gaps);
+    }
+    for state in [JobState::Running, JobState::Cancelling, JobState::Queued, JobState::Waiting] {
+        for job in jobs::in_state(&mut db, state).await? {
+            gaps.retain(|(cluster, _)| job.kind() != JobKind::Backup || job.cluster != *cluster);
+        }
+    }
+    Ok(gaps)
+}
