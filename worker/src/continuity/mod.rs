@@ -163,6 +163,10 @@ impl Watcher<'_> {
             self.or_let_go(&repository, prepared).await?;
         }
         let Some((server, identity)) = self.ask(shared).await? else {
+            if self.follower.follows() {
+                let name = &self.cluster.config.name;
+                tracing::info!(cluster = %name, "The server is a standby now, or archives nothing any more");
+            }
             self.follower.forget();
             return Ok(Looked::Nothing);
         };
