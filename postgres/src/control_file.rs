@@ -15,8 +15,6 @@ use crate::process::Result;
 
 /// Where it lies in a data directory.
 pub const CONTROL_FILE_PATH: &str = "global/pg_control";
-/// Its size on disk (`PG_CONTROL_FILE_SIZE`); the content is shorter and followed by zeroes.
-pub const CONTROL_FILE_SIZE_BYTES: usize = 8192;
 /// No more than this is read of what has its name.
 const CONTROL_FILE_LIMIT_BYTES: u64 = 1 << 20;
 /// How often a torn file is read. The server writes it in one call, so the second try nearly always

@@ -14,7 +14,7 @@ use std::time::Duration;
 use proto::Lsn;
 use rustix::fs::{Advice, fadvise};
 
-use crate::files::{LocalFiles, ServerFile, ServerFiles};
+use crate::files::{ServerFile, ServerFiles};
 use crate::page::{self, PageState};
 
 /// Pauses before a suspicious page is read again. A write takes microseconds; one that waits for a
@@ -121,13 +121,8 @@ pub struct RelationReader {
 }
 
 impl RelationReader {
-    /// Opens a file of this host. `None` when it is gone: its relation was dropped, and the WAL of
-    /// the backup says so.
-    pub fn open(path: &Path, name: RelationFile, rules: PageRules) -> io::Result<Option<Self>> {
-        Self::open_in(&LocalFiles::new("/"), path, 0, name, rules)
-    }
-
-    /// The same for a file of a server, `size_bytes` long when it was listed.
+    /// Opens a file of a server, `size_bytes` long when it was listed. `None` when it is gone: its relation was dropped, and the
+    /// WAL of the backup says so.
     pub fn open_in(
         files: &dyn ServerFiles,
         path: &Path,

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use crate::Error;
 use crate::control_file::CONTROL_FILE_PATH;
-use crate::files::{self, Kind, LocalFiles, ServerFiles as _, SettingsFile, Stat, Tree};
+use crate::files::{self, Kind, SettingsFile, Stat, Tree};
 use crate::process::{Account, Result};
 use crate::relation::{Fork, RelationFile};
 use crate::roots::Roots;
@@ -183,12 +183,7 @@ impl Scan {
     }
 }
 
-/// Walks a data directory of this host. Blocking: a few microseconds a file.
-pub fn scan(options: &ScanOptions) -> Result<Scan> {
-    LocalFiles::new(&options.data_directory).scan(options)
-}
-
-/// Walks a data directory, wherever it is.
+/// Walks a data directory, wherever it is. Blocking: a few microseconds a file of this host.
 pub(crate) fn walk(tree: &impl Tree, options: &ScanOptions) -> Result<Scan> {
     let mut walk = Walk::new(tree, options)?;
     walk.tablespaces()?;

@@ -13,12 +13,12 @@ use std::time::Duration;
 
 use postgres::Error;
 use postgres::control_file::{CONTROL_FILE_PATH, ControlFile};
-use postgres::files::LocalFiles;
+use postgres::files::{LocalFiles, ServerFiles as _};
 use postgres::instance::{Instance, StopMode};
 use postgres::page::{self, PageState};
 use postgres::process::Account;
 use postgres::relation::{PageRules, RelationFile, RelationReader};
-use postgres::scan::{EXTERNAL_ROOT, EntryKind, Scan, ScanOptions, ScanWarning, scan};
+use postgres::scan::{EXTERNAL_ROOT, EntryKind, Scan, ScanOptions, ScanWarning};
 use postgres::wal::{Segment, SegmentHeader, WalOrigin, read_history};
 use proto::{Lsn, SystemIdentifier, Timeline};
 use throwaway::{cluster, connect, optional_binaries, text};
@@ -219,10 +219,22 @@ fn strict(instance: &Instance) -> PageRules {
     }
 }
 
+fn scan(options: &ScanOptions) -> Result<Scan, Error> {
+    LocalFiles::new(&options.data_directory).scan(options)
+}
+
+fn open(
+    path: &Path,
+    name: RelationFile,
+    rules: PageRules,
+) -> std::io::Result<Option<RelationReader>> {
+    RelationReader::open_in(&LocalFiles::new("/"), path, 0, name, rules)
+}
+
 /// Reads a whole file through a reader, 96 KiB at a time.
 fn read_whole(path: &Path, rules: PageRules) -> (Vec<u8>, RelationReader) {
     let name = RelationFile::parse(path.file_name().unwrap().to_str().unwrap()).unwrap();
-    let mut reader = RelationReader::open(path, name, rules).unwrap().unwrap();
+    let mut reader = open(path, name, rules).unwrap().unwrap();
     let (mut bytes, mut buffer) = (Vec::new(), vec![0; 96 << 10]);
     loop {
         let n_bytes = reader.read_at(bytes.len() as u64, &mut buffer).unwrap();
@@ -350,7 +362,7 @@ async fn a_page_in_the_middle_of_a_write_is_read_again() {
     let seen_torn = (1..100).any(|round| {
         let file = OpenOptions::new().write(true).open(&path).unwrap();
         file.write_all_at(&[7; 4096], 5 * 8192 + 4096).unwrap();
-        let mut reader = RelationReader::open(&path, name, rules).unwrap().unwrap();
+        let mut reader = open(&path, name, rules).unwrap().unwrap();
         let mut buffer = vec![0; sound.len()];
         let begin = Arc::new(Barrier::new(2));
         let writer = std::thread::spawn({
@@ -378,7 +390,7 @@ async fn a_page_in_the_middle_of_a_write_is_read_again() {
     assert_eq!(reader.bad_blocks(), [0_u32; 0]);
     // A dropped relation is nothing to read, and an offset inside a page is a mistake of the
     // caller.
-    assert!(RelationReader::open(Path::new("/nowhere/1"), name, rules).unwrap().is_none());
+    assert!(open(Path::new("/nowhere/1"), name, rules).unwrap().is_none());
     assert!(reader_at(&path, name, rules, 100).is_err());
 }
 
@@ -388,7 +400,7 @@ fn reader_at(
     rules: PageRules,
     offset: u64,
 ) -> std::io::Result<usize> {
-    RelationReader::open(path, name, rules).unwrap().unwrap().read_at(offset, &mut [0; 8192])
+    open(path, name, rules).unwrap().unwrap().read_at(offset, &mut [0; 8192])
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -7,7 +7,6 @@ mod server;
 mod settings;
 mod way;
 
-pub use said::Said;
 pub use server::{Expected, Recovered, RecoveryServer};
 pub use settings::{Change, RecoverySettings, SETTINGS_FILE, own_names, stop_archiving};
 pub use way::{Way, WayError};

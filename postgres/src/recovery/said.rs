@@ -5,24 +5,22 @@ use proto::{Lsn, RecoveryTarget, Timeline, recovery};
 
 /// What stood in the log.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Said {
+pub(super) struct Said {
     /// Why replay stopped: `recovery stopping before commit of transaction 740, time …`.
-    pub stopped: Option<String>,
+    pub(super) stopped: Option<String>,
     /// The end of replay.
-    pub redo_done: Option<Lsn>,
+    pub(super) redo_done: Option<Lsn>,
     /// The time of the last commit that was replayed, as the server writes it.
-    pub last_commit: Option<String>,
+    pub(super) last_commit: Option<String>,
     /// The timeline that was begun.
-    pub new_timeline: Option<Timeline>,
-    /// The backup was complete and consistent.
-    pub is_consistent: bool,
+    pub(super) new_timeline: Option<Timeline>,
     /// What ended the server, if something did.
-    pub fatal: Option<String>,
+    pub(super) fatal: Option<String>,
 }
 
 impl Said {
     /// Reads a log. Of what was said twice, as after a restart, the last counts.
-    pub fn read(log: &str) -> Self {
+    pub(super) fn read(log: &str) -> Self {
         let mut said = Self::default();
         for line in log.lines() {
             let after = |words: &str| line.split_once(words).map(|(_, rest)| rest.trim());
@@ -37,8 +35,6 @@ impl Said {
                 said.last_commit = Some(rest.to_owned());
             } else if let Some(rest) = after("selected new timeline ID: ") {
                 said.new_timeline = word(rest).parse().ok().map(Timeline);
-            } else if line.contains("consistent recovery state reached") {
-                said.is_consistent = true;
             } else if let Some(rest) = after("FATAL:").or_else(|| after("PANIC:")) {
                 // Clients that come too early are told so with the same word.
                 if !["the database system is ", "role \"", "database \""]
@@ -53,7 +49,7 @@ impl Said {
     }
 
     /// Whether the server says that it stopped at the target, and not merely somewhere.
-    pub fn names(&self, target: &RecoveryTarget) -> bool {
+    pub(super) fn names(&self, target: &RecoveryTarget) -> bool {
         let Some(stopped) = &self.stopped else { return false };
         match target {
             RecoveryTarget::Latest => false,
@@ -96,7 +92,7 @@ mod tests {
         let said = Said::read(LOG);
         assert_eq!(said.redo_done, Some(Lsn(0x300_01F8)));
         assert_eq!(said.new_timeline, Some(Timeline(11)));
-        assert!(said.is_consistent && said.fatal.is_none());
+        assert!(said.fatal.is_none());
         let commit = said.last_commit.as_deref().and_then(time);
         assert_eq!(commit, Some("2026-11-27T08:28:59.123456Z".parse().unwrap()));
         assert!(said.names(&RecoveryTarget::Xid(740)));

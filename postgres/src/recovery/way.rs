@@ -86,11 +86,6 @@ impl Way {
         Segment { timeline, number }
     }
 
-    /// The segment that holds the byte at `lsn`.
-    pub fn segment_at(&self, lsn: Lsn) -> Segment {
-        self.segment(lsn.0 / u64::from(self.segment_size))
-    }
-
     /// Every segment from the beginning of the backup to the one that holds the byte before `until`.
     pub fn segments(&self, until: Lsn) -> impl Iterator<Item = Segment> {
         let first = self.start.0 / u64::from(self.segment_size);
@@ -152,7 +147,6 @@ mod tests {
         let names: Vec<u64> = way.segments(Lsn(at(4, 1))).map(|segment| segment.number).collect();
         assert_eq!(names, [2, 3, 4]);
         assert_eq!(way.segments(Lsn(at(4, 0))).count(), 2);
-        assert_eq!(way.segment_at(Lsn(at(6, 0))).timeline, Timeline(5));
     }
 
     #[test]

@@ -34,8 +34,6 @@ pub(crate) struct Found {
     pub(crate) bad_pages: Vec<BadPage>,
     /// All of them.
     pub(crate) bad_page_count: u64,
-    /// Pages caught in the middle of a write: legal, replay puts them right.
-    pub(crate) torn_pages: u64,
 }
 
 impl DataDirectory {
@@ -128,12 +126,11 @@ impl SourceFile for Relation {
 
 impl Drop for Relation {
     fn drop(&mut self) {
-        let (bad, torn) = (self.reader.bad_blocks(), self.reader.torn_pages());
-        if bad.is_empty() && torn == 0 {
+        let bad = self.reader.bad_blocks();
+        if bad.is_empty() {
             return;
         }
         let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
-        found.torn_pages += torn;
         found.bad_page_count += bad.len() as u64;
         let room = BAD_PAGES_NAMED_MAX.saturating_sub(found.bad_pages.len());
         let named =
