@@ -9,6 +9,7 @@ use coordinator::api::types::{
 use proto::envelope::{Credentials, SigningKey};
 use proto::failure::Code;
 use proto::{Failure, JobState};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::support::{Fleet, Worker, backup_request, http};
 
@@ -226,8 +227,23 @@ async fn what_is_refused_is_told_as_a_failure() {
     }
     let jobs: JobList = fleet.get("/v1/jobs").await;
     assert!(jobs.jobs.is_empty(), "nothing was written");
-    let large = "x".repeat(2 << 20);
-    assert_eq!(fleet.request("POST", "/v1/jobs", Some(large)).await.0.as_u16(), 413);
+    // It is answered before it was read to its end, so whoever sends it may find the way closed.
+    let stream = tokio::net::UnixStream::connect(fleet.socket()).await.unwrap();
+    let (mut answers, mut requests) = stream.into_split();
+    let size = 2 << 20;
+    let head =
+        format!("POST /v1/jobs HTTP/1.1\r\nhost: pgmuster\r\ncontent-length: {size}\r\n\r\n");
+    let sending = tokio::spawn(async move {
+        let large = head + &"x".repeat(size);
+        requests.write_all(large.as_bytes()).await
+    });
+    let mut answer = Vec::new();
+    while answer.len() < b"HTTP/1.1 413 ".len() {
+        assert!(answers.read_buf(&mut answer).await.unwrap() > 0, "it ends without an answer");
+    }
+    assert!(answer.starts_with(b"HTTP/1.1 413 "), "{}", answer.escape_ascii());
+    drop(answers);
+    let _ = sending.await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -207,7 +207,7 @@ fn unsuitable(store: &dyn Store, what: &str) -> StoreError {
 #[cfg(test)]
 mod tests {
     use std::ops::Range;
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use tokio::sync::Barrier;
 
     use async_trait::async_trait;
 
@@ -234,24 +234,19 @@ mod tests {
     struct Faulty {
         inner: DirectoryStore,
         fault: Fault,
-        creating: AtomicUsize,
-        looked: AtomicUsize,
+        looked: Barrier,
     }
 
     impl Faulty {
         async fn look_then_write(&self, key: &str, bytes: Bytes) -> Result<PutOutcome, StoreError> {
-            self.creating.fetch_add(1, Ordering::SeqCst);
             let exists = self.inner.size(key).await.is_ok();
-            self.looked.fetch_add(1, Ordering::SeqCst);
-            // All who race look before the first of them writes.
-            while self.looked.load(Ordering::SeqCst) < self.creating.load(Ordering::SeqCst) {
-                tokio::task::yield_now().await;
+            if key.contains("/raced.") {
+                // All who race look before the first of them writes.
+                self.looked.wait().await;
             }
             if !exists {
                 self.inner.put(key, bytes).await?;
             }
-            self.creating.fetch_sub(1, Ordering::SeqCst);
-            self.looked.fetch_sub(1, Ordering::SeqCst);
             Ok(if exists { PutOutcome::Exists } else { PutOutcome::Created })
         }
     }
@@ -336,8 +331,7 @@ mod tests {
         let store = Faulty {
             inner: DirectoryStore::new(directory.path()),
             fault,
-            creating: AtomicUsize::new(0),
-            looked: AtomicUsize::new(0),
+            looked: Barrier::new(RACERS.into()),
         };
         let found = probe(&store).await;
         let left = store.inner.list("probe/").await.unwrap().len();
@@ -395,8 +389,7 @@ mod tests {
             let store = Arc::new(Faulty {
                 inner: DirectoryStore::new(directory.path()),
                 fault,
-                creating: AtomicUsize::new(0),
-                looked: AtomicUsize::new(0),
+                looked: Barrier::new(RACERS.into()),
             });
             let found = probe_for_a_single_writer(Arc::<Faulty>::clone(&store)).await;
             assert_eq!(found.as_ref().is_ok(), is_suitable, "{fault:?}: {found:?}");
