@@ -204,16 +204,18 @@ pub(crate) fn backed_up(cluster: &ClusterName, done: &BackupOutcome, took_ms: i6
 
 /// What came of setting up the archive of WAL.
 fn archives(cluster: &ClusterName, done: &EnableWalOutcome) -> String {
+    // What was set, as far as anything was; the last sentence of the plan is about what follows.
+    let set = done.plan.split_last().map_or(&[][..], |(_, set)| set);
+    let set = if set.is_empty() { String::new() } else { set.join("\n") + "\n" };
     match done.seen {
         _ if done.planned_only => done.plan.join("\n"),
         Some(seen) => format!(
-            "{cluster} archives its WAL: segment {} was in lineage {} after {}",
+            "{set}{cluster} archives its WAL: segment {} was in the repository after {}",
             seen.segment,
-            seen.lineage,
             output::duration(i64::try_from(seen.after_ms).unwrap_or(i64::MAX))
         ),
         None => format!(
-            "Restart the server of {cluster} for {}, then run this again; nothing is archived before",
+            "{set}Restart the server of {cluster} for {}, then run this again; nothing is archived before",
             done.restart_for.join(" and ")
         ),
     }

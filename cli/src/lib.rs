@@ -67,7 +67,7 @@ fn answered() -> Exit {
                 }
                 None => tell.send(Heard::Another(Box::new(cli))),
             },
-            Err(exit) if exit == Exit::Ok || commands::is_surely_a_push(words()) => {
+            Err(exit) if exit == Exit::Ok || commands::is_surely_no_question(words()) => {
                 tell.send(Heard::Ended(Ok(exit)))
             }
             Err(exit) => tell.send(Heard::Ended(Err(exit))),

@@ -164,6 +164,7 @@ pub(crate) fn backup_end(backup: &Backup) -> Option<BackupEnd> {
         lineage: outcome.lineage,
         timeline: outcome.timeline,
         stop_lsn: outcome.stop_lsn,
+        wal_to: outcome.wal_to.unwrap_or(outcome.stop_lsn),
         stopped_at_ms: outcome.stopped_at_ms,
     })
 }

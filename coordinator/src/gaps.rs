@@ -4,8 +4,8 @@
 use std::collections::HashMap;
 
 use policy::reach::needs_backup;
-use proto::ClusterName;
 use proto::job::{Backup, JobKind, JobState, Task};
+use proto::{ClusterName, ProofLevel};
 use tokio_util::sync::CancellationToken;
 
 use crate::api::types::SubmitRequest;
@@ -33,10 +33,10 @@ pub(crate) async fn run(core: &Core, over: &CancellationToken) -> Result<()> {
             () = over.cancelled() => return Ok(()),
             () = core.clock.sleep_until(core.now_ms() + LOOK_EVERY_MS) => {}
         }
-        for (cluster, gap) in gaps(core).await? {
+        for Gap { cluster, key, proof } in gaps(core).await? {
             let task = Task::Backup(Backup { fast_checkpoint: true, ..Backup::default() });
-            let request = SubmitRequest::new(cluster, task);
-            match order::submit(core, &request, Some(&gap), ORDERED_BY).await {
+            let request = SubmitRequest { verify: proof, ..SubmitRequest::new(cluster, task) };
+            match order::submit(core, &request, Some(&key), ORDERED_BY).await {
                 Ok(_) => {}
                 Err(Error::Refused(failure)) => tracing::warn!("No backup behind a gap: {failure}"),
                 Err(error) => return Err(error),
@@ -45,22 +45,36 @@ pub(crate) async fn run(core: &Core, over: &CancellationToken) -> Result<()> {
     }
 }
 
-/// The clusters that need another backup and wait for none, each with a key for what it needs it for.
-async fn gaps(core: &Core) -> Result<Vec<(ClusterName, String)>> {
+/// A cluster that needs another backup and waits for none.
+struct Gap {
+    cluster: ClusterName,
+    /// For what it needs it.
+    key: String,
+    /// How far its newest backup was to be proved, if it was.
+    proof: Option<ProofLevel>,
+}
+
+async fn gaps(core: &Core) -> Result<Vec<Gap>> {
     let mut db = core.catalog.read().await?;
     let newest = backups::newest(&mut db).await?.into_iter();
-    let newest: HashMap<ClusterName, _> =
-        newest.filter_map(|backup| Some((backup.cluster.clone(), backup_end(&backup)?))).collect();
+    let newest: HashMap<ClusterName, _> = newest
+        .filter_map(|backup| Some((backup.cluster.clone(), (backup_end(&backup)?, backup.id))))
+        .collect();
+    let proofs = backups::newest_proofs(&mut db).await?;
     let mut gaps = Vec::new();
     for cluster in clusters::list(&mut db).await? {
-        let (Some(wal), Some(backup)) = (&cluster.wal, newest.get(&cluster.name)) else { continue };
+        let (Some(wal), Some((backup, id))) = (&cluster.wal, newest.get(&cluster.name)) else {
+            continue;
+        };
         if !cluster.paused && needs_backup(backup, wal) {
             let turn = core.now_ms() / AGAIN_MS;
-            let gap = format!(
+            let key = format!(
                 "gap/{}/{}/{}/{}/{turn}",
                 cluster.name, wal.lineage, wal.timeline, wal.line_from
             );
-            gaps.push((cluster.name, gap));
+            let of_it = proofs.iter().filter(|row| row.proof.backup == *id);
+            let proof = of_it.map(|row| row.proof.level_asked).max();
+            gaps.push(Gap { cluster: cluster.name, key, proof });
         }
     }
     if gaps.is_empty() {
@@ -68,7 +82,7 @@ async fn gaps(core: &Core) -> Result<Vec<(ClusterName, String)>> {
     }
     for state in [JobState::Running, JobState::Cancelling, JobState::Queued, JobState::Waiting] {
         for job in jobs::in_state(&mut db, state).await? {
-            gaps.retain(|(cluster, _)| job.kind() != JobKind::Backup || job.cluster != *cluster);
+            gaps.retain(|gap| job.kind() != JobKind::Backup || job.cluster != gap.cluster);
         }
     }
     Ok(gaps)

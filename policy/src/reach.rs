@@ -14,13 +14,15 @@ pub struct BackupEnd {
     pub timeline: Timeline,
     /// Where recovery must get to.
     pub stop_lsn: Lsn,
+    /// Where the WAL ends that it brought along, there or later.
+    pub wal_to: Lsn,
     /// What a restore of it alone brings back, Unix milliseconds.
     pub stopped_at_ms: i64,
 }
 
 /// Whether the archive's line leads on from the end of a backup.
 pub fn leads_on(backup: &BackupEnd, wal: &WalStanding) -> bool {
-    let begins_before = wal.line_from <= backup.stop_lsn && backup.stop_lsn <= wal.archived_to;
+    let begins_before = wal.line_from <= backup.wal_to && backup.stop_lsn <= wal.archived_to;
     wal.lineage == backup.lineage
         && begins_before
         && is_on_the_way(backup.timeline, backup.stop_lsn, wal)
@@ -83,7 +85,7 @@ pub fn archive_trouble(
     // Behind a gap only a later backup leads on.
     if let Some(gap) = wal.gap
         && backup.lineage == wal.lineage
-        && backup.stop_lsn < wal.line_from
+        && backup.wal_to < wal.line_from
     {
         return Some(format!(
             "WAL segment {gap} is missing in its archive, so its newest backup does not lead beyond it: take another backup"
@@ -137,8 +139,19 @@ mod tests {
             lineage: lineage(1),
             timeline: Timeline(1),
             stop_lsn: Lsn(stop),
+            wal_to: Lsn(stop),
             stopped_at_ms: 1_000,
         }
+    }
+
+    #[test]
+    fn an_archive_leads_on_from_the_wal_that_a_backup_brought_along() {
+        // Archiving was switched on when the backup's last segment had been written.
+        let late = WalStanding { line_from: Lsn(512), ..wal() };
+        assert!(!leads_on(&backup(500), &late) && needs_backup(&backup(500), &late));
+        let whole = BackupEnd { wal_to: Lsn(512), ..backup(500) };
+        assert!(leads_on(&whole, &late) && !needs_backup(&whole, &late));
+        assert_eq!(archive_trouble(Some(&whole), &late, 60_000, 160_000), None);
     }
 
     fn wal() -> WalStanding {

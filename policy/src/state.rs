@@ -428,6 +428,7 @@ mod tests {
             lineage: lineage(n),
             timeline: Timeline(1),
             stop_lsn: Lsn(500),
+            wal_to: Lsn(500),
             stopped_at_ms: NOW - 2 * DAY,
         };
         let at = |seen_ago_ms, of: u8| {

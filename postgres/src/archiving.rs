@@ -3,7 +3,8 @@
 use std::fmt;
 
 use crate::error::Error;
-use crate::quote::literal;
+use crate::identity::ServerIdentity;
+use crate::quote::{identifier, literal};
 use crate::session::Session;
 
 const SETTINGS: &str = "\
@@ -52,18 +53,18 @@ pub struct Change {
 impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { name, from, to, why, .. } = self;
-        write!(
-            f,
-            "set {name} = {} (now {}): {why}",
-            literal(to).trim_start(),
-            literal(from).trim_start()
-        )?;
+        write!(f, "set {name} = {} (now {}): {why}", shown(to), shown(from))?;
         if self.needs_restart {
             f.write_str("; the server must be restarted for it")
         } else {
             Ok(())
         }
     }
+}
+
+/// A value for people: a command has quotes of its own.
+fn shown(value: &str) -> String {
+    if value.contains('\'') { value.to_owned() } else { format!("'{value}'") }
 }
 
 /// What stands in the way of archiving as it was asked for.
@@ -164,23 +165,44 @@ impl Session {
         Ok(archiving)
     }
 
-    /// Writes changes into the server's `postgresql.auto.conf` and has it read again.
-    pub async fn change_archiving(&self, role: &str, changes: &[Change]) -> Result<(), Error> {
-        for Change { name, to, .. } in changes {
-            let what = format!("set {name}");
-            let sql = format!("ALTER SYSTEM SET {name} = {}", literal(to));
-            let grant = format!(
-                "Let the worker log in as a superuser for this once; or, from PostgreSQL 15 on: GRANT ALTER SYSTEM ON PARAMETER {name} TO {};",
-                crate::quote::identifier(role)
-            );
-            self.run(&what, &sql).await.map_err(|error| error.or_permission(role, &grant))?;
+    /// What the role must be granted to make changes and to see that they work; empty when it may.
+    pub async fn missing_for_archiving(
+        &self,
+        server: &ServerIdentity,
+        changes: &[Change],
+    ) -> Result<Vec<String>, Error> {
+        let what = "look at the role's rights";
+        let role = identifier(&server.role);
+        let mut missing = Vec::new();
+        for function in ["pg_reload_conf()", "pg_switch_wal()"] {
+            let sql = "SELECT has_function_privilege('pg_catalog.' || $1::text, 'EXECUTE')";
+            if !self.one(what, sql, &[&function]).await?.get::<_, bool>(0) {
+                missing.push(format!("GRANT EXECUTE ON FUNCTION {function} TO {role};"));
+            }
         }
-        let grant = format!(
-            "GRANT EXECUTE ON FUNCTION pg_reload_conf() TO {};",
-            crate::quote::identifier(role)
-        );
-        let reloaded = self.run("have the settings read again", "SELECT pg_reload_conf()").await;
-        reloaded.map_err(|error| error.or_permission(role, &grant))
+        if server.version.major() < 15 {
+            let sql = "SELECT rolsuper FROM pg_roles WHERE rolname = current_user";
+            if !changes.is_empty() && !self.one(what, sql, &[]).await?.get::<_, bool>(0) {
+                missing.push(format!("ALTER ROLE {role} SUPERUSER; -- only a superuser sets them before PostgreSQL 15"));
+            }
+            return Ok(missing);
+        }
+        for Change { name, .. } in changes {
+            let sql = "SELECT has_parameter_privilege($1::text, 'ALTER SYSTEM')";
+            if !self.one(what, sql, &[name]).await?.get::<_, bool>(0) {
+                missing.push(format!("GRANT ALTER SYSTEM ON PARAMETER {name} TO {role};"));
+            }
+        }
+        Ok(missing)
+    }
+
+    /// Writes changes into the server's `postgresql.auto.conf` and has it read again.
+    pub async fn change_archiving(&self, changes: &[Change]) -> Result<(), Error> {
+        for Change { name, to, .. } in changes {
+            let sql = format!("ALTER SYSTEM SET {name} = {}", literal(to));
+            self.run(&format!("set {name}"), &sql).await?;
+        }
+        self.run("have the settings read again", "SELECT pg_reload_conf()").await
     }
 
     /// Whether the server archives by a command now: it reads its settings in its own time.
@@ -189,18 +211,13 @@ impl Session {
     }
 
     /// Ends the segment that is being written, and names it: it is to be archived.
-    pub async fn finish_segment(&self, role: &str) -> Result<String, Error> {
+    pub async fn finish_segment(&self) -> Result<String, Error> {
         let what = "end a segment of the log";
         // A switch does nothing when the segment is empty.
         let written =
             "SELECT pg_walfile_name(pg_logical_emit_message(false, 'pgmuster', 'archiving'))";
         let name = self.one(what, written, &[]).await?.get(0);
-        let grant = format!(
-            "GRANT EXECUTE ON FUNCTION pg_switch_wal() TO {};",
-            crate::quote::identifier(role)
-        );
-        let switched = self.run(what, "SELECT pg_switch_wal()").await;
-        switched.map_err(|error| error.or_permission(role, &grant))?;
+        self.run(what, "SELECT pg_switch_wal()").await?;
         Ok(name)
     }
 

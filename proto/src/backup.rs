@@ -91,6 +91,11 @@ pub struct BackupFacts {
 }
 
 impl BackupFacts {
+    /// Whether it was taken of a standby, which cannot end the segment in which its backup ends.
+    pub fn is_of_standby(&self) -> bool {
+        self.backup_label.lines().any(|line| line == "BACKUP FROM: standby")
+    }
+
     /// What the backup is.
     pub fn kind(&self) -> BackupKind {
         if self.logical.is_some() { BackupKind::Logical } else { BackupKind::Physical }

@@ -241,6 +241,8 @@ fn a_logical_backup_and_its_outcome() {
         ..backup_outcome()
     };
     golden("outcome.backup.pg_dump", &Outcome::Backup(outcome));
+    let outcome = BackupOutcome { wal_to: Some(Lsn(0x0300_0000)), ..backup_outcome() };
+    golden("outcome.backup.wal_to", &Outcome::Backup(outcome));
 }
 
 #[test]
@@ -263,6 +265,7 @@ fn backup_outcome() -> BackupOutcome {
         timeline: Timeline(1),
         start_lsn: Lsn(0x0200_0028),
         stop_lsn: Lsn(0x0200_0100),
+        wal_to: None,
         started_at_ms: 1,
         stopped_at_ms: 2,
         files: 1_000,

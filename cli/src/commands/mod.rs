@@ -24,7 +24,7 @@ mod wal;
 
 pub(crate) use repo::{init as init_repository, write_secret};
 pub(crate) use up::sockets;
-pub(crate) use wal::{is_surely_a_push, limit, may_be_a_question};
+pub(crate) use wal::{is_surely_no_question, limit, may_be_a_question};
 
 use proto::Failure;
 

@@ -101,9 +101,17 @@ async fn serve(args: WalServe) -> Result<Exit, Failure> {
     archive.open().await?;
     let socket = args.socket;
     let service = Service::listen(&socket, Arc::new(archive)).await.map_err(|error| {
-        let what = format!("failed to listen at {}: {error}", socket.display());
-        Failure::new(Code::ConfigInvalid, Action::FixConfig, what)
-            .with_hint("Its directory must be there, and the path be short: some 100 bytes.")
+        use std::io::ErrorKind::{AddrInUse, AlreadyExists, NotFound, PermissionDenied};
+        let what = format!("failed to listen at {}: {}", socket.display(), error.kind());
+        let hint = match error.kind() {
+            AddrInUse => "Another service answers there, and goes on.",
+            AlreadyExists => {
+                "A file lies there that is no socket; it was not touched. Name another place."
+            }
+            NotFound | PermissionDenied => "Its directory must be there, and this user's to write.",
+            _ => "The path of a socket is short: some 100 bytes.",
+        };
+        Failure::new(Code::ConfigInvalid, Action::FixConfig, what).with_hint(hint)
     })?;
     output::talk(&format!("Answers at {}", socket.display()));
     Signals::listen()?.next().await;
@@ -176,12 +184,12 @@ pub(crate) fn may_be_a_question(mut words: impl Iterator<Item = String>) -> bool
     words.any(|word| word == "wal")
 }
 
-/// Whether arguments that cannot be read are those of `wal push` beyond doubt: above 125, its exit code would end the server's
-/// archiver.
-pub(crate) fn is_surely_a_push(words: impl Iterator<Item = String>) -> bool {
+/// Whether arguments that cannot be read are beyond doubt none of `wal get`: above 125, the exit code of `wal push` would end the
+/// server's archiver.
+pub(crate) fn is_surely_no_question(words: impl Iterator<Item = String>) -> bool {
     let words: Vec<String> = words.collect();
     let first = words.iter().position(|word| word == "wal").unwrap_or(words.len());
-    words.get(first + 1).is_some_and(|word| word == "push")
+    words.get(first + 1).is_some_and(|word| word == "push" || word == "serve")
         && words.iter().all(|word| word != "get")
 }
 
@@ -216,20 +224,24 @@ mod tests {
             "cluster show wal",
         ] {
             assert!(may_be_a_question(words(line)), "{line}");
-            assert!(!is_surely_a_push(words(line)), "{line}");
+            assert!(!is_surely_no_question(words(line)), "{line}");
         }
         assert!(!may_be_a_question(words("status -o json")));
     }
 
     #[test]
     fn only_a_push_beyond_doubt_is_one() {
-        for line in ["wal push", "--log debug wal push pg_wal/000000010000000000000001 --kye k"] {
-            assert!(is_surely_a_push(words(line)), "{line}");
+        for line in [
+            "wal push",
+            "wal serve --kye k",
+            "--log debug wal push pg_wal/000000010000000000000001 --kye k",
+        ] {
+            assert!(is_surely_no_question(words(line)), "{line}");
         }
         for line in
             ["wal --log push get x", "wal push get x --kye k", "--log wal push wal get", "wal"]
         {
-            assert!(!is_surely_a_push(words(line)), "{line}");
+            assert!(!is_surely_no_question(words(line)), "{line}");
         }
     }
 }

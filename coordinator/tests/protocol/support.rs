@@ -628,6 +628,7 @@ pub(crate) fn backup_outcome(attempt: AttemptId) -> Outcome {
         timeline: Timeline(1),
         start_lsn: Lsn(1),
         stop_lsn: Lsn(2),
+        wal_to: None,
         started_at_ms: START,
         stopped_at_ms: START + 1,
         files: 10,

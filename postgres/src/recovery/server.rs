@@ -445,11 +445,18 @@ SELECT pg_catalog.pg_is_in_recovery(),
         let program = program.arg(OPEN_TIMEOUT.as_secs().to_string()).arg("-D").arg(self.directory);
         let program = program.arg("-l").arg(self.directory.join(SERVER_LOG));
         program.run(OPEN_TIMEOUT, self.cancel).await.map(drop).map_err(|error| match error {
-            Error::Program { program, outcome, output } => Error::Program {
-                program,
-                outcome,
-                output: format!("{output}\n{}", log_tail(&self.directory.join(SERVER_LOG))),
-            },
+            Error::Program { .. } => {
+                let log = whole_log(&self.directory.join(SERVER_LOG)).unwrap_or_default();
+                let directory = self.directory.display();
+                Error::Setting {
+                    what: format!("start the server in {directory}, which was recovered and stopped, as its settings say"),
+                    found: fatal_line(&log).unwrap_or("its log says why").to_owned(),
+                    cure: format!(
+                        "The directory is ready and need not be restored again. Beside the server that it is a copy of, start it elsewhere: \
+                         pg_ctl -D {directory} -o '-c port=5433 -c unix_socket_directories=/tmp' start. Its log is {SERVER_LOG} there."
+                    ),
+                }
+            }
             other => other,
         })
     }
@@ -468,4 +475,9 @@ SELECT pg_catalog.pg_is_in_recovery(),
     fn missed(&self, what: String) -> Error {
         Error::RecoveryMissed { what, output: log_tail(&self.log_path()) }
     }
+}
+
+/// Why a server ended, as the last such line of its log has it.
+fn fatal_line(log: &str) -> Option<&str> {
+    log.lines().rev().find_map(|line| Some(line.split_once("FATAL:")?.1.trim()))
 }

@@ -73,6 +73,10 @@ pub struct BackupOutcome {
     pub start_lsn: Lsn,
     /// Where recovery must get to.
     pub stop_lsn: Lsn,
+    /// Where the WAL ends that it brought along: with the segment in which the backup of a primary ends, which was ended for
+    /// it; with the backup where this is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wal_to: Option<Lsn>,
     /// Worker's clock when the server entered backup mode.
     pub started_at_ms: i64,
     /// Worker's clock when the server left it: what a restore of this backup alone brings back.

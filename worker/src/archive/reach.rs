@@ -58,7 +58,7 @@ impl Reach {
             |segment: Segment| segment.timeline == last.timeline && segment.number <= last.number;
         // A standby cannot end its segment: behind the end of the backup there is nothing in it.
         let is_cut =
-            |segment: Segment| segment == last && stop < last.end(size) && is_of_standby(facts);
+            |segment: Segment| segment == last && stop < last.end(size) && facts.is_of_standby();
         let is_archived = |segment| archive.has(segment, size);
         let missing = way.breaks_off(|segment| {
             is_archived(segment) || (is_brought(segment) && !is_cut(segment))
@@ -79,8 +79,4 @@ impl Reach {
         let is_gap = is_later || archive.shows(missing.timeline, missing.end(size));
         Self { to, missing, is_gap }
     }
-}
-
-fn is_of_standby(facts: &BackupFacts) -> bool {
-    facts.backup_label.lines().any(|line| line == "BACKUP FROM: standby")
 }

@@ -46,19 +46,35 @@ pub(crate) async fn run(
         restart_for: needing_restart(&changes),
         seen: None,
     };
-    outcome.plan.push(if outcome.restart_for.is_empty() {
-        "end a segment and see it arrive in the archive".to_owned()
+    outcome.plan.push(if outcome.plan.is_empty() {
+        "nothing has to be set; a segment is ended to see it arrive in the archive".to_owned()
+    } else if outcome.restart_for.is_empty() {
+        "then end a segment and see it arrive in the archive".to_owned()
     } else {
         "after the restart, run this again: it ends a segment and sees it arrive in the archive"
             .to_owned()
     });
+    let missing = session.missing_for_archiving(&server, &changes).await?;
     if task.plan_only {
+        if !missing.is_empty() {
+            outcome.plan.push(format!(
+                "role {} may not do that yet: {}",
+                server.role,
+                missing.join(" ")
+            ));
+        }
         return Ok(outcome);
+    }
+    if !missing.is_empty() {
+        let what =
+            format!("role {} may not set up the archive of {}", server.role, cx.spec.cluster);
+        return Err(Failure::new(Code::PermissionDenied, Action::FixConfig, what)
+            .with_hint(format!("Nothing was changed. {}", missing.join(" "))));
     }
     let lock = ClusterLock::try_take(session, Class::Maintenance).await?;
     let done = async {
         let session = lock.session();
-        let set = async { Ok(session.change_archiving(&server.role, &changes).await?) };
+        let set = async { Ok(session.change_archiving(&changes).await?) };
         cx.step("set", set).await?;
         if outcome.restart_for.is_empty() {
             let see = see(cx, session, places, &server, &command);
@@ -120,11 +136,14 @@ fn command(
     };
     // The server has not this worker's environment, and the credentials in its configuration are no argument.
     let is_reachable = repository.access_key_id.is_none() && !matches!(opener.1, SecretRef::Env(_));
+    let reference = match opener {
+        ("--key", SecretRef::File(path)) => path.clone(),
+        (_, reference) => reference.to_string(),
+    };
     let calling = Calling {
         program: recovering::this_program()?,
         socket: config.wal_socket().into_std_path_buf(),
-        repository: is_reachable
-            .then(|| (repository.url.clone(), opener.0.to_owned(), opener.1.to_string())),
+        repository: is_reachable.then(|| (repository.url.clone(), opener.0.to_owned(), reference)),
     };
     Ok(calling.push(&cluster.config.name))
 }
@@ -170,7 +189,7 @@ async fn see(
         pause(cx).await?;
     }
     let repository = places.repository_for(&cx.spec.cluster).await?;
-    let name = session.finish_segment(&server.role).await?;
+    let name = session.finish_segment().await?;
     let segment: SegmentName =
         name.parse().map_err(|_| Failure::bug(format!("the server calls a segment {name:?}")))?;
     let ended = Instant::now();

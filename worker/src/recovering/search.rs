@@ -128,8 +128,14 @@ impl<'a> Search<'a> {
             _ => false,
         };
         let mut found = Vec::new();
+        let first = from.0 / u64::from(way.segment_size());
         for number in numbers(way, from, to) {
+            let is_exhausted = self.left == 0;
             let Some(said) = self.look(way, number, last_number(way, to)).await? else {
+                // What only the backup brought along ends where it does: nothing behind it is in there.
+                if number == first && !is_exhausted {
+                    break;
+                }
                 return Ok(None);
             };
             found.extend(

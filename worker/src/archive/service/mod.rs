@@ -20,7 +20,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::Permissions;
 use std::io;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -122,6 +122,13 @@ impl Drop for Service {
 async fn bind(path: &Path) -> io::Result<(UnixListener, u64)> {
     if UnixStream::connect(path).await.is_ok() {
         return Err(io::Error::new(io::ErrorKind::AddrInUse, "another service answers there"));
+    }
+    match std::fs::symlink_metadata(path) {
+        Ok(there) if !there.file_type().is_socket() => {
+            let what = "a file lies there that is no socket";
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, what));
+        }
+        _ => {}
     }
     let private = tempfile::Builder::new()
         .prefix(".")

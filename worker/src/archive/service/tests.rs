@@ -432,6 +432,11 @@ async fn a_socket_has_one_service_and_a_dead_one_is_replaced() {
     let listen = async |path: &Path| Service::listen(path, Arc::clone(&scene.opens) as _).await;
     let error = listen(&socket).await.unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::AddrInUse);
+    // A slip must not cost a file.
+    let file = scene.place.path().join("a key");
+    std::fs::write(&file, "secret").unwrap();
+    assert_eq!(listen(&file).await.unwrap_err().kind(), std::io::ErrorKind::AlreadyExists);
+    assert_eq!(std::fs::read(&file).unwrap(), b"secret");
     let dead = scene.place.path().join("dead.sock");
     drop(std::os::unix::net::UnixListener::bind(&dead).unwrap());
     assert!(dead.exists());

@@ -16,6 +16,7 @@ use postgres::wal_changes::WalChanges;
 use postgres::{BackupSession, Stopped};
 use proto::backup::{BackupFacts, Census, Tablespace};
 use proto::job::{Backup, BackupOutcome};
+use proto::wal::Segment;
 use proto::{Action, BackupKind, Code, Failure, Lsn, Progress, Timeline};
 use repository::{BackupWriter, Repository, SourceEntry, SourceKind, WriteOptions, path_order};
 
@@ -224,6 +225,10 @@ async fn from_attempt(
         timeline,
         start_lsn: copied.start_lsn,
         stop_lsn: stopped.stop_lsn,
+        wal_to: (!ready.server.in_recovery).then(|| {
+            let size = ready.server.wal_segment_size;
+            Segment::ending_at(stopped.stop_lsn, timeline, size).end(size)
+        }),
         started_at_ms,
         stopped_at_ms,
         files: summary.counts.files + summary.counts.directories + summary.counts.symlinks,

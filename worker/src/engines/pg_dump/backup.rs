@@ -157,6 +157,7 @@ async fn from_attempt(
         timeline: ready.server.timeline,
         start_lsn: facts.start_lsn,
         stop_lsn: facts.stop_lsn,
+        wal_to: None,
         started_at_ms,
         stopped_at_ms,
         files: summary.counts.files,
