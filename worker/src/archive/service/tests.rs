@@ -1,3 +1,5 @@
+//! The service on a store that can be watched, kept waiting and made to fail.
+
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
