@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use camino::Utf8PathBuf;
 use proto::job::RATE_LIMIT_MIN_BYTES;
-use proto::{ClusterName, JobKind, SecretRef, SiteName, WorkerName};
+use proto::{ClusterName, Failure, JobKind, SecretRef, SiteName, WorkerName};
 use serde::{Deserialize, Serialize};
 
 /// Everything in `worker.toml`.
@@ -172,6 +172,17 @@ pub struct RepositoryConfig {
     /// S3 secret access key.
     #[serde(default)]
     pub secret_access_key: Option<SecretRef>,
+}
+
+impl RepositoryConfig {
+    /// What opens it on a command line: the option, and its reference.
+    pub(crate) fn opener(&self) -> Result<(&'static str, &SecretRef), Failure> {
+        match (&self.key, &self.passphrase) {
+            (Some(key), _) => Ok(("--key", key)),
+            (None, Some(passphrase)) => Ok(("--passphrase", passphrase)),
+            (None, None) => Err(Failure::bug("a repository has either a key or a passphrase")),
+        }
+    }
 }
 
 /// A cluster.

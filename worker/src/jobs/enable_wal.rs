@@ -129,11 +129,7 @@ fn command(
     cluster: &Cluster,
     repository: &RepositoryConfig,
 ) -> Result<String, Failure> {
-    let opener = match (&repository.key, &repository.passphrase) {
-        (Some(key), _) => ("--key", key),
-        (None, Some(passphrase)) => ("--passphrase", passphrase),
-        (None, None) => return Err(Failure::bug("a repository has either a key or a passphrase")),
-    };
+    let opener = repository.opener()?;
     // The server has not this worker's environment, and the credentials in its configuration are no argument.
     let is_reachable = repository.access_key_id.is_none() && !matches!(opener.1, SecretRef::Env(_));
     let reference = match opener {

@@ -102,11 +102,7 @@ async fn restore(
 
 /// How the restored server will call this program: with the references of this worker's configuration.
 fn fetching(config: &RepositoryConfig) -> Result<Fetching, Failure> {
-    let (option, reference) = match (&config.key, &config.passphrase) {
-        (Some(key), _) => ("--key", key),
-        (None, Some(passphrase)) => ("--passphrase", passphrase),
-        (None, None) => return Err(Failure::bug("a repository has either a key or a passphrase")),
-    };
+    let (option, reference) = config.opener()?;
     if config.access_key_id.is_some() {
         let what = format!(
             "the restored server cannot fetch WAL: the credentials of repository {} are in the worker's configuration only",
