@@ -15,8 +15,6 @@ use crate::failpoint;
 /// What was archived.
 #[derive(Debug, Clone)]
 pub struct Pushed {
-    /// The file.
-    pub file: WalFileName,
     /// Into whose lineage.
     pub identity: Identity,
     /// Whether it was new. It is durable either way.
@@ -25,7 +23,6 @@ pub struct Pushed {
 
 /// A file that was read, checked and sealed, and is not stored yet.
 pub(super) struct Ready {
-    file: WalFileName,
     identity: Identity,
     sealed: SealedWal,
 }
@@ -62,7 +59,7 @@ pub(super) async fn ready(
     }
     let identity = whose.find_or_mint(repository, system_identifier).await?;
     let sealed = repository.seal_wal(identity.lineage, &file, content).await?;
-    Ok(Ready { file, identity, sealed })
+    Ok(Ready { identity, sealed })
 }
 
 impl Ready {
@@ -71,7 +68,7 @@ impl Ready {
         failpoint::reached("wal_store").await;
         let stored = repository.store_sealed_wal(self.sealed).await?;
         failpoint::reached("wal_stored").await;
-        Ok(Pushed { file: self.file, identity: self.identity, stored })
+        Ok(Pushed { identity: self.identity, stored })
     }
 }
 
