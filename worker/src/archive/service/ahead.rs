@@ -75,7 +75,7 @@ struct Source {
 }
 
 impl Ahead {
-    /// As [`push`](super::super::push), with what was done ahead, and does more of it.
+    /// As [`push`](fn@super::super::push), with what was done ahead, and does more of it.
     pub(super) async fn push(
         self: &Arc<Self>,
         repository: &Arc<Repository>,

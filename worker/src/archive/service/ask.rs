@@ -36,7 +36,7 @@ pub enum Heard<T> {
 }
 
 impl Asking<'_> {
-    /// Has a file stored, as [`push`](super::super::push) would.
+    /// Has a file stored, as [`push`](fn@super::super::push) would.
     pub async fn to_store(&self, path: &Path) -> Heard<(LineageId, WalStored)> {
         let Some(path) = absolute(path) else { return Heard::Nobody(None) };
         let (whose, repository) = (self.whose.clone(), self.repository.map(str::to_owned));
@@ -46,7 +46,7 @@ impl Asking<'_> {
         }
     }
 
-    /// Has a file fetched, as [`get`](super::super::get) would, and puts it to `to`: that is not done by the service, which would not know
+    /// Has a file fetched, as [`get`](fn@super::super::get) would, and puts it to `to`: that is not done by the service, which would not know
     /// whether anybody still waits for it.
     pub async fn for_file(
         &self,

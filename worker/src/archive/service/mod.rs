@@ -2,7 +2,7 @@
 //!
 //! A server hands over one file of its log at a time and waits, and asks for one at a time. The service stores what the
 //! server has marked as ready next ([`ahead`]), and fetches what a recovery will want next ([`readahead`]). It answers what
-//! [`push`](super::push) and [`get`](super::get) would have, only sooner, and it keeps a repository open, which each command would
+//! [`push`](fn@super::push) and [`get`](fn@super::get) would have, only sooner, and it keeps a repository open, which each command would
 //! have to open for itself. It is never needed: whoever finds nobody at the socket does the work himself.
 //!
 //! A connection carries one question and its answer, and whoever closes it waits no more. The socket is its owner's alone. A
