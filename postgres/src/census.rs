@@ -11,6 +11,9 @@
 //! On a standby the locks of the primary's transactions are not known, only that some transaction is open: then no count of that
 //! moment is exact. The position is what was replayed.
 //!
+//! A table whose files did not change since the backup before is not counted: what was exact then is exact now
+//! ([`table_files`](crate::table_files)). Which tables those are turns out while the files are copied, so they come last.
+//!
 //! Not counted: templates (a session in a template makes `CREATE DATABASE` fail), temporary tables, unlogged tables
 //! (they are empty after a restore), foreign tables and partitioned parents (they hold no rows of their own; the
 //! partitions are counted), and what the role may not read.
@@ -18,7 +21,7 @@
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
-use proto::backup::{Census, DatabaseCensus, TableCount};
+use proto::backup::{Census, CountedFile, DatabaseCensus, TableCount};
 use proto::{DatabaseName, JobId, Lsn};
 use tokio::time::Instant;
 use tokio_postgres::Row;
@@ -28,6 +31,7 @@ use crate::connect::{Purpose, connect, connect_maintenance};
 use crate::error::Error;
 use crate::quote;
 use crate::session::Session;
+use crate::table_files::{Earlier, TableFiles};
 use crate::target::Target;
 use crate::wal_changes::WalChanges;
 
@@ -43,7 +47,8 @@ const GROUP_PAGES: i64 = 8192;
 pub struct CensusOptions {
     /// For which job.
     pub job: JobId,
-    /// No count begins after this, and a running one is cancelled.
+    /// No count begins after this, and a running one is cancelled. Time in which the census waits for the copy to say which
+    /// tables changed comes on top.
     pub deadline: Instant,
     /// Limit of one table's count: it holds a snapshot and an `AccessShareLock` that long.
     pub table_limit: Duration,
@@ -68,6 +73,8 @@ struct DatabaseDraft {
     extensions: Vec<String>,
     relations: Vec<Relation>,
     counts: HashMap<u32, Count>,
+    /// Of tables that need not be counted unless their files change.
+    earlier: HashMap<u32, Earlier>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,23 +84,27 @@ pub(crate) struct Relation {
     pub(crate) schema: String,
     pub(crate) name: String,
     file_node: u32,
+    /// The file of its first segment, for what has one.
+    path: Option<String>,
     pages: i64,
     /// Whether it has rows of its own that a restore brings back.
     pub(crate) countable: bool,
     is_heap: bool,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Count {
     rows: u64,
-    /// Before the locks were read and the rows were counted.
+    /// Before the locks were read and the rows were counted. Of a count that was taken over, where the backup starts.
     from: Lsn,
     /// Whether an open transaction may have written to the table before the count.
     disturbed: bool,
+    /// What the next backup needs to know to take it over.
+    file: Option<CountedFile>,
 }
 
 impl CensusDraft {
-    /// How many tables were counted, and how many there are to count.
+    /// How many tables have a count, and how many there are to count.
     pub fn counted(&self) -> (usize, usize) {
         let counted = self.databases.iter().map(|database| database.counts.len()).sum();
         let all = self
@@ -106,9 +117,14 @@ impl CensusDraft {
     }
 }
 
-/// Commits a canary and counts. A table that cannot be read is not counted, a database that cannot be read is named as
-/// unseen; an error means that there is no census at all.
-pub async fn take_census(target: &Target, options: &CensusOptions) -> Result<CensusDraft, Error> {
+/// Commits a canary and counts, and ends after `files` has: then it is known which counts can be taken over. A table that
+/// cannot be read is not counted, a database that cannot be read is named as unseen; an error means that there is no census
+/// at all.
+pub async fn take_census(
+    target: &Target,
+    options: &CensusOptions,
+    files: &TableFiles,
+) -> Result<CensusDraft, Error> {
     let session = connect_maintenance(target, &purpose(options)).await?;
     let what = "take the census";
     let canary = canary(&session).await?;
@@ -125,7 +141,7 @@ pub async fn take_census(target: &Target, options: &CensusOptions) -> Result<Cen
             return Err(Error::Cancelled { what: what.to_owned() });
         }
         let oid = row.get("oid");
-        match database_draft(target, options, &name, oid, row.get("collation")).await {
+        match database_draft(target, options, files, &name, oid, row.get("collation")).await {
             Ok(draft) => databases.push(draft),
             Err(error @ Error::Cancelled { .. }) => return Err(error),
             // It was dropped since the list was made, and is not in the backup's end either.
@@ -136,7 +152,70 @@ pub async fn take_census(target: &Target, options: &CensusOptions) -> Result<Cen
             }
         }
     }
+    count_changed(target, options, files, &mut databases).await?;
     Ok(CensusDraft { canary, databases, unseen })
+}
+
+/// Counts the tables whose files turn out to have changed, and takes over the counts of the others.
+async fn count_changed(
+    target: &Target,
+    options: &CensusOptions,
+    files: &TableFiles,
+    databases: &mut [DatabaseDraft],
+) -> Result<(), Error> {
+    let mut options = options.clone();
+    while databases.iter().any(|database| !database.earlier.is_empty()) {
+        let waited = Instant::now();
+        let cancelled = || Error::Cancelled { what: "take the census".to_owned() };
+        tokio::select! {
+            biased;
+            () = options.cancel.cancelled() => return Err(cancelled()),
+            () = files.news() => {}
+        }
+        options.deadline += waited.elapsed();
+        let seen = files.seen();
+        for database in &mut *databases {
+            let DatabaseDraft { name, relations, counts, earlier, .. } = database;
+            let is_changed = |relation: &&Relation| {
+                let changed =
+                    relation.path.as_ref().is_some_and(|path| seen.changed.contains(path));
+                earlier.contains_key(&relation.oid) && (changed || seen.ended == Some(false))
+            };
+            let changed: Vec<&Relation> = relations.iter().filter(is_changed).collect();
+            if changed.is_empty() {
+                continue;
+            }
+            for relation in &changed {
+                earlier.remove(&relation.oid);
+            }
+            let counted = async {
+                let session =
+                    connect(&target.with_database(name.as_str()), &purpose(&options)).await?;
+                count_all(&session, &options, files, &changed, name, counts).await?;
+                session.close().await;
+                Ok(())
+            };
+            if let Err(error) = counted.await {
+                if matches!(error, Error::Cancelled { .. }) {
+                    return Err(error);
+                }
+                // The end of the census says whether it is gone, or cannot be looked at.
+                warn_unseen(name, &error);
+            }
+        }
+        if seen.ended.is_none() {
+            continue;
+        }
+        for DatabaseDraft { relations, counts, earlier, .. } in &mut *databases {
+            for relation in &*relations {
+                if let Some(Earlier { rows, file }) = earlier.remove(&relation.oid) {
+                    let (from, file) = (files.since(), Some(file));
+                    counts.insert(relation.oid, Count { rows, from, disturbed: false, file });
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Completes a census after the backup was stopped at `stop_lsn`. `changes` has read the backup's WAL up to there; without
@@ -264,7 +343,7 @@ SELECT extname || ' ' || extversion FROM pg_extension ORDER BY extname";
 const RELATIONS: &str = "\
 -- pgmuster: relations of a database
 SELECT c.oid, c.relkind::text AS kind, n.nspname::text AS schema, c.relname::text AS name,
-       c.relfilenode AS file_node, c.relpages::int8 AS pages,
+       c.relfilenode AS file_node, pg_relation_filepath(c.oid) AS path, c.relpages::int8 AS pages,
        c.relkind IN ('r', 'm') AND c.relpersistence = 'p' AND c.relispopulated AS countable,
        coalesce((SELECT amname = 'heap' FROM pg_am WHERE oid = c.relam), false) AS is_heap
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -299,6 +378,7 @@ fn relation(row: &Row) -> Relation {
         schema: row.get("schema"),
         name: row.get("name"),
         file_node: row.get("file_node"),
+        path: row.get("path"),
         pages: row.get("pages"),
         countable: row.get("countable"),
         is_heap: row.get("is_heap"),
@@ -313,6 +393,7 @@ pub(crate) async fn relations(session: &Session) -> Result<Vec<Relation>, Error>
 async fn database_draft(
     target: &Target,
     options: &CensusOptions,
+    files: &TableFiles,
     name: &DatabaseName,
     oid: u32,
     collation: String,
@@ -320,34 +401,16 @@ async fn database_draft(
     let session = connect(&target.with_database(name.as_str()), &purpose(options)).await?;
     let extensions = session.query("list the extensions", EXTENSIONS, &[]).await?;
     let relations = relations(&session).await?;
-    let countable: Vec<&Relation> =
-        relations.iter().filter(|relation| relation.countable).collect();
+    let known = |relation: &Relation| {
+        let earlier = files.earlier(relation.path.as_deref())?;
+        (relation.countable && relation.is_heap).then_some((relation.oid, earlier))
+    };
+    let earlier: HashMap<u32, Earlier> = relations.iter().filter_map(known).collect();
+    let to_count =
+        |relation: &&Relation| relation.countable && !earlier.contains_key(&relation.oid);
+    let to_count: Vec<&Relation> = relations.iter().filter(to_count).collect();
     let mut counts = HashMap::new();
-    let mut uncounted = 0_usize;
-    for group in groups(&countable) {
-        let missing = count_group(&session, options, &group, &mut counts).await?;
-        // One table that is locked, forbidden or broken must not take the others of its group with it.
-        if missing && group.len() > 1 {
-            for table in group {
-                uncounted +=
-                    usize::from(count_group(&session, options, &[table], &mut counts).await?);
-            }
-        } else {
-            uncounted += usize::from(missing);
-        }
-    }
-    // A second look at what was disturbed: most transactions are short.
-    let disturbed: Vec<&Relation> = countable
-        .iter()
-        .copied()
-        .filter(|table| counts.get(&table.oid).is_some_and(|count| count.disturbed))
-        .collect();
-    for group in groups(&disturbed) {
-        count_group(&session, options, &group, &mut counts).await?;
-    }
-    if uncounted > 0 {
-        tracing::warn!(database = %name, "Counted {} tables of database {name}, not {uncounted}", counts.len());
-    }
+    count_all(&session, options, files, &to_count, name, &mut counts).await?;
     session.close().await;
     Ok(DatabaseDraft {
         name: name.clone(),
@@ -356,7 +419,44 @@ async fn database_draft(
         extensions: extensions.iter().map(|row| row.get(0)).collect(),
         relations,
         counts,
+        earlier,
     })
+}
+
+/// Counts tables of one database as far as it can.
+async fn count_all(
+    session: &Session,
+    options: &CensusOptions,
+    files: &TableFiles,
+    tables: &[&Relation],
+    name: &DatabaseName,
+    counts: &mut HashMap<u32, Count>,
+) -> Result<(), Error> {
+    let mut uncounted = 0_usize;
+    for group in groups(tables) {
+        let missing = count_group(session, options, files, &group, counts).await?;
+        // One table that is locked, forbidden or broken must not take the others of its group with it.
+        if missing && group.len() > 1 {
+            for table in group {
+                let missing = count_group(session, options, files, &[table], counts).await?;
+                uncounted += usize::from(missing);
+            }
+        } else {
+            uncounted += usize::from(missing);
+        }
+    }
+    // A second look at what was disturbed: most transactions are short.
+    let is_disturbed =
+        |table: &&Relation| counts.get(&table.oid).is_some_and(|count| count.disturbed);
+    let disturbed: Vec<&Relation> = tables.iter().copied().filter(is_disturbed).collect();
+    for group in groups(&disturbed) {
+        count_group(session, options, files, &group, counts).await?;
+    }
+    if uncounted > 0 {
+        let counted = tables.len() - uncounted;
+        tracing::warn!(database = %name, "Counted {counted} tables of database {name}, not {uncounted}");
+    }
+    Ok(())
 }
 
 /// Neighbours in size order, as many as one statement may count.
@@ -383,6 +483,7 @@ fn groups<'a>(tables: &[&'a Relation]) -> Vec<Vec<&'a Relation>> {
 async fn count_group(
     session: &Session,
     options: &CensusOptions,
+    files: &TableFiles,
     tables: &[&Relation],
     counts: &mut HashMap<u32, Count>,
 ) -> Result<bool, Error> {
@@ -418,8 +519,10 @@ async fn count_group(
     for row in rows {
         let Some(oid) = row.get::<_, Option<u32>>(0) else { continue };
         let rows = u64::try_from(row.get::<_, i64>(1)).unwrap_or(0);
-        if tables.iter().any(|table| table.oid == oid) {
-            counts.insert(oid, Count { rows, from, disturbed: any_open || written.contains(&oid) });
+        if let Some(table) = tables.iter().find(|table| table.oid == oid) {
+            let disturbed = any_open || written.contains(&oid);
+            let file = files.counted(table.path.as_deref());
+            counts.insert(oid, Count { rows, from, disturbed, file });
         }
     }
     Ok(false)
@@ -480,7 +583,8 @@ fn conclude(
             schema: before.schema.clone(),
             table: before.name.clone(),
             rows: count.map(|count| count.rows),
-            drift: count.and_then(|count| drift(draft.oid, before, now, *count, changes, stop_lsn)),
+            drift: count.and_then(|count| drift(draft.oid, before, now, count, changes, stop_lsn)),
+            file: count.and_then(|count| count.file.clone()),
         });
     }
     let mut relations: Vec<_> = relations.into_iter().collect();
@@ -505,7 +609,7 @@ fn drift(
     database: u32,
     before: &Relation,
     now: &Relation,
-    count: Count,
+    count: &Count,
     changes: Option<&WalChanges>,
     stop_lsn: Lsn,
 ) -> Option<(u64, u64)> {
@@ -528,6 +632,7 @@ mod tests {
             schema: "s".to_owned(),
             name: format!("t{oid}"),
             file_node: oid,
+            path: Some(format!("base/5/{oid}")),
             pages,
             countable: true,
             is_heap: true,
@@ -549,14 +654,15 @@ mod tests {
         let mut rewritten = table(4, 0);
         rewritten.file_node = 99;
         let after = [table(1, 0), renamed, rewritten, table(5, 0)];
-        let count = Count { rows: 7, from: Lsn(10), disturbed: false };
+        let count = Count { rows: 7, from: Lsn(10), disturbed: false, file: None };
         let draft = DatabaseDraft {
             name: "d".parse().unwrap(),
             oid: 5,
             collation: "c".to_owned(),
             extensions: vec!["a 1".to_owned(), "b 1".to_owned()],
             relations: vec![table(1, 0), table(2, 0), table(3, 0), table(4, 0)],
-            counts: [(1, count), (2, count), (3, count), (4, count)].into(),
+            counts: [1, 2, 3, 4].map(|oid| (oid, count.clone())).into(),
+            earlier: HashMap::new(),
         };
         let after: HashMap<_, _> =
             after.into_iter().map(|relation| (relation.oid, relation)).collect();

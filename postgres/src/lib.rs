@@ -36,6 +36,7 @@ pub mod session;
 pub mod settings;
 pub mod snapshot;
 pub mod standby;
+pub mod table_files;
 pub mod target;
 pub mod tls;
 mod unfit;

@@ -69,7 +69,8 @@ impl Snapshot {
                 continue;
             }
             let rows = self.count(&schema, &name, deadline, cancel).await?;
-            tables.push(TableCount { schema, table: name, rows, drift: rows.map(|_| (0, 0)) });
+            let drift = rows.map(|_| (0, 0));
+            tables.push(TableCount { schema, table: name, rows, drift, file: None });
         }
         let mut relations: Vec<_> = of_kind.into_iter().collect();
         relations.sort_unstable();

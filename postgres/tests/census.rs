@@ -8,6 +8,8 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use postgres::census::{CensusDraft, CensusOptions, finish_census, take_census};
+use postgres::relation::RelationFile;
+use postgres::table_files::TableFiles;
 use postgres::wal::Segment;
 use postgres::wal_changes::WalChanges;
 use postgres::{BackupOptions, BackupSession, Error, Stopped};
@@ -26,6 +28,8 @@ servers::on_each_major! {
     what_the_role_may_not_read_is_not_counted,
     without_wal_nothing_is_exact,
     a_census_that_saw_no_database_again_is_an_error,
+    a_table_whose_files_did_not_change_is_not_counted_again,
+    nothing_is_taken_over_when_times_and_sizes_were_wrong,
     changes_agree_with_the_servers_own_reading_of_its_wal,
 }
 
@@ -46,25 +50,67 @@ fn census_options() -> CensusOptions {
     }
 }
 
+async fn begin_backup(server: &Server) -> BackupSession {
+    let options = BackupOptions {
+        job: job(),
+        label: "census".to_owned(),
+        slot_name: "pgmuster_census".to_owned(),
+        fast: true,
+        system_identifier: None,
+        start_deadline: None,
+        cancel: CancellationToken::new(),
+    };
+    let begun = BackupSession::begin(&server.target("postgres"), &options).await;
+    begun.unwrap_or_else(|e| panic!("{}", shown(&e)))
+}
+
+/// The relation files of a server as a scan lists them now.
+fn scanned(server: &Server) -> Vec<(String, RelationFile, u64)> {
+    let mut files = Vec::new();
+    let data = server.instance.data_directory();
+    for database in std::fs::read_dir(data.join("base")).unwrap() {
+        let database = database.unwrap();
+        for file in std::fs::read_dir(database.path()).unwrap() {
+            let file = file.unwrap();
+            let name = file.file_name().into_string().unwrap();
+            let path = format!("base/{}/{name}", database.file_name().into_string().unwrap());
+            let relation = RelationFile::parse(&name);
+            files.extend(relation.map(|relation| (path, relation, file.metadata().unwrap().len())));
+        }
+    }
+    files
+}
+
+fn table_files(server: &Server, before: Option<&Census>, backup: &BackupSession) -> TableFiles {
+    let files = scanned(server);
+    let files = files.iter().map(|(path, file, size)| (path.as_str(), *file, *size));
+    TableFiles::new(files, before, backup.started().start_lsn, 1_700_000_000_000)
+}
+
+/// A census that says of every table that it has a thousand rows more than it has.
+async fn forged(server: &Server) -> Census {
+    let backup = begin_backup(server).await;
+    let files = table_files(server, None, &backup);
+    let walk = Box::pin(Walk::beside(server, backup, &files)).await;
+    let mut census = walk.finish().await;
+    for table in census.databases.iter_mut().flat_map(|database| &mut database.tables) {
+        assert!(table.file.is_some(), "{table:?}");
+        table.rows = table.rows.map(|rows| rows + 1000);
+    }
+    census
+}
+
 impl<'a> Walk<'a> {
     async fn begin(server: &'a Server) -> Walk<'a> {
-        let options = BackupOptions {
-            job: job(),
-            label: "census".to_owned(),
-            slot_name: "pgmuster_census".to_owned(),
-            fast: true,
-            system_identifier: None,
-            start_deadline: None,
-            cancel: CancellationToken::new(),
-        };
-        let target = server.target("postgres");
-        let backup = BackupSession::begin(&target, &options)
-            .await
-            .unwrap_or_else(|e| panic!("{}", shown(&e)));
+        let files = TableFiles::default();
+        Self::beside(server, begin_backup(server).await, &files).await
+    }
+
+    /// Takes the census of a backup that has begun.
+    async fn beside(server: &'a Server, backup: BackupSession, files: &TableFiles) -> Walk<'a> {
         let options = census_options();
-        let draft =
-            take_census(&target, &options).await.unwrap_or_else(|e| panic!("{}", shown(&e)));
-        Self { server, options, backup, draft }
+        let draft = take_census(&server.target("postgres"), &options, files).await;
+        Self { server, options, backup, draft: draft.unwrap_or_else(|e| panic!("{}", shown(&e))) }
     }
 
     async fn stop(&mut self) -> Stopped {
@@ -362,7 +408,8 @@ async fn the_census_waits_for_nobody(major: u32) {
 
     // Without time nothing is counted, and everything is still listed.
     let options = CensusOptions { deadline: Instant::now(), ..census_options() };
-    let draft = take_census(&server.target("postgres"), &options).await.unwrap();
+    let draft =
+        take_census(&server.target("postgres"), &options, &TableFiles::default()).await.unwrap();
     assert_eq!(draft.counted(), (0, 2));
 }
 
@@ -382,8 +429,9 @@ async fn what_the_role_may_not_read_is_not_counted(major: u32) {
         )
         .await;
     let target = server.target_of("reader", "postgres");
-    let draft =
-        take_census(&target, &census_options()).await.unwrap_or_else(|e| panic!("{}", shown(&e)));
+    let draft = take_census(&target, &census_options(), &TableFiles::default())
+        .await
+        .unwrap_or_else(|e| panic!("{}", shown(&e)));
     assert_eq!(draft.counted(), (1, 3), "the two rows that a policy shows are not the table");
 }
 
@@ -502,4 +550,50 @@ async fn changes_agree_with_the_servers_own_reading_of_its_wal(major: u32) {
         u32::try_from(server.number("SELECT pg_relation_filenode('t')::int8").await).unwrap();
     let t = changes.of_table(database, node, started.start_lsn, stopped.stop_lsn).unwrap();
     assert!(t.inserted >= 5000 && t.deleted > 0, "{t:?}");
+}
+
+async fn a_table_whose_files_did_not_change_is_not_counted_again(major: u32) {
+    let server = Server::start(major, &[("autovacuum", "off")]).await;
+    let made = ["still", "changed", "grows", "shrinks", "rewritten"]
+        .map(|name| format!("CREATE TABLE {name} AS SELECT generate_series(1, 10) AS id"));
+    server.run("postgres", &made.each_ref().map(String::as_str)).await;
+    // Whoever reads rows for the first time marks their page.
+    server.run("postgres", &["VACUUM"]).await;
+    let before = Box::pin(forged(&server)).await;
+    let rewritten = "TRUNCATE rewritten; INSERT INTO rewritten VALUES (1)";
+    server.run("postgres", &["INSERT INTO changed VALUES (11)", rewritten]).await;
+
+    let backup = begin_backup(&server).await;
+    let files = table_files(&server, Some(&before), &backup);
+    let changed = tables(&before)["changed"].file.clone().unwrap();
+    let name = changed.path.rsplit_once('/').unwrap().1;
+    files.changed(&changed.path, RelationFile::parse(name).unwrap());
+    let (mut walk, ()) = tokio::join!(Box::pin(Walk::beside(&server, backup, &files)), async {
+        // The census of a copy that goes on waits; this one has seen every file.
+        files.end(true);
+    });
+    assert_eq!(walk.draft.counted(), (5, 5));
+    server.run("postgres", &["INSERT INTO grows VALUES (11), (12)"]).await;
+    server.run("postgres", &["DELETE FROM shrinks WHERE id = 1"]).await;
+    let stopped = walk.stop().await;
+    let changes = walk.changes(&stopped);
+    let census = walk.finish_with(Some(&changes), &stopped).await;
+    assert_eq!(figures(&census, "still"), (Some(1010), Some((0, 0))), "taken over");
+    assert_eq!(figures(&census, "changed"), (Some(11), Some((0, 0))), "counted");
+    assert_eq!(figures(&census, "rewritten"), (Some(1), Some((0, 0))), "another file");
+    assert_eq!(figures(&census, "grows"), (Some(1010), Some((0, 2))), "its own WAL says so");
+    assert_eq!(figures(&census, "shrinks"), (Some(1010), Some((1, 0))));
+    assert_eq!(tables(&census)["still"].file, tables(&before)["still"].file);
+}
+
+async fn nothing_is_taken_over_when_times_and_sizes_were_wrong(major: u32) {
+    let server = Server::start(major, &[]).await;
+    server.run("postgres", &["CREATE TABLE still AS SELECT generate_series(1, 10) AS id"]).await;
+    let before = Box::pin(forged(&server)).await;
+    let backup = begin_backup(&server).await;
+    let files = table_files(&server, Some(&before), &backup);
+    files.end(false);
+    let walk = Box::pin(Walk::beside(&server, backup, &files)).await;
+    let census = walk.finish().await;
+    assert_eq!(figures(&census, "still"), (Some(10), Some((0, 0))));
 }

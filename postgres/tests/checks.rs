@@ -11,6 +11,7 @@ use std::time::Duration;
 use postgres::census::{CensusOptions, finish_census, take_census};
 use postgres::checks::{CheckOptions, CheckReport, run_checks};
 use postgres::instance::StopMode;
+use postgres::table_files::TableFiles;
 use postgres::wal::Segment;
 use postgres::wal_changes::WalChanges;
 use postgres::{BackupOptions, BackupSession};
@@ -73,7 +74,7 @@ async fn back_up(server: &Server) -> Backup {
         table_limit: Duration::from_secs(10),
         cancel: CancellationToken::new(),
     };
-    let draft = take_census(&target, &options).await.unwrap();
+    let draft = take_census(&target, &options, &TableFiles::default()).await.unwrap();
     let stopped = backup.stop(&CancellationToken::new()).await.unwrap();
     let started = backup.started().clone();
     let size = started.server.wal_segment_size;

@@ -214,4 +214,18 @@ pub struct TableCount {
     /// How far the true number at the stop position may differ: `Some((0, 0))` for a table that did not change between
     /// count and stop, `Some((fewer, more))` where the server's counters bound the change, `None` where nothing is known.
     pub drift: Option<(u64, u64)>,
+    /// The table's file, for the next backup's census; absent where the files were not looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<CountedFile>,
+}
+
+/// The file of a table that was counted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CountedFile {
+    /// Of the first segment, below the data directory: `base/5/16384`.
+    pub path: String,
+    /// Of all segments, when the files were listed.
+    pub size_bytes: u64,
+    /// When the rows were last counted. Later for a file that did not change since, they are taken over.
+    pub counted_at_ms: i64,
 }

@@ -112,7 +112,7 @@ pub struct BackupConfig {
     /// server waits for it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate_limit_bytes: Option<u64>,
-    /// How long the row census of a backup may take, seconds; 0 counts nothing (proofs then end at L4).
+    /// How long counting rows for the census of a backup may take, seconds; 0 counts nothing (proofs then end at L4).
     pub census_s: u32,
     /// How much WAL a backup may make the server keep, bytes, at least 64 MiB. A repository that takes WAL more slowly
     /// than the server writes it ends the backup here. Four segments are always allowed.

@@ -16,8 +16,9 @@ use house::{
 use postgres::binaries::Binaries;
 use postgres::instance::{Instance, InstanceOptions, StopMode};
 use postgres::scan::EXTERNAL_ROOT;
+use proto::backup::TableCount;
 use proto::message::Spec;
-use proto::{Action, Code, Failure, ProofLevel};
+use proto::{Action, BackupId, Code, Failure, ProofLevel};
 use repository::Outcome;
 use worker::context::JobContext;
 use worker::restoring::{self, Destination};
@@ -85,6 +86,49 @@ async fn the_second_backup_stores_what_changed_and_restores_alone() {
     let proof = house.prove(ProofLevel::L5).await;
     assert_eq!(proof.backup, second.backup);
     assert!(proof.passed, "{:#?}", proof.checks);
+}
+
+/// What the census of a backup says of a table in schema `public`.
+async fn counted(house: &House, backup: BackupId, table: &str) -> TableCount {
+    let repository = house.reopened().await;
+    let found = restoring::find(&repository, None, None, Some(backup)).await.unwrap();
+    let census = found.facts().census.clone().unwrap();
+    let tables = census.databases.into_iter().flat_map(|database| database.tables);
+    tables.into_iter().find(|count| count.table == table).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_tables_whose_files_changed_are_counted_again() {
+    let settings = vec![("autovacuum".to_owned(), "off".to_owned())];
+    let options = InstanceOptions { fsync: false, settings, ..InstanceOptions::default() };
+    let house = House::new(15, options).await;
+    house.sql(DATA).await;
+    house.sql("CREATE TABLE public.busy AS SELECT 1 AS id").await;
+    house.sql("VACUUM (FREEZE)").await;
+    house.sql("CHECKPOINT").await;
+    // A file is believed to be what it was once the backup before has found it unchanged for more than two seconds.
+    let until_taken_over = async {
+        let mut before: Option<i64> = None;
+        loop {
+            house.sql("INSERT INTO public.busy VALUES (1)").await;
+            let backup = house.back_up().await.backup;
+            let orders = counted(&house, backup, "orders").await;
+            let counted_at_ms = orders.file.unwrap().counted_at_ms;
+            if before == Some(counted_at_ms) {
+                return (backup, counted_at_ms);
+            }
+            before = Some(counted_at_ms);
+        }
+    };
+    let waiting = tokio::time::timeout(Duration::from_mins(1), Box::pin(until_taken_over));
+    let (backup, counted_at_ms) = waiting.await.unwrap();
+    let rows = session(&house.server.url("postgres")).await;
+    let rows = rows.one("count", "SELECT count(*) FROM public.busy", &[]).await.unwrap();
+    let busy = counted(&house, backup, "busy").await;
+    assert_eq!(busy.rows, Some(rows.get::<_, i64>(0).unsigned_abs()));
+    assert!(busy.file.unwrap().counted_at_ms > counted_at_ms);
+    let proof = house.prove(ProofLevel::L5).await;
+    assert!(proof.backup == backup && proof.passed, "{:#?}", proof.checks);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -280,8 +280,9 @@ impl RestorePlan {
     /// nothing.
     pub async fn compare(&self, options: &RestoreOptions) -> Result<Comparison, Error> {
         let (backup, target, options) = (self.backup.clone(), self.target.clone(), options.clone());
-        let cancel = options.cancel.clone();
-        blocking(&cancel, move |stop| run::compare(&backup, &target, &options, stop)).await
+        let (cancel, resumes) = (options.cancel.clone(), self.resumes);
+        let work = move |stop: &Arc<Stop>| run::compare(&backup, &target, resumes, &options, stop);
+        blocking(&cancel, work).await
     }
 
     /// Restores. On success everything is durable and the marker is gone; on failure the marker stays.

@@ -58,7 +58,7 @@ pub(super) fn restore(
         }
     }
     let wal = wal(backup, target, stop)?;
-    let crew = Crew { backup, tree: &tree, options, stop };
+    let crew = Crew { backup, tree: &tree, options, stop, resumes: plan.resumes };
     let mut walk = Walk::new(backup, target, &tree, stop, &options.progress, how);
     let root = &backup.root;
     crew.phase(options.processes, &mut walk, |walk, outlets| {
@@ -97,13 +97,14 @@ pub(super) fn restore(
 pub(super) fn compare(
     backup: &Backup,
     target: &RestoreTarget,
+    resumes: bool,
     options: &RestoreOptions,
     stop: &Arc<Stop>,
 ) -> Result<Comparison, Error> {
     let tree = Tree::open(&target.directory, target.mapping.clone().into_iter())?;
     let wal = wal(backup, target, stop)?;
     let root = &backup.root;
-    let crew = Crew { backup, tree: &tree, options, stop };
+    let crew = Crew { backup, tree: &tree, options, stop, resumes };
     let mut walk = Walk::new(backup, target, &tree, stop, &options.progress, How::Look);
     crew.phase(options.processes, &mut walk, |walk, outlets| {
         walk.shards(&root.shards, outlets)?;
@@ -124,6 +125,8 @@ struct Crew<'a> {
     tree: &'a Tree,
     options: &'a RestoreOptions,
     stop: &'a Arc<Stop>,
+    /// Whether a restore was interrupted here.
+    resumes: bool,
 }
 
 impl Crew<'_> {
@@ -134,7 +137,7 @@ impl Crew<'_> {
         walk: &mut Walk<'w>,
         work: impl FnOnce(&mut Walk<'w>, &Outlets) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let Self { backup, tree, options, stop } = *self;
+        let Self { backup, tree, options, stop, resumes } = *self;
         let progress = &options.progress;
         let processes = processes.max(1);
         let requests = processes + REQUESTS;
@@ -158,6 +161,7 @@ impl Crew<'_> {
                         progress,
                         detection: Detection(backup.repository.keys.detection(backup.lineage())),
                         writes: mends,
+                        resumes,
                         wants: wants.clone(),
                     };
                     let compared = compared.clone();

@@ -151,6 +151,9 @@ impl<'a> Planner<'a> {
         let trusted = entry.content.is_none()
             && known.is_some_and(|file| self.may_trust(file, &stamp))
             && !self.trust.read_again.contains(&entry.path);
+        if !trusted {
+            self.source.changed(&entry);
+        }
         let unit_bytes = unit_bytes(&entry, known);
         if let (true, Some(file)) = (trusted, known) {
             let pieces = match &file.content {

@@ -13,6 +13,13 @@ pub trait Source: Send + Sync {
     /// opened once for each of its stretches, by several threads at a time.
     fn open(&self, entry: &SourceEntry) -> io::Result<Option<Box<dyn SourceFile>>>;
 
+    /// A file is not what the predecessor has under its name, as far as times and sizes tell, or nothing may be told by them:
+    /// all of it will be read. Said once for each such file, before it is opened. Files that are not named here are taken over,
+    /// or read only to see whether times and sizes can be believed.
+    fn changed(&self, entry: &SourceEntry) {
+        let _ = entry;
+    }
+
     /// Begins to read a stream; entries of [`SourceKind::Stream`](crate::SourceKind::Stream) are read one after the other,
     /// in their order, each to its end. What ended too early must be an error of a read and never an end. `None` when there
     /// is nothing to be read any more, which is no failure: it leaves the backup. A read that waits must end soon after

@@ -11,6 +11,7 @@ use postgres::census::{CensusDraft, CensusOptions, finish_census, take_census};
 use postgres::control_file::{CONTROL_FILE_PATH, ControlFile};
 use postgres::relation::PageRules;
 use postgres::scan::{EntryKind, Scan, ScanEntry, ScanOptions};
+use postgres::table_files::TableFiles;
 use postgres::wal::WalOrigin;
 use postgres::wal_changes::WalChanges;
 use postgres::{BackupSession, Stopped};
@@ -118,9 +119,12 @@ async fn from_attempt(
     let mut session = cx.step("start_backup", enter(cx, request.cluster, ready, fast)).await?;
     let progress = Arc::new(repository::Progress::default());
     let timeline = session.started().timeline;
-    let (read_again, read_all) = known_bad(attempt.predecessor_facts());
+    let predecessor = attempt.predecessor_facts();
+    let (read_again, read_all) = known_bad(predecessor);
+    let full_read = request.task.full_read || read_all;
+    let counted_before = predecessor.filter(|_| !full_read).and_then(|facts| facts.census.clone());
     let mut writer = attempt.write(WriteOptions {
-        full_read: request.task.full_read || read_all,
+        full_read,
         read_again,
         // Times and inodes mean something only where this process sees them itself.
         continuity: ready.files.here().map(|_| format!("{} timeline {timeline}", node_name())),
@@ -137,7 +141,8 @@ async fn from_attempt(
             let (writer, progress) = (&mut writer, &*progress);
             let kept = Kept { session: &mut session, wal: &mut wal, hold: &hold, progress };
             async move {
-                let copied = Box::pin(copy(cx, request, ready, writer, kept)).await?;
+                let copying = copy(cx, request, ready, writer, kept, counted_before.as_ref());
+                let copied = Box::pin(copying).await?;
                 let done = progress.snapshot();
                 step.figure("files", done.files);
                 step.figure("read_bytes", done.bytes_read);
@@ -299,6 +304,7 @@ async fn copy(
     ready: &Ready,
     writer: &mut BackupWriter,
     kept: Kept<'_>,
+    counted_before: Option<&Census>,
 ) -> Result<Copied, Failure> {
     let start_lsn = kept.session.started().start_lsn;
     let control = read_control(&ready.files).await?.0;
@@ -322,19 +328,30 @@ async fn copy(
         (Some(allowed), asked) => Some(at_most(allowed, asked)),
         (None, asked) => asked,
     };
-    let files = DataDirectory::new(Arc::clone(&ready.files), &scanned.entries, rules, limit);
+    let relations = scanned.entries.iter().filter_map(|entry| match entry.kind {
+        EntryKind::Relation(file) => Some((entry.path.as_str(), file, entry.size)),
+        _ => None,
+    });
+    let tables = TableFiles::new(relations, counted_before, start_lsn, clock::now_ms());
+    let tables = Arc::new(tables);
+    let server_files = Arc::clone(&ready.files);
+    let files =
+        DataDirectory::new(server_files, &scanned.entries, rules, limit, Arc::clone(&tables));
     let files = Arc::new(files);
     let roots = scanned.roots.clone();
     let entries = entries(scanned, control.block_size, scanned_at_ns);
     let counted = {
+        let progress = kept.progress;
         let copying = async {
-            writer.copy(files.clone(), entries).await.map_err(|error| stopped_or(cx, error))
+            writer.copy(files.clone(), entries).await.map_err(|error| stopped_or(cx, error))?;
+            tables.end(progress.snapshot().silent_changes == 0);
+            Ok(())
         };
         // The watcher ends between two rounds, never inside one: a segment that was half stored would be stored and
         // counted twice.
         let copied = CancellationToken::new();
         let work = async {
-            let done = tokio::try_join!(copying, count(cx, request));
+            let done = tokio::try_join!(copying, count(cx, request, &tables));
             copied.cancel();
             done
         };
@@ -452,16 +469,17 @@ async fn watch(
     }
 }
 
-/// Counts the rows of every table, when the configuration wants it. Without a census the backup is as good, and its
+/// Counts the rows of every table whose files changed, when the configuration wants it. Without a census the backup is as good, and its
 /// proofs end one level lower.
 async fn count(
     cx: &JobContext,
     request: &BackupRequest<'_>,
+    tables: &TableFiles,
 ) -> Result<Option<CensusDraft>, Failure> {
     if request.config.census_s == 0 {
         return Ok(None);
     }
-    match take_census(&request.cluster.target, &census_options(cx, request)).await {
+    match take_census(&request.cluster.target, &census_options(cx, request), tables).await {
         Ok(draft) => Ok(Some(draft)),
         Err(_) if cx.cancel.is_cancelled() => Err(cx.stopped()),
         Err(error) => {

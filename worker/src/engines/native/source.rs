@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use postgres::files::{ServerFile, ServerFiles};
 use postgres::relation::{PageRules, RelationFile, RelationReader};
 use postgres::scan::{EntryKind, ScanEntry};
+use postgres::table_files::TableFiles;
 use proto::backup::BadPage;
 use repository::{Source, SourceEntry, SourceFile};
 
@@ -24,6 +25,7 @@ pub(crate) struct DataDirectory {
     places: HashMap<Vec<u8>, (PathBuf, Option<RelationFile>)>,
     rules: PageRules,
     limit: Option<Arc<RateLimit>>,
+    tables: Arc<TableFiles>,
     found: Arc<Mutex<Found>>,
 }
 
@@ -37,12 +39,13 @@ pub(crate) struct Found {
 }
 
 impl DataDirectory {
-    /// `rate_limit_bytes` is how much may be read in a second.
+    /// `rate_limit_bytes` is how much may be read in a second; `tables` is told which files changed.
     pub(crate) fn new(
         files: Arc<dyn ServerFiles>,
         entries: &[ScanEntry],
         rules: PageRules,
         rate_limit_bytes: Option<u64>,
+        tables: Arc<TableFiles>,
     ) -> Self {
         let place = |entry: &ScanEntry| {
             let relation = match entry.kind {
@@ -54,7 +57,7 @@ impl DataDirectory {
         };
         let places = entries.iter().filter_map(place).collect();
         let limit = RateLimit::new(rate_limit_bytes).map(Arc::new);
-        Self { files, places, rules, limit, found: Arc::default() }
+        Self { files, places, rules, limit, tables, found: Arc::default() }
     }
 
     /// What was found so far; complete once every file is closed.
@@ -64,6 +67,14 @@ impl DataDirectory {
 }
 
 impl Source for DataDirectory {
+    fn changed(&self, entry: &SourceEntry) {
+        if let Some((_, Some(relation))) = self.places.get(&entry.path)
+            && let Ok(path) = std::str::from_utf8(&entry.path)
+        {
+            self.tables.changed(path, *relation);
+        }
+    }
+
     fn open(&self, entry: &SourceEntry) -> io::Result<Option<Box<dyn SourceFile>>> {
         let Some((path, relation)) = self.places.get(&entry.path) else {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "no such entry in the scan"));
