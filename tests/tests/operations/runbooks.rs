@@ -4,11 +4,15 @@
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
 
 use anyhow::{Context as _, ensure};
 use postgres::instance::{InstanceOptions, StopMode};
+use rustix::process::{Pid, Signal};
 use tests::fleet::text;
-use tests::{Cluster, Finished, SOON, eventually_async, services};
+use tests::{
+    Cluster, Finished, Fleet, Place, SOON, Vhost, WorkerSetup, eventually_async, services,
+};
 
 use crate::desk::{Desk, mode, root};
 
@@ -327,6 +331,69 @@ async fn a_standby_takes_over_and_the_old_primary_follows_it() -> anyhow::Result
         Ok((production.cluster.number(follows).await? == 1).then_some(()))
     })
     .await
+}
+
+/// A program that a runbook has left running, by the file with its process.
+struct LeftRunning(PathBuf);
+
+impl Drop for LeftRunning {
+    fn drop(&mut self) {
+        let process = std::fs::read_to_string(&self.0).ok();
+        let process = process.and_then(|text| Pid::from_raw(text.trim().parse().ok()?));
+        if let Some(process) = process {
+            let _ = rustix::process::kill_process(process, Signal::KILL);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_coordinator_takes_over_workers_and_repository() -> anyhow::Result<()> {
+    let vhost = Vhost::create()?;
+    let cluster = Cluster::start(15, InstanceOptions::default()).await?;
+    let mut fleet = Fleet::prepare(&vhost.url(), "", Place::Directory)?;
+    fleet.start_coordinator()?;
+    fleet.start_worker(&WorkerSetup::of("w1", "orders", cluster.url()))?;
+    let before = fleet.expect(&["backup", "orders", "--verify", "5", "--wait"])?;
+    ensure!(before.contains("orders is PROVED"), "{before}");
+    fleet.coordinator()?.kill()?;
+    fleet.worker("w1")?.kill()?;
+    for lost in ["catalog.sqlite", "catalog.sqlite-wal", "catalog.sqlite-shm", "signing.key"] {
+        std::fs::remove_file(fleet.path(lost)).or_else(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => Ok(()),
+            _ => Err(error),
+        })?;
+    }
+
+    let mut desk = Desk::new()?;
+    desk.set("PGMUSTER_COORDINATOR", text(&fleet.path("c.sock"))?);
+    let place = |name: &str| fleet.path(name).display().to_string();
+    let starts = |role: &str, config: &str, process: &str| {
+        format!("pgmuster {role} --config {config} >{process}.log 2>&1 & echo $! >{process}")
+    };
+    let (coordinator, worker) = (place("coordinator.pid"), place("worker.pid"));
+    let _left = [&coordinator, &worker].map(|process| LeftRunning(process.into()));
+    let (coordinator_config, worker_config) = (place("coordinator.toml"), place("w1.toml"));
+    let (url, key, signing_key) =
+        (fleet.repository_url(), place("repository.key"), place("signing.key"));
+    let values = [
+        ("REPOSITORY", url.as_str()),
+        ("KEY", key.as_str()),
+        ("COORDINATOR_CONFIG", coordinator_config.as_str()),
+        ("SIGNING_KEY", signing_key.as_str()),
+        ("START_COORDINATOR", &starts("coordinator", &coordinator_config, &coordinator)),
+        ("WORKER_CONFIG", worker_config.as_str()),
+        ("WORKER", "w1"),
+        ("SITE", "fra1"),
+        ("STOP_WORKER", "true"),
+        ("START_WORKER", &starts("worker", &worker_config, &worker)),
+        ("CLUSTER", "orders"),
+    ];
+    let done = follow(&desk, "lost-coordinator", &values)?;
+    ensure!(done.stdout.contains("orders is PROVED (L5)"), "{done}");
+    ensure!(mode(&signing_key)? == 0o600, "{done}");
+    let backups = desk.backups(&url, &key)?;
+    ensure!(backups.len() == 2, "the old backup is there: {backups:?}");
+    cluster.is_left_alone().await
 }
 
 #[test]
