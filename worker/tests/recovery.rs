@@ -156,6 +156,12 @@ impl World {
         assert!(done.status.success(), "{arguments:?}: {}", said(&done));
         let told = format!("open on timeline {timeline}");
         assert!(String::from_utf8_lossy(&done.stdout).contains(&told), "{}", said(&done));
+        // What fetched its WAL ahead is gone, and it knows of none.
+        let process = std::fs::read_to_string(into.join("postmaster.pid")).unwrap();
+        let process = process.lines().next().unwrap();
+        let environment = std::fs::read(format!("/proc/{process}/environ")).unwrap();
+        let environment = String::from_utf8_lossy(&environment);
+        assert!(!environment.contains("PGMUSTER_WAL_SOCKET"), "{environment}");
         self.rows = self.rows_now().await;
         into
     }
@@ -208,8 +214,17 @@ fn said(output: &Output) -> String {
 }
 
 async fn stop(major: u32, directory: &Path, mode: &str) {
+    pg_ctl(major, directory, &["stop", "-m", mode]).await;
+}
+
+async fn start(major: u32, directory: &Path) {
+    let log = directory.join("start.log");
+    pg_ctl(major, directory, &["start", "-l", log.to_str().unwrap()]).await;
+}
+
+async fn pg_ctl(major: u32, directory: &Path, arguments: &[&str]) {
     let binaries = Binaries::at(&bin_dir(major)).await.unwrap();
-    let program = binaries.program("pg_ctl").unwrap().args(["stop", "-s", "-w", "-m", mode, "-D"]);
+    let program = binaries.program("pg_ctl").unwrap().args(arguments).args(["-s", "-w", "-D"]);
     let ended = program.arg(directory).run(Duration::from_mins(1), &CancellationToken::new()).await;
     ended.unwrap();
 }
@@ -300,6 +315,20 @@ async fn every_moment(major: u32) {
         let found = world.rows_at(&format!("case-{number}"), &words).await;
         assert_eq!(found, **rows, "{words:?}");
     }
+
+    // A server that shuts down at its target was there, and is not running.
+    let into = world.house.place.path().join("shut-down");
+    let words = ["--to", &xid(&second[4]), "--action", "shutdown", "--start"];
+    let done = world.restore(&into, &words);
+    assert!(done.status.success(), "{}", said(&done));
+    assert!(said(&done).contains("shut down at the target"), "{}", said(&done));
+    assert!(!into.join("postmaster.pid").exists());
+    let settings = into.join("postgresql.auto.conf");
+    let auto = std::fs::read_to_string(&settings).unwrap();
+    std::fs::write(&settings, auto.replace("= 'shutdown'", "= 'promote'")).unwrap();
+    start(major, &into).await;
+    assert_eq!(world.rows_now().await, second[4].rows);
+    stop(major, &into, "immediate").await;
 
     let unreachable = "RECOVERY_TARGET_UNREACHABLE";
     world.refused(&["--to", &time(&early)], unreachable, &["ended at"]);
