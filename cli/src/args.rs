@@ -306,6 +306,9 @@ pub struct Restore {
     /// fetched.
     #[arg(long)]
     pub delta: bool,
+    /// Believe what memory has of the files in DIR. Without it their disk is read, which may not have kept what it was given.
+    #[arg(long, requires_all = ["delta", "repository"])]
+    pub believe_cache: bool,
     /// Only say what would be done.
     #[arg(long)]
     pub plan: bool,

@@ -42,6 +42,10 @@ const GROUP_TABLES: usize = 50;
 /// Pages counted by one statement at most, unless it counts one table: 64 MiB are read within a second or so.
 const GROUP_PAGES: i64 = 8192;
 
+/// How long after a changed table more of them are waited for, to be counted together: at first, and in a long copy.
+const PAUSE: Duration = Duration::from_millis(100);
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+
 /// How a census is taken.
 #[derive(Debug, Clone)]
 pub struct CensusOptions {
@@ -164,14 +168,16 @@ async fn count_changed(
     databases: &mut [DatabaseDraft],
 ) -> Result<(), Error> {
     let mut options = options.clone();
+    let mut pause = PAUSE;
     while databases.iter().any(|database| !database.earlier.is_empty()) {
         let waited = Instant::now();
         let cancelled = || Error::Cancelled { what: "take the census".to_owned() };
         tokio::select! {
             biased;
             () = options.cancel.cancelled() => return Err(cancelled()),
-            () = files.news() => {}
+            () = files.news(pause) => {}
         }
+        pause = (pause * 2).min(PAUSE_MAX);
         options.deadline += waited.elapsed();
         let seen = files.seen();
         for database in &mut *databases {
@@ -182,7 +188,8 @@ async fn count_changed(
                 earlier.contains_key(&relation.oid) && (changed || seen.ended == Some(false))
             };
             let changed: Vec<&Relation> = relations.iter().filter(is_changed).collect();
-            if changed.is_empty() {
+            let disturbed = seen.ended.is_some() && counts.values().any(|count| count.disturbed);
+            if changed.is_empty() && !disturbed {
                 continue;
             }
             for relation in &changed {
@@ -192,6 +199,9 @@ async fn count_changed(
                 let session =
                     connect(&target.with_database(name.as_str()), &purpose(&options)).await?;
                 count_all(&session, &options, files, &changed, name, counts).await?;
+                if seen.ended.is_some() {
+                    count_disturbed(&session, &options, files, relations, counts).await?;
+                }
                 session.close().await;
                 Ok(())
             };
@@ -365,10 +375,12 @@ const POSITION: &str = "\
 -- pgmuster: position of the census
 SELECT CASE WHEN pg_is_in_recovery() THEN coalesce(pg_last_wal_replay_lsn(), '0/0') ELSE pg_current_wal_insert_lsn() END::text";
 
-/// Whether this is a standby that knows of an open transaction: those between the two ends of a snapshot.
+/// Whether this is a standby that knows of an open transaction: those between the two ends of a snapshot, and those that are newer
+/// than every one that has ended.
 const ANY_OPEN: &str = "\
 -- pgmuster: open transactions of a standby
-SELECT pg_is_in_recovery() AND pg_snapshot_xmin(s) <> pg_snapshot_xmax(s) FROM pg_current_snapshot() s";
+SELECT pg_is_in_recovery() AND (pg_snapshot_xmin(s) <> pg_snapshot_xmax(s)
+       OR age((pg_snapshot_xmax(s)::text::int8 & 4294967295)::text::xid) > 0) FROM pg_current_snapshot() s";
 
 fn relation(row: &Row) -> Relation {
     let kind: &str = row.get("kind");
@@ -411,6 +423,7 @@ async fn database_draft(
     let to_count: Vec<&Relation> = relations.iter().filter(to_count).collect();
     let mut counts = HashMap::new();
     count_all(&session, options, files, &to_count, name, &mut counts).await?;
+    count_disturbed(&session, options, files, &relations, &mut counts).await?;
     session.close().await;
     Ok(DatabaseDraft {
         name: name.clone(),
@@ -446,15 +459,26 @@ async fn count_all(
         }
     }
     // A second look at what was disturbed: most transactions are short.
-    let is_disturbed =
-        |table: &&Relation| counts.get(&table.oid).is_some_and(|count| count.disturbed);
-    let disturbed: Vec<&Relation> = tables.iter().copied().filter(is_disturbed).collect();
-    for group in groups(&disturbed) {
-        count_group(session, options, files, &group, counts).await?;
-    }
     if uncounted > 0 {
         let counted = tables.len() - uncounted;
         tracing::warn!(database = %name, "Counted {counted} tables of database {name}, not {uncounted}");
+    }
+    Ok(())
+}
+
+/// A second look at what was disturbed: most transactions are short.
+async fn count_disturbed(
+    session: &Session,
+    options: &CensusOptions,
+    files: &TableFiles,
+    relations: &[Relation],
+    counts: &mut HashMap<u32, Count>,
+) -> Result<(), Error> {
+    let is_disturbed =
+        |table: &&Relation| counts.get(&table.oid).is_some_and(|count| count.disturbed);
+    let disturbed: Vec<&Relation> = relations.iter().filter(is_disturbed).collect();
+    for group in groups(&disturbed) {
+        count_group(session, options, files, &group, counts).await?;
     }
     Ok(())
 }

@@ -121,6 +121,11 @@ pub struct RelationReader {
 }
 
 impl RelationReader {
+    /// When content and inode of the file were last changed, nanoseconds; `None` where nobody tells.
+    pub fn changed_at_ns(&self) -> Option<(i64, i64)> {
+        self.file.changed_at_ns()
+    }
+
     /// Opens a file of a server, `size_bytes` long when it was listed. `None` when it is gone: its relation was dropped, and the
     /// WAL of the backup says so.
     pub fn open_in(

@@ -6,6 +6,10 @@
 //! backup starts from, so whatever was written to the table before that checkpoint has changed them. And whatever was written
 //! after it is in the WAL of this backup, which the census reads.
 //!
+//! All of it holds for a server that ran on since the earlier backup. One that was started since may have been set back, with its
+//! files, to a time when a transaction was open that the count saw ended; and on a standby the redo position may lie before
+//! the earlier stop. Then everything is counted ([`may_take_over`]).
+//!
 //! Whether files are what they were is the copy's to say, by times, sizes and inodes. So that a table cannot be mistaken for ever, a
 //! count is taken over for 15 to 30 days, the same table always for the same time.
 
@@ -14,17 +18,15 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use proto::Lsn;
-use proto::backup::{Census, CountedFile};
+use proto::backup::{BackupFacts, Census, CountedFile};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+use crate::identity::ServerIdentity;
 use crate::relation::{Fork, RelationFile};
 
 /// A count is taken over for at least so long, and for less than twice as long.
 const TAKEN_OVER_MS: i64 = 15 * 24 * 3600 * 1000;
-
-/// Changed tables are counted together that turn up within so long.
-const GATHER: Duration = Duration::from_millis(100);
 
 /// A count of the backup before, for a table of the same file and size.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,14 +50,19 @@ pub struct TableFiles {
     ended: CancellationToken,
 }
 
-/// What the copy said so far.
-#[derive(Debug, Clone, Default)]
+/// What the copy said.
+#[derive(Debug, Default)]
 pub(crate) struct Seen {
     /// Files that are not what they were.
     pub(crate) changed: HashSet<String>,
     /// All files were looked at. `Some(false)` when times and sizes turned out to be wrong about some: then nothing is
     /// taken over.
     pub(crate) ended: Option<bool>,
+}
+
+/// Whether counts of an earlier backup may hold for a server at all.
+pub fn may_take_over(earlier: &BackupFacts, server: &ServerIdentity, start: Lsn) -> bool {
+    !server.in_recovery && server.started_at_ms < earlier.started_at_ms && earlier.stop_lsn <= start
 }
 
 impl TableFiles {
@@ -108,16 +115,17 @@ impl TableFiles {
         self.news.notify_one();
     }
 
-    /// What was said so far.
+    /// What was said since this was last asked.
     pub(crate) fn seen(&self) -> Seen {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        Seen { changed: std::mem::take(&mut seen.changed), ended: seen.ended }
     }
 
-    /// Waits until more was said than when this was last waited for, and a moment longer while there may be still more. One
-    /// may wait at a time.
-    pub(crate) async fn news(&self) {
+    /// Waits until more was said than when this was last waited for, and by a pause longer while there may be still more.
+    /// One may wait at a time.
+    pub(crate) async fn news(&self, pause: Duration) {
         self.news.notified().await;
-        let _ = tokio::time::timeout(GATHER, self.ended.cancelled()).await;
+        let _ = tokio::time::timeout(pause, self.ended.cancelled()).await;
     }
 
     /// The count that holds for a table if nobody says that its files changed.

@@ -212,7 +212,7 @@ pub struct TableCount {
     /// Rows at the count's snapshot; absent when the census ran out of time before this table.
     pub rows: Option<u64>,
     /// How far the true number at the stop position may differ: `Some((0, 0))` for a table that did not change between
-    /// count and stop, `Some((fewer, more))` where the server's counters bound the change, `None` where nothing is known.
+    /// count and stop, `Some((fewer, more))` where the backup's WAL bounds the change, `None` where nothing is known.
     pub drift: Option<(u64, u64)>,
     /// The table's file, for the next backup's census; absent where the files were not looked at.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -53,7 +53,10 @@ fn varied() -> Tree {
 
 fn replacing(directory: &Path) -> RestoreTarget {
     let spare = BTreeSet::from([b"spared".to_vec()]);
-    RestoreTarget { existing: Existing::Replace { spare }, ..resuming(directory) }
+    RestoreTarget {
+        existing: Existing::Replace { spare, believe_cache: false },
+        ..resuming(directory)
+    }
 }
 
 fn resuming(directory: &Path) -> RestoreTarget {

@@ -209,6 +209,7 @@ async fn in_sandbox(
             .map(|space| (space.oid, room.tablespaces().join(space.oid.to_string())))
             .collect(),
         delta: false,
+        believe_cache: false,
         recovery: None,
         keep_archiving: true,
     };

@@ -47,6 +47,8 @@ pub struct Destination {
     /// Whether the target may be the data directory of a stopped server of the same cluster, whose files are then used
     /// where they are right and changed or removed where they are not.
     pub delta: bool,
+    /// Of what a delta restore finds, the page cache is believed and the disk is not read.
+    pub believe_cache: bool,
     /// What takes its server beyond the end of the backup.
     pub recovery: Option<RecoverySettings>,
     /// A server that runs there may archive as the source did. Otherwise it is kept from that: it would write into the source's
@@ -61,6 +63,7 @@ impl Destination {
             data_directory: directory.to_owned(),
             tablespaces: BTreeMap::new(),
             delta: false,
+            believe_cache: false,
             recovery: None,
             keep_archiving: false,
         }

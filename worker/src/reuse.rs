@@ -47,7 +47,8 @@ pub(crate) fn examine(
             ));
         }
     }
-    Ok(Existing::Replace { spare: BTreeSet::from([LOCK_FILE.as_bytes().to_vec()]) })
+    let spare = BTreeSet::from([LOCK_FILE.as_bytes().to_vec()]);
+    Ok(Existing::Replace { spare, believe_cache: destination.believe_cache })
 }
 
 /// The same, and keeps servers from starting there until the lock is dropped.

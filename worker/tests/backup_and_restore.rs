@@ -101,7 +101,7 @@ async fn counted(house: &House, backup: BackupId, table: &str) -> TableCount {
 async fn only_tables_whose_files_changed_are_counted_again() {
     let settings = vec![("autovacuum".to_owned(), "off".to_owned())];
     let options = InstanceOptions { fsync: false, settings, ..InstanceOptions::default() };
-    let house = House::new(15, options).await;
+    let mut house = House::new(15, options).await;
     house.sql(DATA).await;
     house.sql("CREATE TABLE public.busy AS SELECT 1 AS id").await;
     house.sql("VACUUM (FREEZE)").await;
@@ -129,6 +129,12 @@ async fn only_tables_whose_files_changed_are_counted_again() {
     assert!(busy.file.unwrap().counted_at_ms > counted_at_ms);
     let proof = house.prove(ProofLevel::L5).await;
     assert!(proof.backup == backup && proof.passed, "{:#?}", proof.checks);
+
+    // A server that was started anew may have been set back together with its files.
+    house.server.stop(StopMode::Fast).await.unwrap();
+    house.server.start().await.unwrap();
+    let backup = house.back_up().await.backup;
+    assert!(counted(&house, backup, "orders").await.file.unwrap().counted_at_ms > counted_at_ms);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -482,6 +488,7 @@ async fn a_delta_restore_mends_what_a_stopped_server_left_and_keeps_away_from_ev
     let first = restoring::restore(&house.cx(), &backup, &destination, 2).await.unwrap();
     let delta = |at: &Path| Destination {
         delta: true,
+        believe_cache: false,
         data_directory: at.to_owned(),
         ..destination.clone()
     };

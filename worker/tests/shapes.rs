@@ -115,6 +115,7 @@ async fn tablespaces_of_every_shape_come_back() {
             data_directory: directory.clone(),
             tablespaces,
             delta: false,
+            believe_cache: false,
             recovery: None,
             keep_archiving: false,
         };
@@ -132,6 +133,7 @@ async fn tablespaces_of_every_shape_come_back() {
         data_directory: directory.clone(),
         tablespaces,
         delta: false,
+        believe_cache: false,
         recovery: None,
         keep_archiving: false,
     }

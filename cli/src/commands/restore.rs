@@ -75,6 +75,7 @@ pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failu
         data_directory: into,
         tablespaces: args.tablespace.iter().cloned().collect(),
         delta: args.delta,
+        believe_cache: args.believe_cache,
         recovery: recovery.as_ref().map(|plan| plan.settings.clone()),
         keep_archiving: args.moment.keep_archiving,
     };

@@ -100,6 +100,12 @@ impl ServerFile for File {
     fn read_full_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
         read_full_at(self, buffer, offset)
     }
+
+    fn changed_at_ns(&self) -> Option<(i64, i64)> {
+        let file = self.metadata().ok()?;
+        let changed = nanoseconds(file.mtime(), file.mtime_nsec());
+        Some((changed, nanoseconds(file.ctime(), file.ctime_nsec())))
+    }
 }
 
 impl Tree for LocalFiles {

@@ -53,6 +53,11 @@ pub trait ServerFiles: Debug + Send + Sync {
 pub trait ServerFile: Debug + Send {
     /// Reads until the buffer is full or the file ends.
     fn read_full_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
+
+    /// When content and inode were last changed, nanoseconds; `None` where nobody tells.
+    fn changed_at_ns(&self) -> Option<(i64, i64)> {
+        None
+    }
 }
 
 /// What a file system says of a name.

@@ -79,10 +79,9 @@ pub(super) struct Comparer<'a> {
     pub(super) detection: Detection,
     /// Whether it may write zeros; else it only looks.
     pub(super) writes: bool,
-    /// Whether a restore was interrupted here. What it could not write to the disk may be right in memory all the same, and
-    /// whoever was told of the failure is gone: the disk is asked. Elsewhere the memory is believed: whoever wrote there
-    /// has synced it and acted on the answer, as a server does, or our own sync is the first to be told of a failure.
-    pub(super) resumes: bool,
+    /// Whether the page cache may answer for the disk. Where a restore was interrupted, it never does: what could not be
+    /// written may be right in memory, and whoever was told so is gone.
+    pub(super) believes_cache: bool,
     pub(super) wants: Sender<Vec<Wanted>>,
 }
 
@@ -96,7 +95,7 @@ impl Comparer<'_> {
                 Some((id, file)) if id == piece.file.id => file,
                 _ => {
                     let file = self.tree.read_file(&piece.file.path, self.writes)?;
-                    if self.resumes {
+                    if !self.believes_cache {
                         // Only advice, which leaves alone what is yet to be written: that is synced in the end.
                         let _ = fadvise(&file, 0, None, Advice::DontNeed);
                     }

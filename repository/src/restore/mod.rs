@@ -78,6 +78,9 @@ pub enum Existing {
     Replace {
         /// Names right below the directory that are left alone.
         spare: BTreeSet<Vec<u8>>,
+        /// What is in the page cache is believed to be on the disk, too. Without it the disk is read: a restore is often there
+        /// because a disk did not keep what it was given.
+        believe_cache: bool,
     },
 }
 
@@ -92,7 +95,7 @@ impl RestoreTarget {
     }
 
     fn spares(&self, path: &[u8]) -> bool {
-        matches!(&self.existing, Existing::Replace { spare } if spare.contains(path))
+        matches!(&self.existing, Existing::Replace { spare, .. } if spare.contains(path))
     }
 
     /// Whether a name that the backup does not have is the caller's addition.

@@ -11,7 +11,7 @@ use super::target;
 use super::tree::Tree;
 use super::walk::{How, Outlets, Walk};
 use super::write::Writer;
-use super::{Comparison, RestoreOptions, RestorePlan, RestoreSummary, RestoreTarget};
+use super::{Comparison, Existing, RestoreOptions, RestorePlan, RestoreSummary, RestoreTarget};
 use crate::detect::Detection;
 use crate::entry::Entry;
 use crate::error::Error;
@@ -58,7 +58,8 @@ pub(super) fn restore(
         }
     }
     let wal = wal(backup, target, stop)?;
-    let crew = Crew { backup, tree: &tree, options, stop, resumes: plan.resumes };
+    let believes_cache = believes_cache(target, plan.resumes);
+    let crew = Crew { backup, tree: &tree, options, stop, believes_cache };
     let mut walk = Walk::new(backup, target, &tree, stop, &options.progress, how);
     let root = &backup.root;
     crew.phase(options.processes, &mut walk, |walk, outlets| {
@@ -104,7 +105,8 @@ pub(super) fn compare(
     let tree = Tree::open(&target.directory, target.mapping.clone().into_iter())?;
     let wal = wal(backup, target, stop)?;
     let root = &backup.root;
-    let crew = Crew { backup, tree: &tree, options, stop, resumes };
+    let believes_cache = believes_cache(target, resumes);
+    let crew = Crew { backup, tree: &tree, options, stop, believes_cache };
     let mut walk = Walk::new(backup, target, &tree, stop, &options.progress, How::Look);
     crew.phase(options.processes, &mut walk, |walk, outlets| {
         walk.shards(&root.shards, outlets)?;
@@ -119,14 +121,18 @@ pub(super) fn compare(
     Ok(Comparison { reused_bytes: counted.bytes_skipped, fetch_bytes: counted.bytes_stored })
 }
 
+/// Whether what is compared may come out of the page cache.
+fn believes_cache(target: &RestoreTarget, resumes: bool) -> bool {
+    !resumes && matches!(target.existing, Existing::Replace { believe_cache: true, .. })
+}
+
 /// Everybody who works on one restore.
 struct Crew<'a> {
     backup: &'a Backup,
     tree: &'a Tree,
     options: &'a RestoreOptions,
     stop: &'a Arc<Stop>,
-    /// Whether a restore was interrupted here.
-    resumes: bool,
+    believes_cache: bool,
 }
 
 impl Crew<'_> {
@@ -137,7 +143,7 @@ impl Crew<'_> {
         walk: &mut Walk<'w>,
         work: impl FnOnce(&mut Walk<'w>, &Outlets) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let Self { backup, tree, options, stop, resumes } = *self;
+        let Self { backup, tree, options, stop, believes_cache } = *self;
         let progress = &options.progress;
         let processes = processes.max(1);
         let requests = processes + REQUESTS;
@@ -161,7 +167,7 @@ impl Crew<'_> {
                         progress,
                         detection: Detection(backup.repository.keys.detection(backup.lineage())),
                         writes: mends,
-                        resumes,
+                        believes_cache,
                         wants: wants.clone(),
                     };
                     let compared = compared.clone();

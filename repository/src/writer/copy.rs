@@ -254,7 +254,9 @@ impl<'a> Copier<'a> {
             }
         }
         self.progress.add_bytes(done);
-        if job.claims_unchanged {
+        let listed = (job.entry.mtime_ns, job.entry.ctime_ns);
+        // Whoever wrote to it since it was listed has done so openly.
+        if job.claims_unchanged && file.changed_at_ns().is_none_or(|now| now == listed) {
             self.progress.add_silent_changes(changed);
         }
         let copied =

@@ -190,6 +190,15 @@ impl BackupWriter {
         }
     }
 
+    /// Whether a file whose times and size are the predecessor's may be taken over unread.
+    pub fn trusts_stamps(&self) -> bool {
+        let old = self.attempt.predecessor.as_ref();
+        let continuity = old.and_then(|old| old.root.head.continuity.as_ref());
+        continuity.is_some()
+            && continuity == self.options.continuity.as_ref()
+            && !self.options.full_read
+    }
+
     /// Copies the source: every entry once, in the order of [`path_order`](crate::path_order), a directory before what
     /// is in it. To be called once. When it fails, no thread of it is left and its uploads are ended.
     pub async fn copy<I>(&mut self, source: Arc<dyn Source>, entries: I) -> Result<(), Error>
@@ -201,12 +210,8 @@ impl BackupWriter {
             return Err(Error::Bug("the files of a backup are copied once".into()));
         }
         let predecessor = self.attempt.predecessor.clone();
-        let same_place = predecessor.as_ref().is_some_and(|old| {
-            old.root.head.continuity.is_some()
-                && old.root.head.continuity == self.options.continuity
-        });
         let trust = Trust {
-            stamps: same_place && !self.options.full_read,
+            stamps: self.trusts_stamps(),
             reread: self.reread,
             read_again: self.options.read_again.clone(),
             spoilt: Arc::clone(&self.attempt.spoilt),

@@ -40,6 +40,11 @@ pub trait SourceFile: Send {
     /// returned at the end of the file only.
     fn read_at(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<usize>;
 
+    /// When content and inode were last changed, by now, nanoseconds; `None` where nobody tells.
+    fn changed_at_ns(&self) -> Option<(i64, i64)> {
+        None
+    }
+
     /// These bytes will be read soon. A hint.
     fn advise(&mut self, offset: u64, length: u64) {
         let _ = (offset, length);

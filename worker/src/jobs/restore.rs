@@ -65,6 +65,7 @@ async fn restore(
     let settings = recovery.map(|plan| plan.settings.clone());
     let destination = Destination {
         delta: task.delta,
+        believe_cache: false,
         recovery: settings,
         keep_archiving: task.keep_archiving,
         ..below

@@ -11,7 +11,7 @@ use postgres::census::{CensusDraft, CensusOptions, finish_census, take_census};
 use postgres::control_file::{CONTROL_FILE_PATH, ControlFile};
 use postgres::relation::PageRules;
 use postgres::scan::{EntryKind, Scan, ScanEntry, ScanOptions};
-use postgres::table_files::TableFiles;
+use postgres::table_files::{TableFiles, may_take_over};
 use postgres::wal::WalOrigin;
 use postgres::wal_changes::WalChanges;
 use postgres::{BackupSession, Stopped};
@@ -122,7 +122,10 @@ async fn from_attempt(
     let predecessor = attempt.predecessor_facts();
     let (read_again, read_all) = known_bad(predecessor);
     let full_read = request.task.full_read || read_all;
-    let counted_before = predecessor.filter(|_| !full_read).and_then(|facts| facts.census.clone());
+    let (server, start) = (&session.started().server, session.started().start_lsn);
+    let counted_before = predecessor
+        .filter(|facts| may_take_over(facts, server, start))
+        .and_then(|facts| facts.census.clone());
     let mut writer = attempt.write(WriteOptions {
         full_read,
         read_again,
@@ -130,6 +133,7 @@ async fn from_attempt(
         continuity: ready.files.here().map(|_| format!("{} timeline {timeline}", node_name())),
         ..as_ordered(cx, request.task, request.config, &progress)
     })?;
+    let counted_before = counted_before.filter(|_| writer.trusts_stamps());
     let mut wal = collector(&session, ready, &writer);
     let hold = Hold::new(ready.files.here(), ready.server.wal_segment_size, request.config);
     // The slot was reserved at the checkpoint before the one that started the backup; that WAL is not needed.

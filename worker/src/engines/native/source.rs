@@ -119,6 +119,10 @@ impl SourceFile for Plain {
         pace(self.limit.as_ref(), buffer);
         self.file.read_full_at(buffer, offset)
     }
+
+    fn changed_at_ns(&self) -> Option<(i64, i64)> {
+        self.file.changed_at_ns()
+    }
 }
 
 struct Relation {
@@ -132,6 +136,10 @@ impl SourceFile for Relation {
     fn read_at(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
         pace(self.limit.as_ref(), buffer);
         self.reader.read_at(offset, buffer)
+    }
+
+    fn changed_at_ns(&self) -> Option<(i64, i64)> {
+        self.reader.changed_at_ns()
     }
 }
 
