@@ -3,28 +3,23 @@
 use std::collections::{BTreeMap, HashMap};
 
 use policy::fleet::{counted, fleet_sentence};
-use policy::reach::{BackupEnd, recovery_point};
-use policy::state::{BackupFact, ClusterFacts, Judgement, Objectives, ProofFact, judge_cluster};
+use policy::reach::BackupEnd;
+use policy::recoverable::{RecoveryPoint, Source, furthest};
+use policy::state::{BackupFact, ClusterFacts, Judgement, Objectives, judge_cluster};
 use proto::failure::{Action, Code, Failure};
 use proto::job::{JobKind, JobState, Task};
-use proto::proof::{CheckOutcome, ProofLevel};
 use proto::{BackupId, BackupKind, ClusterName};
-use sqlx::AnyConnection;
 
 use crate::api::types::{BackupView, ClusterView, ProofView, StatusView};
 use crate::api::view;
-use crate::catalog::backups::{self, Backup, ProofRow};
+use crate::catalog::backups::{self, Backup, ProofRow, Shown};
 use crate::catalog::clusters::{self, Cluster};
 use crate::catalog::jobs::{self, Job};
 use crate::catalog::workers::{self, Worker};
 use crate::core::Core;
 use crate::error::Result;
 use crate::metrics::{ClusterMoment, Moment};
-
-/// Backups of one cluster among which one is looked for that is not known to be bad.
-const BACKUPS_MAX: i64 = 100;
-/// Proofs of one backup that are looked at.
-const PROOFS_MAX: i64 = 100;
+use crate::proofs;
 
 /// A cluster with everything that is known of it.
 struct Known {
@@ -32,7 +27,7 @@ struct Known {
     judgement: Judgement,
     backup: Option<Backup>,
     proofs: Vec<ProofRow>,
-    recoverable_to_at_ms: Option<i64>,
+    reach: Reach,
     open: Vec<Job>,
     eligible_workers: i64,
 }
@@ -49,6 +44,10 @@ async fn look(core: &Core, only: Option<&ClusterName>) -> Result<Vec<Known>> {
     let mut proofs: HashMap<BackupId, Vec<ProofRow>> = HashMap::new();
     for row in backups::newest_proofs(&mut db).await? {
         proofs.entry(row.proof.backup).or_default().push(row);
+    }
+    let mut sources: HashMap<ClusterName, Vec<Backup>> = HashMap::new();
+    for backup in backups::sources(&mut db).await? {
+        sources.entry(backup.cluster.clone()).or_default().push(backup);
     }
     let mut last_backup: BTreeMap<ClusterName, Job> = jobs::last_ended(&mut db, JobKind::Backup)
         .await?
@@ -69,21 +68,12 @@ async fn look(core: &Core, only: Option<&ClusterName>) -> Result<Vec<Known>> {
         let backup = newest.remove(&cluster.name);
         let proofs = backup.as_ref().and_then(|b| proofs.remove(&b.id)).unwrap_or_default();
         let last = last_backup.remove(&cluster.name);
-        let facts = facts(&cluster, backup.as_ref(), &proofs, last.as_ref());
+        let reach = Reach::of(&cluster, sources.get(&cluster.name).map_or(&[], Vec::as_slice));
+        let facts = facts(&cluster, backup.as_ref(), &proofs, last.as_ref(), reach);
         let judgement = judge_cluster(&facts, &Objectives::default(), now_ms);
-        let recoverable_to_at_ms =
-            recoverable_to(&mut db, &cluster, backup.as_ref(), &proofs).await?;
         let open = open.remove(&cluster.name).unwrap_or_default();
         let eligible_workers = eligible(&cluster.name, &workers, now_ms);
-        known.push(Known {
-            cluster,
-            judgement,
-            backup,
-            proofs,
-            recoverable_to_at_ms,
-            open,
-            eligible_workers,
-        });
+        known.push(Known { cluster, judgement, backup, proofs, reach, open, eligible_workers });
     }
     known.sort_by(|a, b| {
         a.judgement.state.cmp(&b.judgement.state).then_with(|| a.cluster.name.cmp(&b.cluster.name))
@@ -104,6 +94,7 @@ fn facts(
     backup: Option<&Backup>,
     proofs: &[ProofRow],
     last: Option<&Job>,
+    reach: Reach,
 ) -> ClusterFacts {
     ClusterFacts {
         seen_at_ms: cluster.seen_at_ms,
@@ -111,7 +102,7 @@ fn facts(
         problem: problem(cluster),
         has_repository: cluster.repository.is_some(),
         backup: backup.map(|backup| BackupFact { stopped_at_ms: backup.outcome.stopped_at_ms }),
-        proofs: proofs.iter().filter_map(proof_fact).collect(),
+        proofs: proofs::facts(proofs),
         backup_failure: last.filter(|job| speaks_against(job, backup)).map(|job| {
             job.failure.clone().unwrap_or_else(|| {
                 let reason = job.reason.clone().unwrap_or_else(|| job.state.to_string());
@@ -119,32 +110,9 @@ fn facts(
             })
         }),
         backup_end: backup.and_then(backup_end),
+        recoverable: reach.proved,
         wal: cluster.wal.clone(),
     }
-}
-
-/// What a proof shows. One that fell short only because something could not be looked at, by no fault of the backup, shows what
-/// it did reach; when that is nothing, it shows nothing.
-fn proof_fact(row: &ProofRow) -> Option<ProofFact> {
-    let proof = &row.proof;
-    let found_wrong = proof.checks.iter().any(|check| check.outcome == CheckOutcome::Failed);
-    let fell_short = !proof.passed && !found_wrong && !proof.checks.is_empty();
-    let level = if fell_short { proof.level_reached? } else { proof.level_asked };
-    Some(ProofFact {
-        at_ms: proof.at_ms,
-        level,
-        passed: proof.passed || fell_short,
-        recovery_time_ms: proof.recovery_time_ms(),
-        tables: proof.tables,
-    })
-}
-
-/// The proof to show, of those of a backup, newest first: the newest that restored it, unless something was found wrong since.
-/// One that only looked at objects takes nothing away from it.
-fn telling(proofs: &[ProofRow]) -> Option<&ProofRow> {
-    let restored = |row: &&ProofRow| row.proof.level_reached >= Some(ProofLevel::L3);
-    let newest = proofs.first()?;
-    Some(proofs.iter().find(restored).filter(|_| newest.proof.passed).unwrap_or(newest))
 }
 
 /// Whether a backup job that ended says something about how the cluster is recovered: an order that asked for what does not exist
@@ -169,39 +137,27 @@ pub(crate) fn backup_end(backup: &Backup) -> Option<BackupEnd> {
     })
 }
 
-/// Up to when a cluster can be recovered: from its newest backup, and when that was found bad, from the newest before it that
-/// was not.
-async fn recoverable_to(
-    db: &mut AnyConnection,
-    cluster: &Cluster,
-    newest: Option<&Backup>,
-    proofs: &[ProofRow],
-) -> Result<Option<i64>> {
-    let Some(newest) = newest else { return Ok(None) };
-    if !is_found_bad(proofs) {
-        return Ok(Some(recoverable_from(newest, cluster)));
-    }
-    for backup in backups::list(db, cluster.name.as_str(), BACKUPS_MAX).await? {
-        if backup.id == newest.id || backup.outcome.kind() != newest.outcome.kind() {
-            continue;
-        }
-        let proofs = backups::list_proofs(db, "", &backup.id.to_string(), PROOFS_MAX).await?;
-        if !is_found_bad(&proofs) {
-            return Ok(Some(recoverable_from(&backup, cluster)));
-        }
-    }
-    Ok(None)
+/// Up to when a cluster can be recovered.
+#[derive(Clone, Copy)]
+struct Reach {
+    /// From backups that are proved.
+    proved: Option<RecoveryPoint>,
+    /// From all that are not known to be bad.
+    on_paper: Option<RecoveryPoint>,
 }
 
-/// Whether the newest proof of a backup that says anything failed.
-fn is_found_bad(proofs: &[ProofRow]) -> bool {
-    let newest = proofs.iter().filter_map(proof_fact).max_by_key(|proof| proof.at_ms);
-    newest.is_some_and(|proof| !proof.passed)
-}
-
-fn recoverable_from(backup: &Backup, cluster: &Cluster) -> i64 {
-    let end = backup_end(backup);
-    end.map_or(backup.outcome.stopped_at_ms, |end| recovery_point(&end, cluster.wal.as_ref()))
+impl Reach {
+    fn of(cluster: &Cluster, sources: &[Backup]) -> Self {
+        let source = |backup: &Backup| Source {
+            stopped_at_ms: backup.outcome.stopped_at_ms,
+            end: backup_end(backup),
+        };
+        let wal = cluster.wal.as_ref();
+        let proved = sources.iter().filter(|backup| backup.shown == Shown::Proved).map(source);
+        let proved: Vec<Source> = proved.collect();
+        let all: Vec<Source> = sources.iter().map(source).collect();
+        Self { proved: furthest(&proved, wal), on_paper: furthest(&all, wal) }
+    }
 }
 
 /// What its worker says, or that another server answers under its name.
@@ -220,7 +176,8 @@ fn problem(cluster: &Cluster) -> Option<Failure> {
 }
 
 fn cluster_view(known: Known) -> ClusterView {
-    let Known { cluster, judgement, backup, proofs, recoverable_to_at_ms, open, .. } = known;
+    let Known { cluster, judgement, backup, proofs, reach, open, .. } = known;
+    let at_ms = |point: Option<RecoveryPoint>| point.map(|point| point.at_ms);
     ClusterView {
         name: cluster.name,
         state: judgement.state,
@@ -235,9 +192,10 @@ fn cluster_view(known: Known) -> ClusterView {
         paused: cluster.paused,
         registered_at_ms: cluster.registered_at_ms,
         seen_at_ms: cluster.seen_at_ms,
-        recoverable_to_at_ms,
+        recoverable_to_at_ms: at_ms(reach.proved),
+        unproved_to_at_ms: at_ms(reach.on_paper),
         wal: cluster.wal,
-        backup: backup.map(|backup| backup_view(backup, telling(&proofs).cloned())),
+        backup: backup.map(|backup| backup_view(backup, proofs::telling(&proofs).cloned())),
         open_jobs: open.into_iter().map(view::job_alone).collect(),
     }
 }
@@ -299,12 +257,13 @@ pub(crate) async fn moment(core: &Core) -> Result<Moment> {
 }
 
 fn cluster_moment(known: &Known) -> ClusterMoment {
-    let proof = telling(&known.proofs).filter(|row| row.proof.passed);
+    let proof = proofs::telling(&known.proofs).filter(|row| row.proof.passed);
     let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
     let facts = known.backup.as_ref().map(|backup| &backup.outcome);
     let waiting = known.cluster.wal.as_ref().and_then(|wal| wal.waiting);
     ClusterMoment {
-        recovery_point_s: known.recoverable_to_at_ms.unwrap_or(0) / 1_000,
+        recovery_point_s: known.reach.proved.map_or(0, |point| point.at_ms / 1_000),
+        unproved_point_s: known.reach.on_paper.map_or(0, |point| point.at_ms / 1_000),
         wal_waiting: waiting.map_or(0, |waiting| number(waiting.segments)),
         cluster: known.cluster.name.to_string(),
         state: known.judgement.state,
@@ -316,72 +275,5 @@ fn cluster_moment(known: &Known) -> ClusterMoment {
         size_bytes: facts.map_or(0, |facts| number(facts.size_bytes)),
         stored_bytes: facts.map_or(0, |facts| number(facts.stored_bytes)),
         eligible_workers: known.eligible_workers,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use proto::proof::{Proof, ProofCheck};
-    use proto::{AttemptId, JobId, LineageId, SystemIdentifier};
-
-    use super::*;
-
-    fn row(asked: ProofLevel, reached: Option<ProofLevel>, outcome: CheckOutcome) -> ProofRow {
-        let check = ProofCheck {
-            name: "row_counts".to_owned(),
-            level: asked,
-            outcome,
-            detail: String::new(),
-        };
-        let proof = Proof {
-            backup: BackupId::mint(1, [1; 10]),
-            lineage: LineageId::mint(1, [1; 10]),
-            cluster: "orders".parse().unwrap(),
-            system_identifier: SystemIdentifier(1),
-            worker: "w1".parse().unwrap(),
-            at_ms: 1,
-            level_asked: asked,
-            level_reached: reached,
-            passed: reached == Some(asked),
-            server_version_num: None,
-            reached_lsn: None,
-            phases: Vec::new(),
-            size_bytes: 0,
-            tables: 0,
-            rows: 0,
-            tables_exact: 0,
-            tables_bounded: 0,
-            checks: vec![check],
-            isolation: String::new(),
-        };
-        ProofRow { id: AttemptId::mint(1, [1; 10]), job: JobId::mint(1, [1; 10]), proof }
-    }
-
-    #[test]
-    fn a_proof_that_could_not_look_everywhere_shows_what_it_reached() {
-        use CheckOutcome::{Failed, Passed, Skipped};
-        use ProofLevel::{L2, L4, L5};
-        let fact = |row: &ProofRow| proof_fact(row).map(|fact| (fact.level, fact.passed));
-        assert_eq!(fact(&row(L5, Some(L5), Passed)), Some((L5, true)));
-        assert_eq!(fact(&row(L5, Some(L4), Skipped)), Some((L4, true)), "no right to count");
-        assert_eq!(fact(&row(L5, Some(L4), Failed)), Some((L5, false)), "it counted, and wrong");
-        assert_eq!(fact(&row(L2, None, Skipped)), None);
-    }
-
-    #[test]
-    fn a_look_at_objects_hides_no_restore_and_a_failure_hides_everything() {
-        use CheckOutcome::{Failed, Passed};
-        use ProofLevel::{L1, L2, L5};
-        let restored = row(L5, Some(L5), Passed);
-        let looked = row(L1, Some(L1), Passed);
-        let failed = row(L2, Some(L1), Failed);
-        let level = |rows: &[&ProofRow]| {
-            let rows: Vec<ProofRow> = rows.iter().map(|row| (*row).clone()).collect();
-            telling(&rows).map(|row| (row.proof.level_asked, row.proof.passed))
-        };
-        assert_eq!(level(&[&looked, &restored]), Some((L5, true)));
-        assert_eq!(level(&[&failed, &restored]), Some((L2, false)));
-        assert_eq!(level(&[&looked]), Some((L1, true)));
-        assert_eq!(level(&[]), None);
     }
 }

@@ -26,6 +26,7 @@ mod gaps;
 mod inbox;
 mod metrics;
 mod order;
+mod proofs;
 mod pulses;
 mod reaper;
 mod reports;

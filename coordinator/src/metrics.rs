@@ -82,6 +82,7 @@ pub(crate) struct ClusterMoment {
     pub(crate) stored_bytes: i64,
     pub(crate) eligible_workers: i64,
     pub(crate) recovery_point_s: i64,
+    pub(crate) unproved_point_s: i64,
     pub(crate) wal_waiting: i64,
 }
 
@@ -114,6 +115,7 @@ struct All {
     stored: ClusterGauge,
     eligible: ClusterGauge,
     recovery_point: ClusterGauge,
+    unproved_point: ClusterGauge,
     wal_waiting: ClusterGauge,
 }
 
@@ -156,6 +158,7 @@ impl Metrics {
             stored: Family::default(),
             eligible: Family::default(),
             recovery_point: Family::default(),
+            unproved_point: Family::default(),
             wal_waiting: Family::default(),
         };
         {
@@ -253,8 +256,13 @@ impl Metrics {
             );
             r.register(
                 "recovery_point_timestamp_seconds",
-                "Up to when a cluster can be recovered, 0 for not at all",
+                "Up to when a cluster can be recovered from proved backups, 0 for not at all",
                 all.recovery_point.clone(),
+            );
+            r.register(
+                "unproved_point_timestamp_seconds",
+                "The same if backups that nobody proved count as well",
+                all.unproved_point.clone(),
             );
             r.register(
                 "wal_waiting_segments",
@@ -329,6 +337,7 @@ impl Metrics {
             &all.stored,
             &all.eligible,
             &all.recovery_point,
+            &all.unproved_point,
             &all.wal_waiting,
         ];
         for gauge in gauges {
@@ -350,6 +359,7 @@ impl Metrics {
                 c.stored_bytes,
                 c.eligible_workers,
                 c.recovery_point_s,
+                c.unproved_point_s,
                 c.wal_waiting,
             ];
             for (gauge, value) in gauges.iter().zip(values) {

@@ -10,7 +10,7 @@ use proto::{BackupId, JobId};
 use telemetry::{FinishedSpan, Kind, TraceContext, emit_span};
 
 use crate::catalog::attempts::{self, Attempt, AttemptState};
-use crate::catalog::backups::{self, Backup, ProofRow};
+use crate::catalog::backups::{self, Backup, ProofRow, Shown};
 use crate::catalog::events::{self, Event};
 use crate::catalog::jobs::{self, Job};
 use crate::catalog::{Tx, outbox};
@@ -18,6 +18,10 @@ use crate::chance;
 use crate::config::Config;
 use crate::core::Core;
 use crate::error::Result;
+use crate::proofs;
+
+/// Proofs of one backup that are looked at when another one comes.
+const PROOFS_MAX: i64 = 100;
 
 /// How a granted attempt ended.
 #[derive(Debug, Clone)]
@@ -242,12 +246,16 @@ async fn record(
                 cluster: job.cluster.clone(),
                 worker,
                 outcome: facts.clone(),
+                shown: Shown::None,
             };
             backups::put(tx, &backup, now_ms).await
         }
         Some(Outcome::VerifyRestore(verified)) => {
             let row = ProofRow { id: attempt.id, job: job.id, proof: verified.proof.clone() };
-            backups::put_proof(tx, &row, &job.cluster, now_ms).await
+            let backup = row.proof.backup;
+            backups::put_proof(tx, &row, &job.cluster, now_ms).await?;
+            let all = backups::list_proofs(tx.db(), "", &backup.to_string(), PROOFS_MAX).await?;
+            backups::show(tx, backup, proofs::shown(&all)).await
         }
         _ => Ok(()),
     }

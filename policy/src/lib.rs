@@ -7,6 +7,7 @@ pub mod fleet;
 pub mod lease;
 pub mod placement;
 pub mod reach;
+pub mod recoverable;
 pub mod retry;
 pub mod standing;
 pub mod state;

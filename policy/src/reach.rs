@@ -5,7 +5,7 @@ use proto::{LineageId, Lsn, Timeline};
 
 use crate::words::{count, span};
 
-/// Where the newest backup of a cluster ends.
+/// Where a backup of a cluster ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BackupEnd {
     /// The lineage it belongs to.
@@ -43,7 +43,12 @@ pub(crate) fn is_foreign(wal: &WalStanding) -> bool {
     wal.archived_to > wal.server_lsn
 }
 
-/// The moment up to which everything that was committed can be recovered, Unix milliseconds.
+/// Whether a backup ends where the archive, on the way to it, has not come yet.
+pub(crate) fn is_ahead(backup: &BackupEnd, wal: &WalStanding) -> bool {
+    backup.stop_lsn > wal.archived_to && !is_foreign(wal) && !is_left_behind(backup, wal)
+}
+
+/// The moment up to which everything that was committed can be recovered from a backup, Unix milliseconds.
 pub fn recovery_point(backup: &BackupEnd, wal: Option<&WalStanding>) -> i64 {
     let by_wal = wal.filter(|wal| leads_on(backup, wal) && !is_foreign(wal));
     let safe = by_wal.and_then(|wal| wal.safe_at_ms);

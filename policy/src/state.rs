@@ -11,6 +11,7 @@ use proto::message::WalStanding;
 use serde::{Deserialize, Serialize};
 
 use crate::reach::{BackupEnd, archive_silence, archive_trouble};
+use crate::recoverable::RecoveryPoint;
 use crate::words::{count, span};
 
 macro_rules! states {
@@ -154,6 +155,8 @@ pub struct ClusterFacts {
     pub backup_failure: Option<Failure>,
     /// Where the newest physical backup ends.
     pub backup_end: Option<BackupEnd>,
+    /// Up to when it can be recovered from backups that are proved.
+    pub recoverable: Option<RecoveryPoint>,
     /// How the archive of its WAL stands, where it archives into its repository.
     pub wal: Option<WalStanding>,
 }
@@ -253,7 +256,11 @@ pub fn judge_cluster(facts: &ClusterFacts, objectives: &Objectives, now_ms: i64)
             ),
             None => Judgement::new(
                 Taken,
-                format!("its newest backup, {} old, is not proved yet", span(age)),
+                format!(
+                    "its newest backup, {} old, is not proved yet{}",
+                    span(age),
+                    proved_reach(facts, now_ms)
+                ),
             ),
         },
     }
@@ -269,12 +276,21 @@ fn broken(facts: &ClusterFacts, objectives: &Objectives, now_ms: i64) -> Option<
         && !last.passed
     {
         let ago = span(now_ms - last.at_ms);
-        return Some(format!("its newest backup failed its {} proof {ago} ago", last.level));
+        let reach = proved_reach(facts, now_ms);
+        return Some(format!("its newest backup failed its {} proof {ago} ago{reach}", last.level));
     }
     let age = now_ms.saturating_sub(backup.stopped_at_ms);
     let limit = objectives.backup_age_max_ms?;
     (age > limit)
         .then(|| format!("its newest backup is {} old, the limit is {}", span(age), span(limit)))
+}
+
+/// What is left where the newest backup does not count.
+fn proved_reach(facts: &ClusterFacts, now_ms: i64) -> String {
+    match facts.recoverable {
+        Some(point) => format!(": proved reach ends {} ago", span(now_ms - point.at_ms)),
+        None => ": no backup of it is proved".to_owned(),
+    }
 }
 
 fn seconds(ms: u64) -> String {
@@ -314,6 +330,7 @@ mod tests {
             proofs: vec![proof(DAY, ProofLevel::L5, true)],
             backup_failure: None,
             backup_end: None,
+            recoverable: Some(RecoveryPoint { at_ms: NOW - 2 * DAY, leads_on: true }),
             wal: None,
         }
     }
@@ -341,11 +358,20 @@ mod tests {
                 Taken,
                 "its newest backup is proved L3 only, L4 is wanted",
             ),
-            (|f| f.proofs.clear(), Taken, "its newest backup, 2 d old, is not proved yet"),
+            (
+                |f| f.proofs.clear(),
+                Taken,
+                "its newest backup, 2 d old, is not proved yet: proved reach ends 2 d ago",
+            ),
+            (
+                |f| (f.proofs, f.recoverable) = (Vec::new(), None),
+                Taken,
+                "its newest backup, 2 d old, is not proved yet: no backup of it is proved",
+            ),
             (
                 |f| f.proofs.push(proof(0, ProofLevel::L4, false)),
                 Broken,
-                "its newest backup failed its L4 proof 0 s ago",
+                "its newest backup failed its L4 proof 0 s ago: proved reach ends 2 d ago",
             ),
             (
                 |f| f.backup_failure = Some(failure()),
@@ -468,6 +494,7 @@ mod tests {
                 proofs: proofs.iter().map(|(age, level, passed)| proof(*age, ProofLevel::from_number(*level).unwrap(), *passed)).collect(),
                 backup_failure: failed.then(failure),
                 backup_end: None,
+                recoverable: None,
                 wal: None,
             };
             let objectives = Objectives::default();

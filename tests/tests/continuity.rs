@@ -67,6 +67,10 @@ async fn what_is_recoverable_is_what_is_archived_and_an_archive_that_lies_is_fou
     fleet.start_coordinator()?;
     fleet.start_worker(&WorkerSetup::of("w1", "orders", server.url()))?;
     fleet.expect(&["backup", "orders", "--wait"])?;
+    let unproved = orders(&fleet)?;
+    ensure!(unproved["recoverable_to_at_ms"].is_null(), "nobody restored it: {unproved}");
+    ensure!(unproved["unproved_to_at_ms"].is_i64(), "{unproved}");
+    fleet.expect(&["verify", "orders", "--level", "3", "--wait"])?;
     let of_backup = recoverable_to(&fleet)?;
 
     // What is archived is recoverable; what is committed and not archived never seems to be.

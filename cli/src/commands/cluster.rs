@@ -100,9 +100,18 @@ fn details(view: &ClusterView, now_ms: i64) -> String {
             row("proof", worker::proving::sentence(&proof.record));
         }
     }
-    if let Some(point) = view.recoverable_to_at_ms {
+    let up_to = |point: i64| {
         let at = jiff::Timestamp::from_millisecond(point / 1_000 * 1_000).unwrap_or_default();
-        row("recoverable", format!("up to {at}, {}", output::ago(now_ms, Some(point))));
+        format!("up to {at}, {}", output::ago(now_ms, Some(point)))
+    };
+    let (proved, unproved) = (view.recoverable_to_at_ms, view.unproved_to_at_ms);
+    if unproved.is_some() || proved.is_some() {
+        row("recoverable", proved.map_or_else(|| "nothing is proved".to_owned(), up_to));
+    }
+    if let Some(unproved) = unproved
+        && proved.is_none_or(|proved| proved < unproved)
+    {
+        row("not proved", up_to(unproved));
     }
     if let Some(wal) = &view.wal {
         row("wal", archive(wal));

@@ -247,10 +247,13 @@ pub struct ClusterView {
     pub registered_at_ms: i64,
     /// The last pulse of a worker that serves it.
     pub seen_at_ms: Option<i64>,
-    /// Up to when it can be recovered, by its newest backup and the WAL that leads on from there: what was committed before is
-    /// not lost. By the clock of its worker.
+    /// Up to when it can be recovered, by backups that are proved and the WAL that leads on from them: what was committed before
+    /// is not lost. Absent while none is proved. By the clock of its worker.
     #[serde(default)]
     pub recoverable_to_at_ms: Option<i64>,
+    /// The same, if backups that nobody proved count as well.
+    #[serde(default)]
+    pub unproved_to_at_ms: Option<i64>,
     /// How the archive of its WAL stands; absent where it archives nothing into its repository.
     #[serde(default)]
     pub wal: Option<WalStanding>,

@@ -9,6 +9,44 @@ use super::Tx;
 use super::row::{Row, json};
 use crate::error::Result;
 
+/// Proved backups of one cluster from which it is looked for how far they lead: the newest may lie on an abandoned branch.
+const PROVED_MAX: i64 = 3;
+
+/// What the proofs of a backup say of it together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Shown {
+    /// None restored it.
+    None,
+    /// One restored it, and none found anything wrong since.
+    Proved,
+    /// The newest found something wrong.
+    Bad,
+}
+
+impl Shown {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Proved => "proved",
+            Self::Bad => "bad",
+        }
+    }
+}
+
+impl std::str::FromStr for Shown {
+    type Err = UnknownShown;
+
+    fn from_str(text: &str) -> std::result::Result<Self, UnknownShown> {
+        let all = [Self::None, Self::Proved, Self::Bad];
+        all.into_iter().find(|shown| shown.as_str() == text).ok_or(UnknownShown)
+    }
+}
+
+/// A text that is none of them.
+#[derive(Debug, thiserror::Error)]
+#[error("know what the proofs of a backup show")]
+pub(crate) struct UnknownShown;
+
 /// A committed backup.
 #[derive(Debug, Clone)]
 pub(crate) struct Backup {
@@ -17,6 +55,7 @@ pub(crate) struct Backup {
     pub(crate) cluster: ClusterName,
     pub(crate) worker: WorkerName,
     pub(crate) outcome: BackupOutcome,
+    pub(crate) shown: Shown,
 }
 
 impl Backup {
@@ -27,6 +66,7 @@ impl Backup {
             cluster: row.parsed("cluster")?,
             worker: row.parsed("worker")?,
             outcome: row.json("outcome")?,
+            shown: row.parsed("shown")?,
         })
     }
 }
@@ -46,6 +86,19 @@ pub(crate) async fn put(tx: &mut Tx<'_>, backup: &Backup, now_ms: i64) -> Result
     .bind(now_ms)
     .bind(json(&backup.outcome))
     .bind(backup.outcome.kind().as_str())
+    .execute(tx.db())
+    .await?;
+    Ok(())
+}
+
+/// Writes what the proofs of a backup say of it now.
+pub(crate) async fn show(tx: &mut Tx<'_>, id: BackupId, shown: Shown) -> Result<()> {
+    sqlx::query(
+        "-- backup_shown
+         UPDATE backups SET shown = $2 WHERE id = $1",
+    )
+    .bind(id.to_string())
+    .bind(shown.as_str())
     .execute(tx.db())
     .await?;
     Ok(())
@@ -90,7 +143,24 @@ pub(crate) async fn newest(db: &mut AnyConnection) -> Result<Vec<Backup>> {
     rows.into_iter().map(|row| Backup::from_row(&Row(row))).collect()
 }
 
-/// Proofs of those backups, newest first.
+/// What each cluster can be recovered from: its newest proved backups, and the newest of those that nobody proved; newest first.
+pub(crate) async fn sources(db: &mut AnyConnection) -> Result<Vec<Backup>> {
+    let rows = sqlx::query(
+        "-- recovery_sources
+         SELECT * FROM (
+             SELECT b.*, ROW_NUMBER() OVER (
+                 PARTITION BY cluster, shown ORDER BY kind DESC, stopped_at_ms DESC, id DESC
+             ) AS nth FROM backups AS b WHERE shown <> 'bad'
+         ) AS ranked WHERE nth = 1 OR (shown = 'proved' AND nth <= $1)
+         ORDER BY stopped_at_ms DESC, id DESC",
+    )
+    .bind(PROVED_MAX)
+    .fetch_all(db)
+    .await?;
+    rows.into_iter().map(|row| Backup::from_row(&Row(row))).collect()
+}
+
+/// Proofs of each cluster's newest backup and of its newest proved ones, newest first.
 pub(crate) async fn newest_proofs(db: &mut AnyConnection) -> Result<Vec<ProofRow>> {
     let rows = sqlx::query(
         "-- newest_proofs
@@ -100,8 +170,15 @@ pub(crate) async fn newest_proofs(db: &mut AnyConnection) -> Result<Vec<ProofRow
                      AND (later.kind > b.kind OR (later.kind = b.kind AND (later.stopped_at_ms > b.stopped_at_ms
                          OR (later.stopped_at_ms = b.stopped_at_ms AND later.id > b.id))))
              )
+             UNION
+             SELECT id FROM (
+                 SELECT id, ROW_NUMBER() OVER (
+                     PARTITION BY cluster ORDER BY kind DESC, stopped_at_ms DESC, id DESC
+                 ) AS nth FROM backups WHERE shown = 'proved'
+             ) AS ranked WHERE nth <= $1
          ) ORDER BY at_ms DESC, id DESC",
     )
+    .bind(PROVED_MAX)
     .fetch_all(db)
     .await?;
     rows.into_iter().map(|row| ProofRow::from_row(&Row(row))).collect()

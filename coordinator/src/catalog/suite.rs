@@ -6,11 +6,14 @@ use std::path::PathBuf;
 use postgres::binaries::Binaries;
 use postgres::instance::{Instance, InstanceOptions, StopMode};
 use proto::failure::{Action, Code, Failure};
-use proto::job::{Analyze, Backup, JobState, Lane, Task};
+use proto::job::{Analyze, Backup, BackupOutcome, JobState, Lane, Task};
+use proto::proof::{CheckOutcome, Proof, ProofCheck, ProofLevel};
 use proto::step::{Progress, Step};
+use proto::{AttemptId, JobId, LineageId, Lsn, SystemIdentifier, Timeline};
 use secrecy::SecretString;
 
 use super::attempts::{self, Attempt, AttemptState};
+use super::backups::{self, ProofRow, Shown};
 use super::jobs::{self, Job};
 use super::workers::{self, Worker};
 use super::{Catalog, events, leader, outbox, steps};
@@ -104,6 +107,7 @@ async fn every_case(server: Server) {
         a_ticket_is_in_the_outbox_once,
         refusals_are_forgotten_by_worker,
         ready_jobs_come_oldest_first,
+        a_cluster_is_recovered_from_few_of_its_backups,
     ];
     server.stop().await;
 }
@@ -288,7 +292,7 @@ async fn every_column_of_a_job_comes_back(url: &str) {
     full.request_digest = Some("d".to_owned());
     full.only_worker = Some("w1".parse().unwrap());
     full.not_after_at_ms = Some(i64::MAX);
-    full.verify = Some(proto::ProofLevel::L5);
+    full.verify = Some(ProofLevel::L5);
     full.follows = Some(wanted.id);
     full.retry_of = Some(wanted.id);
     full.probe_of = Some(crate::chance::attempt(1));
@@ -474,6 +478,129 @@ async fn ready_jobs_come_oldest_first(url: &str) {
     assert!(jobs::ready(&mut db, Lane::Routine, false, 50).await.unwrap().is_empty());
     assert_eq!(jobs::next_due(&mut db, 50).await.unwrap(), Some(100));
     assert_eq!(jobs::next_due(&mut db, 100).await.unwrap(), None);
+}
+
+fn backup_row(n: u8, at_ms: i64) -> backups::Backup {
+    let (attempt, lineage) = (AttemptId::mint(1, [n; 10]), LineageId::mint(1, [1; 10]));
+    let outcome = BackupOutcome {
+        backup: attempt.into(),
+        lineage,
+        repository: "file:///backups".to_owned(),
+        system_identifier: SystemIdentifier(42),
+        server_version_num: 150_018,
+        timeline: Timeline(1),
+        start_lsn: Lsn(1),
+        stop_lsn: Lsn(2),
+        wal_to: None,
+        started_at_ms: at_ms - 1,
+        stopped_at_ms: at_ms,
+        files: 10,
+        size_bytes: 1_000,
+        read_bytes: 1_000,
+        stored_bytes: 100,
+        wal_bytes: 16,
+        bad_pages: 0,
+        compared_with: None,
+        logical: None,
+    };
+    backups::Backup {
+        id: attempt.into(),
+        job: JobId::mint(1, [n; 10]),
+        cluster: "orders".parse().unwrap(),
+        worker: "w1".parse().unwrap(),
+        outcome,
+        shown: Shown::None,
+    }
+}
+
+fn proof_row(n: u8, at_ms: i64, passed: bool) -> ProofRow {
+    let level_reached = Some(if passed { ProofLevel::L5 } else { ProofLevel::L1 });
+    let outcome = if passed { CheckOutcome::Passed } else { CheckOutcome::Failed };
+    let check = |name: &str| ProofCheck {
+        name: name.to_owned(),
+        level: ProofLevel::L4,
+        outcome,
+        detail: r#"quoted: "level_reached":"L5","passed":true"#.to_owned(),
+    };
+    let proof = Proof {
+        backup: AttemptId::mint(1, [n; 10]).into(),
+        lineage: LineageId::mint(1, [1; 10]),
+        cluster: "orders".parse().unwrap(),
+        system_identifier: SystemIdentifier(42),
+        worker: "w1".parse().unwrap(),
+        at_ms,
+        level_asked: ProofLevel::L5,
+        level_reached,
+        passed,
+        server_version_num: None,
+        reached_lsn: None,
+        phases: vec![],
+        size_bytes: 1,
+        tables: 0,
+        rows: 0,
+        tables_exact: 0,
+        tables_bounded: 0,
+        checks: vec![check("tables_readable")],
+        isolation: String::new(),
+    };
+    let at = u64::try_from(at_ms).unwrap();
+    ProofRow { id: AttemptId::mint(at, [n; 10]), job: JobId::mint(1, [n; 10]), proof }
+}
+
+/// The newest that nobody proved, and the newest three that are proved; none that is bad.
+async fn a_cluster_is_recovered_from_few_of_its_backups(url: &str) {
+    let catalog = catalog(url).await;
+    let (proved, bad) = ([1, 2, 3, 4], 7);
+    catalog
+        .transact("test", |tx| {
+            Box::pin(async move {
+                for n in 1..=7 {
+                    backups::put(tx, &backup_row(n, i64::from(n) * 10), 1).await?;
+                }
+                let cluster = "orders".parse().unwrap();
+                for n in proved {
+                    backups::put_proof(tx, &proof_row(n, 100, true), &cluster, 1).await?;
+                    backups::show(tx, AttemptId::mint(1, [n; 10]).into(), Shown::Proved).await?;
+                }
+                backups::put_proof(tx, &proof_row(bad, 100, true), &cluster, 1).await?;
+                backups::put_proof(tx, &proof_row(bad, 200, false), &cluster, 1).await?;
+                backups::put_proof(tx, &proof_row(5, 200, false), &cluster, 1).await?;
+                backups::show(tx, AttemptId::mint(1, [bad; 10]).into(), Shown::Bad).await?;
+                backups::show(tx, AttemptId::mint(1, [5; 10]).into(), Shown::Bad).await
+            })
+        })
+        .await
+        .unwrap();
+    let found = async || {
+        let mut db = catalog.read().await.unwrap();
+        let sources = backups::sources(&mut db).await.unwrap();
+        sources.iter().map(|row| (row.outcome.stopped_at_ms, row.shown)).collect::<Vec<_>>()
+    };
+    let wanted = [(60, Shown::None), (40, Shown::Proved), (30, Shown::Proved), (20, Shown::Proved)];
+    assert_eq!(found().await, wanted);
+    let mut db = catalog.read().await.unwrap();
+    let told = backups::newest_proofs(&mut db).await.unwrap();
+    let told: Vec<i64> = told.iter().map(|row| row.proof.at_ms).collect();
+    assert_eq!(told, [200, 100, 100, 100, 100], "of the newest, and of three that are proved");
+    drop(db);
+
+    // The same comes of a catalog that knew their proofs only.
+    let migration = include_str!("../../migrations/0007_proved.sql");
+    catalog
+        .transact("test", |tx| {
+            Box::pin(async move {
+                let forget = "-- forget
+                     UPDATE backups SET shown = 'none'";
+                sqlx::query(forget).execute(tx.db()).await?;
+                for update in migration.split(';').filter(|text| text.contains("UPDATE ")) {
+                    sqlx::query(sqlx::AssertSqlSafe(update.to_owned())).execute(tx.db()).await?;
+                }
+                Ok(())
+            })
+        })
+        .await
+        .unwrap();
+    assert_eq!(found().await, wanted);
 }
 
 #[tokio::test]

@@ -57,10 +57,11 @@ async fn take_backup(fleet: &Fleet, worker: &mut Worker, verify: bool) -> Backup
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_archive_that_nobody_looks_at_is_at_risk_while_a_worker_speaks() {
-    use ClusterState::{AtRisk, Taken, Unknown};
+    use ClusterState::{AtRisk, Proved, Unknown};
     let fleet = Fleet::new().await;
     let mut w1 = Worker::new(&fleet, "w1").await;
-    take_backup(&fleet, &mut w1, false).await;
+    let backup = take_backup(&fleet, &mut w1, true).await;
+    prove(&fleet, &mut w1, backup, true).await;
     // By the worker's clock, which stands still in these tests, it has just been seen.
     w1.wal = vec![standing(START)];
     let view = pulse(&fleet, &mut w1, 1).await;
@@ -70,40 +71,31 @@ async fn an_archive_that_nobody_looks_at_is_at_risk_while_a_worker_speaks() {
     for _ in 0..5 {
         states.push(pulse(&fleet, &mut w1, 30_000).await.state);
     }
-    assert_eq!(states, [Taken, Taken, Taken, Taken, AtRisk]);
+    assert_eq!(states, [Proved, Proved, Proved, Proved, AtRisk]);
     // After an outage of everything the worker has a while to look.
     fleet.hand.advance(600_000);
     assert_eq!(show(&fleet).await.state, Unknown);
-    assert_eq!(pulse(&fleet, &mut w1, 1).await.state, Taken);
+    assert_eq!(pulse(&fleet, &mut w1, 1).await.state, Proved);
     w1.wal = vec![standing(START)];
     let view = pulse(&fleet, &mut w1, 50_000).await;
     assert_eq!(view.wal.map(|wal| wal.at_ms), view.seen_at_ms);
     assert_eq!(view.recoverable_to_at_ms, Some(START), "and nothing seems safer than it was");
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_backup_that_is_found_bad_is_nothing_to_recover_from() {
-    let fleet = Fleet::new().await;
-    let mut w1 = Worker::new(&fleet, "w1").await;
-    take_backup(&fleet, &mut w1, false).await;
-    let first_at_ms = show(&fleet).await.recoverable_to_at_ms;
-    assert_eq!(first_at_ms, Some(START));
-    fleet.hand.advance(1_000);
-    let bad = take_backup(&fleet, &mut w1, true).await;
-    assert_eq!(show(&fleet).await.recoverable_to_at_ms, Some(START + 1_000));
-
-    let ticket = w1.any_ticket().await;
-    let mut work = w1.take(&ticket).await;
+/// Takes the proof that was ordered with a backup, and tells how it ended.
+async fn prove(fleet: &Fleet, worker: &mut Worker, backup: BackupId, passed: bool) {
+    let ticket = worker.any_ticket().await;
+    let mut work = worker.take(&ticket).await;
     let proof = Proof {
-        backup: bad,
+        backup,
         lineage: LineageId::mint(1, [1; 10]),
         cluster: orders(),
         system_identifier: SystemIdentifier(42),
         worker: "w1".parse().unwrap(),
-        at_ms: START + 2_000,
+        at_ms: fleet.clock.now_ms(),
         level_asked: ProofLevel::L5,
-        level_reached: Some(ProofLevel::L1),
-        passed: false,
+        level_reached: Some(if passed { ProofLevel::L5 } else { ProofLevel::L1 }),
+        passed,
         server_version_num: None,
         reached_lsn: None,
         phases: vec![],
@@ -116,11 +108,43 @@ async fn a_backup_that_is_found_bad_is_nothing_to_recover_from() {
         isolation: String::new(),
     };
     let outcome = Outcome::VerifyRestore(VerifyRestoreOutcome { proof });
-    w1.end(&mut work, ReportBody::Succeeded { outcome: Box::new(outcome), steps: vec![] }).await;
-    let view = eventually("the proof counts", || async {
-        let view = show(&fleet).await;
-        (view.state == ClusterState::Broken).then_some(view)
-    })
-    .await;
-    assert_eq!(view.recoverable_to_at_ms, first_at_ms, "from the one before");
+    worker
+        .end(&mut work, ReportBody::Succeeded { outcome: Box::new(outcome), steps: vec![] })
+        .await;
+    fleet.until_state(ticket.job, JobState::Succeeded).await;
+}
+
+fn reach(view: &ClusterView) -> (Option<i64>, Option<i64>) {
+    (view.recoverable_to_at_ms, view.unproved_to_at_ms)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_a_proved_backup_is_something_to_recover_from() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    let first = take_backup(&fleet, &mut w1, true).await;
+    let view = show(&fleet).await;
+    assert_eq!(reach(&view), (None, Some(START)));
+    assert!(view.reason.ends_with("not proved yet: no backup of it is proved"), "{}", view.reason);
+    prove(&fleet, &mut w1, first, true).await;
+    assert_eq!(reach(&show(&fleet).await), (Some(START), Some(START)));
+
+    // A newer one changes nothing before it is proved.
+    fleet.hand.advance(1_000);
+    let second = take_backup(&fleet, &mut w1, true).await;
+    let view = show(&fleet).await;
+    assert_eq!(reach(&view), (Some(START), Some(START + 1_000)));
+    assert!(view.reason.ends_with("not proved yet: proved reach ends 1 s ago"), "{}", view.reason);
+    prove(&fleet, &mut w1, second, false).await;
+    let view = show(&fleet).await;
+    assert_eq!(view.state, ClusterState::Broken);
+    assert_eq!(reach(&view), (Some(START), Some(START)), "from the one before");
+    let metric = "pgmuster_recovery_point_timestamp_seconds{cluster=\"orders\"}";
+    let at_s = fleet.metric(metric).await.map(|at_s| format!("{at_s}"));
+    assert_eq!(at_s, Some(format!("{}", START / 1_000)));
+
+    // WAL leads on from it to where the archive is.
+    w1.wal = vec![WalStanding { safe_at_ms: Some(START + 500), ..standing(START + 600) }];
+    let view = pulse(&fleet, &mut w1, 1).await;
+    assert_eq!(reach(&view), (Some(START + 500), Some(START + 500)));
 }

@@ -1,0 +1,113 @@
+//! What proofs show of their backups.
+
+use policy::recoverable::{is_found_bad, is_proved};
+use policy::state::ProofFact;
+use proto::proof::{CheckOutcome, ProofLevel};
+
+use crate::catalog::backups::{ProofRow, Shown};
+
+/// What a proof shows. One that fell short only because something could not be looked at, by no fault of the backup, shows what
+/// it did reach; when that is nothing, it shows nothing.
+pub(crate) fn fact(row: &ProofRow) -> Option<ProofFact> {
+    let proof = &row.proof;
+    let found_wrong = proof.checks.iter().any(|check| check.outcome == CheckOutcome::Failed);
+    let fell_short = !proof.passed && !found_wrong && !proof.checks.is_empty();
+    let level = if fell_short { proof.level_reached? } else { proof.level_asked };
+    Some(ProofFact {
+        at_ms: proof.at_ms,
+        level,
+        passed: proof.passed || fell_short,
+        recovery_time_ms: proof.recovery_time_ms(),
+        tables: proof.tables,
+    })
+}
+
+/// What proofs of one backup say of it together.
+pub(crate) fn shown(rows: &[ProofRow]) -> Shown {
+    let facts = facts(rows);
+    match () {
+        () if is_found_bad(&facts) => Shown::Bad,
+        () if is_proved(&facts) => Shown::Proved,
+        () => Shown::None,
+    }
+}
+
+/// Facts of every proof that shows something.
+pub(crate) fn facts(rows: &[ProofRow]) -> Vec<ProofFact> {
+    rows.iter().filter_map(fact).collect()
+}
+
+/// The proof to show, of those of a backup, newest first: the newest that restored it, unless something was found wrong since.
+/// One that only looked at objects takes nothing away from it.
+pub(crate) fn telling(proofs: &[ProofRow]) -> Option<&ProofRow> {
+    let restored = |row: &&ProofRow| row.proof.level_reached >= Some(ProofLevel::L3);
+    let newest = proofs.first()?;
+    Some(proofs.iter().find(restored).filter(|_| newest.proof.passed).unwrap_or(newest))
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::proof::{Proof, ProofCheck};
+    use proto::{AttemptId, BackupId, JobId, LineageId, SystemIdentifier};
+
+    use super::*;
+
+    fn row(asked: ProofLevel, reached: Option<ProofLevel>, outcome: CheckOutcome) -> ProofRow {
+        let check = ProofCheck {
+            name: "row_counts".to_owned(),
+            level: asked,
+            outcome,
+            detail: String::new(),
+        };
+        let proof = Proof {
+            backup: BackupId::mint(1, [1; 10]),
+            lineage: LineageId::mint(1, [1; 10]),
+            cluster: "orders".parse().unwrap(),
+            system_identifier: SystemIdentifier(1),
+            worker: "w1".parse().unwrap(),
+            at_ms: 1,
+            level_asked: asked,
+            level_reached: reached,
+            passed: reached == Some(asked),
+            server_version_num: None,
+            reached_lsn: None,
+            phases: Vec::new(),
+            size_bytes: 0,
+            tables: 0,
+            rows: 0,
+            tables_exact: 0,
+            tables_bounded: 0,
+            checks: vec![check],
+            isolation: String::new(),
+        };
+        ProofRow { id: AttemptId::mint(1, [1; 10]), job: JobId::mint(1, [1; 10]), proof }
+    }
+
+    #[test]
+    fn a_proof_that_could_not_look_everywhere_shows_what_it_reached() {
+        use CheckOutcome::{Failed, Passed, Skipped};
+        use ProofLevel::{L2, L4, L5};
+        let shows = |row: &ProofRow| fact(row).map(|fact| (fact.level, fact.passed));
+        assert_eq!(shows(&row(L5, Some(L5), Passed)), Some((L5, true)));
+        assert_eq!(shows(&row(L5, Some(L4), Skipped)), Some((L4, true)), "no right to count");
+        assert_eq!(shows(&row(L5, Some(L4), Failed)), Some((L5, false)), "it counted, and wrong");
+        assert_eq!(shows(&row(L2, None, Skipped)), None);
+    }
+
+    #[test]
+    fn a_look_at_objects_hides_no_restore_and_a_failure_hides_everything() {
+        use CheckOutcome::{Failed, Passed};
+        use ProofLevel::{L1, L2, L5};
+        let restored = row(L5, Some(L5), Passed);
+        let looked = row(L1, Some(L1), Passed);
+        let failed = row(L2, Some(L1), Failed);
+        let level = |rows: &[&ProofRow]| {
+            let rows: Vec<ProofRow> = rows.iter().map(|row| (*row).clone()).collect();
+            telling(&rows).map(|row| (row.proof.level_asked, row.proof.passed))
+        };
+        assert_eq!(level(&[&looked, &restored]), Some((L5, true)));
+        assert_eq!(level(&[&failed, &restored]), Some((L2, false)));
+        assert_eq!(level(&[&looked]), Some((L1, true)));
+        assert_eq!(level(&[]), None);
+    }
+}

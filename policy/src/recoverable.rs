@@ -1,0 +1,202 @@
+//! Up to when a cluster can be recovered by what was proved: from which of its backups, and how far WAL leads on from there.
+//!
+//! A backup that nobody restored is no promise, however new it is. So a recovery point counts from the backups that a proof
+//! restored and none found wrong since; what the others would give is kept apart, as what is only on paper.
+
+use proto::ProofLevel;
+use proto::message::WalStanding;
+
+use crate::reach::{BackupEnd, is_ahead, leads_on, recovery_point};
+use crate::state::ProofFact;
+
+/// What a proof must have shown for its backup to count: restored, and its end was reached.
+const RESTORED: ProofLevel = ProofLevel::L3;
+
+/// A backup that something can be recovered from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Source {
+    /// What a restore of it alone brings back, Unix milliseconds.
+    pub stopped_at_ms: i64,
+    /// Where WAL leads on from; `None` for a logical backup, from which nothing leads on.
+    pub end: Option<BackupEnd>,
+}
+
+/// Up to when a cluster can be recovered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RecoveryPoint {
+    /// What had committed by then is not lost, Unix milliseconds.
+    pub at_ms: i64,
+    /// Whether an unbroken line leads from there to where the archive of its server is.
+    pub leads_on: bool,
+}
+
+/// Whether proofs of one backup, in any order, make it one to recover from: it was restored, and nothing was found wrong since.
+pub fn is_proved(proofs: &[ProofFact]) -> bool {
+    let is_restored = proofs.iter().any(|proof| proof.passed && proof.level >= RESTORED);
+    is_restored && !is_found_bad(proofs)
+}
+
+/// Whether the newest proof of a backup found something wrong.
+pub fn is_found_bad(proofs: &[ProofFact]) -> bool {
+    proofs.iter().max_by_key(|proof| proof.at_ms).is_some_and(|proof| !proof.passed)
+}
+
+/// How far the best of several backups leads; `None` without any.
+pub fn furthest<'a>(
+    sources: impl IntoIterator<Item = &'a Source>,
+    wal: Option<&WalStanding>,
+) -> Option<RecoveryPoint> {
+    let points = sources.into_iter().map(|source| point_of(source, wal));
+    points.max_by_key(|point| (point.at_ms, point.leads_on))
+}
+
+fn point_of(source: &Source, wal: Option<&WalStanding>) -> RecoveryPoint {
+    let Some(end) = &source.end else {
+        return RecoveryPoint { at_ms: source.stopped_at_ms, leads_on: false };
+    };
+    RecoveryPoint {
+        at_ms: recovery_point(end, wal),
+        leads_on: wal.is_some_and(|wal| leads_on(end, wal) || is_ahead(end, wal)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::message::WalAncestor;
+    use proto::{LineageId, Lsn, Timeline};
+
+    use super::*;
+
+    const SAFE_MS: i64 = 90_000;
+
+    fn lineage(n: u8) -> LineageId {
+        LineageId::mint(1, [n; 10])
+    }
+
+    /// The archive's line begins at 100 and is at 900.
+    fn wal() -> WalStanding {
+        WalStanding {
+            cluster: "orders".parse().unwrap(),
+            lineage: lineage(1),
+            at_ms: 100_000,
+            timeline: Timeline(1),
+            ancestors: Vec::new(),
+            server_lsn: Lsn(950),
+            line_from: Lsn(100),
+            archived_to: Lsn(900),
+            safe_at_ms: Some(SAFE_MS),
+            waiting: None,
+            gap: None,
+        }
+    }
+
+    /// A backup that ended at a position, at ten times as many milliseconds.
+    fn source(stop: u64) -> Source {
+        let stopped_at_ms = i64::try_from(stop * 10).unwrap();
+        let end = BackupEnd {
+            lineage: lineage(1),
+            timeline: Timeline(1),
+            stop_lsn: Lsn(stop),
+            wal_to: Lsn(stop),
+            stopped_at_ms,
+        };
+        Source { stopped_at_ms, end: Some(end) }
+    }
+
+    fn on(timeline: u32, source: Source) -> Source {
+        let end = source.end.map(|end| BackupEnd { timeline: Timeline(timeline), ..end });
+        Source { end, ..source }
+    }
+
+    fn of(n: u8, source: Source) -> Source {
+        Source { end: source.end.map(|end| BackupEnd { lineage: lineage(n), ..end }), ..source }
+    }
+
+    fn reaches(at_ms: i64) -> RecoveryPoint {
+        RecoveryPoint { at_ms, leads_on: true }
+    }
+
+    fn ends(at_ms: i64) -> RecoveryPoint {
+        RecoveryPoint { at_ms, leads_on: false }
+    }
+
+    #[test]
+    fn an_older_backup_reaches_as_far_as_the_line_does() {
+        assert_eq!(furthest(&[source(200)], Some(&wal())), Some(reaches(SAFE_MS)));
+        assert_eq!(furthest(&[source(300), source(200)], Some(&wal())), Some(reaches(SAFE_MS)));
+        assert_eq!(furthest(&[], Some(&wal())), None);
+        // Nothing is archived: each ends where it ends.
+        assert_eq!(furthest(&[source(200), source(300)], None), Some(ends(3_000)));
+        let dump = Source { stopped_at_ms: 4_000, end: None };
+        assert_eq!(
+            furthest(&[dump], Some(&wal())),
+            Some(ends(4_000)),
+            "nothing leads on from a dump"
+        );
+    }
+
+    #[test]
+    fn behind_a_gap_a_reach_ends_with_the_backup_before_it() {
+        let gap = WalStanding { line_from: Lsn(500), ..wal() };
+        assert_eq!(furthest(&[source(400), source(200)], Some(&gap)), Some(ends(4_000)));
+        assert_eq!(furthest(&[source(500), source(400)], Some(&gap)), Some(reaches(SAFE_MS)));
+    }
+
+    #[test]
+    fn a_backup_of_another_history_reaches_no_further_than_its_end() {
+        assert_eq!(furthest(&[of(2, source(400))], Some(&wal())), Some(ends(4_000)));
+        assert_eq!(
+            furthest(&[of(2, source(400)), source(200)], Some(&wal())),
+            Some(reaches(SAFE_MS))
+        );
+        let foreign = WalStanding { server_lsn: Lsn(800), ..wal() };
+        let point = furthest(&[source(400)], Some(&foreign)).unwrap();
+        assert_eq!(point.at_ms, 4_000, "another server archives there");
+    }
+
+    #[test]
+    fn of_several_timelines_only_those_on_the_way_of_the_server_count() {
+        let ancestors = [(1, 600), (2, 700)].map(|(timeline, left_at)| WalAncestor {
+            timeline: Timeline(timeline),
+            left_at: Lsn(left_at),
+        });
+        let promoted =
+            WalStanding { timeline: Timeline(3), ancestors: ancestors.to_vec(), ..wal() };
+        let point = |sources: &[Source]| furthest(sources, Some(&promoted));
+        assert_eq!(point(&[source(200)]), Some(reaches(SAFE_MS)), "two promotions ago");
+        assert_eq!(point(&[on(2, source(650))]), Some(reaches(SAFE_MS)));
+        assert_eq!(point(&[on(3, source(800))]), Some(reaches(SAFE_MS)));
+        assert_eq!(point(&[source(601)]), Some(ends(6_010)), "on the branch that was left");
+        assert_eq!(point(&[on(2, source(701))]), Some(ends(7_010)));
+        assert_eq!(
+            point(&[source(601), source(200)]),
+            Some(reaches(SAFE_MS)),
+            "the older one leads on"
+        );
+    }
+
+    #[test]
+    fn a_backup_that_the_archive_has_not_reached_yet_leads_on() {
+        let point = furthest(&[source(901)], Some(&wal()));
+        assert_eq!(point, Some(reaches(9_010)), "it has just been taken");
+    }
+
+    #[test]
+    fn a_restore_proves_until_something_is_found_wrong() {
+        use ProofLevel::{L1, L2, L3, L5};
+        let fact = |at_ms, level, passed| ProofFact {
+            at_ms,
+            level,
+            passed,
+            recovery_time_ms: 1,
+            tables: 1,
+        };
+        assert!(!is_proved(&[]));
+        assert!(!is_proved(&[fact(1, L2, true)]), "nobody restored it");
+        assert!(is_proved(&[fact(1, L3, true)]));
+        assert!(is_proved(&[fact(2, L1, true), fact(1, L5, true)]), "only looked at since");
+        assert!(!is_proved(&[fact(1, L5, true), fact(2, L1, false)]), "an object is gone");
+        assert!(is_proved(&[fact(3, L3, true), fact(2, L5, false), fact(1, L5, true)]));
+        assert!(is_found_bad(&[fact(2, L5, false), fact(1, L5, true)]));
+    }
+}
