@@ -9,6 +9,8 @@ use proto::WorkerName;
 use proto::secret_ref::SecretRef;
 use serde::{Deserialize, Serialize};
 
+use crate::objectives::ObjectivesConfig;
+
 /// The whole file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -32,6 +34,9 @@ pub struct Config {
     /// Defaults of jobs.
     #[serde(default)]
     pub jobs: JobsConfig,
+    /// What is promised for clusters.
+    #[serde(default)]
+    pub objectives: ObjectivesConfig,
 }
 
 /// Where the catalog is.
@@ -186,6 +191,7 @@ impl Config {
                 "jobs.retry_first_ms: the first pause is longer than jobs.retry_max_ms".to_owned(),
             );
         }
+        problems.extend(self.objectives.problems());
         problems
     }
 
@@ -252,6 +258,7 @@ mod tests {
             },
             timing: TimingConfig::default(),
             jobs: JobsConfig::default(),
+            objectives: ObjectivesConfig::default(),
         }
     }
 

@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, HashMap};
 
 use policy::fleet::{counted, fleet_sentence};
-use policy::reach::BackupEnd;
+use policy::reach::{BackupEnd, wal_beyond};
 use policy::recoverable::{RecoveryPoint, Source, furthest};
+use policy::recovery_time::{Measured, RecoveryTime, Work, recovery_time};
 use policy::state::{BackupFact, ClusterFacts, Judgement, Objectives, judge_cluster};
 use proto::failure::{Action, Code, Failure};
 use proto::job::{JobKind, JobState, Task};
@@ -24,10 +25,12 @@ use crate::proofs;
 /// A cluster with everything that is known of it.
 struct Known {
     cluster: Cluster,
+    objectives: Objectives,
     judgement: Judgement,
     backup: Option<Backup>,
     proofs: Vec<ProofRow>,
     reach: Reach,
+    time: Option<RecoveryTime>,
     open: Vec<Job>,
     eligible_workers: i64,
 }
@@ -66,14 +69,32 @@ async fn look(core: &Core, only: Option<&ClusterName>) -> Result<Vec<Known>> {
     let mut known = Vec::with_capacity(all.len());
     for cluster in all {
         let backup = newest.remove(&cluster.name);
+        let sources = sources.get(&cluster.name).map_or(&[][..], Vec::as_slice);
+        let measured = sources.iter().chain(&backup).flat_map(|backup| {
+            let proofs = proofs.get(&backup.id).into_iter().flatten();
+            proofs.filter_map(|row| proofs::measured(&row.proof))
+        });
+        let measured: Vec<Measured> = measured.collect();
+        let time = backup.as_ref().and_then(|backup| time(&cluster, backup, &measured));
         let proofs = backup.as_ref().and_then(|b| proofs.remove(&b.id)).unwrap_or_default();
         let last = last_backup.remove(&cluster.name);
-        let reach = Reach::of(&cluster, sources.get(&cluster.name).map_or(&[], Vec::as_slice));
-        let facts = facts(&cluster, backup.as_ref(), &proofs, last.as_ref(), reach);
-        let judgement = judge_cluster(&facts, &Objectives::default(), now_ms);
+        let reach = Reach::of(&cluster, sources);
+        let facts = facts(&cluster, backup.as_ref(), &proofs, last.as_ref(), reach, time);
+        let objectives = core.config.objectives.of(&cluster.name);
+        let judgement = judge_cluster(&facts, &objectives, now_ms);
         let open = open.remove(&cluster.name).unwrap_or_default();
         let eligible_workers = eligible(&cluster.name, &workers, now_ms);
-        known.push(Known { cluster, judgement, backup, proofs, reach, open, eligible_workers });
+        known.push(Known {
+            cluster,
+            objectives,
+            judgement,
+            backup,
+            proofs,
+            reach,
+            time,
+            open,
+            eligible_workers,
+        });
     }
     known.sort_by(|a, b| {
         a.judgement.state.cmp(&b.judgement.state).then_with(|| a.cluster.name.cmp(&b.cluster.name))
@@ -95,8 +116,10 @@ fn facts(
     proofs: &[ProofRow],
     last: Option<&Job>,
     reach: Reach,
+    recovery_time: Option<RecoveryTime>,
 ) -> ClusterFacts {
     ClusterFacts {
+        registered_at_ms: cluster.registered_at_ms,
         seen_at_ms: cluster.seen_at_ms,
         contact_since_ms: cluster.contact_since_at_ms,
         problem: problem(cluster),
@@ -111,6 +134,7 @@ fn facts(
         }),
         backup_end: backup.and_then(backup_end),
         recoverable: reach.proved,
+        recovery_time,
         wal: cluster.wal.clone(),
     }
 }
@@ -160,6 +184,12 @@ impl Reach {
     }
 }
 
+/// How long a recovery would take now, from the newest backup and along the WAL that leads on from it.
+fn time(cluster: &Cluster, newest: &Backup, measured: &[Measured]) -> Option<RecoveryTime> {
+    let wal_bytes = backup_end(newest).map_or(0, |end| wal_beyond(&end, cluster.wal.as_ref()));
+    recovery_time(measured, Work { size_bytes: newest.outcome.size_bytes, wal_bytes })
+}
+
 /// What its worker says, or that another server answers under its name.
 fn problem(cluster: &Cluster) -> Option<Failure> {
     match (cluster.system_identifier, cluster.announced_identifier) {
@@ -176,7 +206,7 @@ fn problem(cluster: &Cluster) -> Option<Failure> {
 }
 
 fn cluster_view(known: Known) -> ClusterView {
-    let Known { cluster, judgement, backup, proofs, reach, open, .. } = known;
+    let Known { cluster, objectives, judgement, backup, proofs, reach, time, open, .. } = known;
     let at_ms = |point: Option<RecoveryPoint>| point.map(|point| point.at_ms);
     ClusterView {
         name: cluster.name,
@@ -194,6 +224,9 @@ fn cluster_view(known: Known) -> ClusterView {
         seen_at_ms: cluster.seen_at_ms,
         recoverable_to_at_ms: at_ms(reach.proved),
         unproved_to_at_ms: at_ms(reach.on_paper),
+        recovery_time: time,
+        rpo_objective_ms: objectives.recovery_point_max_ms,
+        rto_objective_ms: objectives.recovery_time_max_ms,
         wal: cluster.wal,
         backup: backup.map(|backup| backup_view(backup, proofs::telling(&proofs).cloned())),
         open_jobs: open.into_iter().map(view::job_alone).collect(),
@@ -264,6 +297,9 @@ fn cluster_moment(known: &Known) -> ClusterMoment {
     ClusterMoment {
         recovery_point_s: known.reach.proved.map_or(0, |point| point.at_ms / 1_000),
         unproved_point_s: known.reach.on_paper.map_or(0, |point| point.at_ms / 1_000),
+        recovery_time_s: known.time.and_then(|time| time.total_ms()).map(in_seconds),
+        rpo_objective_s: known.objectives.recovery_point_max_ms.map(|ms| ms / 1_000),
+        rto_objective_s: known.objectives.recovery_time_max_ms.map(|ms| ms / 1_000),
         wal_waiting: waiting.map_or(0, |waiting| number(waiting.segments)),
         cluster: known.cluster.name.to_string(),
         state: known.judgement.state,
@@ -276,4 +312,9 @@ fn cluster_moment(known: &Known) -> ClusterMoment {
         stored_bytes: facts.map_or(0, |facts| number(facts.stored_bytes)),
         eligible_workers: known.eligible_workers,
     }
+}
+
+/// Rounded up: what takes a moment is not nothing.
+fn in_seconds(ms: u64) -> i64 {
+    i64::try_from(ms.div_ceil(1_000)).unwrap_or(i64::MAX)
 }

@@ -25,6 +25,7 @@ mod fleet;
 mod gaps;
 mod inbox;
 mod metrics;
+pub mod objectives;
 mod order;
 mod proofs;
 mod pulses;

@@ -83,6 +83,11 @@ pub(crate) struct ClusterMoment {
     pub(crate) eligible_workers: i64,
     pub(crate) recovery_point_s: i64,
     pub(crate) unproved_point_s: i64,
+    /// `None` before it is measured, and then there is no figure.
+    pub(crate) recovery_time_s: Option<i64>,
+    /// What is promised; `None` for nothing.
+    pub(crate) rpo_objective_s: Option<i64>,
+    pub(crate) rto_objective_s: Option<i64>,
     pub(crate) wal_waiting: i64,
 }
 
@@ -116,6 +121,9 @@ struct All {
     eligible: ClusterGauge,
     recovery_point: ClusterGauge,
     unproved_point: ClusterGauge,
+    recovery_time: ClusterGauge,
+    rpo_objective: ClusterGauge,
+    rto_objective: ClusterGauge,
     wal_waiting: ClusterGauge,
 }
 
@@ -159,6 +167,9 @@ impl Metrics {
             eligible: Family::default(),
             recovery_point: Family::default(),
             unproved_point: Family::default(),
+            recovery_time: Family::default(),
+            rpo_objective: Family::default(),
+            rto_objective: Family::default(),
             wal_waiting: Family::default(),
         };
         {
@@ -265,6 +276,21 @@ impl Metrics {
                 all.unproved_point.clone(),
             );
             r.register(
+                "recovery_time_estimate_seconds",
+                "How long a recovery would take now, absent before it is measured",
+                all.recovery_time.clone(),
+            );
+            r.register(
+                "rpo_objective_seconds",
+                "How old the recovery point may be, absent where nothing is promised",
+                all.rpo_objective.clone(),
+            );
+            r.register(
+                "rto_objective_seconds",
+                "How long a recovery may take, absent where nothing is promised",
+                all.rto_objective.clone(),
+            );
+            r.register(
                 "wal_waiting_segments",
                 "Full segments of WAL that are not in the archive",
                 all.wal_waiting.clone(),
@@ -340,7 +366,8 @@ impl Metrics {
             &all.unproved_point,
             &all.wal_waiting,
         ];
-        for gauge in gauges {
+        let partial = [&all.recovery_time, &all.rpo_objective, &all.rto_objective];
+        for gauge in gauges.into_iter().chain(partial) {
             gauge.clear();
         }
         for c in &moment.clusters {
@@ -364,6 +391,12 @@ impl Metrics {
             ];
             for (gauge, value) in gauges.iter().zip(values) {
                 gauge.get_or_create(&ByCluster { cluster: c.cluster.clone() }).set(value);
+            }
+            let values = [c.recovery_time_s, c.rpo_objective_s, c.rto_objective_s];
+            for (gauge, value) in partial.into_iter().zip(values) {
+                if let Some(value) = value {
+                    gauge.get_or_create(&ByCluster { cluster: c.cluster.clone() }).set(value);
+                }
             }
         }
     }

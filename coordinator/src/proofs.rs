@@ -1,8 +1,9 @@
 //! What proofs show of their backups.
 
 use policy::recoverable::{is_found_bad, is_proved};
+use policy::recovery_time::Measured;
 use policy::state::ProofFact;
-use proto::proof::{CheckOutcome, ProofLevel};
+use proto::proof::{CheckOutcome, Proof, ProofLevel};
 
 use crate::catalog::backups::{ProofRow, Shown};
 
@@ -37,6 +38,24 @@ pub(crate) fn facts(rows: &[ProofRow]) -> Vec<ProofFact> {
     rows.iter().filter_map(fact).collect()
 }
 
+/// What a proof measured of a recovery; `None` when it restored nothing, or not to its end.
+pub(crate) fn measured(proof: &Proof) -> Option<Measured> {
+    if proof.level_reached < Some(ProofLevel::L3) {
+        return None;
+    }
+    let took = |name: &str| -> u64 {
+        let phases = proof.phases.iter().filter(|phase| phase.name == name);
+        phases.map(|phase| phase.duration_ms).sum()
+    };
+    Some(Measured {
+        at_ms: proof.at_ms,
+        restored_bytes: proof.size_bytes,
+        restore_ms: took("restore"),
+        start_ms: took("start") + took("replay") + took("open"),
+        replayed: None,
+    })
+}
+
 /// The proof to show, of those of a backup, newest first: the newest that restored it, unless something was found wrong since.
 /// One that only looked at objects takes nothing away from it.
 pub(crate) fn telling(proofs: &[ProofRow]) -> Option<&ProofRow> {
@@ -47,7 +66,7 @@ pub(crate) fn telling(proofs: &[ProofRow]) -> Option<&ProofRow> {
 
 #[cfg(test)]
 mod tests {
-    use proto::proof::{Proof, ProofCheck};
+    use proto::proof::{Phase, ProofCheck};
     use proto::{AttemptId, BackupId, JobId, LineageId, SystemIdentifier};
 
     use super::*;
@@ -109,5 +128,27 @@ mod tests {
         assert_eq!(level(&[&failed, &restored]), Some((L2, false)));
         assert_eq!(level(&[&looked]), Some((L1, true)));
         assert_eq!(level(&[]), None);
+    }
+
+    #[test]
+    fn a_proof_measures_what_it_restored_and_started() {
+        use ProofLevel::{L2, L4, L5};
+        let phase = |name: &str, duration_ms| Phase {
+            name: name.to_owned(),
+            duration_ms,
+            counts_as_recovery: true,
+        };
+        let names = ["inventory", "restore", "start", "replay", "open", "check"];
+        let mut proof = row(L5, Some(L4), CheckOutcome::Failed).proof;
+        proof.phases = names
+            .into_iter()
+            .zip([1, 20, 300, 4_000, 50_000, 600_000])
+            .map(|(name, ms)| phase(name, ms))
+            .collect();
+        proof.size_bytes = 7;
+        let found = measured(&proof).unwrap();
+        assert_eq!((found.restored_bytes, found.restore_ms, found.start_ms), (7, 20, 54_300));
+        proof.level_reached = Some(L2);
+        assert_eq!(measured(&proof), None, "it did not start");
     }
 }

@@ -8,9 +8,11 @@ pub mod lease;
 pub mod placement;
 pub mod reach;
 pub mod recoverable;
+pub mod recovery_time;
 pub mod retry;
 pub mod standing;
 pub mod state;
+mod target;
 pub mod words;
 
 pub use fleet::{Counted, fleet_sentence};

@@ -55,6 +55,12 @@ pub fn recovery_point(backup: &BackupEnd, wal: Option<&WalStanding>) -> i64 {
     safe.map_or(backup.stopped_at_ms, |safe| safe.max(backup.stopped_at_ms))
 }
 
+/// Bytes of archived WAL that a recovery from a backup to the newest moment replays, besides what the backup brought along.
+pub fn wal_beyond(backup: &BackupEnd, wal: Option<&WalStanding>) -> u64 {
+    let leading = wal.filter(|wal| leads_on(backup, wal) && !is_foreign(wal));
+    leading.map_or(0, |wal| wal.archived_to.0.saturating_sub(backup.stop_lsn.0))
+}
+
 /// Whether only another backup can lead to where a server is: nothing that its archive gets from now on can be replayed onto
 /// this one.
 pub fn needs_backup(backup: &BackupEnd, wal: &WalStanding) -> bool {
@@ -191,6 +197,14 @@ mod tests {
         assert_eq!(point(backup(500), |wal| wal.lineage = lineage(2)), 1_000, "another history");
         assert_eq!(point(backup(500), |wal| wal.server_lsn = Lsn(899)), 1_000, "not its own");
         assert_eq!(recovery_point(&backup(500), None), 1_000);
+    }
+
+    #[test]
+    fn only_wal_that_leads_on_is_to_be_replayed() {
+        assert_eq!(wal_beyond(&backup(500), Some(&wal())), 400);
+        assert_eq!(wal_beyond(&backup(99), Some(&wal())), 0, "behind a gap");
+        assert_eq!(wal_beyond(&backup(901), Some(&wal())), 0, "the archive is not so far");
+        assert_eq!(wal_beyond(&backup(500), None), 0);
     }
 
     #[test]

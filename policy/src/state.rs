@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::reach::{BackupEnd, archive_silence, archive_trouble};
 use crate::recoverable::RecoveryPoint;
+use crate::recovery_time::RecoveryTime;
+use crate::target;
 use crate::words::{count, span};
 
 macro_rules! states {
@@ -99,6 +101,10 @@ pub struct Objectives {
     pub wal_delay_max_ms: i64,
     /// How long nothing may be seen of an archive while its workers speak, milliseconds.
     pub archive_silence_max_ms: i64,
+    /// How old the recovery point may be, milliseconds; `None` when nothing was promised.
+    pub recovery_point_max_ms: Option<i64>,
+    /// How long a recovery may take, milliseconds; `None` when nothing was promised.
+    pub recovery_time_max_ms: Option<i64>,
 }
 
 impl Default for Objectives {
@@ -110,6 +116,8 @@ impl Default for Objectives {
             silence_max_ms: 60_000,
             wal_delay_max_ms: 30_000,
             archive_silence_max_ms: 120_000,
+            recovery_point_max_ms: None,
+            recovery_time_max_ms: None,
         }
     }
 }
@@ -139,6 +147,8 @@ pub struct ProofFact {
 /// What is known of a cluster.
 #[derive(Debug, Clone, Default)]
 pub struct ClusterFacts {
+    /// When it was first announced, Unix milliseconds: what was committed before was promised to nobody.
+    pub registered_at_ms: i64,
     /// The last pulse of a worker that serves it, Unix milliseconds.
     pub seen_at_ms: Option<i64>,
     /// Since when no two pulses were further apart than workers may be silent, Unix milliseconds.
@@ -157,6 +167,8 @@ pub struct ClusterFacts {
     pub backup_end: Option<BackupEnd>,
     /// Up to when it can be recovered from backups that are proved.
     pub recoverable: Option<RecoveryPoint>,
+    /// How long a recovery would take now, as its proofs measured.
+    pub recovery_time: Option<RecoveryTime>,
     /// How the archive of its WAL stands, where it archives into its repository.
     pub wal: Option<WalStanding>,
 }
@@ -180,7 +192,9 @@ impl Judgement {
 pub fn judge_cluster(facts: &ClusterFacts, objectives: &Objectives, now_ms: i64) -> Judgement {
     use ClusterState::{AtRisk, Broken, Pending, Proved, Taken, Unknown};
 
-    if let Some(reason) = broken(facts, objectives, now_ms) {
+    if let Some(reason) =
+        broken(facts, objectives, now_ms).or_else(|| target::missed(facts, objectives, now_ms))
+    {
         return Judgement::new(Broken, reason);
     }
     match facts.seen_at_ms {
@@ -206,16 +220,11 @@ pub fn judge_cluster(facts: &ClusterFacts, objectives: &Objectives, now_ms: i64)
     if let Some(problem) = &facts.problem {
         return Judgement::new(AtRisk, format!("it cannot be backed up now: {problem}"));
     }
-    if let Some(trouble) = facts.wal.as_ref().and_then(|wal| {
-        let silence_max_ms = objectives.archive_silence_max_ms;
-        let silence = archive_silence(wal, facts.contact_since_ms, silence_max_ms, now_ms);
-        let backup = facts.backup_end.as_ref();
-        // What nobody looks at any more, and was the archive of another server, says nothing of this one.
-        let is_over = silence.is_some() && backup.is_some_and(|end| end.lineage != wal.lineage);
-        let trouble = || archive_trouble(backup, wal, objectives.wal_delay_max_ms, now_ms);
-        if is_over { None } else { trouble().or(silence) }
-    }) {
+    if let Some(trouble) = trouble(facts, objectives, now_ms) {
         return Judgement::new(AtRisk, trouble);
+    }
+    if let Some(reason) = target::nearly_missed(facts, objectives, now_ms) {
+        return Judgement::new(AtRisk, reason);
     }
     let age = now_ms.saturating_sub(backup.stopped_at_ms);
     if let Some(limit) = objectives.backup_age_max_ms
@@ -230,6 +239,12 @@ pub fn judge_cluster(facts: &ClusterFacts, objectives: &Objectives, now_ms: i64)
     let passed = facts.proofs.iter().filter(|p| p.passed);
     let best = passed.clone().filter(|p| p.level >= wanted).max_by_key(|p| p.at_ms);
     match best {
+        Some(proof)
+            if now_ms.saturating_sub(proof.at_ms) < limit
+                && let Some(reason) = target::unmeasured(facts, objectives) =>
+        {
+            Judgement::new(Taken, reason)
+        }
         Some(proof) if now_ms.saturating_sub(proof.at_ms) < limit => Judgement::new(
             Proved,
             format!(
@@ -264,6 +279,23 @@ pub fn judge_cluster(facts: &ClusterFacts, objectives: &Objectives, now_ms: i64)
             ),
         },
     }
+}
+
+/// What is wrong with its archive.
+pub(crate) fn trouble(
+    facts: &ClusterFacts,
+    objectives: &Objectives,
+    now_ms: i64,
+) -> Option<String> {
+    let wal = facts.wal.as_ref()?;
+    let silence_max_ms = objectives.archive_silence_max_ms;
+    let silence = archive_silence(wal, facts.contact_since_ms, silence_max_ms, now_ms);
+    let backup = facts.backup_end.as_ref();
+    // What nobody looks at any more, and was the archive of another server, says nothing of this one.
+    if silence.is_some() && backup.is_some_and(|end| end.lineage != wal.lineage) {
+        return None;
+    }
+    archive_trouble(backup, wal, objectives.wal_delay_max_ms, now_ms).or(silence)
 }
 
 /// A target that is certainly missed.
@@ -322,6 +354,7 @@ mod tests {
 
     fn healthy() -> ClusterFacts {
         ClusterFacts {
+            registered_at_ms: NOW - 20 * DAY,
             seen_at_ms: Some(NOW - 5_000),
             contact_since_ms: Some(NOW - 10 * DAY),
             problem: None,
@@ -331,6 +364,7 @@ mod tests {
             backup_failure: None,
             backup_end: None,
             recoverable: Some(RecoveryPoint { at_ms: NOW - 2 * DAY, leads_on: true }),
+            recovery_time: None,
             wal: None,
         }
     }
@@ -486,6 +520,7 @@ mod tests {
             failed in any::<bool>(),
         ) {
             let facts = ClusterFacts {
+                registered_at_ms: NOW - 20 * DAY,
                 seen_at_ms: seen.map(|age| NOW - age),
                 contact_since_ms: None,
                 problem: None,
@@ -495,6 +530,7 @@ mod tests {
                 backup_failure: failed.then(failure),
                 backup_end: None,
                 recoverable: None,
+                recovery_time: None,
                 wal: None,
             };
             let objectives = Objectives::default();

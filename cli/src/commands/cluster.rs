@@ -1,6 +1,7 @@
 //! `cluster …`.
 
 use coordinator::api::types::ClusterView;
+use policy::recovery_time::RecoveryTime;
 use proto::message::WalStanding;
 use proto::{ClusterName, Failure};
 
@@ -56,10 +57,7 @@ pub(crate) fn table(clusters: &[ClusterView], now_ms: i64) -> String {
                 || "-".to_owned(),
                 |point| output::duration(now_ms.saturating_sub(point)),
             ),
-            proof.map_or_else(
-                || "not measured".to_owned(),
-                |proof| output::duration(i64::try_from(proof.recovery_time_ms()).unwrap_or(0)),
-            ),
+            cluster.recovery_time.map_or_else(|| "not measured".to_owned(), recovery_time),
             cluster.reason.clone(),
         ]
     });
@@ -113,6 +111,20 @@ fn details(view: &ClusterView, now_ms: i64) -> String {
     {
         row("not proved", up_to(unproved));
     }
+    if view.backup.is_some() {
+        let time = view.recovery_time.map(recovery_phases);
+        row(
+            "recovery",
+            time.unwrap_or_else(|| "not measured: no proof restored it yet".to_owned()),
+        );
+    }
+    let promised = [("RPO", view.rpo_objective_ms), ("RTO", view.rto_objective_ms)];
+    let promised = promised.into_iter().filter_map(|(name, ms)| Some((name, ms?)));
+    let promised = promised.map(|(name, ms)| format!("{name} {}", policy::words::span(ms)));
+    let promised: Vec<String> = promised.collect();
+    if !promised.is_empty() {
+        row("objectives", promised.join(", "));
+    }
     if let Some(wal) = &view.wal {
         row("wal", archive(wal));
     }
@@ -120,6 +132,37 @@ fn details(view: &ClusterView, now_ms: i64) -> String {
         row("open job", format!("{} {} {}", job.id, job.kind, job.state));
     }
     lines.join("\n")
+}
+
+/// How long a recovery would take; `> 40 s` where a part of it was not measured.
+fn recovery_time(time: RecoveryTime) -> String {
+    match time.total_ms() {
+        Some(total_ms) => milliseconds(total_ms),
+        None => format!("> {}", milliseconds(time.at_least_ms())),
+    }
+}
+
+fn recovery_phases(time: RecoveryTime) -> String {
+    let (size, restore) = (output::bytes(time.size_bytes), milliseconds(time.restore_ms));
+    let start = milliseconds(time.start_ms);
+    let files = format!("restore of {size} {restore}, start {start}");
+    let wal = match (time.wal_bytes, time.replay_ms) {
+        (0, _) => String::new(),
+        (bytes, Some(ms)) => {
+            format!(", {} of archived WAL {}", output::bytes(bytes), milliseconds(ms))
+        }
+        (bytes, None) => {
+            format!(
+                ", and {} of archived WAL, for which no recovery was measured",
+                output::bytes(bytes)
+            )
+        }
+    };
+    format!("{}: {files}{wal}", recovery_time(time))
+}
+
+fn milliseconds(ms: u64) -> String {
+    output::duration(i64::try_from(ms).unwrap_or(i64::MAX))
 }
 
 fn archive(wal: &WalStanding) -> String {

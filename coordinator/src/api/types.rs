@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use policy::fleet::Counted;
+use policy::recovery_time::RecoveryTime;
 use policy::state::ClusterState;
 use proto::envelope::{Certificate, PublicKey, Signed};
 use proto::failure::Failure;
@@ -254,6 +255,15 @@ pub struct ClusterView {
     /// The same, if backups that nobody proved count as well.
     #[serde(default)]
     pub unproved_to_at_ms: Option<i64>,
+    /// How long a recovery to the newest moment would take now, as its proofs measured; absent before one did.
+    #[serde(default)]
+    pub recovery_time: Option<RecoveryTime>,
+    /// How old its recovery point may be; absent where nothing is promised.
+    #[serde(default)]
+    pub rpo_objective_ms: Option<i64>,
+    /// How long a recovery of it may take; absent where nothing is promised.
+    #[serde(default)]
+    pub rto_objective_ms: Option<i64>,
     /// How the archive of its WAL stands; absent where it archives nothing into its repository.
     #[serde(default)]
     pub wal: Option<WalStanding>,

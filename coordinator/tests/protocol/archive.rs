@@ -1,10 +1,10 @@
 //! What a cluster is judged by when its archive is not looked at, and when its newest backup is bad.
 
-use coordinator::api::types::{ClusterView, SubmitRequest};
+use coordinator::api::types::{ClusterView, StatusView, SubmitRequest};
 use policy::ClusterState;
 use proto::job::VerifyRestoreOutcome;
 use proto::message::{ReportBody, WalStanding};
-use proto::proof::{Proof, ProofLevel};
+use proto::proof::{Phase, Proof, ProofLevel};
 use proto::{BackupId, JobState, LineageId, Lsn, Outcome, SystemIdentifier, Timeline};
 
 use crate::support::{Fleet, START, Worker, backup_outcome, backup_request, eventually, orders};
@@ -98,8 +98,14 @@ async fn prove(fleet: &Fleet, worker: &mut Worker, backup: BackupId, passed: boo
         passed,
         server_version_num: None,
         reached_lsn: None,
-        phases: vec![],
-        size_bytes: 1,
+        phases: [("restore", 500), ("start", 100), ("replay", 20), ("open", 30), ("check", 9_000)]
+            .map(|(name, duration_ms)| Phase {
+                name: name.to_owned(),
+                duration_ms,
+                counts_as_recovery: true,
+            })
+            .to_vec(),
+        size_bytes: 500,
         tables: 0,
         rows: 0,
         tables_exact: 0,
@@ -125,9 +131,16 @@ async fn only_a_proved_backup_is_something_to_recover_from() {
     let first = take_backup(&fleet, &mut w1, true).await;
     let view = show(&fleet).await;
     assert_eq!(reach(&view), (None, Some(START)));
+    assert_eq!(view.recovery_time, None, "nothing is measured");
     assert!(view.reason.ends_with("not proved yet: no backup of it is proved"), "{}", view.reason);
     prove(&fleet, &mut w1, first, true).await;
-    assert_eq!(reach(&show(&fleet).await), (Some(START), Some(START)));
+    let view = show(&fleet).await;
+    assert_eq!(reach(&view), (Some(START), Some(START)));
+    // The backup has twice the bytes that the proof restored.
+    let total_ms = |view: &ClusterView| view.recovery_time.unwrap().total_ms();
+    assert_eq!(total_ms(&view), Some(1_150));
+    let estimate = "pgmuster_recovery_time_estimate_seconds{cluster=\"orders\"}";
+    assert_eq!(fleet.metric(estimate).await, Some(2.0));
 
     // A newer one changes nothing before it is proved.
     fleet.hand.advance(1_000);
@@ -147,4 +160,35 @@ async fn only_a_proved_backup_is_something_to_recover_from() {
     w1.wal = vec![WalStanding { safe_at_ms: Some(START + 500), ..standing(START + 600) }];
     let view = pulse(&fleet, &mut w1, 1).await;
     assert_eq!(reach(&view), (Some(START + 500), Some(START + 500)));
+    assert_eq!(total_ms(&view), None, "nobody measured how fast WAL is replayed");
+    assert_eq!(fleet.metric(estimate).await, None);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_is_held_against_what_is_promised_for_it() {
+    let promised = serde_json::from_str(
+        r#"{"rpo": "1h", "rto": "30min", "clusters": {"orders": {"rpo": "1min"}}}"#,
+    );
+    let fleet = Fleet::promising(promised.unwrap()).await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    let backup = take_backup(&fleet, &mut w1, true).await;
+    prove(&fleet, &mut w1, backup, true).await;
+    let view = show(&fleet).await;
+    assert_eq!(view.state, ClusterState::Proved);
+    assert_eq!((view.rpo_objective_ms, view.rto_objective_ms), (Some(60_000), Some(1_800_000)));
+    let mut states = Vec::new();
+    for _ in 0..3 {
+        states.push(pulse(&fleet, &mut w1, 24_000).await.state);
+    }
+    assert_eq!(states, [ClusterState::Proved, ClusterState::Proved, ClusterState::Broken]);
+    pulse(&fleet, &mut w1, 48_000).await;
+    let status: StatusView = fleet.get("/v1/status").await;
+    assert_eq!(
+        status.sentence,
+        "The only cluster is not proved recoverable to target: orders is BROKEN (a disaster now would lose 2 min, \
+         the objective is 1 min: its WAL is not archived)."
+    );
+    let metric = async |name: &str| fleet.metric(&format!("{name}{{cluster=\"orders\"}}")).await;
+    assert_eq!(metric("pgmuster_rpo_objective_seconds").await, Some(60.0));
+    assert_eq!(metric("pgmuster_rto_objective_seconds").await, Some(1_800.0));
 }

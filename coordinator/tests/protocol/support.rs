@@ -7,6 +7,7 @@ use broker::{Broker, Consumer, Declaration, Publish, Published};
 use bytes::Bytes;
 use coordinator::api::types::{EventView, JobView, SubmitRequest, TraceView};
 use coordinator::config::{BrokerConfig, CatalogConfig, JobsConfig, ListenConfig, TimingConfig};
+use coordinator::objectives::ObjectivesConfig;
 use coordinator::{Clock, Config, Coordinator, Hand, Handle, Options};
 use http_body_util::{BodyExt, Full};
 use hyper::StatusCode;
@@ -52,8 +53,24 @@ impl Fleet {
     }
 
     pub(crate) async fn on(directory: tempfile::TempDir, catalog_url: String) -> Self {
-        let (clock, hand) = Clock::manual(START);
         let config = config("c1", directory.path().join("api.sock"));
+        Self::as_configured(directory, catalog_url, config).await
+    }
+
+    /// One whose coordinator promises something for its clusters.
+    pub(crate) async fn promising(objectives: ObjectivesConfig) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let catalog_url = format!("sqlite:{}/catalog.sqlite", directory.path().display());
+        let config = config("c1", directory.path().join("api.sock"));
+        Self::as_configured(directory, catalog_url, Config { objectives, ..config }).await
+    }
+
+    async fn as_configured(
+        directory: tempfile::TempDir,
+        catalog_url: String,
+        config: Config,
+    ) -> Self {
+        let (clock, hand) = Clock::manual(START);
         let mut fleet = Self {
             directory,
             broker: Broker::memory(),
@@ -232,6 +249,7 @@ pub(crate) fn config(name: &str, socket: PathBuf) -> Config {
             leader_ms: 3_000,
         },
         jobs: JobsConfig { attempts_max: 3, retry_first_ms: 1_000, ..JobsConfig::default() },
+        objectives: ObjectivesConfig::default(),
     }
 }
 

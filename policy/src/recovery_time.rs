@@ -1,0 +1,152 @@
+//! How long a recovery to the newest moment would take now, by what proofs of the cluster measured. Nothing is assumed: what
+//! was not measured is not known.
+//!
+//! A proof of a backup alone shows how fast files are restored and a server starts. How fast WAL comes out of the archive and is
+//! replayed shows only a recovery that went along it; the little WAL that a backup brings along says nothing of that.
+
+use serde::{Deserialize, Serialize};
+
+/// What one proof measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Measured {
+    /// When it ended, Unix milliseconds.
+    pub at_ms: i64,
+    /// Bytes of files that were restored.
+    pub restored_bytes: u64,
+    /// In how many milliseconds.
+    pub restore_ms: u64,
+    /// Milliseconds for the start of the server and until it was open, with the replay of what the backup brought along.
+    pub start_ms: u64,
+    /// What was replayed out of the archive.
+    pub replayed: Option<Replayed>,
+}
+
+/// WAL that was replayed out of the archive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Replayed {
+    /// Bytes from the first position to the last.
+    pub bytes: u64,
+    /// In how many milliseconds.
+    pub duration_ms: u64,
+}
+
+/// What a recovery would have to do now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Work {
+    /// Bytes that a restore of the newest backup writes.
+    pub size_bytes: u64,
+    /// Bytes of WAL that lead on from it.
+    pub wal_bytes: u64,
+}
+
+/// How long a recovery would take now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecoveryTime {
+    /// Bytes that a restore of the newest backup writes.
+    pub size_bytes: u64,
+    /// Milliseconds for that.
+    pub restore_ms: u64,
+    /// Milliseconds until the server is open, apart from the WAL that is archived.
+    pub start_ms: u64,
+    /// Bytes of archived WAL to replay.
+    pub wal_bytes: u64,
+    /// Milliseconds for that; absent when no recovery along archived WAL was measured.
+    pub replay_ms: Option<u64>,
+    /// When the restore was measured, Unix milliseconds.
+    pub measured_at_ms: i64,
+}
+
+impl RecoveryTime {
+    /// What is certain of it, milliseconds: what was not measured counts as nothing.
+    pub fn at_least_ms(&self) -> u64 {
+        let restored_ms = self.restore_ms.saturating_add(self.start_ms);
+        restored_ms.saturating_add(self.replay_ms.unwrap_or(0))
+    }
+
+    /// All of it, milliseconds; `None` when a part was not measured.
+    pub fn total_ms(&self) -> Option<u64> {
+        (self.replay_ms.is_some() || self.wal_bytes == 0).then(|| self.at_least_ms())
+    }
+}
+
+/// Puts together what was measured: files as fast as the newest proof restored them, and WAL as fast as the recovery that
+/// replayed most of it, because a short one is mostly its own beginning. `None` when nothing was measured.
+pub fn recovery_time(measured: &[Measured], work: Work) -> Option<RecoveryTime> {
+    let restored = measured.iter().filter(|one| one.restored_bytes > 0);
+    let newest = restored.max_by_key(|one| one.at_ms)?;
+    let replays = measured.iter().filter_map(|one| Some((one.replayed?, one.at_ms)));
+    let most = replays.filter(|(replayed, _)| replayed.bytes > 0);
+    let most = most.max_by_key(|(replayed, at_ms)| (replayed.bytes, *at_ms));
+    Some(RecoveryTime {
+        size_bytes: work.size_bytes,
+        restore_ms: scaled(newest.restore_ms, newest.restored_bytes, work.size_bytes),
+        start_ms: newest.start_ms,
+        wal_bytes: work.wal_bytes,
+        replay_ms: most
+            .map(|(replayed, _)| scaled(replayed.duration_ms, replayed.bytes, work.wal_bytes)),
+        measured_at_ms: newest.at_ms,
+    })
+}
+
+/// What took `ms` for `measured` bytes, for `bytes`. What took less than a millisecond counts as one.
+fn scaled(ms: u64, measured: u64, bytes: u64) -> u64 {
+    let scaled = u128::from(ms.max(1)) * u128::from(bytes) / u128::from(measured.max(1));
+    u64::try_from(scaled).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    /// A restore of 1 GiB in 10 s.
+    fn measured(at_ms: i64) -> Measured {
+        Measured { at_ms, restored_bytes: GIB, restore_ms: 10_000, start_ms: 2_000, replayed: None }
+    }
+
+    fn replayed(bytes: u64, duration_ms: u64) -> Replayed {
+        Replayed { bytes, duration_ms }
+    }
+
+    fn time(measured: &[Measured], size_bytes: u64, wal_bytes: u64) -> Option<RecoveryTime> {
+        recovery_time(measured, Work { size_bytes, wal_bytes })
+    }
+
+    #[test]
+    fn nothing_is_known_before_it_is_measured() {
+        assert_eq!(time(&[], GIB, 0), None);
+        let looked = Measured { restored_bytes: 0, ..measured(1) };
+        assert_eq!(time(&[looked], GIB, 0), None, "it only looked at objects");
+        let time = time(&[measured(1)], GIB, 1).unwrap();
+        assert_eq!((time.total_ms(), time.at_least_ms()), (None, 12_000), "one byte of WAL");
+    }
+
+    #[test]
+    fn files_are_restored_as_fast_as_the_newest_proof_did() {
+        let total = |measured: &[Measured], size| time(measured, size, 0).unwrap().total_ms();
+        assert_eq!(total(&[measured(1)], GIB), Some(12_000));
+        assert_eq!(total(&[measured(1)], 3 * GIB), Some(32_000));
+        assert_eq!(total(&[measured(1)], 0), Some(2_000));
+        let slow = Measured { restore_ms: 40_000, ..measured(2) };
+        assert_eq!(total(&[slow, measured(1)], GIB), Some(42_000));
+        assert_eq!(total(&[slow, measured(3)], GIB), Some(12_000));
+        let quick = Measured { restore_ms: 0, restored_bytes: 1, ..measured(1) };
+        assert_eq!(total(&[quick], 5), Some(2_005), "no clock shows less than a millisecond");
+        let huge = Measured { restore_ms: u64::MAX, restored_bytes: 1, ..measured(1) };
+        assert_eq!(total(&[huge], u64::MAX), Some(u64::MAX));
+    }
+
+    #[test]
+    fn wal_is_replayed_as_fast_as_where_most_of_it_was() {
+        let short = Measured { replayed: Some(replayed(1_000, 500)), ..measured(9) };
+        let long = Measured { replayed: Some(replayed(GIB, 60_000)), ..measured(1) };
+        let found = time(&[short, long], GIB, 2 * GIB).unwrap();
+        assert_eq!(found.replay_ms, Some(120_000));
+        assert_eq!(found.total_ms(), Some(132_000));
+        let found = time(&[short], GIB, 10_000).unwrap();
+        assert_eq!(found.replay_ms, Some(5_000), "better than nothing");
+        let none = Measured { replayed: Some(replayed(0, 500)), ..measured(9) };
+        assert_eq!(time(&[none], GIB, 10_000).unwrap().replay_ms, None);
+    }
+}
