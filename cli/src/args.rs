@@ -277,9 +277,14 @@ pub struct Verify {
     /// The backup [default: the newest].
     #[arg(long, value_name = "ID")]
     pub backup: Option<BackupId>,
-    /// How far to go: 1 present, 2 readable, 3 restored and consistent, 4 the server's own checks, 5 same content.
-    #[arg(long, default_value = "5", value_name = "N")]
-    pub level: ProofLevel,
+    /// How far to go: 1 present, 2 readable, 3 restored and consistent, 4 the server's own checks, 5 same content
+    /// [default: 5, with --to 4].
+    #[arg(long, value_name = "N")]
+    pub level: Option<ProofLevel>,
+    /// Replay archived WAL beyond the backup to this moment: a time with its zone, a position, `latest`, or `random` for a
+    /// position between the end of the backup and the newest that can be reached.
+    #[arg(long, value_name = "MOMENT", allow_hyphen_values = true)]
+    pub to: Option<String>,
     /// Waiting.
     #[command(flatten)]
     pub waiting: Waiting,

@@ -76,9 +76,9 @@ async fn look(core: &Core, only: Option<&ClusterName>) -> Result<Vec<Known>> {
         });
         let measured: Vec<Measured> = measured.collect();
         let time = backup.as_ref().and_then(|backup| time(&cluster, backup, &measured));
+        let reach = Reach::of(&cluster, sources, &proofs);
         let proofs = backup.as_ref().and_then(|b| proofs.remove(&b.id)).unwrap_or_default();
         let last = last_backup.remove(&cluster.name);
-        let reach = Reach::of(&cluster, sources);
         let facts = facts(&cluster, backup.as_ref(), &proofs, last.as_ref(), reach, time);
         let objectives = core.config.objectives.of(&cluster.name);
         let judgement = judge_cluster(&facts, &objectives, now_ms);
@@ -171,10 +171,15 @@ struct Reach {
 }
 
 impl Reach {
-    fn of(cluster: &Cluster, sources: &[Backup]) -> Self {
+    fn of(
+        cluster: &Cluster,
+        sources: &[Backup],
+        proofs: &HashMap<BackupId, Vec<ProofRow>>,
+    ) -> Self {
         let source = |backup: &Backup| Source {
             stopped_at_ms: backup.outcome.stopped_at_ms,
             end: backup_end(backup),
+            replayed_to_ms: proofs.get(&backup.id).and_then(|rows| proofs::replayed_to_ms(rows)),
         };
         let wal = cluster.wal.as_ref();
         let proved = sources.iter().filter(|backup| backup.shown == Shown::Proved).map(source);

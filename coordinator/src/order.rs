@@ -236,6 +236,11 @@ fn check(request: &SubmitRequest, key: Option<&str>) -> Result<()> {
     {
         return invalid("a logical backup cannot be proved in a sandbox yet".to_owned());
     }
+    if let Task::VerifyRestore(proof) = &request.task
+        && let Err(what) = proof.check()
+    {
+        return invalid(what.to_owned());
+    }
     if let Task::Vacuum(vacuum) = &request.task
         && (vacuum.bloat_ratio_min < 1.0 || !vacuum.bloat_ratio_min.is_finite())
     {

@@ -1,7 +1,7 @@
 //! What proofs show of their backups.
 
 use policy::recoverable::{is_found_bad, is_proved};
-use policy::recovery_time::Measured;
+use policy::recovery_time::{Measured, Replayed};
 use policy::state::ProofFact;
 use proto::proof::{CheckOutcome, Proof, ProofLevel};
 
@@ -47,13 +47,26 @@ pub(crate) fn measured(proof: &Proof) -> Option<Measured> {
         let phases = proof.phases.iter().filter(|phase| phase.name == name);
         phases.map(|phase| phase.duration_ms).sum()
     };
+    let replay_ms = took("replay");
+    let replayed = proof
+        .recovery
+        .as_ref()
+        .map(|recovery| Replayed { bytes: recovery.replayed_bytes, duration_ms: replay_ms });
+    let own_replay_ms = if replayed.is_some() { 0 } else { replay_ms };
     Some(Measured {
         at_ms: proof.at_ms,
         restored_bytes: proof.size_bytes,
         restore_ms: took("restore"),
-        start_ms: took("start") + took("replay") + took("open"),
-        replayed: None,
+        start_ms: took("start") + own_replay_ms + took("open"),
+        replayed,
     })
+}
+
+/// The last commit that a proof of one backup was seen to replay, Unix milliseconds.
+pub(crate) fn replayed_to_ms(rows: &[ProofRow]) -> Option<i64> {
+    let passed = rows.iter().filter(|row| row.proof.passed);
+    let commits = passed.filter_map(|row| row.proof.recovery.as_ref()?.last_commit);
+    commits.map(jiff::Timestamp::as_millisecond).max()
 }
 
 /// The proof to show, of those of a backup, newest first: the newest that restored it, unless something was found wrong since.
@@ -66,8 +79,8 @@ pub(crate) fn telling(proofs: &[ProofRow]) -> Option<&ProofRow> {
 
 #[cfg(test)]
 mod tests {
-    use proto::proof::{Phase, ProofCheck};
-    use proto::{AttemptId, BackupId, JobId, LineageId, SystemIdentifier};
+    use proto::proof::{Phase, ProofCheck, ProofRecovery};
+    use proto::{AttemptId, BackupId, JobId, LineageId, Lsn, SystemIdentifier, Timeline};
 
     use super::*;
 
@@ -98,6 +111,7 @@ mod tests {
             tables_bounded: 0,
             checks: vec![check],
             isolation: String::new(),
+            recovery: None,
         };
         ProofRow { id: AttemptId::mint(1, [1; 10]), job: JobId::mint(1, [1; 10]), proof }
     }
@@ -148,6 +162,17 @@ mod tests {
         proof.size_bytes = 7;
         let found = measured(&proof).unwrap();
         assert_eq!((found.restored_bytes, found.restore_ms, found.start_ms), (7, 20, 54_300));
+        proof.recovery = Some(ProofRecovery {
+            target: "the end of the WAL".to_owned(),
+            timeline: Timeline(1),
+            reached_lsn: Lsn(9),
+            last_commit: None,
+            evidence: String::new(),
+            replayed_bytes: 8,
+        });
+        let found = measured(&proof).unwrap();
+        assert_eq!(found.start_ms, 50_300, "what it replayed is told apart");
+        assert_eq!(found.replayed, Some(Replayed { bytes: 8, duration_ms: 4_000 }));
         proof.level_reached = Some(L2);
         assert_eq!(measured(&proof), None, "it did not start");
     }

@@ -270,8 +270,11 @@ async fn follow_up(
     now_ms: i64,
 ) -> Result<()> {
     let (Some(level), Task::Backup(_)) = (job.verify, &job.task) else { return Ok(()) };
-    let task =
-        Task::VerifyRestore(VerifyRestore { backup: Some(BackupId::from(attempt.id)), level });
+    let task = Task::VerifyRestore(VerifyRestore {
+        backup: Some(BackupId::from(attempt.id)),
+        level,
+        to: None,
+    });
     let mut next = new_job(config, job.cluster.clone(), task, job.lane, &job.requested_by, now_ms);
     next.follows = Some(job.id);
     jobs::insert(tx, &next).await

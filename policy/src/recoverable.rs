@@ -19,6 +19,8 @@ pub struct Source {
     pub stopped_at_ms: i64,
     /// Where WAL leads on from; `None` for a logical backup, from which nothing leads on.
     pub end: Option<BackupEnd>,
+    /// The last commit that a proof was seen to replay onto it, Unix milliseconds.
+    pub replayed_to_ms: Option<i64>,
 }
 
 /// Up to when a cluster can be recovered.
@@ -51,11 +53,13 @@ pub fn furthest<'a>(
 }
 
 fn point_of(source: &Source, wal: Option<&WalStanding>) -> RecoveryPoint {
+    let seen_ms =
+        source.replayed_to_ms.map_or(source.stopped_at_ms, |to| to.max(source.stopped_at_ms));
     let Some(end) = &source.end else {
-        return RecoveryPoint { at_ms: source.stopped_at_ms, leads_on: false };
+        return RecoveryPoint { at_ms: seen_ms, leads_on: false };
     };
     RecoveryPoint {
-        at_ms: recovery_point(end, wal),
+        at_ms: recovery_point(end, wal).max(seen_ms),
         leads_on: wal.is_some_and(|wal| leads_on(end, wal) || is_ahead(end, wal)),
     }
 }
@@ -100,7 +104,7 @@ mod tests {
             wal_to: Lsn(stop),
             stopped_at_ms,
         };
-        Source { stopped_at_ms, end: Some(end) }
+        Source { stopped_at_ms, end: Some(end), replayed_to_ms: None }
     }
 
     fn on(timeline: u32, source: Source) -> Source {
@@ -127,7 +131,7 @@ mod tests {
         assert_eq!(furthest(&[], Some(&wal())), None);
         // Nothing is archived: each ends where it ends.
         assert_eq!(furthest(&[source(200), source(300)], None), Some(ends(3_000)));
-        let dump = Source { stopped_at_ms: 4_000, end: None };
+        let dump = Source { stopped_at_ms: 4_000, end: None, replayed_to_ms: None };
         assert_eq!(
             furthest(&[dump], Some(&wal())),
             Some(ends(4_000)),
@@ -139,6 +143,8 @@ mod tests {
     fn behind_a_gap_a_reach_ends_with_the_backup_before_it() {
         let gap = WalStanding { line_from: Lsn(500), ..wal() };
         assert_eq!(furthest(&[source(400), source(200)], Some(&gap)), Some(ends(4_000)));
+        let seen = Source { replayed_to_ms: Some(4_400), ..source(400) };
+        assert_eq!(furthest(&[seen], Some(&gap)), Some(ends(4_400)), "a proof went so far");
         assert_eq!(furthest(&[source(500), source(400)], Some(&gap)), Some(reaches(SAFE_MS)));
     }
 

@@ -64,7 +64,7 @@ pub(crate) fn unmeasured(facts: &ClusterFacts, objectives: &Objectives) -> Optio
             Some(format!("how long a recovery takes is not measured, the objective is {limit}"))
         }
         Some(time) if time.total_ms().is_none() => Some(format!(
-            "a recovery takes {} and the replay of archived WAL, which is not measured; the objective is {limit}",
+            "a recovery takes {} and the replay of archived WAL, which pgmuster verify --to latest would measure; the objective is {limit}",
             span(milliseconds(time.at_least_ms()))
         )),
         Some(_) => None,
@@ -295,7 +295,7 @@ mod tests {
         assert_eq!(state, Taken);
         assert_eq!(
             reason,
-            "a recovery takes 10 min and the replay of archived WAL, which is not measured; the objective is 1 h"
+            "a recovery takes 10 min and the replay of archived WAL, which pgmuster verify --to latest would measure; the objective is 1 h"
         );
     }
 }

@@ -21,6 +21,11 @@
 //! elsewhere, and tablespaces created during the backup (replay would make them at their original
 //! place, over the files of production).
 //!
+//! **How it goes beyond the end of its backup**, where that is asked for ([`Beyond`]). Then its
+//! `restore_command` is one that the caller gives, which fetches archived WAL through a socket, and
+//! the target is the caller's. It must say itself that it stopped there. WAL that makes a tablespace
+//! outside the room must not be handed to it: [`is_room_of`] says whether a server lives in one.
+//!
 //! Deliberately not here: restoring the files, and the checks that are run on the server.
 
 use std::fs::{DirBuilder, File, OpenOptions};
@@ -31,7 +36,7 @@ use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use proto::backup::Setting;
-use proto::{Lsn, SystemIdentifier, Timeline, failure};
+use proto::{Lsn, RecoveryTarget, SystemIdentifier, Timeline, failure};
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio_postgres::NoTls;
@@ -49,6 +54,7 @@ use crate::process::{
     Account, DeathSignal, ERROR_LINES, Isolation, ProcessIdentity, Program, Result, Running,
     describe, wait_blocking,
 };
+use crate::recovery::{self, RecoverySettings, Said};
 use crate::unfit::{self, Unfit};
 use crate::wal::Segment;
 
@@ -252,6 +258,24 @@ pub enum NetworkIsolation {
     Off,
 }
 
+/// A moment behind the end of the backup.
+#[derive(Debug, Clone)]
+pub struct Beyond {
+    /// Where it ends, along which timeline, and what fetches WAL.
+    pub settings: RecoverySettings,
+    /// What must be replayed at least.
+    pub at_least: Lsn,
+}
+
+/// What a copy that went beyond the end of its backup said of that.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Went {
+    /// Why it stopped there, in its own words.
+    pub evidence: String,
+    /// The last commit that it replayed.
+    pub last_commit: Option<jiff::Timestamp>,
+}
+
 /// What a restored copy must become, and within which limits.
 #[derive(Debug, Clone)]
 pub struct SandboxOptions {
@@ -276,6 +300,8 @@ pub struct SandboxOptions {
     pub cancel: CancellationToken,
     /// Whether it gets a network of its own.
     pub network: NetworkIsolation,
+    /// Where it goes beyond the end of its backup.
+    pub beyond: Option<Beyond>,
 }
 
 impl SandboxOptions {
@@ -293,6 +319,7 @@ impl SandboxOptions {
             timeout: Duration::from_hours(1),
             cancel: CancellationToken::new(),
             network: NetworkIsolation::default(),
+            beyond: None,
         }
     }
 }
@@ -302,7 +329,7 @@ impl SandboxOptions {
 pub struct BootPhases {
     /// From the start of the process to the first record of replay.
     pub start: Duration,
-    /// Replay, to the end of the backup.
+    /// Replay, to the end of the backup or to the moment behind it.
     pub replay: Duration,
     /// From there until the server answered a query.
     pub open: Duration,
@@ -319,6 +346,7 @@ pub struct Sandbox {
     replay_end: Lsn,
     phases: BootPhases,
     isolation: Isolation,
+    went: Option<Went>,
 }
 
 impl Sandbox {
@@ -380,16 +408,24 @@ impl Sandbox {
         if answer.in_recovery || answer.system_identifier != options.system_identifier {
             return Err(boot.failed("it is not the server that was to be started".to_owned()));
         }
-        if reached < options.stop_lsn {
-            return Err(Error::StopPositionMissed { expected: options.stop_lsn, reached });
+        let beyond = options.beyond.as_ref();
+        let expected = beyond.map_or(options.stop_lsn, |to| to.at_least.max(options.stop_lsn));
+        if reached < expected {
+            return Err(Error::StopPositionMissed { expected, reached });
         }
+        let went = beyond.map(|beyond| boot.went(beyond, reached)).transpose()?;
         let major = binaries.major();
-        Ok(Self { server, room, major, role, replay_end: reached, phases, isolation })
+        Ok(Self { server, room, major, role, replay_end: reached, phases, isolation, went })
     }
 
     /// Where replay ended, as the server itself says.
     pub fn replay_end(&self) -> Lsn {
         self.replay_end
+    }
+
+    /// What it said of the moment behind the end of its backup, where it was to go to one.
+    pub fn went(&self) -> Option<&Went> {
+        self.went.as_ref()
     }
 
     /// How long its phases took.
@@ -471,6 +507,13 @@ pub struct Swept {
     pub path: PathBuf,
     /// Processes of its server that still ran.
     pub n_processes: usize,
+}
+
+/// Whether a data directory is the one of a room, so that its server must write nowhere else.
+pub fn is_room_of(data_directory: &Path) -> bool {
+    let Some(room) = data_directory.parent() else { return false };
+    let text = std::fs::read_to_string(room.join(OWNER_FILE)).unwrap_or_default();
+    text.lines().next() == Some(OWNER_MARK)
 }
 
 /// Removes the rooms in `root` whose owners have died, after ending what still runs in them. Rooms
@@ -555,7 +598,7 @@ impl Boot<'_> {
     async fn start(&mut self) -> Result<(Running, BootPhases)> {
         let log_path = self.room.log_path();
         let log = open_log(&log_path, self.account)?;
-        let mut watch = LogWatch::new(&log_path)?;
+        let mut watch = LogWatch::new(&log_path, self.options.beyond.is_some())?;
         let program = self.postgres()?.death_signal(DeathSignal::Quit);
         let mut server = program.spawn(log).await?;
         let pid_file = self.room.data_directory().join("postmaster.pid");
@@ -644,6 +687,25 @@ impl Boot<'_> {
             in_recovery,
             replay_end: replay_end.and_then(|text| text.parse().ok()),
             system_identifier: identifier.parse().map_err(|_| odd())?,
+        })
+    }
+
+    /// Holds what the server says of its target against what was wanted. That it opened is not enough: it does that at the end
+    /// of the log, too.
+    fn went(&self, beyond: &Beyond, reached: Lsn) -> Result<Went> {
+        let Some(log) = whole_log(&self.room.log_path()) else {
+            return Err(self.failed("it said too much to be read".to_owned()));
+        };
+        let said = Said::read(&log);
+        let target = &beyond.settings.target;
+        if *target != RecoveryTarget::Latest && !said.names(target) {
+            let why =
+                said.stopped.unwrap_or_else(|| "it does not say that it stopped there".to_owned());
+            return Err(self.failed(format!("it is at {reached} and not at {target}: {why}")));
+        }
+        Ok(Went {
+            evidence: said.stopped.unwrap_or_else(|| format!("replayed all WAL, to {reached}")),
+            last_commit: said.last_commit.as_deref().and_then(recovery::time),
         })
     }
 
@@ -943,6 +1005,14 @@ fn settings_for(
     let segment_mb = control.wal_segment_size >> 20;
     set("min_wal_size", format!("{}MB", WAL_MIN_MB.max(5 * segment_mb)));
     set("max_wal_size", format!("{}MB", WAL_MAX_MB.max(5 * segment_mb)));
+    if let Some(beyond) = &options.beyond {
+        // Of two targets a server takes neither.
+        set("recovery_target", String::new());
+        for (name, value) in beyond.settings.target_lines() {
+            set(name, value);
+        }
+        set("timezone", "UTC".to_owned());
+    }
     set("data_directory", room.data_directory().display().to_string());
     set("hba_file", run.join("pg_hba.conf").display().to_string());
     set("ident_file", run.join("pg_ident.conf").display().to_string());
@@ -1045,15 +1115,19 @@ struct LogWatch {
     log: File,
     begun: Instant,
     redo: Option<Instant>,
-    consistent: Option<Instant>,
+    /// With what replay ends.
+    end_words: &'static str,
+    replayed: Option<Instant>,
     /// The end of the last look, in case a sentence was cut there.
     carry: String,
     text: String,
 }
 
 impl LogWatch {
-    fn new(path: &Path) -> Result<Self> {
+    fn new(path: &Path, goes_beyond: bool) -> Result<Self> {
         let failed = |source| Error::io("read", path, source);
+        let end_words =
+            if goes_beyond { "redo done at" } else { "consistent recovery state reached" };
         let mut log = File::open(path).map_err(failed)?;
         log.seek(SeekFrom::End(0)).map_err(failed)?;
         let begun = Instant::now();
@@ -1061,7 +1135,8 @@ impl LogWatch {
             log,
             begun,
             redo: None,
-            consistent: None,
+            end_words,
+            replayed: None,
             carry: String::new(),
             text: String::new(),
         })
@@ -1078,8 +1153,8 @@ impl LogWatch {
         if self.redo.is_none() && self.text.contains("redo starts at") {
             self.redo = Some(now);
         }
-        if self.consistent.is_none() && self.text.contains("consistent recovery state reached") {
-            self.consistent = Some(now);
+        if self.replayed.is_none() && self.text.contains(self.end_words) {
+            self.replayed = Some(now);
         }
         let cut = self.text.rfind('\n').map_or(0, |end| end + 1);
         self.carry = self.text.split_off(cut);
@@ -1087,11 +1162,11 @@ impl LogWatch {
 
     fn phases(&self) -> BootPhases {
         let redo = self.redo.unwrap_or(self.begun);
-        let consistent = self.consistent.unwrap_or(redo).max(redo);
+        let replayed = self.replayed.unwrap_or(redo).max(redo);
         BootPhases {
             start: redo.duration_since(self.begun),
-            replay: consistent.duration_since(redo),
-            open: consistent.elapsed(),
+            replay: replayed.duration_since(redo),
+            open: replayed.elapsed(),
         }
     }
 }

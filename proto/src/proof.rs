@@ -3,9 +3,10 @@
 use std::fmt;
 use std::str::FromStr;
 
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::{BackupId, ClusterName, LineageId, Lsn, SystemIdentifier, WorkerName};
+use crate::{BackupId, ClusterName, LineageId, Lsn, SystemIdentifier, Timeline, WorkerName};
 
 /// How much a proof shows. Each level includes the ones before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -111,6 +112,27 @@ pub struct Proof {
     /// How the sandbox was isolated, for people.
     #[serde(default)]
     pub isolation: String,
+    /// The moment behind the backup to which archived WAL was replayed; absent when none was asked for, or it was not reached.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recovery: Option<ProofRecovery>,
+}
+
+/// A moment that a restored server was seen to reach along archived WAL.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProofRecovery {
+    /// Where it was to go, for people.
+    pub target: String,
+    /// The timeline that it followed.
+    pub timeline: Timeline,
+    /// The end of what it replayed.
+    pub reached_lsn: Lsn,
+    /// The last commit that it replayed, by its own account.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_commit: Option<Timestamp>,
+    /// In the server's own words, why it stopped there.
+    pub evidence: String,
+    /// Bytes of WAL that it replayed, from where the backup begins.
+    pub replayed_bytes: u64,
 }
 
 impl Proof {

@@ -112,6 +112,7 @@ fn proof() -> Proof {
             detail: "14 tables".to_owned(),
         }],
         isolation: "network namespace".to_owned(),
+        recovery: None,
     }
 }
 
@@ -159,7 +160,11 @@ fn specs_of_every_kind() {
             compression_level: Some(3),
             ..Backup::default()
         }),
-        Task::VerifyRestore(VerifyRestore { backup: Some(backup_id()), level: ProofLevel::L5 }),
+        Task::VerifyRestore(VerifyRestore {
+            backup: Some(backup_id()),
+            level: ProofLevel::L5,
+            to: None,
+        }),
         Task::Restore(Restore {
             backup: None,
             target,

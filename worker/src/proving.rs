@@ -9,10 +9,11 @@ use postgres::checks::{CheckOptions, CheckReport, run_checks};
 use postgres::process::Isolation;
 use postgres::sandbox::{Sandbox, SandboxOptions, SandboxRoom};
 use postgres::{Environment, Target};
-use proto::proof::{CheckOutcome, Phase, ProofCheck};
+use proto::proof::{CheckOutcome, Phase, ProofCheck, ProofRecovery};
 use proto::{Action, BackupId, Code, Failure, Proof, ProofLevel, WorkerName};
 use repository::Backup;
 
+use crate::beyond::{self, Beyond};
 use crate::context::{JobContext, blocking};
 use crate::engines::native;
 use crate::restoring::{self, Destination};
@@ -39,6 +40,7 @@ struct Findings {
     report: Option<CheckReport>,
     isolation: String,
     level_reached: Option<ProofLevel>,
+    recovery: Option<ProofRecovery>,
 }
 
 impl Findings {
@@ -87,6 +89,17 @@ pub async fn prove(
     backup: &Backup,
     level: ProofLevel,
 ) -> Result<Proof, Failure> {
+    prove_to(cx, workshop, backup, level, None).await
+}
+
+/// The same, and where `beyond` names a moment behind the end of the backup, archived WAL is replayed to there.
+pub async fn prove_to(
+    cx: &JobContext,
+    workshop: &Workshop<'_>,
+    backup: &Backup,
+    level: ProofLevel,
+    beyond: Option<&Beyond>,
+) -> Result<Proof, Failure> {
     let mut findings = Findings {
         phases: Vec::new(),
         checks: Vec::new(),
@@ -94,8 +107,9 @@ pub async fn prove(
         report: None,
         isolation: String::new(),
         level_reached: None,
+        recovery: None,
     };
-    match climb(cx, workshop, backup, level, &mut findings).await {
+    match climb(cx, workshop, backup, level, beyond, &mut findings).await {
         Err(failure) if !blames_the_backup(&failure) => return Err(failure),
         // It is in the findings already.
         Ok(()) | Err(_) => {}
@@ -126,6 +140,7 @@ pub async fn prove(
         tables_bounded: report.map_or(0, |r| r.tables_bounded),
         checks: findings.checks,
         isolation: findings.isolation,
+        recovery: findings.recovery,
     })
 }
 
@@ -134,6 +149,7 @@ async fn climb(
     workshop: &Workshop<'_>,
     backup: &Backup,
     level: ProofLevel,
+    beyond: Option<&Beyond>,
     findings: &mut Findings,
 ) -> Result<(), Failure> {
     let started = Instant::now();
@@ -182,7 +198,7 @@ async fn climb(
         findings.level_reached = Some(ProofLevel::L2);
     }
     if level >= ProofLevel::L3 {
-        in_sandbox(cx, workshop, backup, level, findings).await?;
+        in_sandbox(cx, workshop, backup, level, beyond, findings).await?;
     }
     Ok(())
 }
@@ -193,6 +209,7 @@ async fn in_sandbox(
     workshop: &Workshop<'_>,
     backup: &Backup,
     level: ProofLevel,
+    beyond: Option<&Beyond>,
     findings: &mut Findings,
 ) -> Result<(), Failure> {
     let facts = backup.facts();
@@ -230,11 +247,17 @@ async fn in_sandbox(
         settings: facts.settings.clone(),
         timeout: Duration::from_millis(cx.spec.deadline_ms),
         cancel: cx.cancel.clone(),
+        beyond: beyond.map(Beyond::of_sandbox),
         ..SandboxOptions::new(facts.stop_lsn, facts.timeline, facts.system_identifier)
     };
     let booted = cx
         .step("boot", async {
-            Sandbox::boot(&binaries, room, options).await.map_err(|error| stopped_or(cx, error))
+            Sandbox::boot(&binaries, room, options).await.map_err(|error| {
+                match beyond.and_then(|_| beyond::not_fetched(&error)) {
+                    Some(failure) => stopped_or(cx, failure),
+                    None => stopped_or(cx, error),
+                }
+            })
         })
         .await;
     let told = booted.as_ref().map_err(Clone::clone).map(|sandbox| {
@@ -242,6 +265,19 @@ async fn in_sandbox(
     });
     findings.check("consistent_start", ProofLevel::L3, &told);
     let mut sandbox = booted?;
+    if let (Some(beyond), Some(went)) = (beyond, sandbox.went()) {
+        let reached_lsn = sandbox.replay_end();
+        let evidence = format!("{}: {}, at {reached_lsn}", beyond.asked, went.evidence);
+        findings.check("target_reached", ProofLevel::L3, &Ok(evidence));
+        findings.recovery = Some(ProofRecovery {
+            target: beyond.asked.clone(),
+            timeline: beyond.plan.outcome.timeline,
+            reached_lsn,
+            last_commit: went.last_commit,
+            evidence: telemetry::scrub(&went.evidence).into_owned(),
+            replayed_bytes: reached_lsn.0.saturating_sub(facts.start_lsn.0),
+        });
+    }
     let phases = sandbox.phases();
     findings.timed("start", phases.start, true);
     findings.timed("replay", phases.replay, true);
@@ -364,8 +400,16 @@ pub fn sentence(proof: &Proof) -> String {
         Some(ProofLevel::L5) => "match",
         _ => "were read",
     };
+    let (moment, replayed) = match &proof.recovery {
+        None => ("", String::new()),
+        Some(recovery) => {
+            let commit =
+                recovery.last_commit.map_or(String::new(), |at| format!(", last commit {at}"));
+            ("+PITR", format!(" and replayed to {}{commit}", recovery.reached_lsn))
+        }
+    };
     format!(
-        "{} is PROVED ({level}): restored in {seconds} s, {} tables, {} rows {what}",
+        "{} is PROVED ({level}{moment}): restored{replayed} in {seconds} s, {} tables, {} rows {what}",
         proof.cluster,
         grouped(proof.tables),
         grouped(proof.rows)

@@ -153,7 +153,7 @@ fn recovery_phases(time: RecoveryTime) -> String {
         }
         (bytes, None) => {
             format!(
-                ", and {} of archived WAL, for which no recovery was measured",
+                ", and {} of archived WAL, which pgmuster verify --to latest would measure",
                 output::bytes(bytes)
             )
         }

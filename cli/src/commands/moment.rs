@@ -2,8 +2,9 @@
 
 use std::path::Path;
 
+use proto::job::ProofTarget;
 use proto::{Action, Code, Failure, Recovery, RecoveryTarget, SecretRef, TargetAction, Timeline};
-use worker::recovering::{self, Fetching};
+use worker::recovering::{self, FetchFrom, Fetching};
 
 use crate::args::{AtTarget, OpenerArgs, Restore};
 use crate::environment;
@@ -52,6 +53,17 @@ pub(crate) fn wanted(args: &Restore) -> Result<Option<Recovery>, Failure> {
     Ok(Some(recovery))
 }
 
+/// To which moment a proof goes, from what was typed.
+pub(crate) fn of_proof(text: &str) -> Result<ProofTarget, Failure> {
+    if text.trim() == "random" {
+        return Ok(ProofTarget::Random);
+    }
+    RecoveryTarget::read(text, &environment::now()).map(ProofTarget::At).map_err(|error| {
+        Failure::new(Code::RequestInvalid, Action::FixConfig, format!("failed to {error}"))
+            .with_hint("Or write random: any position that can be reached.")
+    })
+}
+
 /// How the restored server will call this program.
 pub(crate) fn fetching(url: &str, opener: &OpenerArgs) -> Result<Fetching, Failure> {
     let opener = match (&opener.key, &opener.passphrase) {
@@ -66,7 +78,8 @@ pub(crate) fn fetching(url: &str, opener: &OpenerArgs) -> Result<Fetching, Failu
             ));
         }
     };
-    Ok(Fetching { program: recovering::this_program()?, repository: url.to_owned(), opener })
+    let from = FetchFrom::Repository(url.to_owned(), opener);
+    Ok(Fetching { program: recovering::this_program()?, from })
 }
 
 /// A key's reference that means the same in another directory.

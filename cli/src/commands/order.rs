@@ -4,7 +4,7 @@ use std::path::{Component, Path};
 
 use coordinator::api::types::{JobView, SubmitRequest, WorkerView};
 use proto::job::{self, Analyze, PgDump, RestoreTarget, Vacuum, VerifyRestore};
-use proto::{Action, Code, Failure, Task, WorkerName};
+use proto::{Action, Code, Failure, ProofLevel, Task, WorkerName};
 
 use crate::args::{Backup, EnableWal, Engine, Maintain, MaintenanceTask, Output, Restore, Verify};
 use crate::client::Client;
@@ -55,7 +55,11 @@ fn scope(args: &Backup) -> Result<Option<PgDump>, Failure> {
 
 /// `verify CLUSTER`.
 pub(crate) async fn verify(client: &Client, args: Verify, format: Output) -> Result<Exit, Failure> {
-    let task = Task::VerifyRestore(VerifyRestore { backup: args.backup, level: args.level });
+    let to = args.to.as_deref().map(moment::of_proof).transpose()?;
+    let usual = if to.is_some() { VerifyRestore::LEVEL_BEYOND_MAX } else { ProofLevel::L5 };
+    let task = VerifyRestore { backup: args.backup, level: args.level.unwrap_or(usual), to };
+    task.check().map_err(|what| Failure::new(Code::RequestInvalid, Action::FixConfig, what))?;
+    let task = Task::VerifyRestore(task);
     let request = SubmitRequest::new(args.cluster, task);
     let view: JobView = client.post("/v1/jobs", &request).await?;
     follow::after_order(client, view, &args.waiting, format).await

@@ -542,6 +542,7 @@ fn proof_row(n: u8, at_ms: i64, passed: bool) -> ProofRow {
         tables_bounded: 0,
         checks: vec![check("tables_readable")],
         isolation: String::new(),
+        recovery: None,
     };
     let at = u64::try_from(at_ms).unwrap();
     ProofRow { id: AttemptId::mint(at, [n; 10]), job: JobId::mint(1, [n; 10]), proof }

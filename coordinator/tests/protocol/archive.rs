@@ -112,6 +112,7 @@ async fn prove(fleet: &Fleet, worker: &mut Worker, backup: BackupId, passed: boo
         tables_bounded: 0,
         checks: vec![],
         isolation: String::new(),
+        recovery: None,
     };
     let outcome = Outcome::VerifyRestore(VerifyRestoreOutcome { proof });
     worker

@@ -49,6 +49,7 @@ fn proof(backup: BackupId) -> Proof {
         tables_bounded: 0,
         checks: vec![],
         isolation: String::new(),
+        recovery: None,
     }
 }
 

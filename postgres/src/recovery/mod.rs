@@ -7,6 +7,7 @@ mod server;
 mod settings;
 mod way;
 
+pub(crate) use said::{Said, time};
 pub use server::{Expected, Recovered, RecoveryServer};
 pub use settings::{Change, RecoverySettings, SETTINGS_FILE, own_names, stop_archiving};
 pub use way::{Way, WayError};

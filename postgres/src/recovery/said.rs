@@ -5,22 +5,22 @@ use proto::{Lsn, RecoveryTarget, Timeline, recovery};
 
 /// What stood in the log.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Said {
+pub(crate) struct Said {
     /// Why replay stopped: `recovery stopping before commit of transaction 740, time …`.
-    pub(super) stopped: Option<String>,
+    pub(crate) stopped: Option<String>,
     /// The end of replay.
-    pub(super) redo_done: Option<Lsn>,
+    pub(crate) redo_done: Option<Lsn>,
     /// The time of the last commit that was replayed, as the server writes it.
-    pub(super) last_commit: Option<String>,
+    pub(crate) last_commit: Option<String>,
     /// The timeline that was begun.
-    pub(super) new_timeline: Option<Timeline>,
+    pub(crate) new_timeline: Option<Timeline>,
     /// What ended the server, if something did.
-    pub(super) fatal: Option<String>,
+    pub(crate) fatal: Option<String>,
 }
 
 impl Said {
     /// Reads a log. Of what was said twice, as after a restart, the last counts.
-    pub(super) fn read(log: &str) -> Self {
+    pub(crate) fn read(log: &str) -> Self {
         let mut said = Self::default();
         for line in log.lines() {
             let after = |words: &str| line.split_once(words).map(|(_, rest)| rest.trim());
@@ -49,12 +49,17 @@ impl Said {
     }
 
     /// Whether the server says that it stopped at the target, and not merely somewhere.
-    pub(super) fn names(&self, target: &RecoveryTarget) -> bool {
+    pub(crate) fn names(&self, target: &RecoveryTarget) -> bool {
         let Some(stopped) = &self.stopped else { return false };
         match target {
             RecoveryTarget::Latest => false,
             RecoveryTarget::Immediate => stopped.contains("after reaching consistency"),
-            RecoveryTarget::Lsn(lsn) => stopped.contains(&format!("location (LSN) \"{lsn}\"")),
+            // It names the first record that begins there or behind.
+            RecoveryTarget::Lsn(lsn) => {
+                let named = stopped.split_once("location (LSN) \"");
+                let at = named.and_then(|(_, rest)| rest.trim_end_matches('"').parse::<Lsn>().ok());
+                at.is_some_and(|at| at >= *lsn)
+            }
             RecoveryTarget::Name(name) => stopped
                 .starts_with(&format!("recovery stopping at restore point \"{name}\", time ")),
             RecoveryTarget::Xid(xid) => {
@@ -68,7 +73,7 @@ impl Said {
 }
 
 /// A time as a server in UTC writes it: `2026-11-27 08:30:00.123456+00`.
-pub(super) fn time(text: &str) -> Option<Timestamp> {
+pub(crate) fn time(text: &str) -> Option<Timestamp> {
     let (date, rest) = text.trim().split_once(' ')?;
     format!("{date}T{rest}").parse().ok()
 }
@@ -98,6 +103,16 @@ mod tests {
         assert!(said.names(&RecoveryTarget::Xid(740)));
         assert!(said.names(&RecoveryTarget::Xid((1 << 32) + 740)));
         assert!(said.names(&RecoveryTarget::Time("2026-11-27T08:29:00Z".parse().unwrap())));
+        let at_position = Said {
+            stopped: Some("recovery stopping after WAL location (LSN) \"0/3000148\"".to_owned()),
+            ..Said::default()
+        };
+        assert!(at_position.names(&RecoveryTarget::Lsn(Lsn(0x300_0148))));
+        assert!(
+            at_position.names(&RecoveryTarget::Lsn(Lsn(0x300_0140))),
+            "inside the record before"
+        );
+        assert!(!at_position.names(&RecoveryTarget::Lsn(Lsn(0x300_0149))));
         for other in [
             RecoveryTarget::Xid(74),
             RecoveryTarget::Latest,

@@ -90,6 +90,12 @@ impl RecoverySettings {
         ruled.chain(own.iter().cloned()).map(|(name, value)| (name.to_owned(), value)).collect()
     }
 
+    /// Those of a server that archives nothing and opens at the target.
+    pub(crate) fn target_lines(&self) -> Vec<(&'static str, String)> {
+        let fixed = ["archive_mode", "recovery_target_action"];
+        self.own().into_iter().filter(|(name, _)| !fixed.contains(name)).collect()
+    }
+
     fn own(&self) -> Vec<(&'static str, String)> {
         let mut own = Vec::new();
         if !self.keep_archiving {

@@ -28,7 +28,7 @@ pub use restore::{
     RestoreTarget,
 };
 pub use vacuum::{Vacuum, VacuumOutcome, VacuumedTable};
-pub use verify_restore::{VerifyRestore, VerifyRestoreOutcome};
+pub use verify_restore::{ProofTarget, VerifyRestore, VerifyRestoreOutcome};
 
 macro_rules! kinds {
     ($($(#[$doc:meta])* $kind:ident($outcome:ident) = $text:literal,)*) => {

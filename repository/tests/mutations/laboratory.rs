@@ -367,6 +367,7 @@ fn proof(lineage: LineageId, backup: BackupId, at_ms: i64) -> Bytes {
         tables_bounded: 0,
         checks: Vec::new(),
         isolation: String::new(),
+        recovery: None,
     };
     serde_json::to_vec(&credentials.sign(&proof)).unwrap().into()
 }

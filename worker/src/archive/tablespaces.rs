@@ -110,6 +110,12 @@ pub(super) async fn protect(
     let major = server.major.or_else(|| Some(SegmentHeader::parse(content).ok()?.major()));
     let version = format!("PG_{}_{}", major.unwrap_or_default(), server.catalog_version);
     blocking(move || {
+        let outside = said.tablespaces.iter().find(|space| !space.location.is_empty());
+        if let Some(space) = outside
+            && postgres::sandbox::is_room_of(&directory)
+        {
+            return Err(leaves_its_room(space));
+        }
         let foreign = said.tablespaces.iter().find_map(|space| {
             occupied(&directory, space, &version).map(|occupied| refusal(space, &occupied))
         });
@@ -145,6 +151,17 @@ fn occupied(data_directory: &Path, space: &NewTablespace, version: &str) -> Opti
         Err(error) => error.kind() == ErrorKind::NotFound,
     };
     (!is_free).then_some(directory)
+}
+
+/// A proof writes nowhere but in its own room.
+fn leaves_its_room(space: &NewTablespace) -> Failure {
+    let location = String::from_utf8_lossy(&space.location);
+    let what = format!(
+        "the log makes tablespace {} at {location} (position {}), and a proof does not write there",
+        space.oid, space.start
+    );
+    Failure::new(Code::DataDirectoryShape, Action::FixConfig, what)
+        .with_hint("Take another backup, which holds the tablespace, or prove an earlier moment.")
 }
 
 fn refusal(space: &NewTablespace, occupied: &Path) -> Failure {

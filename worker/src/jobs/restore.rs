@@ -11,7 +11,7 @@ use crate::clock;
 use crate::config::{RepositoryConfig, WorkerConfig};
 use crate::context::JobContext;
 use crate::places::Places;
-use crate::recovering::{self, Fetching, RecoveryPlan, Wanted};
+use crate::recovering::{self, FetchFrom, Fetching, RecoveryPlan, Wanted};
 use crate::restoring::{self, Destination};
 
 /// Runs a restore, or says what it would do.
@@ -114,7 +114,8 @@ fn fetching(config: &RepositoryConfig) -> Result<Fetching, Failure> {
         ));
     }
     let opener = [option.to_owned(), reference.to_string()];
-    Ok(Fetching { program: recovering::this_program()?, repository: config.url.clone(), opener })
+    let from = FetchFrom::Repository(config.url.clone(), opener);
+    Ok(Fetching { program: recovering::this_program()?, from })
 }
 
 /// The directory, if the worker's own configuration allows it.

@@ -2,10 +2,11 @@
 
 use proto::envelope::Credentials;
 use proto::job::{VerifyRestore, VerifyRestoreOutcome};
-use proto::{Failure, Outcome, Proof};
+use proto::{Action, Code, Failure, Outcome, Proof};
 use repository::{Pin, Repository};
 
 use crate::attempt::Ended;
+use crate::beyond::{Beyond, Whom};
 use crate::clock;
 use crate::config::WorkerConfig;
 use crate::context::JobContext;
@@ -42,7 +43,8 @@ async fn proof(
     credentials: &Credentials,
     task: &VerifyRestore,
 ) -> Result<Proof, Failure> {
-    let (repository, backup) = cx
+    task.check().map_err(|what| Failure::new(Code::RequestInvalid, Action::FixConfig, what))?;
+    let (repository, backup, beyond) = cx
         .step("find", async {
             let repository = places.repository_for(&cx.spec.cluster).await?;
             let identifier = cx.spec.system_identifier;
@@ -51,10 +53,20 @@ async fn proof(
                 why: "proof".to_owned(),
                 at_ms: clock::now_ms(),
             };
+            if let Some(target) = &task.to {
+                let whom = Whom {
+                    cluster: &cx.spec.cluster,
+                    system_identifier: identifier,
+                    backup: task.backup,
+                    attempt: cx.spec.attempt,
+                };
+                let (backup, beyond) = Beyond::find(&repository, whom, target, &pin).await?;
+                return Ok((repository, backup, Some(beyond)));
+            }
             let cluster = Some(&cx.spec.cluster);
             let backup =
                 restoring::find_pinned(&repository, cluster, identifier, task.backup, &pin).await?;
-            Ok((repository, backup))
+            Ok((repository, backup, None))
         })
         .await?;
     let workshop = Workshop {
@@ -64,7 +76,7 @@ async fn proof(
         processes: config.backup.processes,
     };
     let proved = async {
-        let proof = proving::prove(cx, &workshop, &backup, task.level).await?;
+        let proof = proving::prove_to(cx, &workshop, &backup, task.level, beyond.as_ref()).await?;
         store(cx, &repository, credentials, &proof).await?;
         Ok(proof)
     };

@@ -23,7 +23,7 @@ use repository::{AttemptSummary, Pin, Pinned, Repository, WalInventory};
 
 use self::search::{Found, Search};
 pub use self::start::Starter;
-pub use self::words::Fetching;
+pub use self::words::{FetchFrom, Fetching};
 use crate::archive::{self, NoWay, Reach, Until};
 use crate::restoring::{self, Located};
 
@@ -98,6 +98,36 @@ pub async fn plan(
     // Read once more: only what is read after the pin is safe.
     let pinned = repository.open_pinned(lineage, id, pin).await?;
     Ok((pinned, plan))
+}
+
+/// Between which positions a recovery can end that begins with the newest backup, or with the one that is named: its end, and
+/// the last record to which an unbroken line of WAL leads from there.
+pub(crate) async fn range(
+    repository: &Repository,
+    wanted: Wanted<'_>,
+) -> Result<(BackupId, Lsn, Lsn), Failure> {
+    let Wanted { cluster, system_identifier, backup, recovery } = wanted;
+    let located =
+        restoring::locate(repository, BackupKind::Physical, cluster, system_identifier, backup)
+            .await?;
+    let lineage = located.lineage;
+    let archive = repository.list_wal(lineage).await?;
+    let planner = Planner { repository, lineage, archive, recovery };
+    let (id, facts) = planner.facts_of(located.backup).await?;
+    let way = match archive::way_to(&planner.archive, planner.timeline(&facts), &facts) {
+        Ok(way) => way,
+        Err(why) => return Err(*planner.no_way(id, &why).failure),
+    };
+    let reach = Reach::along(&way, &planner.archive, &facts);
+    let last = Search::new(repository, lineage, &facts).last_record(&way, reach.to).await?;
+    match last.filter(|last| *last > facts.stop_lsn) {
+        Some(last) => Ok((id, facts.stop_lsn, last)),
+        None => Err(unreachable(format!(
+            "no archived WAL leads on from backup {id}, which ended at {}",
+            facts.stop_lsn
+        ))
+        .with_hint("Prove the backup alone, without --to, or see that its cluster archives.")),
+    }
 }
 
 struct Planner<'a> {

@@ -133,8 +133,10 @@ impl Place {
         let wanted = Wanted { cluster: None, system_identifier: None, backup: None, recovery };
         let fetching = Fetching {
             program: "/usr/bin/pgmuster".into(),
-            repository: "file:///repository".into(),
-            opener: ["--key".into(), "file".into()],
+            from: FetchFrom::Repository(
+                "file:///repository".into(),
+                ["--key".into(), "file".into()],
+            ),
         };
         let pin = Pin { by: "tester".into(), why: "restore".into(), at_ms: 1 };
         let (pinned, plan) = plan(&self.repository, wanted, &fetching, &pin).await?;

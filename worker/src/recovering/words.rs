@@ -14,10 +14,17 @@ use crate::archive::{Until, quoted};
 pub struct Fetching {
     /// This program, absolute.
     pub program: PathBuf,
-    /// The URL of the repository.
-    pub repository: String,
-    /// `--key` or `--passphrase` with its reference.
-    pub opener: [String; 2],
+    /// Where it gets it.
+    pub from: FetchFrom,
+}
+
+/// Where WAL comes from.
+#[derive(Debug, Clone)]
+pub enum FetchFrom {
+    /// Out of the repository of a URL, opened by `--key` or `--passphrase` with its reference.
+    Repository(String, [String; 2]),
+    /// From a service that answers at this socket, and from nowhere else.
+    Service(PathBuf),
 }
 
 impl Fetching {
@@ -28,13 +35,16 @@ impl Fetching {
         standby: bool,
         until: Option<Until>,
     ) -> String {
-        let [option, reference] = &self.opener;
         let program = quoted(&self.program.display().to_string());
-        let mut command = format!(
-            "{program} wal get \"%f\" \"%p\" --repository {} {option} {} --lineage {lineage}",
-            quoted(&self.repository),
-            quoted(reference)
-        );
+        let from = match &self.from {
+            FetchFrom::Repository(url, [option, reference]) => {
+                format!("--repository {} {option} {}", quoted(url), quoted(reference))
+            }
+            FetchFrom::Service(socket) => {
+                format!("--socket {}", quoted(&socket.display().to_string()))
+            }
+        };
+        let mut command = format!("{program} wal get \"%f\" \"%p\" {from} --lineage {lineage}");
         if standby {
             command.push_str(" --standby");
         }
@@ -121,8 +131,10 @@ mod tests {
     fn a_command_survives_the_shell_and_the_server() {
         let fetching = Fetching {
             program: "/opt/it's/pgmuster".into(),
-            repository: "file:///backups/100%".to_owned(),
-            opener: ["--key".to_owned(), "/etc/a key".to_owned()],
+            from: FetchFrom::Repository(
+                "file:///backups/100%".to_owned(),
+                ["--key".to_owned(), "/etc/a key".to_owned()],
+            ),
         };
         let lineage = LineageId::mint(1_700_000_000_003, [4; 10]);
         let command = fetching.command(lineage, true, Some(Until::Position(Lsn(0x300_0148))));
@@ -142,5 +154,12 @@ mod tests {
         assert_eq!(words[0], "/opt/it's/pgmuster");
         assert_eq!(words[3..7], ["F", "pg_wal/R", "--repository", "file:///backups/100%"][..]);
         assert_eq!(words[8], "/etc/a key");
+        let fetching = Fetching { from: FetchFrom::Service("/tmp/s/wal.sock".into()), ..fetching };
+        assert_eq!(
+            fetching.command(lineage, false, None),
+            format!(
+                "'/opt/it'\\''s/pgmuster' wal get \"%f\" \"%p\" --socket '/tmp/s/wal.sock' --lineage {lineage}"
+            )
+        );
     }
 }
