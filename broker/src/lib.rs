@@ -20,6 +20,7 @@ mod link;
 mod memory;
 mod message;
 mod rabbit;
+mod socket;
 
 use std::time::Duration;
 
@@ -32,6 +33,7 @@ pub use link::Link;
 pub use memory::MemoryFaults;
 pub use message::{Death, Delivery, Publish, Published, Settled};
 pub use rabbit::{ClientIdentity, RabbitOptions};
+pub use socket::PrivateSocket;
 
 /// A client of the broker. Clones share one link; when the last clone, consumer and delivery are gone, so is the link.
 #[derive(Clone, Debug)]

@@ -1,14 +1,12 @@
 //! The sockets of the API.
 
-use std::fs::Permissions;
-use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::middleware;
-use tokio::net::{TcpListener, UnixListener, UnixStream};
+use broker::PrivateSocket;
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -25,8 +23,8 @@ pub(crate) async fn open(
     let listen = &core.config.listen;
     if let Some(path) = &listen.socket {
         let place = path.display().to_string();
-        let listener =
-            bind_private(path).await.map_err(|source| Error::Listen { place, source })?;
+        let bound = PrivateSocket::bind(path).await;
+        let listener = bound.map_err(|source| Error::Listen { place, source })?.listener;
         let router = routes::router()
             .layer(middleware::from_fn(access::over_socket))
             .with_state(Arc::clone(core));
@@ -53,20 +51,4 @@ pub(crate) async fn open(
         });
     }
     Ok((listen.socket.clone(), address))
-}
-
-/// Binds a socket that nobody else can open, not even for a moment: it is made in a private directory and moved into
-/// place. A socket that somebody listens on is not replaced; one that a dead process left behind is.
-async fn bind_private(path: &Path) -> io::Result<UnixListener> {
-    if UnixStream::connect(path).await.is_ok() {
-        return Err(io::Error::new(io::ErrorKind::AddrInUse, "another coordinator listens there"));
-    }
-    let parent = path.parent().unwrap_or(Path::new("/"));
-    // Mode 0700, which the socket inside inherits no matter what the umask is.
-    let private = tempfile::Builder::new().prefix(".").tempdir_in(parent)?;
-    let inside = private.path().join("s");
-    let listener = UnixListener::bind(&inside)?;
-    std::fs::set_permissions(&inside, Permissions::from_mode(0o600))?;
-    std::fs::rename(&inside, path)?;
-    Ok(listener)
 }

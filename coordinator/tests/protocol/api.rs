@@ -46,7 +46,7 @@ async fn the_socket_is_the_owners_alone() {
         coordinator::Coordinator::start(second, fleet.broker.another("x"), fleet.clock.clone())
             .await;
     let error = proto::failure::chain(&refused.unwrap_err());
-    assert!(error.contains("another coordinator listens there"), "{error}");
+    assert!(error.contains("another process answers there"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

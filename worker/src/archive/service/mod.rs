@@ -18,9 +18,8 @@ mod words;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::Permissions;
 use std::io;
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -91,7 +90,7 @@ impl Service {
     }
 
     async fn with(path: &Path, archives: Arc<Archives>) -> io::Result<Self> {
-        let (listener, inode) = bind(path).await?;
+        let PrivateSocket { listener, inode } = PrivateSocket::bind(path).await?;
         let stop = CancellationToken::new();
         let serving = tokio::spawn(serve(listener, archives, stop.clone()));
         Ok(Self { path: path.to_owned(), inode, stop, serving })
@@ -116,30 +115,6 @@ impl Drop for Service {
     fn drop(&mut self) {
         self.leave();
     }
-}
-
-/// Binds a socket that nobody else can open, not even for a moment: it is made in a private directory and moved into place.
-async fn bind(path: &Path) -> io::Result<(UnixListener, u64)> {
-    if UnixStream::connect(path).await.is_ok() {
-        return Err(io::Error::new(io::ErrorKind::AddrInUse, "another service answers there"));
-    }
-    match std::fs::symlink_metadata(path) {
-        Ok(there) if !there.file_type().is_socket() => {
-            let what = "a file lies there that is no socket";
-            return Err(io::Error::new(io::ErrorKind::AlreadyExists, what));
-        }
-        _ => {}
-    }
-    let private = tempfile::Builder::new()
-        .prefix(".")
-        .rand_bytes(3)
-        .tempdir_in(path.parent().unwrap_or(Path::new("/")))?;
-    let inside = private.path().join("s");
-    let listener = UnixListener::bind(&inside)?;
-    std::fs::set_permissions(&inside, Permissions::from_mode(0o600))?;
-    let inode = std::fs::metadata(&inside)?.ino();
-    std::fs::rename(&inside, path)?;
-    Ok((listener, inode))
 }
 
 async fn serve(listener: UnixListener, archives: Arc<Archives>, stop: CancellationToken) {
