@@ -983,6 +983,12 @@ pub struct WalPush {
     /// Where to.
     #[command(flatten)]
     pub archive: WalArchive,
+    /// The repository may never have seen this cluster: its first file begins its lineage, as its first backup would.
+    ///
+    /// Without it, a cluster that the repository does not know is refused, because its name may be a slip. A worker's socket does
+    /// without it for the clusters of its configuration.
+    #[arg(long, requires = "cluster")]
+    pub new: bool,
     /// How long to try; afterwards PostgreSQL asks again.
     #[arg(long, default_value_t = 600, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=86400))]
     pub deadline: u32,

@@ -5,10 +5,12 @@ use policy::words::span;
 use proto::failure::{Action, Code, Failure};
 use proto::job::{JobState, RATE_LIMIT_MIN_BYTES, Task};
 use proto::message::{Cancel, Control, SCHEMA};
+use proto::near::did_you_mean;
 use proto::{ClusterName, JobId, WorkerName};
 
 use crate::api::types::SubmitRequest;
 use crate::catalog::attempts::{self, Attempt, AttemptState};
+use crate::catalog::clusters::Cluster;
 use crate::catalog::jobs::{self, Job};
 use crate::catalog::{backups, clusters, workers};
 use crate::core::Core;
@@ -18,6 +20,8 @@ use crate::wire;
 
 /// An idempotency key is no longer than this, bytes.
 const KEY_MAX_BYTES: usize = 200;
+/// Backups among which is looked for the one that was meant, newest first.
+const NEAR_MAX: i64 = 1_000;
 
 /// Writes a job down, or finds the one that was written under the same key. `true` when it is new.
 pub(crate) async fn submit(
@@ -55,7 +59,8 @@ pub(crate) async fn submit(
                     ));
                 }
                 let Some(_) = clusters::get(tx.db(), &request.cluster).await? else {
-                    return Err(Error::Refused(cluster_unknown(&request.cluster)));
+                    let known = clusters::list(tx.db()).await?;
+                    return Err(Error::Refused(cluster_unknown(&request.cluster, &known)));
                 };
                 if let Some(worker) = &request.worker
                     && workers::get(tx.db(), worker).await?.is_none()
@@ -65,7 +70,13 @@ pub(crate) async fn submit(
                 if let Some(backup) = asked_backup(&request.task) {
                     let known = backups::get(tx.db(), backup).await?;
                     if known.is_none_or(|known| known.cluster != request.cluster) {
-                        let text = format!("{} has no backup {backup}", request.cluster);
+                        let cluster = request.cluster.as_str();
+                        let known = backups::list(tx.db(), cluster, NEAR_MAX).await?;
+                        let known: Vec<String> =
+                            known.iter().map(|known| known.id.to_string()).collect();
+                        let meant =
+                            did_you_mean(&backup.to_string(), known.iter().map(String::as_str));
+                        let text = format!("{cluster} has no backup {backup}{meant}");
                         let hint =
                             format!("List its backups: pgmuster backups list {}.", request.cluster);
                         return Err(refused(Code::BackupUnknown, text, &hint));
@@ -314,9 +325,11 @@ fn refused(code: Code, text: String, hint: &str) -> Error {
     Error::Refused(Failure::new(code, Action::Abandon, text).with_hint(hint))
 }
 
-/// No worker ever announced this cluster.
-pub(crate) fn cluster_unknown(name: &ClusterName) -> Failure {
-    Failure::new(Code::ClusterUnknown, Action::Abandon, format!("no worker has announced a cluster {name}"))
+/// No worker ever announced this cluster, though these.
+pub(crate) fn cluster_unknown(name: &ClusterName, known: &[Cluster]) -> Failure {
+    let meant = did_you_mean(name.as_str(), known.iter().map(|known| known.name.as_str()));
+    let text = format!("no worker has announced a cluster {name}{meant}");
+    Failure::new(Code::ClusterUnknown, Action::Abandon, text)
         .with_hint("List the clusters: pgmuster cluster list. A cluster is written into the configuration of a worker near it.")
 }
 

@@ -11,6 +11,7 @@ pub mod job;
 pub mod lsn;
 pub mod message;
 pub mod name;
+pub mod near;
 pub mod proof;
 pub mod recovery;
 pub mod secret_ref;

@@ -52,7 +52,7 @@ async fn what_is_recoverable_is_what_is_archived_and_an_archive_that_lies_is_fou
     let vhost = Vhost::create()?;
     let mut fleet = Fleet::prepare(&vhost.url(), "", Place::Directory)?;
     let push = format!(
-        "'{}' wal push \"%p\" --repository '{}' --key '{}' --cluster orders",
+        "'{}' wal push \"%p\" --new --repository '{}' --key '{}' --cluster orders",
         services::pgmuster()?.display(),
         fleet.repository_url(),
         fleet.path("repository.key").display()

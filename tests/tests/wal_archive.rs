@@ -224,7 +224,7 @@ struct Scene {
 impl Scene {
     async fn create(major: u32, segment_mib: u32, batches: usize) -> anyhow::Result<Self> {
         let (place, archive) = (tempfile::tempdir()?, Archive::create()?);
-        let push = command(&["push", "%p"], &archive.of("orders"))?;
+        let push = command(&["push", "%p", "--new"], &archive.of("orders"))?;
         let settings = [("archive_mode", "on"), ("archive_command", push.as_str())];
         let primary = place.path().join("primary");
         let mut primary = make(major, &primary, options(&settings, Some(segment_mib))).await?;
@@ -259,7 +259,8 @@ async fn a_recovery_replays_to_the_last_row_and_its_successor_along_the_new_time
 
     let mut restored = scene.restored(15, 1).await?;
     let of = scene.archive.of("orders");
-    let (get, push) = (command(&["get", "%f", "%p"], &of)?, command(&["push", "%p"], &of)?);
+    let (get, push) =
+        (command(&["get", "%f", "%p"], &of)?, command(&["push", "%p", "--new"], &of)?);
     let settings = [
         ("restore_command", get.as_str()),
         ("archive_mode", "on"),
@@ -291,7 +292,7 @@ async fn a_recovery_replays_to_the_last_row_and_its_successor_along_the_new_time
 #[tokio::test(flavor = "multi_thread")]
 async fn large_segments_of_a_late_timeline_cross_the_end_of_their_names() -> anyhow::Result<()> {
     let (place, archive) = (tempfile::tempdir()?, Archive::create()?);
-    let push = command(&["push", "%p"], &archive.of("orders"))?;
+    let push = command(&["push", "%p", "--new"], &archive.of("orders"))?;
     let settings = [("archive_mode", "on"), ("archive_command", push.as_str())];
     let mut primary = make(18, &place.path().join("primary"), options(&settings, Some(64))).await?;
     primary.set(&[("min_wal_size", "128MB")])?;
@@ -414,7 +415,7 @@ async fn nothing_but_the_certain_end_of_the_log_ends_a_recovery() -> anyhow::Res
 /// A second server that follows the scene's primary by streaming, and archives as `archive_mode` says.
 async fn standby(scene: &Scene, archive_mode: &str) -> anyhow::Result<Instance> {
     let mut standby = make(15, &scene.place.path().join("standby"), options(&[], Some(1))).await?;
-    let push = command(&["push", "%p"], &scene.archive.of("orders"))?;
+    let push = command(&["push", "%p", "--new"], &scene.archive.of("orders"))?;
     let sockets = scene.primary.socket_directory().display();
     let primary = format!("host={sockets} port={} user=postgres", scene.primary.port());
     let settings = [
@@ -595,6 +596,7 @@ async fn a_store_that_hangs_or_is_gone_is_no_end_of_the_log_and_no_end_of_waitin
         s3(&[
             "wal",
             "push",
+            "--new",
             &wal,
             "--repository",
             url,
@@ -698,7 +700,7 @@ async fn only_what_a_server_wrote_whole_is_archived_and_only_by_that_cluster() -
 
     // Killed at any point, and again: nothing is lost and nothing is wrong.
     for step in ["wal_read", "wal_store", "wal_stored"] {
-        let words = ["wal", "push", &format!("pg_wal/{name}")].map(str::to_owned);
+        let words = ["wal", "push", "--new", &format!("pg_wal/{name}")].map(str::to_owned);
         let words: Vec<String> = words.into_iter().chain(archive.of("orders")).collect();
         let killed = Pgmuster::start_with(&words, |command| {
             command.current_dir(&ours).env("PGMUSTER_FAILPOINT", format!("{step}=abort"));
@@ -708,6 +710,11 @@ async fn only_what_a_server_wrote_whole_is_archived_and_only_by_that_cluster() -
     }
     let again = push(&ours, &format!("pg_wal/{name}"))?;
     ensure!(again.code() == 0 && again.stderr.contains("archived before"), "{again}");
+
+    // A slip in the name of a cluster begins no other one.
+    let slip = archive.run(&ours, "ordrs", &["push", &format!("pg_wal/{name}")])?;
+    ensure!(slip.code() == 6 && slip.stderr.contains("did you mean orders?"), "{slip}");
+    archive.lineage().await?;
 
     // Another cluster, under any name of it.
     refused(&theirs, &format!("pg_wal/{}", names[1]), "SYSTEM_IDENTIFIER_MISMATCH")?;
@@ -795,7 +802,8 @@ async fn only_what_a_server_wrote_whole_is_archived_and_only_by_that_cluster() -
     ensure!(got.code() == NOT_KNOWN && got.stderr.contains("WAL_MISSING"), "{got}");
 
     // What is rotten of another cluster stands in nobody's way.
-    let done = archive.run(&theirs, "others", &["push", &format!("pg_wal/{}", names[1])])?;
+    let theirs_first = format!("pg_wal/{}", names[1]);
+    let done = archive.run(&theirs, "others", &["push", "--new", &theirs_first])?;
     ensure!(done.code() == 0, "{done}");
     let (repository, others) = (archive.open().await?, "others".parse()?);
     let system_identifier = ControlFile::read(&theirs)?.system_identifier;

@@ -152,7 +152,7 @@ impl Places {
 impl OpenArchive for Arc<Places> {
     async fn open(&self, whose: Whose, named: Option<String>) -> Result<Repository, Failure> {
         let place = match (whose, &named) {
-            (Whose::Cluster(cluster), _) => {
+            (Whose::Cluster(cluster) | Whose::New(cluster), _) => {
                 self.cluster(&cluster)?;
                 self.place_for(&cluster)?
             }
@@ -175,6 +175,10 @@ impl OpenArchive for Arc<Places> {
             Some(named) if named != place.config.url => Err(another_repository(&named)),
             _ => place.open().await,
         }
+    }
+
+    fn has_written_down(&self, cluster: &ClusterName) -> bool {
+        self.clusters.contains_key(cluster)
     }
 }
 

@@ -70,7 +70,7 @@ impl World {
         let key = house.place.path().join("repository.key");
         std::fs::write(&key, &house.key_file).unwrap();
         let archive = format!(
-            "'{}' wal push \"%p\" --repository 'file://{}/repository' --key '{}' --cluster orders",
+            "'{}' wal push \"%p\" --new --repository 'file://{}/repository' --key '{}' --cluster orders",
             pgmuster(),
             house.place.path().display(),
             key.display()

@@ -40,7 +40,13 @@ pub(crate) async fn run(command: WalCommand) -> Result<Exit, Failure> {
 
 async fn push(args: &WalPush) -> Result<Exit, Failure> {
     let limit = Duration::from_secs(args.deadline.into());
-    let archive = Archive::of(&args.archive, args.archive.socket.clone(), limit)?;
+    let mut archive = Archive::of(&args.archive, args.archive.socket.clone(), limit)?;
+    if args.new {
+        archive.whose = match archive.whose {
+            Whose::Cluster(cluster) => Whose::New(cluster),
+            whose => whose,
+        };
+    }
     let (lineage, stored) = patiently(limit, async || {
         let mut away = None;
         if let Some(asking) = archive.asking() {

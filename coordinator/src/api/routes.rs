@@ -144,8 +144,11 @@ async fn cluster(
 ) -> ApiResult<Json<ClusterView>> {
     caller.needs(Role::Viewer)?;
     let name: ClusterName = parse_path(&name)?;
-    let view = fleet::cluster(&core, &name).await?.ok_or_else(|| cluster_unknown(&name))?;
-    Ok(Json(view))
+    if let Some(view) = fleet::cluster(&core, &name).await? {
+        return Ok(Json(view));
+    }
+    let known = clusters::list(&mut *core.catalog.read().await?).await?;
+    Err(cluster_unknown(&name, &known).into())
 }
 
 /// What an admin may change of a cluster.
@@ -169,7 +172,8 @@ async fn change(
         .transact("change_cluster", move |tx| {
             Box::pin(async move {
                 if clusters::get(tx.db(), target).await?.is_none() {
-                    return Err(cluster_unknown(target).into());
+                    let known = clusters::list(tx.db()).await?;
+                    return Err(cluster_unknown(target, &known).into());
                 }
                 match change {
                     Change::Pause => clusters::pause(tx, target, true).await,
@@ -180,7 +184,7 @@ async fn change(
         })
         .await?;
     order::wake(core).await;
-    let view = fleet::cluster(core, &name).await?.ok_or_else(|| cluster_unknown(&name))?;
+    let view = fleet::cluster(core, &name).await?.ok_or_else(|| cluster_unknown(&name, &[]))?;
     Ok(Json(view))
 }
 

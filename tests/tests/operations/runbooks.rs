@@ -33,7 +33,7 @@ impl Production {
         let keys = ["--key", &desk.at("key"), "--recovery-key", &desk.at("recovery.key")];
         desk.expect(&[&["pgmuster", "repo", "init", &url], &keys[..]].concat())?;
         let push = format!(
-            "{} wal push %p --repository {url} --key {} --cluster orders",
+            "{} wal push %p --new --repository {url} --key {} --cluster orders",
             services::pgmuster()?.display(),
             desk.at("key")
         );

@@ -35,7 +35,7 @@ async fn a_server_archives_and_recovers_through_a_service_that_dies_and_comes_ba
     let (place, archive) = (tempfile::tempdir()?, Archive::create()?);
     let mut service = archive.serve()?;
     let through = archive.through_service("orders");
-    let push = command(&["push", "%p"], &through)?;
+    let push = command(&["push", "%p", "--new"], &through)?;
     let settings = [("archive_mode", "on"), ("archive_command", push.as_str())];
     let mut primary = make(15, &place.path().join("primary"), options(&settings, Some(1))).await?;
     primary.start().await?;

@@ -1,5 +1,6 @@
 //! Into which lineage a server archives, and out of which it recovers.
 
+use proto::near::did_you_mean;
 use proto::{Action, BackupKind, ClusterName, Code, Failure, LineageId, SystemIdentifier};
 use repository::{Identity, Repository};
 use serde::{Deserialize, Serialize};
@@ -14,6 +15,8 @@ pub enum Whose {
     Lineage(LineageId),
     /// The one lineage of this cluster that has the server's system identifier.
     Cluster(ClusterName),
+    /// The same, and somebody says that the repository may never have seen this cluster: its first WAL begins its lineage.
+    New(ClusterName),
 }
 
 impl Whose {
@@ -25,28 +28,29 @@ impl Whose {
     ) -> Result<Identity, Failure> {
         match self {
             Self::Lineage(lineage) => named(repository, *lineage, system_identifier).await,
-            Self::Cluster(cluster) => {
+            Self::Cluster(cluster) | Self::New(cluster) => {
                 let known = known(repository, cluster, system_identifier).await?;
-                choose(repository, cluster, known, system_identifier)
+                choose(repository, cluster, known, system_identifier).await
             }
         }
     }
 
-    /// The same for a server that archives. The first WAL of a cluster that the repository has never seen mints its
-    /// lineage, the same that its first backup would.
+    /// The same for a server that archives. A cluster that the repository has never seen gets its lineage, the same that its
+    /// first backup would make, if it may be new; any other is refused: its name may be a slip, and what is archived under a
+    /// name that nobody restores is lost.
     pub(super) async fn find_or_mint(
         &self,
         repository: &Repository,
         system_identifier: Option<SystemIdentifier>,
     ) -> Result<Identity, Failure> {
-        let (Self::Cluster(cluster), Some(server)) = (self, system_identifier) else {
+        let (Self::New(cluster), Some(server)) = (self, system_identifier) else {
             return self.find(repository, system_identifier).await;
         };
         let known = known(repository, cluster, system_identifier).await?;
         if known.is_empty() {
             return Ok(repository.find_or_mint_lineage(cluster, server, clock::now_ms()).await?);
         }
-        choose(repository, cluster, known, system_identifier)
+        choose(repository, cluster, known, system_identifier).await
     }
 }
 
@@ -88,7 +92,7 @@ async fn known(
     Ok(all)
 }
 
-fn choose(
+async fn choose(
     repository: &Repository,
     cluster: &ClusterName,
     mut all: Vec<Identity>,
@@ -113,10 +117,13 @@ fn choose(
             if let (Some(identity), Some(server)) = (known.first(), system_identifier) {
                 return Err(another(identity, server));
             }
-            let what = format!("there is no lineage of cluster {cluster} in {place}");
-            Err(Failure::new(Code::BackupUnknown, Action::FixConfig, what).with_hint(
-                "`pgmuster repo list URL --key FILE` shows the clusters there are; the first backup of one, or its first \
-                 WAL, makes its lineage.",
+            let there = repository.list_lineages().await?;
+            let names = there.iter().map(|identity| identity.cluster.as_str());
+            let meant = did_you_mean(cluster.as_str(), names);
+            let what = format!("{place} has no lineage of cluster {cluster}{meant}");
+            Err(Failure::new(Code::ClusterUnknown, Action::FixConfig, what).with_hint(
+                "Correct --cluster: `pgmuster repo list URL --key FILE` shows the clusters there are. A new one begins with its first \
+                 backup, with `pgmuster cluster enable-wal`, or with `wal push --new`.",
             ))
         }
     }

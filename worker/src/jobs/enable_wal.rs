@@ -13,6 +13,7 @@ use tokio::time::Instant;
 
 use super::session_owner;
 use crate::archive::Calling;
+use crate::clock;
 use crate::config::{RepositoryConfig, WorkerConfig};
 use crate::context::{JobContext, blocking};
 use crate::engines::native::data_directory;
@@ -74,7 +75,13 @@ pub(crate) async fn run(
     let lock = ClusterLock::try_take(session, Class::Maintenance).await?;
     let done = async {
         let session = lock.session();
-        let set = async { Ok(session.change_archiving(&changes).await?) };
+        let set = async {
+            // Its command is to find the cluster also where it works without this worker.
+            let repository = place.open().await?;
+            let identifier = server.system_identifier;
+            repository.find_or_mint_lineage(&cx.spec.cluster, identifier, clock::now_ms()).await?;
+            Ok(session.change_archiving(&changes).await?)
+        };
         cx.step("set", set).await?;
         if outcome.restart_for.is_empty() {
             let see = see(cx, session, places, &server, &command);

@@ -25,7 +25,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use proto::{Action, Code, Failure, WalFileName};
+use broker::PrivateSocket;
+use proto::{Action, ClusterName, Code, Failure, WalFileName};
 use repository::{Error, Repository};
 use tempfile::NamedTempFile;
 use tokio::net::{UnixListener, UnixStream};
@@ -63,6 +64,12 @@ const OPEN_MAX: usize = 64;
 pub trait OpenArchive: fmt::Debug + Send + Sync + 'static {
     /// Opens it anew. Fails when it is not the one that the asker names: he would be told what is in another one.
     async fn open(&self, whose: Whose, named: Option<String>) -> Result<Repository, Failure>;
+
+    /// Whether somebody has written this cluster down where the service is configured, so that its name is no slip and its
+    /// repository may not have seen it yet.
+    fn has_written_down(&self, _: &ClusterName) -> bool {
+        false
+    }
 }
 
 /// What an opener says of a repository that is not its own.
@@ -218,7 +225,15 @@ impl Archives {
             Err(failure) => return (Answer::Unserved(failure), None),
         };
         let answered = match question {
-            Question::Store { path, .. } => self.store(&repository, &whose, &path).await,
+            Question::Store { path, .. } => {
+                let whose = match whose {
+                    Whose::Cluster(cluster) if self.opener.has_written_down(&cluster) => {
+                        Whose::New(cluster)
+                    }
+                    whose => whose,
+                };
+                self.store(&repository, &whose, &path).await
+            }
             Question::Fetch { file, to, until, .. } => match file.parse() {
                 Ok(file) => self.fetch(&repository, &whose, &file, &to, until).await,
                 Err(error) => return (Answer::Unserved(not_understood(&error)), None),

@@ -78,6 +78,10 @@ impl OpenArchive for Opens {
         }
         Ok(Repository::open(Arc::clone(&self.0) as _, Some(&self.1)).await?)
     }
+
+    fn has_written_down(&self, cluster: &proto::ClusterName) -> bool {
+        cluster.as_str() == "written-down"
+    }
 }
 
 /// A service, and the `pg_wal` of what it takes for a server.
@@ -189,7 +193,7 @@ fn answer<T: std::fmt::Debug>(heard: Heard<T>) -> Result<T, Failure> {
 }
 
 fn whose() -> Whose {
-    Whose::Cluster("orders".parse().unwrap())
+    Whose::New("orders".parse().unwrap())
 }
 
 fn names(numbers: impl IntoIterator<Item = u64>) -> Vec<String> {
@@ -223,6 +227,25 @@ async fn what_is_marked_is_stored_before_it_is_asked_for_and_in_order() {
     eventually("the tenth is stored", || scene.stored().len() == 10).await;
     // What a server asks for twice, because it did not hear the answer, is there.
     assert_eq!(scene.push(9).await, Ok(WalStored::AlreadyThere));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_a_cluster_that_is_written_down_or_said_to_be_new_begins_a_lineage() {
+    let scene = Scene::new().await;
+    (1..=2).for_each(|number| scene.fill(number));
+    let push = async |whose: Whose| {
+        let (socket, path) = (scene.socket(), scene.path(&name(1)));
+        answer(asking(&socket, &whose, None).to_store(&path).await).map(|(_, stored)| stored)
+    };
+    let cluster = |name: &str| Whose::Cluster(name.parse().unwrap());
+    let refused = push(cluster("orders")).await.unwrap_err();
+    assert_eq!(refused.code, Code::ClusterUnknown, "{refused}");
+    assert!(!scene.place.path().join("repository/lineages").exists(), "nothing was begun");
+    assert_eq!(push(cluster("written-down")).await.unwrap(), WalStored::Created);
+    let near = push(cluster("written-dwon")).await.unwrap_err();
+    assert!(near.message.ends_with("; did you mean written-down?"), "{near}");
+    assert_eq!(push(whose()).await.unwrap(), WalStored::Created);
+    assert_eq!(push(cluster("orders")).await.unwrap(), WalStored::AlreadyThere);
 }
 
 #[tokio::test(flavor = "multi_thread")]
