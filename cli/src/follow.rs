@@ -40,7 +40,8 @@ pub(crate) async fn wait(
                     bar.set_position(progress.done);
                 }
                 (true, None) => bar.set_position(0),
-                (false, _) if now != said => output::talk(&now),
+                // How it ended tells whoever waits for it.
+                (false, _) if now != said && !view.state.is_final() => output::talk(&now),
                 (false, _) => {}
             }
             bar.set_message(now.clone());
@@ -184,14 +185,14 @@ pub(crate) fn backed_up(cluster: &ClusterName, done: &BackupOutcome, took_ms: i6
     let (size, stored) = (output::bytes(done.size_bytes), output::bytes(done.stored_bytes));
     let (took, backup) = (output::duration(took_ms), done.backup);
     let Some(logical) = &done.logical else {
-        let (files, read) = (done.files, output::bytes(done.read_bytes));
+        let (files, read) = (output::count(done.files, "file"), output::bytes(done.read_bytes));
         return format!(
-            "Backed up {cluster} ({size}, {files} files) in {took}: {read} read, {stored} stored; backup {backup}"
+            "Backed up {cluster} ({size}, {files}) in {took}: {read} read, {stored} stored; backup {backup}"
         );
     };
-    let databases = logical.databases;
+    let databases = output::count(logical.databases, "database");
     let mut line = format!(
-        "Dumped {databases} databases of {cluster} ({size}) in {took}: {stored} stored; backup {backup}"
+        "Dumped {databases} of {cluster} ({size}) in {took}: {stored} stored; backup {backup}"
     );
     for skipped in &logical.skipped {
         line.extend(["; not ", skipped.database.as_str(), ": ", &skipped.why]);
@@ -234,11 +235,11 @@ pub(crate) fn result_line(view: &JobView) -> String {
             done.plan.join("\n")
         }
         (JobState::Succeeded, Some(Outcome::Restore(done))) => format!(
-            "Restored backup {} of {} into {} in {took}: {} files, {}; {}",
+            "Restored backup {} of {} into {} in {took}: {}, {}; {}",
             done.backup,
             view.cluster,
             done.directory,
-            done.files,
+            output::count(done.files, "file"),
             output::restored(done),
             output::recovered(done)
         ),
@@ -246,9 +247,9 @@ pub(crate) fn result_line(view: &JobView) -> String {
             done.plan.join("\n")
         }
         (JobState::Succeeded, Some(Outcome::Analyze(done))) => format!(
-            "Analyzed {} tables in {} databases of {} in {took}, {} skipped",
-            done.analyzed,
-            done.databases,
+            "Analyzed {} in {} of {} in {took}, {} skipped",
+            output::count(done.analyzed, "table"),
+            output::count(done.databases, "database"),
             view.cluster,
             done.skipped.len()
         ),
@@ -256,15 +257,17 @@ pub(crate) fn result_line(view: &JobView) -> String {
             done.plan.join("\n")
         }
         (JobState::Succeeded, Some(Outcome::Vacuum(done))) => format!(
-            "Vacuumed {} tables in {} databases of {} in {took}, {} skipped",
-            done.vacuumed.len(),
-            done.databases,
+            "Vacuumed {} in {} of {} in {took}, {} skipped",
+            output::count(done.vacuumed.len() as u64, "table"),
+            output::count(done.databases, "database"),
             view.cluster,
             done.skipped.len()
         ),
         (JobState::Succeeded, Some(Outcome::EnableWal(done))) => archives(&view.cluster, done),
         (state, _) => {
-            let reason = view.reason.as_ref().map_or(String::new(), |why| format!(": {why}"));
+            // Its failure is told beside it.
+            let reason = view.reason.as_ref().filter(|_| view.failure.is_none());
+            let reason = reason.map_or(String::new(), |why| format!(": {why}"));
             format!("{} of {} is {state}{reason} ({})", view.kind, view.cluster, view.id)
         }
     }

@@ -4,6 +4,7 @@ use std::io::{IsTerminal as _, Write as _};
 
 use comfy_table::{ContentArrangement, Table, presets};
 use proto::Failure;
+pub(crate) use proto::words::count;
 use serde::Serialize;
 
 use crate::args::Output;
@@ -99,8 +100,16 @@ pub(crate) fn recovered(done: &proto::job::RestoreOutcome) -> String {
     format!("the server is {}, at {}{commit} ({evidence})", reached.state, reached.lsn)
 }
 
-/// A length of time as people say it, from milliseconds.
+/// A length of time as people say it, from milliseconds; rounded to the nearest of what is shown.
 pub(crate) fn duration(ms: i64) -> String {
+    let shown_ms = match ms {
+        ..1_000 => 1,
+        1_000..10_000 => 100,
+        10_000..3_600_000 => 1_000,
+        3_600_000..172_800_000 => 60_000,
+        _ => 3_600_000,
+    };
+    let ms = ms.saturating_add(shown_ms / 2) / shown_ms * shown_ms;
     let s = ms / 1_000;
     match ms {
         ..0 => "0 ms".to_owned(),
@@ -111,6 +120,12 @@ pub(crate) fn duration(ms: i64) -> String {
         3_600_000..172_800_000 => format!("{}h{:02}m", s / 3_600, s / 60 % 60),
         _ => format!("{}d{:02}h", s / 86_400, s / 3_600 % 24),
     }
+}
+
+/// A moment with its zone, to the second: in UTC, like every time that is printed.
+pub(crate) fn time(at_ms: i64) -> String {
+    let at = jiff::Timestamp::from_millisecond(at_ms.div_euclid(1_000) * 1_000);
+    at.map_or_else(|_| "-".to_owned(), |at| at.to_string())
 }
 
 /// How long ago, or a dash.
@@ -135,7 +150,21 @@ mod tests {
     #[test]
     fn times_are_said_in_units_that_fit() {
         let said: Vec<String> =
-            [5, 1_500, 59_999, 61_000, 3_661_000, 400_000_000].into_iter().map(duration).collect();
+            [5, 1_500, 59_400, 61_000, 3_661_000, 400_000_000].into_iter().map(duration).collect();
         assert_eq!(said, ["5 ms", "1.5 s", "59 s", "1m01s", "1h01m", "4d15h"]);
+    }
+
+    #[test]
+    fn times_are_rounded_to_what_is_shown() {
+        let said: Vec<String> = [-5, 999, 1_960, 9_960, 59_900, 3_599_700, 172_799_000]
+            .into_iter()
+            .map(duration)
+            .collect();
+        assert_eq!(said, ["0 ms", "999 ms", "2.0 s", "10 s", "1m00s", "1h00m", "2d00h"]);
+    }
+
+    #[test]
+    fn moments_have_their_zone() {
+        assert_eq!(time(1_700_000_000_999), "2023-11-14T22:13:20Z");
     }
 }

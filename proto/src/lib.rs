@@ -18,6 +18,7 @@ pub mod secret_ref;
 pub mod step;
 pub mod topology;
 pub mod wal;
+pub mod words;
 
 pub use backup::{BackupFacts, BackupKind};
 pub use failure::{Action, Code, Failure};

@@ -62,7 +62,7 @@ async fn a_dump_is_ordered_taken_listed_and_loaded_into_another_server() -> anyh
     let rows = "SELECT count(*) FROM pg_class WHERE relname = 'items'";
     ensure!(other.number(rows).await? == 0, "a plan changes nothing");
     let done = fleet.expect(&[&load[..], &["--database", "postgres"]].concat())?;
-    ensure!(done.contains("Loaded 1 databases"), "{done}");
+    ensure!(done.contains("Loaded 1 database of"), "{done}");
     let rows = "SELECT count(*) FROM public.items";
     ensure!(other.number(rows).await? == cluster.number(rows).await?, "rows are missing");
     let password =

@@ -10,6 +10,7 @@ use postgres::process::Isolation;
 use postgres::sandbox::{Sandbox, SandboxOptions, SandboxRoom};
 use postgres::{Environment, Target};
 use proto::proof::{CheckOutcome, Phase, ProofCheck, ProofRecovery};
+use proto::words::count;
 use proto::{Action, BackupId, Code, Failure, Proof, ProofLevel, WorkerName};
 use repository::Backup;
 
@@ -235,7 +236,7 @@ async fn in_sandbox(
             let done = restoring::restore(cx, backup, &destination, workshop.processes).await?;
             step.figure("written_bytes", done.size_bytes);
             step.figure("fetched_bytes", done.fetched_bytes);
-            Ok(format!("{} files, {} bytes", done.files, done.size_bytes))
+            Ok(format!("{}, {}", count(done.files, "file"), count(done.size_bytes, "byte")))
         })
         .await;
     findings.phase("restore", started, true);
@@ -397,7 +398,9 @@ pub fn sentence(proof: &Proof) -> String {
     }
     let seconds = proof.recovery_time_ms().div_ceil(1_000);
     let what = match proof.level_reached {
+        Some(ProofLevel::L5) if proof.rows == 1 => "matches",
         Some(ProofLevel::L5) => "match",
+        _ if proof.rows == 1 => "was read",
         _ => "were read",
     };
     let (moment, replayed) = match &proof.recovery {
@@ -409,24 +412,11 @@ pub fn sentence(proof: &Proof) -> String {
         }
     };
     format!(
-        "{} is PROVED ({level}{moment}): restored{replayed} in {seconds} s, {} tables, {} rows {what}",
+        "{} is PROVED ({level}{moment}): restored{replayed} in {seconds} s, {}, {} {what}",
         proof.cluster,
-        grouped(proof.tables),
-        grouped(proof.rows)
+        count(proof.tables, "table"),
+        count(proof.rows, "row")
     )
-}
-
-/// A number with its thousands apart: 1,600,014.
-fn grouped(number: u64) -> String {
-    let digits = number.to_string();
-    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
-    for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
 }
 
 /// Removes what dead workers left in the directory of sandboxes.
@@ -476,12 +466,5 @@ mod tests {
         assert!(!depends_on_the_end(&report(passed, false), ProofLevel::L4), "all was seen");
         let broken_off = Failure::new(Code::ServerUnreachable, Action::Retry, "it is gone");
         assert!(depends_on_the_end(&Err(broken_off), ProofLevel::L4));
-    }
-
-    #[test]
-    fn numbers_have_their_thousands_apart() {
-        for (number, text) in [(0, "0"), (999, "999"), (1_000, "1,000"), (1_600_014, "1,600,014")] {
-            assert_eq!(grouped(number), text);
-        }
     }
 }

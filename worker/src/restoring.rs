@@ -13,6 +13,7 @@ use std::time::Duration;
 use postgres::recovery::RecoverySettings;
 use proto::failure::chain;
 use proto::job::RestoreOutcome;
+use proto::words::{count, grouped};
 use proto::{
     Action, BackupFacts, BackupId, BackupKind, ClusterName, Code, Failure, LineageId, Progress,
     SystemIdentifier,
@@ -448,20 +449,23 @@ fn lines(
     let mut lines = vec![
         format!("restore backup {} of {} (PostgreSQL {major}.{minor})", backup.id(), facts.cluster),
         format!(
-            "write {} files and {} directories, {} bytes, below {}",
-            plan.files,
-            plan.directories,
-            plan.bytes,
+            "write {} in {}, {}, below {}",
+            count(plan.files, "file"),
+            match plan.directories {
+                1 => "1 directory".to_owned(),
+                n => format!("{} directories", grouped(n)),
+            },
+            count(plan.bytes, "byte"),
             destination.data_directory.display()
         ),
     ];
+    let (packs, bytes) = (plan.inventory.packs, plan.inventory.bytes);
     lines.push(match compared {
-        Some(Comparison { reused_bytes, fetch_bytes }) => {
-            format!("fetch {fetch_bytes} bytes; {reused_bytes} bytes on disk are right already")
+        Some(Comparison { reused_bytes: reused, fetch_bytes: fetched }) => {
+            let (fetched, reused) = (count(fetched, "byte"), count(reused, "byte"));
+            format!("fetch {fetched}; {reused} on disk are right already")
         }
-        None => {
-            format!("fetch {} packs, {} bytes at most", plan.inventory.packs, plan.inventory.bytes)
-        }
+        None => format!("fetch {}, {} at most", count(packs, "pack"), count(bytes, "byte")),
     });
     if plan.resumes {
         lines.push("go on with an interrupted restore".to_owned());

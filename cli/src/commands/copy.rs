@@ -283,8 +283,9 @@ async fn copy(
 
 fn table(rows: &[Row]) -> String {
     let now_ms = environment::now_ms();
-    let amount =
-        |amount: Amount| format!("{} in {} packs", output::bytes(amount.bytes), amount.packs);
+    let amount = |amount: Amount| {
+        format!("{} in {}", output::bytes(amount.bytes), output::count(amount.packs, "pack"))
+    };
     let of_backup = |row: &BackupRow| {
         let result = match (row.outcome, &row.failure) {
             (Some(CopyOutcome::Copied), _) => "copied".to_owned(),

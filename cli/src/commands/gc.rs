@@ -185,8 +185,9 @@ async fn collect(
 }
 
 fn summary(rows: &[Collection], now_ms: i64) -> String {
-    let amount =
-        |amount: Amount| format!("{} in {} packs", output::bytes(amount.bytes), amount.packs);
+    let amount = |amount: Amount| {
+        format!("{} in {}", output::bytes(amount.bytes), output::count(amount.packs, "pack"))
+    };
     let row = |row: &Collection| {
         let mut said = vec![row.result.clone()];
         said.extend(row.open.iter().map(|open| {

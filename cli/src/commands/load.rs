@@ -71,13 +71,13 @@ fn told(done: &LoadOutcome) -> String {
         return done.plan.join("\n");
     }
     let mut line = format!(
-        "Loaded {} databases of backup {} ({})",
-        done.databases.len(),
+        "Loaded {} of backup {} ({})",
+        output::count(done.databases.len() as u64, "database"),
         done.backup,
         output::bytes(done.size_bytes)
     );
     if done.roles_created > 0 {
-        line.extend(["; ", &done.roles_created.to_string(), " roles created"]);
+        line.extend(["; ", &output::count(done.roles_created, "role"), " created"]);
     }
     if !done.roles_kept.is_empty() {
         line.extend(["; left as they were: ", &done.roles_kept.join(", ")]);

@@ -116,7 +116,7 @@ fn said(answer: &Answer<'_>, options: &ScrubOptions) -> String {
             row.cluster.as_ref().map_or_else(|| row.lineage.to_string(), ToString::to_string);
         let damaged = report.damaged.iter().filter(|damage| damage.lineage == Some(row.lineage));
         let amount = |amount: repository::Amount| {
-            format!("{} in {} packs", output::bytes(amount.bytes), amount.packs)
+            format!("{} in {}", output::bytes(amount.bytes), output::count(amount.packs, "pack"))
         };
         let needed = amount(row.needed);
         let read = if row.read.packs == 0 { "-".to_owned() } else { amount(row.read) };
@@ -186,8 +186,9 @@ fn remarks(report: &ScrubReport, options: &ScrubOptions) -> Vec<String> {
         garbage.fold((0, 0), |(packs, bytes), amount| (packs + amount.packs, bytes + amount.bytes));
     if packs > 0 {
         remarks.push(format!(
-            "{} in {packs} packs belong to no backup: of running ones, or for `pgmuster repo gc`.",
-            output::bytes(bytes)
+            "{} in {} of no backup: of running ones, or for `pgmuster repo gc`.",
+            output::bytes(bytes),
+            output::count(packs, "pack")
         ));
     }
     for row in &report.lineages {

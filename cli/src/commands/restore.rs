@@ -102,11 +102,11 @@ pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failu
             return done.plan.join("\n");
         }
         format!(
-            "Restored backup {} of {} into {}: {} files, {}; {}",
+            "Restored backup {} of {} into {}: {}, {}; {}",
             done.backup,
             cluster,
             done.directory,
-            done.files,
+            output::count(done.files, "file"),
             output::restored(done),
             output::recovered(done)
         )

@@ -121,7 +121,7 @@ async fn cron_dumps_checks_thins_out_and_tells() -> anyhow::Result<()> {
     let settings = scene.desk.write("home/settings", settings, 0o600)?;
     scene.desk.set("PGMUSTER_SETTINGS", settings);
     let fourth = scene.dump()?;
-    ensure!(fourth.code() == 0 && fourth.stdout.contains("Dumped 1 databases"), "{fourth}");
+    ensure!(fourth.code() == 0 && fourth.stdout.contains("Dumped 1 database of"), "{fourth}");
     let texts = receiver.texts()?;
     ensure!(texts.len() == 1 && texts[0].ends_with(fourth.stdout.trim()), "{texts:?}");
     ensure!(wishes(&scene.backups()?) == [given_up, given_up, None, None], "30 days again");

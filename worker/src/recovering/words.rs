@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use jiff::Timestamp;
 use postgres::recovery::RecoverySettings;
 use proto::job::RecoveryOutcome;
+use proto::words::count;
 use proto::{BackupFacts, BackupId, LineageId, Recovery, RecoveryTarget, TargetAction};
 
 use crate::archive::{Until, quoted};
@@ -88,10 +89,10 @@ pub(super) fn lines(told: &Told<'_>) -> Vec<String> {
     lines.push(format!("WAL is there up to {upto}{behind}"));
     let bounded = !matches!(settings.target, RecoveryTarget::Latest | RecoveryTarget::Time(_));
     lines.push(format!(
-        "replay {}{} segments of WAL, {} bytes, which the server fetches one by one; {} of them are in the backup only",
+        "replay {}{} of WAL, {}, which the server fetches one by one; {} of them are in the backup only",
         if bounded { "" } else { "at most " },
-        outcome.segments,
-        outcome.wal_bytes,
+        count(outcome.segments, "segment"),
+        count(outcome.wal_bytes, "byte"),
         told.brought
     ));
     lines.push(format!(
