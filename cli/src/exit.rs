@@ -63,7 +63,7 @@ impl Exit {
     pub fn of(failure: &Failure) -> Self {
         match failure.code {
             Code::ConfigInvalid | Code::RequestInvalid => Self::Usage,
-            Code::Unauthorized | Code::StoreForbidden => Self::Unauthorized,
+            Code::Unauthorized | Code::StoreForbidden | Code::LoginRefused => Self::Unauthorized,
             Code::ClusterUnknown
             | Code::JobUnknown
             | Code::BackupUnknown

@@ -463,8 +463,11 @@ impl From<Error> for Failure {
             Error::Refused { cure, source, .. } => {
                 let passes = source.state() == Some(&SqlState::TOO_MANY_CONNECTIONS)
                     || source.state() == Some(&SqlState::CANNOT_CONNECT_NOW);
-                let action = if passes { Action::Retry } else { Action::FixConfig };
-                told(Code::ServerUnreachable, action, cure)
+                if passes {
+                    told(Code::ServerUnreachable, Action::Retry, cure)
+                } else {
+                    told(Code::LoginRefused, Action::FixConfig, cure)
+                }
             }
             Error::Version { .. } => told(
                 Code::VersionUnsupported,

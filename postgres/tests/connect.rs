@@ -307,7 +307,7 @@ async fn what_the_server_refuses_is_told_with_a_cure_and_no_password(major: u32)
         let failure = Failure::from(error);
         assert_eq!(
             (failure.code, failure.action),
-            (Code::ServerUnreachable, Action::FixConfig),
+            (Code::LoginRefused, Action::FixConfig),
             "{failure}"
         );
         assert!(failure.hint.contains(hint), "{failure:?}");

@@ -100,8 +100,10 @@ codes! {
     ClusterBusy = "CLUSTER_BUSY",
 
     // The PostgreSQL server.
-    /// The server refused or did not answer the connection.
+    /// The server did not answer the connection, or not now.
     ServerUnreachable = "SERVER_UNREACHABLE",
+    /// The server answered and did not let the role in.
+    LoginRefused = "LOGIN_REFUSED",
     /// The role lacks a right; the hint is the GRANT.
     PermissionDenied = "PERMISSION_DENIED",
     /// The server is not the cluster the job is meant for.

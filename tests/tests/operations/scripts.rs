@@ -212,8 +212,8 @@ const FAULTS: &[Fault] = &[
         variables: &[("DB_USER", "guest")],
         breaks: None,
         step: "dump",
-        code: 8,
-        says: "password authentication failed",
+        code: 4,
+        says: "LOGIN_REFUSED",
         dumps: 0,
     },
     Fault {
