@@ -93,6 +93,8 @@ impl Exit {
             | Code::StoreUnsuitable
             | Code::RepositoryVersion
             | Code::WalRefused
+            | Code::ServerSetting
+            | Code::PermissionDenied
             | Code::BinariesMissing => Self::Refused,
             Code::Cancelled if failure.action == Action::Abandon => Self::Interrupted,
             _ => Self::Failed,

@@ -147,8 +147,20 @@ async fn to_the_end(
         // What was ordered together is waited for together: a backup and its proof.
         match view.followed_by.first() {
             Some(next) if view.state == JobState::Succeeded => *current = *next,
-            _ => return Ok(Exit::of_job(view.state, view.failure.as_ref())),
+            _ => return Ok(ended(&view)),
         }
+    }
+}
+
+/// The exit code of a job that was waited for. An archive that waits for a restart is set up, and does not work yet.
+pub(crate) fn ended(view: &JobView) -> Exit {
+    match (Exit::of_job(view.state, view.failure.as_ref()), &view.outcome) {
+        (Exit::Ok, Some(Outcome::EnableWal(done)))
+            if !done.planned_only && !done.restart_for.is_empty() =>
+        {
+            Exit::Findings
+        }
+        (exit, _) => exit,
     }
 }
 
@@ -216,7 +228,7 @@ fn archives(cluster: &ClusterName, done: &EnableWalOutcome) -> String {
             output::duration(i64::try_from(seen.after_ms).unwrap_or(i64::MAX))
         ),
         None => format!(
-            "{set}Restart the server of {cluster} for {}, then run this again; nothing is archived before",
+            "{set}PENDING RESTART: restart the server of {cluster} for {}, then run this again; nothing is archived before",
             done.restart_for.join(" and ")
         ),
     }

@@ -523,6 +523,7 @@ mod tests {
             files: false,
             remote: false,
             problem: Some(Failure::new(Code::ServerUnreachable, Action::Retry, text)),
+            archive: None,
         };
         let offers = Offers {
             version: "0".to_owned(),

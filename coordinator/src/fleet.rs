@@ -9,6 +9,7 @@ use policy::recovery_time::{Measured, RecoveryTime, Work, recovery_time};
 use policy::state::{BackupFact, ClusterFacts, Judgement, Objectives, judge_cluster};
 use proto::failure::{Action, Code, Failure};
 use proto::job::{JobKind, JobState, Task};
+use proto::message::ArchiveSetup;
 use proto::{BackupId, BackupKind, ClusterName};
 
 use crate::api::types::{BackupView, ClusterView, ProofView, StatusView};
@@ -33,6 +34,7 @@ struct Known {
     time: Option<RecoveryTime>,
     open: Vec<Job>,
     eligible_workers: i64,
+    archive: Option<ArchiveSetup>,
 }
 
 async fn look(core: &Core, only: Option<&ClusterName>) -> Result<Vec<Known>> {
@@ -84,6 +86,7 @@ async fn look(core: &Core, only: Option<&ClusterName>) -> Result<Vec<Known>> {
         let judgement = judge_cluster(&facts, &objectives, now_ms);
         let open = open.remove(&cluster.name).unwrap_or_default();
         let eligible_workers = eligible(&cluster.name, &workers, now_ms);
+        let archive = archive_setup(&cluster, &workers, now_ms);
         known.push(Known {
             cluster,
             objectives,
@@ -94,6 +97,7 @@ async fn look(core: &Core, only: Option<&ClusterName>) -> Result<Vec<Known>> {
             time,
             open,
             eligible_workers,
+            archive,
         });
     }
     known.sort_by(|a, b| {
@@ -107,6 +111,15 @@ fn eligible(cluster: &ClusterName, workers: &[Worker], now_ms: i64) -> i64 {
         worker.offers.iter().flat_map(|offers| &offers.clusters).any(|offer| offer.name == *cluster)
     });
     i64::try_from(serving.count()).unwrap_or(i64::MAX)
+}
+
+/// How the server archives, as the worker that announced it last says, while it lives.
+fn archive_setup(cluster: &Cluster, workers: &[Worker], now_ms: i64) -> Option<ArchiveSetup> {
+    let worker = workers
+        .iter()
+        .find(|worker| Some(&worker.name) == cluster.worker.as_ref() && worker.is_alive(now_ms))?;
+    let offers = worker.offers.as_ref()?;
+    offers.clusters.iter().find(|offer| offer.name == cluster.name)?.archive.clone()
 }
 
 /// What policy judges by.
@@ -211,7 +224,9 @@ fn problem(cluster: &Cluster) -> Option<Failure> {
 }
 
 fn cluster_view(known: Known) -> ClusterView {
-    let Known { cluster, objectives, judgement, backup, proofs, reach, time, open, .. } = known;
+    let Known {
+        cluster, objectives, judgement, backup, proofs, reach, time, open, archive, ..
+    } = known;
     let at_ms = |point: Option<RecoveryPoint>| point.map(|point| point.at_ms);
     ClusterView {
         name: cluster.name,
@@ -233,6 +248,7 @@ fn cluster_view(known: Known) -> ClusterView {
         rpo_objective_ms: objectives.recovery_point_max_ms,
         rto_objective_ms: objectives.recovery_time_max_ms,
         wal: cluster.wal,
+        archive,
         backup: backup.map(|backup| backup_view(backup, proofs::telling(&proofs).cloned())),
         open_jobs: open.into_iter().map(view::job_alone).collect(),
     }

@@ -11,6 +11,19 @@ const SETTINGS: &str = "\
 -- pgmuster: archive settings
 SELECT name, setting, source = 'command line' AS is_fixed FROM pg_settings
  WHERE name IN ('wal_level', 'archive_mode', 'archive_command', 'archive_library', 'archive_timeout')";
+const ARCHIVER: &str = "\
+-- pgmuster: archiver
+SELECT pg_is_in_recovery() AS is_standby,
+       current_setting('archive_mode') AS mode,
+       current_setting('archive_command') AS command,
+       COALESCE(current_setting('archive_library', true), '') AS library,
+       ARRAY(SELECT name FROM pg_settings WHERE pending_restart AND name IN ('wal_level', 'archive_mode') ORDER BY name)
+           AS pending,
+       last_archived_wal,
+       (EXTRACT(epoch FROM last_archived_time) * 1000)::bigint AS last_archived_at_ms,
+       last_failed_wal,
+       (EXTRACT(epoch FROM last_failed_time) * 1000)::bigint AS last_failed_at_ms
+  FROM pg_stat_archiver";
 /// What `archive_command` shows of itself as long as `archive_mode` is off.
 const DISABLED: &str = "(disabled)";
 
@@ -25,6 +38,21 @@ pub struct Archiving {
     archive_timeout_s: u32,
     /// Settings of the server's command line, which nothing overrides.
     fixed: Vec<String>,
+}
+
+/// How a server that writes archives just now. Read by [`Session::archiver`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Archiver {
+    /// `archive_mode`: `off`, `on` or `always`.
+    pub mode: String,
+    /// Whether there is an `archive_command` or an `archive_library`.
+    pub has_command: bool,
+    /// Settings of archiving that wait for a restart.
+    pub pending_restart: Vec<String>,
+    /// The last file it archived, and when; server's clock, Unix milliseconds.
+    pub last_archived: Option<(String, i64)>,
+    /// The file it failed at, as long as it has archived none since.
+    pub failing_at: Option<String>,
 }
 
 /// How it shall.
@@ -163,6 +191,29 @@ impl Session {
             }
         }
         Ok(archiving)
+    }
+
+    /// How the server archives just now; `None` for a standby, whose WAL is its primary's.
+    pub async fn archiver(&self) -> Result<Option<Archiver>, Error> {
+        let row = self.one("ask how the server archives", ARCHIVER, &[]).await?;
+        if row.get("is_standby") {
+            return Ok(None);
+        }
+        let at = |wal: &str, at_ms: &str| {
+            let wal: Option<String> = row.get(wal);
+            wal.zip(row.get::<_, Option<i64>>(at_ms))
+        };
+        let last_archived = at("last_archived_wal", "last_archived_at_ms");
+        let failed = at("last_failed_wal", "last_failed_at_ms");
+        let archived_at_ms = last_archived.as_ref().map_or(i64::MIN, |(_, at_ms)| *at_ms);
+        let (command, library): (&str, &str) = (row.get("command"), row.get("library"));
+        Ok(Some(Archiver {
+            mode: row.get("mode"),
+            has_command: !matches!(command, "" | DISABLED) || !library.is_empty(),
+            pending_restart: row.get("pending"),
+            last_archived,
+            failing_at: failed.filter(|(_, at_ms)| *at_ms > archived_at_ms).map(|(wal, _)| wal),
+        }))
     }
 
     /// What the role must be granted to make changes and to see that they work; empty when it may.

@@ -89,6 +89,18 @@ pub enum Error {
         /// What to change.
         cure: String,
     },
+    /// A server that was restored and recovered does not start by its own settings.
+    #[error(
+        "start the server in {directory}, which was recovered and stopped, as its settings say: {found}"
+    )]
+    NotOpened {
+        /// Its directory, which is ready.
+        directory: String,
+        /// What its log says.
+        found: String,
+        /// What to do.
+        cure: String,
+    },
     /// Somebody else holds the lock for this class of work.
     #[error("take the {class} lock of the cluster: {holder}")]
     Busy {
@@ -488,6 +500,7 @@ impl From<Error> for Failure {
                 told(Code::PermissionDenied, Action::FixConfig, grant)
             }
             Error::Setting { cure, .. } => told(Code::ServerSetting, Action::FixConfig, cure),
+            Error::NotOpened { cure, .. } => told(Code::SandboxFailed, Action::FixConfig, cure),
             Error::Busy { .. } => told(
                 Code::ClusterBusy,
                 Action::Retry,

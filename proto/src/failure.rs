@@ -140,6 +140,8 @@ codes! {
     WalRefused = "WAL_REFUSED",
     /// Other content is archived under the name of a WAL file.
     WalConflict = "WAL_CONFLICT",
+    /// A server was set up to archive, and its segment did not come into the archive.
+    WalNotArchived = "WAL_NOT_ARCHIVED",
     /// Nobody answers at the socket of the WAL service.
     WalServiceAway = "WAL_SERVICE_AWAY",
     /// The PostgreSQL programs of the needed version are not installed.

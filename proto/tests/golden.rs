@@ -16,9 +16,10 @@ use proto::job::{
     VerifyRestoreOutcome,
 };
 use proto::message::{
-    Beacon, Cancel, Claim, ClaimMessage, ClusterOffer, Control, Decline, DeclineReason, Denial,
-    DenialReason, Grant, Nonce, Offers, Pulse, Report, ReportBody, RepositoryOffer, Revoked,
-    RunningAttempt, Slots, Spec, Ticket, WalAncestor, WalStanding, WalWaiting,
+    ArchiveSetup, Beacon, Cancel, Claim, ClaimMessage, ClusterOffer, Control, Decline,
+    DeclineReason, Denial, DenialReason, Grant, Nonce, Offers, Pulse, Report, ReportBody,
+    RepositoryOffer, Revoked, RunningAttempt, Slots, Spec, Ticket, WalAncestor, WalStanding,
+    WalWaiting,
 };
 use proto::proof::{CheckOutcome, Phase, ProofCheck};
 use proto::{
@@ -487,6 +488,7 @@ fn the_conversation() {
                     files: true,
                     remote: false,
                     problem: Some(failure()),
+                    archive: None,
                 }],
                 repositories: vec![RepositoryOffer {
                     name: "main".to_owned(),
@@ -537,7 +539,7 @@ fn the_conversation() {
 }
 
 #[test]
-fn an_offer_says_that_files_are_read_over_connections() {
+fn an_offer_says_how_files_are_read_and_how_wal_is_archived() {
     let offer = ClusterOffer {
         name: "orders".parse().unwrap(),
         labels: BTreeMap::new(),
@@ -547,8 +549,16 @@ fn an_offer_says_that_files_are_read_over_connections() {
         files: true,
         remote: true,
         problem: None,
+        archive: None,
     };
     golden("offer.remote", &offer);
+    let archive = Some(ArchiveSetup {
+        mode: "off".to_owned(),
+        has_command: true,
+        pending_restart: vec!["archive_mode".to_owned()],
+        failing_at: Some("0000000A00000016000000B3".to_owned()),
+    });
+    golden("offer.archive", &ClusterOffer { archive, remote: false, ..offer });
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::time::Duration;
 use futures::future::join_all;
 use postgres::binaries::Binaries;
 use postgres::{Purpose, connect_maintenance};
-use proto::message::{ClusterOffer, Offers, RepositoryOffer};
+use proto::message::{ArchiveSetup, ClusterOffer, Offers, RepositoryOffer};
 use proto::{Action, Code, Failure, JobId};
 
 use crate::attempt::scrub_failure;
@@ -18,8 +18,8 @@ const LOOK_MAX: Duration = Duration::from_secs(10);
 /// The majors a sandbox may be asked for.
 const MAJORS: std::ops::RangeInclusive<u32> = 14..=18;
 
-/// Looks at everything this worker serves.
-pub(crate) async fn look(shared: &Shared) -> Offers {
+/// Looks at everything this worker serves. `majors` are those that were found before, where that is not long ago.
+pub(crate) async fn look(shared: &Shared, majors: Option<Vec<u32>>) -> Offers {
     let clusters = join_all(shared.places.clusters().map(|cluster| look_at(shared, cluster))).await;
     let bin_dirs = native::bin_dirs(&shared.config);
     Offers {
@@ -35,7 +35,10 @@ pub(crate) async fn look(shared: &Shared) -> Offers {
             })
             .collect(),
         restore_roots: shared.config.allow.restore_roots.iter().map(ToString::to_string).collect(),
-        postgres_majors: majors(&bin_dirs).await,
+        postgres_majors: match majors {
+            Some(majors) => majors,
+            None => find_majors(&bin_dirs).await,
+        },
     }
 }
 
@@ -44,7 +47,7 @@ fn silent(cluster: &proto::ClusterName, what: &str) -> Failure {
     Failure::new(Code::ServerUnreachable, Action::Retry, message)
 }
 
-async fn majors(bin_dirs: &[std::path::PathBuf]) -> Vec<u32> {
+async fn find_majors(bin_dirs: &[std::path::PathBuf]) -> Vec<u32> {
     let mut found = Vec::new();
     for major in MAJORS {
         if Binaries::find(major, bin_dirs).await.is_ok() {
@@ -64,15 +67,23 @@ async fn look_at(shared: &Shared, cluster: &Cluster) -> ClusterOffer {
         files: false,
         remote: false,
         problem: None,
+        archive: None,
     };
     let asked = tokio::time::timeout(LOOK_MAX, async {
         let purpose = Purpose::ask(&JobId(shared.boot.0));
         let session = connect_maintenance(&cluster.target, &purpose).await?;
         let identity = session.identity().await?;
-        Ok::<_, postgres::Error>((session, identity))
+        let archiver = session.archiver().await?;
+        Ok::<_, postgres::Error>((session, identity, archiver))
     });
     match asked.await {
-        Ok(Ok((session, identity))) => {
+        Ok(Ok((session, identity, archiver))) => {
+            offer.archive = archiver.map(|archiver| ArchiveSetup {
+                mode: archiver.mode,
+                has_command: archiver.has_command,
+                pending_restart: archiver.pending_restart,
+                failing_at: archiver.failing_at,
+            });
             offer.system_identifier = Some(identity.system_identifier);
             offer.server_version_num = Some(identity.version.0);
             // A dead mount answers nobody.
@@ -120,6 +131,7 @@ mod tests {
             files: false,
             remote: false,
             problem: Some(problem),
+            archive: None,
         });
         let told = serde_json::to_string(&offer).unwrap();
         assert!(!told.contains("hunter2"), "{told}");

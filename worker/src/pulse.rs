@@ -14,16 +14,19 @@ use crate::{clock, offers};
 pub(crate) const PULSE_EVERY: Duration = Duration::from_secs(3);
 /// How long the first pulse waits for the first look.
 const FIRST_LOOK_MAX: Duration = Duration::from_secs(5);
-/// How often the offers are looked at for changes.
-const OFFERS_EVERY: Duration = Duration::from_secs(30);
-
+/// How often the offers are looked at for changes: a server that is down shows after that.
+const OFFERS_EVERY: Duration = Duration::from_secs(10);
+/// Which programs are installed is looked at every so many times.
+const MAJORS_EVERY: u64 = 30;
 /// Offers are repeated every so many pulses, in case one was lost on its way.
 const REPEAT_OFFERS: u64 = 20;
 
 /// Looks at the servers again and again; a server that hangs delays the next look and no pulse.
 pub(crate) async fn look_around(shared: Arc<Shared>) {
-    loop {
-        let offers = offers::look(&shared).await;
+    for look in 0_u64.. {
+        let known = shared.offered.borrow().as_ref().map(|offers| offers.postgres_majors.clone());
+        let known = known.filter(|_| !look.is_multiple_of(MAJORS_EVERY));
+        let offers = offers::look(&shared, known).await;
         let changed = shared.offered.send_if_modified(|offered| {
             let changed = offered.as_ref() != Some(&offers);
             *offered = Some(offers);

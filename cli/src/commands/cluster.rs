@@ -7,7 +7,7 @@ use proto::{ClusterName, Failure};
 
 use crate::args::{ClusterCommand, Output};
 use crate::client::Client;
-use crate::commands::order;
+use crate::commands::{archiving, order};
 use crate::exit::Exit;
 use crate::{environment, output};
 
@@ -99,8 +99,7 @@ fn details(view: &ClusterView, now_ms: i64) -> String {
         }
     }
     let up_to = |point: i64| {
-        let at = jiff::Timestamp::from_millisecond(point / 1_000 * 1_000).unwrap_or_default();
-        format!("up to {at}, {}", output::ago(now_ms, Some(point)))
+        format!("up to {}, {}", output::time(point), output::ago(now_ms, Some(point)))
     };
     let (proved, unproved) = (view.recoverable_to_at_ms, view.unproved_to_at_ms);
     if unproved.is_some() || proved.is_some() {
@@ -124,6 +123,10 @@ fn details(view: &ClusterView, now_ms: i64) -> String {
     let promised: Vec<String> = promised.collect();
     if !promised.is_empty() {
         row("objectives", promised.join(", "));
+    }
+    if let Some(setup) = &view.archive {
+        let said = archiving::said(&view.name, setup, view.wal.as_ref(), now_ms);
+        row("archiving", [said.what, said.cure].join(". ").trim_end_matches(['.', ' ']).to_owned());
     }
     if let Some(wal) = &view.wal {
         row("wal", archive(wal));

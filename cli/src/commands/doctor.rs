@@ -4,10 +4,11 @@ use std::path::Path;
 use std::time::Duration;
 
 use broker::{Broker, RabbitOptions};
-use coordinator::api::types::{HealthView, WorkerView};
+use coordinator::api::types::{ClusterView, HealthView, WorkerView};
 use postgres::binaries::Binaries;
 use postgres::{Environment, Purpose, connect_maintenance};
-use proto::{Failure, JobId, SecretRef};
+use proto::message::{ArchiveSetup, ClusterOffer, WalStanding};
+use proto::{ClusterName, Failure, JobId, SecretRef};
 use secrecy::SecretString;
 use serde::Serialize;
 use worker::config::WorkerConfig;
@@ -16,6 +17,7 @@ use worker::places::Places;
 
 use crate::args::{Doctor, Output};
 use crate::client::Client;
+use crate::commands::archiving;
 use crate::commands::repo::SINGLE_WRITER;
 use crate::exit::Exit;
 use crate::{configs, environment, output, secrets};
@@ -50,7 +52,11 @@ pub(crate) async fn run(
     }
     output::show(format, &findings, |findings| {
         let row = |finding: &Finding| {
-            let mark = if finding.good { "ok  " } else { "FAIL" };
+            let mark = match (finding.good, finding.hint.is_empty()) {
+                (true, true) => "ok  ",
+                (true, false) => "note",
+                (false, _) => "FAIL",
+            };
             let hint = match finding.hint.as_str() {
                 "" => String::new(),
                 hint => format!("\n     {:<26} {hint}", ""),
@@ -103,6 +109,8 @@ async fn coordinator(client: &Client, required: bool, findings: &mut Vec<Finding
             }
         }
     }
+    // Without them it is still known what each worker says.
+    let clusters = client.get::<Vec<ClusterView>>("/v1/clusters").await.unwrap_or_default();
     if let Ok(workers) = client.get::<Vec<WorkerView>>("/v1/workers").await {
         let now_ms = environment::now_ms();
         for worker in workers {
@@ -113,18 +121,53 @@ async fn coordinator(client: &Client, required: bool, findings: &mut Vec<Finding
                 ..good(format!("worker {}", worker.name), detail)
             });
             for cluster in worker.offers.iter().flat_map(|offers| &offers.clusters) {
-                let what = format!("cluster {}", cluster.name);
-                findings.push(match &cluster.problem {
-                    Some(failure) => bad(what, failure),
-                    None if cluster.remote => {
-                        let how = "which reads its files over connections";
-                        good(what, format!("served by {}, {how}", worker.name))
-                    }
-                    None => good(what, format!("served by {}", worker.name)),
-                });
+                if !worker.alive {
+                    // What a dead worker said last is no news of the server.
+                    let what = format!("cluster {}", cluster.name);
+                    let detail = format!("not known: worker {} was last heard {seen}", worker.name);
+                    let hint = format!("Start worker {} again, and look at its log.", worker.name);
+                    findings.push(Finding { good: false, hint, ..good(what, detail) });
+                    continue;
+                }
+                let view = clusters.iter().find(|view| view.name == cluster.name);
+                let wal = view.and_then(|view| view.wal.as_ref());
+                findings.extend(served(worker.name.as_str(), cluster, wal, now_ms));
             }
         }
     }
+}
+
+/// What a living worker says of a cluster.
+fn served(
+    worker: &str,
+    cluster: &ClusterOffer,
+    wal: Option<&WalStanding>,
+    now_ms: i64,
+) -> Vec<Finding> {
+    let what = format!("cluster {}", cluster.name);
+    let mut findings = vec![match &cluster.problem {
+        Some(failure) => bad(what, failure),
+        None if cluster.remote => {
+            good(what, format!("served by {worker}, which reads its files over connections"))
+        }
+        None => good(what, format!("served by {worker}")),
+    }];
+    if let Some(setup) = &cluster.archive {
+        findings.push(archives(&cluster.name, setup, wal, now_ms));
+    }
+    findings
+}
+
+/// Whether its WAL comes into its archive.
+fn archives(
+    cluster: &ClusterName,
+    setup: &ArchiveSetup,
+    wal: Option<&WalStanding>,
+    now_ms: i64,
+) -> Finding {
+    let said = archiving::said(cluster, setup, wal, now_ms);
+    let what = format!("archiving of {cluster}");
+    Finding { what, good: said.is_good, detail: said.what, hint: said.cure }
 }
 
 /// What a coordinator says of itself, one finding each.
@@ -190,8 +233,10 @@ async fn configuration(path: &Path, findings: &mut Vec<Finding>) {
     let purpose = Purpose::ask(&JobId::mint(now_ms, environment::random()));
     for cluster in places.clusters() {
         let what = format!("cluster {}", cluster.config.name);
+        let mut archiver = None;
         let looked = async {
             let session = connect_maintenance(&cluster.target, &purpose).await?;
+            archiver = session.archiver().await?;
             let server = session.identity().await?;
             postgres::settings::require_for_backup(&session).await?;
             let access = native::access(cluster, &server, &session).await?;
@@ -204,6 +249,23 @@ async fn configuration(path: &Path, findings: &mut Vec<Finding>) {
             Ok(detail) => good(what, detail),
             Err(failure) => bad(what, &failure),
         });
+        if let Some(archiver) = archiver {
+            let last = archiver.last_archived;
+            let setup = ArchiveSetup {
+                mode: archiver.mode,
+                has_command: archiver.has_command,
+                pending_restart: archiver.pending_restart,
+                failing_at: archiver.failing_at,
+            };
+            let mut found = archives(&cluster.config.name, &setup, None, environment::now_ms());
+            if let (true, Some((file, at_ms))) = (setup.has_command && found.good, last) {
+                let at = output::time(at_ms);
+                found.detail =
+                    format!("on (archive_mode = {}), last archived {file} at {at}", setup.mode);
+                found.hint.clear();
+            }
+            findings.push(found);
+        }
     }
 }
 
@@ -223,6 +285,34 @@ mod tests {
     use proto::envelope::SigningKey;
 
     use super::*;
+
+    #[test]
+    fn a_cluster_is_told_with_its_archive() {
+        let setup = ArchiveSetup {
+            mode: "off".to_owned(),
+            has_command: true,
+            pending_restart: vec!["archive_mode".to_owned()],
+            failing_at: None,
+        };
+        let offer = |problem, archive| ClusterOffer {
+            name: "orders".parse().unwrap(),
+            labels: std::collections::BTreeMap::new(),
+            repository: None,
+            system_identifier: None,
+            server_version_num: None,
+            files: true,
+            remote: false,
+            problem,
+            archive,
+        };
+        let found = served("w1", &offer(None, Some(setup)), None, 1);
+        let told: Vec<(&str, bool)> = found.iter().map(|f| (f.what.as_str(), f.good)).collect();
+        assert_eq!(told, [("cluster orders", true), ("archiving of orders", false)]);
+        assert!(found[1].detail.starts_with("PENDING RESTART"), "{found:?}");
+        let down = Failure::new(proto::Code::ServerUnreachable, proto::Action::Retry, "it is down");
+        let found = served("w1", &offer(Some(down), None), None, 1);
+        assert!(found.len() == 1 && !found[0].good, "{found:?}");
+    }
 
     #[test]
     fn each_part_of_a_coordinator_has_its_own_finding() {

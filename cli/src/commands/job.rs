@@ -43,7 +43,7 @@ pub(crate) async fn run(
                 () = interrupted => return Ok(Exit::Interrupted),
             };
             follow::report(&view, format);
-            return Ok(Exit::of_job(view.state, view.failure.as_ref()));
+            return Ok(follow::ended(&view));
         }
         JobCommand::Trace { job } => {
             let job = find(client, job).await?;

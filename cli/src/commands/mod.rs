@@ -1,5 +1,6 @@
 //! The commands: one file a group, wiring and printing only.
 
+mod archiving;
 mod backup;
 mod backups;
 mod cluster;

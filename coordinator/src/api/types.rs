@@ -11,7 +11,7 @@ use policy::state::ClusterState;
 use proto::envelope::{Certificate, PublicKey, Signed};
 use proto::failure::Failure;
 use proto::job::{BackupOutcome, JobKind, JobState, Lane, Outcome, Task};
-use proto::message::{Offers, WalStanding};
+use proto::message::{ArchiveSetup, Offers, WalStanding};
 use proto::proof::{Proof, ProofLevel};
 use proto::step::{Progress, Step};
 use proto::{
@@ -267,6 +267,9 @@ pub struct ClusterView {
     /// How the archive of its WAL stands; absent where it archives nothing into its repository.
     #[serde(default)]
     pub wal: Option<WalStanding>,
+    /// How its server is set up to archive, as its worker sees it now; absent while nobody knows.
+    #[serde(default)]
+    pub archive: Option<ArchiveSetup>,
     /// Its newest backup.
     pub backup: Option<BackupView>,
     /// Unfinished jobs.

@@ -393,6 +393,7 @@ impl Worker {
                     files: true,
                     remote: false,
                     problem: None,
+                    archive: None,
                 })
                 .collect(),
             repositories: vec![RepositoryOffer {

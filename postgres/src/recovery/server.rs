@@ -447,14 +447,14 @@ SELECT pg_catalog.pg_is_in_recovery(),
         program.run(OPEN_TIMEOUT, self.cancel).await.map(drop).map_err(|error| match error {
             Error::Program { .. } => {
                 let log = whole_log(&self.directory.join(SERVER_LOG)).unwrap_or_default();
-                let directory = self.directory.display();
-                Error::Setting {
-                    what: format!("start the server in {directory}, which was recovered and stopped, as its settings say"),
+                let directory = self.directory.display().to_string();
+                Error::NotOpened {
                     found: fatal_line(&log).unwrap_or("its log says why").to_owned(),
                     cure: format!(
                         "The directory is ready and need not be restored again. Beside the server that it is a copy of, start it elsewhere: \
                          pg_ctl -D {directory} -o '-c port=5433 -c unix_socket_directories=/tmp' start. Its log is {SERVER_LOG} there."
                     ),
+                    directory,
                 }
             }
             other => other,

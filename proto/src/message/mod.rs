@@ -15,7 +15,7 @@ pub use claim::{Claim, ClaimMessage, Decline, DeclineReason, Nonce};
 pub use control::{Beacon, Cancel, Control, Denial, DenialReason, Grant, Revoked, Spec};
 pub use pulse::{ClusterOffer, Offers, Pulse, RepositoryOffer, RunningAttempt, Slots};
 pub use report::{Report, ReportBody};
-pub use wal::{WalAncestor, WalStanding, WalWaiting};
+pub use wal::{ArchiveSetup, WalAncestor, WalStanding, WalWaiting};
 
 use crate::{AttemptId, ClusterName, JobId, JobKind, Lane};
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::WalStanding;
+use super::{ArchiveSetup, WalStanding};
 use crate::failure::Failure;
 use crate::step::Progress;
 use crate::{AttemptId, BootId, ClusterName, JobKind, SiteName, SystemIdentifier, WorkerName};
@@ -103,6 +103,9 @@ pub struct ClusterOffer {
     /// What stands in the way, if anything.
     #[serde(default)]
     pub problem: Option<Failure>,
+    /// How the server is set up to archive its WAL, when it could be asked; a standby has its primary's WAL.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub archive: Option<ArchiveSetup>,
 }
 
 /// A repository a worker can open.

@@ -38,6 +38,21 @@ pub struct WalStanding {
     pub gap: Option<SegmentName>,
 }
 
+/// How a server is set up to archive its WAL, by its own words: what to do about it, not whether it works.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ArchiveSetup {
+    /// `archive_mode` as it is in effect: `off`, `on` or `always`.
+    pub mode: String,
+    /// Whether there is an `archive_command` or an `archive_library`.
+    pub has_command: bool,
+    /// Settings of archiving that were changed and wait for a restart of the server.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pending_restart: Vec<String>,
+    /// The file at which its archiver failed, as long as it has archived none since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failing_at: Option<String>,
+}
+
 /// A timeline that was left for another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WalAncestor {

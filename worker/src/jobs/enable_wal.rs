@@ -186,7 +186,7 @@ async fn see(
     while !session.archives_by(command).await? {
         if Instant::now() > read_by {
             let what = "the server has not taken over the settings, which were written into postgresql.auto.conf";
-            return Err(Failure::new(Code::ServerSetting, Action::FixConfig, what)
+            return Err(Failure::new(Code::WalNotArchived, Action::FixConfig, what)
                 .with_hint("Its log says why; see also pg_file_settings."));
         }
         pause(cx).await?;
@@ -217,7 +217,7 @@ async fn see(
         "segment {segment} did not come into the archive within {} seconds; {said}",
         SEEN_WITHIN.as_secs()
     );
-    Err(Failure::new(Code::ServerSetting, Action::FixConfig, what).with_hint(
+    Err(Failure::new(Code::WalNotArchived, Action::FixConfig, what).with_hint(
         "The server's log has what archive_command said. The settings stay; the server keeps its WAL and tries again.",
     ))
 }
