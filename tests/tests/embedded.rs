@@ -143,6 +143,7 @@ async fn up_that_is_stopped_leaves_its_state_and_nothing_else() -> anyhow::Resul
     let done = program.wait(BOUND)?;
     ensure!(done.code() == INTERRUPTED, "{done}");
     ensure!(!done.stdout.contains("PROVED"), "{done}");
+    ensure!(done.stderr.contains("Interrupted; clearing up"), "{done}");
     is_over().await.with_context(|| done.to_string())?;
 
     // When the first backup is proved, to be told to stop is the usual end.
@@ -152,5 +153,7 @@ async fn up_that_is_stopped_leaves_its_state_and_nothing_else() -> anyhow::Resul
     program.terminate()?;
     let done = program.wait(BOUND)?;
     ensure!(done.code() == 0, "{done}");
+    ensure!(done.stderr.contains("run: pgmuster cluster enable-wal main"), "{done}");
+    ensure!(done.stderr.contains("Stopped: nothing is backed up or proved until"), "{done}");
     is_over().await.with_context(|| done.to_string())
 }

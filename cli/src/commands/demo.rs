@@ -184,7 +184,7 @@ async fn after_start(
     restore_root: &Path,
     before: &str,
 ) -> Result<Exit, Failure> {
-    let proved = back_up_and_prove(whole, name, ProofLevel::L5).await?;
+    let proved = back_up_and_prove(whole, name, ProofLevel::L5).await?.exit;
     if proved != Exit::Ok {
         return Ok(proved);
     }

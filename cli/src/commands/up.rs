@@ -13,6 +13,7 @@ use worker::engines::native::{self, Access};
 use worker::places::Cluster;
 
 use crate::args::Up;
+use crate::commands::archiving;
 use crate::embedded::{Embedded, Served};
 use crate::exit::Exit;
 use crate::{environment, follow, output};
@@ -55,39 +56,75 @@ pub(crate) async fn run(args: Up) -> Result<Exit, Failure> {
     }
     let ended = tokio::select! {
         ended = first_proof(&whole, &args) => ended,
-        () = &mut interrupted => Ok(Exit::Interrupted),
+        () = &mut interrupted => {
+            output::talk("Interrupted; clearing up. What is stored already is stored.");
+            whole.stop().await;
+            return Ok(Exit::Interrupted);
+        }
     };
-    if args.once || !matches!(ended, Ok(Exit::Ok)) {
-        whole.stop().await;
-        return ended;
+    // A proof that fell short takes nothing from the backup that is there, nor from what can be ordered now.
+    let first = match ended {
+        Ok(first) if !args.once && first.has_backup => first,
+        ended => {
+            whole.stop().await;
+            return ended.map(|first| first.exit);
+        }
+    };
+    if first.exit != Exit::Ok {
+        output::talk(&format!(
+            "  The backup is there, and its proof fell short. This goes on: when the cause is cured, run pgmuster verify {}.",
+            args.name
+        ));
     }
     output::talk(&format!(
         "  Another terminal can order now: pgmuster --coordinator {} status (or backup, verify, restore). Ctrl-C stops.",
         home.join("coordinator.sock").display()
     ));
     interrupted.await;
+    output::talk("Stopping");
     whole.stop().await;
+    output::talk(&format!(
+        "Stopped: nothing is backed up or proved until pgmuster up runs again. Everything is kept in {}.",
+        home.display()
+    ));
     Ok(Exit::Ok)
 }
 
-/// Backs the cluster up, proves the backup and says so.
-async fn first_proof(whole: &Embedded, args: &Up) -> Result<Exit, Failure> {
-    let done = back_up_and_prove(whole, &args.name, args.level).await?;
-    if done == Exit::Ok {
-        let cluster: ClusterView = whole.client.get(&format!("/v1/clusters/{}", args.name)).await?;
-        if let Some(proof) = cluster.backup.and_then(|backup| backup.proof) {
-            output::data(&worker::proving::sentence(&proof.record));
+/// Backs the cluster up, proves the backup, and says so and what its WAL adds.
+async fn first_proof(whole: &Embedded, args: &Up) -> Result<First, Failure> {
+    let first = back_up_and_prove(whole, &args.name, args.level).await?;
+    let cluster: ClusterView = whole.client.get(&format!("/v1/clusters/{}", args.name)).await?;
+    if first.exit == Exit::Ok
+        && let Some(proof) = cluster.backup.and_then(|backup| backup.proof)
+    {
+        output::data(&worker::proving::sentence(&proof.record));
+    }
+    if let Some(setup) = cluster.archive.filter(|_| first.has_backup) {
+        let now_ms = environment::now_ms();
+        let said = archiving::said(&args.name, &setup, cluster.wal.as_ref(), now_ms);
+        output::talk(&format!("  archiving   {}", said.what));
+        if !said.cure.is_empty() {
+            output::talk(&format!("              {}", said.cure));
         }
     }
-    Ok(done)
+    Ok(first)
 }
 
-/// Orders a backup and its proof, shows both, and returns how the last of them ended.
+/// How the first backup and its proof ended.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct First {
+    /// The last of the two that there was.
+    pub(crate) exit: Exit,
+    /// The backup is there, whatever its proof says.
+    pub(crate) has_backup: bool,
+}
+
+/// Orders a backup and its proof, and shows both.
 pub(crate) async fn back_up_and_prove(
     whole: &Embedded,
     cluster: &proto::ClusterName,
     level: ProofLevel,
-) -> Result<Exit, Failure> {
+) -> Result<First, Failure> {
     announced(whole, cluster).await?;
     let task = Task::Backup(proto::job::Backup { fast_checkpoint: true, ..Default::default() });
     let request = SubmitRequest {
@@ -98,13 +135,14 @@ pub(crate) async fn back_up_and_prove(
     let backup: JobView = whole.client.post("/v1/jobs", &request).await?;
     let mut view = follow::wait(&whole.client, backup.id, FIRST_MAX, true).await?;
     tell(&view);
+    let has_backup = view.state == proto::JobState::Succeeded;
     while view.state == proto::JobState::Succeeded
         && let Some(next) = view.followed_by.first().copied()
     {
         view = follow::wait(&whole.client, next, FIRST_MAX, true).await?;
         tell(&view);
     }
-    Ok(Exit::of_job(view.state, view.failure.as_ref()))
+    Ok(First { exit: Exit::of_job(view.state, view.failure.as_ref()), has_backup })
 }
 
 fn tell(view: &JobView) {
