@@ -1023,16 +1023,32 @@ pub struct WalGet {
 /// `recovery …`.
 #[derive(Debug, Subcommand)]
 pub enum RecoveryCommand {
-    /// The stretches of each cluster's log that can be reached from a backup, by timeline, and the gaps between them.
+    /// The stretches of each cluster's log that can be reached from a backup, with their times, and the gaps between them.
     ///
-    /// Read from the repository alone. A window begins where its oldest backup ends, and ends where the unbroken line of WAL
-    /// does; anything between can be recovered. The exit code is 3 when there is a gap, or a file that cannot be read.
+    /// With the URL of a repository, read from there alone, by timeline; with the name of a cluster, what the coordinator has heard of
+    /// it. A window begins where its oldest backup ends, and ends where the unbroken line of WAL does; anything between can be
+    /// recovered, and TO is when its last transaction ended. The exit code is 3 when there is a gap, or a file that cannot be read.
     Windows {
-        /// Which repository.
+        /// The repository, `file:///path` or `s3://bucket/prefix`; or a cluster that the coordinator knows.
+        #[arg(value_name = "URL|CLUSTER")]
+        place: String,
+        /// What opens the repository.
         #[command(flatten)]
-        at: RepositoryAt,
-        /// Only this cluster.
+        opener: WindowsOpener,
+        /// Only this cluster of the repository.
         #[arg(long, value_name = "NAME")]
         cluster: Option<ClusterName>,
     },
+}
+
+/// What opens a repository that was named instead of a cluster.
+#[derive(Debug, Args)]
+#[group(multiple = false)]
+pub struct WindowsOpener {
+    /// Its key file: a path, or `env:NAME` or `exec:/program` for what is not a file.
+    #[arg(long, value_name = "FILE")]
+    pub key: Option<PathBuf>,
+    /// Where its passphrase is: `file:/path`, `env:NAME`, `exec:/program`, or `-` for a line of standard input.
+    #[arg(long, value_name = "REFERENCE")]
+    pub passphrase: Option<String>,
 }

@@ -29,7 +29,8 @@ impl Opener {
         Self::of(args.key.as_deref(), args.passphrase.as_deref()).transpose()
     }
 
-    fn of(key: Option<&Path>, reference: Option<&str>) -> Option<Result<Self, Failure>> {
+    /// The one that was typed, where it may be missing.
+    pub(crate) fn of(key: Option<&Path>, reference: Option<&str>) -> Option<Result<Self, Failure>> {
         match (key, reference) {
             (Some(key), _) => Some(key_file(key).map(Self::KeyFile)),
             (None, Some(reference)) => Some(passphrase(reference).map(Self::Passphrase)),

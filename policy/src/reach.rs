@@ -39,7 +39,7 @@ pub(crate) fn is_on_the_way(timeline: Timeline, lsn: Lsn, wal: &WalStanding) -> 
 }
 
 /// Whether the archive has WAL that the server cannot have written, so that nothing of it counts as the server's.
-pub(crate) fn is_foreign(wal: &WalStanding) -> bool {
+pub fn is_foreign(wal: &WalStanding) -> bool {
     wal.archived_to > wal.server_lsn
 }
 

@@ -61,7 +61,7 @@ pub(crate) async fn run(cli: Cli) -> Result<Exit, Failure> {
         Command::Job(command) => job::run(&client()?, command, format).await,
         Command::Repo(command) => repo::run(command, format).await,
         Command::Wal(command) => wal::run(command).await,
-        Command::Recovery(command) => recovery::run(command, format).await,
+        Command::Recovery(command) => recovery::run(client, command, format).await,
         Command::Doctor(args) => doctor::run(client(), &args, format).await,
         Command::Config(command) => config::run(&command, format),
     }

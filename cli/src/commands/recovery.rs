@@ -1,47 +1,191 @@
-//! `recovery …`: to which moments clusters can be recovered, told by their repository.
+//! `recovery …`: to which moments clusters can be recovered, told by their repository, or of one cluster by what its coordinator
+//! knows.
 
 use std::fmt::Write as _;
 
-use proto::Failure;
-use worker::archive::{Recoverable, recoverable};
+use coordinator::api::types::{BackupView, ClusterView};
+use policy::reach::{BackupEnd, is_foreign, leads_on, recovery_point};
+use proto::message::WalStanding;
+use proto::{Action, BackupKind, ClusterName, Code, Failure};
+use serde::Serialize;
+use worker::archive::{Recoverable, Window, recoverable};
 
 use crate::args::{Output, RecoveryCommand};
-use crate::commands::repo;
+use crate::client::Client;
+use crate::commands::repo::Named;
 use crate::exit::Exit;
-use crate::{environment, output};
+use crate::opener::Opener;
+use crate::output;
 
 /// `recovery …`.
-pub(crate) async fn run(command: RecoveryCommand, format: Output) -> Result<Exit, Failure> {
-    let RecoveryCommand::Windows { at, cluster } = command;
-    let repository = repo::open(&at.url, &at.opener).await?;
-    let all = recoverable(&repository, cluster.as_ref()).await?;
-    output::show(format, &all, |all| said(all));
-    Ok(if all.iter().all(Recoverable::is_whole) { Exit::Ok } else { Exit::Findings })
+pub(crate) async fn run(
+    client: impl Fn() -> Result<Client, Failure>,
+    command: RecoveryCommand,
+    format: Output,
+) -> Result<Exit, Failure> {
+    let RecoveryCommand::Windows { place, opener, cluster } = command;
+    let opener = Opener::of(opener.key.as_deref(), opener.passphrase.as_deref()).transpose()?;
+    match (place.contains("://"), opener) {
+        (true, Some(opener)) => {
+            let repository = Named { url: place, opener }.open().await?;
+            let all = recoverable(&repository, cluster.as_ref()).await?;
+            output::show(format, &all, |all| said(all));
+            Ok(if all.iter().all(Recoverable::is_whole) { Exit::Ok } else { Exit::Findings })
+        }
+        (true, None) => Err(invalid(
+            format!("nothing opens {place}"),
+            "Give its key (--key FILE or --passphrase REFERENCE), or the name of a cluster instead of the URL.",
+        )),
+        (false, None) if cluster.is_none() => by_coordinator(&client()?, &place, format).await,
+        (false, _) => Err(invalid(
+            format!("{place} is no URL of a repository"),
+            "Write file:///path or s3://bucket/prefix before --key and --cluster; or a cluster's name alone.",
+        )),
+    }
+}
+
+fn invalid(what: String, hint: &str) -> Failure {
+    Failure::new(Code::RequestInvalid, Action::FixConfig, what).with_hint(hint)
+}
+
+/// What a coordinator knows of the windows of one cluster.
+#[derive(Debug, Serialize)]
+struct Known {
+    cluster: ClusterName,
+    /// Where to ask for all there is to know.
+    repository: Option<String>,
+    windows: Vec<Window>,
+    /// Why the newest window does not go on, a sentence without a period.
+    trouble: Option<String>,
+}
+
+async fn by_coordinator(client: &Client, name: &str, format: Output) -> Result<Exit, Failure> {
+    let name: ClusterName = name.parse().map_err(|error| {
+        invalid(format!("failed to {error}"), "Name a cluster, or the URL of a repository.")
+    })?;
+    let view: ClusterView = client.get(&format!("/v1/clusters/{name}")).await?;
+    let backups: Vec<BackupView> =
+        client.get(&format!("/v1/backups?cluster={name}&limit=1000")).await?;
+    let ends: Vec<(proto::BackupId, BackupEnd)> = backups.iter().filter_map(end).collect();
+    let wal = view.wal.as_ref();
+    let known = Known {
+        cluster: name,
+        repository: view.repository_location.clone(),
+        trouble: wal.and_then(|wal| wal.gap).map(|gap| {
+            format!("WAL segment {gap} is missing: backups before it lead no further than their own end here")
+        }),
+        windows: known_windows(&ends, wal),
+    };
+    output::show(format, &known, said_of_known);
+    let place = known.repository.as_deref().unwrap_or("URL");
+    output::talk(&format!(
+        "Told by what the coordinator has heard. Every timeline and gap: pgmuster recovery windows {place} --key FILE --cluster {}, where that is reached.",
+        known.cluster
+    ));
+    Ok(if known.trouble.is_some() { Exit::Findings } else { Exit::Ok })
+}
+
+fn end(view: &BackupView) -> Option<(proto::BackupId, BackupEnd)> {
+    let facts = &view.facts;
+    let end = BackupEnd {
+        lineage: facts.lineage,
+        timeline: facts.timeline,
+        stop_lsn: facts.stop_lsn,
+        wal_to: facts.wal_to.unwrap_or(facts.stop_lsn),
+        stopped_at_ms: facts.stopped_at_ms,
+    };
+    (facts.kind() == BackupKind::Physical).then_some((view.id, end))
+}
+
+/// One window along the archive for all backups from which it leads on, and one for each of the others: its own end.
+fn known_windows(
+    backups: &[(proto::BackupId, BackupEnd)],
+    wal: Option<&WalStanding>,
+) -> Vec<Window> {
+    let mut windows: Vec<Window> = Vec::new();
+    let mut along: Option<Window> = None;
+    let mut oldest_first = backups.to_vec();
+    oldest_first.sort_by_key(|(_, end)| end.stopped_at_ms);
+    for (backup, end) in oldest_first {
+        let alone = Window {
+            timeline: end.timeline,
+            backup,
+            backups: 1,
+            from: end.stop_lsn,
+            from_at_ms: end.stopped_at_ms,
+            to: end.stop_lsn,
+            to_at_ms: Some(end.stopped_at_ms),
+            missing: None,
+            before_archive: false,
+        };
+        match wal.filter(|wal| leads_on(&end, wal) && !is_foreign(wal)) {
+            None => windows.push(alone),
+            Some(wal) => match &mut along {
+                Some(along) => {
+                    along.backups += 1;
+                    along.to_at_ms = along.to_at_ms.max(Some(end.stopped_at_ms));
+                }
+                None => {
+                    along = Some(Window {
+                        timeline: wal.timeline,
+                        to: wal.archived_to.max(end.stop_lsn),
+                        to_at_ms: Some(recovery_point(&end, Some(wal))),
+                        ..alone
+                    });
+                }
+            },
+        }
+    }
+    windows.extend(along);
+    windows
+}
+
+const HEAD: [&str; 8] =
+    ["TIMELINE", "FROM BACKUP", "BACKUPS", "FROM", "FROM LSN", "TO", "TO LSN", "MISSING"];
+
+fn row(window: &Window) -> Vec<String> {
+    vec![
+        window.timeline.to_string(),
+        window.backup.to_string(),
+        window.backups.to_string(),
+        output::time(window.from_at_ms),
+        window.from.to_string(),
+        window.to_at_ms.map_or_else(|| "-".to_owned(), output::time),
+        window.to.to_string(),
+        window.missing.clone().unwrap_or_default(),
+    ]
+}
+
+fn said_of_known(known: &Known) -> String {
+    let mut text = output::table(&HEAD, known.windows.iter().map(row).collect());
+    if known.windows.is_empty() {
+        let _ = write!(text, "\n{} has no backup: its WAL leads nowhere.", known.cluster);
+    }
+    if let Some(trouble) = &known.trouble {
+        let _ = write!(text, "\n{}: {trouble}.", known.cluster);
+    }
+    text
 }
 
 fn said(all: &[Recoverable]) -> String {
-    let now_ms = environment::now_ms();
     let mut rows = Vec::new();
     for one in all {
         for window in &one.windows {
-            rows.push(vec![
-                one.cluster.to_string(),
-                window.timeline.to_string(),
-                window.backup.to_string(),
-                window.backups.to_string(),
-                window.from.to_string(),
-                output::ago(now_ms, Some(window.from_at_ms)),
-                window.to.to_string(),
-                window.missing.clone().unwrap_or_default(),
-            ]);
+            rows.push([vec![one.cluster.to_string()], row(window)].concat());
         }
     }
-    let head = ["CLUSTER", "TIMELINE", "FROM BACKUP", "BACKUPS", "FROM", "SINCE", "TO", "MISSING"];
-    let mut text = output::table(&head, rows);
+    let mut text = output::table(&[&["CLUSTER"], &HEAD[..]].concat(), rows);
     for one in all {
         let cluster = &one.cluster;
         if one.windows.is_empty() {
             let _ = write!(text, "\n{cluster} has no backup: its WAL leads nowhere.");
+        }
+        for window in one.windows.iter().filter(|window| window.before_archive) {
+            let _ = write!(
+                text,
+                "\n{cluster}: backup {} was taken before anything was archived: it restores to its own end.",
+                window.backup
+            );
         }
         for gap in &one.gaps {
             let _ = write!(
@@ -68,4 +212,48 @@ fn said(all: &[Recoverable]) -> String {
         }
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::{BackupId, LineageId, Lsn, Timeline};
+
+    use super::*;
+
+    #[test]
+    fn a_coordinator_knows_the_window_along_the_archive_and_each_backup_before_it() {
+        let backup = |n: u8, stop: u64| {
+            let end = BackupEnd {
+                lineage: LineageId::mint(1, [1; 10]),
+                timeline: Timeline(1),
+                stop_lsn: Lsn(stop),
+                wal_to: Lsn(stop),
+                stopped_at_ms: i64::try_from(stop).unwrap() * 1_000,
+            };
+            (BackupId::mint(1, [n; 10]), end)
+        };
+        let backups = [backup(3, 30), backup(1, 10), backup(2, 20)];
+        let wal = WalStanding {
+            cluster: "orders".parse().unwrap(),
+            lineage: LineageId::mint(1, [1; 10]),
+            at_ms: 50_000,
+            timeline: Timeline(1),
+            ancestors: Vec::new(),
+            server_lsn: Lsn(45),
+            line_from: Lsn(15),
+            archived_to: Lsn(40),
+            safe_at_ms: Some(44_000),
+            waiting: None,
+            gap: None,
+        };
+        let found = |wal: Option<&WalStanding>| -> Vec<(u64, u64, usize, Option<i64>)> {
+            let windows = known_windows(&backups, wal);
+            windows.iter().map(|one| (one.from.0, one.to.0, one.backups, one.to_at_ms)).collect()
+        };
+        assert_eq!(found(Some(&wal)), [(10, 10, 1, Some(10_000)), (20, 40, 2, Some(44_000))]);
+        assert_eq!(found(None).len(), 3, "each backup leads to its own end");
+        // What another server wrote is nobody's window.
+        let foreign = WalStanding { server_lsn: Lsn(39), ..wal };
+        assert_eq!(found(Some(&foreign)).len(), 3);
+    }
 }

@@ -8,6 +8,10 @@ use repository::{Identity, Repository, WalInventory};
 use serde::Serialize;
 
 use super::{Reach, way_to};
+use crate::recovering::newest_end;
+
+/// Segments of one window that are looked into for its last transaction; of an idle server the newest ones have none.
+const LOOKED_INTO_MAX: usize = 4;
 
 /// What can be recovered of one lineage.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -54,8 +58,13 @@ pub struct Window {
     pub from_at_ms: i64,
     /// Everything before this position can be recovered.
     pub to: Lsn,
+    /// When the last transaction before that ended, by the server's clock, Unix milliseconds; absent where that is not known
+    /// within the last few segments.
+    pub to_at_ms: Option<i64>,
     /// The segment that is missing there though there was more, if that is why the window ends.
     pub missing: Option<String>,
+    /// The window is the end of a backup that was taken before the server archived anything: there is no gap behind it.
+    pub before_archive: bool,
 }
 
 /// WAL that is not there.
@@ -115,10 +124,16 @@ async fn of_lineage(repository: &Repository, identity: Identity) -> Result<Recov
             .map(|name| name.to_string())
             .unwrap_or_default(),
     });
+    let mut windows = windows(&archive, &backups);
+    for window in &mut windows {
+        let facts = backups.iter().find(|(id, _)| *id == window.backup).map(|(_, facts)| facts);
+        let Some(facts) = facts else { continue };
+        window.to_at_ms = last_moment(repository, identity.lineage, &archive, window, facts).await;
+    }
     Ok(Recoverable {
         lineage: identity.lineage,
         cluster: identity.cluster,
-        windows: windows(&archive, &backups),
+        windows,
         gaps: gaps.collect(),
         without_history: without_history(&archive, &backups),
         damaged: archive
@@ -128,6 +143,28 @@ async fn of_lineage(repository: &Repository, identity: Identity) -> Result<Recov
             .collect(),
         conflicts: archive.conflicts.iter().map(ToString::to_string).collect(),
     })
+}
+
+/// When the last transaction of a window ended. That of a backup alone is its end; what cannot be read is not known.
+async fn last_moment(
+    repository: &Repository,
+    lineage: LineageId,
+    archive: &WalInventory,
+    window: &Window,
+    facts: &BackupFacts,
+) -> Option<i64> {
+    if window.to <= window.from {
+        return Some(window.from_at_ms);
+    }
+    let way = way_to(archive, window.timeline, facts).ok()?;
+    let looked = newest_end(repository, lineage, facts, &way, window.to, LOOKED_INTO_MAX).await;
+    match looked {
+        Ok(moment) => moment.map(jiff::Timestamp::as_millisecond),
+        Err(failure) => {
+            tracing::debug!(%failure, "The end of a window cannot be looked into");
+            None
+        }
+    }
 }
 
 fn first_of(archive: &WalInventory, timeline: Timeline, at: Lsn) -> Option<SegmentName> {
@@ -149,6 +186,7 @@ fn windows(archive: &WalInventory, backups: &[(BackupId, BackupFacts)]) -> Vec<W
             let Ok(way) = way_to(archive, timeline, facts) else { continue };
             let reach = Reach::along(&way, archive, facts);
             let to = reach.to.max(stop);
+            let before_archive = is_before_archive(archive, &reach, facts);
             let window = of_timeline.entry(to).or_insert_with(|| Window {
                 timeline,
                 backup: *id,
@@ -156,7 +194,9 @@ fn windows(archive: &WalInventory, backups: &[(BackupId, BackupFacts)]) -> Vec<W
                 from: stop,
                 from_at_ms: facts.stopped_at_ms,
                 to,
-                missing: reach.is_gap.then(|| reach.missing.file_name(size)),
+                to_at_ms: None,
+                missing: (reach.is_gap && !before_archive).then(|| reach.missing.file_name(size)),
+                before_archive,
             });
             window.backups += 1;
             if stop < window.from {
@@ -168,6 +208,14 @@ fn windows(archive: &WalInventory, backups: &[(BackupId, BackupFacts)]) -> Vec<W
         windows.extend(of_timeline.into_values());
     }
     windows
+}
+
+/// Whether the archive begins behind a backup because nothing was archived when that was taken.
+fn is_before_archive(archive: &WalInventory, reach: &Reach, facts: &BackupFacts) -> bool {
+    let archived_nothing =
+        facts.settings.iter().any(|one| one.name == "archive_mode" && one.value == "off");
+    let mut firsts = archive.timelines.values().filter_map(|wal| wal.runs.first());
+    archived_nothing && reach.is_gap && firsts.all(|run| run.first.number > reach.missing.number)
 }
 
 /// Timelines that have files and no history, though something older is there from which a history would lead to them.
@@ -248,6 +296,26 @@ mod tests {
             .collect();
         let missing = Some("000000010000000000000006".to_owned());
         assert_eq!(found, [(2 * MIB, 6, 2, missing), (8 * MIB + 1, 10, 1, None)]);
+    }
+
+    #[test]
+    fn a_backup_from_before_the_archive_has_no_gap_behind_it() {
+        let (id, mut facts) = backup(1, 1, 2 * MIB);
+        let missing = |facts: &BackupFacts, runs: &[u64]| {
+            let window = windows(&archive(&[(1, runs, "")]), &[(id, facts.clone())]).remove(0);
+            (window.to.0, window.before_archive, window.missing)
+        };
+        let lost = Some("000000010000000000000002".to_owned());
+        assert_eq!(missing(&facts, &[5, 9]), (2 * MIB, false, lost), "it may have been archived");
+        let off = postgres_setting("archive_mode", "off");
+        facts.settings.push(off);
+        assert_eq!(missing(&facts, &[5, 9]), (2 * MIB, true, None));
+        let gap = Some("000000010000000000000004".to_owned());
+        assert_eq!(missing(&facts, &[2, 3, 5, 9]), (4 * MIB, false, gap), "that is a gap");
+    }
+
+    fn postgres_setting(name: &str, value: &str) -> proto::backup::Setting {
+        proto::backup::Setting { name: name.to_owned(), value: value.to_owned() }
     }
 
     #[test]

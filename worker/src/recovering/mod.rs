@@ -130,6 +130,21 @@ pub(crate) async fn range(
     }
 }
 
+/// When the last transaction between the end of a backup and a position of its way ended, if the last `segments_max` segments
+/// before that position say it.
+pub(crate) async fn newest_end(
+    repository: &Repository,
+    lineage: LineageId,
+    facts: &BackupFacts,
+    way: &Way,
+    to: Lsn,
+    segments_max: usize,
+) -> Result<Option<Timestamp>, Failure> {
+    let mut search = Search::new(repository, lineage, facts).within(segments_max);
+    let newest = search.newest_end(way, facts.stop_lsn, to).await?;
+    Ok(newest.map(|moment| moment.at))
+}
+
 struct Planner<'a> {
     repository: &'a Repository,
     lineage: LineageId,

@@ -48,6 +48,11 @@ impl<'a> Search<'a> {
         Self { repository, lineage, major, left: SEGMENTS_MAX, looked: Vec::new() }
     }
 
+    /// The same, looking into fewer segments.
+    pub(super) fn within(self, segments_max: usize) -> Self {
+        Self { left: segments_max, ..self }
+    }
+
     /// Where the log ends that is there up to `to`; `None` when its last segment cannot be looked into.
     pub(super) async fn end(&mut self, way: &Way, to: Lsn) -> Result<Option<Lsn>, Failure> {
         let last = last_number(way, to);
