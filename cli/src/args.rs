@@ -388,6 +388,9 @@ pub struct MomentArgs {
     /// Start the server, see that it came to the moment, and leave it running.
     #[arg(long)]
     pub start: bool,
+    /// Have the server listen at this port, instead of the one in its files: beside the server that it is a copy of.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub port: Option<u16>,
     /// Leave `archive_mode` as the backup has it, instead of switching it off.
     ///
     /// For the server that takes the place of the old one. Two that archive must never share an archive.

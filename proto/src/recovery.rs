@@ -87,6 +87,9 @@ pub struct Recovery {
     /// Leave `archive_mode` as the source had it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub keep_archiving: bool,
+    /// The port the server listens at, instead of the one in the files of the backup.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<u16>,
 }
 
 impl Recovery {
@@ -100,6 +103,7 @@ impl Recovery {
             standby: false,
             start: false,
             keep_archiving: false,
+            port: None,
         }
     }
 

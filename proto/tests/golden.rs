@@ -212,7 +212,9 @@ fn specs_of_every_kind() {
         recovery: Some(recovery),
         keep_archiving: false,
     };
-    golden("spec.restore.moment", &spec(Task::Restore(moment)));
+    golden("spec.restore.moment", &spec(Task::Restore(moment.clone())));
+    let recovery = moment.recovery.map(|recovery| Recovery { port: Some(5433), ..recovery });
+    golden("spec.restore.port", &spec(Task::Restore(Restore { recovery, ..moment })));
 }
 
 #[test]

@@ -435,7 +435,11 @@ async fn beside_the_source(major: u32) {
     assert!(!there.is_empty());
 
     let into = world.house.place.path().join("beside");
-    let refused = world.restore(&into, &["--to", "latest", "--start"]);
+    // Where the source listens no other can, which is told first.
+    let taken = world.restore(&into, &["--to", "latest", "--start"]);
+    assert_eq!(taken.status.code(), Some(5), "{}", said(&taken));
+    assert!(said(&taken).contains("listen at port 5432") && !into.exists(), "{}", said(&taken));
+    let refused = world.restore(&into, &["--to", "latest", "--start", "--port", "5433"]);
     let text = said(&refused);
     assert!(!refused.status.success() && text.contains("RECOVERY_TARGET_MISSED"), "{text}");
     assert!(text.contains("would remove the files"), "{text}");

@@ -25,6 +25,7 @@ pub(crate) fn wanted(args: &Restore) -> Result<Option<Recovery>, Failure> {
                 ("--before", moment.before),
                 ("--action", moment.action.is_some()),
                 ("--start", moment.start),
+                ("--port", moment.port.is_some()),
             ];
             return match given.iter().find(|(_, given)| *given) {
                 Some((option, _)) => Err(invalid(format!("{option} needs --to")).with_hint(
@@ -45,6 +46,7 @@ pub(crate) fn wanted(args: &Restore) -> Result<Option<Recovery>, Failure> {
         standby: moment.standby,
         start: moment.start,
         keep_archiving: moment.keep_archiving,
+        port: moment.port,
         ..Recovery::to(target)
     };
     recovery.check().map_err(|what| {

@@ -126,7 +126,8 @@ async fn restore(
     let starter = match starts {
         Some(plan) => {
             let environment = environment::for_fetching();
-            Some(plan.starter(backup.facts(), &[], environment, archive).await?)
+            let (facts, delta) = (backup.facts(), destination.delta);
+            Some(plan.starter(facts, &[], environment, archive, delta).await?)
         }
         None => None,
     };

@@ -17,6 +17,8 @@ use crate::instance::settings_text;
 pub const SETTINGS_FILE: &str = "postgresql.auto.conf";
 const RECOVERY_SIGNAL: &str = "recovery.signal";
 const STANDBY_SIGNAL: &str = "standby.signal";
+/// Ruled only where one was asked for.
+const PORT: &str = "port";
 /// What is written and then renamed.
 const DRAFT: &str = "postgresql.auto.conf.tmp";
 const BEGIN: &str = "# Written by pgmuster restore. After the recovery these may be removed, archive_mode with care.\n";
@@ -60,6 +62,8 @@ pub struct RecoverySettings {
     pub standby: bool,
     /// `archive_mode` stays what it is.
     pub keep_archiving: bool,
+    /// The port it listens at, instead of the one in its files.
+    pub port: Option<u16>,
 }
 
 /// What writing the settings did to those that were there.
@@ -100,6 +104,9 @@ impl RecoverySettings {
         let mut own = Vec::new();
         if !self.keep_archiving {
             own.push(("archive_mode", "off".to_owned()));
+        }
+        if let Some(port) = self.port {
+            own.push((PORT, port.to_string()));
         }
         own.push(("restore_command", self.restore_command.clone()));
         let timeline = match (self.standby, self.timeline) {
@@ -187,6 +194,9 @@ fn put(
 }
 
 fn is_ruled(name: &str, settings: &RecoverySettings) -> bool {
+    if name == PORT {
+        return settings.port.is_some();
+    }
     let ours = RULED.iter().any(|(ruled, ..)| *ruled == name);
     ours && !(settings.keep_archiving && name == "archive_mode")
 }
@@ -221,6 +231,7 @@ mod tests {
             action: TargetAction::Promote,
             standby: false,
             keep_archiving: false,
+            port: None,
         }
     }
 
@@ -325,5 +336,15 @@ mod tests {
                 .unwrap()
                 .contains("archive_mode=on\n")
         );
+        // A port that was asked for wins; any other is left alone.
+        let written = || std::fs::read_to_string(path.join(SETTINGS_FILE)).unwrap();
+        std::fs::write(path.join(SETTINGS_FILE), "port = 5400\n").unwrap();
+        keeps.write(path, 15).unwrap();
+        assert!(written().contains("port = 5400\n"), "{}", written());
+        let elsewhere = RecoverySettings { port: Some(5_434), ..keeps };
+        let change = elsewhere.write(path, 15).unwrap();
+        assert_eq!(change.removed, ["port = 5400"]);
+        assert!(change.overruled.contains(&"port".to_owned()), "{change:?}");
+        assert!(written().contains("port = '5434'\n"), "{}", written());
     }
 }

@@ -82,7 +82,8 @@ async fn restore(
             let bin_dirs: Vec<PathBuf> =
                 config.sandbox.postgres_bin_dirs.iter().map(PathBuf::from).collect();
             let archive = Arc::new(Arc::clone(places));
-            Some(plan.starter(backup.facts(), &bin_dirs, Vec::new(), archive).await?)
+            let (facts, nothing) = (backup.facts(), Vec::new());
+            Some(plan.starter(facts, &bin_dirs, nothing, archive, task.delta).await?)
         }
         None => None,
     };

@@ -4,6 +4,7 @@
 //! which WAL leads there without a gap, on the timeline that was asked for. A moment that cannot be reached is refused with the
 //! nearest one that can. What is planned here is what [`crate::restoring`] then does.
 
+mod place;
 mod search;
 mod start;
 #[cfg(test)]
@@ -484,6 +485,7 @@ impl Planner<'_> {
             action: recovery.action,
             standby: recovery.standby,
             keep_archiving: recovery.keep_archiving,
+            port: recovery.port,
         };
         let expected = Expected {
             target: aim.target,

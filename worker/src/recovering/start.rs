@@ -7,11 +7,12 @@ use postgres::binaries::Binaries;
 use postgres::process::Account;
 use postgres::recovery::{Expected, RecoveryServer};
 use proto::job::{Reached, RecoveryOutcome, RestoreOutcome};
-use proto::{Action, BackupFacts, Code, Failure};
+use proto::{Action, BackupFacts, Code, Failure, TargetAction};
 
 use tempfile::TempDir;
 
 use super::RecoveryPlan;
+use super::place::Listening;
 use crate::archive::service::{OpenArchive, SOCKET_VARIABLE, Service};
 use crate::context::JobContext;
 use crate::restoring::Destination;
@@ -38,7 +39,8 @@ impl RecoveryPlan {
         RestoreOutcome { plan, recovery, ..done }
     }
 
-    /// Finds the programs of the backup's version. `environment` is what the server gets of it, and `archive` is where its WAL
+    /// Finds the programs of the backup's version, and sees that the place where the server will listen is free; with `delta` it
+    /// takes the place of a stopped one, and that place is its own. `environment` is what the server gets of it, and `archive` is where its WAL
     /// comes from.
     pub async fn starter(
         &self,
@@ -46,6 +48,7 @@ impl RecoveryPlan {
         bin_dirs: &[PathBuf],
         environment: Vec<(String, String)>,
         archive: Arc<dyn OpenArchive>,
+        delta: bool,
     ) -> Result<Starter, Failure> {
         if Account::current().is_root() {
             let what = "PostgreSQL does not run as root, so a server cannot be started";
@@ -53,6 +56,14 @@ impl RecoveryPlan {
                 .with_hint("Restore as the user who shall run the server, or without --start."));
         }
         let binaries = Binaries::find(facts.server_version_num / 10_000, bin_dirs).await?;
+        // It is opened by its own settings in the end, unless it shuts down at its target.
+        let opens = self.expected.standby || self.expected.action != TargetAction::Shutdown;
+        if opens
+            && !delta
+            && let Some(place) = Listening::of(&facts.settings, self.settings.port)
+        {
+            place.check().await?;
+        }
         let (expected, outcome) = (self.expected.clone(), self.outcome.clone());
         Ok(Starter { binaries, environment, archive, expected, outcome })
     }

@@ -113,6 +113,9 @@ pub(super) fn lines(told: &Told<'_>) -> Vec<String> {
         }
         (false, TargetAction::Shutdown) => "a server started there recovers so far and shuts down".to_owned(),
     });
+    if let Some(port) = recovery.port {
+        lines.push(format!("it listens at port {port}"));
+    }
     if recovery.start {
         lines.push(
             "start it, alone, see that it came there, and only then start it for everybody"
