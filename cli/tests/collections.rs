@@ -247,6 +247,8 @@ async fn a_rotten_identity_stands_in_the_way_of_no_other_cluster() {
     ends(&place.repo("gc", &["--cluster", "orders"]), 0);
     let unknown = ends(&place.repo("gc", &["--cluster", "billing"]), 6);
     assert!(unknown.contains("1 cannot"), "{unknown}");
+    let slip = ends(&place.repo("gc", &["--cluster", "odrers"]), 6);
+    assert!(slip.contains("did you mean orders?"), "{slip}");
     ends(&place.restore("newest", &["orders"]), 0);
     // Whose the other one is nobody knows: somebody has to say what is meant.
     let unsaid = ends(&place.restore("unsaid", &[]), 1);
@@ -413,6 +415,10 @@ async fn wal_that_was_collected_is_never_told_as_the_end_of_the_log() {
     let [first, second, _] = place.backups[..] else { panic!() };
     let nothing = ends(&place.repo("gc", &["--plan"]), 0);
     assert!(!nothing.contains("WAL of orders"), "{nothing}");
+    let listed = json(&place.repo("list", &["-o", "json"]), 0);
+    let sizes =
+        |name: &str| listed.as_array().unwrap().iter().all(|row| row[name].as_u64() > Some(0));
+    assert!(sizes("size_bytes") && sizes("stored_bytes"), "{listed}");
     archive(&place, 1, 0..=1).await;
     archive(&place, 2, 1..=4).await;
     let history = "1\t0/100028\tno recovery target specified\n";

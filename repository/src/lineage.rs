@@ -10,6 +10,7 @@ use crate::again::again;
 use crate::error::Error;
 use crate::layout;
 use crate::limits::NOTE_BYTES_MAX;
+use crate::manifest::Counts;
 use crate::note;
 use crate::record::{Identity, Intent, Outcome, Verdict};
 use crate::repository::Repository;
@@ -79,6 +80,14 @@ impl AttemptSummary {
     pub fn backup(&self) -> Option<BackupId> {
         match self.verdict.as_ref()?.outcome {
             Outcome::Commit { .. } => Some(self.attempt.into()),
+            Outcome::Abort { .. } => None,
+        }
+    }
+
+    /// How much it is, if it is a backup.
+    pub fn counts(&self) -> Option<&Counts> {
+        match &self.verdict.as_ref()?.outcome {
+            Outcome::Commit { counts, .. } => Some(counts),
             Outcome::Abort { .. } => None,
         }
     }

@@ -1,6 +1,7 @@
 //! `backups list` and `backups show`.
 
 use coordinator::api::types::BackupView;
+use proto::near::did_you_mean;
 use proto::{Action, Code, Failure};
 
 use crate::args::{BackupsCommand, Output};
@@ -26,8 +27,10 @@ pub(crate) async fn run(
         }
         BackupsCommand::Show { backup } => {
             let backups: Vec<BackupView> = client.get("/v1/backups?limit=1000").await?;
+            let ids: Vec<String> = backups.iter().map(|view| view.id.to_string()).collect();
             let found = backups.into_iter().find(|view| view.id == backup).ok_or_else(|| {
-                let message = format!("the catalog knows no backup {backup}");
+                let meant = did_you_mean(&backup.to_string(), ids.iter().map(String::as_str));
+                let message = format!("the catalog knows no backup {backup}{meant}");
                 Failure::new(Code::BackupUnknown, Action::FixConfig, message)
                     .with_hint("pgmuster backups list shows the newest; pgmuster repo list asks the repository itself.")
             })?;

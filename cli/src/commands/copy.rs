@@ -206,7 +206,7 @@ async fn select(source: &Repository, args: &RepoCopy) -> Result<Selected, Failur
     }
     match args.backup {
         Some(backup) if selected.wanted.is_empty() && selected.lost.is_empty() => {
-            Err(repo::unknown(source, backup))
+            Err(repo::unknown(source, backup).await)
         }
         _ => Ok(selected),
     }

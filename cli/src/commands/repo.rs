@@ -6,6 +6,7 @@ use std::path::Path;
 
 use async_trait::async_trait;
 use proto::failure::chain;
+use proto::near::did_you_mean;
 use proto::{Action, BackupId, BackupKind, ClusterName, Code, Failure, LineageId};
 use repository::{Encryption, InitOptions, Lineages, Lost, Repository, WalAmount, Wish, store};
 use serde::Serialize;
@@ -27,6 +28,10 @@ struct Row {
     kind: BackupKind,
     backup: String,
     committed_at_ms: Option<i64>,
+    /// Bytes of its files, as they are restored.
+    size_bytes: Option<u64>,
+    /// Bytes that it added to the repository.
+    stored_bytes: Option<u64>,
     proofs: u32,
     /// `given up` or `held`.
     wish: Option<&'static str>,
@@ -71,6 +76,8 @@ pub(crate) async fn run(command: RepoCommand, format: Output) -> Result<Exit, Fa
                         row.kind.to_string(),
                         row.backup.clone(),
                         output::ago(now_ms, row.committed_at_ms),
+                        row.size_bytes.map_or_else(String::new, output::bytes),
+                        row.stored_bytes.map_or_else(String::new, output::bytes),
                         row.proofs.to_string(),
                         row.wish.unwrap_or_default().to_owned(),
                     ]
@@ -81,6 +88,8 @@ pub(crate) async fn run(command: RepoCommand, format: Output) -> Result<Exit, Fa
                     "KIND",
                     "BACKUP",
                     "COMMITTED",
+                    "SIZE",
+                    "STORED",
                     "PROOFS",
                     "WISH",
                 ];
@@ -164,12 +173,17 @@ pub(crate) fn who() -> String {
 }
 
 async fn lineage_of(repository: &Repository, backup: BackupId) -> Result<LineageId, Failure> {
-    let lineage = repository.lineage_of_backup(backup).await?;
-    lineage.ok_or_else(|| unknown(repository, backup))
+    match repository.lineage_of_backup(backup).await? {
+        Some(lineage) => Ok(lineage),
+        None => Err(unknown(repository, backup).await),
+    }
 }
 
-pub(crate) fn unknown(repository: &Repository, backup: BackupId) -> Failure {
-    let message = format!("{} has no backup {backup}", repository.describe());
+/// There is no such backup; the one that was meant is named where everything can be listed.
+pub(crate) async fn unknown(repository: &Repository, backup: BackupId) -> Failure {
+    let known = list(repository).await.map(|(rows, _)| rows).unwrap_or_default();
+    let meant = did_you_mean(&backup.to_string(), known.iter().map(|row| row.backup.as_str()));
+    let message = format!("{} has no backup {backup}{meant}", repository.describe());
     Failure::new(Code::BackupUnknown, Action::FixConfig, message)
         .with_hint("List what there is with `pgmuster repo list`.")
 }
@@ -186,8 +200,13 @@ pub(crate) async fn lineages(
     cluster: Option<&ClusterName>,
 ) -> Result<Lineages, Failure> {
     let mut lineages = repository.find_lineages().await?;
+    let names: Vec<String> =
+        lineages.readable.iter().map(|identity| identity.cluster.to_string()).collect();
     lineages.readable.retain(|identity| cluster.is_none_or(|cluster| *cluster == identity.cluster));
     let unreadable = lineages.unreadable.len();
+    let meant = cluster.map_or_else(String::new, |cluster| {
+        did_you_mean(cluster.as_str(), names.iter().map(String::as_str))
+    });
     if cluster.is_some() {
         for (lineage, why) in lineages.unreadable.drain(..) {
             tracing::warn!("Lineage {lineage} is left out: failed to {}", chain(&why));
@@ -199,7 +218,8 @@ pub(crate) async fn lineages(
                 0 => String::new(),
                 some => format!(", as far as its lineages can be read: {some} cannot"),
             };
-            let message = format!("{} has no cluster {cluster}{known}", repository.describe());
+            let message =
+                format!("{} has no cluster {cluster}{known}{meant}", repository.describe());
             Err(Failure::new(Code::ClusterUnknown, Action::FixConfig, message)
                 .with_hint("List what there is with `pgmuster repo list`."))
         }
@@ -213,8 +233,9 @@ async fn forget_damaged(
     backup: BackupId,
     wish: &Wish,
 ) -> Result<(), Failure> {
-    let lineage = repository.lineage_of(backup.into()).await?;
-    let lineage = lineage.ok_or_else(|| unknown(repository, backup))?;
+    let Some(lineage) = repository.lineage_of(backup.into()).await? else {
+        return Err(unknown(repository, backup).await);
+    };
     Ok(repository.forget_damaged(lineage, backup.into(), wish).await?)
 }
 
@@ -359,6 +380,7 @@ async fn list(repository: &Repository) -> Result<(Vec<Row>, Vec<String>), Failur
                 .push(format!("Backup {backup} of {cluster} cannot be used: failed to {why}"));
         }
         for summary in backups.readable {
+            let counts = summary.counts();
             rows.push(Row {
                 cluster: identity.cluster.to_string(),
                 system_identifier: identity.system_identifier.to_string(),
@@ -366,6 +388,8 @@ async fn list(repository: &Repository) -> Result<(Vec<Row>, Vec<String>), Failur
                 kind: identity.kind,
                 backup: summary.attempt.to_string(),
                 committed_at_ms: summary.committed_at_ms(),
+                size_bytes: counts.map(|counts| counts.bytes),
+                stored_bytes: counts.map(|counts| counts.stored_bytes),
                 proofs: summary.proofs,
                 wish: match (summary.held, summary.forgotten) {
                     (true, _) => Some("held"),
