@@ -212,7 +212,35 @@ pub(crate) fn limit(cli: &Cli) -> Option<(Duration, Exit)> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
+    use clap::Parser as _;
+
     use super::*;
+
+    fn deployed(file: &str) -> Vec<(String, String)> {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/systemd").join(file);
+        let text = std::fs::read_to_string(path).unwrap();
+        let lines = text.lines().filter(|line| !line.starts_with('#'));
+        let pairs = lines.filter_map(|line| line.split_once('='));
+        pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
+    }
+
+    #[test]
+    fn the_unit_of_the_service_starts_a_command_that_there_is() {
+        let unit: BTreeMap<String, String> =
+            deployed("pgmuster-wal-serve.service").into_iter().collect();
+        let mut line = unit["ExecStart"].clone();
+        for (name, value) in deployed("pgmuster-wal-serve.env") {
+            line = line.replace(&format!("${{{name}}}"), &value);
+        }
+        assert!(!line.contains('$'), "every variable has a value: {line}");
+        let cli = Cli::try_parse_from(line.split_whitespace()).unwrap();
+        let Command::Wal(WalCommand::Serve(args)) = cli.command else { panic!("{line}") };
+        let directory = Path::new("/run").join(&unit["RuntimeDirectory"]);
+        assert_eq!(args.socket.parent(), Some(directory.as_path()), "systemd makes its directory");
+        assert_eq!(unit["EnvironmentFile"], "/etc/pgmuster/wal-serve.env");
+    }
 
     fn words(line: &str) -> impl Iterator<Item = String> {
         line.split_whitespace().map(str::to_owned)
