@@ -241,12 +241,6 @@ fn check(request: &SubmitRequest, key: Option<&str>) -> Result<()> {
     if request.verify.is_some() && !matches!(request.task, Task::Backup(_)) {
         return invalid("only a backup can be verified after it succeeded".to_owned());
     }
-    if let Task::Backup(backup) = &request.task
-        && backup.pg_dump.is_some()
-        && request.verify.is_some()
-    {
-        return invalid("a logical backup cannot be proved in a sandbox yet".to_owned());
-    }
     if let Task::VerifyRestore(proof) = &request.task
         && let Err(what) = proof.check()
     {

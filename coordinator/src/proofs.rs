@@ -93,6 +93,7 @@ mod tests {
         };
         let proof = Proof {
             backup: BackupId::mint(1, [1; 10]),
+            kind: BackupKind::Physical,
             lineage: LineageId::mint(1, [1; 10]),
             cluster: "orders".parse().unwrap(),
             system_identifier: SystemIdentifier(1),

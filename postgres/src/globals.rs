@@ -2,7 +2,10 @@
 //! `psql`, which runs commands that a text can hold; a line of such a command is dropped where it is one of `pg_dumpall`'s own,
 //! and an error otherwise.
 
+use std::path::PathBuf;
+
 use crate::error::Error;
+use crate::quote;
 use crate::session::Session;
 
 /// What was done of the globals.
@@ -101,19 +104,78 @@ fn kind(statement: &str) -> Kind {
 
 /// The name at the beginning of a text, unquoted.
 fn first_identifier(text: &str) -> Option<String> {
+    Some(after_identifier(text)?.0)
+}
+
+/// The name at the beginning of a text, unquoted, and what follows it.
+fn after_identifier(text: &str) -> Option<(String, &str)> {
     let Some(quoted) = text.strip_prefix('"') else {
-        return text.split([' ', ';', '\n']).next().map(str::to_owned);
+        let end = text.find([' ', ';', '\n']).unwrap_or(text.len());
+        return Some((text[..end].to_owned(), &text[end..]));
     };
     let mut name = String::new();
-    let mut rest = quoted.chars().peekable();
-    while let Some(next) = rest.next() {
+    let mut rest = quoted.char_indices().peekable();
+    while let Some((at, next)) = rest.next() {
         match next {
-            '"' if rest.peek() == Some(&'"') => name.extend(rest.next()),
-            '"' => return Some(name),
+            '"' if rest.peek().is_some_and(|(_, after)| *after == '"') => {
+                rest.next();
+                name.push('"');
+            }
+            '"' => return Some((name, &quoted[at + 1..])),
             other => name.push(other),
         }
     }
     None
+}
+
+/// Who made the cluster, as far as its globals tell: `postgres`, where that is a superuser of it, or else its first superuser.
+pub fn superuser(statements: &[String]) -> String {
+    let superusers = statements.iter().filter_map(|statement| {
+        let (role, rest) = after_identifier(statement.strip_prefix("ALTER ROLE ")?)?;
+        rest.starts_with(" WITH SUPERUSER ").then_some(role)
+    });
+    let mut first = None;
+    for role in superusers {
+        if role == "postgres" {
+            return role;
+        }
+        first.get_or_insert(role);
+    }
+    first.unwrap_or_else(|| "postgres".to_owned())
+}
+
+/// The same statements with every tablespace at a place of the caller's choice: where a dump is only tried out, nothing may be
+/// made where the dumped server has its own.
+pub fn placed(
+    statements: &[String],
+    mut place: impl FnMut(usize) -> Result<PathBuf, Error>,
+) -> Result<Vec<String>, Error> {
+    let mut placed = Vec::with_capacity(statements.len());
+    let mut spaces = 0;
+    for statement in statements {
+        let Some(rest) = statement.strip_prefix("CREATE TABLESPACE ") else {
+            placed.push(statement.clone());
+            continue;
+        };
+        let head = before_location(rest).ok_or_else(|| Error::Answer {
+            what: "read where a tablespace is".to_owned(),
+            answer: statement.clone(),
+        })?;
+        let path = place(spaces)?;
+        spaces += 1;
+        let location = quote::literal(&path.display().to_string());
+        placed.push(format!("CREATE TABLESPACE {head} LOCATION {location}"));
+    }
+    Ok(placed)
+}
+
+/// Name and owner of a tablespace: what stands before its place.
+fn before_location(text: &str) -> Option<&str> {
+    let (_, mut rest) = after_identifier(text)?;
+    if let Some(owner) = rest.strip_prefix(" OWNER ") {
+        rest = after_identifier(owner)?.1;
+    }
+    rest.starts_with(" LOCATION ").then(|| &text[..text.len() - rest.len()])
 }
 
 /// The roles and tablespaces that a dump of globals would create.
@@ -193,6 +255,38 @@ mod tests {
         assert_eq!(kind(&cut[1]), Kind::CreateRole("o;\"\n-- no".to_owned()));
         assert_eq!(kind(&cut[2]), Kind::AlterRole("r".to_owned()));
         assert_eq!(named(&cut).0, ["o;\"\n-- no"]);
+    }
+
+    #[test]
+    fn tablespaces_are_made_only_where_the_caller_says() {
+        let text = "CREATE TABLESPACE fast OWNER boss LOCATION '/srv/fast';
+            CREATE TABLESPACE \"o LOCATION '\"\"'\" OWNER \"a LOCATION b\" LOCATION E'/x\\\\y';
+            CREATE TABLESPACE inside LOCATION '';
+            ALTER TABLESPACE fast SET (seq_page_cost=1);";
+        let placed = placed(&statements(text).unwrap(), |number| {
+            Ok(PathBuf::from(format!("/room's/{number}")))
+        });
+        assert_eq!(
+            placed.unwrap(),
+            [
+                "CREATE TABLESPACE fast OWNER boss LOCATION '/room''s/0'",
+                "CREATE TABLESPACE \"o LOCATION '\"\"'\" OWNER \"a LOCATION b\" LOCATION '/room''s/1'",
+                "CREATE TABLESPACE inside LOCATION '/room''s/2'",
+                "ALTER TABLESPACE fast SET (seq_page_cost=1)",
+            ]
+        );
+        let odd = ["CREATE TABLESPACE a AT '/srv/a'".to_owned()];
+        assert!(super::placed(&odd, |_| Ok(PathBuf::new())).is_err());
+    }
+
+    #[test]
+    fn the_superuser_is_the_one_whom_memberships_name_as_grantor() {
+        let with = |role: &str, rest: &str| format!("ALTER ROLE {role} WITH {rest} INHERIT");
+        let of = |statements: &[String]| superuser(statements);
+        let (boss, plain) = (with("\"the boss\"", "SUPERUSER"), with("a", "NOSUPERUSER"));
+        assert_eq!(of(&[plain.clone(), boss.clone(), with("z", "SUPERUSER")]), "the boss");
+        assert_eq!(of(&[boss, with("postgres", "SUPERUSER")]), "postgres");
+        assert_eq!(of(&[plain]), "postgres");
     }
 
     #[test]

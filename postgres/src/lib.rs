@@ -53,3 +53,4 @@ pub use error::Error;
 pub use identity::ServerIdentity;
 pub use session::Session;
 pub use target::{Environment, Target};
+pub use unfit::lacks_for_a_dump;

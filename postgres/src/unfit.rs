@@ -27,6 +27,9 @@ const DISK: &str = "has a disk that fails";
 const SOCKET: &str = "has no place for the server's socket";
 const SETTINGS: &str = "gives the server settings that it refuses";
 const BUILD: &str = "has programs that were built for another kind of cluster";
+const EXTENSION: &str = "lacks an extension of the dump";
+const PRELOAD: &str = "would have to load a library of the dump's extension at its start";
+const FEATURE: &str = "has programs that were built without something that the dump needs";
 const LOCALE: &str = "lacks a locale of the cluster";
 pub(crate) const KILLED: &str = "killed the server";
 
@@ -71,6 +74,43 @@ pub(crate) fn unfit(log: &str) -> Option<Unfit> {
 /// The same for a server that had been asked things before it ended: errors of statements did not end it.
 pub(crate) fn died_unfit(log: &str) -> Option<Unfit> {
     judge(log, &["PANIC:"])
+}
+
+/// What a server refuses while a dump is loaded, because the machine lacks it. An error that a person's own function raised may
+/// have any other words.
+const LOADING: [(&str, &str); 16] = [
+    ("No space left on device", FULL),
+    ("Disk quota exceeded", FULL),
+    ("Cannot allocate memory", MEMORY),
+    ("out of shared memory", MEMORY),
+    ("Too many open files", FILES),
+    ("Input/output error", DISK),
+    ("Read-only file system", RIGHTS),
+    ("could not open extension control file", EXTENSION),
+    ("could not access file \"", LIBRARY),
+    ("could not load library \"", LIBRARY),
+    ("shared_preload_libraries", PRELOAD),
+    ("security label provider \"", PRELOAD),
+    (" locale name: \"", LOCALE),
+    ("could not create locale \"", LOCALE),
+    ("could not open collator for locale \"", LOCALE),
+    ("not supported in this build", FEATURE),
+];
+
+/// What this machine lacks, as one sees from the lines that a program said which loaded a dump: completes "this machine …".
+/// `None` when the dump is to blame.
+pub fn lacks_for_a_dump(said: &str) -> Option<String> {
+    let mut lines = said.lines().skip_while(|line| !line.contains("ERROR:"));
+    let error = lines.next()?;
+    // `extension "x" is not available`, as later versions say it.
+    if error.contains("ERROR:  extension \"") && error.ends_with("\" is not available") {
+        return Some(format!("{EXTENSION}: {}", error.trim()));
+    }
+    let detail = lines.next().filter(|line| line.contains("DETAIL:"));
+    [Some(error), detail].into_iter().flatten().find_map(|line| {
+        let (_, what) = LOADING.iter().find(|(part, _)| line.contains(part))?;
+        Some(format!("{what}: {}", line.trim()))
+    })
 }
 
 fn judge(log: &str, gives_up: &[&str]) -> Option<Unfit> {
@@ -148,6 +188,43 @@ mod tests {
         let both = "PANIC:  WAL contains references to invalid pages\nFATAL:  could not write: No space left on device\n";
         assert_eq!(unfit(both), None);
         assert_eq!(unfit(""), None);
+    }
+
+    #[test]
+    fn a_dump_is_blamed_for_what_no_machine_lacks() {
+        let said = |line: &str| {
+            format!(
+                "pg_restore: from TOC entry 2; 3079 1 EXTENSION x \npg_restore: error: could not execute query: {line}\n\
+                 Command was: x"
+            )
+        };
+        for (line, what) in [
+            (
+                "ERROR:  could not open extension control file \"/x/y.control\": No such file or directory",
+                EXTENSION,
+            ),
+            (
+                "ERROR:  extension \"y\" is not available\nDETAIL:  Could not open extension control file",
+                EXTENSION,
+            ),
+            ("ERROR:  could not access file \"$libdir/y\": No such file or directory", LIBRARY),
+            ("ERROR:  y must be loaded via \"shared_preload_libraries\"", PRELOAD),
+            ("ERROR:  security label provider \"selinux\" is not loaded", PRELOAD),
+            ("ERROR:  invalid LC_COLLATE locale name: \"de_AT.utf8\"", LOCALE),
+            ("ERROR:  could not extend file \"base/1/2\": No space left on device", FULL),
+        ] {
+            let lacks = lacks_for_a_dump(&said(line)).unwrap_or_default();
+            assert!(lacks.starts_with(what), "{line}: {lacks}");
+        }
+        for line in [
+            "ERROR:  role \"gone\" does not exist",
+            "ERROR:  duplicate key value violates unique constraint \"a\"\nDETAIL:  Key (a)=(No space) exists.",
+            "ERROR:  function not_there() does not exist",
+        ] {
+            assert_eq!(lacks_for_a_dump(&said(line)), None, "{line}");
+        }
+        let cut = "pg_restore: error: could not read from input file: end of file";
+        assert_eq!(lacks_for_a_dump(cut), None);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use postgres::census::{CensusOptions, finish_census, take_census};
-use postgres::checks::{CheckOptions, CheckReport, run_checks};
+use postgres::checks::{CheckOptions, CheckReport, Origin, run_checks};
 use postgres::instance::StopMode;
 use postgres::table_files::TableFiles;
 use postgres::wal::Segment;
@@ -103,8 +103,10 @@ impl Backup {
         CheckOptions {
             job: job(),
             level: ProofLevel::L5,
-            system_identifier: self.system_identifier,
-            stop_lsn: self.stop_lsn,
+            origin: Origin::Copy {
+                system_identifier: self.system_identifier,
+                stop_lsn: self.stop_lsn,
+            },
             census: Some(&self.census),
             every_row_in_indexes: false,
             deadline: Some(Instant::now() + Duration::from_mins(2)),
@@ -192,7 +194,7 @@ async fn a_healthy_server_passes_every_check(major: u32) {
     assert_eq!(report.server_version_num / 10_000, major);
     assert_eq!((report.tables_exact, report.tables_bounded), (7, 0));
     assert!(report.rows >= 5000 + 20 + 100 + 9 + 3 + 42, "{}", report.rows);
-    assert!(report.reached_lsn >= backup.stop_lsn);
+    assert!(report.reached_lsn >= Some(backup.stop_lsn));
 
     // Checking again finds our own extensions in place and is as content.
     assert_healthy(&backup.check(&server).await);

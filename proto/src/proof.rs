@@ -6,7 +6,9 @@ use std::str::FromStr;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::{BackupId, ClusterName, LineageId, Lsn, SystemIdentifier, Timeline, WorkerName};
+use crate::{
+    BackupId, BackupKind, ClusterName, LineageId, Lsn, SystemIdentifier, Timeline, WorkerName,
+};
 
 /// How much a proof shows. Each level includes the ones before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -73,6 +75,9 @@ impl FromStr for ProofLevel {
 pub struct Proof {
     /// The backup that was restored.
     pub backup: BackupId,
+    /// What it is. Of a dump, `restored` means loaded into an empty server; positions are absent.
+    #[serde(default, skip_serializing_if = "BackupKind::is_physical")]
+    pub kind: BackupKind,
     /// Its lineage.
     pub lineage: LineageId,
     /// The cluster's name when the backup was taken.

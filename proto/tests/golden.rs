@@ -86,6 +86,7 @@ fn spec(task: Task) -> Spec {
 fn proof() -> Proof {
     Proof {
         backup: backup_id(),
+        kind: proto::BackupKind::Physical,
         lineage: lineage(),
         cluster: "orders".parse().unwrap(),
         system_identifier: SYSTEM,

@@ -460,7 +460,11 @@ impl Cluster {
     }
 
     async fn session(&self) -> anyhow::Result<Session> {
-        let target = Target::parse(&self.url(), &Environment::default())?;
+        self.session_in("postgres").await
+    }
+
+    async fn session_in(&self, database: &str) -> anyhow::Result<Session> {
+        let target = Target::parse(&self.server.url(database), &Environment::default())?;
         let purpose = Purpose {
             application_name: "story".to_owned(),
             read_only: false,
@@ -472,7 +476,12 @@ impl Cluster {
 
     /// Runs statements.
     pub async fn run(&self, statements: &str) -> anyhow::Result<()> {
-        let session = self.session().await?;
+        self.run_in("postgres", statements).await
+    }
+
+    /// Runs statements in another database than `postgres`.
+    pub async fn run_in(&self, database: &str, statements: &str) -> anyhow::Result<()> {
+        let session = self.session_in(database).await?;
         session.run("prepare the story", statements).await?;
         session.close().await;
         Ok(())

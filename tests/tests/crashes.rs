@@ -25,14 +25,14 @@ async fn fleet(amqp: &str) -> anyhow::Result<(Fleet, Cluster)> {
 async fn worker_dies_at(
     steps: &[&str],
     order: &[&str],
-    backups_before: usize,
+    ordered_before: Option<&[&str]>,
 ) -> anyhow::Result<()> {
     let vhost = Vhost::create()?;
     let (mut fleet, cluster) = fleet(&vhost.url()).await?;
     let setup = WorkerSetup::of("w1", "orders", cluster.url());
     fleet.start_worker(&setup)?;
-    for _ in 0..backups_before {
-        fleet.expect(&["backup", "orders", "--wait"])?;
+    if let Some(before) = ordered_before {
+        fleet.expect(before)?;
     }
     for step in steps {
         let before = fleet.backups()?;
@@ -57,13 +57,21 @@ async fn worker_dies_at(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_killed_at_any_step_of_a_backup_loses_and_invents_none() -> anyhow::Result<()> {
-    worker_dies_at(&BACKUP_STEPS, &["backup", "orders"], 0).await
+    worker_dies_at(&BACKUP_STEPS, &["backup", "orders"], None).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_killed_at_any_step_of_a_proof_leaves_no_server_behind() -> anyhow::Result<()> {
     let steps = ["restore", "boot", "check", "store_proof"];
-    worker_dies_at(&steps, &["verify", "orders", "--level", "4"], 1).await
+    let before = ["backup", "orders", "--wait"];
+    worker_dies_at(&steps, &["verify", "orders", "--level", "4"], Some(&before)).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_killed_while_it_proves_a_dump_leaves_no_server_behind() -> anyhow::Result<()> {
+    let steps = ["restore postgres", "check"];
+    let before = ["backup", "orders", "--engine", "pg_dump", "--database", "postgres", "--wait"];
+    worker_dies_at(&steps, &["verify", "orders", "--level", "4"], Some(&before)).await
 }
 
 /// Who dies while a worker goes on.

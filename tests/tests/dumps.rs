@@ -70,3 +70,57 @@ async fn a_dump_is_ordered_taken_listed_and_loaded_into_another_server() -> anyh
     ensure!(password.code() == 2 && password.stderr.contains("password"), "{password}");
     cluster.is_left_alone().await
 }
+
+const SHOP: &str = "
+    CREATE TABLE public.sale (id bigint, at date, PRIMARY KEY (id, at)) PARTITION BY RANGE (at);
+    CREATE TABLE public.sale_25 PARTITION OF public.sale FOR VALUES FROM ('2025-01-01') TO ('2026-01-01');
+    CREATE TABLE public.sale_26 PARTITION OF public.sale FOR VALUES FROM ('2026-01-01') TO ('2027-01-01');
+    INSERT INTO public.sale SELECT g, '2025-12-01'::date + g % 60 FROM generate_series(1, 5000) g;
+    GRANT SELECT ON public.sale TO reader;
+    ALTER TABLE public.sale_26 OWNER TO reader;
+    SELECT lo_from_bytea(4711, decode(repeat('00ff10', 5000), 'hex'));";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dump_that_was_ordered_with_its_proof_is_loaded_counted_and_shown() -> anyhow::Result<()>
+{
+    let vhost = Vhost::create()?;
+    let cluster = Cluster::start(15, InstanceOptions::default()).await?;
+    let mut fleet = Fleet::prepare(&vhost.url(), "", Place::Directory)?;
+    fleet.start_coordinator()?;
+    fleet.start_worker(&WorkerSetup::of("w1", "orders", cluster.url()))?;
+    cluster.run("CREATE ROLE reader").await?;
+    for name in ["shop", "an \"odd\" name"] {
+        cluster.run(&format!("CREATE DATABASE {}", postgres::quote::identifier(name))).await?;
+        cluster.run_in(name, SHOP).await?;
+    }
+
+    let dump = ["backup", "orders", "--engine", "pg_dump", "--exclude-database", "template*"];
+    let told = fleet.expect(&[&dump[..], &["--verify", "5", "--wait"]].concat())?;
+    ensure!(told.contains("Dumped 3 databases of orders"), "{told}\n{}", fleet.said());
+    ensure!(told.contains("orders is PROVED (L5)"), "{told}\n{}", fleet.said());
+    ensure!(
+        told.contains("a dump, which says nothing of the server's own files and WAL"),
+        "{told}"
+    );
+    ensure!(fleet.sandboxes()?.is_empty(), "a sandbox is left: {:?}", fleet.sandboxes()?);
+
+    // Its proof is what a cluster without physical backups is judged by, and what `verify` means there.
+    let judged = fleet.json(&["cluster", "show", "orders", "-o", "json"])?;
+    ensure!(judged["state"] == "PROVED", "{judged}");
+    let backups = fleet.json(&["backups", "list", "orders", "-o", "json"])?;
+    let id = backups[0]["id"].as_str().unwrap_or_default().to_owned();
+    let shown = fleet.expect(&["backups", "show", &id])?;
+    for check in ["contents", "restored", "row_counts"] {
+        ensure!(shown.contains(check), "{check}: {shown}");
+    }
+    let looked = fleet.expect(&["verify", "orders", "--level", "2", "--wait"])?;
+    ensure!(looked.contains(&format!("backup {id} of orders passed L2")), "{looked}");
+
+    // Where there are both, a proof is one of the files unless a dump is named.
+    fleet.expect(&["backup", "orders", "--wait"])?;
+    let physical = fleet.expect(&["verify", "orders", "--level", "1", "--wait"])?;
+    ensure!(physical.contains("passed L1") && !physical.contains(&id), "{physical}");
+    let named = fleet.expect(&["verify", "orders", "--backup", &id, "--level", "4", "--wait"])?;
+    ensure!(named.contains("PROVED (L4)") && named.contains("of a dump"), "{named}");
+    cluster.is_left_alone().await
+}

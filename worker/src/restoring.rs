@@ -166,6 +166,33 @@ pub async fn find_pinned_of(
     Ok(repository.open_pinned(lineage, backup, pin).await?)
 }
 
+/// The same for a proof, which may be of either kind: the backup that was named, or else the one that its cluster is judged by,
+/// the newest physical one and where there is none the newest dump.
+pub async fn find_pinned_to_prove(
+    repository: &Repository,
+    cluster: Option<&ClusterName>,
+    system_identifier: Option<SystemIdentifier>,
+    backup: Option<BackupId>,
+    pin: &Pin,
+) -> Result<Pinned, Failure> {
+    let mut kind = BackupKind::Physical;
+    if let Some(backup) = backup
+        && let Some(named) = named(repository, backup).await?
+    {
+        kind = named.kind;
+    }
+    let find = |kind| find_pinned_of(kind, repository, cluster, system_identifier, backup, pin);
+    match find(kind).await {
+        Err(none) if backup.is_none() && none.code == Code::BackupUnknown => {
+            let unknown = |failure: &Failure| failure.code == Code::BackupUnknown;
+            find(BackupKind::Logical)
+                .await
+                .map_err(|other| if unknown(&other) { none } else { other })
+        }
+        found => found,
+    }
+}
+
 /// Why a backup is not put back the way that was asked for.
 fn other_kind(found: BackupKind, backup: BackupId) -> Failure {
     let (message, hint) = match found {

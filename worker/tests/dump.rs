@@ -4,52 +4,16 @@
 
 mod house;
 
-use std::os::unix::fs::PermissionsExt as _;
-use std::path::PathBuf;
 use std::time::Duration;
 
+use house::dumps::{WAITING, dump, dump_with, programs, quick, scope, stands_still};
 use house::{DATA, House, NOW_MS, eventually, nothing_is_left_on, number, run_sql, session};
 use postgres::instance::{Instance, InstanceOptions};
 use postgres::{Environment, Target, binaries::Binaries, quote};
-use proto::job::{Backup, BackupOutcome, PgDump};
 use proto::{Action, BackupKind, Code, DatabaseName, Failure};
 use repository::{Outcome, Pin};
-use worker::context::JobContext;
-use worker::engines::pg_dump::{BackupRequest, LoadOutcome, LoadRequest, back_up, load, plan};
+use worker::engines::pg_dump::{LoadOutcome, LoadRequest, load, plan};
 use worker::restoring;
-
-async fn quick(major: u32) -> House {
-    House::new(major, InstanceOptions { fsync: false, ..InstanceOptions::default() }).await
-}
-
-fn scope(databases: &[&str], exclude: &[&str]) -> PgDump {
-    let patterns = |list: &[&str]| list.iter().map(|text| text.parse().unwrap()).collect();
-    PgDump { databases: patterns(databases), exclude: patterns(exclude) }
-}
-
-async fn dump_with(
-    house: &House,
-    cx: &JobContext,
-    scope: &PgDump,
-    bin_dirs: &[PathBuf],
-) -> Result<BackupOutcome, Failure> {
-    let task = Backup { pg_dump: Some(scope.clone()), ..Backup::default() };
-    let request = BackupRequest {
-        cluster: house.places.cluster(&"orders".parse().unwrap())?,
-        repository: &house.repository,
-        config: &house.config.backup,
-        bin_dirs,
-        by: "w1",
-        task: &task,
-        scope,
-    };
-    back_up(cx, request).await
-}
-
-async fn dump(house: &House, scope: &PgDump) -> Result<BackupOutcome, Failure> {
-    let bin_dirs = [house.server.binaries().directory().to_owned()];
-    dump_with(house, &house.cx(), scope, &bin_dirs).await
-}
 
 /// Loads into another server, or says why not.
 async fn load_into(
@@ -71,6 +35,7 @@ async fn load_into(
         overwrite: Vec::new(),
         no_owner: false,
         jobs: 1,
+        scratch: house.place.path().to_owned(),
     };
     change(&mut request);
     let cx = house.cx();
@@ -224,24 +189,6 @@ async fn pg18_databases_of_hostile_names_come_back_with_all_they_had() {
     hostile_names_come_back(18).await;
 }
 
-/// Programs that stand in for the real ones; `pg_dump` does as the script says, in which `$REAL` is the real one.
-fn programs(house: &House, name: &str, script: &str) -> Vec<PathBuf> {
-    let directory = house.place.path().join(name);
-    std::fs::create_dir(&directory).unwrap();
-    let real = house.server.binaries().directory();
-    for program in ["pg_dumpall", "pg_restore"] {
-        std::os::unix::fs::symlink(real.join(program), directory.join(program)).unwrap();
-    }
-    let path = directory.join("pg_dump");
-    let text = format!(
-        "#!/bin/bash\nREAL={}/pg_dump\nif [ \"$1\" = --version ]; then exec $REAL --version; fi\n{script}\n",
-        real.display()
-    );
-    std::fs::write(&path, text).unwrap();
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
-    vec![directory]
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dump_that_is_not_whole_is_no_backup() {
     let house = quick(15).await;
@@ -293,15 +240,6 @@ async fn a_role_without_rights_is_told_so_and_nothing_is_committed() {
     house.sql("GRANT SELECT ON ALL TABLES IN SCHEMA public TO weak").await;
     let outcome = dump(&house, &scope(&["postgres"], &[])).await.unwrap();
     assert!(!outcome.logical.unwrap().role_passwords);
-}
-
-const WAITING: &str = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'pgmuster/%' \
-                       AND wait_event_type = 'Lock'";
-
-/// Waits until a dump stands in the queue for a lock.
-async fn stands_still(house: &House) {
-    let looked = async || (house.number(WAITING).await > 0).then_some(());
-    eventually("a dump waits for a lock", Duration::from_secs(30), looked).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -35,6 +35,7 @@ pub(super) async fn into_server(
         overwrite: args.overwrite.clone(),
         no_owner: args.no_owner,
         jobs: args.jobs,
+        scratch: std::env::temp_dir(),
     };
     let cx = context(&backup.facts().cluster, nominal());
     let interrupted = stopped_by_signals(&cx);

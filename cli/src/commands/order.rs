@@ -45,10 +45,6 @@ fn scope(args: &Backup) -> Result<Option<PgDump>, Failure> {
             "a copy of a cluster's files has every database",
             "Add --engine pg_dump, or leave the names of databases out.",
         ),
-        Engine::PgDump if args.verify.is_some() => refuse(
-            "a logical backup cannot be proved by a restore in a sandbox yet",
-            "Leave --verify out; pg_restore reads every dump while it is stored.",
-        ),
         Engine::PgDump => Ok(Some(scope)),
     }
 }

@@ -88,6 +88,7 @@ async fn prove(fleet: &Fleet, worker: &mut Worker, backup: BackupId, passed: boo
     let mut work = worker.take(&ticket).await;
     let proof = Proof {
         backup,
+        kind: proto::BackupKind::Physical,
         lineage: LineageId::mint(1, [1; 10]),
         cluster: orders(),
         system_identifier: SystemIdentifier(42),

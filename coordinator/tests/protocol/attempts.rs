@@ -27,6 +27,7 @@ fn step(number: u32, name: &str, ended: bool) -> Step {
 fn proof(backup: BackupId) -> Proof {
     Proof {
         backup,
+        kind: proto::BackupKind::Physical,
         lineage: LineageId::mint(1, [1; 10]),
         cluster: orders(),
         system_identifier: SystemIdentifier(42),

@@ -1,5 +1,6 @@
 //! The checks of a proof, run on the restored server in its sandbox: did it reach the stop position (L3), do the server's
-//! own checks pass (L4), is the content what the census says (L5).
+//! own checks pass (L4), is the content what the census says (L5). Of a server that a dump was loaded into, what has a meaning
+//! there: its pages, its positions and its transactions are its own and not the backup's.
 //!
 //! For restored copies only: it reads every table, creates extensions and disables event triggers. What it finds wrong
 //! is in the report; an error means that the checks could not be run. Starts, stops and restores nothing.
@@ -25,6 +26,23 @@ use crate::version::ServerVersion;
 use findings::{CHECKS, Findings, conclude};
 use read::Content;
 
+/// What the restored server was made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// The files of a cluster and their WAL.
+    Copy {
+        /// The backup's cluster.
+        system_identifier: SystemIdentifier,
+        /// The position that recovery had to reach.
+        stop_lsn: Lsn,
+    },
+    /// A dump, loaded into an empty server.
+    Dump,
+}
+
+/// Checks that say nothing of a server that a dump was loaded into.
+const NOT_OF_A_DUMP: [&str; 4] = ["stop_position", "system_identifier", "page_checksums", "canary"];
+
 /// What to check.
 #[derive(Debug, Clone)]
 pub struct CheckOptions<'a> {
@@ -32,10 +50,8 @@ pub struct CheckOptions<'a> {
     pub job: JobId,
     /// How far: L3, L4 or L5. Lower levels need no server; they count as L3 here.
     pub level: ProofLevel,
-    /// The backup's cluster.
-    pub system_identifier: SystemIdentifier,
-    /// The position that recovery had to reach.
-    pub stop_lsn: Lsn,
+    /// What the server was made of.
+    pub origin: Origin,
     /// What the content looked like when the backup was taken.
     pub census: Option<&'a Census>,
     /// Also look up every row in every B-tree index (`heapallindexed`): finds missing entries, costs a second reading.
@@ -55,8 +71,8 @@ pub struct CheckReport {
     pub server_version_num: u32,
     /// The system identifier it tells.
     pub system_identifier: SystemIdentifier,
-    /// The position it reached, read from the server itself.
-    pub reached_lsn: Lsn,
+    /// The position it reached, read from the server itself; `None` of one that a dump was loaded into.
+    pub reached_lsn: Option<Lsn>,
     /// User tables read.
     pub tables: u64,
     /// Rows read in them.
@@ -77,13 +93,12 @@ impl CheckReport {
     /// does not lower the level; it is in the report.
     pub fn level_reached(&self) -> Option<ProofLevel> {
         let sound = |level: ProofLevel, essential: &str| {
-            let failed =
-                self.checks.iter().any(|c| c.level == level && c.outcome == CheckOutcome::Failed);
-            !failed
-                && self
-                    .checks
-                    .iter()
-                    .any(|c| c.name == essential && c.outcome == CheckOutcome::Passed)
+            let mut of_level = self.checks.iter().filter(|check| check.level == level);
+            let failed = of_level.clone().any(|check| check.outcome == CheckOutcome::Failed);
+            // A dump has no check of its own here: that it could be loaded is known before.
+            let is_dump = level == ProofLevel::L3 && of_level.clone().next().is_none();
+            let passed = |c: &ProofCheck| c.name == essential && c.outcome == CheckOutcome::Passed;
+            !failed && (is_dump || of_level.any(passed))
         };
         let steps = [
             (ProofLevel::L3, "stop_position"),
@@ -115,11 +130,14 @@ pub async fn run_checks(target: &Target, options: &CheckOptions<'_>) -> Result<C
         findings: BTreeMap::new(),
         databases: HashMap::new(),
     };
-    let reached_lsn = run.stop_position(&session).await?;
-    let same = identity.system_identifier == options.system_identifier;
-    run.note("system_identifier", same, || {
-        format!("{} instead of {}", identity.system_identifier, options.system_identifier)
-    });
+    let mut reached_lsn = None;
+    if let Origin::Copy { system_identifier, stop_lsn } = options.origin {
+        reached_lsn = Some(run.stop_position(&session, stop_lsn).await?);
+        let found = identity.system_identifier;
+        run.note("system_identifier", found == system_identifier, || {
+            format!("{found} instead of {system_identifier}")
+        });
+    }
     if options.level >= ProofLevel::L4 {
         run.read_everything(&session).await?;
     }
@@ -145,7 +163,11 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    fn report(self, system_identifier: SystemIdentifier, reached_lsn: Lsn) -> CheckReport {
+    fn is_of_dump(&self) -> bool {
+        self.options.origin == Origin::Dump
+    }
+
+    fn report(self, system_identifier: SystemIdentifier, reached_lsn: Option<Lsn>) -> CheckReport {
         let compared = self.options.census.iter().filter(|_| self.options.level >= ProofLevel::L5);
         let drifts: Vec<_> = compared
             .flat_map(|census| &census.databases)
@@ -167,6 +189,7 @@ impl Run<'_> {
             checks: CHECKS
                 .iter()
                 .filter(|(_, level, _)| *level <= self.options.level)
+                .filter(|(name, ..)| !self.is_of_dump() || !NOT_OF_A_DUMP.contains(name))
                 .map(|(name, level, what)| {
                     conclude(name, *level, what, self.findings.get(name), self.checksums)
                 })
@@ -184,8 +207,7 @@ mod tests {
         CheckOptions {
             job: JobId::mint(1, [1; 10]),
             level: ProofLevel::L4,
-            system_identifier: SystemIdentifier(1),
-            stop_lsn: Lsn(1),
+            origin: Origin::Copy { system_identifier: SystemIdentifier(1), stop_lsn: Lsn(1) },
             census: None,
             every_row_in_indexes: false,
             deadline: None,
@@ -217,7 +239,7 @@ mod tests {
         assert!(!saw(&run), "nobody looked at b");
         run.outcome("amcheck_tables", "c", said(ServerMessage::local("c is broken"))).unwrap();
         assert!(saw(&run));
-        let report = run.report(SystemIdentifier(1), Lsn(1));
+        let report = run.report(SystemIdentifier(1), Some(Lsn(1)));
         assert!(report.saw_damage);
         assert_eq!(report.failed().count(), 2, "what nobody saw failed all the same");
     }

@@ -349,6 +349,7 @@ fn proof(lineage: LineageId, backup: BackupId, at_ms: i64) -> Bytes {
     let credentials = Credentials::new(worker, certificate, coordinator.public()).unwrap();
     let proof = Proof {
         backup,
+        kind: proto::BackupKind::Physical,
         lineage,
         cluster: "orders".parse().unwrap(),
         system_identifier: SystemIdentifier(7),

@@ -64,8 +64,14 @@ async fn proof(
                 return Ok((repository, backup, Some(beyond)));
             }
             let cluster = Some(&cx.spec.cluster);
-            let backup =
-                restoring::find_pinned(&repository, cluster, identifier, task.backup, &pin).await?;
+            let backup = restoring::find_pinned_to_prove(
+                &repository,
+                cluster,
+                identifier,
+                task.backup,
+                &pin,
+            )
+            .await?;
             Ok((repository, backup, None))
         })
         .await?;

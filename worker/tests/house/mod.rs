@@ -2,6 +2,8 @@
 
 #![expect(dead_code, reason = "each test binary uses a part of this")]
 
+pub(crate) mod dumps;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,13 +13,13 @@ use bytes::Bytes;
 use postgres::binaries::Binaries;
 use postgres::instance::{Instance, InstanceOptions};
 use postgres::{Environment, Purpose, Target, connect};
-use proto::job::{Backup, BackupOutcome};
+use proto::job::{self, BackupOutcome};
 use proto::message::Spec;
 use proto::{AttemptId, Failure, JobId, ProofLevel, Task};
 use repository::store::directory::DirectoryStore;
 use repository::store::layer::Layer;
 use repository::store::{Store, StoreError, Upload};
-use repository::{Encryption, InitOptions, KeyFile, Repository, store};
+use repository::{Backup, Encryption, InitOptions, KeyFile, Repository, store};
 use tempfile::TempDir;
 use worker::config::{FilesConfig, WorkerConfig};
 use worker::context::JobContext;
@@ -122,7 +124,7 @@ impl House {
                 predecessor: None,
                 cluster: "orders".parse().unwrap(),
                 system_identifier: None,
-                task: Task::Backup(Backup { fast_checkpoint: true, ..Backup::default() }),
+                task: Task::Backup(job::Backup { fast_checkpoint: true, ..job::Backup::default() }),
                 deadline_ms: 600_000,
                 traceparent: None,
             },
@@ -131,7 +133,7 @@ impl House {
     }
 
     pub(crate) async fn back_up_as(&self, cx: &JobContext) -> Result<BackupOutcome, Failure> {
-        let task = Backup { fast_checkpoint: true, ..Backup::default() };
+        let task = job::Backup { fast_checkpoint: true, ..job::Backup::default() };
         let request = BackupRequest {
             cluster: self.places.cluster(&"orders".parse().unwrap())?,
             repository: &self.repository,
@@ -185,6 +187,16 @@ impl House {
     pub(crate) async fn prove(&self, level: ProofLevel) -> proto::Proof {
         let repository = self.reopened().await;
         let backup = restoring::find(&repository, None, None, None).await.unwrap();
+        self.prove_as(&self.cx(), &backup, level).await.unwrap()
+    }
+
+    /// Proves one backup; whatever comes of it, nothing is left of the sandbox.
+    pub(crate) async fn prove_as(
+        &self,
+        cx: &JobContext,
+        backup: &Backup,
+        level: ProofLevel,
+    ) -> Result<proto::Proof, Failure> {
         let sandbox = self.place.path().join("sandbox");
         let workshop = Workshop {
             worker: "w1".parse().unwrap(),
@@ -192,9 +204,10 @@ impl House {
             bin_dirs: vec![bin_dir(backup.facts().server_version_num / 10_000)],
             processes: 2,
         };
-        let proof = proving::prove(&self.cx(), &workshop, &backup, level).await.unwrap();
+        let proof = Box::pin(proving::prove(cx, &workshop, backup, level)).await;
         let left: Vec<_> = std::fs::read_dir(&sandbox)
-            .unwrap()
+            .into_iter()
+            .flatten()
             .map(|entry| entry.unwrap().file_name())
             .filter(|name| name.to_string_lossy().starts_with("pgmuster-proof"))
             .collect();

@@ -14,8 +14,8 @@ use repository::{BackupWriter, Repository, Written};
 use tokio::runtime::Handle;
 use tokio::time::Instant;
 
-use super::children::feed;
 use super::choice::{Choice, choose};
+use super::contents::contents;
 use super::source::{Dumps, Found, SharedDumps};
 use super::{GLOBALS, dump_path};
 use crate::clock;
@@ -28,12 +28,8 @@ use crate::places::Cluster;
 
 /// How often the progress is told.
 const TELL_EVERY: Duration = Duration::from_millis(500);
-/// What is kept of a table of contents; it is thrown away after a look.
-const LIST_BYTES: usize = 64 << 10;
 /// `globals.sql` of ten thousand roles has 3 MiB.
 const GLOBALS_BYTES_MAX: u64 = 256 << 20;
-/// How `pg_dumpall` ends: a text that was cut has something else there.
-const GLOBALS_END: &str = "PostgreSQL database cluster dump complete";
 
 /// What is to be backed up, where to, how.
 #[derive(Debug, Clone, Copy)]
@@ -288,30 +284,17 @@ async fn facts(
     })
 }
 
-/// Looks at what the repository has, before it is a backup: `pg_restore` finds the table of contents of every dump, and the
-/// roles are there to the last line.
+/// Looks at what the repository has, before it is a backup.
 async fn read_back(
     cx: &JobContext,
     written: &Written,
     clients: &Clients,
     facts: &BackupFacts,
 ) -> Result<(), Failure> {
-    let backup = written.read_back();
-    let list = clients.pg_restore().arg("--list");
-    for dump in facts.logical.iter().flat_map(|logical| &logical.databases) {
-        let content = backup.file_content(dump.file.as_bytes()).await?;
-        let what = format!("what is stored of database {}", dump.database);
-        cx.until_stopped(feed(&what, &list, content.stream(), LIST_BYTES)).await??;
+    match &facts.logical {
+        Some(logical) => contents(cx, &written.read_back(), clients, logical).await.map(drop),
+        None => Err(Failure::bug("a dump has no list of its databases")),
     }
-    let content = backup.file_content(GLOBALS.as_bytes()).await?;
-    let globals = read_text(&content).await?;
-    postgres::globals::statements(&globals)?;
-    if !globals.contains(GLOBALS_END) {
-        let message = "what pg_dumpall wrote of roles and tablespaces does not end as it should";
-        return Err(Failure::new(Code::DumpFailed, Action::Retry, message)
-            .with_hint("Nothing was committed. Look at the programs in use and at this machine."));
-    }
-    Ok(())
 }
 
 /// A file of moderate size as text.

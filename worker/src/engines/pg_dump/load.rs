@@ -2,7 +2,7 @@
 //! it was named.
 
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use futures::StreamExt as _;
 use postgres::clients::Clients;
@@ -44,13 +44,15 @@ pub struct LoadRequest {
     pub overwrite: Vec<DatabaseName>,
     /// Everything belongs to whoever restores, and nobody else is granted anything.
     pub no_owner: bool,
-    /// Sessions at once. More than one takes a file as large as the dump, in the directory of temporary files.
+    /// Sessions at once. More than one takes a file as large as the dump in `scratch`.
     pub jobs: u32,
+    /// The directory of that file, which vanishes by itself.
+    pub scratch: PathBuf,
 }
 
 /// What becomes of one database of the backup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum How {
+pub(super) enum How {
     /// It is not there: it is made as it was, with its owner, rights and settings.
     Create,
     /// It is not there, and only a part of it is wanted.
@@ -158,7 +160,7 @@ pub async fn plan(
     if request.jobs > 1 {
         lines.push(format!(
             "put each dump into a private file below {} while it is restored by {} sessions",
-            std::env::temp_dir().display(),
+            request.scratch.display(),
             request.jobs
         ));
     }
@@ -224,7 +226,10 @@ fn is_part(request: &LoadRequest) -> bool {
     !request.schemas.is_empty() || !request.tables.is_empty()
 }
 
-async fn maintenance(cx: &JobContext, request: &LoadRequest) -> Result<Session, Failure> {
+pub(super) async fn maintenance(
+    cx: &JobContext,
+    request: &LoadRequest,
+) -> Result<Session, Failure> {
     let zero = std::time::Duration::ZERO;
     let purpose = Purpose::work(&session_owner(cx.spec.attempt), zero, zero);
     Ok(connect_maintenance(&request.target, &purpose).await?)
@@ -345,7 +350,8 @@ pub async fn load(
     Ok(outcome)
 }
 
-async fn one(
+/// Restores one database; its future may be dropped.
+pub(super) async fn one(
     cx: &JobContext,
     backup: &Backup,
     request: &LoadRequest,
@@ -413,9 +419,17 @@ async fn run(
     });
     let restoring = async {
         if request.jobs <= 1 {
-            return feed(&what, &program, counted, SAID_BYTES).await;
+            let mut counted = std::pin::pin!(counted);
+            let said = feed(&what, &program, counted.as_mut(), SAID_BYTES).await?;
+            // What is left when pg_restore has all that it needs was stored all the same, and is to be sound.
+            while !is_part(request)
+                && let Some(piece) = counted.next().await
+            {
+                piece?;
+            }
+            return Ok(said);
         }
-        let file = spooled(counted).await?;
+        let file = spooled(&request.scratch, counted).await?;
         let program = program.arg(format!("--jobs={}", request.jobs)).arg(file.path());
         feed(&what, &program, futures::stream::empty(), SAID_BYTES).await
     };
@@ -433,16 +447,17 @@ async fn run(
 
 /// Puts a dump into a private file that vanishes by itself.
 async fn spooled(
+    directory: &Path,
     content: impl futures::Stream<Item = Result<bytes::Bytes, repository::Error>>,
 ) -> Result<tempfile::NamedTempFile, Failure> {
     let full = |error: std::io::Error| {
-        let place = std::env::temp_dir();
-        let message = format!("failed to write a dump below {}: {error}", place.display());
+        let message = format!("failed to write a dump below {}: {error}", directory.display());
         Failure::new(Code::TargetFull, Action::FixConfig, message)
             .with_hint("Name a directory with more room in TMPDIR, or restore with one session.")
     };
     // Made with 0600.
-    let mut file = tempfile::NamedTempFile::with_prefix("pgmuster-dump-").map_err(full)?;
+    let mut file =
+        tempfile::NamedTempFile::with_prefix_in("pgmuster-dump-", directory).map_err(full)?;
     let mut content = std::pin::pin!(content);
     while let Some(piece) = content.next().await {
         file.write_all(&piece?).map_err(full)?;

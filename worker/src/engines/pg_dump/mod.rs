@@ -6,13 +6,17 @@
 mod backup;
 mod children;
 mod choice;
+mod contents;
 mod failure;
 mod load;
+mod rehearse;
 mod source;
 
 use backup::read_text;
 pub use backup::{BackupRequest, back_up};
+pub use contents::{Contents, contents};
 pub use load::{LoadOutcome, LoadPlan, LoadRequest, load, plan};
+pub use rehearse::{Rehearsal, Rehearsed, rehearse, was_killed};
 
 /// The entry with roles, memberships and tablespaces.
 pub const GLOBALS: &str = "globals.sql";

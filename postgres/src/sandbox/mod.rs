@@ -28,6 +28,8 @@
 //!
 //! Deliberately not here: restoring the files, and the checks that are run on the server.
 
+mod empty;
+
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
@@ -57,6 +59,7 @@ use crate::process::{
 use crate::recovery::{self, RecoverySettings, Said};
 use crate::unfit::{self, Unfit};
 use crate::wal::Segment;
+pub use empty::EmptyOptions;
 
 /// Says in a room that it is one, and whose; locked while its owner lives.
 const OWNER_FILE: &str = "owner";
@@ -305,6 +308,8 @@ pub struct SandboxOptions {
 }
 
 impl SandboxOptions {
+    const SHARED_BUFFERS_MB: u32 = 128;
+
     /// Usual limits: 128 MiB of buffers, a network of its own where possible, no preloaded
     /// libraries, role `postgres`, one hour.
     pub fn new(stop_lsn: Lsn, timeline: Timeline, system_identifier: SystemIdentifier) -> Self {
@@ -315,7 +320,7 @@ impl SandboxOptions {
             settings: Vec::new(),
             preload_libraries: Vec::new(),
             role: "postgres".to_owned(),
-            shared_buffers_mb: 128,
+            shared_buffers_mb: Self::SHARED_BUFFERS_MB,
             timeout: Duration::from_hours(1),
             cancel: CancellationToken::new(),
             network: NetworkIsolation::default(),
@@ -418,7 +423,7 @@ impl Sandbox {
         Ok(Self { server, room, major, role, replay_end: reached, phases, isolation, went })
     }
 
-    /// Where replay ended, as the server itself says.
+    /// Where replay ended, as the server itself says; `0/0` of a server that was made empty.
     pub fn replay_end(&self) -> Lsn {
         self.replay_end
     }
@@ -960,12 +965,7 @@ fn settings_for(
     control: &ControlFile,
 ) -> Result<Vec<(String, String)>> {
     let major = binaries.major();
-    let run = room.path.join("run");
-    let mut settings: Vec<(String, String)> = INERT
-        .iter()
-        .filter(|(_, _, since)| major >= *since)
-        .map(|(name, value, _)| ((*name).to_owned(), (*value).to_owned()))
-        .collect();
+    let mut settings = common_settings(room, major, options.shared_buffers_mb);
     let mut set = |name: &str, value: String| settings.push((name.to_owned(), value));
     let source = |name: &str| {
         options
@@ -991,9 +991,6 @@ fn settings_for(
         .filter(|name| options.preload_libraries.iter().any(|allowed| allowed == name))
         .collect();
     set("shared_preload_libraries", preloaded.join(","));
-    set("shared_buffers", format!("{}MB", options.shared_buffers_mb.max(1)));
-    set("unix_socket_directories", room.sockets.path.display().to_string());
-    set("port", SOCKET_PORT.to_string());
     if backup_label(room)?.lines().any(|line| line == "BACKUP FROM: standby") {
         set("recovery_target", String::new());
     }
@@ -1013,10 +1010,27 @@ fn settings_for(
         }
         set("timezone", "UTC".to_owned());
     }
-    set("data_directory", room.data_directory().display().to_string());
-    set("hba_file", run.join("pg_hba.conf").display().to_string());
-    set("ident_file", run.join("pg_ident.conf").display().to_string());
     Ok(settings)
+}
+
+/// What makes any server in a room inert, and where its things are.
+fn common_settings(
+    room: &SandboxRoom,
+    major: u32,
+    shared_buffers_mb: u32,
+) -> Vec<(String, String)> {
+    let run = room.path.join("run");
+    let inert = INERT.iter().filter(|(_, _, since)| major >= *since);
+    let inert = inert.map(|(name, value, _)| (*name, (*value).to_owned()));
+    let places = [
+        ("shared_buffers", format!("{}MB", shared_buffers_mb.max(1))),
+        ("unix_socket_directories", room.sockets.path.display().to_string()),
+        ("port", SOCKET_PORT.to_string()),
+        ("data_directory", room.data_directory().display().to_string()),
+        ("hba_file", run.join("pg_hba.conf").display().to_string()),
+        ("ident_file", run.join("pg_ident.conf").display().to_string()),
+    ];
+    inert.chain(places).map(|(name, value)| (name.to_owned(), value)).collect()
 }
 
 fn has_tablespaces_in_place(room: &SandboxRoom) -> Result<bool> {
@@ -1043,9 +1057,12 @@ fn session_options(major: u32) -> String {
                        -c lock_timeout=0 -c idle_in_transaction_session_timeout=0 -c jit=off \
                        -c default_transaction_read_only=off -c search_path=pg_catalog"
             .to_owned();
-    if major >= 17 {
-        options.push_str(" -c event_triggers=off -c transaction_timeout=0");
-    }
+    // Event triggers: of those from before 17, all that do not insist on replicas too.
+    options.push_str(if major >= 17 {
+        " -c event_triggers=off -c transaction_timeout=0"
+    } else {
+        " -c session_replication_role=replica"
+    });
     options
 }
 
@@ -1065,12 +1082,17 @@ fn disarm(room: &SandboxRoom, major: u32, settings: &[(String, String)]) -> Resu
     make_private_directory(&slots, account)?;
     write_private(&data.join("postgresql.auto.conf"), "", account)?;
     write_private(&data.join("recovery.signal"), "", account)?;
-    let run = room.path.join("run");
-    write_private(&run.join("postgresql.conf"), &settings_text(settings), account)?;
-    write_private(&run.join("pg_hba.conf"), "local all all trust\n", account)?;
-    write_private(&run.join("pg_ident.conf"), "", account)?;
+    write_settings(room, settings)?;
     tracing::debug!(sandbox.path = %room.path.display(), postgres.major = major, "Disarmed the copy");
     Ok(())
+}
+
+/// Gives the server settings of our own, and lets in whoever reaches its private socket.
+fn write_settings(room: &SandboxRoom, settings: &[(String, String)]) -> Result<()> {
+    let (run, account) = (room.path.join("run"), room.account);
+    write_private(&run.join("postgresql.conf"), &settings_text(settings), account)?;
+    write_private(&run.join("pg_hba.conf"), "local all all trust\n", account)?;
+    write_private(&run.join("pg_ident.conf"), "", account)
 }
 
 /// Gives everything the server needs in its room to its account.

@@ -1,17 +1,19 @@
 //! Proving a backup: restore it where nothing can be harmed, boot it, ask it, measure everything, leave nothing behind.
 
+mod dump;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use postgres::binaries::Binaries;
-use postgres::checks::{CheckOptions, CheckReport, run_checks};
+use postgres::checks::{CheckOptions, CheckReport, Origin, run_checks};
 use postgres::process::Isolation;
 use postgres::sandbox::{Sandbox, SandboxOptions, SandboxRoom};
 use postgres::{Environment, Target};
 use proto::proof::{CheckOutcome, Phase, ProofCheck, ProofRecovery};
 use proto::words::count;
-use proto::{Action, BackupId, Code, Failure, Proof, ProofLevel, WorkerName};
+use proto::{Action, BackupId, BackupKind, Code, Failure, Proof, ProofLevel, WorkerName};
 use repository::Backup;
 
 use crate::beyond::{self, Beyond};
@@ -123,16 +125,20 @@ pub async fn prove_to(
     let report = findings.report.as_ref();
     Ok(Proof {
         backup: backup.id(),
+        kind: facts.kind(),
         lineage: backup.lineage(),
         cluster: facts.cluster.clone(),
-        system_identifier: report.map_or(facts.system_identifier, |r| r.system_identifier),
+        // The server that a dump was loaded into has one of its own.
+        system_identifier: report
+            .filter(|_| facts.logical.is_none())
+            .map_or(facts.system_identifier, |r| r.system_identifier),
         worker: workshop.worker.clone(),
         at_ms: clock::now_ms(),
         level_asked: level,
         level_reached: findings.level_reached,
         passed: findings.level_reached >= Some(level),
         server_version_num: report.map(|r| r.server_version_num),
-        reached_lsn: report.map(|r| r.reached_lsn),
+        reached_lsn: report.and_then(|r| r.reached_lsn),
         phases: findings.phases,
         size_bytes: findings.size_bytes,
         tables: report.map_or(0, |r| r.tables),
@@ -171,6 +177,11 @@ async fn climb(
     findings.phase("inventory", started, false);
     findings.check("inventory", ProofLevel::L1, &inventory);
     inventory?;
+    let logical = backup.facts().logical.as_ref();
+    let contents = match logical {
+        Some(logical) => Some(dump::list(cx, workshop, backup, logical, findings).await?),
+        None => None,
+    };
     findings.level_reached = Some(ProofLevel::L1);
     if level == ProofLevel::L2 {
         let started = Instant::now();
@@ -198,10 +209,13 @@ async fn climb(
         decrypted?;
         findings.level_reached = Some(ProofLevel::L2);
     }
-    if level >= ProofLevel::L3 {
-        in_sandbox(cx, workshop, backup, level, beyond, findings).await?;
+    if level < ProofLevel::L3 {
+        return Ok(());
     }
-    Ok(())
+    match logical.zip(contents.as_ref()) {
+        Some(dump) => dump::in_sandbox(cx, workshop, backup, level, dump, findings).await,
+        None => in_sandbox(cx, workshop, backup, level, beyond, findings).await,
+    }
 }
 
 /// L3 and above: restore, boot, check, destroy. A restore decrypts and checks every frame, so it includes L2.
@@ -283,10 +297,7 @@ async fn in_sandbox(
     findings.timed("start", phases.start, true);
     findings.timed("replay", phases.replay, true);
     findings.timed("open", phases.open, true);
-    findings.isolation = match sandbox.isolation() {
-        Isolation::Namespaces { .. } => "no TCP, network namespace without interfaces".to_owned(),
-        Isolation::None(reason) => format!("no TCP; no network namespace ({reason})"),
-    };
+    findings.isolation = isolated(&sandbox);
 
     let started = Instant::now();
     let target = Target::parse(&sandbox.url("postgres"), &Environment::default())?;
@@ -295,8 +306,10 @@ async fn in_sandbox(
             let options = CheckOptions {
                 job: jobs::session_owner(cx.spec.attempt),
                 level,
-                system_identifier: facts.system_identifier,
-                stop_lsn: facts.stop_lsn,
+                origin: Origin::Copy {
+                    system_identifier: facts.system_identifier,
+                    stop_lsn: facts.stop_lsn,
+                },
                 census: facts.census.as_ref(),
                 every_row_in_indexes: true,
                 deadline: None,
@@ -322,6 +335,13 @@ async fn in_sandbox(
     findings.checks.extend(report.checks.iter().cloned());
     findings.report = Some(report);
     destroyed
+}
+
+fn isolated(sandbox: &Sandbox) -> String {
+    match sandbox.isolation() {
+        Isolation::Namespaces { .. } => "no TCP, network namespace without interfaces".to_owned(),
+        Isolation::None(reason) => format!("no TCP; no network namespace ({reason})"),
+    }
 }
 
 /// Whether what ended the server decides about what was found: a server that this machine killed says nothing about its
@@ -411,12 +431,16 @@ pub fn sentence(proof: &Proof) -> String {
             ("+PITR", format!(" and replayed to {}{commit}", recovery.reached_lsn))
         }
     };
-    format!(
+    let mut said = format!(
         "{} is PROVED ({level}{moment}): restored{replayed} in {seconds} s, {}, {} {what}",
         proof.cluster,
         count(proof.tables, "table"),
         count(proof.rows, "row")
-    )
+    );
+    if proof.kind == BackupKind::Logical {
+        said.push_str("; of a dump, which says nothing of the server's own files and WAL");
+    }
+    said
 }
 
 /// Removes what dead workers left in the directory of sandboxes.
@@ -452,7 +476,7 @@ mod tests {
                 ],
                 server_version_num: 180_000,
                 system_identifier: proto::SystemIdentifier(1),
-                reached_lsn: proto::Lsn(1),
+                reached_lsn: Some(proto::Lsn(1)),
                 tables: 1,
                 rows: 1,
                 tables_exact: 0,
