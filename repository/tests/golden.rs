@@ -1,6 +1,7 @@
 //! A repository that an earlier program wrote must stay readable for ever.
 //!
-//! `tests/golden/v1` was written by `write_golden_repository` below, `v1-wal`, with an archive of WAL, by `write_golden_archive`. A new format gets a new directory; an existing one is
+//! `tests/golden/v1` was written by `write_golden_repository` below, `v1-wal`, with an archive of WAL, by `write_golden_archive`, and `v1-dump`,
+//! with logical backups of what `v1-dump/content` holds, by `write_golden_dumps`. A new format gets a new directory; an existing one is
 //! never written again: were this test to need other bytes, every repository in the world would. `GOLDEN` holds their
 //! digests, so that none is written again by accident, and `reader.rs` reads them with another program.
 
@@ -12,7 +13,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use common::{Bench, NOW_MS, Tree, noise};
+use common::{Bench, NOW_MS, Node, Tree, dumps, noise};
+use futures::TryStreamExt as _;
+use proto::BackupKind;
 use repository::store::Store;
 use repository::store::directory::DirectoryStore;
 use repository::{
@@ -22,8 +25,9 @@ use repository::{
 use tokio_util::sync::CancellationToken;
 
 /// Every golden repository, with the digest of its files. Lines are added; a line that is here stays as it is.
-const GOLDEN: [(&str, &str); 2] = [
+const GOLDEN: [(&str, &str); 3] = [
     ("v1", "1c3658efc92b12e9369b417bcb36b854f01c177ec8e724e06dfaf8f40f4da7cf"),
+    ("v1-dump", "576be34ed4a281d2267a97d5f83f9e58b76e41c980bca597757e18ade2eb6561"),
     ("v1-wal", "220fa72c5641943a914aa4489928dcba3ca21709960b46a6a5b74a239b27ff8f"),
 ];
 
@@ -96,6 +100,45 @@ async fn write_golden_archive() -> (Bench, String) {
     plan.collect(&options).await.unwrap();
     let text = bench.key.text(bench.repository.id(), "tests/golden/v1-wal").to_string();
     (bench, text)
+}
+
+/// Two logical backups, of which the second has nearly all of its units from the first.
+async fn write_golden_dumps() -> (Bench, String) {
+    let bench = Bench::new().await;
+    dumps::take_dumps(&bench).await;
+    let text = bench.key.text(bench.repository.id(), "tests/golden/v1-dump").to_string();
+    (bench, text)
+}
+
+async fn check_dumps(store: &Path, key: &str) {
+    let store: Arc<dyn Store> = Arc::new(DirectoryStore::new(store));
+    let key: KeyFile = key.parse().unwrap();
+    let repository = Repository::open(store, Some(&key)).await.unwrap();
+    let lineages = repository.list_lineages().await.unwrap();
+    assert_eq!(lineages.len(), 2, "the one of physical backups is another");
+    let lineage = lineages.iter().find(|identity| identity.kind == BackupKind::Logical).unwrap();
+    let backups = repository.list_backups(lineage.lineage).await.unwrap();
+    assert_eq!(backups.len(), dumps::DUMPS.count());
+    for (backup, dump) in backups.iter().zip(dumps::DUMPS) {
+        let backup = backup.backup().unwrap();
+        let backup = repository.open_backup(lineage.lineage, backup).await.unwrap();
+        assert!(backup.check_decrypt(CheckOptions::default()).await.unwrap().is_sound());
+        assert_eq!(backup.facts(), &dumps::dump_facts(dump));
+        // To be loaded, it is read as a stream; to be looked at, it is restored as the files it is.
+        let restored = common::restore(&backup).await.unwrap();
+        assert_eq!(restored.len(), dumps::FILES.len());
+        for path in dumps::FILES {
+            let expected = dumps::content(dump, path);
+            let stream = backup.file_content(path.as_bytes()).await.unwrap();
+            let pieces: Vec<Bytes> = stream.stream().try_collect().await.unwrap();
+            assert!(pieces.concat() == expected, "{path} of dump {dump} is another");
+            assert!(restored[path.as_bytes()] == Node::File(expected), "{path} of dump {dump}");
+        }
+    }
+    let mut report = ScrubReport::default();
+    let options = ScrubOptions::new(CheckLevel::Decrypt, NOW_MS);
+    repository.scrub(&options, &mut report).await.unwrap();
+    assert!(report.is_sound() && report.foreign.is_empty(), "{report:?}");
 }
 
 async fn check_archive(store: &Path, key: &str) {
@@ -186,6 +229,12 @@ async fn the_archive_of_wal_of_format_1_can_be_read() {
     check_archive(&store, &key).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_logical_backups_of_format_1_can_be_read() {
+    let (store, key) = golden("v1-dump");
+    check_dumps(&store, &key).await;
+}
+
 /// What is written today passes the same tests. With `PGMUSTER_WRITE_GOLDEN=DIRECTORY` it stays there, to be checked in.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_written_today_is_such_a_repository() {
@@ -195,6 +244,9 @@ async fn what_is_written_today_is_such_a_repository() {
     let (bench, key) = write_golden_archive().await;
     check_archive(&bench.store_path(), &key).await;
     keep("v1-wal", &bench, &key);
+    let (bench, key) = write_golden_dumps().await;
+    check_dumps(&bench.store_path(), &key).await;
+    keep("v1-dump", &bench, &key);
 }
 
 fn keep(version: &str, bench: &Bench, key: &str) {

@@ -5,6 +5,7 @@
 mod house;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use house::dumps::{dump, dump_with, programs, quick, scope, stands_still};
@@ -13,6 +14,8 @@ use postgres::instance::InstanceOptions;
 use proto::job::BackupOutcome;
 use proto::proof::CheckOutcome;
 use proto::{Action, BackupKind, Code, Failure, Proof, ProofLevel};
+use repository::store::directory::DirectoryStore;
+use repository::{KeyFile, Repository};
 use worker::proving;
 
 const ODD: &str = "it's \"odd\" é/..";
@@ -255,4 +258,24 @@ async fn a_cancelled_proof_of_a_dump_leaves_neither_a_server_nor_a_room() {
     };
     let left = std::fs::read_dir("/proc").unwrap().filter_map(Result::ok);
     assert_eq!(left.filter_map(|entry| works_there(entry).then_some(())).count(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn dumps_that_an_earlier_program_stored_are_proved_by_todays() {
+    let house = quick(15).await;
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../repository/tests/golden/v1-dump");
+    let key = std::fs::read_to_string(golden.join("repository.key")).unwrap();
+    let key: KeyFile = key.parse().unwrap();
+    let store = Arc::new(DirectoryStore::new(golden.join("repository")));
+    let repository = Repository::open(store, Some(&key)).await.unwrap();
+    let lineages = repository.list_lineages().await.unwrap();
+    let lineage = lineages.iter().find(|row| row.kind == BackupKind::Logical).unwrap().lineage;
+    let backups = repository.list_backups(lineage).await.unwrap();
+    assert_eq!(backups.len(), 2);
+    for (summary, rows) in backups.iter().zip([3_007, 3_008]) {
+        let backup = repository.open_backup(lineage, summary.backup().unwrap()).await.unwrap();
+        let proof = house.prove_as(&house.cx(), &backup, ProofLevel::L5).await.unwrap();
+        assert!(proof.passed, "{:#?}", proof.checks);
+        assert_eq!((proof.tables_exact, proof.rows), (3, rows), "{proof:#?}");
+    }
 }

@@ -11,6 +11,8 @@
     reason = "small numbers chosen here; a file is as scanned, gone, or something else"
 )]
 
+pub mod dumps;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;

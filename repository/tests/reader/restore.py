@@ -207,7 +207,10 @@ class Repository:
             below, path = f"lineages/{name}/backups", os.path.join(self.root, "lineages", name, "backups")
             identity = self.note(f"lineages/{name}/identity")
             numbers = struct.pack("<QI", int(identity["system_identifier"]), identity["generation"])
-            minted = bytearray(kdf("lineage id", self.index_key, numbers, identity["cluster"].encode())[:16])
+            kind = identity.get("kind", "physical")
+            demand(kind in ("physical", "logical"), f"{name} is of backups of an unknown kind, {kind}")
+            context = "lineage id of logical backups" if kind == "logical" else "lineage id"
+            minted = bytearray(kdf(context, self.index_key, numbers, identity["cluster"].encode())[:16])
             minted[6], minted[8] = minted[6] & 0x0F | 0x80, minted[8] & 0x3F | 0x80
             demand(identity["lineage"] == name == str(uuid.UUID(bytes=bytes(minted))), f"{name} is another lineage")
             for attempt in sorted(os.listdir(path) if os.path.isdir(path) else ()):
