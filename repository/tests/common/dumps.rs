@@ -54,6 +54,7 @@ pub fn dump_facts(dump: u32) -> BackupFacts {
                 table: (*table).to_owned(),
                 rows: Some(*rows),
                 drift: Some((0, 0)),
+                file: None,
             })
             .collect(),
     };
