@@ -292,6 +292,7 @@ pub struct Verify {
 
 /// `restore`.
 #[derive(Debug, Args)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a switch of the command line")]
 pub struct Restore {
     /// The cluster. With `--repository`, needed only when the repository holds several.
     #[arg(required_unless_present = "repository")]

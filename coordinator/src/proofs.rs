@@ -80,7 +80,9 @@ pub(crate) fn telling(proofs: &[ProofRow]) -> Option<&ProofRow> {
 #[cfg(test)]
 mod tests {
     use proto::proof::{Phase, ProofCheck, ProofRecovery};
-    use proto::{AttemptId, BackupId, JobId, LineageId, Lsn, SystemIdentifier, Timeline};
+    use proto::{
+        AttemptId, BackupId, BackupKind, JobId, LineageId, Lsn, SystemIdentifier, Timeline,
+    };
 
     use super::*;
 

@@ -98,9 +98,8 @@ fn details(view: &ClusterView, now_ms: i64) -> String {
             row("proof", worker::proving::sentence(&proof.record));
         }
     }
-    let up_to = |point: i64| {
-        format!("up to {}, {}", output::time(point), output::ago(now_ms, Some(point)))
-    };
+    let up_to =
+        |point: i64| format!("up to {}, {}", output::time(point), output::ago(now_ms, Some(point)));
     let (proved, unproved) = (view.recoverable_to_at_ms, view.unproved_to_at_ms);
     if unproved.is_some() || proved.is_some() {
         row("recoverable", proved.map_or_else(|| "nothing is proved".to_owned(), up_to));

@@ -524,6 +524,7 @@ fn proof_row(n: u8, at_ms: i64, passed: bool) -> ProofRow {
     };
     let proof = Proof {
         backup: AttemptId::mint(1, [n; 10]).into(),
+        kind: proto::BackupKind::Physical,
         lineage: LineageId::mint(1, [1; 10]),
         cluster: "orders".parse().unwrap(),
         system_identifier: SystemIdentifier(42),

@@ -106,7 +106,8 @@ impl Sandbox {
         }
         phases.start = begun.elapsed();
         let replay_end = Lsn::INVALID;
-        Ok(Self { server, room, major, role: superuser, replay_end, phases, isolation })
+        let went = None;
+        Ok(Self { server, room, major, role: superuser, replay_end, phases, isolation, went })
     }
 
     /// A new empty directory in the room, for a tablespace.
