@@ -72,7 +72,11 @@ async fn look(core: &Core, only: Option<&ClusterName>) -> Result<Vec<Known>> {
     for cluster in all {
         let backup = newest.remove(&cluster.name);
         let sources = sources.get(&cluster.name).map_or(&[][..], Vec::as_slice);
-        let measured = sources.iter().chain(&backup).flat_map(|backup| {
+        let newest_kind = backup.as_ref().map(|backup| backup.outcome.logical.is_some());
+        let same_kind = sources.iter().chain(&backup);
+        let same_kind =
+            same_kind.filter(|backup| Some(backup.outcome.logical.is_some()) == newest_kind);
+        let measured = same_kind.flat_map(|backup| {
             let proofs = proofs.get(&backup.id).into_iter().flatten();
             proofs.filter_map(|row| proofs::measured(&row.proof))
         });
@@ -190,7 +194,11 @@ impl Reach {
         proofs: &HashMap<BackupId, Vec<ProofRow>>,
     ) -> Self {
         let source = |backup: &Backup| Source {
-            stopped_at_ms: backup.outcome.stopped_at_ms,
+            // Each database of a dump is as it was when its own began.
+            stopped_at_ms: match backup.outcome.logical {
+                Some(_) => backup.outcome.started_at_ms,
+                None => backup.outcome.stopped_at_ms,
+            },
             end: backup_end(backup),
             replayed_to_ms: proofs.get(&backup.id).and_then(|rows| proofs::replayed_to_ms(rows)),
         };
@@ -204,7 +212,11 @@ impl Reach {
 
 /// How long a recovery would take now, from the newest backup and along the WAL that leads on from it.
 fn time(cluster: &Cluster, newest: &Backup, measured: &[Measured]) -> Option<RecoveryTime> {
-    let wal_bytes = backup_end(newest).map_or(0, |end| wal_beyond(&end, cluster.wal.as_ref()));
+    let mut wal_bytes = backup_end(newest).map_or(0, |end| wal_beyond(&end, cluster.wal.as_ref()));
+    // Where the replay was measured apart, the backup's own WAL is not in the time of the start.
+    if measured.iter().max_by_key(|measured| measured.at_ms).is_some_and(|m| m.replayed.is_some()) {
+        wal_bytes += newest.outcome.stop_lsn.0.saturating_sub(newest.outcome.start_lsn.0);
+    }
     recovery_time(measured, Work { size_bytes: newest.outcome.size_bytes, wal_bytes })
 }
 

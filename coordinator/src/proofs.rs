@@ -1,6 +1,6 @@
 //! What proofs show of their backups.
 
-use policy::recoverable::{is_found_bad, is_proved};
+use policy::recoverable::{is_found_bad, is_proved, standing_failure};
 use policy::recovery_time::{Measured, Replayed};
 use policy::state::ProofFact;
 use proto::proof::{CheckOutcome, Proof, ProofLevel};
@@ -72,9 +72,12 @@ pub(crate) fn replayed_to_ms(rows: &[ProofRow]) -> Option<i64> {
 /// The proof to show, of those of a backup, newest first: the newest that restored it, unless something was found wrong since.
 /// One that only looked at objects takes nothing away from it.
 pub(crate) fn telling(proofs: &[ProofRow]) -> Option<&ProofRow> {
+    let facts = facts(proofs);
+    if let Some(failed) = standing_failure(&facts) {
+        return proofs.iter().find(|row| fact(row).as_ref() == Some(failed));
+    }
     let restored = |row: &&ProofRow| row.proof.level_reached >= Some(ProofLevel::L3);
-    let newest = proofs.first()?;
-    Some(proofs.iter().find(restored).filter(|_| newest.proof.passed).unwrap_or(newest))
+    proofs.iter().find(restored).or(proofs.first())
 }
 
 #[cfg(test)]

@@ -20,9 +20,6 @@ use crate::core::Core;
 use crate::error::Result;
 use crate::proofs;
 
-/// Proofs of one backup that are looked at when another one comes.
-const PROOFS_MAX: i64 = 100;
-
 /// How a granted attempt ended.
 #[derive(Debug, Clone)]
 pub(crate) enum Ending {
@@ -240,21 +237,26 @@ async fn record(
     let Some(worker) = attempt.worker.clone() else { return Ok(()) };
     match outcome.as_deref() {
         Some(Outcome::Backup(facts)) if matches!(ending, Ending::Succeeded { .. }) => {
+            let mut facts = facts.clone();
+            facts.stopped_at_ms = facts.stopped_at_ms.min(now_ms);
             let backup = Backup {
                 id: facts.backup,
                 job: job.id,
                 cluster: job.cluster.clone(),
                 worker,
-                outcome: facts.clone(),
+                outcome: facts,
                 shown: Shown::None,
             };
             backups::put(tx, &backup, now_ms).await
         }
         Some(Outcome::VerifyRestore(verified)) => {
-            let row = ProofRow { id: attempt.id, job: job.id, proof: verified.proof.clone() };
+            // A worker whose clock is ahead must not outlive what others find later.
+            let mut proof = verified.proof.clone();
+            proof.at_ms = proof.at_ms.min(now_ms);
+            let row = ProofRow { id: attempt.id, job: job.id, proof };
             let backup = row.proof.backup;
             backups::put_proof(tx, &row, &job.cluster, now_ms).await?;
-            let all = backups::list_proofs(tx.db(), "", &backup.to_string(), PROOFS_MAX).await?;
+            let all = backups::list_proofs(tx.db(), "", &backup.to_string(), i64::MAX).await?;
             backups::show(tx, backup, proofs::shown(&all)).await
         }
         _ => Ok(()),

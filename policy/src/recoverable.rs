@@ -38,9 +38,20 @@ pub fn is_proved(proofs: &[ProofFact]) -> bool {
     is_restored && !is_found_bad(proofs)
 }
 
-/// Whether the newest proof of a backup found something wrong.
+/// Whether a proof of a backup found something wrong, and none since that looked as closely found it right.
 pub fn is_found_bad(proofs: &[ProofFact]) -> bool {
-    proofs.iter().max_by_key(|proof| proof.at_ms).is_some_and(|proof| !proof.passed)
+    standing_failure(proofs).is_some()
+}
+
+/// The newest proof of a backup that found something wrong and stands: a proof of a lower level does not lift it.
+pub fn standing_failure(proofs: &[ProofFact]) -> Option<&ProofFact> {
+    let stands = |failed: &&ProofFact| {
+        let lifts = |later: &ProofFact| {
+            later.passed && later.at_ms >= failed.at_ms && later.level >= failed.level
+        };
+        !failed.passed && !proofs.iter().any(lifts)
+    };
+    proofs.iter().filter(stands).max_by_key(|failed| failed.at_ms)
 }
 
 /// How far the best of several backups leads; `None` without any.
@@ -72,6 +83,27 @@ mod tests {
     use super::*;
 
     const SAFE_MS: i64 = 90_000;
+
+    #[test]
+    fn a_failure_stands_until_a_proof_that_looks_as_closely_passes() {
+        let proof = |at_ms, level, passed| ProofFact {
+            at_ms,
+            level,
+            passed,
+            recovery_time_ms: 0,
+            tables: 0,
+        };
+        let (l1, l4, l5) = (ProofLevel::L1, ProofLevel::L4, ProofLevel::L5);
+        let failed = [proof(1, l5, true), proof(2, l4, false)];
+        assert!(is_found_bad(&failed));
+        let looked = [&failed[..], &[proof(3, l1, true)]].concat();
+        assert!(
+            is_found_bad(&looked) && !is_proved(&looked),
+            "objects that are there prove nothing"
+        );
+        assert!(is_proved(&[&failed[..], &[proof(3, l4, true)]].concat()));
+        assert!(is_proved(&[proof(2, l4, true), proof(1, l5, true), proof(0, l4, false)]));
+    }
 
     fn lineage(n: u8) -> LineageId {
         LineageId::mint(1, [n; 10])

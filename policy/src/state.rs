@@ -11,7 +11,7 @@ use proto::message::WalStanding;
 use serde::{Deserialize, Serialize};
 
 use crate::reach::{BackupEnd, archive_silence, archive_trouble};
-use crate::recoverable::RecoveryPoint;
+use crate::recoverable::{RecoveryPoint, standing_failure};
 use crate::recovery_time::RecoveryTime;
 use crate::target;
 use crate::words::{count, span};
@@ -304,12 +304,13 @@ fn broken(facts: &ClusterFacts, objectives: &Objectives, now_ms: i64) -> Option<
         let failure = facts.backup_failure.as_ref()?;
         return Some(format!("there is no backup, and the last try failed: {failure}"));
     };
-    if let Some(last) = facts.proofs.iter().max_by_key(|p| p.at_ms)
-        && !last.passed
-    {
-        let ago = span(now_ms - last.at_ms);
+    if let Some(failed) = standing_failure(&facts.proofs) {
+        let ago = span(now_ms - failed.at_ms);
         let reach = proved_reach(facts, now_ms);
-        return Some(format!("its newest backup failed its {} proof {ago} ago{reach}", last.level));
+        return Some(format!(
+            "its newest backup failed its {} proof {ago} ago{reach}",
+            failed.level
+        ));
     }
     let age = now_ms.saturating_sub(backup.stopped_at_ms);
     let limit = objectives.backup_age_max_ms?;

@@ -59,6 +59,15 @@ impl Login {
         Ok(Self { variables, password })
     }
 
+    /// For a program that writes: also where the role or the database says that transactions only read.
+    #[must_use]
+    pub fn writing(mut self) -> Self {
+        for (_, options) in self.variables.iter_mut().filter(|(name, _)| *name == "PGOPTIONS") {
+            options.push(" -c default_transaction_read_only=off");
+        }
+        self
+    }
+
     /// Gives a program what it needs to log in.
     #[must_use]
     pub fn apply(&self, program: Program) -> Program {

@@ -23,10 +23,12 @@ pub struct Snapshot {
 
 /// What a dump of a table does not bring back as it was: rows of extensions' tables come from the extension.
 const OF_EXTENSIONS: &str = "\
--- pgmuster: relations of extensions
+-- pgmuster: relations of extensions, and indexes that no dump has
 SELECT n.nspname::text, c.relname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE EXISTS (SELECT 1 FROM pg_depend d
-                WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e')";
+                WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e')
+    OR EXISTS (SELECT 1 FROM pg_index i
+                WHERE i.indexrelid = c.oid AND c.relkind = 'i' AND NOT (i.indisvalid AND i.indisready))";
 
 impl Snapshot {
     /// Opens a session in the target's database and takes its snapshot.

@@ -78,7 +78,7 @@ pub(crate) fn died_unfit(log: &str) -> Option<Unfit> {
 
 /// What a server refuses while a dump is loaded, because the machine lacks it. An error that a person's own function raised may
 /// have any other words.
-const LOADING: [(&str, &str); 16] = [
+const LOADING: [(&str, &str); 22] = [
     ("No space left on device", FULL),
     ("Disk quota exceeded", FULL),
     ("Cannot allocate memory", MEMORY),
@@ -95,12 +95,20 @@ const LOADING: [(&str, &str); 16] = [
     ("could not create locale \"", LOCALE),
     ("could not open collator for locale \"", LOCALE),
     ("not supported in this build", FEATURE),
+    // A collation of pg_catalog is one of the operating system.
+    ("\" for encoding \"", LOCALE),
+    ("could not open dictionary file \"", LIBRARY),
+    ("could not open affix file \"", LIBRARY),
+    ("could not open stop-word file \"", LIBRARY),
+    ("could not find function \"", LIBRARY),
+    ("must be preloaded", PRELOAD),
 ];
 
 /// What this machine lacks, as one sees from the lines that a program said which loaded a dump: completes "this machine …".
 /// `None` when the dump is to blame.
 pub fn lacks_for_a_dump(said: &str) -> Option<String> {
-    let mut lines = said.lines().skip_while(|line| !line.contains("ERROR:"));
+    let mut lines =
+        said.lines().skip_while(|line| !["ERROR:", "FATAL:"].iter().any(|it| line.contains(it)));
     let error = lines.next()?;
     // `extension "x" is not available`, as later versions say it.
     if error.contains("ERROR:  extension \"") && error.ends_with("\" is not available") {
@@ -211,6 +219,15 @@ mod tests {
             ("ERROR:  y must be loaded via \"shared_preload_libraries\"", PRELOAD),
             ("ERROR:  security label provider \"selinux\" is not loaded", PRELOAD),
             ("ERROR:  invalid LC_COLLATE locale name: \"de_AT.utf8\"", LOCALE),
+            (
+                "ERROR:  collation \"pg_catalog.de_DE.utf8\" for encoding \"UTF8\" does not exist",
+                LOCALE,
+            ),
+            (
+                "ERROR:  could not open dictionary file \"/usr/share/postgresql/15/tsearch_data/de.dict\"",
+                LIBRARY,
+            ),
+            ("FATAL:  extension \"timescaledb\" must be preloaded", PRELOAD),
             ("ERROR:  could not extend file \"base/1/2\": No space left on device", FULL),
         ] {
             let lacks = lacks_for_a_dump(&said(line)).unwrap_or_default();

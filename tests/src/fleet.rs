@@ -212,6 +212,7 @@ impl Fleet {
             url = "file:{place}/amqp.url"
             [allow]
             restore_roots = ["{place}/restore"]
+            load_dumps = true
             [sandbox]
             directory = "{place}/sandbox"
             postgres_bin_dirs = [{bins}]

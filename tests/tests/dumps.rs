@@ -61,6 +61,7 @@ async fn a_dump_is_ordered_taken_listed_and_loaded_into_another_server() -> anyh
     ensure!(plan.contains("restore into database postgres, which is there"), "{plan}");
     let rows = "SELECT count(*) FROM pg_class WHERE relname = 'items'";
     ensure!(other.number(rows).await? == 0, "a plan changes nothing");
+    other.run("ALTER DATABASE postgres SET default_transaction_read_only = on").await?;
     let done = fleet.expect(&[&load[..], &["--database", "postgres"]].concat())?;
     ensure!(done.contains("Loaded 1 database of"), "{done}");
     let rows = "SELECT count(*) FROM public.items";

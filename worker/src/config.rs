@@ -77,11 +77,14 @@ pub struct AllowConfig {
     pub kinds: Vec<JobKind>,
     /// Directories below which `restore` jobs may write. None: no restore jobs.
     pub restore_roots: Vec<Utf8PathBuf>,
+    /// Whether proofs may load dumps. Loading runs what is in a dump as a superuser of the sandbox's server: whoever may make a
+    /// function in a dumped database can have a program started under the account of that server.
+    pub load_dumps: bool,
 }
 
 impl Default for AllowConfig {
     fn default() -> Self {
-        Self { kinds: JobKind::ALL.to_vec(), restore_roots: Vec::new() }
+        Self { kinds: JobKind::ALL.to_vec(), restore_roots: Vec::new(), load_dumps: false }
     }
 }
 

@@ -1,8 +1,10 @@
 //! An empty server in a room, for what is no copy of a cluster's files: a dump is loaded into it to see that it can be.
 //!
-//! It is as inert as a restored copy and runs on the same settings. The one thing through which a dump could write outside
-//! the room is the place of a tablespace; [`Sandbox::tablespace_place`] gives one inside. Whatever fails here is this
-//! machine's fault: nothing of a backup is in it yet.
+//! It is as inert as a restored copy and runs on the same settings. Tablespaces get a place inside of the room
+//! ([`Sandbox::tablespace_place`]). But a dump is a program: constraints, expressions of indexes and materialised views call its
+//! functions as the superuser who loads it, and nothing here keeps them from starting programs under the server's account.
+//! Whether dumps are loaded at all is for the caller to ask. Whatever fails here is this machine's fault: nothing of a
+//! backup is in it yet.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};

@@ -29,6 +29,8 @@ use crate::context::blocking;
 pub enum Until {
     /// Nothing from this position on is replayed.
     Position(Lsn),
+    /// Nothing behind the first record that begins at this position or later is.
+    Record(Lsn),
     /// Nothing from the first end of a transaction after this time on is.
     Time(Timestamp),
 }
@@ -38,6 +40,10 @@ impl Until {
     fn comes_before(self, space: &NewTablespace, moments: &[Moment]) -> bool {
         match self {
             Self::Position(until) => until <= space.start,
+            // Between two records there are others that nobody looked for: only one that is known tells.
+            Self::Record(at) => {
+                moments.iter().any(|moment| at <= moment.start && moment.start < space.start)
+            }
             Self::Time(time) => moments.iter().any(|moment| {
                 moment.ends_transaction() && moment.at > time && moment.start < space.start
             }),
@@ -49,6 +55,7 @@ impl fmt::Display for Until {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Position(position) => position.fmt(f),
+            Self::Record(position) => write!(f, "{position}+"),
             Self::Time(time) => time.fmt(f),
         }
     }
@@ -77,6 +84,9 @@ impl FromStr for Until {
     type Err = UntilError;
 
     fn from_str(text: &str) -> Result<Self, UntilError> {
+        if let Some(position) = text.strip_suffix('+') {
+            return position.parse().map(Self::Record).map_err(|_| UntilError);
+        }
         let time = || text.parse().map(Self::Time).map_err(|_| UntilError);
         text.parse().map_or_else(|_| time(), |position| Ok(Self::Position(position)))
     }
@@ -197,11 +207,16 @@ mod tests {
         let moments = [ended("2026-11-27T09:00:00Z", 50), ended("2026-11-27T10:00:00Z", 150)];
         let before = |until: &str| until.parse::<Until>().unwrap().comes_before(&space, &moments);
         assert!(before("0/64") && !before("0/65"));
+        assert!(before("0/32+"), "a record at that position ends it");
+        assert!(before("0/2F+"), "and so does the first one behind a position inside another");
+        assert!(!before("0/33+"), "the record itself may be the first");
         assert!(before("2026-11-27T08:59:59Z"), "a commit before the record ends it");
         assert!(!before("2026-11-27T09:00:00Z"), "the next commit comes after the record");
         assert!("soon".parse::<Until>().is_err());
         let time = Until::Time("2026-11-27T09:00:00.5Z".parse().unwrap());
         assert_eq!(time.to_string().parse(), Ok(time));
+        let record = Until::Record(Lsn(50));
+        assert_eq!(record.to_string().parse(), Ok(record));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use proto::envelope::Credentials;
 use proto::job::{VerifyRestore, VerifyRestoreOutcome};
-use proto::{Action, Code, Failure, Outcome, Proof};
+use proto::{Action, Code, Failure, Outcome, Proof, ProofLevel};
 use repository::{Pin, Repository};
 
 use crate::attempt::Ended;
@@ -75,6 +75,16 @@ async fn proof(
             Ok((repository, backup, None))
         })
         .await?;
+    let is_loaded = backup.facts().logical.is_some() && task.level >= ProofLevel::L3;
+    if is_loaded && !config.allow.load_dumps {
+        backup.release().await;
+        let what = format!("worker {} may not load dumps", config.name);
+        return Err(Failure::new(Code::SandboxUnfit, Action::FixConfig, what).with_hint(
+            "Loading a dump runs the code in it under the account of the sandbox's server. Where everybody who may make functions in \
+             the dumped databases is trusted with that account, set allow.load_dumps = true in the worker's configuration; \
+             --level 2 reads the dump without loading it.",
+        ));
+    }
     let workshop = Workshop {
         worker: config.name.clone(),
         directory: config.sandbox.directory.as_std_path(),

@@ -265,8 +265,7 @@ impl Planner<'_> {
         let facts = &candidate.facts;
         let before = self.recovery.before;
         let target = self.recovery.to.clone();
-        let aim = |at_least, until: Option<Lsn>| {
-            let until = until.map(Until::Position);
+        let aim = |at_least, until: Option<Until>| {
             Ok(Ok(Aim { target: target.clone(), at_least, until, notes: Vec::new() }))
         };
         if reach.to < facts.stop_lsn {
@@ -280,7 +279,7 @@ impl Planner<'_> {
             return Ok(Err(Refusal { is_final: false, failure: Box::new(failure) }));
         }
         match &self.recovery.to {
-            RecoveryTarget::Immediate => aim(facts.stop_lsn, Some(facts.stop_lsn)),
+            RecoveryTarget::Immediate => aim(facts.stop_lsn, Some(Until::Position(facts.stop_lsn))),
             RecoveryTarget::Latest => {
                 if reach.is_gap {
                     let what = "the end of the WAL lies behind a gap".to_owned();
@@ -299,8 +298,8 @@ impl Planner<'_> {
                     let what = format!("WAL does not lead to {lsn}");
                     return Ok(Err(self.gap(candidate, reach, search, what, true).await?));
                 }
-                // One that is not to stop before it replays the record that begins there.
-                let until = if before { *lsn } else { Lsn(lsn.0 + 1) };
+                // One that is not to stop before it replays the first record that begins there or later.
+                let until = if before { Until::Position(*lsn) } else { Until::Record(*lsn) };
                 aim(if before { facts.stop_lsn } else { *lsn }, Some(until))
             }
             RecoveryTarget::Time(time) => {

@@ -168,6 +168,7 @@ async fn from_attempt(
             }
         })
         .await?;
+    let stopping_at_ms = clock::now_ms();
     let stopped = cx.step("stop_backup", stop(cx, &mut session)).await?;
     let stopped_at_ms = clock::now_ms();
     let census = cx
@@ -239,7 +240,8 @@ async fn from_attempt(
             Segment::ending_at(stopped.stop_lsn, timeline, size).end(size)
         }),
         started_at_ms,
-        stopped_at_ms,
+        // What commits while it stops may lie behind its end: whoever asks up to when it leads is told the earlier time.
+        stopped_at_ms: stopping_at_ms,
         files: summary.counts.files + summary.counts.directories + summary.counts.symlinks,
         size_bytes: summary.counts.bytes,
         read_bytes: progress.snapshot().bytes_read,

@@ -377,6 +377,7 @@ pub(super) async fn one(
     }
     session.close().await;
     let login = Login::new(&request.target, &application_name(&session_owner(cx.spec.attempt)))?;
+    let login = login.writing();
     let create = matches!(how, How::Create | How::Replace);
     let into = if create { maintenance.as_str() } else { name };
     let mut program = login
@@ -435,7 +436,8 @@ async fn run(
     };
     let restored = cx.until_stopped(restoring).await?;
     restored.map_err(|failure| match failure.code {
-        Code::DumpFailed => Failure { code: Code::StatementFailed, action: Action::FixConfig, ..failure }
+        // What was there may have been changed before it was refused.
+        Code::DumpFailed | Code::PermissionDenied => Failure { code: Code::StatementFailed, action: Action::FixConfig, ..failure }
             .with_hint(
                 "The lines are pg_restore's. Roles that the server lacks: restore the whole cluster, or add --no-owner. A \
                  database that was created half may be restored again with --overwrite NAME.",
