@@ -47,7 +47,7 @@ pub fn is_found_bad(proofs: &[ProofFact]) -> bool {
 pub fn standing_failure(proofs: &[ProofFact]) -> Option<&ProofFact> {
     let stands = |failed: &&ProofFact| {
         let lifts = |later: &ProofFact| {
-            later.passed && later.at_ms >= failed.at_ms && later.level >= failed.level
+            later.passed && later.at_ms > failed.at_ms && later.level >= failed.level
         };
         !failed.passed && !proofs.iter().any(lifts)
     };
