@@ -234,7 +234,8 @@ mod tests {
         assert!(is_proved(&[fact(1, L3, true)]));
         assert!(is_proved(&[fact(2, L1, true), fact(1, L5, true)]), "only looked at since");
         assert!(!is_proved(&[fact(1, L5, true), fact(2, L1, false)]), "an object is gone");
-        assert!(is_proved(&[fact(3, L3, true), fact(2, L5, false), fact(1, L5, true)]));
+        assert!(!is_proved(&[fact(3, L3, true), fact(2, L5, false), fact(1, L5, true)]));
+        assert!(is_proved(&[fact(3, L5, true), fact(2, L5, false), fact(1, L3, true)]));
         assert!(is_found_bad(&[fact(2, L5, false), fact(1, L5, true)]));
     }
 }
