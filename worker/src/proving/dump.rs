@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use postgres::binaries::Binaries;
-use postgres::checks::{CheckOptions, Origin, run_checks};
+use postgres::checks::Origin;
 use postgres::clients::Clients;
 use postgres::globals;
 use postgres::sandbox::{EmptyOptions, Sandbox, SandboxRoom};
@@ -18,12 +18,12 @@ use proto::{Action, Code, Failure, ProofLevel};
 use repository::Backup;
 
 use super::{
-    Findings, Workshop, blames_the_backup, cx_free_step, depends_on_the_end, isolated, stopped_or,
+    Findings, Workshop, blames_the_backup, cx_free_step, depends_on_the_end, isolated, look_into,
+    stopped_or,
 };
 use crate::context::JobContext;
 use crate::engines::native;
 use crate::engines::pg_dump::{Contents, Rehearsal, contents, rehearse, was_killed};
-use crate::jobs;
 
 /// The programs for a dump: of its server's version, unless a newer `pg_dump` wrote it.
 async fn clients(
@@ -153,27 +153,7 @@ async fn in_server(
     loaded?;
     findings.level_reached = Some(ProofLevel::L3);
 
-    let started = Instant::now();
-    let report = cx
-        .step_with("check", |step| async move {
-            let options = CheckOptions {
-                job: jobs::session_owner(cx.spec.attempt),
-                level,
-                origin: Origin::Dump,
-                census: backup.facts().census.as_ref(),
-                every_row_in_indexes: true,
-                deadline: None,
-                cancel: cx.cancel.clone(),
-            };
-            let report =
-                run_checks(&target, &options).await.map_err(|error| stopped_or(cx, error))?;
-            step.figure("tables", report.tables);
-            step.figure("rows", report.rows);
-            Ok(report)
-        })
-        .await;
-    findings.phase("check", started, false);
-    report
+    look_into(cx, &target, level, Origin::Dump, backup, findings).await
 }
 
 /// Refuses to begin what would not fit: the databases as large as they were, and beside them the largest dump, when a file of it

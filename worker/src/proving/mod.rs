@@ -299,30 +299,10 @@ async fn in_sandbox(
     findings.timed("open", phases.open, true);
     findings.isolation = isolated(&sandbox);
 
-    let started = Instant::now();
     let target = Target::parse(&sandbox.url("postgres"), &Environment::default())?;
-    let report = cx
-        .step_with("check", |step| async move {
-            let options = CheckOptions {
-                job: jobs::session_owner(cx.spec.attempt),
-                level,
-                origin: Origin::Copy {
-                    system_identifier: facts.system_identifier,
-                    stop_lsn: facts.stop_lsn,
-                },
-                census: facts.census.as_ref(),
-                every_row_in_indexes: true,
-                deadline: None,
-                cancel: cx.cancel.clone(),
-            };
-            let report =
-                run_checks(&target, &options).await.map_err(|error| stopped_or(cx, error))?;
-            step.figure("tables", report.tables);
-            step.figure("rows", report.rows);
-            Ok(report)
-        })
-        .await;
-    findings.phase("check", started, false);
+    let origin =
+        Origin::Copy { system_identifier: facts.system_identifier, stop_lsn: facts.stop_lsn };
+    let report = look_into(cx, &target, level, origin, backup, findings).await;
     let unfit = if depends_on_the_end(&report, level) { sandbox.unfit().await } else { None };
     let destroyed = cx_free_step(cx, sandbox).await;
     if let Some(error) = unfit {
@@ -441,6 +421,38 @@ pub fn sentence(proof: &Proof) -> String {
         said.push_str("; of a dump, which says nothing of the server's own files and WAL");
     }
     said
+}
+
+/// L4 and L5: looks into what runs in a sandbox.
+async fn look_into(
+    cx: &JobContext,
+    target: &Target,
+    level: ProofLevel,
+    origin: Origin,
+    backup: &Backup,
+    findings: &mut Findings,
+) -> Result<CheckReport, Failure> {
+    let started = Instant::now();
+    let report = cx
+        .step_with("check", |step| async move {
+            let options = CheckOptions {
+                job: jobs::session_owner(cx.spec.attempt),
+                level,
+                origin,
+                census: backup.facts().census.as_ref(),
+                every_row_in_indexes: true,
+                deadline: None,
+                cancel: cx.cancel.clone(),
+            };
+            let report =
+                run_checks(target, &options).await.map_err(|error| stopped_or(cx, error))?;
+            step.figure("tables", report.tables);
+            step.figure("rows", report.rows);
+            Ok(report)
+        })
+        .await;
+    findings.phase("check", started, false);
+    report
 }
 
 /// Removes what dead workers left in the directory of sandboxes.
