@@ -225,12 +225,21 @@ impl Rabbit {
     fn wait_until_gone(&mut self) -> anyhow::Result<()> {
         let script = &mut self.script;
         eventually("the end of RabbitMQ", STOP_BOUND, || Ok(script.try_wait()?))?;
+        // Its epmd stays behind, and would serve the next node from a group that nobody ends.
+        self.end_group();
         // A node that stopped cleanly has removed it by itself.
         match std::fs::remove_file(self.home.path().join("rabbit.pid")) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 Err(error).context("remove the pid file")
             }
             _ => Ok(()),
+        }
+    }
+
+    /// The script, its epmd and the node are one process group; helpers of the node end when it does.
+    fn end_group(&self) {
+        if let Some(group) = i32::try_from(self.script.id()).ok().and_then(Pid::from_raw) {
+            let _ = kill_process_group(group, Signal::KILL);
         }
     }
 
@@ -241,10 +250,7 @@ impl Rabbit {
 
 impl Drop for Rabbit {
     fn drop(&mut self) {
-        // The script, its epmd and the node are one process group; helpers of the node end when it does.
-        if let Some(group) = i32::try_from(self.script.id()).ok().and_then(Pid::from_raw) {
-            let _ = kill_process_group(group, Signal::KILL);
-        }
+        self.end_group();
         let _ = self.script.wait();
     }
 }
