@@ -22,6 +22,8 @@ const PORT: &str = "port";
 /// What is written and then renamed.
 const DRAFT: &str = "postgresql.auto.conf.tmp";
 const BEGIN: &str = "# Written by pgmuster restore. After the recovery these may be removed, archive_mode with care.\n";
+/// What follows was written by somebody else, later.
+const END: &str = "# So far pgmuster restore.\n";
 
 /// Settings that shape a recovery. Those with a value are written so unless we have one of our own; the empty ones come first,
 /// because a server refuses a target that comes while another one is set.
@@ -164,8 +166,8 @@ pub fn stop_archiving(directory: &Path) -> io::Result<()> {
     put(directory, &off, |name| name == "archive_mode").map(drop)
 }
 
-/// Puts settings behind all others, in place of those that `is_replaced` names and of what was put there before. Returns the
-/// lines that are gone.
+/// Puts settings behind all others, in place of those that `is_replaced` names and of what was put there before; what somebody
+/// appended to that stays. Returns the lines of others that are gone.
 fn put(
     directory: &Path,
     lines: &[(String, String)],
@@ -177,13 +179,15 @@ fn put(
         Err(error) if error.kind() == ErrorKind::NotFound => String::new(),
         Err(error) => return Err(error),
     };
-    let begins = old.find(BEGIN).unwrap_or(old.len());
-    let (removed, kept): (Vec<&str>, Vec<&str>) = old[..begins]
+    let (before, behind) = around(&old);
+    let (removed, kept): (Vec<&str>, Vec<&str>) = before
         .lines()
+        .chain(behind.lines())
         .partition(|line| name_of(line).is_some_and(|name| is_replaced(&name)));
     let mut text: String = kept.iter().flat_map(|line| [line, "\n"]).collect();
     text.push_str(BEGIN);
     text.push_str(&settings_text(lines));
+    text.push_str(END);
     let draft = directory.join(DRAFT);
     remove_if_there(&draft)?;
     let mut file =
@@ -191,6 +195,21 @@ fn put(
     file.write_all(text.as_bytes())?;
     std::fs::rename(&draft, &path)?;
     Ok(removed.into_iter().map(|line| line.trim().to_owned()).collect())
+}
+
+/// What stands before the settings that were put there, and behind them.
+fn around(old: &str) -> (&str, &str) {
+    let Some((before, rest)) = old.split_once(BEGIN) else { return (old, "") };
+    if let Some((_, behind)) = rest.split_once(END) {
+        return (before, behind);
+    }
+    // An older program did not mark the end: it is where something stands that it did not write.
+    let is_own = |line: &str| {
+        name_of(line)
+            .is_some_and(|name| name == PORT || RULED.iter().any(|(ruled, ..)| *ruled == name))
+    };
+    let own: usize = rest.split_inclusive('\n').take_while(|line| is_own(line)).map(str::len).sum();
+    (before, &rest[own..])
 }
 
 fn is_ruled(name: &str, settings: &RecoverySettings) -> bool {
@@ -296,12 +315,45 @@ mod tests {
             std::fs::write(&path, old).unwrap();
             stop_archiving(place.path()).unwrap();
             let once = std::fs::read_to_string(&path).unwrap();
-            assert!(once.ends_with("archive_mode = 'off'\n") && !once.contains("always"), "{once}");
+            assert!(
+                once.contains("\narchive_mode = 'off'\n") && !once.contains("always"),
+                "{once}"
+            );
             assert_eq!(once.contains("work_mem"), !old.is_empty());
             assert_eq!(once.contains("archive_command"), !old.is_empty());
             stop_archiving(place.path()).unwrap();
             assert_eq!(std::fs::read_to_string(&path).unwrap(), once, "twice is harmless");
         }
+    }
+
+    /// As somebody does with a copy of his own, who restores it again later.
+    #[test]
+    fn what_was_appended_behind_our_settings_stays() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join(SETTINGS_FILE);
+        let read = || std::fs::read_to_string(&path).unwrap();
+        let append = |text: &str| std::fs::write(&path, read() + text).unwrap();
+        let wanted = RecoverySettings { port: Some(5_434), ..settings(RecoveryTarget::Latest) };
+        wanted.write(place.path(), 15).unwrap();
+        append("work_mem = '64MB'\nrestore_command = 'cp'\nport = 5500\n# mine\n");
+        let without_port = RecoverySettings { port: None, ..wanted.clone() };
+        let change = without_port.write(place.path(), 15).unwrap();
+        assert_eq!(change.removed, ["restore_command = 'cp'"]);
+        let text = read();
+        assert!(text.starts_with("work_mem = '64MB'\nport = 5500\n# mine\n"), "{text}");
+        assert!(!text.contains("5434"), "{text}");
+        assert_eq!(text.matches(BEGIN).count(), 1);
+        stop_archiving(place.path()).unwrap();
+        assert!(read().starts_with("work_mem = '64MB'\nport = 5500\n# mine\n"), "{}", read());
+        // Nothing marked the end of what an older program wrote.
+        std::fs::write(&path, "").unwrap();
+        wanted.write(place.path(), 15).unwrap();
+        std::fs::write(&path, read().replace(END, "")).unwrap();
+        append("listen_addresses = '*'\nshared_buffers = '1GB'\n");
+        without_port.write(place.path(), 15).unwrap();
+        let text = read();
+        assert!(text.starts_with("listen_addresses = '*'\nshared_buffers = '1GB'\n"), "{text}");
+        assert!(!text.contains("5434"), "{text}");
     }
 
     #[test]
