@@ -3,6 +3,8 @@
 
 #[path = "wal_archive/service.rs"]
 mod service;
+#[path = "wal_archive/worker.rs"]
+mod worker;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

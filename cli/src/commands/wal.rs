@@ -242,6 +242,15 @@ mod tests {
         assert_eq!(unit["EnvironmentFile"], "/etc/pgmuster/wal-serve.env");
     }
 
+    /// `Before=` names units and no instances, so each instance has to say it for itself.
+    #[test]
+    fn every_instance_of_a_server_starts_behind_the_service_and_stops_before_it() {
+        let order = deployed("postgresql@.service.d/pgmuster-wal-serve.conf");
+        let unit = "pgmuster-wal-serve.service".to_owned();
+        assert_eq!(order, [("After".to_owned(), unit.clone())]);
+        assert!(!deployed(&unit).is_empty(), "{unit} is the name of the unit");
+    }
+
     fn words(line: &str) -> impl Iterator<Item = String> {
         line.split_whitespace().map(str::to_owned)
     }

@@ -26,6 +26,7 @@ use tokio::time::Instant;
 
 use super::super::lineage::Whose;
 use super::super::push::{self, Pushed};
+use super::tasks::Tasks;
 use crate::context::blocking;
 
 /// Memory for segments that nobody has asked for yet. Each is held twice, as it is and sealed.
@@ -41,12 +42,7 @@ pub(super) struct Ahead {
     lines: Mutex<BTreeMap<Log, SharedLine>>,
     /// In MiB.
     memory: Arc<Semaphore>,
-}
-
-impl Default for Ahead {
-    fn default() -> Self {
-        Self { lines: Mutex::default(), memory: Arc::new(Semaphore::new(MEMORY_MIB)) }
-    }
+    tasks: Tasks,
 }
 
 /// Whose log, and the directory that has it.
@@ -75,6 +71,10 @@ struct Source {
 }
 
 impl Ahead {
+    pub(super) fn of(tasks: Tasks) -> Self {
+        Self { lines: Mutex::default(), memory: Arc::new(Semaphore::new(MEMORY_MIB)), tasks }
+    }
+
     /// As [`push`](fn@super::super::push), with what was done ahead, and does more of it.
     pub(super) async fn push(
         self: &Arc<Self>,
@@ -130,7 +130,7 @@ impl Ahead {
         line.asked_at = Instant::now();
         let known = line.uploads.get(&name).cloned();
         let was_ahead = known.is_some();
-        let upload = known.unwrap_or_else(|| begin(source, name, None, None));
+        let upload = known.unwrap_or_else(|| self.upload(source, name, None, None));
         if was_ahead {
             line.uploads.retain(|later, _| *later > name);
         } else {
@@ -162,10 +162,47 @@ impl Ahead {
                 break;
             }
             let Ok(memory) = Arc::clone(&self.memory).try_acquire_many_owned(mib) else { break };
-            let upload = begin(source, next, Some(before), Some(memory));
+            let upload = self.upload(source, next, Some(before), Some(memory));
             line.uploads.insert(next, upload.clone());
             before = upload;
         }
+    }
+
+    /// Begins to store a segment, which waits for the one before it and then is stored, or fails with it.
+    fn upload(
+        &self,
+        source: &Source,
+        name: SegmentName,
+        before: Option<Upload>,
+        memory: Option<OwnedSemaphorePermit>,
+    ) -> Upload {
+        let (source, path) = (source.clone(), source.directory.join(name.to_string()));
+        let tasks = self.tasks.clone();
+        let storing = self.tasks.spawn(async move {
+            let unreadable = |error: io::Error| {
+                let what = format!("failed to look at {}: {error}", path.display());
+                Failure::new(Code::SourceUnreadable, Action::FixData, what)
+                    .with_hint("Run the service as the server's user.")
+            };
+            let stamp = Stamp::of(&path).await.map_err(unreadable)?;
+            let ready = push::ready(&source.repository, &source.whose, &path).await?;
+            if let Some(before) = before {
+                before.await?;
+                if tasks.are_closing() {
+                    return Err(ends());
+                }
+            }
+            let pushed = ready.store(&source.repository).await?;
+            drop(memory);
+            Ok((pushed, stamp))
+        });
+        let stored = async move {
+            storing.await.map_or_else(
+                |gone| Err(Failure::bug(format!("the storing of a WAL file ended: {gone}"))),
+                |stored| stored.unwrap_or_else(|| Err(ends())),
+            )
+        };
+        stored.boxed().shared()
     }
 
     /// Forgets servers that do not ask any more.
@@ -201,35 +238,11 @@ async fn counts(
         && repository.has_wal(pushed.identity.lineage, name).await.unwrap_or(false)
 }
 
-/// Begins to store a segment, which waits for the one before it and then is stored, or fails with it.
-fn begin(
-    source: &Source,
-    name: SegmentName,
-    before: Option<Upload>,
-    memory: Option<OwnedSemaphorePermit>,
-) -> Upload {
-    let (source, path) = (source.clone(), source.directory.join(name.to_string()));
-    let storing = tokio::spawn(async move {
-        let unreadable = |error: io::Error| {
-            let what = format!("failed to look at {}: {error}", path.display());
-            Failure::new(Code::SourceUnreadable, Action::FixData, what)
-                .with_hint("Run the service as the server's user.")
-        };
-        let stamp = Stamp::of(&path).await.map_err(unreadable)?;
-        let ready = push::ready(&source.repository, &source.whose, &path).await?;
-        if let Some(before) = before {
-            before.await?;
-        }
-        let pushed = ready.store(&source.repository).await?;
-        drop(memory);
-        Ok((pushed, stamp))
-    });
-    let stored = async move {
-        storing.await.unwrap_or_else(|gone| {
-            Err(Failure::bug(format!("the storing of a WAL file ended: {gone}")))
-        })
-    };
-    stored.boxed().shared()
+/// Nobody hears this: whoever asks finds no service, and does the work himself.
+fn ends() -> Failure {
+    let what = "the WAL service ended before this file was stored";
+    Failure::new(Code::WalServiceAway, Action::Retry, what)
+        .with_hint("It is stored when it is asked for.")
 }
 
 /// What tells one file, and one content of it, from another.

@@ -12,6 +12,7 @@
 mod ahead;
 mod ask;
 mod readahead;
+mod tasks;
 #[cfg(test)]
 mod tests;
 mod words;
@@ -38,6 +39,7 @@ use tokio_util::task::TaskTracker;
 use self::ahead::Ahead;
 pub use self::ask::{Asking, Heard};
 use self::readahead::ReadAhead;
+use self::tasks::Tasks;
 use self::words::{Answer, Question};
 use super::Until;
 use super::gap::Asked;
@@ -54,6 +56,8 @@ const ASKED_WITHIN: Duration = Duration::from_secs(10);
 const TAKEN_WITHIN: Duration = Duration::from_mins(1);
 /// How long a service that ends goes on with what was asked.
 const ANSWERED_WITHIN: Duration = Duration::from_secs(10);
+/// How long it goes on, after that, with what was begun ahead.
+const STORED_WITHIN: Duration = Duration::from_secs(10);
 /// How often is looked whether something fetched ahead is wanted no more.
 const SWEEP_EVERY: Duration = Duration::from_secs(15);
 /// Repositories that are kept open.
@@ -103,7 +107,8 @@ impl Service {
         Ok(Self { path: path.to_owned(), inode, stop, serving })
     }
 
-    /// Takes no more questions, answers those it has if that does not take long, and goes.
+    /// Takes no more questions, answers those it has and stores what it has begun to store if that does not take long, and goes. Then
+    /// nothing of it runs any more.
     pub async fn stop(mut self) {
         self.leave();
         let _ = (&mut self.serving).await;
@@ -125,6 +130,8 @@ impl Drop for Service {
 }
 
 async fn serve(listener: UnixListener, archives: Arc<Archives>, stop: CancellationToken) {
+    let tasks = archives.tasks.clone();
+    // What is left of them when they took too long is given up with the rest.
     let questions = TaskTracker::new();
     let room = Arc::new(Semaphore::new(QUESTIONS_MAX));
     let mut sweep = tokio::time::interval(SWEEP_EVERY);
@@ -138,17 +145,18 @@ async fn serve(listener: UnixListener, archives: Arc<Archives>, stop: Cancellati
             }
             next = next(&listener, &room) => next,
         };
-        let archives = Arc::clone(&archives);
-        questions.spawn(async move {
-            if let Err(error) = archives.serve(stream).await {
+        let asked = Arc::clone(&archives);
+        questions.spawn(archives.tasks.spawn(async move {
+            if let Err(error) = asked.serve(stream).await {
                 tracing::debug!("Whoever asked for WAL has gone: {error}");
             }
             drop(permit);
-        });
+        }));
     }
     drop(listener);
     questions.close();
     let _ = tokio::time::timeout(ANSWERED_WITHIN, questions.wait()).await;
+    tasks.end(STORED_WITHIN).await;
 }
 
 async fn next(
@@ -177,6 +185,7 @@ struct Archives {
     open: Mutex<BTreeMap<Wanted, Arc<Repository>>>,
     ahead: Arc<Ahead>,
     readahead: ReadAhead,
+    tasks: Tasks,
 }
 
 /// An answer, and a file that lies ready as long as it is held.
@@ -184,11 +193,13 @@ type Answered = (Answer, Option<NamedTempFile>);
 
 impl Archives {
     fn of(opener: Arc<dyn OpenArchive>) -> Self {
+        let tasks = Tasks::default();
         Self {
             opener,
             open: Mutex::default(),
-            ahead: Arc::default(),
-            readahead: ReadAhead::default(),
+            ahead: Arc::new(Ahead::of(tasks.clone())),
+            readahead: ReadAhead::of(tasks.clone()),
+            tasks,
         }
     }
 

@@ -17,6 +17,8 @@ use repository::Repository;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
+use super::tasks::Tasks;
+
 /// Memory for segments that nobody has asked for yet.
 const MEMORY_MIB: usize = 64;
 /// How many segments ahead of a server that asks for one after the other.
@@ -29,12 +31,7 @@ pub(super) struct ReadAhead {
     lines: Mutex<BTreeMap<(LineageId, PathBuf), Line>>,
     /// In MiB.
     memory: Arc<Semaphore>,
-}
-
-impl Default for ReadAhead {
-    fn default() -> Self {
-        Self { lines: Mutex::default(), memory: Arc::new(Semaphore::new(MEMORY_MIB)) }
-    }
+    tasks: Tasks,
 }
 
 /// The recovery of one server.
@@ -54,6 +51,10 @@ struct Fetched {
 }
 
 impl ReadAhead {
+    pub(super) fn of(tasks: Tasks) -> Self {
+        Self { lines: Mutex::default(), memory: Arc::new(Semaphore::new(MEMORY_MIB)), tasks }
+    }
+
     /// As [`Repository::fetch_wal`] for a server that wants the file at `to`, with what was fetched ahead, and fetches more. Only
     /// content is remembered: that there is none is asked for every time.
     pub(super) async fn fetch(
@@ -119,7 +120,8 @@ impl ReadAhead {
             }
             let mib = size.div_ceil(1 << 20);
             let Ok(memory) = Arc::clone(&self.memory).try_acquire_many_owned(mib) else { break };
-            line.fetches.insert(name, begin(repository, lineage, name, memory));
+            let fetch = begin(&self.tasks, repository, lineage, name, memory);
+            line.fetches.insert(name, fetch);
         }
     }
 
@@ -130,21 +132,24 @@ impl ReadAhead {
 }
 
 fn begin(
+    tasks: &Tasks,
     repository: &Arc<Repository>,
     lineage: LineageId,
     name: SegmentName,
     memory: OwnedSemaphorePermit,
 ) -> Fetch {
     let repository = Arc::clone(repository);
-    let fetching = tokio::spawn(async move {
-        let fetched = repository.fetch_wal(lineage, &WalFileName::Segment(name)).await;
+    let own = tasks.clone();
+    let fetching = tasks.spawn(async move {
+        let file = WalFileName::Segment(name);
+        let fetched = own.unless_closing(repository.fetch_wal(lineage, &file)).await?;
         let content = fetched.unwrap_or_else(|error| {
             tracing::debug!("{name} could not be fetched ahead: {error}");
             None
         })?;
         Some(Fetched { content, _memory: Arc::new(memory) })
     });
-    async move { fetching.await.ok().flatten() }.boxed().shared()
+    async move { fetching.await.ok().flatten().flatten() }.boxed().shared()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

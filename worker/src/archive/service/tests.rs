@@ -31,6 +31,8 @@ struct Watched {
     stored: Mutex<Vec<String>>,
     fetched: Mutex<Vec<String>>,
     fails: Mutex<Option<String>>,
+    /// The one file that is kept waiting, if not all are.
+    held: Mutex<Option<String>>,
     open: watch::Sender<bool>,
 }
 
@@ -45,7 +47,10 @@ impl Layer for Watched {
     }
     async fn put_if_absent(&self, key: &str, bytes: Bytes) -> Result<PutOutcome, StoreError> {
         if let Some(file) = file_of(key) {
-            self.open.subscribe().wait_for(|open| *open).await.unwrap();
+            let held = self.held.lock().unwrap().clone();
+            if held.is_none_or(|held| held == file) {
+                self.open.subscribe().wait_for(|open| *open).await.unwrap();
+            }
             if self.fails.lock().unwrap().as_ref() == Some(&file) {
                 let source = std::io::Error::from(std::io::ErrorKind::PermissionDenied).into();
                 return Err(StoreError::Forbidden {
@@ -106,6 +111,7 @@ impl Scene {
             stored: Mutex::default(),
             fetched: Mutex::default(),
             fails: Mutex::default(),
+            held: Mutex::default(),
             open: watch::Sender::new(true),
         });
         let options = InitOptions { encryption: Encryption::KeyFile, now_ms: 1 };
@@ -227,6 +233,25 @@ async fn what_is_marked_is_stored_before_it_is_asked_for_and_in_order() {
     eventually("the tenth is stored", || scene.stored().len() == 10).await;
     // What a server asks for twice, because it did not hear the answer, is there.
     assert_eq!(scene.push(9).await, Ok(WalStored::AlreadyThere));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_that_stops_ends_what_it_has_begun_and_begins_no_more() {
+    let scene = Scene::new().await;
+    (1..=8).for_each(|number| scene.fill(number));
+    *scene.store.held.lock().unwrap() = Some(name(3));
+    scene.store.open.send_replace(false);
+    assert_eq!(scene.push(1).await, Ok(WalStored::Created));
+    eventually("the third is on its way", || scene.store.open.receiver_count() > 0).await;
+    let Scene { place, store, archives, service, .. } = scene;
+    let stopping = tokio::spawn(service.stop());
+    eventually("nothing more is begun", || archives.tasks.are_closing()).await;
+    assert!(!stopping.is_finished() && archives.tasks.running() > 0);
+    store.open.send_replace(true);
+    tokio::time::timeout(SOON, stopping).await.unwrap().unwrap();
+    assert_eq!(*store.stored.lock().unwrap(), names(1..=3));
+    assert_eq!(archives.tasks.running(), 0);
+    drop(place);
 }
 
 #[tokio::test(flavor = "multi_thread")]
