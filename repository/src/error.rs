@@ -211,6 +211,12 @@ pub enum Error {
         /// What is in the way.
         reason: String,
     },
+    /// Somebody else restores to the same place at this moment.
+    #[error("restore into {target}: another restore is writing there")]
+    TargetBusy {
+        /// The directory.
+        target: String,
+    },
     /// Two directories of a restore are the same, or one lies in the other.
     #[error("restore {one} and {other}: they are the same directory, or one lies in the other")]
     TargetsMeet {
@@ -409,6 +415,11 @@ impl From<Error> for Failure {
                 Code::TargetNotEmpty,
                 Action::FixConfig,
                 "Give an empty directory, one with an unfinished restore of the same backup, or with --delta a stopped server's.",
+            ),
+            Error::TargetBusy { .. } => (
+                Code::TargetNotEmpty,
+                Action::FixConfig,
+                "Let it end. If it is stopped or fails, the same command goes on where it was; to have both, give another directory.",
             ),
             Error::TargetsMeet { .. } => (
                 Code::RequestInvalid,

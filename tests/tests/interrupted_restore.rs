@@ -1,4 +1,5 @@
-//! A restore that is killed in the middle, more than once, and goes on; a damaged directory that is mended by a job.
+//! A restore that is killed in the middle, more than once, and goes on; one that begins where another is at it; a damaged directory
+//! that is mended by a job.
 
 use std::path::Path;
 use std::process::Command;
@@ -7,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use postgres::instance::InstanceOptions;
 use tests::fleet::text;
-use tests::{Bucket, Cluster, Fleet, Place, Proxy, Vhost, WorkerSetup, eventually};
+use tests::{Bucket, Cluster, Fleet, Pgmuster, Place, Proxy, Vhost, WorkerSetup, eventually};
 
 const SOON: Duration = Duration::from_mins(1);
 
@@ -60,6 +61,15 @@ async fn a_killed_restore_goes_on_and_a_job_mends_a_damaged_directory() -> anyho
         let mut restoring = fleet.start(&words(&restore(&proxy, &into)?))?;
         eventually("it waits for the store", SOON, || Ok(proxy.has_stalled().then_some(())))?;
         ensure!(!restoring.has_ended()?, "it cannot have ended: {}", restoring.said());
+        // Two at once would write into each other's files.
+        let beside = Proxy::to(port)?;
+        let second = fleet.run(&words(&restore(&beside, &into)?))?;
+        ensure!(
+            second.code() == 5
+                && second.stderr.contains("TARGET_NOT_EMPTY")
+                && second.stderr.contains("another restore is writing there"),
+            "{second}"
+        );
         restoring.kill()?;
         ensure!(into.join(marker).exists(), "it had begun");
         ensure!(!into.join("global/pg_control").exists(), "half of it does not start");
@@ -68,6 +78,29 @@ async fn a_killed_restore_goes_on_and_a_job_mends_a_damaged_directory() -> anyho
     let done = fleet.expect(&words(&restore(&proxy, &into)?))?;
     ensure!(!into.join(marker).exists(), "{done}");
     same(&whole, &into)?;
+
+    // Two that begin at the same moment: one of them does it.
+    let into = fleet.path("raced");
+    let proxy = Proxy::to(port)?;
+    let race = restore(&proxy, &into)?;
+    let (one, other) = (fleet.start(&words(&race))?, fleet.start(&words(&race))?);
+    let ended = [one.wait(SOON)?, other.wait(SOON)?];
+    let codes = ended.each_ref().map(|ended| ended.code());
+    ensure!(codes == [0, 5] || codes == [5, 0], "{}\n{}", ended[0], ended[1]);
+    let refused = if codes[0] == 5 { &ended[0] } else { &ended[1] };
+    ensure!(refused.stderr.contains("TARGET_NOT_EMPTY"), "{refused}");
+    same(&whole, &into)?;
+
+    // Root's files are of no use to a server, which is told.
+    let into = fleet.path("of-root");
+    let owned = restore(&proxy, &into)?;
+    let keys = [("AWS_ACCESS_KEY_ID", "AK"), ("AWS_SECRET_ACCESS_KEY", "SKSKSKSK")];
+    let under = ["unshare", "--user", "--map-root-user", "--"].map(str::to_owned);
+    let done = Pgmuster::start_under(&under, &words(&owned), |command| {
+        command.envs(keys);
+    })?;
+    let done = done.wait(SOON)?;
+    ensure!(done.code() == 0 && done.stderr.contains("chown -R postgres:"), "{done}");
 
     // Through the queue.
     let into = fleet.path("restore/orders");

@@ -201,6 +201,11 @@ async fn a_later_attempt_of_a_restore_waits_for_the_one_before() {
     let first = house.cx();
     let refused = restoring::restore(&first, &backup, &destination, 2).await.unwrap_err();
     assert_eq!(refused.code, Code::TargetNotEmpty, "{refused}");
+    let planned = restoring::plan(&first, &backup, &destination, 2).await.unwrap_err();
+    for refused in [refused, planned] {
+        assert!(refused.message.ends_with("another restore is writing there"), "{refused}");
+        assert!(refused.hint.starts_with("Let it end."), "{refused:?}");
+    }
 
     let spec = Spec { predecessor: Some(first.spec.attempt), ..(*house.cx().spec).clone() };
     let second = JobContext::new(spec, Arc::new(|_| {}));

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use postgres::process::Account;
 use proto::job::{RestoreOutcome, RestoreTarget};
 use proto::message::{SCHEMA, Spec};
 use proto::{Action, AttemptId, Code, Failure, JobId, Step, Task};
@@ -100,6 +101,15 @@ pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failu
     output::show(format, &done, |done| {
         if done.planned_only {
             return done.plan.join("\n");
+    // A target of somebody else is restored as that user.
+    if Account::current().is_root() {
+        let directory = &done.directory;
+        let verb = if args.plan { "will belong" } else { "belong" };
+        output::talk(&format!(
+            "The files {verb} to root, as whom no server starts: chown -R postgres: {directory}, and the directories of its \
+             tablespaces; or restore into a directory that belongs to the server's user."
+        ));
+    }
         }
         format!(
             "Restored backup {} of {} into {}: {}, {}; {}",

@@ -8,7 +8,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::marker::{MARKER, MARKER_DRAFT, Unfinished};
-use super::tree::split;
+use super::tree::{Tree, split};
 use super::{Existing, Foreign, Place, RestorePlan, RestoreTarget};
 use crate::entry::{Body, Entry, check_path};
 use crate::error::{Error, show};
@@ -29,11 +29,19 @@ pub(super) struct Survey {
     pub(super) foreign: Vec<Foreign>,
 }
 
+/// Looks at what is asked for and at what is there. While another restore writes there, nobody can say.
 pub(super) fn survey(
     backup: &Backup,
     target: &RestoreTarget,
     stop: &Stop,
 ) -> Result<Survey, Error> {
+    let quiet = || target.roots().try_for_each(|(_, directory)| Tree::must_be_free(directory));
+    quiet()?;
+    // One that began meanwhile makes names come and go.
+    see(backup, target, stop).or_else(|error| quiet().and(Err(error)))
+}
+
+fn see(backup: &Backup, target: &RestoreTarget, stop: &Stop) -> Result<Survey, Error> {
     for (path, elsewhere) in &target.mapping {
         check_path(path).map_err(|reason| Error::entry(path, reason))?;
         if !elsewhere.is_absolute() {

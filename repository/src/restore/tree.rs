@@ -307,17 +307,26 @@ impl Tree {
             }
             std::thread::sleep(LOCK_PAUSE);
         }
-        Err(Error::TargetNotEmpty {
-            target: directory.display().to_string(),
-            reason: "another restore is writing there".into(),
-        })
+        Err(busy(directory))
+    }
+
+    /// Fails when a restore writes there now.
+    pub(super) fn must_be_free(directory: &Path) -> Result<(), Error> {
+        if Self::is_locked(directory)? { Err(busy(directory)) } else { Ok(()) }
     }
 
     /// Whether a restore writes there now. Any number may look at once.
     pub(super) fn is_locked(directory: &Path) -> Result<bool, Error> {
         let failed = |source| Error::Target { path: directory.display().to_string(), source };
         let handle = match File::open(directory) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+                ) =>
+            {
+                return Ok(false);
+            }
             opened => opened.map_err(failed)?,
         };
         let shared = FlockOperation::NonBlockingLockShared;
@@ -421,6 +430,10 @@ fn remove_directory(parent: &OwnedFd, name: &[u8]) -> rustix::io::Result<()> {
     rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR)
 }
 
+fn busy(directory: &Path) -> Error {
+    Error::TargetBusy { target: directory.display().to_string() }
+}
+
 /// Whether the lock was free; it is held until the handle is closed.
 fn try_flock(handle: &File, how: FlockOperation) -> io::Result<bool> {
     match rustix::fs::flock(handle, how) {
@@ -458,7 +471,7 @@ mod tests {
         drop(other);
         let writing = Tree::lock(&directory).unwrap();
         assert!(Tree::is_locked(&directory).unwrap());
-        assert!(matches!(Tree::lock(&directory), Err(Error::TargetNotEmpty { .. })));
+        assert!(matches!(Tree::lock(&directory), Err(Error::TargetBusy { .. })));
         drop(writing);
         assert!(!Tree::is_locked(&directory).unwrap());
     }

@@ -5,13 +5,16 @@
 //! somebody else's. File systems that know
 //! no files without a name (NFS) get a temporary name below `.uploads/`; what a crash leaves there belongs to nobody. It does not encrypt, cache or retry, and it does not follow what other hosts do: on a
 //! network file system the probe at the repository's creation finds out whether `link` can be trusted.
+//!
+//! What root writes belongs to the owner of the directory that it is written into, or the next worker could neither change nor
+//! delete it.
 
 use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -81,7 +84,15 @@ impl DirectoryStore {
                 }
                 self.create_parents(parent)?;
             }
-            created => created?,
+            created => {
+                created?;
+                if let Some((uid, gid)) = heir(parent.parent())? {
+                    // Never through a link that the owner puts there meanwhile.
+                    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                    let made = rustix::fs::openat(CWD, parent, flags, Mode::empty())?;
+                    unless_forbidden(fchown(made, Some(uid), Some(gid)))?;
+                }
+            }
         }
         parent.parent().map_or(Ok(()), sync_directory)?;
         known().insert(parent.to_owned());
@@ -325,6 +336,14 @@ struct Temporary {
 
 impl Temporary {
     fn create(store: &DirectoryStore) -> io::Result<Self> {
+        let temporary = Self::make(store)?;
+        if let Some((uid, gid)) = heir(Some(&store.root))? {
+            unless_forbidden(fchown(&temporary.file, Some(uid), Some(gid)))?;
+        }
+        Ok(temporary)
+    }
+
+    fn make(store: &DirectoryStore) -> io::Result<Self> {
         let root = &store.root;
         store.create_parents(&root.join(UPLOADS))?;
         if Path::new(OWN_FILES).exists() {
@@ -378,6 +397,27 @@ impl Drop for Temporary {
             let _ = fs::remove_file(name);
         }
     }
+}
+
+/// Whom what this process makes in a directory shall belong to, if not to its user.
+fn heir(directory: Option<&Path>) -> io::Result<Option<(u32, u32)>> {
+    let is_root = rustix::process::geteuid().is_root();
+    let Some(directory) = directory.filter(|_| is_root) else { return Ok(None) };
+    let owner = fs::metadata(directory)?;
+    Ok(heir_of(is_root, owner.uid(), owner.gid()))
+}
+
+fn heir_of(is_root: bool, uid: u32, gid: u32) -> Option<(u32, u32)> {
+    (is_root && uid != 0).then_some((uid, gid))
+}
+
+/// A server of a network file system may not believe our root: then it has made the file somebody's already.
+fn unless_forbidden(done: io::Result<()>) -> io::Result<()> {
+    done.or_else(
+        |error| {
+            if error.kind() == ErrorKind::PermissionDenied { Ok(()) } else { Err(error) }
+        },
+    )
 }
 
 /// A path below `.uploads/` that nobody has.
@@ -546,6 +586,16 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
+
+    #[test]
+    fn what_root_makes_belongs_to_whom_the_directory_belongs() {
+        assert_eq!(heir_of(true, 101, 104), Some((101, 104)));
+        assert_eq!(heir_of(true, 0, 104), None);
+        assert_eq!(heir_of(false, 101, 104), None);
+        let forbidden = io::Error::from(ErrorKind::PermissionDenied);
+        unless_forbidden(Err(forbidden)).unwrap();
+        unless_forbidden(Err(ErrorKind::StorageFull.into())).unwrap_err();
+    }
 
     #[tokio::test]
     async fn nothing_is_said_to_be_there_before_its_name_is_durable() {
