@@ -34,6 +34,7 @@ pub mod sandbox;
 pub mod scan;
 pub mod session;
 pub mod settings;
+pub mod short_place;
 pub mod snapshot;
 pub mod standby;
 pub mod table_files;

@@ -7,13 +7,13 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use postgres::process::Account;
 use postgres::sandbox;
+use postgres::short_place::ShortPlace;
 use proto::job::ProofTarget;
 use proto::{
     Action, AttemptId, BackupId, ClusterName, Code, Failure, Lsn, Recovery, RecoveryTarget,
     SystemIdentifier,
 };
 use repository::{Pin, Pinned, Repository};
-use tempfile::TempDir;
 
 use crate::archive::Whose;
 use crate::archive::service::{OpenArchive, Service};
@@ -27,7 +27,7 @@ pub struct Beyond {
     /// What was asked for, for people.
     pub(crate) asked: String,
     /// Answers for as long as the proof lasts; its socket lies in the directory.
-    _service: (Service, TempDir),
+    _service: (Service, ShortPlace),
 }
 
 /// Whose backup is wanted, and which.
@@ -85,13 +85,11 @@ impl Beyond {
                 (Some(backup), RecoveryTarget::Lsn(to), format!("position {to}, chosen by chance"))
             }
         };
-        // The path of a socket is short.
-        let place = tempfile::Builder::new().prefix("pgmuster-").tempdir_in("/tmp");
         let unheard = |error: std::io::Error| {
             let what = format!("failed to listen for the server of a proof: {error}");
             Failure::new(Code::SandboxUnfit, Action::RetryElsewhere, what)
         };
-        let place = place.map_err(unheard)?;
+        let place = ShortPlace::make().map_err(unheard)?;
         let socket: PathBuf = place.path().join("wal.sock");
         let opened = Arc::new(Opened(repository.clone()));
         let service = Service::listen(&socket, opened).await.map_err(unheard)?;

@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use proto::{Lsn, RecoveryTarget, SystemIdentifier, TargetAction, Timeline, failure};
 use rustix::process::Signal;
-use tempfile::TempDir;
 use tokio_postgres::NoTls;
 use tokio_postgres::error::SqlState;
 use tokio_util::sync::CancellationToken;
@@ -26,6 +25,7 @@ use crate::instance::{
     whole_log, write_private,
 };
 use crate::process::{Account, DeathSignal, Program, Result, Running, describe};
+use crate::short_place::ShortPlace;
 use crate::unfit::{self, Unfit};
 use crate::wal::read_history;
 
@@ -106,7 +106,7 @@ struct Answer {
 struct Alone {
     running: Running,
     /// Its socket and its own rules for who may enter.
-    private: TempDir,
+    private: ShortPlace,
     role: String,
     started: Instant,
 }
@@ -164,9 +164,7 @@ impl RecoveryServer<'_> {
     }
 
     async fn start_alone(&self, expected: &Expected, account: Account) -> Result<Alone> {
-        let private = tempfile::Builder::new()
-            .prefix("pgmuster-")
-            .tempdir_in("/tmp")
+        let private = ShortPlace::make()
             .map_err(|source| Error::io("create a directory in", "/tmp", source))?;
         make_private_directory(private.path(), account)?;
         write_private(&private.path().join("hba"), "local all all trust\n", account)?;

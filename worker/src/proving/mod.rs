@@ -10,6 +10,7 @@ use postgres::binaries::Binaries;
 use postgres::checks::{CheckOptions, CheckReport, Origin, run_checks};
 use postgres::process::Isolation;
 use postgres::sandbox::{Sandbox, SandboxOptions, SandboxRoom};
+use postgres::short_place::ShortPlace;
 use postgres::{Environment, Target};
 use proto::proof::{CheckOutcome, Phase, ProofCheck, ProofRecovery};
 use proto::words::count;
@@ -457,7 +458,11 @@ async fn look_into(
 
 /// Removes what dead workers left in the directory of sandboxes.
 pub async fn sweep(directory: Arc<Path>) {
-    let swept = blocking(move || Ok(postgres::sandbox::sweep(&directory)?)).await;
+    let swept = blocking(move || {
+        ShortPlace::sweep();
+        Ok(postgres::sandbox::sweep(&directory)?)
+    });
+    let swept = swept.await;
     match swept {
         Ok(rooms) => {
             for room in rooms {

@@ -6,10 +6,9 @@ use std::sync::Arc;
 use postgres::binaries::Binaries;
 use postgres::process::Account;
 use postgres::recovery::{Expected, RecoveryServer};
+use postgres::short_place::ShortPlace;
 use proto::job::{Reached, RecoveryOutcome, RestoreOutcome};
 use proto::{Action, BackupFacts, Code, Failure, TargetAction};
-
-use tempfile::TempDir;
 
 use super::RecoveryPlan;
 use super::place::Listening;
@@ -106,9 +105,8 @@ impl Starter {
     }
 
     /// Fetches ahead for as long as the server recovers. Without it, the server's commands fetch for themselves.
-    async fn serve(&self) -> Option<((Service, TempDir), String)> {
-        // The path of a socket is short.
-        let place = tempfile::Builder::new().prefix("pgmuster-").tempdir_in("/tmp").ok()?;
+    async fn serve(&self) -> Option<((Service, ShortPlace), String)> {
+        let place = ShortPlace::make().ok()?;
         let socket = place.path().join("wal.sock");
         match Service::listen(&socket, Arc::clone(&self.archive)).await {
             Ok(service) => Some(((service, place), socket.display().to_string())),
