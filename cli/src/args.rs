@@ -374,7 +374,7 @@ pub struct MomentArgs {
     /// WAL. The backup is the newest that was complete before. What cannot be reached is refused before anything is written.
     #[arg(long, value_name = "MOMENT", allow_hyphen_values = true, conflicts_with = "into_server")]
     pub to: Option<String>,
-    /// Along this timeline [default: the newest].
+    /// Along this timeline [default: the newest; you are asked where it is not plain on which the cluster lives].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub timeline: Option<u32>,
     /// Stop just before the moment instead of just after it: without the transaction that did the harm.

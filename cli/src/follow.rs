@@ -247,13 +247,14 @@ pub(crate) fn result_line(view: &JobView) -> String {
             done.plan.join("\n")
         }
         (JobState::Succeeded, Some(Outcome::Restore(done))) => format!(
-            "Restored backup {} of {} into {} in {took}: {}, {}; {}",
+            "Restored backup {} of {} into {} in {took}: {}, {}; {}{}",
             done.backup,
             view.cluster,
             done.directory,
             output::count(done.files, "file"),
             output::restored(done),
-            output::recovered(done)
+            output::recovered(done),
+            output::not_taken(done)
         ),
         (JobState::Succeeded, Some(Outcome::Analyze(done))) if !done.plan.is_empty() => {
             done.plan.join("\n")

@@ -100,6 +100,11 @@ pub(crate) fn recovered(done: &proto::job::RestoreOutcome) -> String {
     format!("the server is {}, at {}{commit} ({evidence})", reached.state, reached.lsn)
 }
 
+/// What a recovery that is done left behind, a line each.
+pub(crate) fn not_taken(done: &proto::job::RestoreOutcome) -> String {
+    done.plan.iter().flat_map(|line| ["\n", line]).collect()
+}
+
 /// A length of time as people say it, from milliseconds; rounded to the nearest of what is shown.
 pub(crate) fn duration(ms: i64) -> String {
     let shown_ms = match ms {

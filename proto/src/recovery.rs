@@ -115,6 +115,11 @@ impl Recovery {
                 "a standby follows the archive and stops nowhere: leave --to away, or --standby",
             );
         }
+        if self.standby && self.timeline.is_some() {
+            return Err(
+                "a standby goes over to every newer timeline, so there is no --timeline for it",
+            );
+        }
         if self.standby && self.action != TargetAction::Promote {
             return Err("a standby reaches no target, so there is no --action for it");
         }
@@ -432,6 +437,7 @@ mod tests {
             Recovery { standby: true, ..to(lsn.clone()) },
             Recovery { standby: true, action: TargetAction::Pause, ..to(RecoveryTarget::Latest) },
             Recovery { action: TargetAction::Pause, ..to(RecoveryTarget::Latest) },
+            Recovery { standby: true, timeline: Some(Timeline(2)), ..to(RecoveryTarget::Latest) },
             Recovery { before: true, ..to(RecoveryTarget::Immediate) },
             Recovery { before: true, ..to(RecoveryTarget::Name("x".to_owned())) },
             to(RecoveryTarget::Xid(2)),

@@ -17,7 +17,7 @@ use repository::{Pin, Pinned, Repository};
 
 use crate::archive::Whose;
 use crate::archive::service::{OpenArchive, Service};
-use crate::recovering::{self, FetchFrom, Fetching, RecoveryPlan, Wanted};
+use crate::recovering::{self, FetchFrom, Fetching, Range, RecoveryPlan, Wanted};
 
 /// A moment behind the end of a backup, and the WAL that leads there.
 #[derive(Debug)]
@@ -77,12 +77,15 @@ impl Beyond {
             backup: whom.backup,
             recovery: &any,
         };
-        let (backup, to, asked) = match target {
-            ProofTarget::At(to) => (whom.backup, to.clone(), to.to_string()),
+        let (backup, recovery, asked) = match target {
+            ProofTarget::At(to) => (whom.backup, Recovery::to(to.clone()), to.to_string()),
             ProofTarget::Random => {
-                let (backup, from, last) = recovering::range(repository, wanted).await?;
+                let Range { backup, timeline, from, last } =
+                    recovering::range(repository, wanted).await?;
                 let to = chosen(from, last, chance(whom.attempt));
-                (Some(backup), RecoveryTarget::Lsn(to), format!("position {to}, chosen by chance"))
+                let to_there = Recovery::to(RecoveryTarget::Lsn(to));
+                let recovery = Recovery { timeline: Some(timeline), ..to_there };
+                (Some(backup), recovery, format!("position {to}, chosen by chance"))
             }
         };
         let unheard = |error: std::io::Error| {
@@ -95,7 +98,6 @@ impl Beyond {
         let service = Service::listen(&socket, opened).await.map_err(unheard)?;
         let fetching =
             Fetching { program: recovering::this_program()?, from: FetchFrom::Service(socket) };
-        let recovery = Recovery::to(to);
         let wanted = Wanted { backup, recovery: &recovery, ..wanted };
         let (pinned, plan) = recovering::plan(repository, wanted, &fetching, pin).await?;
         Ok((pinned, Self { plan, asked, _service: (service, place) }))

@@ -3,6 +3,7 @@
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test says what it expects")]
 
+mod branches;
 mod house;
 
 use std::collections::BTreeSet;
@@ -38,6 +39,8 @@ struct World {
     house: House,
     major: u32,
     key: PathBuf,
+    /// Where the server is that is written to, if not where the first one was.
+    port: Option<u16>,
     rows: BTreeSet<i64>,
     next: i64,
 }
@@ -78,11 +81,13 @@ impl World {
         house.server.set(&[("archive_command", &archive)]).unwrap();
         house.sql("SELECT pg_reload_conf()").await;
         house.sql(TABLE).await;
-        Self { house, major, key, rows: BTreeSet::new(), next: 1 }
+        Self { house, major, key, port: None, rows: BTreeSet::new(), next: 1 }
     }
 
     fn url(&self) -> String {
-        self.house.server.url("postgres")
+        let (server, port) = (&self.house.server, |port: u16| format!(":{port}/"));
+        let (first, now) = (port(server.port()), port(self.port.unwrap_or(server.port())));
+        server.url("postgres").replace(&first, &now)
     }
 
     /// Commits a change, among others that are rolled back, and remembers everything about it.
@@ -292,6 +297,7 @@ async fn every_moment(major: u32) {
         (vec![xid(&first[2]), before.into()], &first[2].rows_before),
         (vec![name(&first[1])], &first[1].rows),
         (vec![lsn(&first[1])], &first[1].rows),
+        (vec![time(&first[4]), "--timeline".into(), "3".into()], &first[3].rows),
         (vec!["latest".into(), "--timeline".into(), "2".into()], &second[6].rows),
         (vec![time(&second[5]), "--timeline".into(), "2".into()], &second[5].rows),
         (vec!["latest".into(), "--timeline".into(), "1".into()], &first[5].rows),
@@ -341,6 +347,9 @@ async fn every_moment(major: u32) {
     world.refused(&["--to", "name:nowhere"], unreachable, &["recoverable up to"]);
     world.refused(&["--to", "FFFF/0"], unreachable, &["recoverable up to"]);
     world.refused(&["--to", "latest", "--timeline", "9"], unreachable, &["00000009.history"]);
+    // When it was that, the cluster was on a timeline that the next one left before.
+    let words = ["--timeline 1 has", "--timeline 3 only"];
+    world.refused(&["--to", &time(&first[4])], "REQUEST_INVALID", &words);
     world.refused(&["--to", "name:twice"], "REQUEST_INVALID", &["2 times", "--to "]);
     world.refused(&["--to", "xid:2"], "REQUEST_INVALID", &["below 3"]);
 
@@ -354,6 +363,9 @@ async fn every_moment(major: u32) {
         .restore(&world.house.place.path().join("planned"), &["--to", &xid(&second[4]), "--plan"]);
     assert!(planned.status.success(), "{}", said(&planned));
     assert!(said(&planned).contains("segments of WAL"), "{}", said(&planned));
+    for words in ["--timeline 1 leads there", "timeline 2 left timeline 1 at"] {
+        assert!(said(&planned).contains(words), "{}", said(&planned));
+    }
     assert!(!world.house.place.path().join("planned").exists());
     std::fs::write(&object, content).unwrap();
 

@@ -71,6 +71,9 @@ pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failu
             (backup, Some(plan))
         }
     };
+    if let Some(plan) = recovery.as_ref().filter(|_| !args.plan) {
+        plan.not_taken.iter().for_each(|line| output::talk(line));
+    }
     let cluster = backup.facts().cluster.clone();
     let given = Destination {
         data_directory: into,
@@ -98,9 +101,6 @@ pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failu
     interrupted.abort();
     backup.release().await;
     let done = done?;
-    output::show(format, &done, |done| {
-        if done.planned_only {
-            return done.plan.join("\n");
     // A target of somebody else is restored as that user.
     if Account::current().is_root() {
         let directory = &done.directory;
@@ -110,6 +110,9 @@ pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failu
              tablespaces; or restore into a directory that belongs to the server's user."
         ));
     }
+    output::show(format, &done, |done| {
+        if done.planned_only {
+            return done.plan.join("\n");
         }
         format!(
             "Restored backup {} of {} into {}: {}, {}; {}",

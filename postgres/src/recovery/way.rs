@@ -73,6 +73,11 @@ impl Way {
         self.history.timeline
     }
 
+    /// How that timeline came to be.
+    pub fn history(&self) -> &History {
+        &self.history
+    }
+
     /// The segment of this number that a server on this way reads.
     pub fn segment(&self, number: u64) -> Segment {
         // As a server looks: from the newest timeline back, for one that had begun there.

@@ -112,7 +112,7 @@ pub struct RestoreOutcome {
     pub stop_lsn: Lsn,
     /// True when nothing was written because only the plan was asked for.
     pub planned_only: bool,
-    /// The plan, one line a step, for people.
+    /// The plan, one line a step, for people. Of what was done, what other timelines wrote that was not taken.
     #[serde(default)]
     pub plan: Vec<String>,
     /// How far recovery goes beyond the backup, where that was asked for.

@@ -2,8 +2,9 @@
 //!
 //! Everything is found out before a byte is written: the backup is the newest that was complete before the moment and from
 //! which WAL leads there without a gap, on the timeline that was asked for. A moment that cannot be reached is refused with the
-//! nearest one that can. What is planned here is what [`crate::restoring`] then does.
+//! nearest one that can, and one that two timelines have is asked about. What is planned here is what [`crate::restoring`] then does.
 
+mod branches;
 mod place;
 mod search;
 mod start;
@@ -22,6 +23,7 @@ use proto::{
 };
 use repository::{AttemptSummary, Pin, Pinned, Repository, WalInventory};
 
+use self::branches::{Branch, question};
 use self::search::{Found, Search};
 pub use self::start::Starter;
 pub use self::words::{FetchFrom, Fetching};
@@ -39,6 +41,8 @@ pub struct RecoveryPlan {
     pub outcome: RecoveryOutcome,
     /// The same in sentences.
     pub lines: Vec<String>,
+    /// What other timelines wrote that is not taken, a sentence each. They are among the lines.
+    pub not_taken: Vec<String>,
     /// The server is to be started.
     pub starts: bool,
 }
@@ -72,6 +76,8 @@ struct Aim {
     at_least: Lsn,
     /// Nothing behind this will be replayed, where that is known.
     until: Option<Until>,
+    /// Where replay stops, where that is known.
+    stops_at: Option<Lsn>,
     /// Sentences about it.
     notes: Vec<String>,
 }
@@ -101,12 +107,19 @@ pub async fn plan(
     Ok((pinned, plan))
 }
 
-/// Between which positions a recovery can end that begins with the newest backup, or with the one that is named: its end, and
-/// the last record to which an unbroken line of WAL leads from there.
-pub(crate) async fn range(
-    repository: &Repository,
-    wanted: Wanted<'_>,
-) -> Result<(BackupId, Lsn, Lsn), Failure> {
+/// Where a recovery can end that begins with one backup.
+pub(crate) struct Range {
+    pub(crate) backup: BackupId,
+    /// The timeline that it goes along.
+    pub(crate) timeline: Timeline,
+    /// The end of the backup.
+    pub(crate) from: Lsn,
+    /// The last record to which an unbroken line of WAL leads from there.
+    pub(crate) last: Lsn,
+}
+
+/// Between which positions a recovery can end that begins with the newest backup, or with the one that is named.
+pub(crate) async fn range(repository: &Repository, wanted: Wanted<'_>) -> Result<Range, Failure> {
     let Wanted { cluster, system_identifier, backup, recovery } = wanted;
     let located =
         restoring::locate(repository, BackupKind::Physical, cluster, system_identifier, backup)
@@ -117,12 +130,14 @@ pub(crate) async fn range(
     let (id, facts) = planner.facts_of(located.backup).await?;
     let way = match archive::way_to(&planner.archive, planner.timeline(&facts), &facts) {
         Ok(way) => way,
-        Err(why) => return Err(*planner.no_way(id, &why).failure),
+        Err(why) => return Err(*planner.no_way(id, &facts, &why).failure),
     };
     let reach = Reach::along(&way, &planner.archive, &facts);
     let last = Search::new(repository, lineage, &facts).last_record(&way, reach.to).await?;
     match last.filter(|last| *last > facts.stop_lsn) {
-        Some(last) => Ok((id, facts.stop_lsn, last)),
+        Some(last) => {
+            Ok(Range { backup: id, timeline: way.timeline(), from: facts.stop_lsn, last })
+        }
         None => Err(unreachable(format!(
             "no archived WAL leads on from backup {id}, which ended at {}",
             facts.stop_lsn
@@ -226,20 +241,55 @@ impl Planner<'_> {
     ) -> Result<Result<RecoveryPlan, Refusal>, Failure> {
         let way = match archive::way_to(&self.archive, timeline, &facts) {
             Ok(way) => way,
-            Err(why) => return Ok(Err(self.no_way(id, &why))),
+            Err(why) => return Ok(Err(self.no_way(id, &facts, &why))),
         };
         let candidate = Candidate { id, facts, way };
         let reach = Reach::along(&candidate.way, &self.archive, &candidate.facts);
-        match self.aim(&candidate, reach, search).await? {
-            Ok(aim) => self.finish(&candidate, reach, aim, search, fetching).await.map(Ok),
-            Err(refusal) => Ok(Err(refusal)),
+        // A standby goes over to the newest by itself.
+        let asks = self.recovery.timeline.is_none() && !self.recovery.standby;
+        let mut aim = match self.aim(&candidate, reach, search).await? {
+            Ok(aim) => aim,
+            Err(mut refusal) => {
+                if asks && refusal.is_final {
+                    for branch in self.branches(&candidate, reach, None).await {
+                        refusal.failure.hint.extend([" ", &branch.hint()]);
+                    }
+                }
+                return Ok(Err(refusal));
+            }
+        };
+        let mut not_taken = Vec::new();
+        // The end of a backup is common to all that leads on from it.
+        if self.recovery.to != RecoveryTarget::Immediate {
+            let branches = self.branches(&candidate, reach, aim.stops_at).await;
+            if asks && !branches.is_empty() {
+                let stop = candidate.facts.stop_lsn;
+                let newest = search.newest_end(&candidate.way, stop, reach.to).await?;
+                let newest = newest.map(|moment| moment.at);
+                let target = &self.recovery.to;
+                if let Some(failure) = question(&branches, target, timeline, newest) {
+                    return Ok(Err(Refusal { is_final: true, failure: Box::new(failure) }));
+                }
+            }
+            not_taken.extend(branches.iter().map(Branch::told));
         }
+        aim.notes.extend(not_taken.iter().cloned());
+        let plan = self.finish(&candidate, reach, aim, search, fetching).await?;
+        Ok(Ok(RecoveryPlan { not_taken, ..plan }))
     }
 
-    fn no_way(&self, id: BackupId, why: &NoWay) -> Refusal {
+    fn no_way(&self, id: BackupId, facts: &BackupFacts, why: &NoWay) -> Refusal {
         let failure = match why {
-            NoWay::Elsewhere(why) => unreachable(format!("backup {id} leads elsewhere: {why}"))
-                .with_hint("Name another backup, or another timeline with --timeline."),
+            NoWay::Elsewhere(why) => {
+                let leads = self.leads(facts);
+                unreachable(format!("backup {id} leads elsewhere: {why}")).with_hint(
+                    if leads.is_empty() {
+                        "Name another backup, or another timeline with --timeline.".to_owned()
+                    } else {
+                        format!("It leads {}. Or name another backup.", leads.join(", "))
+                    },
+                )
+            }
             NoWay::WithoutHistory { .. } => {
                 let timelines = self.archive.timelines.iter();
                 let there: Vec<String> = timelines
@@ -266,7 +316,11 @@ impl Planner<'_> {
         let before = self.recovery.before;
         let target = self.recovery.to.clone();
         let aim = |at_least, until: Option<Until>| {
-            Ok(Ok(Aim { target: target.clone(), at_least, until, notes: Vec::new() }))
+            let stops_at = match target {
+                RecoveryTarget::Lsn(lsn) => Some(lsn),
+                _ => None,
+            };
+            Ok(Ok(Aim { target: target.clone(), at_least, until, stops_at, notes: Vec::new() }))
         };
         if reach.to < facts.stop_lsn {
             let size = candidate.way.segment_size();
@@ -331,6 +385,11 @@ impl Planner<'_> {
             Found::Idle(moment) => Until::Position(moment.end),
             Found::Event(_) | Found::Unknown | Found::Nothing => Until::Time(time),
         };
+        let stops_at = match &found {
+            Found::Idle(moment) => Some(moment.start),
+            // One of those that show that WAL goes on, not the first.
+            Found::Event(_) | Found::Unknown | Found::Nothing => None,
+        };
         let (target, note) = match found {
             Found::Event(moment) => {
                 (target, format!("a transaction that ended at {} shows that WAL goes on beyond that", moment.at))
@@ -353,7 +412,7 @@ impl Planner<'_> {
                 return Ok(Err(self.gap(candidate, reach, search, what, true).await?));
             }
         };
-        Ok(Ok(Aim { target, at_least: stop, until: Some(until), notes: vec![note] }))
+        Ok(Ok(Aim { target, at_least: stop, until: Some(until), stops_at, notes: vec![note] }))
     }
 
     /// A transaction or a restore point is looked for from the end of what is there.
@@ -373,6 +432,7 @@ impl Planner<'_> {
                 target,
                 at_least: stop,
                 until: None,
+                stops_at: None,
                 notes: vec![note.to_owned()],
             }));
         };
@@ -386,7 +446,8 @@ impl Planner<'_> {
                 let note =
                     format!("{target} is at {} and was reached at {}", moment.start, moment.at);
                 let (at_least, until) = (at_least.min(moment.end), Until::Position(moment.end));
-                Ok(Ok(Aim { target, at_least, until: Some(until), notes: vec![note] }))
+                let (until, stops_at) = (Some(until), Some(moment.start));
+                Ok(Ok(Aim { target, at_least, until, stops_at, notes: vec![note] }))
             }
             several => {
                 let places: Vec<String> = several
@@ -505,6 +566,7 @@ impl Planner<'_> {
             reached: None,
         };
         let lines = words::lines(&words::Told {
+            history: way.history(),
             backup: candidate.id,
             facts,
             recovery,
@@ -514,7 +576,8 @@ impl Planner<'_> {
             is_gap: reach.is_gap,
             notes: &aim.notes,
         });
-        Ok(RecoveryPlan { settings, expected, outcome, lines, starts: recovery.start })
+        let (starts, not_taken) = (recovery.start, Vec::new());
+        Ok(RecoveryPlan { settings, expected, outcome, lines, not_taken, starts })
     }
 }
 

@@ -84,6 +84,33 @@ impl<'a> Search<'a> {
         Ok(None)
     }
 
+    /// The first moment between two positions that is wanted, of those segments that are there and may still be looked into.
+    pub(super) async fn first(
+        &mut self,
+        way: &Way,
+        from: Lsn,
+        to: Lsn,
+        is_wanted: impl Fn(&Moment) -> bool,
+    ) -> Result<Option<Moment>, Failure> {
+        let last = last_number(way, to);
+        for number in from.0 / u64::from(way.segment_size())..=last {
+            if self.is_exhausted() {
+                break;
+            }
+            let Some(said) = self.look(way, number, last).await? else { continue };
+            let mut behind = said.moments.iter().filter(|moment| moment.start >= from);
+            if let Some(moment) = behind.find(|moment| is_wanted(moment)) {
+                return Ok(Some(moment.clone()));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether there was too much to look at.
+    pub(super) fn is_exhausted(&self) -> bool {
+        self.left == 0
+    }
+
     /// Whether something happened after a time, between two positions.
     pub(super) async fn after(
         &mut self,

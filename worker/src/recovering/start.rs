@@ -27,12 +27,14 @@ pub struct Starter {
 }
 
 impl RecoveryPlan {
-    /// Adds what is known of the recovery to what a restore did, or would do.
+    /// Adds what is known of the recovery to what a restore did, or would do. What is not taken stays told when it is done.
     #[must_use]
     pub fn tell(&self, done: RestoreOutcome) -> RestoreOutcome {
         let mut plan = done.plan;
         if done.planned_only {
             plan.extend(self.lines.iter().cloned());
+        } else {
+            plan.extend(self.not_taken.iter().cloned());
         }
         let recovery = done.recovery.or_else(|| Some(self.outcome.clone()));
         RestoreOutcome { plan, recovery, ..done }

@@ -204,3 +204,18 @@ async fn every_window_that_is_shown_can_be_recovered_to() {
     assert_eq!(refused.code, Code::RecoveryTargetUnreachable);
     assert!(refused.message.contains("00000007.history"), "{}", refused.message);
 }
+
+#[tokio::test]
+async fn damage_on_a_branch_keeps_nobody_from_another_way() {
+    let mut place = Place::new().await;
+    place.back_up(1, 2).await;
+    place.archive(1, 2..=9).await;
+    place.archive_history(2, format!("1\t{}\tx\n", Lsn(8 * MIB + 100))).await;
+    place.archive(2, 8..=12).await;
+    let object = format!("lineages/{}/wal/00000001/{}", place.lineage, wal_name(1, 9));
+    let damaged = Bytes::from_static(b"no object at all");
+    place.store.inner.put(&object, damaged).await.unwrap();
+    let file = WalFileName::Segment(wal_name(1, 9));
+    place.repository.fetch_wal(place.lineage, &file).await.unwrap_err();
+    assert_eq!(place.plan(Lsn(10 * MIB), None).await.unwrap(), place.backups[0]);
+}

@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use jiff::Timestamp;
 use postgres::recovery::RecoverySettings;
+use postgres::wal::History;
 use proto::job::RecoveryOutcome;
 use proto::words::count;
-use proto::{BackupFacts, BackupId, LineageId, Recovery, RecoveryTarget, TargetAction};
+use proto::{BackupFacts, BackupId, LineageId, Recovery, RecoveryTarget, TargetAction, Timeline};
 
 use crate::archive::{Until, quoted};
 
@@ -58,6 +59,8 @@ impl Fetching {
 
 /// What the sentences are about.
 pub(super) struct Told<'a> {
+    /// How the timeline came to be that is followed.
+    pub(super) history: &'a History,
     pub(super) backup: BackupId,
     pub(super) facts: &'a BackupFacts,
     pub(super) recovery: &'a Recovery,
@@ -80,6 +83,7 @@ pub(super) fn lines(told: &Told<'_>) -> Vec<String> {
             told.backup, facts.stop_lsn, facts.timeline
         ),
     ];
+    lines.extend(branch_points(told.history, facts.timeline));
     lines.extend(told.notes.iter().cloned());
     let upto = match outcome.recoverable_to_time {
         Some(time) => format!("{}, newest commit {time}", outcome.recoverable_to),
@@ -123,6 +127,17 @@ pub(super) fn lines(told: &Told<'_>) -> Vec<String> {
         );
     }
     lines
+}
+
+/// Where the way goes over to the next timeline, from the backup's own on.
+fn branch_points(history: &History, from: Timeline) -> Option<String> {
+    let entries = history.entries.iter().skip_while(|entry| entry.timeline != from);
+    let points: Vec<String> = entries
+        .map(|entry| format!("timeline {} at {}", entry.timeline, entry.switched_at))
+        .collect();
+    let to = history.timeline;
+    (!points.is_empty())
+        .then(|| format!("the way leaves {}, and comes to timeline {to}", points.join(", ")))
 }
 
 #[cfg(test)]
