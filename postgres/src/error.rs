@@ -219,7 +219,7 @@ pub enum Error {
         program: String,
         /// Exit code or signal.
         outcome: String,
-        /// The last lines it wrote.
+        /// What it said: its first error and what followed, and how much more there was.
         output: String,
     },
     /// The files of a data directory cannot be read by this process.
@@ -560,7 +560,7 @@ impl From<Error> for Failure {
             Error::Program { .. } => told(
                 Code::SandboxFailed,
                 Action::FixConfig,
-                "The last lines of the program's output say why.",
+                "The program's first error says why.",
             ),
             Error::Unreadable { cure, .. } => {
                 told(Code::DataDirectoryUnreadable, Action::FixConfig, cure)

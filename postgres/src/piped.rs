@@ -7,7 +7,7 @@ use tokio::process::{ChildStdin, ChildStdout};
 use tokio::task::JoinHandle;
 
 use crate::Error;
-use crate::process::{ERROR_LINES, Program, Result, Running, describe, keep_tail, last_lines};
+use crate::process::{Program, Result, Running, describe, keep_ends, told};
 
 /// A child with pipes. Dropping it ends it, with its whole process group.
 #[derive(Debug)]
@@ -20,7 +20,7 @@ pub struct Piped {
 }
 
 impl Program {
-    /// Starts the program with pipes at both ends. Its standard error is kept, the last 64 KiB of it.
+    /// Starts the program with pipes at both ends. Of a long standard error the beginning and the end are kept.
     pub async fn piped(&self) -> Result<Piped> {
         let (mut running, stdin, stdout, stderr) = self.start_piped().await?;
         let Some(stderr) = stderr else {
@@ -28,7 +28,7 @@ impl Program {
             let source = io::Error::other("it has no standard error");
             return Err(Error::ProgramStart { program: self.name(), source });
         };
-        let stderr = tokio::spawn(keep_tail(Some(BufReader::new(stderr))));
+        let stderr = tokio::spawn(keep_ends(BufReader::new(stderr)));
         Ok(Piped { name: self.name(), running, stdin, stdout, stderr })
     }
 }
@@ -77,7 +77,7 @@ impl Piped {
         Err(Error::Program {
             program: self.name,
             outcome: describe(status),
-            output: last_lines(&said, ERROR_LINES),
+            output: told(&said),
         })
     }
 }

@@ -39,10 +39,14 @@ impl Error {
 const SYSTEM_PATH: &str = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin";
 /// What is kept of a child's standard output: enough for any listing we ask for, not for a table.
 const STDOUT_LIMIT_BYTES: usize = 4 << 20;
-/// What is kept of a child's standard error, from its end, where the reason stands.
+/// What is kept of a child's standard error, from its end; of a piped one as much of its beginning as well.
 const STDERR_LIMIT_BYTES: usize = 64 << 10;
 /// Lines of standard error that go into an error text.
 pub(crate) const ERROR_LINES: usize = 12;
+/// How PostgreSQL's programs and servers mark an error.
+const ERROR_MARKS: [&str; 4] = [": error: ", ": fatal: ", "ERROR:", "FATAL:"];
+/// Lines before an error that say what it is about.
+const LINES_BEFORE: usize = 2;
 /// How long a server may take over an immediate shutdown before it is killed: the postmaster itself
 /// gives its children five seconds.
 const QUIT_PATIENCE: Duration = Duration::from_secs(8);
@@ -313,7 +317,7 @@ impl Program {
         Err(Error::Program {
             program: self.name(),
             outcome: describe(status),
-            output: last_lines(&String::from_utf8_lossy(said), ERROR_LINES),
+            output: told(&String::from_utf8_lossy(said)),
         })
     }
 
@@ -567,6 +571,19 @@ pub(crate) fn last_lines(text: &str, count: usize) -> String {
     lines[lines.len().saturating_sub(count)..].join("\n")
 }
 
+/// What a program said, for an error text. Of much it is the first error that counts: what follows are the lines of a statement, or
+/// consequences.
+pub(crate) fn told(said: &str) -> String {
+    let lines: Vec<&str> = said.trim_end().lines().collect();
+    if lines.len() <= ERROR_LINES {
+        return lines.join("\n");
+    }
+    let is_error = |line: &&str| ERROR_MARKS.iter().any(|mark| line.contains(mark));
+    let first = lines.iter().position(is_error).map_or(0, |at| at.saturating_sub(LINES_BEFORE));
+    let kept = &lines[first..lines.len().min(first + ERROR_LINES)];
+    format!("{}\n({} more lines)", kept.join("\n"), lines.len() - kept.len())
+}
+
 /// How a child ended, in words.
 pub(crate) fn describe(status: ExitStatus) -> String {
     use std::os::unix::process::ExitStatusExt as _;
@@ -631,7 +648,15 @@ async fn keep_head(pipe: Option<impl AsyncRead + Unpin>) -> io::Result<(Vec<u8>,
     Ok((head, rest > 0))
 }
 
-pub(crate) async fn keep_tail(pipe: Option<impl AsyncRead + Unpin>) -> io::Result<Vec<u8>> {
+/// The beginning and the end of what comes out of a pipe.
+pub(crate) async fn keep_ends(mut pipe: impl AsyncRead + Unpin) -> io::Result<Vec<u8>> {
+    let mut kept = Vec::new();
+    (&mut pipe).take(STDERR_LIMIT_BYTES as u64).read_to_end(&mut kept).await?;
+    kept.append(&mut keep_tail(Some(pipe)).await?);
+    Ok(kept)
+}
+
+async fn keep_tail(pipe: Option<impl AsyncRead + Unpin>) -> io::Result<Vec<u8>> {
     let Some(mut pipe) = pipe else { return Ok(Vec::new()) };
     let mut tail = Vec::new();
     let mut chunk = vec![0; 8 << 10];
@@ -644,5 +669,30 @@ pub(crate) async fn keep_tail(pipe: Option<impl AsyncRead + Unpin>) -> io::Resul
         if tail.len() > 2 * STDERR_LIMIT_BYTES {
             tail.drain(..tail.len() - STDERR_LIMIT_BYTES);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_error_is_told_from_its_beginning_and_how_much_more_there_is() {
+        let warnings = "pg_restore: warning: this\n".repeat(30);
+        let about = "pg_restore: while PROCESSING TOC:\npg_restore: from TOC entry 215; 1255 16390 FUNCTION f()\n";
+        let error = "pg_restore: error: could not execute query: ERROR:  syntax error\nCommand was: CREATE FUNCTION f()\n";
+        let body = "  line of a body\n".repeat(100);
+        let said = told(&format!("{warnings}{about}{error}{body}"));
+        assert!(said.starts_with("pg_restore: while PROCESSING TOC:"), "{said}");
+        assert!(said.contains("syntax error\nCommand was"), "{said}");
+        assert!(said.ends_with("line of a body\n(122 more lines)"), "{said}");
+        assert_eq!(said.lines().count(), ERROR_LINES + 1);
+        // Without an error that is known as one, what came first.
+        let said = told(&(1..=14).map(|n| format!("line {n}\n")).collect::<String>());
+        assert!(
+            said.starts_with("line 1\n") && said.ends_with("line 12\n(2 more lines)"),
+            "{said}"
+        );
+        assert_eq!(told("two\nlines\n"), "two\nlines");
     }
 }

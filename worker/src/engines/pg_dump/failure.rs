@@ -15,5 +15,5 @@ pub(super) fn of_program(what: &str, error: postgres::Error) -> Failure {
         );
     }
     Failure::new(Code::DumpFailed, Action::Retry, message)
-        .with_hint("The last lines of its output say why; nothing was committed.")
+        .with_hint("Its first error says why; nothing was committed.")
 }
