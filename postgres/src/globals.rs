@@ -2,6 +2,7 @@
 //! `psql`, which runs commands that a text can hold; a line of such a command is dropped where it is one of `pg_dumpall`'s own,
 //! and an error otherwise.
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 
 use crate::error::Error;
@@ -128,6 +129,53 @@ fn after_identifier(text: &str) -> Option<(String, &str)> {
     None
 }
 
+/// A membership, as far as it matters here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Membership<'a> {
+    role: String,
+    member: String,
+    /// The member may grant the role on.
+    is_admin: bool,
+    grantor: Option<String>,
+    /// The statement without who granted it.
+    plain: &'a str,
+}
+
+fn membership(statement: &str) -> Option<Membership<'_>> {
+    let (role, rest) = after_identifier(statement.strip_prefix("GRANT ")?)?;
+    let (member, rest) = after_identifier(rest.strip_prefix(" TO ")?)?;
+    let (options, grantor) = match rest.split_once(" GRANTED BY ") {
+        Some((options, grantor)) => (options, Some(first_identifier(grantor)?)),
+        None => (rest, None),
+    };
+    let plain = &statement[..statement.len() - rest.len() + options.len()];
+    let is_admin = options.contains("ADMIN OPTION") || options.contains("ADMIN TRUE");
+    Some(Membership { role, member, is_admin, grantor, plain })
+}
+
+/// The same statements for a server of version 16 or later. There only the superuser who made the cluster, and members with
+/// the admin option, can have granted a membership; what anybody else granted, on an older server or as the superuser who made
+/// another cluster, comes from whoever runs the statements.
+fn grantable(statements: &[String], bootstrap: &str) -> Vec<String> {
+    let mut admins = HashSet::new();
+    let mut grantable = Vec::with_capacity(statements.len());
+    for statement in statements {
+        let Some(Membership { role, member, is_admin, grantor, plain }) = membership(statement)
+        else {
+            grantable.push(statement.clone());
+            continue;
+        };
+        let stays = grantor.is_none_or(|grantor| {
+            grantor == bootstrap || admins.contains(&(role.clone(), grantor))
+        });
+        grantable.push(if stays { statement.clone() } else { plain.to_owned() });
+        if is_admin {
+            admins.insert((role, member));
+        }
+    }
+    grantable
+}
+
 /// Who made the cluster, as far as its globals tell: `postgres`, where that is a superuser of it, or else its first superuser.
 pub fn superuser(statements: &[String]) -> String {
     let superusers = statements.iter().filter_map(|statement| {
@@ -212,6 +260,16 @@ impl Session {
     pub async fn run_globals(&self, statements: &[String]) -> Result<GlobalsRun, Error> {
         let (roles, tablespaces) = named(statements);
         let (roles_kept, tablespaces_kept) = self.existing_globals(&roles, &tablespaces).await?;
+        let sql = "SELECT current_setting('server_version_num')::int4 >= 160000, \
+                   (SELECT rolname::text FROM pg_roles WHERE oid = 10)";
+        let row = self.one("ask who made the cluster", sql, &[]).await?;
+        let rewritten;
+        let statements = if row.get::<_, bool>(0) {
+            rewritten = grantable(statements, row.get::<_, Option<&str>>(1).unwrap_or_default());
+            &rewritten[..]
+        } else {
+            statements
+        };
         let mut run = GlobalsRun { roles_kept, tablespaces_kept, ..GlobalsRun::default() };
         for statement in statements {
             match kind(statement) {
@@ -287,6 +345,29 @@ mod tests {
         assert_eq!(of(&[plain.clone(), boss.clone(), with("z", "SUPERUSER")]), "the boss");
         assert_eq!(of(&[boss, with("postgres", "SUPERUSER")]), "postgres");
         assert_eq!(of(&[plain]), "postgres");
+    }
+
+    #[test]
+    fn a_membership_keeps_its_grantor_where_a_server_of_16_lets_it() {
+        let text =
+            "GRANT a TO \"the boss\" WITH ADMIN OPTION, INHERIT TRUE GRANTED BY \"old boss\";
+            GRANT a TO m WITH INHERIT FALSE GRANTED BY \"the boss\";
+            GRANT b TO m GRANTED BY \"the boss\";
+            GRANT b TO n GRANTED BY postgres;
+            GRANT b TO \"x GRANTED BY y\" WITH ADMIN OPTION;
+            GRANT SET ON PARAMETER work_mem TO m";
+        let all = statements(&format!("{text};")).unwrap();
+        assert_eq!(
+            grantable(&all, "postgres"),
+            [
+                "GRANT a TO \"the boss\" WITH ADMIN OPTION, INHERIT TRUE",
+                &all[1],
+                "GRANT b TO m",
+                &all[3],
+                &all[4],
+                &all[5],
+            ]
+        );
     }
 
     #[test]
