@@ -60,13 +60,16 @@ pub struct WorkerSetup<'a> {
     pub lines: &'a str,
     /// What starts it, when it is not started directly: see [`Pgmuster::start_under`].
     pub under: Vec<String>,
+    /// Whether it may load dumps into its sandboxes.
+    pub loads_dumps: bool,
 }
 
 impl<'a> WorkerSetup<'a> {
     /// A worker that serves one cluster.
     pub fn of(name: &'a str, cluster: &'a str, connection: String) -> Self {
         let clusters = vec![(cluster, connection)];
-        Self { name, clusters, environment: Vec::new(), lines: "", under: Vec::new() }
+        let (environment, under) = (Vec::new(), Vec::new());
+        Self { name, clusters, environment, lines: "", under, loads_dumps: true }
     }
 
     /// The same, failing on purpose at a step: `copy=abort`.
@@ -212,7 +215,7 @@ impl Fleet {
             url = "file:{place}/amqp.url"
             [allow]
             restore_roots = ["{place}/restore"]
-            load_dumps = true
+            load_dumps = {loads_dumps}
             [sandbox]
             directory = "{place}/sandbox"
             postgres_bin_dirs = [{bins}]
@@ -223,6 +226,7 @@ impl Fleet {
             "#,
             name = setup.name,
             lines = setup.lines,
+            loads_dumps = setup.loads_dumps,
             bins = bins.join(", "),
             url = self.repository_url(),
         );

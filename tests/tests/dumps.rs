@@ -13,7 +13,8 @@ async fn a_dump_is_ordered_taken_listed_and_loaded_into_another_server() -> anyh
     let other = Cluster::start(15, InstanceOptions::default()).await?;
     let mut fleet = Fleet::prepare(&vhost.url(), "", Place::Directory)?;
     fleet.start_coordinator()?;
-    fleet.start_worker(&WorkerSetup::of("w1", "orders", cluster.url()))?;
+    let setup = WorkerSetup::of("w1", "orders", cluster.url());
+    fleet.start_worker(&WorkerSetup { loads_dumps: false, ..setup })?;
     cluster.run("CREATE DATABASE shop").await?;
 
     fleet.expect(&["backup", "orders", "--wait"])?;
@@ -40,6 +41,14 @@ async fn a_dump_is_ordered_taken_listed_and_loaded_into_another_server() -> anyh
     ensure!(judged["backup"]["id"] == backups[1]["id"], "{judged}");
     // The order for a database that does not exist says nothing about the backups there are.
     ensure!(judged["state"] == "TAKEN", "{judged}");
+    // Nobody has allowed this worker to run what is in dumps; reading them is another matter.
+    let verify = ["verify", "orders", "--backup", &id, "--wait", "--level"];
+    let refused = fleet.run(&[&verify[..], &["3"]].concat())?;
+    ensure!(refused.code() != 0 && refused.stderr.contains("w1 may not load dumps"), "{refused}");
+    ensure!(refused.stderr.contains("allow.load_dumps = true"), "{refused}");
+    ensure!(fleet.sandboxes()?.is_empty(), "a sandbox was made: {:?}", fleet.sandboxes()?);
+    let read = fleet.expect(&[&verify[..], &["2"]].concat())?;
+    ensure!(read.contains("passed L2"), "{read}");
 
     let (key, url) = (fleet.path("repository.key"), fleet.repository_url());
     let (key, server) = (text(&key)?, other.url());
