@@ -61,6 +61,18 @@ impl Session {
         rows.iter().map(database).collect()
     }
 
+    /// Databases that others are made of; none of them can be dropped.
+    pub async fn templates(&self) -> Result<Vec<DatabaseName>, Error> {
+        let what = "list the templates";
+        let sql = "SELECT datname::text FROM pg_database WHERE datistemplate ORDER BY datname";
+        let rows = self.query(what, sql, &[]).await?;
+        let name = |row: &tokio_postgres::Row| {
+            let name: String = row.get(0);
+            name.parse().map_err(|_| Error::Answer { what: what.to_owned(), answer: name })
+        };
+        rows.iter().map(name).collect()
+    }
+
     /// Whether the role may dump the passwords of roles.
     pub async fn may_read_passwords(&self) -> Result<bool, Error> {
         let sql = "SELECT has_table_privilege('pg_catalog.pg_authid', 'SELECT')";
