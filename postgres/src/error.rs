@@ -222,6 +222,12 @@ pub enum Error {
         /// What it said: its first error and what followed, and how much more there was.
         output: String,
     },
+    /// What `pg_dump` wrote is no whole archive, or none that is known here.
+    #[error("read an archive of pg_dump: {what}")]
+    Archive {
+        /// What is wrong with it.
+        what: String,
+    },
     /// The files of a data directory cannot be read by this process.
     #[error("read {}", path.display())]
     Unreadable {
@@ -557,10 +563,13 @@ impl From<Error> for Failure {
                 Action::RetryElsewhere,
                 "The backup is neither proved nor blamed. Give this machine what it lacks, or let a worker elsewhere prove.",
             ),
-            Error::Program { .. } => told(
-                Code::SandboxFailed,
-                Action::FixConfig,
-                "The program's first error says why.",
+            Error::Program { .. } => {
+                told(Code::SandboxFailed, Action::FixConfig, "The program's first error says why.")
+            }
+            Error::Archive { .. } => told(
+                Code::ObjectDamaged,
+                Action::FixData,
+                "pg_restore --list of the restored file may show more; keep older backups.",
             ),
             Error::Unreadable { cure, .. } => {
                 told(Code::DataDirectoryUnreadable, Action::FixConfig, cure)

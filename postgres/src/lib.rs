@@ -4,6 +4,7 @@
 //! Knows nothing of repositories, jobs or schedules: a caller says what it wants of one server, and gets facts or an
 //! [`Error`] back that names the cure.
 
+pub mod archive;
 pub mod archiving;
 pub mod backup_session;
 pub mod binaries;

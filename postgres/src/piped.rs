@@ -1,6 +1,8 @@
 //! Child processes that are fed and read while they run: what goes through them is larger than memory.
 
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
 
 use tokio::io::{AsyncWriteExt as _, BufReader};
 use tokio::process::{ChildStdin, ChildStdout};
@@ -8,6 +10,12 @@ use tokio::task::JoinHandle;
 
 use crate::Error;
 use crate::process::{Program, Result, Running, describe, keep_ends, told};
+
+/// Bytes in a pipe: as much as everybody may have.
+const PIPE_BYTES: usize = 1 << 20;
+/// How long a full pipe is left alone. Whoever reads it is not through with it before, unless he reads 500 MB in a second; who
+/// looks earlier writes a page or two each time, and takes from others the time that it costs to be woken so often.
+const FULL_PAUSE: Duration = Duration::from_millis(2);
 
 /// A child with pipes. Dropping it ends it, with its whole process group.
 #[derive(Debug)]
@@ -17,6 +25,8 @@ pub struct Piped {
     stdin: Option<ChildStdin>,
     stdout: Option<ChildStdout>,
     stderr: JoinHandle<io::Result<Vec<u8>>>,
+    /// A full standard input holds [`PIPE_BYTES`].
+    is_wide: bool,
 }
 
 impl Program {
@@ -29,8 +39,17 @@ impl Program {
             return Err(Error::ProgramStart { program: self.name(), source });
         };
         let stderr = tokio::spawn(keep_ends(BufReader::new(stderr)));
-        Ok(Piped { name: self.name(), running, stdin, stdout, stderr })
+        let is_wide = widen(stdin.as_ref().map(AsFd::as_fd));
+        widen(stdout.as_ref().map(AsFd::as_fd));
+        Ok(Piped { name: self.name(), running, stdin, stdout, stderr, is_wide })
     }
+}
+
+/// Lets more lie in a pipe, so that whoever writes and whoever reads take turns less often; says whether it does. A limit of the
+/// system or of the account may forbid it.
+fn widen(pipe: Option<BorrowedFd<'_>>) -> bool {
+    let widened = pipe.map(|pipe| rustix::pipe::fcntl_setpipe_size(pipe, PIPE_BYTES));
+    widened.is_some_and(|size| size.is_ok_and(|size| size >= PIPE_BYTES))
 }
 
 impl Piped {
@@ -44,14 +63,27 @@ impl Piped {
         self.stdout.take()
     }
 
+    /// The same to be read by a thread that waits for it.
+    pub fn take_stdout_blocking(&mut self) -> Result<Option<std::fs::File>> {
+        let lost = |source| Error::ProgramStart { program: self.name.clone(), source };
+        let pipe = self.stdout.take().map(ChildStdout::into_owned_fd).transpose().map_err(lost)?;
+        Ok(pipe.map(std::fs::File::from))
+    }
+
     /// Writes to its standard input. False when it does not read any more, which its end explains.
-    pub async fn feed(&mut self, bytes: &[u8]) -> bool {
+    pub async fn feed(&mut self, mut bytes: &[u8]) -> bool {
         let Some(pipe) = &mut self.stdin else { return false };
-        let fed = pipe.write_all(bytes).await.is_ok();
-        if !fed {
-            self.stdin = None;
+        while !bytes.is_empty() {
+            let Ok(fed @ 1..) = pipe.write(bytes).await else {
+                self.stdin = None;
+                return false;
+            };
+            bytes = &bytes[fed..];
+            if !bytes.is_empty() && self.is_wide {
+                tokio::time::sleep(FULL_PAUSE).await;
+            }
         }
-        fed
+        true
     }
 
     /// Closes its standard input and waits for its end, while what is left of its standard output is thrown away. Anything
@@ -74,10 +106,6 @@ impl Piped {
         if status.success() {
             return Ok(said);
         }
-        Err(Error::Program {
-            program: self.name,
-            outcome: describe(status),
-            output: told(&said),
-        })
+        Err(Error::Program { program: self.name, outcome: describe(status), output: told(&said) })
     }
 }
