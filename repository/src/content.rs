@@ -1,11 +1,12 @@
-//! Reading one file of a backup as a stream, from its beginning to its end, without a target directory: for what goes into
-//! another program. Memory is a few stretches, whatever the file's size.
+//! Reading one file of a backup as a stream, or parts of it, without a target directory: for what goes into another program.
+//! Memory is a few stretches, whatever the file's size; they are read ahead while whoever listens is busy.
 
 use std::collections::HashMap;
 use std::ops::Range;
 
 use bytes::{Bytes, BytesMut};
 use futures::{Stream, StreamExt, stream};
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::again::again;
 use crate::entry::{Body, Content, Extent, FileBody};
@@ -37,10 +38,19 @@ pub struct FileContent {
     file: FileBody,
 }
 
-/// A stretch of a file.
-enum Piece {
-    Inline(Vec<Extent>, u64),
-    Shard(ShardRef, u64),
+/// A part of a stretch of a file.
+struct Piece {
+    stretch: Stretch,
+    /// Bytes of the whole stretch.
+    bytes: u64,
+    /// What of it is wanted.
+    wanted: Range<u64>,
+}
+
+/// What describes a stretch.
+enum Stretch {
+    Inline(Vec<Extent>),
+    Shard(ShardRef),
 }
 
 impl Backup {
@@ -77,42 +87,94 @@ impl FileContent {
     }
 
     /// Its bytes in order, decrypted and checked. The first error is the last item.
-    pub fn stream(&self) -> impl Stream<Item = Result<Bytes, Error>> + Send + '_ {
-        let pieces = self.pieces().into_iter();
-        let read = pieces.map(|piece| again_piece(&self.backup, self.file.unit_bytes, piece));
-        stream::iter(read).buffered(STRETCHES_IN_FLIGHT)
+    pub fn stream(&self) -> impl Stream<Item = Result<Bytes, Error>> + Send + use<> {
+        let whole = 0..self.file.size_bytes;
+        self.parts(std::slice::from_ref(&whole))
     }
 
-    fn pieces(&self) -> Vec<Piece> {
+    /// The bytes of these parts, one part after the other; what lies behind the file's end is not there.
+    pub fn parts(
+        &self,
+        parts: &[Range<u64>],
+    ) -> impl Stream<Item = Result<Bytes, Error>> + Send + use<> {
+        let (backup, unit_bytes) = (self.backup.clone(), self.file.unit_bytes);
+        let pieces: Vec<Piece> = parts.iter().flat_map(|part| self.pieces(part)).collect();
+        let read = move |piece| {
+            // Each goes on by itself, whether anybody listens or not.
+            let reading = again_piece(backup.clone(), unit_bytes, piece);
+            let reading = AbortOnDropHandle::new(tokio::spawn(reading));
+            async move { reading.await.unwrap_or_else(|gone| Err(ended(&gone))) }
+        };
+        stream::iter(pieces).map(read).buffered(STRETCHES_IN_FLIGHT)
+    }
+
+    fn pieces(&self, part: &Range<u64>) -> Vec<Piece> {
+        let size = self.file.size_bytes;
+        let part = part.start..part.end.min(size);
         match &self.file.content {
-            Content::Inline(extents) => {
-                vec![Piece::Inline(extents.clone(), self.file.size_bytes)]
+            // An empty file has one piece all the same.
+            Content::Inline(extents) if part.start <= part.end => {
+                let stretch = Stretch::Inline(extents.clone());
+                vec![Piece { stretch, bytes: size, wanted: part }]
             }
+            Content::Inline(_) => Vec::new(),
             Content::Shards(shards) => {
                 let whole = u64::from(SHARD_UNITS) * u64::from(self.file.unit_bytes);
-                let mut left = self.file.size_bytes;
-                let piece = |shard: &ShardRef| {
-                    let bytes = left.min(whole);
-                    left -= bytes;
-                    Piece::Shard(shard.clone(), bytes)
+                let piece = |(number, shard): (u64, &ShardRef)| {
+                    let start = number * whole;
+                    let bytes = size.saturating_sub(start).min(whole);
+                    let wanted = part.start.max(start)..part.end.min(start + bytes);
+                    (wanted.start < wanted.end).then(|| Piece {
+                        stretch: Stretch::Shard(shard.clone()),
+                        bytes,
+                        wanted: wanted.start - start..wanted.end - start,
+                    })
                 };
-                shards.iter().map(piece).collect()
+                (0..).zip(shards).filter_map(piece).collect()
             }
         }
     }
 }
 
-async fn again_piece(backup: &Backup, unit_bytes: u32, piece: Piece) -> Result<Bytes, Error> {
+fn ended(gone: &tokio::task::JoinError) -> Error {
+    Error::Bug(format!("reading a file ended: {gone}"))
+}
+
+async fn again_piece(backup: Backup, unit_bytes: u32, piece: Piece) -> Result<Bytes, Error> {
+    let Piece { stretch, bytes, wanted } = piece;
     again(|| async {
-        let (extents, bytes) = match &piece {
-            Piece::Inline(extents, bytes) => (extents.clone(), *bytes),
-            Piece::Shard(shard, bytes) => {
-                (backup.reader.extents(shard, unit_bytes, *bytes).await?, *bytes)
-            }
+        let extents = match &stretch {
+            Stretch::Inline(extents) => extents.clone(),
+            Stretch::Shard(shard) => backup.reader.extents(shard, unit_bytes, bytes).await?,
         };
-        read_extents(backup, unit_bytes, extents, bytes).await
+        let (extents, kept) = overlapping(extents, unit_bytes, bytes, &wanted);
+        let mut read = read_extents(&backup, unit_bytes, extents, kept.end - kept.start).await?;
+        let at = |place: u64| usize::try_from(place - kept.start).unwrap_or(usize::MAX);
+        read.truncate(at(wanted.end));
+        Ok(read.split_off(at(wanted.start).min(read.len())))
     })
     .await
+}
+
+/// The extents of a stretch that have something of what is wanted, and what they describe.
+fn overlapping(
+    extents: Vec<Extent>,
+    unit_bytes: u32,
+    bytes: u64,
+    wanted: &Range<u64>,
+) -> (Vec<Extent>, Range<u64>) {
+    let mut kept = Vec::new();
+    let mut range: Option<Range<u64>> = None;
+    let mut start = 0;
+    for extent in extents {
+        let end = (start + u64::from(extent.units) * u64::from(unit_bytes)).min(bytes);
+        if start < wanted.end && wanted.start < end {
+            range = Some(range.map_or(start, |range| range.start)..end);
+            kept.push(extent);
+        }
+        start = end;
+    }
+    (kept, range.unwrap_or(wanted.start..wanted.start))
 }
 
 /// Fetches the frames of a stretch and puts its bytes together.
@@ -136,9 +198,7 @@ async fn read_extents(
         let opened = open(&backup, stored)?;
         assemble(&backup, &opened, unit_bytes, &extents, bytes)
     };
-    tokio::task::spawn_blocking(put_together)
-        .await
-        .unwrap_or_else(|gone| Err(Error::Bug(format!("reading a file ended: {gone}"))))
+    tokio::task::spawn_blocking(put_together).await.unwrap_or_else(|gone| Err(ended(&gone)))
 }
 
 /// Joins neighbours.

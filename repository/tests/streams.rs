@@ -143,6 +143,47 @@ async fn a_stream_of_any_length_comes_back_byte_by_byte() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn parts_of_a_file_come_back_without_the_rest() {
+    let bench = Bench::new().await;
+    let mut long = noise(1, 2 * STRETCH + 5 * UNIT + 77);
+    long[STRETCH - UNIT..STRETCH + 3 * UNIT].fill(0);
+    let short = noise(2, 3 * UNIT + 5);
+    let streams =
+        vec![("empty", Some(vec![])), ("long", Some(long.clone())), ("short", Some(short.clone()))];
+    let summary = write(&bench, 1, streams, CancellationToken::new()).await.unwrap();
+    let backup = bench.repository.open_backup(bench.lineage, summary.backup).await.unwrap();
+    for (name, bytes) in [("empty", &vec![]), ("short", &short), ("long", &long)] {
+        let size = bytes.len();
+        let content = backup.file_content(name.as_bytes()).await.unwrap();
+        let middle = size / 2;
+        for parts in [
+            vec![0..size],
+            vec![0..0, middle..middle],
+            vec![0..size.min(1), middle..size],
+            vec![middle..(middle + 3).min(size), size.saturating_sub(UNIT + 1)..size],
+            vec![middle.saturating_sub(STRETCH - 1)..middle, 0..middle],
+            vec![size..size + 10, size + 7..size + 9],
+            vec![
+                STRETCH - UNIT - 1..STRETCH + 1,
+                STRETCH..STRETCH + UNIT,
+                STRETCH + 3 * UNIT - 1..2 * STRETCH + 2,
+            ],
+        ] {
+            let wanted: Vec<_> =
+                parts.iter().map(|part| part.start as u64..part.end as u64).collect();
+            let read: Vec<_> = content.parts(&wanted).try_collect().await.unwrap();
+            let within = |at: usize| at.min(size);
+            let expected: Vec<u8> = parts
+                .iter()
+                .flat_map(|part| &bytes[within(part.start)..within(part.end)])
+                .copied()
+                .collect();
+            assert!(read.concat() == expected, "{parts:?} of {name}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stream_that_breaks_off_is_no_backup() {
     let bench = Bench::new().await;
     for (number, length) in [(1, 100), (2, STRETCH), (3, STRETCH + 5)] {

@@ -229,10 +229,11 @@ impl<'a> Planner<'a> {
             old.cloned().filter(|old| old.file().is_some_and(|file| file.unit_bytes == unit_bytes));
         let shared = Arc::new(entry.clone());
         let (mut piece, mut begun, mut ended) = (0, false, false);
+        let capacity = usize::try_from(piece_bytes).unwrap_or_default();
         while !ended {
             self.stop.check()?;
             let room = Room::wait(&self.rooms.0, &self.rooms.1, self.stop)?;
-            let mut bytes = Vec::new();
+            let mut bytes = Vec::with_capacity(capacity);
             let read =
                 content.by_ref().take(piece_bytes).read_to_end(&mut bytes).map_err(failed)?;
             // Only the end makes a stretch short.
