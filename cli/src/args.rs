@@ -223,7 +223,8 @@ pub struct Backup {
     /// Read every byte, also of files that look unchanged.
     #[arg(long)]
     pub full_read: bool,
-    /// Threads that read, compress and seal, at most what the worker gives.
+    /// Threads that read, compress and seal, at most what the worker gives. A dump is read by one session, whatever their
+    /// number.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
     pub processes: Option<u32>,
     /// Read no more than this from the server's files in a second, `50MiB`; at most what the worker allows.
@@ -353,7 +354,8 @@ pub struct Restore {
     /// Let everything belong to the role that loads, and grant nobody anything.
     #[arg(long, requires = "into_server")]
     pub no_owner: bool,
-    /// Sessions that load one database at once; more than one needs room for its dump in the directory of temporary files.
+    /// Sessions that load one database at once. A part of a dump, or a dump that an earlier version stored, needs room in the
+    /// directory of temporary files where it is more than one.
     #[arg(long, value_name = "N", default_value_t = 1, requires = "into_server",
         value_parser = clap::value_parser!(u32).range(1..=64))]
     pub jobs: u32,

@@ -1,6 +1,6 @@
-//! One moment of one database, held open for others: a dump reads it, and the rows of its tables are counted in it.
+//! One moment of one database, held open for others: a dump reads it, and what is in the database is listed in it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
 
 use proto::backup::{DatabaseCensus, TableCount};
@@ -19,6 +19,38 @@ use crate::target::Target;
 pub struct Snapshot {
     session: Session,
     id: String,
+}
+
+/// What is in a database, as far as a dump of it brings it back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listing {
+    extensions: Vec<String>,
+    relations: Vec<(char, u64)>,
+    /// Schemas and names, in order.
+    tables: Vec<(String, String)>,
+}
+
+impl Listing {
+    /// Tables with rows of their own, by schema and name.
+    pub fn tables(&self) -> &[(String, String)] {
+        &self.tables
+    }
+
+    /// The census of the database, once the rows of its tables are known.
+    pub fn census(
+        self,
+        database: DatabaseName,
+        collation: String,
+        rows: impl Fn(&str, &str) -> Option<u64>,
+    ) -> DatabaseCensus {
+        let Self { extensions, relations, tables } = self;
+        let count = |(schema, table): (String, String)| {
+            let rows = rows(&schema, &table);
+            TableCount { schema, table, rows, drift: rows.map(|_| (0, 0)), file: None }
+        };
+        let tables = tables.into_iter().map(count).collect();
+        DatabaseCensus { database, collation, extensions, relations, tables }
+    }
 }
 
 /// What a dump of a table does not bring back as it was: rows of extensions' tables come from the extension.
@@ -45,49 +77,36 @@ impl Snapshot {
         &self.id
     }
 
-    /// Counts the rows of every ordinary table. What the role may not read, or what the deadline cuts off, is not counted; the
-    /// rest is exact, because nothing changes in a snapshot.
-    pub async fn census(
-        &self,
-        database: &DatabaseName,
-        collation: &str,
-        deadline: Instant,
-        cancel: &CancellationToken,
-    ) -> Result<DatabaseCensus, Error> {
+    /// What is in the database.
+    pub async fn list(&self) -> Result<Listing, Error> {
         let session = &self.session;
         let extensions = session.query("list the extensions", EXTENSIONS, &[]).await?;
         let rows = session.query("list the relations", OF_EXTENSIONS, &[]).await?;
-        let foreign: Vec<(String, String)> =
+        let foreign: HashSet<(String, String)> =
             rows.iter().map(|row| (row.get(0), row.get(1))).collect();
         let mut of_kind: HashMap<char, u64> = HashMap::new();
         let mut tables = Vec::new();
         for relation in relations(session).await? {
             let Relation { kind, schema, name, countable, .. } = relation;
-            if foreign.iter().any(|(s, n)| (s, n) == (&schema, &name)) {
+            let table = (schema, name);
+            if foreign.contains(&table) {
                 continue;
             }
             *of_kind.entry(kind).or_default() += 1;
-            if !countable || kind != 'r' {
-                continue;
+            if countable && kind == 'r' {
+                tables.push(table);
             }
-            let rows = self.count(&schema, &name, deadline, cancel).await?;
-            let drift = rows.map(|_| (0, 0));
-            tables.push(TableCount { schema, table: name, rows, drift, file: None });
         }
         let mut relations: Vec<_> = of_kind.into_iter().collect();
         relations.sort_unstable();
-        tables.sort_unstable_by(|a, b| (&a.schema, &a.table).cmp(&(&b.schema, &b.table)));
-        Ok(DatabaseCensus {
-            database: database.clone(),
-            collation: collation.to_owned(),
-            extensions: extensions.iter().map(|row| row.get(0)).collect(),
-            relations,
-            tables,
-        })
+        tables.sort_unstable();
+        let extensions = extensions.iter().map(|row| row.get(0)).collect();
+        Ok(Listing { extensions, relations, tables })
     }
 
-    /// `None`: it could not be counted, and the snapshot is as it was.
-    async fn count(
+    /// Counts the rows of a table: exactly, because nothing changes in a snapshot. `None`: it could not be counted, and the
+    /// snapshot is as it was.
+    pub async fn count(
         &self,
         schema: &str,
         name: &str,

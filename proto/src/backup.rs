@@ -133,6 +133,18 @@ pub struct DatabaseDump {
     pub ctype: String,
     /// Bytes it had on the server, indexes included.
     pub server_bytes: u64,
+    /// Where in the file what is; absent when an earlier program stored it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layout: Option<DumpLayout>,
+}
+
+/// Where in a dump what is, so that parts of it can be read without the rest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DumpLayout {
+    /// Bytes of head and contents.
+    pub contents_bytes: u64,
+    /// The data behind them, without a gap up to the file's end: number of the entry in the contents, bytes.
+    pub blocks: Vec<(u32, u64)>,
 }
 
 /// A database that is not in a logical backup.

@@ -41,6 +41,7 @@ pub fn dump_facts(dump: u32) -> BackupFacts {
         collate: "C".to_owned(),
         ctype: "C".to_owned(),
         server_bytes,
+        layout: None,
     };
     let census = |name: &str, relations: &[(char, u64)], tables: &[(&str, u64)]| DatabaseCensus {
         database: name.parse().unwrap(),

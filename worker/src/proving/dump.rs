@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use postgres::binaries::Binaries;
 use postgres::checks::Origin;
-use postgres::clients::Clients;
+use postgres::clients::{Clients, server_to_load_into};
 use postgres::globals;
 use postgres::sandbox::{EmptyOptions, Sandbox, SandboxRoom};
 use postgres::version::ServerVersion;
@@ -25,16 +25,11 @@ use crate::context::JobContext;
 use crate::engines::native;
 use crate::engines::pg_dump::{Contents, Rehearsal, contents, rehearse, was_killed};
 
-/// The programs for a dump: of its server's version, unless a newer `pg_dump` wrote it.
-async fn clients(
-    workshop: &Workshop<'_>,
-    backup: &Backup,
-    logical: &LogicalFacts,
-) -> Result<Clients, Failure> {
-    let server = ServerVersion(backup.facts().server_version_num);
+/// Versions of the server that a dump is loaded into, which is its own server's where that understands the `pg_restore` that reads
+/// the dump, and of `pg_dump`.
+fn versions(backup: &Backup, logical: &LogicalFacts) -> (ServerVersion, ServerVersion) {
     let writer = ServerVersion(logical.client_version_num);
-    let wanted = if writer.major() > server.major() { writer } else { server };
-    Ok(Clients::find(wanted, &workshop.bin_dirs).await?)
+    (server_to_load_into(ServerVersion(backup.facts().server_version_num), writer), writer)
 }
 
 /// The least that every proof of a dump does: `pg_restore` finds the table of contents of each database.
@@ -48,7 +43,8 @@ pub(super) async fn list(
     let started = Instant::now();
     let listed = cx
         .step("contents", async {
-            let clients = clients(workshop, backup, logical).await?;
+            let (server, writer) = versions(backup, logical);
+            let clients = Clients::find(server.max(writer), &workshop.bin_dirs).await?;
             contents(cx, backup, &clients, logical).await.map_err(|failure| match failure.code {
                 Code::DumpFailed => {
                     was_killed(&failure).unwrap_or_else(|| super::damaged(failure.message))
@@ -76,7 +72,7 @@ pub(super) async fn in_sandbox(
     (logical, contents): (&LogicalFacts, &Contents),
     findings: &mut Findings,
 ) -> Result<(), Failure> {
-    let major = backup.facts().server_version_num / 10_000;
+    let major = versions(backup, logical).0.major();
     let binaries = Binaries::find(major, &workshop.bin_dirs).await?;
     let jobs = u32::try_from(native::processes(workshop.processes)).unwrap_or(1);
     let name = format!("pgmuster-proof-{}", cx.spec.attempt);
@@ -130,7 +126,8 @@ async fn in_server(
 ) -> Result<postgres::checks::CheckReport, Failure> {
     let started = Instant::now();
     let target = Target::parse(&sandbox.url("postgres"), &Environment::default())?;
-    let clients = clients(workshop, backup, logical).await?;
+    let (server, writer) = versions(backup, logical);
+    let clients = Clients::find_to_load(server, writer, &workshop.bin_dirs).await?;
     let placed = globals::placed(&contents.globals, |number| sandbox.tablespace_place(number))?;
     let rehearsal = Rehearsal {
         target: target.clone(),
@@ -144,10 +141,17 @@ async fn in_server(
     findings.phase("restore", started, true);
     let told = loaded.as_ref().map_err(Clone::clone).map(|done| {
         let (roles, spaces) = (done.roles, done.tablespaces);
-        format!(
+        let mut told = format!(
             "{roles} roles, {spaces} tablespaces and {} databases were restored without an error",
             done.databases
-        )
+        );
+        if done.views_left > 0 {
+            told.extend([
+                "; materialised views that show foreign tables stay empty, because a sandbox reaches nothing: ",
+                &done.views_left.to_string(),
+            ]);
+        }
+        told
     });
     findings.check("restored", ProofLevel::L3, &told);
     loaded?;
@@ -156,8 +160,8 @@ async fn in_server(
     look_into(cx, &target, level, Origin::Dump, backup, findings).await
 }
 
-/// Refuses to begin what would not fit: the databases as large as they were, and beside them the largest dump, when a file of it
-/// is needed.
+/// Refuses to begin what would not fit: the databases as large as they were, and beside them the largest dump of which a file is
+/// needed.
 async fn has_room(
     room: &Path,
     backup: &Backup,
@@ -169,11 +173,11 @@ async fn has_room(
         let size = backup.file_content(dump.file.as_bytes()).await?.size_bytes();
         let loaded = if dump.server_bytes > 0 { dump.server_bytes } else { size };
         needed = needed.saturating_add(loaded);
-        largest = size.max(largest);
+        if jobs > 1 && dump.layout.is_none() {
+            largest = size.max(largest);
+        }
     }
-    if jobs > 1 {
-        needed = needed.saturating_add(largest);
-    }
+    needed = needed.saturating_add(largest);
     let failed = |error: rustix::io::Errno| {
         let error = std::io::Error::from(error);
         Failure::bug(format!("failed to ask for the room at {}: {error}", room.display()))

@@ -1,154 +1,99 @@
-//! The programs of a dump: one that writes, and beside it one that reads the same bytes and says whether they are whole.
+//! The programs of a dump: those that write are read by a thread of the copy, those that read are fed from the repository.
 
+use std::fs::File;
 use std::io::{self, Read};
 use std::pin::pin;
+use std::time::Duration;
 
-use bytes::{Buf as _, Bytes, BytesMut};
+use bytes::Bytes;
 use futures::{Stream, StreamExt as _};
-use postgres::piped::Piped;
 use postgres::process::Program;
 use proto::Failure;
 use tokio::io::AsyncReadExt as _;
-use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
+use tokio::sync::oneshot;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::failure::of_program;
 
-/// Bytes read at once.
-const CHUNK_BYTES: usize = 256 << 10;
-/// Chunks on their way to whoever stores them.
-const CHUNKS_MAX: usize = 4;
+/// A program writes 4 KiB at a time. After a read that found less than this, more may gather in the pipe, which holds much more, for
+/// so long: who reads at once is woken, and wakes, for each of them.
+const FEW_BYTES: usize = 256 << 10;
+const GATHERING: Duration = Duration::from_millis(1);
 
-/// The output of a program as it comes, for a thread of its own. It ends without an error only when the program, and whatever
-/// checked its output, ended well.
+/// The output of a program as it comes, for a thread that waits for it. It ends without an error only when the program ended
+/// well.
 pub(super) struct Output {
-    chunks: mpsc::Receiver<Result<Bytes, Failure>>,
-    current: Bytes,
-    /// Ends the programs when this is dropped.
-    _nobody_reads: tokio_util::sync::DropGuard,
+    /// For messages: `database shop`.
+    what: String,
+    pipe: File,
+    /// The last read found little.
+    gathers: bool,
+    end: End,
+    /// Ends the program when this is dropped.
+    _nobody_reads: DropGuard,
+}
+
+/// How the program ended.
+enum End {
+    /// It says so when there is nothing more to be read.
+    Open(oneshot::Receiver<Result<String, postgres::Error>>),
+    Well,
+    Badly,
+}
+
+impl Output {
+    /// Starts the program. It ends with `ended`, and when nobody reads any more.
+    pub(super) async fn of(
+        program: &Program,
+        what: String,
+        ended: &CancellationToken,
+    ) -> Result<Self, Failure> {
+        let mut running = program.piped().await?;
+        let Some(pipe) = running.take_stdout_blocking()? else {
+            return Err(Failure::bug(format!("the dump of {what} has no output")));
+        };
+        let stop = ended.child_token();
+        let guard = stop.clone().drop_guard();
+        let (tell, told) = oneshot::channel();
+        tokio::spawn(async move {
+            tokio::select! {
+                biased;
+                // What is dropped here takes the program along, and with it the other end of the pipe.
+                () = stop.cancelled() => {}
+                // Who does not listen any more does not want to know.
+                end = running.end() => drop(tell.send(end)),
+            }
+        });
+        Ok(Self { what, pipe, gathers: false, end: End::Open(told), _nobody_reads: guard })
+    }
 }
 
 impl Read for Output {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        while self.current.is_empty() {
-            match self.chunks.blocking_recv() {
-                // An empty chunk is the end.
-                Some(Ok(chunk)) if chunk.is_empty() => return Ok(0),
-                Some(Ok(chunk)) => self.current = chunk,
-                Some(Err(failure)) => return Err(io::Error::other(failure)),
-                None => return Err(io::Error::other("its end is not known")),
-            }
+        if self.gathers {
+            std::thread::sleep(GATHERING);
         }
-        let length = self.current.len().min(buffer.len());
-        buffer[..length].copy_from_slice(&self.current[..length]);
-        self.current.advance(length);
-        Ok(length)
-    }
-}
-
-/// What is read, by whom it is checked, and what for.
-pub(super) struct Pair {
-    /// For messages: `database shop`.
-    pub(super) what: String,
-    pub(super) writer: Program,
-    /// Reads the same bytes and throws away what it makes of them.
-    pub(super) checker: Option<Program>,
-}
-
-impl Pair {
-    /// Starts the programs. They end with `ended`, and when nobody reads any more.
-    pub(super) async fn start(self, ended: &CancellationToken) -> Result<Output, Failure> {
-        let Self { what, writer, checker } = self;
-        let writer = writer.piped().await?;
-        let checker = match checker {
-            Some(checker) => Some(checker.piped().await?),
-            None => None,
-        };
-        let (sender, chunks) = mpsc::channel(CHUNKS_MAX);
-        let stop = ended.child_token();
-        let guard = stop.clone().drop_guard();
-        tokio::spawn(async move {
-            // What is dropped here takes its programs along.
-            tokio::select! {
-                biased;
-                () = stop.cancelled() => {}
-                () = run(&what, writer, checker, &sender) => {}
-            }
-        });
-        Ok(Output { chunks, current: Bytes::new(), _nobody_reads: guard })
-    }
-}
-
-async fn run(
-    what: &str,
-    writer: Piped,
-    checker: Option<Piped>,
-    sender: &mpsc::Sender<Result<Bytes, Failure>>,
-) {
-    let last = match copy(what, writer, checker, sender).await {
-        Ok(true) => Ok(Bytes::new()),
-        Ok(false) => return,
-        Err(failure) => Err(failure),
-    };
-    // Who does not listen any more does not want to know.
-    let _ = sender.send(last).await;
-}
-
-/// False when nobody listens any more.
-async fn copy(
-    what: &str,
-    mut writer: Piped,
-    mut checker: Option<Piped>,
-    sender: &mpsc::Sender<Result<Bytes, Failure>>,
-) -> Result<bool, Failure> {
-    let Some(mut stdout) = writer.take_stdout() else {
-        return Err(Failure::bug(format!("the dump of {what} has no output")));
-    };
-    let mut refused = false;
-    loop {
-        let mut chunk = BytesMut::with_capacity(CHUNK_BYTES);
-        let read = stdout.read_buf(&mut chunk).await;
-        let read = read
-            .map_err(|error| Failure::bug(format!("failed to read the dump of {what}: {error}")))?;
-        if read == 0 {
-            break;
+        let read = self.pipe.read(buffer)?;
+        self.gathers = read < FEW_BYTES.min(buffer.len());
+        if read > 0 || buffer.is_empty() {
+            return Ok(read);
         }
-        let chunk = chunk.freeze();
-        if let Some(checker) = &mut checker
-            && !checker.feed(&chunk).await
-        {
-            refused = true;
-            break;
+        match std::mem::replace(&mut self.end, End::Badly) {
+            End::Open(told) => match told.blocking_recv() {
+                Ok(Ok(warnings)) => tell(&self.what, &warnings),
+                Ok(Err(error)) => return Err(io::Error::other(of_program(&self.what, error))),
+                Err(_) => return Err(io::Error::other("its end is not known")),
+            },
+            End::Well => {}
+            End::Badly => return Err(io::Error::other("it has failed")),
         }
-        if sender.send(Ok(chunk)).await.is_err() {
-            return Ok(false);
-        }
-    }
-    drop(stdout);
-    // The one that wrote is asked first: what it says is the reason, what the other one says may follow from it. One whose
-    // output was refused is ended by that, and has nothing to say.
-    if !refused {
-        tell(what, &writer.end().await.map_err(|error| of_program(what, error))?);
-    }
-    if let Some(checker) = checker {
-        let whole = checker.end().await;
-        whole.map_err(|error| not_whole(what, error))?;
-    }
-    if refused {
-        let reason = "pg_restore stopped reading before the dump had ended";
-        return Err(incomplete(what, reason));
-    }
-    Ok(true)
-}
-
-fn not_whole(what: &str, error: postgres::Error) -> Failure {
-    match error {
-        postgres::Error::Program { output, .. } => incomplete(what, &output),
-        other => other.into(),
+        self.end = End::Well;
+        Ok(0)
     }
 }
 
-fn incomplete(what: &str, reason: &str) -> Failure {
+/// The failure of a dump that came to its end and is none.
+pub(super) fn incomplete(what: &str, reason: &str) -> Failure {
     use proto::{Action, Code};
 
     let message = format!("what pg_dump wrote of {what} is no whole archive: {reason}");

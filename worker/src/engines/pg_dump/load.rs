@@ -1,6 +1,7 @@
 //! Putting a logical backup, or a part of one, into a server: a plan first, and nothing that is there is overwritten unless
 //! it was named.
 
+use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
@@ -18,14 +19,20 @@ use repository::Backup;
 use serde::Serialize;
 
 use super::children::feed;
+use super::lists::{Head, List, full, private_file};
+use super::parallel::Parallel;
 use super::{GLOBALS, read_text};
 use crate::context::JobContext;
 use crate::jobs::session_owner;
 
 /// What is kept of `pg_restore`'s output; it says nothing when all goes well.
-const SAID_BYTES: usize = 64 << 10;
+pub(super) const SAID_BYTES: usize = 64 << 10;
 /// What is looked at of a list of contents, whose first lines are about the dump as a whole.
 const LIST_BYTES: usize = 64 << 10;
+/// The database in which one is while others are dropped and made.
+const POSTGRES: &str = "postgres";
+/// The same, while that one is.
+const TEMPLATE: &str = "template1";
 
 /// What is to be put where.
 #[derive(Debug, Clone)]
@@ -44,9 +51,10 @@ pub struct LoadRequest {
     pub overwrite: Vec<DatabaseName>,
     /// Everything belongs to whoever restores, and nobody else is granted anything.
     pub no_owner: bool,
-    /// Sessions at once. More than one takes a file as large as the dump in `scratch`.
+    /// Sessions at once.
     pub jobs: u32,
-    /// The directory of that file, which vanishes by itself.
+    /// The directory of private files, which vanish by themselves: lists and contents; where several sessions load a part of a
+    /// dump, or a dump whose layout was not stored, all of it.
     pub scratch: PathBuf,
 }
 
@@ -121,8 +129,7 @@ pub async fn plan(
     let session = maintenance(cx, request).await?;
     let server = session.identity().await?;
     let writer = ServerVersion(logical.client_version_num);
-    let wanted = if writer.major() > server.version.major() { writer } else { server.version };
-    let clients = Clients::find(wanted, &request.bin_dirs).await?;
+    let clients = Clients::find_to_load(server.version, writer, &request.bin_dirs).await?;
     let was = ServerVersion(facts.server_version_num);
     let mut lines = vec![format!(
         "restore logical backup {} of {} (PostgreSQL {was}) into PostgreSQL {} at {}",
@@ -145,7 +152,19 @@ pub async fn plan(
         }
     }
     let there = session.databases(server.version).await?;
+    let templates = session.templates().await?;
     session.close().await;
+    if let Some(name) = request.overwrite.iter().find(|name| templates.contains(name)) {
+        let message =
+            format!("database {name} on {} is a template, which cannot be dropped", request.target);
+        return Err(Failure::new(Code::RequestInvalid, Action::FixConfig, message).with_hint(
+            format!(
+                "Nothing was changed. Empty it by hand and load it without --overwrite, or first: \
+             ALTER DATABASE {} IS_TEMPLATE false.",
+                quote::identifier(name.as_str())
+            ),
+        ));
+    }
     let mut loads = Vec::new();
     for dump in dumps {
         let is_there = there.iter().any(|database| database.name == dump.database);
@@ -157,7 +176,7 @@ pub async fn plan(
         lines.push(line(request, &dump, how, size));
         loads.push((dump, how));
     }
-    if request.jobs > 1 {
+    if loads.iter().any(|(dump, _)| is_spooled(request, dump)) {
         lines.push(format!(
             "put each dump into a private file below {} while it is restored by {} sessions",
             request.scratch.display(),
@@ -343,11 +362,29 @@ pub async fn load(
     }
     for (dump, how) in &plan.loads {
         let step = format!("restore {}", dump.database);
-        let bytes = cx.step(&step, one(cx, backup, request, &plan.clients, dump, *how)).await?;
-        outcome.size_bytes += bytes;
+        let loading = one(cx, backup, request, &plan.clients, dump, *how, Afar::Read);
+        outcome.size_bytes += cx.step(&step, loading).await?.bytes;
         outcome.databases.push(dump.database.clone());
     }
     Ok(outcome)
+}
+
+/// What becomes of materialised views that show foreign tables.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Afar {
+    /// They are filled.
+    Read,
+    /// They stay empty: what they show cannot be reached from here.
+    Left,
+}
+
+/// One database was restored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Loaded {
+    /// Of its dump.
+    pub(super) bytes: u64,
+    /// Materialised views that were left empty.
+    pub(super) left_empty: usize,
 }
 
 /// Restores one database; its future may be dropped.
@@ -358,9 +395,17 @@ pub(super) async fn one(
     clients: &Clients,
     dump: &DatabaseDump,
     how: How,
-) -> Result<u64, Failure> {
+    afar: Afar,
+) -> Result<Loaded, Failure> {
     let name = dump.database.as_str();
-    let session = maintenance(cx, request).await?;
+    // Nobody can drop the database that he is in.
+    let session = if how == How::Replace && name == POSTGRES {
+        let zero = std::time::Duration::ZERO;
+        let purpose = Purpose::work(&session_owner(cx.spec.attempt), zero, zero);
+        connect(&request.target.with_database(TEMPLATE), &purpose).await?
+    } else {
+        maintenance(cx, request).await?
+    };
     let maintenance = session.identity().await?.database;
     let quoted = quote::identifier(name);
     if how == How::Replace {
@@ -379,63 +424,102 @@ pub(super) async fn one(
     let login = Login::new(&request.target, &application_name(&session_owner(cx.spec.attempt)))?;
     let login = login.writing();
     let create = matches!(how, How::Create | How::Replace);
-    let into = if create { maintenance.as_str() } else { name };
-    let mut program = login
-        .apply(clients.pg_restore())
-        .args(["--exit-on-error", "--no-password"])
-        .arg(format!("--dbname={}", libpq::database(into)));
-    if create {
-        program = program.arg("--create");
+    let loads_into = |database: &str| {
+        let program = login.apply(clients.pg_restore()).args(["--exit-on-error", "--no-password"]);
+        narrowed(request, program.arg(format!("--dbname={}", libpq::database(database))))
+    };
+    let then = loads_into(name);
+    let first = if create {
+        loads_into(&maintenance).arg("--create")
     } else if request.jobs <= 1 {
-        program = program.arg("--single-transaction");
-    }
+        then.clone().arg("--single-transaction")
+    } else {
+        then.clone()
+    };
+    run(cx, backup, request, dump, (first, then), afar).await
+}
+
+/// The same program for what was asked for.
+fn narrowed(request: &LoadRequest, mut program: Program) -> Program {
     if request.no_owner {
         program = program.args(["--no-owner", "--no-privileges"]);
     }
-    for schema in &request.schemas {
-        program = program.arg(format!("--schema={schema}"));
-    }
-    for table in &request.tables {
-        program = program.arg(format!("--table={table}"));
-    }
-    run(cx, backup, request, dump, program).await
+    let schemas = request.schemas.iter().map(|schema| format!("--schema={schema}"));
+    let tables = request.tables.iter().map(|table| format!("--table={table}"));
+    program.args(schemas).args(tables)
 }
 
+/// Whether a file of the whole dump is needed: `pg_restore` seeks in it for several sessions.
+fn is_spooled(request: &LoadRequest, dump: &DatabaseDump) -> bool {
+    request.jobs > 1 && (is_part(request) || dump.layout.is_none())
+}
+
+/// Runs `pg_restore`: `first` for all of it or for what comes first, `then` for what comes behind.
 async fn run(
     cx: &JobContext,
     backup: &Backup,
     request: &LoadRequest,
     dump: &DatabaseDump,
-    program: Program,
-) -> Result<u64, Failure> {
+    (first, then): (Program, Program),
+    afar: Afar,
+) -> Result<Loaded, Failure> {
     let content = backup.file_content(dump.file.as_bytes()).await?;
     let what = format!("database {}", dump.database);
-    let (total, mut done) = (content.size_bytes(), 0);
-    let counted = content.stream().inspect(|piece| {
-        if let Ok(piece) = piece {
-            done += piece.len() as u64;
-            let (step, unit) = ("restore".to_owned(), "bytes".to_owned());
-            cx.progress(Progress { step, done, total: Some(total), unit });
-        }
-    });
+    let total = content.size_bytes();
+    let told = |done: u64| {
+        let (step, unit) = ("restore".to_owned(), "bytes".to_owned());
+        cx.progress(Progress { step, done, total: Some(total), unit });
+    };
     let restoring = async {
-        if request.jobs <= 1 {
+        let beside = dump.layout.as_ref().filter(|_| request.jobs > 1 && !is_part(request));
+        let head = match (beside, afar) {
+            (None, Afar::Read) => None,
+            (Some(_), _) | (_, Afar::Left) => Some(Head::read(&content).await?),
+        };
+        let leave = match (&head, afar) {
+            (Some(head), Afar::Left) => head.contents.filled_from_afar(),
+            (None, _) | (_, Afar::Read) => BTreeSet::new(),
+        };
+        let left_empty = leave.len();
+        let (jobs, scratch, what) = (request.jobs, request.scratch.as_path(), what.as_str());
+        if let (Some(layout), Some(head)) = (beside, &head) {
+            let (content, leave) = (&content, &leave);
+            let load = Parallel { what, content, head, layout, leave, jobs, scratch, first, then };
+            Box::pin(load.load(told)).await?;
+            return Ok(left_empty);
+        }
+        // It lives as long as the program.
+        let list = head.filter(|_| left_empty > 0).map(|head| {
+            let entries = head.contents.entries.iter().map(|entry| entry.id);
+            List::of(entries.filter(|id| !leave.contains(id)), scratch)
+        });
+        let list = list.transpose()?;
+        let program = list.iter().fold(first, |program, list| list.apply(program));
+        let mut done = 0;
+        let counted = content.stream().inspect(|piece| {
+            if let Ok(piece) = piece {
+                done += piece.len() as u64;
+                told(done);
+            }
+        });
+        if jobs <= 1 {
             let mut counted = std::pin::pin!(counted);
-            let said = feed(&what, &program, counted.as_mut(), SAID_BYTES).await?;
+            feed(what, &program, counted.as_mut(), SAID_BYTES).await?;
             // What is left when pg_restore has all that it needs was stored all the same, and is to be sound.
             while !is_part(request)
                 && let Some(piece) = counted.next().await
             {
                 piece?;
             }
-            return Ok(said);
+            return Ok(left_empty);
         }
-        let file = spooled(&request.scratch, counted).await?;
-        let program = program.arg(format!("--jobs={}", request.jobs)).arg(file.path());
-        feed(&what, &program, futures::stream::empty(), SAID_BYTES).await
+        let file = spooled(scratch, counted).await?;
+        let program = program.arg(format!("--jobs={jobs}")).arg(file.path());
+        feed(what, &program, futures::stream::empty(), SAID_BYTES).await?;
+        Ok::<_, Failure>(left_empty)
     };
     let restored = cx.until_stopped(restoring).await?;
-    restored.map_err(|failure| match failure.code {
+    let left_empty = restored.map_err(|failure| match failure.code {
         // What was there may have been changed before it was refused.
         Code::DumpFailed | Code::PermissionDenied => Failure { code: Code::StatementFailed, action: Action::FixConfig, ..failure }
             .with_hint(
@@ -444,7 +528,7 @@ async fn run(
             ),
         _ => failure,
     })?;
-    Ok(total)
+    Ok(Loaded { bytes: total, left_empty })
 }
 
 /// Puts a dump into a private file that vanishes by itself.
@@ -452,17 +536,10 @@ async fn spooled(
     directory: &Path,
     content: impl futures::Stream<Item = Result<bytes::Bytes, repository::Error>>,
 ) -> Result<tempfile::NamedTempFile, Failure> {
-    let full = |error: std::io::Error| {
-        let message = format!("failed to write a dump below {}: {error}", directory.display());
-        Failure::new(Code::TargetFull, Action::FixConfig, message)
-            .with_hint("Name a directory with more room in TMPDIR, or restore with one session.")
-    };
-    // Made with 0600.
-    let mut file =
-        tempfile::NamedTempFile::with_prefix_in("pgmuster-dump-", directory).map_err(full)?;
+    let mut file = private_file(directory, b"")?;
     let mut content = std::pin::pin!(content);
     while let Some(piece) = content.next().await {
-        file.write_all(&piece?).map_err(full)?;
+        file.write_all(&piece?).map_err(|error| full(directory, &error))?;
     }
     Ok(file)
 }

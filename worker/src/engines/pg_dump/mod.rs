@@ -1,14 +1,17 @@
 //! Logical backups: `pg_dump` for each database, `pg_dumpall` for what belongs to none, straight into the repository.
 //!
-//! What makes one right: every program ended with exit code 0; what it wrote was read by `pg_restore` to its end while it was
-//! stored; and what the repository gives back has a table of contents. Only then COMMIT.
+//! What makes one right: every program ended with exit code 0; what it wrote was read as an archive to its end while it was
+//! stored, and has all that its contents name; and `pg_restore` lists what the repository gives back. Only then COMMIT.
 
 mod backup;
 mod children;
 mod choice;
 mod contents;
+mod counting;
 mod failure;
+mod lists;
 mod load;
+mod parallel;
 mod rehearse;
 mod source;
 

@@ -1,4 +1,5 @@
-//! The dumps as a source of the repository: each entry is a stream, begun when its turn comes.
+//! The dumps as a source of the repository: each entry is a stream, begun when its turn comes, which is read here as it passes
+//! by: whether it is a whole archive, where in it what is, and how many rows each table has.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
@@ -6,20 +7,21 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use postgres::Target;
+use postgres::archive::{self, Archive};
 use postgres::clients::Clients;
 use postgres::connect::application_name;
 use postgres::databases::Database;
 use postgres::libpq::Login;
 use postgres::snapshot::Snapshot;
-use proto::backup::{DatabaseCensus, DatabaseDump, SkippedDatabase};
+use proto::backup::{DatabaseCensus, DatabaseDump, DumpLayout, SkippedDatabase};
 use proto::{Action, Code, Failure, JobId};
 use repository::{Source, SourceEntry, SourceFile};
 use tokio::runtime::Handle;
-use tokio::task::JoinHandle;
 use tokio::time::Instant;
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::sync::CancellationToken;
 
-use super::children::{Output, Pair};
+use super::children::{Output, incomplete};
+use super::counting::{Counting, Passing, Rows};
 use super::{GLOBALS, dump_path};
 
 /// How long a dump waits for a lock on one table. It stands in the queue that long, and everybody who comes after it with it.
@@ -48,7 +50,7 @@ pub(super) struct Found {
     /// Without sizes.
     pub(super) dumps: Vec<DatabaseDump>,
     pub(super) gone: Vec<SkippedDatabase>,
-    counts: Vec<(String, JoinHandle<Option<DatabaseCensus>>)>,
+    counts: Vec<(Counting, Rows)>,
 }
 
 impl Dumps {
@@ -64,10 +66,11 @@ impl Dumps {
     pub(super) async fn counted(&self) -> (Vec<DatabaseCensus>, Vec<String>) {
         let counts = std::mem::take(&mut self.lock().counts);
         let (mut databases, mut unseen) = (Vec::new(), Vec::new());
-        for (name, count) in counts {
-            match count.await {
-                Ok(Some(census)) => databases.push(census),
-                Ok(None) | Err(_) => unseen.push(name),
+        for (counting, rows) in counts {
+            let name = counting.database().to_string();
+            match counting.end(&rows).await {
+                Some(census) => databases.push(census),
+                None => unseen.push(name),
             }
         }
         (databases, unseen)
@@ -77,25 +80,24 @@ impl Dumps {
         self.found.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn globals(&self, ended: &CancellationToken) -> Result<Stream, Failure> {
+    async fn globals(&self, ended: &CancellationToken) -> Result<Globals, Failure> {
         let login = Login::new(&self.target, &application_name(&self.job))?;
-        let mut writer = login
+        let mut program = login
             .apply(self.clients.pg_dumpall())
             .args(["--globals-only", "--no-password"])
             .arg(format!("--lock-wait-timeout={}", LOCK_WAIT.as_millis()));
         if !self.role_passwords {
-            writer = writer.arg("--no-role-passwords");
+            program = program.arg("--no-role-passwords");
         }
-        let what = "roles and tablespaces".to_owned();
-        let output = Pair { what, writer, checker: None }.start(ended).await?;
-        Ok(Stream { output, _login: login, _snapshot: None })
+        let output = Output::of(&program, "roles and tablespaces".to_owned(), ended).await?;
+        Ok(Globals { output, _login: login })
     }
 
     async fn database(
-        &self,
+        self: &Arc<Self>,
         database: &Database,
         ended: &CancellationToken,
-    ) -> Result<Option<Stream>, Failure> {
+    ) -> Result<Option<Dump>, Failure> {
         let name = database.name.as_str();
         let target = self.target.with_database(name);
         let snapshot = match Snapshot::take(&target, &self.job).await {
@@ -106,15 +108,12 @@ impl Dumps {
             Err(error) => return Err(error.into()),
         };
         let login = Login::new(&target, &application_name(&self.job))?;
-        let writer = login
+        let program = login
             .apply(self.clients.pg_dump())
             .args(["--format=custom", "--compress=0", "--no-password"])
             .arg(format!("--lock-wait-timeout={}", LOCK_WAIT.as_millis()))
             .arg(format!("--snapshot={}", snapshot.id()));
-        let checker = self.clients.pg_restore().arg("--file=/dev/null");
-        let what = format!("database {name}");
-        let output = Pair { what, writer, checker: Some(checker) }.start(ended).await?;
-        let dump = DatabaseDump {
+        let facts = DatabaseDump {
             database: database.name.clone(),
             file: dump_path(&database.name),
             snapshot: snapshot.id().to_owned(),
@@ -122,40 +121,20 @@ impl Dumps {
             collate: database.collate.clone(),
             ctype: database.ctype.clone(),
             server_bytes: database.size_bytes.unwrap_or(0),
+            layout: None,
         };
-        let dumped = CancellationToken::new();
-        let count = self.count(snapshot, database.clone(), dumped.clone());
-        let mut found = self.lock();
-        found.dumps.push(dump);
-        found.counts.push((name.to_owned(), count));
-        Ok(Some(Stream { output, _login: login, _snapshot: Some(dumped.drop_guard()) }))
-    }
-
-    /// Counts in the snapshot, and holds it until the dump is there.
-    fn count(
-        &self,
-        snapshot: Snapshot,
-        database: Database,
-        dumped: CancellationToken,
-    ) -> JoinHandle<Option<DatabaseCensus>> {
+        let output = Output::of(&program, format!("database {name}"), ended).await?;
         let (until, cancel) = (self.count_until, self.cancel.clone());
-        tokio::spawn(async move {
-            let Database { name, collation, .. } = &database;
-            let census = match until {
-                Some(until) => match snapshot.census(name, collation, until, &cancel).await {
-                    Ok(census) => Some(census),
-                    Err(error) => {
-                        let why = proto::failure::chain(&error);
-                        tracing::warn!(database = %name, "The rows of database {name} are not counted: {why}");
-                        None
-                    }
-                },
-                None => None,
-            };
-            dumped.cancelled().await;
-            snapshot.release().await;
-            census
-        })
+        let (counting, passing) = Counting::begin(snapshot, database.clone(), until, cancel);
+        let dump = Dump {
+            output,
+            reader: archive::Reader::new(),
+            counting: Some((counting, passing)),
+            facts,
+            dumps: Arc::clone(self),
+            _login: login,
+        };
+        Ok(Some(dump))
     }
 
     fn gone(&self, database: &Database) -> Result<(), Failure> {
@@ -172,19 +151,71 @@ impl Dumps {
     }
 }
 
-/// One dump while it is read.
-struct Stream {
+/// Roles and tablespaces while they are read.
+struct Globals {
     output: Output,
     /// Its password file.
     _login: Login,
-    /// Lets the snapshot go.
-    _snapshot: Option<DropGuard>,
 }
 
-impl Read for Stream {
+impl Read for Globals {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.output.read(buffer)
     }
+}
+
+/// One dump while it is read.
+struct Dump {
+    output: Output,
+    reader: archive::Reader,
+    /// Until the dump has ended.
+    counting: Option<(Counting, Passing)>,
+    facts: DatabaseDump,
+    dumps: Arc<Dumps>,
+    /// Its password file.
+    _login: Login,
+}
+
+impl Read for Dump {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.output.read(buffer)?;
+        let understood = if read == 0 && !buffer.is_empty() {
+            self.end()
+        } else {
+            self.reader.push(&buffer[..read])
+        };
+        if let Err(error) = understood {
+            let reason = match error {
+                postgres::Error::Archive { what } => what,
+                other => proto::failure::chain(&other),
+            };
+            let what = format!("database {}", self.facts.database);
+            return Err(io::Error::other(incomplete(&what, &reason)));
+        }
+        if let (Some((_, passing)), Some(contents)) = (&mut self.counting, self.reader.contents()) {
+            passing.begins(contents);
+        }
+        Ok(read)
+    }
+}
+
+impl Dump {
+    /// It has ended well: what is known of it by now becomes part of the backup.
+    fn end(&mut self) -> Result<(), postgres::Error> {
+        let Some((counting, _)) = self.counting.take() else { return Ok(()) };
+        let archive = std::mem::take(&mut self.reader).end()?;
+        let rows = Rows::of(&archive);
+        let facts = DatabaseDump { layout: Some(layout(&archive)), ..self.facts.clone() };
+        let mut found = self.dumps.lock();
+        found.dumps.push(facts);
+        found.counts.push((counting, rows));
+        Ok(())
+    }
+}
+
+fn layout(archive: &Archive) -> DumpLayout {
+    let blocks = archive.blocks.iter().map(|block| (block.id, block.bytes)).collect();
+    DumpLayout { contents_bytes: archive.contents.bytes, blocks }
 }
 
 /// The dumps, shared with the threads that store them.
@@ -203,10 +234,14 @@ impl Source for SharedDumps {
         let dumps = &self.0;
         let begun = dumps.runtime.block_on(async {
             let begin = async {
-                match dumps.databases.get(&entry.path) {
-                    Some(database) => dumps.database(database, ended).await,
-                    None => dumps.globals(ended).await.map(Some),
-                }
+                let stream: Option<Box<dyn Read + Send>> = match dumps.databases.get(&entry.path) {
+                    Some(database) => match dumps.database(database, ended).await? {
+                        Some(dump) => Some(Box::new(dump)),
+                        None => None,
+                    },
+                    None => Some(Box::new(dumps.globals(ended).await?)),
+                };
+                Ok::<_, Failure>(stream)
             };
             tokio::select! {
                 biased;
@@ -214,9 +249,6 @@ impl Source for SharedDumps {
                 begun = begin => begun,
             }
         });
-        match begun {
-            Ok(stream) => Ok(stream.map(|stream| -> Box<dyn Read + Send> { Box::new(stream) })),
-            Err(failure) => Err(io::Error::other(failure)),
-        }
+        begun.map_err(io::Error::other)
     }
 }
