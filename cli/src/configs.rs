@@ -1,9 +1,15 @@
 //! Reads configuration files: every problem by its path, unknown keys with a suggestion.
 
+use std::ops::Range;
 use std::path::Path;
 
+use proto::near::distance;
 use proto::{Action, Code, Failure};
 use serde::de::DeserializeOwned;
+use toml::de::{DeArray, DeTable, DeValue};
+
+/// Problems of one file that are told at once.
+const PROBLEMS_MAX: usize = 50;
 
 /// Reads a configuration; `problems` adds what its own check finds.
 pub(crate) fn read<T: DeserializeOwned>(
@@ -20,13 +26,66 @@ pub(crate) fn read<T: DeserializeOwned>(
     if problems.is_empty() { Ok(config) } else { Err(wrong(problems.join("; "))) }
 }
 
-/// Parses a configuration from its text. The error says where.
+/// Parses a configuration from its text. The error says what is wrong and where, every unknown key and every wrong value at once.
 pub(crate) fn parse<T: DeserializeOwned>(text: &str) -> Result<T, String> {
-    let deserializer = toml::Deserializer::parse(text).map_err(|error| told(text, "", &error))?;
-    serde_path_to_error::deserialize(deserializer).map_err(|error| {
-        let path = error.path().to_string();
-        let place = if path == "." { String::new() } else { format!("{path}: ") };
-        told(text, &place, error.inner())
+    let mut table = DeTable::parse(text).map_err(|error| told(text, "", &error))?;
+    // Where each begins, and what it is.
+    let mut problems: Vec<(usize, String)> = Vec::new();
+    let mut taken: Vec<String> = Vec::new();
+    while problems.len() < PROBLEMS_MAX {
+        let deserializer = toml::Deserializer::from(table.clone());
+        let error = match serde_path_to_error::deserialize(deserializer) {
+            Ok(config) if problems.is_empty() => return Ok(config),
+            Ok(_) => break,
+            Err(error) => error,
+        };
+        let message = error.inner().message();
+        let missing =
+            message.strip_prefix("missing field `").map(|rest| rest.trim_end_matches('`'));
+        // It is there, and was told already: its value is wrong, or its name.
+        let is_told = missing.is_some_and(|name| taken.iter().any(|taken| taken == name));
+        if !is_told {
+            let path = error.path().to_string();
+            let place = if path == "." { String::new() } else { format!("{path}: ") };
+            let begins = error.inner().span().map_or(0, |span| span.start);
+            problems.push((begins, told(text, &place, error.inner())));
+        }
+        taken.extend(suggestion(message).map(str::to_owned));
+        // What is wrong is taken out, so that the next look meets the next problem; with what is missing, the table around it.
+        match error.inner().span().and_then(|span| take_out(table.get_mut(), &span)) {
+            Some(name) => taken.push(name),
+            None => break,
+        }
+    }
+    problems.sort();
+    let problems: Vec<String> = problems.into_iter().map(|(_, told)| told).collect();
+    Err(problems.join("; "))
+}
+
+/// Takes out the entry whose key or value stands there, or the item of an array, and names the entry.
+fn take_out(table: &mut DeTable<'_>, span: &Range<usize>) -> Option<String> {
+    let mut entries = table.iter();
+    let found = entries.find(|(key, value)| key.span() == *span || value.span() == *span);
+    if let Some(name) = found.map(|(key, _)| key.get_ref().to_string()) {
+        table.remove(name.as_str());
+        return Some(name);
+    }
+    table.iter_mut().find_map(|(key, value)| match value.get_mut() {
+        DeValue::Table(below) => take_out(below, span),
+        DeValue::Array(items) if items.iter().any(|item| item.span() == *span) => {
+            let mut others = DeArray::new();
+            items
+                .iter()
+                .filter(|item| item.span() != *span)
+                .for_each(|item| others.push(item.clone()));
+            *items = others;
+            Some(key.get_ref().to_string())
+        }
+        DeValue::Array(items) => items.iter_mut().find_map(|item| match item.get_mut() {
+            DeValue::Table(below) => take_out(below, span),
+            _ => None,
+        }),
+        _ => None,
     })
 }
 
@@ -72,22 +131,6 @@ fn suggestion(message: &str) -> Option<&str> {
         .map(|(_, candidate)| candidate)
 }
 
-/// Edits that turn one text into the other (Levenshtein 1965).
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.iter().enumerate() {
-            let substituted = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = substituted.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
-}
-
 #[cfg(test)]
 mod tests {
     use worker::config::WorkerConfig;
@@ -106,6 +149,31 @@ mod tests {
         let error = parse::<WorkerConfig>(text).unwrap_err();
         assert!(error.contains("sandbox"), "{error}");
         assert!(error.contains("Did you mean `directory`?"), "{error}");
+    }
+
+    #[test]
+    fn every_wrong_entry_is_told_at_once_with_its_place() {
+        let text = "\
+name = \"w1\"
+site = \"fra1\"
+state_dir = \"/var/lib/pgmuster\"
+colour = \"red\"
+broker = { url = \"file:/u\", prot = 1 }
+sandbox = { directory = \"/tmp\" }
+[slots]
+routine = \"many\"
+[[repositories]]
+nmae = \"main\"
+";
+        let error = parse::<WorkerConfig>(text).unwrap_err();
+        let parts =
+            ["line 4", "`colour`", "line 5", "`prot`", "line 8", "slots.routine", "line 10"];
+        let places =
+            parts.map(|part| error.find(part).unwrap_or_else(|| panic!("{part}: {error}")));
+        assert!(places.is_sorted(), "in the order of the file: {error}");
+        assert!(error.ends_with("Did you mean `name`?"), "{error}");
+        // The name is there, under another.
+        assert!(!error.contains("missing field"), "{error}");
     }
 
     #[test]
