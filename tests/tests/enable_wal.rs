@@ -47,6 +47,17 @@ async fn a_server_archives_after_one_command_and_a_restart_and_another_archive_i
     let plan = fleet.expect(&["cluster", "enable-wal", "orders", "--plan"])?;
     ensure!(plan.lines().count() == 1 && plan.starts_with("nothing has to be set"), "{plan}");
 
+    // It archives all the while, whatever the next restart changes.
+    server.run("ALTER SYSTEM SET wal_level = 'logical'").await?;
+    server.run("SELECT pg_reload_conf()").await?;
+    tests::eventually("everybody to say that a change waits", tests::SOON, || {
+        let (show, doctor) = (fleet.run(&["cluster", "show", "orders"])?, fleet.run(&["doctor"])?);
+        let waits = "; a change of wal_level waits for a restart";
+        let told = [&show.stdout, &doctor.stdout];
+        ensure!(!told.iter().any(|told| told.contains("nothing is archived")), "{show} {doctor}");
+        Ok((told.iter().all(|told| told.contains(waits)) && doctor.code() == 0).then_some(()))
+    })?;
+
     // A worker that is killed is not missed: the command opens the repository itself.
     fleet.worker("w1")?.kill()?;
     let archived = server.number("SELECT archived_count FROM pg_stat_archiver").await?;

@@ -19,24 +19,58 @@ pub(crate) struct Said {
     pub(crate) cure: String,
 }
 
-/// Judges how a server is set up, and what its worker sees in the archive, where that is known.
+/// What is known of the archive itself.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Seen<'a> {
+    /// Nobody has looked into it.
+    Nothing,
+    /// The server says that it archived this file last, and when, Unix milliseconds.
+    Told(&'a str, i64),
+    /// Its worker looked into it.
+    Standing(&'a WalStanding),
+}
+
+impl<'a> From<Option<&'a WalStanding>> for Seen<'a> {
+    fn from(wal: Option<&'a WalStanding>) -> Self {
+        wal.map_or(Self::Nothing, Self::Standing)
+    }
+}
+
+/// Judges how a server is set up, and what is known of its archive.
 pub(crate) fn said(
     cluster: &ClusterName,
     setup: &ArchiveSetup,
-    wal: Option<&WalStanding>,
+    seen: Seen<'_>,
     now_ms: i64,
 ) -> Said {
+    let waiting = setup.pending_restart.join(" and ");
+    // A server archives by the mode that is in effect, whatever its next start makes of it.
+    if setup.mode == "off" && setup.pending_restart.iter().any(|name| name == "archive_mode") {
+        return Said {
+            is_good: false,
+            what: format!("PENDING RESTART for {waiting}: nothing is archived before"),
+            cure: format!(
+                "Restart the server, then run: pgmuster cluster enable-wal {cluster} --wait"
+            ),
+        };
+    }
+    let now = in_effect(cluster, setup, seen, now_ms);
+    if waiting.is_empty() {
+        return now;
+    }
+    let cure = "pg_file_settings shows what the next restart changes.";
+    Said {
+        what: format!("{}; a change of {waiting} waits for a restart", now.what),
+        // A command stands at the end, where it can be copied.
+        cure: if now.cure.is_empty() { cure.to_owned() } else { format!("{cure} {}", now.cure) },
+        ..now
+    }
+}
+
+/// The same, of what is in effect.
+fn in_effect(cluster: &ClusterName, setup: &ArchiveSetup, seen: Seen<'_>, now_ms: i64) -> Said {
     let bad = |what: String, cure: String| Said { is_good: false, what, cure };
     let command = format!("pgmuster cluster enable-wal {cluster} --wait");
-    if !setup.pending_restart.is_empty() {
-        return bad(
-            format!(
-                "PENDING RESTART for {}: nothing is archived before",
-                setup.pending_restart.join(" and ")
-            ),
-            format!("Restart the server, then run: {command}"),
-        );
-    }
     if setup.mode == "off" {
         return Said {
             is_good: true,
@@ -60,14 +94,27 @@ pub(crate) fn said(
             "The server's log has what archive_command said.".to_owned(),
         );
     }
-    let Some(wal) = wal else {
-        return Said {
-            is_good: true,
-            what: format!(
-                "on (archive_mode = {mode}); nothing of it was seen in the repository yet"
-            ),
-            cure: format!("See a segment arrive with: {command}"),
-        };
+    let wal = match seen {
+        Seen::Standing(wal) => wal,
+        Seen::Told(file, at_ms) => {
+            return Said {
+                is_good: true,
+                what: format!(
+                    "on (archive_mode = {mode}), last archived {file} at {}",
+                    output::time(at_ms)
+                ),
+                cure: String::new(),
+            };
+        }
+        Seen::Nothing => {
+            return Said {
+                is_good: true,
+                what: format!(
+                    "on (archive_mode = {mode}); nothing of it was seen in the repository yet"
+                ),
+                cure: format!("See a segment arrive with: {command}"),
+            };
+        }
     };
     let age_ms = now_ms.saturating_sub(wal.at_ms);
     if age_ms > SILENCE_MAX_MS {
@@ -134,12 +181,56 @@ mod tests {
         }
     }
 
+    fn told(setup: &ArchiveSetup, seen: Seen<'_>) -> (bool, String) {
+        let said = said(&"orders".parse().unwrap(), setup, seen, NOW_MS);
+        (said.is_good, format!("{} | {}", said.what, said.cure))
+    }
+
+    #[test]
+    fn only_a_mode_that_is_off_archives_nothing_before_a_restart() {
+        let pending = |mode: &str, names: &[&str]| ArchiveSetup {
+            mode: mode.to_owned(),
+            pending_restart: names.iter().map(|name| (*name).to_owned()).collect(),
+            ..setup()
+        };
+        let (good, text) = told(&pending("off", &["archive_mode", "wal_level"]), Seen::Nothing);
+        let expected = "PENDING RESTART for archive_mode and wal_level: nothing is archived before";
+        assert!(!good && text.starts_with(expected), "{text}");
+        // A restart does not make it archive.
+        let (good, text) = told(&pending("off", &["wal_level"]), Seen::Nothing);
+        assert!(good && text.starts_with("off: recoverable to the end of each backup"), "{text}");
+        let cure = "; a change of wal_level waits for a restart | pg_file_settings shows what the next restart changes. For";
+        assert!(text.contains(cure), "{text}");
+        // It archives, whatever comes.
+        let standing = standing();
+        for (mode, name) in [("on", "wal_level"), ("on", "archive_mode"), ("always", "wal_level")] {
+            let waits = format!("; a change of {name} waits for a restart | pg_file_settings");
+            for (seen, how) in [
+                (Seen::Standing(&standing), "on, archived up to 0/3000000"),
+                (
+                    Seen::Told("0000000100000000000000B3", NOW_MS),
+                    "last archived 0000000100000000000000B3",
+                ),
+            ] {
+                let (good, text) = told(&pending(mode, &[name]), seen);
+                assert!(
+                    good && text.contains(how) && text.contains(&waits),
+                    "{mode} {name}: {text}"
+                );
+            }
+        }
+        // What is wrong with it is wrong before and after.
+        let empty = ArchiveSetup { has_command: false, ..pending("on", &["wal_level"]) };
+        let (good, text) = told(&empty, Seen::Nothing);
+        assert!(!good && text.contains("archive_command is empty"), "{text}");
+        // What it archived once is no news of a server that archives nothing now.
+        let (_, text) = told(&pending("off", &[]), Seen::Told("0000000100000000000000B3", NOW_MS));
+        assert!(text.starts_with("off: "), "{text}");
+    }
+
     #[test]
     fn each_thing_that_keeps_wal_from_its_archive_is_told_with_its_cure() {
-        let tell = |setup: &ArchiveSetup, wal: Option<&WalStanding>| {
-            let said = said(&"orders".parse().unwrap(), setup, wal, NOW_MS);
-            (said.is_good, format!("{} | {}", said.what, said.cure))
-        };
+        let tell = |setup: &ArchiveSetup, wal: Option<&WalStanding>| told(setup, wal.into());
         let off = ArchiveSetup { mode: "off".to_owned(), has_command: false, ..setup() };
         let (good, text) = tell(&off, None);
         assert!(good && text.contains("run: pgmuster cluster enable-wal orders"), "{text}");

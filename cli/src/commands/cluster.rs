@@ -124,7 +124,7 @@ fn details(view: &ClusterView, now_ms: i64) -> String {
         row("objectives", promised.join(", "));
     }
     if let Some(setup) = &view.archive {
-        let said = archiving::said(&view.name, setup, view.wal.as_ref(), now_ms);
+        let said = archiving::said(&view.name, setup, view.wal.as_ref().into(), now_ms);
         row("archiving", [said.what, said.cure].join(". ").trim_end_matches(['.', ' ']).to_owned());
     }
     if let Some(wal) = &view.wal {

@@ -17,7 +17,7 @@ use worker::places::Places;
 
 use crate::args::{Doctor, Output};
 use crate::client::Client;
-use crate::commands::archiving;
+use crate::commands::archiving::{self, Seen};
 use crate::commands::repo::SINGLE_WRITER;
 use crate::exit::Exit;
 use crate::{configs, environment, output, secrets};
@@ -153,19 +153,14 @@ fn served(
         None => good(what, format!("served by {worker}")),
     }];
     if let Some(setup) = &cluster.archive {
-        findings.push(archives(&cluster.name, setup, wal, now_ms));
+        findings.push(archives(&cluster.name, setup, wal.into(), now_ms));
     }
     findings
 }
 
 /// Whether its WAL comes into its archive.
-fn archives(
-    cluster: &ClusterName,
-    setup: &ArchiveSetup,
-    wal: Option<&WalStanding>,
-    now_ms: i64,
-) -> Finding {
-    let said = archiving::said(cluster, setup, wal, now_ms);
+fn archives(cluster: &ClusterName, setup: &ArchiveSetup, seen: Seen<'_>, now_ms: i64) -> Finding {
+    let said = archiving::said(cluster, setup, seen, now_ms);
     let what = format!("archiving of {cluster}");
     Finding { what, good: said.is_good, detail: said.what, hint: said.cure }
 }
@@ -257,14 +252,9 @@ async fn configuration(path: &Path, findings: &mut Vec<Finding>) {
                 pending_restart: archiver.pending_restart,
                 failing_at: archiver.failing_at,
             };
-            let mut found = archives(&cluster.config.name, &setup, None, environment::now_ms());
-            if let (true, Some((file, at_ms))) = (setup.has_command && found.good, last) {
-                let at = output::time(at_ms);
-                found.detail =
-                    format!("on (archive_mode = {}), last archived {file} at {at}", setup.mode);
-                found.hint.clear();
-            }
-            findings.push(found);
+            let seen =
+                last.as_ref().map_or(Seen::Nothing, |(file, at_ms)| Seen::Told(file, *at_ms));
+            findings.push(archives(&cluster.config.name, &setup, seen, environment::now_ms()));
         }
     }
 }

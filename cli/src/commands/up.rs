@@ -101,7 +101,7 @@ async fn first_proof(whole: &Embedded, args: &Up) -> Result<First, Failure> {
     }
     if let Some(setup) = cluster.archive.filter(|_| first.has_backup) {
         let now_ms = environment::now_ms();
-        let said = archiving::said(&args.name, &setup, cluster.wal.as_ref(), now_ms);
+        let said = archiving::said(&args.name, &setup, cluster.wal.as_ref().into(), now_ms);
         output::talk(&format!("  archiving   {}", said.what));
         if !said.cure.is_empty() {
             output::talk(&format!("              {}", said.cure));
