@@ -67,6 +67,15 @@ fn resuming(directory: &Path) -> RestoreTarget {
     }
 }
 
+/// The same, where the page cache may answer for the disk.
+fn believing(directory: &Path) -> RestoreTarget {
+    let Existing::Replace { spare, .. } = replacing(directory).existing else { unreachable!() };
+    RestoreTarget {
+        existing: Existing::Replace { spare, believe_cache: true },
+        ..resuming(directory)
+    }
+}
+
 async fn restore(backup: &Backup, target: RestoreTarget) -> Result<RestoreSummary, Error> {
     backup.restore_plan(target).await?.restore(RestoreOptions::default()).await
 }
@@ -473,4 +482,38 @@ async fn what_an_interrupted_restore_has_written_is_not_fetched_again() {
     let done = plan.restore(RestoreOptions::default()).await.unwrap();
     assert!(done.fetched_bytes < house.first.fetched_bytes / 2, "{done:?} {:?}", house.first);
     assert_eq!(state(&fresh), house.whole);
+}
+
+/// Bytes that this process had the kernel read from disks so far.
+fn read_from_disk() -> u64 {
+    let io = fs::read_to_string("/proc/self/io").unwrap();
+    io.lines().find_map(|line| line.strip_prefix("read_bytes: ")).unwrap().parse().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_directory_is_compared_as_its_disk_has_it_unless_the_cache_may_answer() {
+    let house = House::new().await;
+    // What is in memory anyway is on no disk: /tmp may be, /var/tmp outlives a boot.
+    let place = tempfile::Builder::new().prefix("pgmuster-").tempdir_in("/var/tmp").unwrap();
+    let directory = place.path().join("data");
+    restore(&house.backup, resuming(&directory)).await.unwrap();
+    let large = LARGE as u64;
+    let look = async |target: RestoreTarget| {
+        let plan = house.backup.restore_plan(target).await.unwrap();
+        // All of it is in memory now.
+        fs::read(directory.join("base/1/large")).unwrap();
+        let before = read_from_disk();
+        let (_, reused_bytes) = compared(&plan).await;
+        assert!(reused_bytes > large - 20_000, "{reused_bytes}");
+        (plan.resumes, read_from_disk() - before)
+    };
+    let (_, read) = look(replacing(&directory)).await;
+    assert!(read >= large, "the disk may say something else than memory: {read} bytes read");
+    let (_, read) = look(believing(&directory)).await;
+    assert!(read < large / 4, "memory may answer: {read} bytes read");
+    // What an interrupted restore could not write may be right in memory.
+    fs::remove_file(directory.join("base/1/small40")).unwrap();
+    assert_eq!(interrupted(&house, believing(&directory), Failure::After(1)).await, None);
+    let (resumes, read) = look(believing(&directory)).await;
+    assert!(resumes && read >= large, "memory answered after an interruption: {read} bytes read");
 }

@@ -66,6 +66,8 @@ pub struct TestFile {
     pub block_size: Option<u32>,
     /// What the reader finds instead of the content, when that differs from the scan.
     pub at_read: Option<Option<Vec<u8>>>,
+    /// When it was changed as told to whoever reads it, which may be after the scan; `None` where nobody tells.
+    pub changed_at_read_ns: Option<i64>,
 }
 
 /// A source in memory that counts what is read from it.
@@ -110,6 +112,7 @@ impl Tree {
             inode,
             block_size,
             at_read: None,
+            changed_at_read_ns: None,
         };
         self.files.lock().unwrap().insert(path, file);
     }
@@ -208,12 +211,21 @@ impl SourceFile for OpenFile {
     fn read_at(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
         let files = self.tree.files.lock().unwrap();
         let file = &files[&self.path];
+        // Whoever judges pages must be given whole ones.
+        let (block, end) = (file.block_size.unwrap_or(1) as usize, offset as usize + buffer.len());
+        assert!((offset as usize).is_multiple_of(block), "inside a page: {offset}");
+        assert!(end.is_multiple_of(block) || end >= file.content.len(), "inside a page: {end}");
         let content = file.at_read.as_ref().and_then(Option::as_ref).unwrap_or(&file.content);
         let rest = content.get(offset as usize..).unwrap_or_default();
         let length = rest.len().min(buffer.len());
         buffer[..length].copy_from_slice(&rest[..length]);
         self.tree.reads.fetch_add(length as u64, Ordering::Relaxed);
         Ok(length)
+    }
+
+    fn changed_at_ns(&self) -> Option<(i64, i64)> {
+        let changed = self.tree.files.lock().unwrap()[&self.path].changed_at_read_ns?;
+        Some((changed, changed))
     }
 }
 

@@ -157,3 +157,64 @@ impl Drop for Relation {
         found.bad_pages.extend(named);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{File, FileTimes};
+    use std::time::Duration;
+
+    use postgres::files::LocalFiles;
+    use postgres::relation::Fork;
+    use proto::Lsn;
+
+    use super::*;
+
+    /// An entry as a scan lists it.
+    fn listed(name: &str, kind: EntryKind) -> ScanEntry {
+        ScanEntry {
+            path: name.to_owned(),
+            source: PathBuf::from(name),
+            kind,
+            size: 8192,
+            mode: 0o600,
+            mtime_ns: 0,
+            ctime_ns: 0,
+            inode: 0,
+            device: 0,
+        }
+    }
+
+    #[test]
+    fn an_open_file_tells_when_it_was_changed_by_now() {
+        let directory = tempfile::tempdir().unwrap();
+        let relation = RelationFile { filenode: 16_384, fork: Fork::Main, segment: 0 };
+        let entries =
+            [listed("16384", EntryKind::Relation(relation)), listed("plain", EntryKind::Plain)];
+        let rules = PageRules {
+            block_size: 8192,
+            segment_blocks: 131_072,
+            checksums: true,
+            backup_start: Lsn(1),
+        };
+        for entry in &entries {
+            std::fs::write(directory.path().join(&entry.source), vec![0; 8192]).unwrap();
+        }
+        let files = Arc::new(LocalFiles::new(directory.path()));
+        let tables = Arc::new(TableFiles::new([].into_iter(), None, Lsn(1), 1));
+        let source = DataDirectory::new(files, &entries, rules, None, tables);
+        for entry in &entries {
+            let path = directory.path().join(&entry.source);
+            let listed = SourceEntry {
+                size_bytes: 8192,
+                ..SourceEntry::bytes(entry.path.clone(), 0o600, Vec::new())
+            };
+            let open = source.open(&listed).unwrap().unwrap();
+            let before = open.changed_at_ns().unwrap();
+            let file = File::options().write(true).open(path).unwrap();
+            let later = file.metadata().unwrap().modified().unwrap() + Duration::from_mins(1);
+            file.set_times(FileTimes::new().set_modified(later)).unwrap();
+            let after = open.changed_at_ns().unwrap();
+            assert!(before.0 < after.0 && before.1 <= after.1, "{before:?} {after:?}");
+        }
+    }
+}
