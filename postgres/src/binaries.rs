@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use crate::Error;
+use crate::block_sizes::BlockSizes;
 use crate::process::{Program, Result, find_in, is_executable};
 
 /// `postgres --version` prints one line; a dead network mount must not hold us longer.
@@ -27,7 +28,21 @@ impl Binaries {
     /// Debian and Red Hat put them, and in this process's `PATH`. A directory of another version is
     /// passed over.
     pub async fn find(major: u32, extra_dirs: &[PathBuf]) -> Result<Self> {
+        Self::search(major, extra_dirs, None).await
+    }
+
+    /// The same, for a cluster of these sizes: programs that are built for others are passed over, too.
+    pub async fn find_for(major: u32, extra_dirs: &[PathBuf], sizes: BlockSizes) -> Result<Self> {
+        Self::search(major, extra_dirs, Some(sizes)).await
+    }
+
+    async fn search(
+        major: u32,
+        extra_dirs: &[PathBuf],
+        needed: Option<BlockSizes>,
+    ) -> Result<Self> {
         let mut searched = Vec::new();
+        let mut of_others = None;
         for directory in candidates(major, extra_dirs) {
             if searched.contains(&directory) {
                 continue;
@@ -36,11 +51,27 @@ impl Binaries {
                 && let Ok(found) = Self::at(&directory).await
                 && found.major == major
             {
-                return Ok(found);
+                let Some(needed) = needed else { return Ok(found) };
+                match found.block_sizes().await {
+                    Ok(built_for) if built_for != needed => {
+                        of_others.get_or_insert(Error::BinariesOfOtherSizes {
+                            major,
+                            needed,
+                            directory: directory.clone(),
+                            built_for,
+                        });
+                    }
+                    // Those that do not tell refuse the cluster themselves, if it is not theirs.
+                    Ok(_) | Err(_) => return Ok(found),
+                }
             }
             searched.push(directory);
         }
-        Err(Error::BinariesMissing { major, package: debian_package(major), searched })
+        Err(of_others.unwrap_or_else(|| Error::BinariesMissing {
+            major,
+            package: debian_package(major),
+            searched,
+        }))
     }
 
     /// The programs in `directory`, whose `postgres` is asked for its version.
@@ -77,6 +108,27 @@ impl Binaries {
     /// As in `server_version_num`: 150018.
     pub fn version_num(&self) -> u32 {
         self.major * 10_000 + self.minor
+    }
+
+    /// What they are built for, asked of `postgres` itself, without any cluster.
+    pub async fn block_sizes(&self) -> Result<BlockSizes> {
+        let ask = async |name: &str| {
+            // `-C` comes first: only then root may ask. Settings there are none, and the directory is not looked into.
+            let asked = ["-C", name, "-D", "/", "-c", "config_file=/dev/null"];
+            let program = self.program("postgres")?.args(asked);
+            let output = program.run(VERSION_TIMEOUT, &CancellationToken::new()).await?;
+            let text = output.stdout_text();
+            text.trim().parse::<u32>().map_err(|_| Error::Program {
+                program: self.directory.join("postgres").display().to_string(),
+                outcome: format!("a {name} that cannot be read"),
+                output: text.trim().to_owned(),
+            })
+        };
+        Ok(BlockSizes {
+            page_bytes: ask("block_size").await?,
+            file_pages: ask("segment_size").await?,
+            wal_page_bytes: ask("wal_block_size").await?,
+        })
     }
 
     /// The path of a program, for example `initdb`; an error when this installation lacks it (the

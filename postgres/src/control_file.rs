@@ -118,7 +118,7 @@ pub struct ControlFile {
     pub block_size: u32,
     /// Blocks in a segment of a large relation (`RELSEG_SIZE`).
     pub relation_segment_blocks: u32,
-    /// Bytes in a page of WAL.
+    /// Bytes in a page of WAL (`XLOG_BLCKSZ`), 1 to 64 KiB.
     pub wal_block_size: u32,
     /// Bytes in a WAL segment, 1 MiB to 1 GiB, a power of two.
     pub wal_segment_size: u32,
@@ -227,6 +227,7 @@ impl ControlFile {
             value.is_power_of_two() && value >= from && value <= to
         };
         if !power(control.block_size, 1 << 10, 32 << 10)
+            || !power(control.wal_block_size, 1 << 10, 64 << 10)
             || !power(control.wal_segment_size, 1 << 20, 1 << 30)
             || control.relation_segment_blocks == 0
         {

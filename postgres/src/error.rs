@@ -11,6 +11,8 @@ use std::path::PathBuf;
 use proto::{Action, Code, Failure, Lsn, SystemIdentifier, failure};
 use tokio_postgres::error::SqlState;
 
+use crate::block_sizes::BlockSizes;
+
 /// Why something could not be done with a server.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -192,6 +194,21 @@ pub enum Error {
         package: String,
         /// Where they are not.
         searched: Vec<PathBuf>,
+    },
+    /// PostgreSQL's programs of that version are there, and built for clusters of other sizes.
+    #[error(
+        "find programs of PostgreSQL {major} for {needed}: those in {} are built for {built_for}",
+        directory.display()
+    )]
+    BinariesOfOtherSizes {
+        /// The version.
+        major: u32,
+        /// What the cluster has.
+        needed: BlockSizes,
+        /// Where the others are.
+        directory: PathBuf,
+        /// What they are built for.
+        built_for: BlockSizes,
     },
     /// The only client programs that fit have known holes.
     #[error("use pg_dump {found} in {}: needed is {needed} or newer of that major version", directory.display())]
@@ -551,6 +568,14 @@ impl From<Error> for Failure {
                 Action::RetryElsewhere,
                 &format!(
                     "Install them: apt-get install {package} (from apt.postgresql.org where the system's own release lacks it), or name their directory in the worker's configuration."
+                ),
+            ),
+            Error::BinariesOfOtherSizes { needed, .. } => told(
+                Code::BinariesMissing,
+                Action::RetryElsewhere,
+                &format!(
+                    "No packages bring them: they are configured with {} and built from source. Name their directory in sandbox.postgres_bin_dirs of the worker, or put it into PATH.",
+                    needed.configure_options()
                 ),
             ),
             Error::ClientUnsafe { .. } => told(

@@ -8,6 +8,7 @@ pub mod archive;
 pub mod archiving;
 pub mod backup_session;
 pub mod binaries;
+pub mod block_sizes;
 mod cancel;
 pub mod census;
 pub mod checks;

@@ -164,11 +164,14 @@ fn u16_at(page: &[u8], offset: usize) -> u16 {
 mod tests {
     use super::*;
 
-    fn page_with_header() -> Vec<u8> {
+    /// The sizes that PostgreSQL can be built for.
+    const SIZES: [u16; 6] = [1 << 10, 2 << 10, 4 << 10, 8 << 10, 16 << 10, 32 << 10];
+
+    fn page_with_header(size: u16) -> Vec<u8> {
         let mut page: Vec<u8> =
-            (0..8192_u32).map(|i| i.wrapping_mul(31).to_ne_bytes()[0]).collect();
+            (0..u32::from(size)).map(|i| i.wrapping_mul(31).to_ne_bytes()[0]).collect();
         page[10..18].copy_from_slice(
-            &[0_u16, 24, 100, 8192].iter().flat_map(|v| v.to_ne_bytes()).collect::<Vec<_>>(),
+            &[0_u16, 24, 100, size].iter().flat_map(|v| v.to_ne_bytes()).collect::<Vec<_>>(),
         );
         let sum = checksum(&page, 7);
         page[8..10].copy_from_slice(&sum.to_ne_bytes());
@@ -177,41 +180,51 @@ mod tests {
 
     #[test]
     fn a_page_is_valid_at_its_own_block_number_only() {
-        let page = page_with_header();
-        assert_eq!(inspect(&page, 7, true), PageState::Valid);
-        assert!(matches!(inspect(&page, 8, true), PageState::WrongChecksum { .. }));
-        assert_eq!(inspect(&page, 8, false), PageState::Valid);
+        for page in SIZES.map(page_with_header) {
+            assert_eq!(inspect(&page, 7, true), PageState::Valid);
+            assert!(matches!(inspect(&page, 8, true), PageState::WrongChecksum { .. }));
+            assert_eq!(inspect(&page, 8, false), PageState::Valid);
+        }
     }
 
     #[test]
     fn damage_to_any_byte_is_seen() {
-        let page = page_with_header();
-        for offset in (0..page.len()).filter(|offset| !(14..16).contains(offset)) {
-            // Sixteen bits of checksum miss one change in 65,536; two in one byte would be no chance.
-            let missed = (0..8).filter(|bit| {
-                let mut damaged = page.clone();
-                damaged[offset] ^= 1 << bit;
-                inspect(&damaged, 7, true).is_sound()
-            });
-            assert!(missed.count() <= 1, "byte {offset}");
+        for page in SIZES.map(page_with_header) {
+            // All bytes of a page of the usual size, fewer of the larger ones.
+            let step = page.len().div_ceil(8192);
+            for offset in (0..page.len()).step_by(step).filter(|at| !(14..16).contains(at)) {
+                // Sixteen bits of checksum miss one change in 65,536; two in one byte would be no chance.
+                let missed = (0..8).filter(|bit| {
+                    let mut damaged = page.clone();
+                    damaged[offset] ^= 1 << bit;
+                    inspect(&damaged, 7, true).is_sound()
+                });
+                assert!(missed.count() <= 1, "byte {offset} of {}", page.len());
+            }
         }
     }
 
     #[test]
     fn a_new_page_must_be_entirely_zero() {
-        let mut page = vec![0; 8192];
-        assert_eq!(inspect(&page, 0, true), PageState::New);
-        page[8191] = 1;
-        assert_eq!(inspect(&page, 0, true), PageState::BadHeader);
-        assert_eq!(inspect(&page, 0, false), PageState::BadHeader);
+        for size in SIZES.map(usize::from) {
+            let mut page = vec![0; size];
+            assert_eq!(inspect(&page, 0, true), PageState::New);
+            page[size - 1] = 1;
+            assert_eq!(inspect(&page, 0, true), PageState::BadHeader);
+            assert_eq!(inspect(&page, 0, false), PageState::BadHeader);
+        }
     }
 
     #[test]
     fn impossible_headers_are_refused_without_checksums() {
-        for (offset, value) in [(10, 8_u16), (12, 23), (12, 101), (16, 8193), (16, 8188)] {
-            let mut page = page_with_header();
-            page[offset..offset + 2].copy_from_slice(&value.to_ne_bytes());
-            assert_eq!(inspect(&page, 7, false), PageState::BadHeader, "{offset} {value}");
+        for size in SIZES {
+            let impossible =
+                [(10, 8_u16), (12, 23), (12, 101), (16, size + 1), (16, size - 4), (16, size + 8)];
+            for (offset, value) in impossible {
+                let mut page = page_with_header(size);
+                page[offset..offset + 2].copy_from_slice(&value.to_ne_bytes());
+                assert_eq!(inspect(&page, 7, false), PageState::BadHeader, "{offset} {value}");
+            }
         }
     }
 }

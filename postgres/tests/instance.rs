@@ -12,6 +12,7 @@ use std::time::Duration;
 use owners::{owned_directory, owner_process, processes_in, wait_for};
 use postgres::Error;
 use postgres::binaries::Binaries;
+use postgres::block_sizes::BlockSizes;
 use postgres::instance::{Instance, InstanceOptions, StopMode};
 use postgres::process::{DeathSignal, Program};
 use throwaway::{binaries, cluster, connect, text};
@@ -202,4 +203,30 @@ async fn the_programs_of_every_version_are_found_in_configured_directories() {
         };
         assert_eq!(package, format!("postgresql-{major}"));
     }
+}
+
+#[tokio::test]
+async fn programs_tell_what_they_are_built_for_and_are_no_use_for_other_clusters() {
+    let usual = BlockSizes { page_bytes: 8192, file_pages: 131_072, wal_page_bytes: 8192 };
+    for major in [14, 15, 18] {
+        let wanted = binaries(major).await;
+        assert_eq!(wanted.block_sizes().await.unwrap(), usual, "{major}");
+        let directory = wanted.directory().to_owned();
+        let directories = [directory.clone()];
+        let found = Binaries::find_for(major, &directories, usual).await.unwrap();
+        assert_eq!(found.directory(), directory);
+        let needed = BlockSizes { page_bytes: 32_768, ..usual };
+        let error = Binaries::find_for(major, &directories, needed).await.unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            format!(
+                "find programs of PostgreSQL {major} for pages of 32768 bytes, 131072 of them in a file, and pages of WAL of \
+                 8192 bytes: those in {} are built for pages of 8192 bytes, 131072 of them in a file, and pages of WAL of \
+                 8192 bytes",
+                directory.display()
+            )
+        );
+    }
+    let missing = Binaries::find_for(99, &[], usual).await.unwrap_err();
+    assert!(matches!(missing, Error::BinariesMissing { major: 99, .. }), "{missing}");
 }

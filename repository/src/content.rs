@@ -13,6 +13,7 @@ use crate::entry::{Body, Content, Extent, FileBody};
 use crate::error::{Error, show};
 use crate::layout;
 use crate::limits::SHARD_UNITS;
+use crate::manifest::RootShard;
 use crate::pack::{FrameRef, ObjectType, PackId};
 use crate::reader::Backup;
 use crate::shard::ShardRef;
@@ -69,7 +70,16 @@ impl Backup {
 
     /// One regular file.
     pub async fn file_content(&self, path: &[u8]) -> Result<FileContent, Error> {
-        for root in &self.root.shards {
+        self.content_in(&self.root.shards, path).await
+    }
+
+    /// One of the files that a restore writes last. They are few, so that it is found without looking through all others.
+    pub async fn late_content(&self, path: &[u8]) -> Result<FileContent, Error> {
+        self.content_in(&self.root.late, path).await
+    }
+
+    async fn content_in(&self, roots: &[RootShard], path: &[u8]) -> Result<FileContent, Error> {
+        for root in roots {
             for entry in self.reader.entries(&root.shard).await? {
                 if let (true, Body::File(file)) = (entry.path == path, entry.body) {
                     return Ok(FileContent { backup: self.clone(), file });

@@ -121,6 +121,32 @@ async fn the_second_backup_reads_nothing_unchanged_and_stores_only_changed_units
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pages_of_every_size_are_read_whole_and_only_changed_ones_are_stored_again() {
+    for block in [1_u32, 2, 4, 8, 16, 32].map(|kib| kib << 10) {
+        let bench = Bench::new().await;
+        let pages = |count: usize| noise(count as u64, count * block as usize);
+        let tree = Tree::new().directory("base");
+        tree.put("base/one", pages(1), Some(block));
+        tree.put("base/thirty-three", pages(33), Some(block));
+        tree.put("base/large", pages((3 << 20) / block as usize), Some(block));
+        // A file that was caught while it grew ends inside a page.
+        tree.put("base/odd", [pages(2), vec![7; 100]].concat(), Some(block));
+        let tree = Arc::new(tree);
+        let first = bench.back_up(&tree, NOW_MS).await;
+        assert_eq!(bench.restore(&first).await, tree.expected(), "{block}");
+        let idle = bench.back_up(&tree, NOW_MS + 1).await;
+        for path in ["base/thirty-three", "base/large"] {
+            tree.write(path, 17 * block as usize, &[1; 50]);
+        }
+        let second = bench.back_up(&tree, NOW_MS + 2).await;
+        assert_eq!(bench.restore(&second).await, tree.expected(), "{block}");
+        let grown = second.counts.stored_bytes - idle.counts.stored_bytes;
+        let units = 2 * u64::from(block.max(8192));
+        assert!((units..units + 30_000).contains(&grown), "{block}: {grown}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_may_have_changed_unseen_is_read() {
     let bench = Bench::new().await;
     let tree = Tree::new()

@@ -20,6 +20,7 @@ mod jobs;
 mod offers;
 mod outbound;
 pub mod places;
+mod programs;
 pub mod proving;
 mod pulse;
 pub mod recovering;

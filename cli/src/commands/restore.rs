@@ -139,8 +139,7 @@ async fn restore(
     let starter = match starts {
         Some(plan) => {
             let environment = environment::for_fetching();
-            let (facts, delta) = (backup.facts(), destination.delta);
-            Some(plan.starter(facts, &[], environment, archive, delta).await?)
+            Some(plan.starter(backup, &[], environment, archive, destination.delta).await?)
         }
         None => None,
     };

@@ -331,6 +331,33 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_unit_is_a_number_of_whole_pages_and_stays_as_long_as_it_is() {
+        for block_size in [1, 2, 4, 8, 16, 32].map(|kib: u32| kib << 10) {
+            for size_bytes in [0, 1 << 20, 0x2000_0000, 0x4000_0001] {
+                let entry = SourceEntry {
+                    size_bytes,
+                    block_size: Some(block_size),
+                    ..SourceEntry::bytes("base/1/2", 0o600, Vec::new())
+                };
+                for known in [None, Some(8), Some(16), Some(32)] {
+                    let known = known.map(|kib: u32| FileBody {
+                        size_bytes,
+                        stamp: entry.stamp(),
+                        unit_bytes: kib << 10,
+                        content: Content::Inline(Vec::new()),
+                    });
+                    let unit = unit_bytes(&entry, known.as_ref());
+                    assert!(unit.is_multiple_of(block_size), "{block_size} {size_bytes} {unit}");
+                    assert!((UNIT_BYTES_MIN..=UNIT_BYTES_MAX).contains(&unit));
+                    if let Some(known) = known.filter(|known| known.unit_bytes >= block_size) {
+                        assert_eq!(unit, known.unit_bytes);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
     fn everything_is_read_again_within_thirty_days() {
         let day_ms = 24 * 3600 * 1000;
         let mut from = 7;

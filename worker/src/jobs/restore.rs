@@ -82,8 +82,7 @@ async fn restore(
             let bin_dirs: Vec<PathBuf> =
                 config.sandbox.postgres_bin_dirs.iter().map(PathBuf::from).collect();
             let archive = Arc::new(Arc::clone(places));
-            let (facts, nothing) = (backup.facts(), Vec::new());
-            Some(plan.starter(facts, &bin_dirs, nothing, archive, task.delta).await?)
+            Some(plan.starter(backup, &bin_dirs, Vec::new(), archive, task.delta).await?)
         }
         None => None,
     };

@@ -6,7 +6,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use postgres::binaries::Binaries;
 use postgres::checks::{CheckOptions, CheckReport, Origin, run_checks};
 use postgres::process::Isolation;
 use postgres::sandbox::{Sandbox, SandboxOptions, SandboxRoom};
@@ -21,7 +20,7 @@ use crate::beyond::{self, Beyond};
 use crate::context::{JobContext, blocking};
 use crate::engines::native;
 use crate::restoring::{self, Destination};
-use crate::{clock, jobs};
+use crate::{clock, jobs, programs};
 
 /// Where and by whom a proof is made.
 #[derive(Debug, Clone)]
@@ -229,7 +228,7 @@ async fn in_sandbox(
     findings: &mut Findings,
 ) -> Result<(), Failure> {
     let facts = backup.facts();
-    let binaries = Binaries::find(facts.server_version_num / 10_000, &workshop.bin_dirs).await?;
+    let binaries = cx.until_stopped(programs::of(backup, &workshop.bin_dirs)).await??;
     let name = format!("pgmuster-proof-{}", cx.spec.attempt);
     let room = SandboxRoom::create(workshop.directory, &name, None).await?;
 

@@ -8,12 +8,14 @@ use postgres::process::Account;
 use postgres::recovery::{Expected, RecoveryServer};
 use postgres::short_place::ShortPlace;
 use proto::job::{Reached, RecoveryOutcome, RestoreOutcome};
-use proto::{Action, BackupFacts, Code, Failure, TargetAction};
+use proto::{Action, Code, Failure, TargetAction};
+use repository::Backup;
 
 use super::RecoveryPlan;
 use super::place::Listening;
 use crate::archive::service::{OpenArchive, SOCKET_VARIABLE, Service};
 use crate::context::JobContext;
+use crate::programs;
 use crate::restoring::Destination;
 
 /// Everything that a start needs and that is better missed before the files are restored than after.
@@ -40,12 +42,12 @@ impl RecoveryPlan {
         RestoreOutcome { plan, recovery, ..done }
     }
 
-    /// Finds the programs of the backup's version, and sees that the place where the server will listen is free; with `delta` it
-    /// takes the place of a stopped one, and that place is its own. `environment` is what the server gets of it, and `archive` is where its WAL
-    /// comes from.
+    /// Finds the programs of the backup's version and sizes, and sees that the place where the server will listen is free; with
+    /// `delta` it takes the place of a stopped one, and that place is its own. `environment` is what the server gets of it, and
+    /// `archive` is where its WAL comes from.
     pub async fn starter(
         &self,
-        facts: &BackupFacts,
+        backup: &Backup,
         bin_dirs: &[PathBuf],
         environment: Vec<(String, String)>,
         archive: Arc<dyn OpenArchive>,
@@ -56,12 +58,12 @@ impl RecoveryPlan {
             return Err(Failure::new(Code::PermissionDenied, Action::FixConfig, what)
                 .with_hint("Restore as the user who shall run the server, or without --start."));
         }
-        let binaries = Binaries::find(facts.server_version_num / 10_000, bin_dirs).await?;
+        let binaries = programs::of(backup, bin_dirs).await?;
         // It is opened by its own settings in the end, unless it shuts down at its target.
         let opens = self.expected.standby || self.expected.action != TargetAction::Shutdown;
         if opens
             && !delta
-            && let Some(place) = Listening::of(&facts.settings, self.settings.port)
+            && let Some(place) = Listening::of(&backup.facts().settings, self.settings.port)
         {
             place.check().await?;
         }

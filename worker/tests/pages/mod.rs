@@ -7,9 +7,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
+use postgres::control_file::ControlFile;
 use postgres::relation::{Fork, RelationFile};
 
-const PAGE: usize = 8192;
 const HEADER: usize = 24;
 /// `HEAP_XACT_MASK`: the bits of a row's `t_infomask` that say how its transactions ended.
 const HEAP_XACT_MASK: u16 = 0xfff0;
@@ -34,31 +34,34 @@ pub(crate) fn same_pages(one: &Path, other: &Path) -> Compared {
     let differ: Vec<_> = names(&left).symmetric_difference(&names(&right)).cloned().collect();
     assert!(differ.is_empty(), "in one of the two only: {differ:?}");
     let mut compared = Compared::default();
+    let page_bytes = ControlFile::read(one).unwrap().block_size as usize;
     for (name, path) in left {
         compared.files += 1;
-        compared.pages += same_file(&name, &path, &right[&name]);
+        compared.pages += same_file(&name, page_bytes, &path, &right[&name]);
     }
     compared
 }
 
-fn same_file(name: &str, one: &Path, other: &Path) -> usize {
+fn same_file(name: &str, page_bytes: usize, one: &Path, other: &Path) -> usize {
     let (mut left, mut right) = (std::fs::read(one).unwrap(), std::fs::read(other).unwrap());
     // A file may have been made longer without a word in the WAL; nothing is on the pages it gained.
     let common = left.len().min(right.len());
     let gained = left[common..].iter().chain(&right[common..]);
     assert!(gained.copied().all(|byte| byte == 0), "{name}: one has more than the other");
-    for (number, (left, right)) in
-        left[..common].chunks_mut(PAGE).zip(right[..common].chunks_mut(PAGE)).enumerate()
+    for (number, (left, right)) in left[..common]
+        .chunks_mut(page_bytes)
+        .zip(right[..common].chunks_mut(page_bytes))
+        .enumerate()
     {
         if left == right {
             continue;
         }
-        assert_eq!(left.len(), PAGE, "{name}: its last page is not whole");
+        assert_eq!(left.len(), page_bytes, "{name}: its last page is not whole");
         mask(left);
         mask(right);
         let first = left.iter().zip(right.iter()).position(|(left, right)| left != right);
         if let Some(at) = first {
-            let shown = at.saturating_sub(8)..(at + 24).min(PAGE);
+            let shown = at.saturating_sub(8)..(at + 24).min(page_bytes);
             panic!(
                 "{name}, page {number}, byte {at}: {:02x?} and {:02x?}; header {:02x?}",
                 &left[shown.clone()],
@@ -67,7 +70,7 @@ fn same_file(name: &str, one: &Path, other: &Path) -> usize {
             );
         }
     }
-    common / PAGE
+    common / page_bytes
 }
 
 /// The relation files by their paths.
@@ -108,12 +111,12 @@ fn mask(page: &mut [u8]) {
     // Position and checksum, the flags (all three are hints), the oldest transaction to prune.
     page[..12].fill(0);
     page[20..24].fill(0);
-    if !(HEADER <= lower && lower <= upper && upper <= special && special <= PAGE) {
+    if !(HEADER <= lower && lower <= upper && upper <= special && special <= page.len()) {
         return;
     }
     page[lower..upper].fill(0);
     let lines: Vec<usize> = (HEADER..lower).step_by(4).collect();
-    match PAGE - special {
+    match page.len() - special {
         0 => lines.iter().for_each(|line| mask_row(page, *line)),
         16 => mask_btree(page, special, &lines),
         // Sequences have no more to set aside.
@@ -126,7 +129,7 @@ fn mask_row(page: &mut [u8], line: usize) {
     let word = u32::from_le_bytes([page[line], page[line + 1], page[line + 2], page[line + 3]]);
     let (offset, flags, length) =
         ((word & 0x7fff) as usize, (word >> 15) & 3, (word >> 17) as usize);
-    if length == 0 || offset + length > PAGE {
+    if length == 0 || offset + length > page.len() {
         return;
     }
     if flags == LINE_NORMAL {
@@ -140,7 +143,7 @@ fn mask_row(page: &mut [u8], line: usize) {
         // The command inside its transaction is of no use after it.
         page[offset + 8..offset + 12].fill(0);
     }
-    let end = (offset + length).next_multiple_of(8).min(PAGE);
+    let end = (offset + length).next_multiple_of(8).min(page.len());
     page[offset + length..end].fill(0);
 }
 
