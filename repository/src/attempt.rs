@@ -9,6 +9,7 @@ use proto::failure::chain;
 use proto::{AttemptId, BackupId, LineageId};
 
 use crate::again::again;
+use crate::checkpoint::{self, Interrupted};
 use crate::error::Error;
 use crate::layout;
 use crate::limits::{CONDEMNED_BYTES_MAX, MANIFEST_BYTES_MAX};
@@ -31,6 +32,8 @@ pub struct Attempt {
     /// Packs of which a check said that they are damaged: nothing in them is referred to.
     pub(crate) spoilt: Arc<BTreeSet<PackId>>,
     passed_over: Vec<PassedOver>,
+    /// What was stored before it and is in no backup.
+    pub(crate) interrupted: Option<Arc<Interrupted>>,
     /// The place of the newest backup that was there when it began: see [`Verdict::order_ms`].
     pub(crate) newest_ms: Option<i64>,
 }
@@ -64,6 +67,9 @@ enum Order {
     CondemnedFirst,
     #[cfg(test)]
     PredecessorFirst,
+    /// What an interrupted attempt stored is looked at before what is condemned.
+    #[cfg(test)]
+    InterruptedFirst,
 }
 
 impl Repository {
@@ -89,19 +95,36 @@ impl Repository {
         }
         let spoilt = Arc::new(self.marked(lineage).await?);
         let mut passed_over = Vec::new();
-        let (predecessor, newest_ms) = match order {
+        let (predecessor, interrupted, newest_ms) = match order {
             Order::CondemnedFirst => {
                 let condemned = self.condemned(lineage).await?;
-                let Candidates { backups, newest_ms } =
+                let Candidates { backups, mut interrupted, newest_ms } =
                     self.candidates(lineage, &mut passed_over).await?;
                 let chosen = self
                     .choose_predecessor(lineage, backups, &condemned, &spoilt, &mut passed_over)
                     .await?;
-                (chosen, newest_ms)
+                // What was interrupted before the predecessor was begun is in it, or out of date.
+                if let Some(chosen) = &chosen {
+                    interrupted.retain(|(attempt, _)| BackupId::from(*attempt) > chosen.id());
+                }
+                let interrupted =
+                    self.choose_interrupted(lineage, interrupted, &condemned, &spoilt).await?;
+                (chosen, interrupted, newest_ms)
+            }
+            #[cfg(test)]
+            Order::InterruptedFirst => {
+                let Candidates { interrupted, newest_ms, .. } =
+                    self.candidates(lineage, &mut passed_over).await?;
+                let nothing = Doomed::default();
+                let chosen =
+                    self.choose_interrupted(lineage, interrupted, &nothing, &spoilt).await?;
+                let condemned = self.condemned(lineage).await?;
+                let is_doomed = |pack: &PackId| condemned.packs.contains(&pack.to_string());
+                (None, chosen.filter(|chosen| !chosen.packs.keys().any(is_doomed)), newest_ms)
             }
             #[cfg(test)]
             Order::PredecessorFirst => {
-                let Candidates { backups, newest_ms } =
+                let Candidates { backups, newest_ms, .. } =
                     self.candidates(lineage, &mut passed_over).await?;
                 let condemned = self.condemned(lineage).await?;
                 // Without the look at the inventory: a collector may also delete right after it.
@@ -110,7 +133,7 @@ impl Repository {
                         .filter(|backup| !is_doomed(backup, &condemned)),
                     None => None,
                 };
-                (chosen, newest_ms)
+                (chosen, None, newest_ms)
             }
         };
         for PassedOver { backup, why } in &passed_over {
@@ -129,8 +152,26 @@ impl Repository {
                 "{avoided} packs of the predecessor were found damaged: what is in them is stored again",
             );
         }
-        let repository = self.clone();
-        Ok(Attempt { repository, lineage, intent, predecessor, spoilt, passed_over, newest_ms })
+        if let Some(interrupted) = &interrupted {
+            tracing::info!(
+                "What attempt {} stored before it was interrupted is there: {} bytes in {} packs are not stored \
+                 again where the files are still the same",
+                interrupted.attempt,
+                interrupted.bytes(),
+                interrupted.packs.len(),
+            );
+        }
+        let (repository, interrupted) = (self.clone(), interrupted.map(Arc::new));
+        Ok(Attempt {
+            repository,
+            lineage,
+            intent,
+            predecessor,
+            spoilt,
+            passed_over,
+            interrupted,
+            newest_ms,
+        })
     }
 
     /// What stands on lists that are not done with.
@@ -176,6 +217,11 @@ impl Repository {
     ) -> Result<Candidates, Error> {
         let mut attempts = self.names_of_attempts(lineage).await?;
         let forgotten = |names: &[String]| has(names, "forget");
+        let with_checkpoints = attempts.iter().filter(|(_, names)| !forgotten(names));
+        let mut interrupted: Vec<(AttemptId, Vec<u32>)> = with_checkpoints
+            .map(|(attempt, names)| (*attempt, checkpoint::numbers(names)))
+            .filter(|(_, numbers)| !numbers.is_empty())
+            .collect();
         // What was given up and is there is no candidate, and may be the newest.
         attempts.retain(|_, names| {
             has(names, "verdict") && (has(names, "manifest") || !forgotten(names))
@@ -195,6 +241,7 @@ impl Repository {
             match verdict {
                 Ok(Some(verdict)) if matches!(verdict.outcome, Outcome::Commit { .. }) => {
                     newest_ms = newest_ms.max(Some(verdict.order_ms()));
+                    interrupted.retain(|(interrupted, _)| *interrupted != attempt);
                     if !forgotten {
                         found.push((verdict.order_ms(), attempt));
                     }
@@ -209,7 +256,7 @@ impl Repository {
         }
         found.sort_unstable();
         let backups = found.into_iter().rev().map(|(_, attempt)| attempt.into()).collect();
-        Ok(Candidates { backups, newest_ms })
+        Ok(Candidates { backups, interrupted, newest_ms })
     }
 
     /// The newest candidate that is sound and none of whose packs is condemned. One that is not costs time, never a
@@ -416,6 +463,8 @@ impl Repository {
 struct Candidates {
     /// Newest first.
     backups: Vec<BackupId>,
+    /// What is no backup and has checkpoints, with their numbers.
+    interrupted: Vec<(AttemptId, Vec<u32>)>,
     /// The place of the last of all, also of what was given up.
     newest_ms: Option<i64>,
 }
@@ -452,6 +501,11 @@ impl Attempt {
         self.predecessor.as_ref().map(Backup::id)
     }
 
+    /// The attempt that was interrupted before it, and of which it takes over what is still the same.
+    pub fn goes_on_from(&self) -> Option<AttemptId> {
+        self.interrupted.as_ref().map(|interrupted| interrupted.attempt)
+    }
+
     /// Newer backups that could not be compared with, because they are damaged.
     pub fn passed_over(&self) -> &[PassedOver] {
         &self.passed_over
@@ -470,6 +524,7 @@ mod tests {
     use std::io;
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::sync::{Arc, Mutex};
+    use std::time::Duration;
 
     use async_trait::async_trait;
     use bytes::Bytes;
@@ -477,11 +532,12 @@ mod tests {
 
     use super::*;
     use crate::entry::SourceEntry;
+    use crate::manifest::Packs;
     use crate::repository::{Encryption, InitOptions};
     use crate::store::directory::DirectoryStore;
     use crate::store::layer::Layer;
     use crate::store::{Listed, Store};
-    use crate::writer::{Source, SourceFile, WriteOptions};
+    use crate::writer::{Source, SourceFile, WriteOptions, Written};
 
     /// A directory store that lets a collector run after the writer has looked at one of the two lists and before it
     /// looks at the other.
@@ -554,13 +610,21 @@ mod tests {
     }
 
     async fn write(attempt: Attempt) -> Result<BackupId, Error> {
-        let options = WriteOptions { continuity: Some("x".into()), ..WriteOptions::default() };
+        Ok(write_all_but_the_verdict(attempt).await?.commit(3).await?.backup)
+    }
+
+    /// It has a checkpoint.
+    async fn write_all_but_the_verdict(attempt: Attempt) -> Result<Written, Error> {
+        let options = WriteOptions {
+            continuity: Some("x".into()),
+            checkpoint_every: Duration::ZERO,
+            ..WriteOptions::default()
+        };
         let mut writer = attempt.write(options)?;
         let content: Vec<u8> = (0..60_000_u32).flat_map(u32::to_be_bytes).collect();
         let entry = SourceEntry::bytes("file", 0o600, content);
         writer.copy(Arc::new(NoSource), vec![Ok(entry)]).await?;
-        let written = writer.finish(Arc::new(NoSource), vec![], facts()).await?;
-        Ok(written.commit(3).await?.backup)
+        writer.finish(Arc::new(NoSource), vec![], facts()).await
     }
 
     fn intent(n: u8) -> Intent {
@@ -576,6 +640,38 @@ mod tests {
     /// attempts was taken before ours began. Now we begin; and between our two looks somebody forgets the old backup,
     /// and the collector checks once more, deletes the packs and retires its list. Returns what became of our attempt.
     async fn race(order: Order) -> (Repository, LineageId, Result<BackupId, Error>) {
+        let (store, repository, lineage) = interleaved().await;
+        let old = write(repository.begin(lineage, intent(1)).await.unwrap()).await.unwrap();
+        // It has deleted the content and not yet the metadata, so that the writer notices nothing.
+        let root = repository.open_backup(lineage, old).await.unwrap().root;
+        let forget =
+            Step::Put(layout::of_backup(lineage, old, "forget"), Bytes::from_static(b"\n"));
+        sweep(&store, &repository, lineage, &root.packs, vec![forget]).await;
+
+        let attempt = repository.begin_in_order(lineage, intent(2), order).await.unwrap();
+        assert!(!store.armed.load(Ordering::SeqCst), "the collector had its turn");
+        let backup = write(attempt).await;
+        (repository, lineage, backup)
+    }
+
+    /// The same with the packs of an attempt that was interrupted before its verdict.
+    async fn race_for_what_is_left(
+        order: Order,
+    ) -> (Repository, LineageId, Result<BackupId, Error>) {
+        let (store, repository, lineage) = interleaved().await;
+        let begun = repository.begin(lineage, intent(1)).await.unwrap();
+        let dead = begun.id();
+        drop(write_all_but_the_verdict(begun).await.unwrap());
+        let checkpoint = repository.last_checkpoint(lineage, dead, &[1]).await.unwrap().unwrap();
+        sweep(&store, &repository, lineage, &checkpoint.packs, Vec::new()).await;
+
+        let attempt = repository.begin_in_order(lineage, intent(2), order).await.unwrap();
+        assert!(!store.armed.load(Ordering::SeqCst), "the collector had its turn");
+        let backup = write(attempt).await;
+        (repository, lineage, backup)
+    }
+
+    async fn interleaved() -> (Arc<Interleaved>, Repository, LineageId) {
         let place = tempfile::tempdir().unwrap().keep();
         let store = Arc::new(Interleaved {
             inner: DirectoryStore::new(place),
@@ -590,13 +686,20 @@ mod tests {
             .find_or_mint_lineage(&"c".parse().unwrap(), SystemIdentifier(1), 1)
             .await
             .unwrap();
-        let lineage = identity.lineage;
-        let old = write(repository.begin(lineage, intent(1)).await.unwrap()).await.unwrap();
-        // It has deleted the content and not yet the metadata, so that the writer notices nothing.
-        let root = repository.open_backup(lineage, old).await.unwrap().root;
-        let data = root.packs.values().filter(|record| record.kind == ObjectType::Data);
-        let packs: Vec<_> = data.map(|record| record.id).collect();
+        (store, repository, identity.lineage)
+    }
 
+    /// Condemns the content now, and deletes it when the writer is between its two looks.
+    async fn sweep(
+        store: &Interleaved,
+        repository: &Repository,
+        lineage: LineageId,
+        packs: &Packs,
+        first: Vec<Step>,
+    ) {
+        let data = packs.values().filter(|record| record.kind == ObjectType::Data);
+        let packs: Vec<_> = data.map(|record| record.id).collect();
+        assert!(!packs.is_empty());
         let run = format!("{}run-1", layout::condemned(lineage));
         let names = packs.iter().map(ToString::to_string).collect();
         let key = format!("{run}/condemned");
@@ -606,18 +709,28 @@ mod tests {
             &Condemned { packs: names, ..Condemned::default() },
         )
         .unwrap();
-        Store::put(store.as_ref(), &key, list).await.unwrap();
-        let mut sweep =
-            vec![Step::Put(layout::of_backup(lineage, old, "forget"), Bytes::from_static(b"\n"))];
+        Store::put(store, &key, list).await.unwrap();
+        let mut sweep = first;
         sweep.extend(packs.iter().map(|pack| Step::Delete(layout::pack(lineage, *pack))));
         sweep.push(Step::Put(format!("{run}/done"), Bytes::from_static(b"\n")));
         *store.sweep.lock().unwrap() = sweep;
         store.armed.store(true, Ordering::SeqCst);
+    }
 
-        let attempt = repository.begin_in_order(lineage, intent(2), order).await.unwrap();
-        assert!(!store.armed.load(Ordering::SeqCst), "the collector had its turn");
-        let backup = write(attempt).await;
-        (repository, lineage, backup)
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_collector_between_the_looks_at_what_is_left_costs_nothing() {
+        let (repository, lineage, backup) = race_for_what_is_left(Order::CondemnedFirst).await;
+        let backup = repository.open_backup(lineage, backup.unwrap()).await.unwrap();
+        assert!(backup.check_inventory().await.unwrap().is_sound());
+        assert!(backup.check_decrypt(crate::CheckOptions::default()).await.unwrap().is_sound());
+    }
+
+    /// What an interrupted attempt left is chosen after the lists are read, as a predecessor is, and for the same reason.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn the_looks_at_what_is_left_exchanged_would_lose_data() {
+        let (repository, lineage, backup) = race_for_what_is_left(Order::InterruptedFirst).await;
+        assert!(matches!(backup, Err(Error::Incomplete { .. })), "{backup:?}");
+        assert!(repository.list_backups(lineage).await.unwrap().is_empty());
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -14,6 +14,7 @@ use proto::{AttemptId, BackupId, LineageId};
 use tokio_util::sync::CancellationToken;
 
 use crate::attempt::Aborted;
+use crate::checkpoint::Checkpointed;
 use crate::error::Error;
 use crate::judge::{Judged, Roots, is_older};
 use crate::limits::CONDEMNED_BYTES_MAX;
@@ -40,8 +41,8 @@ pub struct CollectOptions {
     pub by: String,
     /// The collector's clock, Unix milliseconds.
     pub now_ms: i64,
-    /// A backup is deleted when it was forgotten this long ago: time for whoever is restoring it, and to think again.
-    /// A courtesy; no safety rests on it.
+    /// A backup is deleted when it was forgotten this long ago: time for whoever is restoring it, and to think again. What
+    /// an interrupted backup stored stays as long for the next one. A courtesy; no safety rests on it.
     pub grace_ms: i64,
     /// An attempt that is open for longer is aborted; every other open one postpones the collection. `None` aborts nobody.
     /// A courtesy too.
@@ -81,10 +82,14 @@ pub struct CollectPlan {
     garbage: BTreeMap<PackId, u64>,
     goes: Vec<BackupId>,
     doomed_wal: Vec<Doomed>,
+    /// Checkpoints that no backup will read, by their keys.
+    spent: Vec<String>,
     /// Packs that go.
     pub delete: Amount,
     /// Packs that stay.
     pub keep: Amount,
+    /// What of them is in no backup and stays for a while: the next backup takes over what interrupted ones stored.
+    pub left_behind: Amount,
     /// What goes of the WAL archive, and why.
     pub wal: WalPlan,
     /// Every backup that is there, and whether and why it stays.
@@ -177,8 +182,11 @@ impl Repository {
         let mut roots = Roots::new();
         let attempts = self.look_at_all(lineage).await?;
         let (open, aborts) = open_attempts(&attempts, options);
+        let checkpointed = Checkpointed::among(&attempts);
         let mut judged = self.judge(lineage, options, None, attempts, &mut roots).await?;
         self.measure(lineage, &mut judged.backups, &packs, &mut roots).await?;
+        let newest = judged.backups.iter().map(|judged| judged.backup).max();
+        let left = self.left_behind(lineage, checkpointed, newest, options).await?;
         let bound = judged.wal_bound(&roots);
         let (wal, doomed_wal) = self.plan_wal(lineage, &archived, bound).await?;
         let mut plan = CollectPlan {
@@ -188,9 +196,11 @@ impl Repository {
             garbage: BTreeMap::new(),
             goes: judged.goes,
             doomed_wal,
+            spent: left.spent,
             wal,
             delete: Amount::default(),
             keep: Amount::default(),
+            left_behind: Amount::default(),
             backups: judged.backups,
             open,
             aborts,
@@ -199,6 +209,9 @@ impl Repository {
         for (pack, bytes) in packs {
             if judged.packs.contains(&pack) {
                 plan.keep.add(bytes);
+            } else if left.packs.contains(&pack) {
+                plan.keep.add(bytes);
+                plan.left_behind.add(bytes);
             } else {
                 plan.delete.add(bytes);
                 plan.garbage.insert(pack, bytes);
@@ -298,8 +311,17 @@ impl Repository {
         Ok(lists)
     }
 
-    /// Removes what retired lists leave, retires those whose collector is said to be dead, and lets old pins go.
-    async fn tidy(&self, lineage: LineageId, options: &CollectOptions) -> Result<(), Error> {
+    /// Removes checkpoints that are of no use and what retired lists leave, retires those whose collector is said to be dead,
+    /// and lets old pins go.
+    async fn tidy(
+        &self,
+        lineage: LineageId,
+        options: &CollectOptions,
+        spent: &[String],
+    ) -> Result<(), Error> {
+        for checkpoint in spent {
+            self.store.delete(checkpoint).await?;
+        }
         // Some stores cannot list uploads, and some credentials may not: everything else goes on.
         if let Err(error) = self.end_dead_uploads(lineage).await {
             let error = chain(&error);
@@ -343,7 +365,8 @@ impl CollectPlan {
     }
 
     /// Does it.
-    pub async fn collect(self, options: &CollectOptions) -> Result<Collected, Error> {
+    pub async fn collect(mut self, options: &CollectOptions) -> Result<Collected, Error> {
+        let spent = std::mem::take(&mut self.spent);
         let (repository, lineage) = (self.repository.clone(), self.lineage);
         repository.check_alone()?;
         let options = &repository.courtesies(options);
@@ -352,7 +375,7 @@ impl CollectPlan {
         }
         let condemns = !(self.garbage.is_empty() && self.goes.is_empty());
         if !condemns && self.doomed_wal.is_empty() {
-            repository.tidy(lineage, options).await?;
+            repository.tidy(lineage, options, &spent).await?;
             return Ok(Collected::Nothing);
         }
         let run = hex::encode(&chance::random::<16>());
@@ -400,7 +423,7 @@ impl CollectPlan {
             (Err(_), Ok(())) => {}
         }
         if let Ok(Collected::Done(_)) = ended {
-            repository.tidy(lineage, options).await?;
+            repository.tidy(lineage, options, &spent).await?;
         }
         ended
     }

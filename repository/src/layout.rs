@@ -34,9 +34,14 @@ pub(crate) fn backups(lineage: LineageId) -> String {
 }
 
 /// An object of one attempt: `intent`, `manifest`, `verdict`, `proof.N`, `forget`, `remember`, `hold`, `release`,
-/// `gone`.
+/// `gone`, `checkpoint.N`.
 pub(crate) fn of_attempt(lineage: LineageId, attempt: AttemptId, name: &str) -> String {
     format!("{LINEAGES}{lineage}/backups/{attempt}/{name}")
+}
+
+/// The `number`-th checkpoint of an attempt, from 1.
+pub(crate) fn checkpoint(lineage: LineageId, attempt: AttemptId, number: u32) -> String {
+    of_attempt(lineage, attempt, &format!("checkpoint.{number}"))
 }
 
 /// The same for a backup, which has its attempt's name.

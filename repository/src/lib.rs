@@ -11,6 +11,7 @@ mod again;
 mod attempt;
 mod chance;
 mod check;
+mod checkpoint;
 mod collect;
 mod config;
 mod content;

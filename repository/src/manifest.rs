@@ -61,6 +61,9 @@ pub struct Counts {
     pub wal_files: u64,
 }
 
+/// What a manifest remembers of packs.
+pub(crate) type Packs = HashMap<PackId, PackRecord>;
+
 /// A shard and the first path in it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct RootShard {
@@ -72,7 +75,7 @@ pub(crate) struct RootShard {
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Root {
     pub(crate) head: Head,
-    pub(crate) packs: HashMap<PackId, PackRecord>,
+    pub(crate) packs: Arc<Packs>,
     pub(crate) shards: Vec<RootShard>,
     /// Entries that are written last.
     pub(crate) late: Vec<RootShard>,
@@ -87,23 +90,9 @@ impl Root {
         let mut table = PackTable::default();
         let mut body = Encoder::default();
         for list in [&self.shards, &self.late, &self.wal] {
-            body.count(list.len());
-            for root in list {
-                body.bytes(&root.first_path);
-                root.shard.encode(&mut table, &mut body);
-            }
+            encode_shards(list, &mut table, &mut body);
         }
-        let mut out = Encoder::default();
-        out.count(table.packs().len());
-        for id in table.packs() {
-            let record = self
-                .packs
-                .get(id)
-                .ok_or_else(|| Error::Bug(format!("pack {id} is needed and not known")))?;
-            record.encode(&mut out);
-        }
-        out.raw(&body.finish());
-        Ok((head, out.finish()))
+        Ok((head, encode_body(&table, &self.packs, body)?))
     }
 
     pub(crate) fn decode(head: &[u8], body: &[u8]) -> Result<Self, String> {
@@ -114,51 +103,17 @@ impl Root {
 
     fn decode_body(head: Head, body: &[u8]) -> Result<Self, Malformed> {
         let mut from = Decoder::new(body);
-        let count = from.count(PackRecord::BYTES_MIN, "packs")?;
-        let mut ids = Vec::with_capacity(count);
-        let mut packs = HashMap::with_capacity(count);
-        for _ in 0..count {
-            let record = PackRecord::decode(&mut from)?;
-            ids.push(record.id);
-            if packs.insert(record.id, record).is_some() {
-                return Err(Malformed("packs, one of which is named twice,"));
-            }
-        }
-        let mut list = || {
-            let count = from.count(9, "shards")?;
-            let mut shards = Vec::with_capacity(count);
-            for _ in 0..count {
-                let first_path = from.bytes(PATH_BYTES_MAX, "path")?.to_vec();
-                shards.push(RootShard { first_path, shard: ShardRef::decode(&ids, &mut from)? });
-            }
-            Ok(shards)
-        };
+        let (ids, packs) = decode_packs(&mut from)?;
+        let mut list = || decode_shards(&ids, &mut from);
         let (shards, late, wal) = (list()?, list()?, list()?);
         from.end()?;
-        Ok(Self { head, packs, shards, late, wal })
+        Ok(Self { head, packs: Arc::new(packs), shards, late, wal })
     }
 
     /// The bytes of the manifest object.
     pub(crate) fn seal(&self, keys: &Keys) -> Result<Bytes, Error> {
-        let (head, body) = self.encode()?;
-        if head.len() > FRAME_BYTES_MAX as usize || body.len() > MANIFEST_RAW_MAX {
-            return Err(Error::Limit {
-                reason: format!(
-                    "a manifest of {} and {} bytes is too large",
-                    head.len(),
-                    body.len()
-                ),
-            });
-        }
         let id = *self.head.attempt.as_bytes();
-        let mut builder = PackBuilder::new(keys, self.head.lineage, ObjectType::Manifest, id)?;
-        let mut compressor = Compressor::new(3)
-            .map_err(|error| Error::Bug(format!("zstd cannot be started: {error}")))?;
-        builder.append(&head, Some(&mut compressor))?;
-        for part in body.chunks(FRAME) {
-            builder.append(part, Some(&mut compressor))?;
-        }
-        Ok(builder.finish()?.0)
+        seal(keys, self.head.lineage, ObjectType::Manifest, id, self.encode()?)
     }
 
     /// Opens and checks a manifest object.
@@ -169,18 +124,8 @@ impl Root {
         key: &str,
         bytes: Vec<u8>,
     ) -> Result<Arc<Self>, Error> {
-        let mut frames = pack::open_whole(
-            keys,
-            lineage,
-            ObjectType::Manifest,
-            *backup.as_bytes(),
-            bytes,
-            MANIFEST_RAW_MAX,
-        )
-        .map_err(|reason| Error::damaged(key, reason))?
-        .into_iter();
-        let head = frames.next().ok_or_else(|| Error::damaged(key, "it has no head"))?;
-        let body: Vec<u8> = frames.flatten().collect();
+        let kind = ObjectType::Manifest;
+        let (head, body) = open(keys, lineage, kind, *backup.as_bytes(), key, bytes)?;
         let root = Self::decode(&head, &body).map_err(|reason| Error::damaged(key, reason))?;
         let own = root.head.repository == keys.repository
             && root.head.lineage == lineage
@@ -188,17 +133,111 @@ impl Root {
         if !own {
             return Err(Error::damaged(key, "its head belongs to another backup"));
         }
-        if root.head.format > FORMAT {
-            return Err(Error::Version {
-                place: key.to_owned(),
-                reason: format!(
-                    "it has format {}, and this program reads up to {FORMAT}",
-                    root.head.format
-                ),
-            });
-        }
+        check_format(key, root.head.format)?;
         Ok(Arc::new(root))
     }
+}
+
+pub(crate) fn check_format(key: &str, format: u32) -> Result<(), Error> {
+    if format <= FORMAT {
+        return Ok(());
+    }
+    let reason = format!("it has format {format}, and this program reads up to {FORMAT}");
+    Err(Error::Version { place: key.to_owned(), reason })
+}
+
+/// A list of shards, whose packs go into the table.
+pub(crate) fn encode_shards(list: &[RootShard], table: &mut PackTable, out: &mut Encoder) {
+    out.count(list.len());
+    for root in list {
+        out.bytes(&root.first_path);
+        root.shard.encode(table, out);
+    }
+}
+
+/// The packs of the table, and what was written with it.
+pub(crate) fn encode_body(
+    table: &PackTable,
+    packs: &Packs,
+    lists: Encoder,
+) -> Result<Vec<u8>, Error> {
+    let mut out = Encoder::default();
+    out.count(table.packs().len());
+    for id in table.packs() {
+        let record = packs
+            .get(id)
+            .ok_or_else(|| Error::Bug(format!("pack {id} is needed and not known")))?;
+        record.encode(&mut out);
+    }
+    out.raw(&lists.finish());
+    Ok(out.finish())
+}
+
+/// The packs at the beginning of a body, in their order and by name.
+pub(crate) fn decode_packs(from: &mut Decoder<'_>) -> Result<(Vec<PackId>, Packs), Malformed> {
+    let count = from.count(PackRecord::BYTES_MIN, "packs")?;
+    let mut ids = Vec::with_capacity(count);
+    let mut packs = HashMap::with_capacity(count);
+    for _ in 0..count {
+        let record = PackRecord::decode(from)?;
+        ids.push(record.id);
+        if packs.insert(record.id, record).is_some() {
+            return Err(Malformed("packs, one of which is named twice,"));
+        }
+    }
+    Ok((ids, packs))
+}
+
+pub(crate) fn decode_shards(
+    ids: &[PackId],
+    from: &mut Decoder<'_>,
+) -> Result<Vec<RootShard>, Malformed> {
+    let count = from.count(9, "shards")?;
+    let mut shards = Vec::with_capacity(count);
+    for _ in 0..count {
+        let first_path = from.bytes(PATH_BYTES_MAX, "path")?.to_vec();
+        shards.push(RootShard { first_path, shard: ShardRef::decode(ids, from)? });
+    }
+    Ok(shards)
+}
+
+/// Head and body in a container of their own.
+pub(crate) fn seal(
+    keys: &Keys,
+    lineage: LineageId,
+    kind: ObjectType,
+    id: [u8; 16],
+    (head, body): (Vec<u8>, Vec<u8>),
+) -> Result<Bytes, Error> {
+    if head.len() > FRAME_BYTES_MAX as usize || body.len() > MANIFEST_RAW_MAX {
+        return Err(Error::Limit {
+            reason: format!("a manifest of {} and {} bytes is too large", head.len(), body.len()),
+        });
+    }
+    let mut builder = PackBuilder::new(keys, lineage, kind, id)?;
+    let mut compressor = Compressor::new(3)
+        .map_err(|error| Error::Bug(format!("zstd cannot be started: {error}")))?;
+    builder.append(&head, Some(&mut compressor))?;
+    for part in body.chunks(FRAME) {
+        builder.append(part, Some(&mut compressor))?;
+    }
+    Ok(builder.finish()?.0)
+}
+
+/// Head and body of a container, which is checked.
+pub(crate) fn open(
+    keys: &Keys,
+    lineage: LineageId,
+    kind: ObjectType,
+    id: [u8; 16],
+    key: &str,
+    bytes: Vec<u8>,
+) -> Result<(Vec<u8>, Vec<u8>), Error> {
+    let mut frames = pack::open_whole(keys, lineage, kind, id, bytes, MANIFEST_RAW_MAX)
+        .map_err(|reason| Error::damaged(key, reason))?
+        .into_iter();
+    let head = frames.next().ok_or_else(|| Error::damaged(key, "it has no head"))?;
+    Ok((head, frames.flatten().collect()))
 }
 
 #[cfg(test)]

@@ -46,6 +46,8 @@ pub(crate) enum ObjectType {
     Manifest = 4,
     /// A file of the WAL archive.
     Archive = 5,
+    /// What an attempt has stored so far.
+    Checkpoint = 6,
 }
 
 impl ObjectType {
@@ -56,19 +58,26 @@ impl ObjectType {
             Self::Wal => 3,
             Self::Manifest => 4,
             Self::Archive => 5,
+            Self::Checkpoint => 6,
         }
     }
 
     pub(crate) fn from_code(code: u8) -> Option<Self> {
-        [Self::Data, Self::Metadata, Self::Wal, Self::Manifest, Self::Archive]
-            .into_iter()
-            .find(|kind| kind.code() == code)
+        let all = [
+            Self::Data,
+            Self::Metadata,
+            Self::Wal,
+            Self::Manifest,
+            Self::Archive,
+            Self::Checkpoint,
+        ];
+        all.into_iter().find(|kind| kind.code() == code)
     }
 
     fn class(self) -> Class {
         match self {
             Self::Data | Self::Wal | Self::Archive => Class::Data,
-            Self::Metadata | Self::Manifest => Class::Index,
+            Self::Metadata | Self::Manifest | Self::Checkpoint => Class::Index,
         }
     }
 }

@@ -9,6 +9,7 @@ pub struct Progress {
     bytes: AtomicU64,
     bytes_read: AtomicU64,
     bytes_skipped: AtomicU64,
+    bytes_taken_over: AtomicU64,
     bytes_stored: AtomicU64,
     vanished: AtomicU64,
     silent_changes: AtomicU64,
@@ -25,6 +26,8 @@ pub struct ProgressSnapshot {
     pub bytes_read: u64,
     /// Bytes that were not read because nothing about their file changed; in a restore, bytes that were right already.
     pub bytes_skipped: u64,
+    /// Bytes that were read and not stored, because a backup that was interrupted had stored them.
+    pub bytes_taken_over: u64,
     /// Bytes sent to the repository, or fetched from it.
     pub bytes_stored: u64,
     /// Files that were gone when they were to be read.
@@ -42,6 +45,7 @@ impl Progress {
             bytes: read(&self.bytes),
             bytes_read: read(&self.bytes_read),
             bytes_skipped: read(&self.bytes_skipped),
+            bytes_taken_over: read(&self.bytes_taken_over),
             bytes_stored: read(&self.bytes_stored),
             vanished: read(&self.vanished),
             silent_changes: read(&self.silent_changes),
@@ -62,6 +66,10 @@ impl Progress {
 
     pub(crate) fn add_skipped(&self, count: u64) {
         self.bytes_skipped.fetch_add(count, Ordering::Relaxed);
+    }
+
+    pub(crate) fn add_taken_over(&self, count: u64) {
+        self.bytes_taken_over.fetch_add(count, Ordering::Relaxed);
     }
 
     pub(crate) fn add_stored(&self, count: u64) {

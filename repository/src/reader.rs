@@ -16,7 +16,7 @@ use crate::key::Keys;
 use crate::layout;
 use crate::limits::MANIFEST_BYTES_MAX;
 use crate::lineage::NOTES_IN_FLIGHT;
-use crate::manifest::{Counts, Root};
+use crate::manifest::{Counts, Packs, Root};
 use crate::pack::{FrameRef, ObjectType, PackCipher, PackId, PackRecord, digest_of};
 use crate::record::{Outcome, Verdict};
 use crate::repository::Repository;
@@ -93,13 +93,7 @@ impl Repository {
 
 impl Backup {
     pub(crate) fn new(repository: Repository, root: Arc<Root>) -> Self {
-        let reader = MetadataReader {
-            store: Arc::clone(&repository.store),
-            keys: Arc::clone(&repository.keys),
-            root: Arc::clone(&root),
-            ciphers: Mutex::default(),
-            blocks: Mutex::default(),
-        };
+        let reader = MetadataReader::new(&repository, root.head.lineage, Arc::clone(&root.packs));
         Self { repository, root, reader: Arc::new(reader) }
     }
 
@@ -160,7 +154,8 @@ impl Backup {
 pub(crate) struct MetadataReader {
     store: Arc<dyn Store>,
     keys: Arc<Keys>,
-    root: Arc<Root>,
+    lineage: LineageId,
+    packs: Arc<Packs>,
     ciphers: Mutex<HashMap<PackId, Arc<PackCipher>>>,
     blocks: Mutex<Blocks>,
 }
@@ -187,15 +182,31 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 impl MetadataReader {
+    /// Reads what these packs hold.
+    pub(crate) fn new(repository: &Repository, lineage: LineageId, packs: Arc<Packs>) -> Self {
+        Self {
+            store: Arc::clone(&repository.store),
+            keys: Arc::clone(&repository.keys),
+            lineage,
+            packs,
+            ciphers: Mutex::default(),
+            blocks: Mutex::default(),
+        }
+    }
+
+    /// Whether a pack is one of those it reads.
+    pub(crate) fn knows(&self, pack: PackId) -> bool {
+        self.packs.contains_key(&pack)
+    }
+
     pub(crate) fn record(&self, pack: PackId) -> Result<&PackRecord, Error> {
-        self.root
-            .packs
+        self.packs
             .get(&pack)
             .ok_or_else(|| self.damaged(pack, "a shard names it and the manifest does not"))
     }
 
     fn damaged(&self, pack: PackId, reason: &str) -> Error {
-        Error::damaged(layout::pack(self.root.head.lineage, pack), reason)
+        Error::damaged(layout::pack(self.lineage, pack), reason)
     }
 
     /// The opened key of a pack.
@@ -205,7 +216,7 @@ impl MetadataReader {
         }
         let cipher = self
             .record(pack)?
-            .cipher(&self.keys, self.root.head.lineage)?
+            .cipher(&self.keys, self.lineage)?
             .ok_or_else(|| self.damaged(pack, "its key in the manifest does not open"))?;
         let cipher = Arc::new(cipher);
         lock(&self.ciphers).insert(pack, Arc::clone(&cipher));
@@ -219,7 +230,7 @@ impl MetadataReader {
         }
         let start = number * BLOCK_BYTES;
         let range = start..(start + BLOCK_BYTES).min(record.size_bytes);
-        let key = layout::pack(self.root.head.lineage, record.id);
+        let key = layout::pack(self.lineage, record.id);
         let block = self.store.get_range(&key, range).await.map_err(Error::needed)?;
         let mut blocks = lock(&self.blocks);
         if blocks.kept.insert(place, block.clone()).is_none() {

@@ -16,6 +16,7 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -182,8 +183,10 @@ fn intent(round: u64, follows: Option<AttemptId>) -> Intent {
     Intent { attempt, follows, by: "worker-1".into(), began_at_ms: at_ms }
 }
 
+/// As many checkpoints as there can be.
 fn write_options() -> WriteOptions {
-    WriteOptions { continuity: Some("here".into()), ..WriteOptions::default() }
+    let checkpoint_every = Duration::ZERO;
+    WriteOptions { continuity: Some("here".into()), checkpoint_every, ..WriteOptions::default() }
 }
 
 /// Two days on: what was given up goes, and what is open is dead.
@@ -281,6 +284,8 @@ struct Story {
     round: u64,
     /// How often a process was killed.
     deaths: usize,
+    /// What backups took over from those that were killed.
+    taken_over: u64,
     place: tempfile::TempDir,
 }
 
@@ -307,6 +312,7 @@ impl Story {
             committed: Vec::new(),
             round: 0,
             deaths: 0,
+            taken_over: 0,
             place: tempfile::tempdir().unwrap(),
         }
     }
@@ -334,10 +340,17 @@ impl Story {
     /// A backup by a process that lives, of the round that follows.
     async fn back_up(&mut self, follows: Option<AttemptId>) {
         self.round += 1;
-        let (intent, tree) = (intent(self.round, follows), tree(self.round, &self.url));
-        let done =
-            common::back_up(&self.repository, self.lineage, intent, &tree, write_options()).await;
-        self.committed.push((self.round, done.unwrap().backup));
+        self.back_up_tree_of(self.round, follows).await;
+    }
+
+    /// The same of what there was to be backed up in an earlier round.
+    async fn back_up_tree_of(&mut self, round: u64, follows: Option<AttemptId>) {
+        let (intent, tree) = (intent(self.round, follows), tree(round, &self.url));
+        let options = write_options();
+        let progress = Arc::clone(&options.progress);
+        let done = common::back_up(&self.repository, self.lineage, intent, &tree, options).await;
+        self.committed.push((round, done.unwrap().backup));
+        self.taken_over += progress.snapshot().bytes_taken_over;
     }
 
     async fn backups(&self) -> Vec<BackupId> {
@@ -361,7 +374,7 @@ impl Story {
         std::fs::remove_dir_all(&into).unwrap();
     }
 
-    /// A backup dies at a call; the next one follows it. `false` when it lived.
+    /// A backup dies at a call; the next one, of the same files, follows it. `false` when it lived.
     async fn a_backup_dies(&mut self, calls: i64) -> bool {
         self.back_up(None).await;
         self.round += 1;
@@ -373,7 +386,8 @@ impl Story {
             assert_eq!(end, End::Killed, "a backup that said it was done is not there");
         }
         self.is_whole(&format!("backup killed at call {calls}")).await;
-        self.back_up(Some(dead)).await;
+        self.round += 1;
+        self.back_up_tree_of(round, Some(dead)).await;
         self.is_whole(&format!("after a backup that was killed at call {calls}")).await;
         end == End::Killed
     }
@@ -453,6 +467,7 @@ impl Story {
         let listed = store.list(&prefix).await.unwrap();
         let below = |name: &str| listed.iter().filter(|row| row.key.contains(name)).count();
         assert_eq!(below("/gc/"), 0, "lists of dead collectors: {listed:?}");
+        assert_eq!(below("/checkpoint."), 0, "checkpoints of dead writers: {listed:?}");
         assert_eq!(store.uploads("").await.unwrap(), [""; 0], "unfinished uploads");
         let options = collect_options(self.round);
         let plan = self.repository.plan_collection(self.lineage, &options).await.unwrap();
@@ -471,17 +486,20 @@ impl Story {
 
 /// Kills everything everywhere. `place` gives the URL of a new repository by its name.
 async fn tell(test: &'static str, place: impl Fn(&str) -> String) {
-    let mut deaths = 0;
+    let (mut deaths, mut took_over) = (0, 0);
     for calls in 0.. {
         let mut story = Story::begin(test, place(&format!("backup{calls}"))).await;
         let died = story.a_backup_dies(calls).await;
         story.give_up_the_oldest().await;
         story.ends_clean().await;
         deaths += story.deaths;
+        took_over += usize::from(story.taken_over > 0);
         if !died {
             break;
         }
     }
+    // Those that died when everything was stored, and before the verdict.
+    assert!(took_over > 3, "only {took_over} backups took something over");
     for calls in 0.. {
         let mut story = Story::begin(test, place(&format!("collection{calls}"))).await;
         let died = story.a_collection_dies(calls).await;

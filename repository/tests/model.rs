@@ -5,11 +5,11 @@
 //! Holds, proofs and what they protect are not in the model, and a collector that retires its list before it deletes
 //! anything is one that died. So is a reader whose pin a collector let go for its age.
 //!
-//! It shows that the idea is safe, and that each of twenty-one weakenings is not. It says nothing about the code; the
+//! It shows that the idea is safe, and that each of twenty-four weakenings is not. It says nothing about the code; the
 //! tests of `attempt.rs`, `collect.rs` and `pins.rs` drive that one.
 //!
-//! One old backup refers to one old pack. Each writer refers to what its predecessor refers to, to a pack of its own, or
-//! both; a copier refers to the old pack by its old name, and stores it when it is not there. Sets of packs are bit masks:
+//! One old backup refers to one old pack. Each writer refers to what its predecessor refers to, or to what a writer that did
+//! not commit (yet) had stored, to a pack of its own, or both; a copier refers to the old pack by its old name, and stores it when it is not there. Sets of packs are bit masks:
 //! bit 0 is the old pack, bit `n` the pack of writer `n - 1`. Sets of backups are, too: bit 0 is the old one.
 #![expect(clippy::unwrap_used, reason = "a test")]
 
@@ -118,6 +118,8 @@ const COLLECTORS: usize = 2;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct State {
     packs: Packs,
+    /// The packs that ever were: what checkpoints tell of.
+    ever: Packs,
     /// Bit `n`: writer `n` wrote its intent.
     intents: u8,
     /// The old backup's, then each writer's.
@@ -164,9 +166,12 @@ enum Weakening {
     CondemnedIgnoredByRescuer,
     RescuedManifestReadBeforeCondemned,
     CondemnedIgnoredByCopier,
+    InterruptedChosenBeforeCondemned,
+    CondemnedTakenOver,
+    TakenOverUnseen,
 }
 
-const WEAKENINGS: [Weakening; 21] = [
+const WEAKENINGS: [Weakening; 24] = [
     Weakening::NoIntent,
     Weakening::CondemnedReadBeforeIntent,
     Weakening::PredecessorChosenBeforeIntent,
@@ -188,6 +193,9 @@ const WEAKENINGS: [Weakening; 21] = [
     Weakening::CondemnedIgnoredByRescuer,
     Weakening::RescuedManifestReadBeforeCondemned,
     Weakening::CondemnedIgnoredByCopier,
+    Weakening::InterruptedChosenBeforeCondemned,
+    Weakening::CondemnedTakenOver,
+    Weakening::TakenOverUnseen,
 ];
 
 /// Who takes part.
@@ -237,6 +245,9 @@ impl Protocol {
             Some(Weakening::NoIntent) => vec![ReadCondemned, Choose],
             Some(Weakening::CondemnedReadBeforeIntent) => vec![ReadCondemned, Intent, Choose],
             Some(Weakening::PredecessorChosenBeforeIntent) => vec![Choose, Intent, ReadCondemned],
+            Some(Weakening::InterruptedChosenBeforeCondemned) => {
+                vec![Intent, Choose, ReadCondemned]
+            }
             _ => vec![Intent, ReadCondemned, Choose],
         };
         Self { steps: [first, vec![Store, Commit]].concat(), reading, rescuing, copy, weak }
@@ -289,7 +300,7 @@ impl Protocol {
             WriterStep::ReadCondemned => {
                 let ignored = self.is(Weakening::CondemnedIgnored);
                 let condemned = if ignored { 0 } else { state.condemned().packs };
-                // A predecessor that was chosen before is dropped now.
+                // What was chosen before is dropped now.
                 let refers_to =
                     if writer.refers_to & condemned == 0 { writer.refers_to } else { 0 };
                 let after = with(Writer { condemned, refers_to, ..on });
@@ -297,6 +308,13 @@ impl Protocol {
             }
             WriterStep::Choose => {
                 next.push((format!("writer {n} chooses no predecessor"), with(on)));
+                for left in self.left_by_others(state, n) {
+                    let after = with(Writer { refers_to: left, ..on });
+                    next.push((format!("writer {n} takes over {left:b}"), after));
+                }
+                if self.is(Weakening::InterruptedChosenBeforeCondemned) {
+                    return;
+                }
                 for (backup, verdict) in state.verdicts.iter().enumerate() {
                     let Verdict::Commit(packs) = *verdict else { continue };
                     let forgotten = state.once_forgotten & 1 << backup != 0
@@ -311,7 +329,8 @@ impl Protocol {
             WriterStep::Store if self.copy => {
                 if writer.condemned & OLD == 0 || self.is(Weakening::CondemnedIgnoredByCopier) {
                     let stored = with(Writer { refers_to: OLD, ..on });
-                    let after = State { packs: state.packs | OLD, ..stored };
+                    let after =
+                        State { packs: state.packs | OLD, ever: state.ever | OLD, ..stored };
                     next.push((format!("copier {n} has the old pack there"), after));
                 }
             }
@@ -319,7 +338,7 @@ impl Protocol {
                 let own =
                     if self.is(Weakening::PacksNamedByContent) { OLD } else { OLD << (n + 1) };
                 let stored = with(Writer { refers_to: writer.refers_to | own, ..on });
-                let after = State { packs: state.packs | own, ..stored };
+                let after = State { packs: state.packs | own, ever: state.ever | own, ..stored };
                 next.push((format!("writer {n} stores pack {own:b}"), after));
                 if writer.refers_to != 0 {
                     next.push((format!("writer {n} stores nothing new"), with(on)));
@@ -338,6 +357,22 @@ impl Protocol {
                 next.push((format!("writer {n} {what}"), after));
             }
         }
+    }
+
+    /// The packs of other writers that are in no backup and that a writer may refer to all the same, because it is past its
+    /// look at what is condemned and sees them there. Whether the other one is dead it need not know.
+    fn left_by_others(&self, state: &State, n: usize) -> Vec<Packs> {
+        let condemned = state.writers[n].condemned;
+        let others = (0..WRITERS).filter(|other| *other != n && !self.copy);
+        let uncommitted =
+            others.filter(|other| !matches!(state.verdicts[other + 1], Verdict::Commit(_)));
+        let there = if self.is(Weakening::TakenOverUnseen) { state.ever } else { state.packs };
+        let is_condemned =
+            |pack: Packs| pack & condemned != 0 && !self.is(Weakening::CondemnedTakenOver);
+        uncommitted
+            .map(|other| OLD << (other + 1))
+            .filter(|pack| pack & there != 0 && !is_condemned(*pack))
+            .collect()
     }
 
     /// One step of somebody who must know that a backup stays; `None` when it learns that it may not.
@@ -534,6 +569,7 @@ impl State {
         let care = |takes_part| if takes_part { Care::Begins } else { Care::Absent };
         let mut state = Self {
             packs: OLD,
+            ever: OLD,
             intents: 0,
             verdicts: [Verdict::None; WRITERS + 1],
             forgotten: 0,

@@ -16,6 +16,7 @@ use std::sync::LazyLock;
 
 use input::{Choice, Input};
 
+use crate::checkpoint::Checkpoint;
 use crate::config::Config;
 use crate::entry::{Body, Content, Entry, Extent, check_path, path_order};
 use crate::hex;
@@ -173,6 +174,23 @@ pub fn manifest(data: &[u8]) -> bool {
     let again = Root::decode(&head, &body).expect("what was written can be read");
     assert_eq!((again.head, again.shards), (root.head, root.shards));
     assert_eq!((again.late, again.wal), (root.late, root.wal));
+    true
+}
+
+/// A checkpoint: its head (forged) or its body (authentic).
+pub fn checkpoint(data: &[u8]) -> bool {
+    let Some(input) = Input::new(data) else { return false };
+    let (valid_head, valid_body) = valid::checkpoint();
+    let (mut head, mut body) = (valid_head.clone(), valid_body.clone());
+    let edited = if input.choice == Choice::Forged { &mut head } else { &mut body };
+    *edited = input.bytes(edited);
+    let Ok(read) = Checkpoint::decode(&head, &body) else { return false };
+    let weight: usize = read.shards.iter().map(weight_of_shard).sum();
+    let weight = weight + read.packs.len() * size_of::<pack::PackRecord>();
+    assert!(weight <= SMALL_BYTES + TIMES_LARGER * body.len(), "{weight} bytes of memory");
+    let (head, body) = read.encode().expect("what was read can be written");
+    let again = Checkpoint::decode(&head, &body).expect("what was written can be read");
+    assert_eq!(again, read);
     true
 }
 
@@ -349,11 +367,12 @@ mod tests {
 
     type Parser = fn(&[u8]) -> bool;
 
-    const TARGETS: [(&str, Parser); 9] = [
+    const TARGETS: [(&str, Parser); 10] = [
         ("frame", frame),
         ("container", container),
         ("archived", archived),
         ("manifest", manifest),
+        ("checkpoint", checkpoint),
         ("shard", shard),
         ("verdict", verdict),
         ("config", config),

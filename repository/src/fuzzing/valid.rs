@@ -1,10 +1,11 @@
 //! One valid object of each kind, under keys that are always the same.
 
 use std::collections::HashMap;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use proto::{AttemptId, BackupFacts, LineageId, Lsn, RepositoryId, SystemIdentifier, Timeline};
 
+use crate::checkpoint::{Checkpoint, CheckpointHead};
 use crate::entry::{Body, Content, Entry, Extent, FileBody, Place, Stamp};
 use crate::key::{KeyFile, Keys, MasterKey};
 use crate::manifest::{Counts, FORMAT, Head, Root, RootShard};
@@ -234,11 +235,11 @@ pub(super) fn manifest() -> &'static (Vec<u8>, Vec<u8>) {
         };
         let root = Root {
             head: head(),
-            packs: HashMap::from([
+            packs: Arc::new(HashMap::from([
                 (PACK, record(PACK, ObjectType::Data)),
                 (METADATA, record(METADATA, ObjectType::Metadata)),
                 (WAL, record(WAL, ObjectType::Wal)),
-            ]),
+            ])),
             shards: vec![
                 root("PG_VERSION", 0, 31, true, &[METADATA, PACK]),
                 root("base/1", 2, 0, false, &[METADATA]),
@@ -247,6 +248,26 @@ pub(super) fn manifest() -> &'static (Vec<u8>, Vec<u8>) {
             wal: vec![root("000000010000000000000001", 8, 0, false, &[METADATA, WAL])],
         };
         root.encode().expect("a manifest can be written")
+    });
+    &MADE
+}
+
+/// Head and body of a checkpoint.
+pub(super) fn checkpoint() -> &'static (Vec<u8>, Vec<u8>) {
+    static MADE: LazyLock<(Vec<u8>, Vec<u8>)> = LazyLock::new(|| {
+        let (manifest_head, body) = manifest();
+        let root = Root::decode(manifest_head, body).expect("it is valid");
+        let head = CheckpointHead {
+            format: FORMAT,
+            repository: REPOSITORY,
+            lineage: lineage(),
+            attempt: root.head.attempt,
+            number: 3,
+            writer: "pgmuster".into(),
+            at_ms: 1,
+        };
+        let Root { packs, shards, .. } = root;
+        Checkpoint { head, packs, shards }.encode().expect("a checkpoint can be written")
     });
     &MADE
 }

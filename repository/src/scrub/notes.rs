@@ -32,7 +32,7 @@ impl Survey<'_> {
                     }
                     "gone" => self.note::<Gone>(&key, *size).await?.err(),
                     "proof" => self.proof(*attempt, &key, *size).await?,
-                    // Verdicts and manifests were read, and nothing else is written.
+                    // Verdicts and manifests were read. Checkpoints are needed by nobody.
                     _ => None,
                 };
                 if let Some(wrong) = wrong {

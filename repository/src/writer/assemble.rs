@@ -4,9 +4,11 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
+use std::time::Duration;
 
-use crossbeam_channel::Receiver;
+use crossbeam_channel::{Receiver, RecvTimeoutError};
 
+use super::checkpoints::Checkpoints;
 use super::copy::Copied;
 use super::previous::Old;
 use super::stream::{PackStream, Uploads};
@@ -19,6 +21,9 @@ use crate::pack::{Compressor, ObjectType, PackId};
 use crate::progress::Progress;
 use crate::shard::{self, ShardRef};
 use crate::stop::Stop;
+
+/// How often it looks whether a checkpoint is due while nothing comes.
+const TICK: Duration = Duration::from_millis(200);
 
 /// What the assembler hears, each with its number.
 pub(super) enum Event {
@@ -156,6 +161,7 @@ pub(super) struct Assembler<'a> {
     stop: &'a Stop,
     progress: &'a Progress,
     writer: &'a mut ShardWriter,
+    checkpoints: Option<&'a mut Checkpoints>,
     entries: Vec<Entry>,
     hashes: Vec<Hashes>,
     /// The predecessor's shard that the first gathered entry was in.
@@ -165,11 +171,17 @@ pub(super) struct Assembler<'a> {
 }
 
 impl<'a> Assembler<'a> {
-    pub(super) fn new(stop: &'a Stop, progress: &'a Progress, writer: &'a mut ShardWriter) -> Self {
+    pub(super) fn new(
+        stop: &'a Stop,
+        progress: &'a Progress,
+        writer: &'a mut ShardWriter,
+        checkpoints: Option<&'a mut Checkpoints>,
+    ) -> Self {
         Self {
             stop,
             progress,
             writer,
+            checkpoints,
             entries: Vec::new(),
             hashes: Vec::new(),
             candidate: None,
@@ -185,14 +197,22 @@ impl<'a> Assembler<'a> {
     ) -> Result<Assembled, Error> {
         let mut early: BTreeMap<u64, Event> = BTreeMap::new();
         let mut next = 0;
-        for (seq, event) in events {
+        loop {
+            let heard = events.recv_timeout(TICK);
             self.stop.check()?;
-            early.insert(seq, event);
+            match heard {
+                Ok((seq, event)) => early.insert(seq, event),
+                Err(RecvTimeoutError::Timeout) => None,
+                Err(RecvTimeoutError::Disconnected) => break,
+            };
             while let Some(event) = early.remove(&next) {
                 next += 1;
                 self.event(event)?;
                 // The planner may go one further.
                 let _ = credits.try_recv();
+            }
+            if self.checkpoints.as_ref().is_some_and(|checkpoints| checkpoints.are_due()) {
+                self.checkpoint(false)?;
             }
         }
         self.stop.check()?;
@@ -201,7 +221,47 @@ impl<'a> Assembler<'a> {
         }
         self.finish_growing()?;
         self.cut()?;
+        if self.checkpoints.as_ref().is_some_and(|checkpoints| checkpoints.are_due_at_the_end()) {
+            let uploads = Arc::clone(&self.writer.stream.uploads);
+            self.stop.wait(async {
+                uploads.end_checkpointing().await;
+                Ok(())
+            })?;
+            self.checkpoint(true)?;
+        }
         Ok(self.done)
+    }
+
+    /// Writes down what is there so far. Shards are cut where they would be without it: what is gathered for the next one is
+    /// described once more, in a shard that only the checkpoint refers to.
+    fn checkpoint(&mut self, is_end: bool) -> Result<(), Error> {
+        let mut shards = self.done.shards.clone();
+        let (mut entries, mut all) = (Vec::new(), Vec::new());
+        // What was taken over unread is no news.
+        for (entry, hashes) in self.entries.iter().zip(&self.hashes) {
+            if let (Body::File(_), Hashes::Here(hashes)) = (&entry.body, hashes) {
+                entries.push(entry.clone());
+                all.extend_from_slice(hashes);
+            }
+        }
+        // So far as it is there, as if it ended there.
+        if let Some(Growing { entry, vanished: false, .. }) = &self.growing
+            && let Body::File(file) = &entry.body
+            && file.size_bytes > 0
+            && entries.len() < SHARD_ENTRIES
+            && let Content::Shards(_) = &file.content
+        {
+            entries.push(entry.clone());
+        }
+        if !entries.is_empty() {
+            shards.push(self.writer.entries(&entries, &all)?);
+        }
+        // What stands in an open pack is in no store.
+        self.writer.stream.close()?;
+        if let Some(checkpoints) = &mut self.checkpoints {
+            checkpoints.put(shards, is_end);
+        }
+        Ok(())
     }
 
     fn event(&mut self, event: Event) -> Result<(), Error> {

@@ -9,10 +9,11 @@ use bytes::Bytes;
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender};
 
 use super::assemble::Event;
-use super::previous::Old;
+use super::previous::{Old, OldCursor, OldUnits};
 use super::source::{InMemory, Source, SourceFile};
 use super::stream::{PackStream, Uploads};
-use crate::detect::{Detection, ZERO};
+use crate::checkpoint::Interrupted;
+use crate::detect::{Detection, Hash, ZERO};
 use crate::entry::{Extent, Place, SourceEntry, push_extent};
 use crate::error::{Error, show};
 use crate::limits::FRAME_BYTES;
@@ -31,6 +32,8 @@ pub(super) struct Job {
     pub(super) length: u64,
     /// The predecessor's file, when its units have the same size.
     pub(super) old: Option<Old>,
+    /// The same file in an interrupted backup, under the same condition.
+    pub(super) begun: Option<Old>,
     /// Its file has not changed, says its inode.
     pub(super) claims_unchanged: bool,
     /// What was read already, of a stream.
@@ -92,6 +95,7 @@ pub(super) struct Copier<'a> {
     progress: &'a Progress,
     detection: Detection,
     spoilt: Arc<BTreeSet<PackId>>,
+    interrupted: Option<Arc<Interrupted>>,
     stream: PackStream,
     compressor: Compressor,
     events: &'a Sender<(u64, Event)>,
@@ -120,6 +124,7 @@ impl<'a> Copier<'a> {
         uploads: &'a Arc<Uploads>,
         detection: Detection,
         spoilt: Arc<BTreeSet<PackId>>,
+        interrupted: Option<Arc<Interrupted>>,
         level: i32,
         events: &'a Sender<(u64, Event)>,
     ) -> Result<Self, Error> {
@@ -135,6 +140,7 @@ impl<'a> Copier<'a> {
             progress: &uploads.progress,
             detection,
             spoilt,
+            interrupted,
             stream: PackStream::new(Arc::clone(uploads), ObjectType::Data),
             compressor,
             events,
@@ -186,7 +192,9 @@ impl<'a> Copier<'a> {
             Some(old) => old.units(job.piece, self.stop)?,
             None => None,
         };
-        let mut known = old.as_ref().map(super::previous::OldUnits::cursor);
+        let mut known = old.as_ref().map(OldUnits::cursor);
+        let begun = self.begun(job)?;
+        let mut stored = begun.as_ref().map(OldUnits::cursor);
         let units = usize::try_from(job.length.div_ceil(u64::from(job.unit_bytes))).unwrap_or(0);
         let copied = Copied {
             seq: job.seq,
@@ -200,6 +208,7 @@ impl<'a> Copier<'a> {
         self.waiting.push_back(copied);
         // Units that are not what they were, and such as are but lie in a damaged pack.
         let (mut changed, mut lost) = (0_u64, 0_u64);
+        let mut taken_over = 0;
         let mut done = 0_u64;
         while done < job.length {
             let left = job.length - done;
@@ -226,9 +235,11 @@ impl<'a> Copier<'a> {
                 let end = (at + unit_bytes).min(start + got);
                 let hash = self.detection.hash(&self.frame[at..end]);
                 copied.hashes.extend_from_slice(&hash);
-                let before = known.as_mut().and_then(super::previous::OldCursor::next);
-                let same =
-                    before.filter(|(bytes, old_hash, _)| *bytes == end - at && *old_hash == hash);
+                let is_same = |(bytes, before, _): &(usize, Hash, Option<Place>)| {
+                    *bytes == end - at && *before == hash
+                };
+                let same = known.as_mut().and_then(OldCursor::next).filter(is_same);
+                let stored = stored.as_mut().and_then(OldCursor::next).filter(is_same);
                 changed += u64::from(same.is_none());
                 let is_lost = |place: Place| self.spoilt.contains(&place.frame.pack);
                 let here = same.filter(|(_, _, place)| !place.is_some_and(is_lost));
@@ -237,12 +248,21 @@ impl<'a> Copier<'a> {
                     Some((_, _, place)) => place,
                     None if hash == ZERO => None,
                     None => {
-                        if keep != at {
-                            self.frame.copy_within(at..end, keep);
+                        let there = stored.and_then(|(_, _, place)| place).filter(|place| {
+                            let interrupted = self.interrupted.as_ref();
+                            interrupted.is_some_and(|by| by.packs.contains_key(&place.frame.pack))
+                        });
+                        if there.is_some() {
+                            taken_over += (end - at) as u64;
+                            there
+                        } else {
+                            if keep != at {
+                                self.frame.copy_within(at..end, keep);
+                            }
+                            let offset = u32::try_from(keep).unwrap_or(u32::MAX);
+                            keep += end - at;
+                            Some(Place { frame: OPEN, offset })
                         }
-                        let offset = u32::try_from(keep).unwrap_or(u32::MAX);
-                        keep += end - at;
-                        Some(Place { frame: OPEN, offset })
                     }
                 };
                 push_extent(&mut copied.extents, 1, place, job.unit_bytes);
@@ -254,6 +274,7 @@ impl<'a> Copier<'a> {
             }
         }
         self.progress.add_bytes(done);
+        self.progress.add_taken_over(taken_over);
         let listed = (job.entry.mtime_ns, job.entry.ctime_ns);
         // Whoever wrote to it since it was listed has done so openly.
         if job.claims_unchanged && file.changed_at_ns().is_none_or(|now| now == listed) {
@@ -270,6 +291,18 @@ impl<'a> Copier<'a> {
             copied.unchanged.clone_from(&old.reference);
         }
         self.release()
+    }
+
+    /// What an interrupted backup had stored of the stretch.
+    fn begun(&self, job: &Job) -> Result<Option<OldUnits>, Error> {
+        match (&self.interrupted, &job.begun) {
+            (Some(interrupted), Some(begun))
+                if begun.tells_of(job.piece) && !interrupted.is_lost() =>
+            {
+                interrupted.told(begun.units(job.piece, self.stop))
+            }
+            _ => Ok(None),
+        }
     }
 
     /// Compresses and seals what was gathered.

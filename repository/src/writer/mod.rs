@@ -6,9 +6,10 @@
 //! ```
 //!
 //! A backup exists when [`Written::commit`] says so and not a moment before. Every way out but that one leaves packs that
-//! nobody names, which a later collection of garbage deletes.
+//! no backup names. The next attempt takes over what a checkpoint tells of them; a later collection of garbage deletes the rest.
 
 mod assemble;
+mod checkpoints;
 mod copy;
 mod plan;
 mod previous;
@@ -20,15 +21,17 @@ use std::collections::{HashMap, HashSet};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use proto::{AttemptId, BackupFacts, BackupId, LineageId};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use self::assemble::{Assembled, Assembler, ShardWriter};
+use self::checkpoints::Checkpoints;
 use self::copy::Copier;
 use self::plan::{Outlets, Planner, Reread, Trust};
-use self::previous::Walk;
+use self::previous::{Known, Walk};
 pub use self::source::{Source, SourceFile};
 use self::stream::Uploads;
 use self::wal::WalStored;
@@ -37,6 +40,8 @@ use crate::attempt::Attempt;
 use crate::detect::Detection;
 use crate::entry::SourceEntry;
 use crate::error::Error;
+use crate::layout;
+use crate::limits::PACK_BYTES;
 use crate::manifest::{Counts, FORMAT, Head, Root};
 use crate::pack::{PackId, PackRecord};
 use crate::progress::Progress;
@@ -62,6 +67,11 @@ pub struct WriteOptions {
     /// Names the node, file system and timeline the files are on. Files are skipped by their times only when the
     /// predecessor has an equal one; `None` reads everything.
     pub continuity: Option<String>,
+    /// How often it writes down what it has stored, so that the attempt after it need not store that again if it is
+    /// interrupted; less often the longer it takes, and also after every GiB. What is quicker than this and smaller does not.
+    pub checkpoint_every: Duration,
+    /// A pack is ended when it has grown past this.
+    pub pack_bytes: u64,
     /// Counters to be read while it runs.
     pub progress: Arc<Progress>,
     /// Ends it early.
@@ -77,6 +87,8 @@ impl Default for WriteOptions {
             full_read: false,
             read_again: HashSet::new(),
             continuity: None,
+            checkpoint_every: Duration::from_mins(1),
+            pack_bytes: PACK_BYTES,
             progress: Arc::default(),
             cancel: CancellationToken::new(),
         }
@@ -120,6 +132,8 @@ pub struct Written {
     counts: Counts,
     vanished: u64,
     newest_ms: Option<i64>,
+    /// The last checkpoint, which nobody needs once this is a backup.
+    checkpoint: Option<u32>,
 }
 
 /// A committed backup, for reports.
@@ -153,6 +167,7 @@ impl Attempt {
             Arc::clone(&stop),
             Arc::clone(&options.progress),
             PARTS_MAX + options.processes,
+            options.pack_bytes,
         ));
         let reread = match &self.predecessor {
             Some(old) => {
@@ -215,10 +230,20 @@ impl BackupWriter {
             reread: self.reread,
             read_again: self.options.read_again.clone(),
             spoilt: Arc::clone(&self.attempt.spoilt),
+            interrupted: self.attempt.interrupted.clone(),
         };
         let processes = self.options.processes;
-        let files =
-            self.pipeline(source, entries.into_iter(), predecessor, trust, processes).await?;
+        let checkpoints = Checkpoints::new(
+            Arc::clone(&self.uploads),
+            self.attempt.id(),
+            self.attempt.intent.began_at_ms,
+            self.options.checkpoint_every,
+            self.attempt.interrupted.clone(),
+        );
+        let entries = entries.into_iter();
+        let files = self
+            .pipeline(source, entries, predecessor, trust, processes, Some(checkpoints))
+            .await?;
         self.files = Some(files);
         Ok(())
     }
@@ -238,12 +263,12 @@ impl BackupWriter {
         let (reread, read_again) = (Reread::since(0, 0), HashSet::new());
         // It is compared with nothing.
         let spoilt = Arc::default();
-        let trust = Trust { stamps: false, reread, read_again, spoilt };
+        let trust = Trust { stamps: false, reread, read_again, spoilt, interrupted: None };
         let mut late = late;
         late.sort_by(|a, b| crate::entry::path_order(&a.path, &b.path));
         let late_names: Vec<String> =
             late.iter().map(|entry| crate::error::show(&entry.path)).collect();
-        let late = self.pipeline(source, late.into_iter().map(Ok), None, trust, 1).await?;
+        let late = self.pipeline(source, late.into_iter().map(Ok), None, trust, 1, None).await?;
         if late.vanished > 0 {
             return Err(Error::Source {
                 path: late_names.join(", "),
@@ -284,6 +309,7 @@ impl BackupWriter {
             counts: root.head.counts,
             vanished: self.options.progress.snapshot().vanished,
             newest_ms: self.attempt.newest_ms,
+            checkpoint: self.uploads.last_checkpoint(),
         })
     }
 
@@ -299,13 +325,15 @@ impl BackupWriter {
         let added: HashMap<PackId, PackRecord> =
             records.into_iter().map(|record| (record.id, record)).collect();
         let old = self.attempt.predecessor.as_ref();
+        let interrupted = self.attempt.interrupted.as_ref();
         let references =
             files.shards.iter().chain(&late.shards).chain(&wal).map(|root| &root.shard);
         let mut packs = HashMap::new();
         for id in assemble::reached(references) {
             let record = added
                 .get(&id)
-                .or_else(|| old.as_ref().and_then(|old| old.root.packs.get(&id)))
+                .or_else(|| old.and_then(|old| old.root.packs.get(&id)))
+                .or_else(|| interrupted.and_then(|interrupted| interrupted.packs.get(&id)))
                 .ok_or_else(|| Error::Bug(format!("pack {id} is needed and was never stored")))?;
             packs.insert(id, record.clone());
         }
@@ -315,7 +343,7 @@ impl BackupWriter {
             symlinks: files.counts.symlinks + late.counts.symlinks,
             bytes: files.counts.bytes + late.counts.bytes,
             stored_bytes: added.values().map(|record| record.size_bytes).sum(),
-            packs_added: added.len() as u64,
+            packs_added: packs.keys().filter(|id| added.contains_key(id)).count() as u64,
             packs: packs.len() as u64,
             wal_files,
         };
@@ -332,7 +360,7 @@ impl BackupWriter {
             counts,
             facts,
         };
-        Ok(Root { head, packs, shards: files.shards, late: late.shards, wal })
+        Ok(Root { head, packs: Arc::new(packs), shards: files.shards, late: late.shards, wal })
     }
 
     /// Runs plan, copy and assembly on threads of their own and waits for all of them.
@@ -343,6 +371,7 @@ impl BackupWriter {
         predecessor: Option<Backup>,
         trust: Trust,
         processes: usize,
+        mut checkpoints: Option<Checkpoints>,
     ) -> Result<Assembled, Error> {
         let mut shards = self.shards.take().ok_or_else(ended)?;
         let uploads = Arc::clone(&self.uploads);
@@ -362,7 +391,7 @@ impl BackupWriter {
                 predecessor,
                 trust,
                 threads,
-                &mut shards,
+                (&mut shards, checkpoints.as_mut()),
             );
             done.map(|assembled| (assembled, shards))
         })
@@ -415,7 +444,7 @@ fn run_threads(
     predecessor: Option<Backup>,
     trust: Trust,
     threads: Threads,
-    shards: &mut ShardWriter,
+    (shards, checkpoints): (&mut ShardWriter, Option<&mut Checkpoints>),
 ) -> Result<Assembled, Error> {
     let stop = uploads.stop.as_ref();
     let progress = uploads.progress.as_ref();
@@ -425,21 +454,23 @@ fn run_threads(
     let assembled = std::thread::scope(|scope| {
         let mut running = Vec::with_capacity(threads.processes + 1);
         for n in 0..threads.processes {
-            let (work, events, spoilt) = (work.clone(), events.clone(), Arc::clone(&trust.spoilt));
+            let (work, events) = (work.clone(), events.clone());
+            let (spoilt, interrupted) = (Arc::clone(&trust.spoilt), trust.interrupted.clone());
             // The ends of the channels outlive the work: whoever finds nobody there must not be the first to tell of an end,
             // which then has no cause.
             let body = move || {
                 guarded(stop, || {
                     step_back(threads.nice);
                     let detection = Detection(uploads.keys.detection(threads.lineage));
-                    Copier::new(source, uploads, detection, spoilt, threads.level, &events)?
+                    let level = threads.level;
+                    Copier::new(source, uploads, detection, spoilt, interrupted, level, &events)?
                         .run(&work)
                 });
             };
             running.push(spawn(scope, stop, format!("copy-{n}"), body));
         }
         drop(work);
-        let walk = predecessor.map(Walk::new);
+        let walk = predecessor.map(|backup| Walk::new(Known::Backup(backup)));
         let stretches_max = threads.processes + STRETCHES_AHEAD;
         running.push(spawn(scope, stop, "plan".to_owned(), move || {
             let outlets = Outlets { credits, jobs, events };
@@ -450,7 +481,8 @@ fn run_threads(
         }));
         let mut assembled = None;
         guarded(stop, || {
-            assembled = Some(Assembler::new(stop, progress, shards).run(&results, &put_away)?);
+            let assembler = Assembler::new(stop, progress, shards, checkpoints);
+            assembled = Some(assembler.run(&results, &put_away)?);
             Ok(())
         });
         // Whoever still sends finds nobody listening and ends.
@@ -529,6 +561,13 @@ impl Written {
             order_ms,
         };
         self.repository.put_commit(self.lineage, verdict).await?;
+        if let Some(number) = self.checkpoint {
+            let key = layout::checkpoint(self.lineage, self.attempt, number);
+            // A collection takes what is left.
+            if let Err(error) = self.repository.store.delete(&key).await {
+                tracing::debug!("{key} stays until a collection: {error}");
+            }
+        }
         Ok(BackupSummary {
             backup: self.attempt.into(),
             lineage: self.lineage,

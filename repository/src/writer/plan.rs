@@ -10,7 +10,8 @@ use crossbeam_channel::{Receiver, Sender};
 use super::Source;
 use super::assemble::{Event, Shape};
 use super::copy::{Job, Room, Stretch};
-use super::previous::{Old, Walk};
+use super::previous::{Known, Old, Walk};
+use crate::checkpoint::Interrupted;
 use crate::detect::spread;
 use crate::entry::{Body, Content, Entry, FileBody, SourceEntry, SourceKind, Stamp, path_order};
 use crate::error::Error;
@@ -29,6 +30,8 @@ pub(super) struct Trust {
     pub(super) read_again: HashSet<Vec<u8>>,
     /// Packs that nothing is taken over from.
     pub(super) spoilt: Arc<BTreeSet<PackId>>,
+    /// What is in no backup and may be taken over where what is read is the same.
+    pub(super) interrupted: Option<Arc<Interrupted>>,
 }
 
 impl Trust {
@@ -85,6 +88,8 @@ pub(super) struct Outlets {
 pub(super) struct Planner<'a> {
     pub(super) source: &'a dyn Source,
     pub(super) walk: Option<Walk>,
+    /// Beside it.
+    begun: Option<Walk>,
     pub(super) trust: Trust,
     pub(super) stop: &'a Stop,
     pub(super) progress: &'a Progress,
@@ -105,7 +110,8 @@ impl<'a> Planner<'a> {
         stretches_max: usize,
     ) -> Self {
         let rooms = crossbeam_channel::bounded(stretches_max);
-        Self { source, walk, trust, stop, progress, outlets, rooms, next: 0 }
+        let begun = trust.interrupted.clone().map(|known| Walk::new(Known::Interrupted(known)));
+        Self { source, walk, begun, trust, stop, progress, outlets, rooms, next: 0 }
     }
 
     pub(super) fn run(
@@ -145,6 +151,16 @@ impl<'a> Planner<'a> {
         self.event(Event::Entry { entry, old, shape: Shape::Whole })
     }
 
+    /// What an interrupted backup had stored of a file.
+    fn begun(&mut self, path: &[u8]) -> Result<Option<Old>, Error> {
+        match (&mut self.begun, &self.trust.interrupted) {
+            (Some(walk), Some(interrupted)) if !interrupted.is_lost() => {
+                interrupted.told(walk.find(path, self.stop))
+            }
+            _ => Ok(None),
+        }
+    }
+
     fn file(&mut self, entry: SourceEntry, old: Option<Old>) -> Result<(), Error> {
         let stamp = entry.stamp();
         let known = old.as_ref().and_then(Old::file);
@@ -154,7 +170,8 @@ impl<'a> Planner<'a> {
         if !trusted {
             self.source.changed(&entry);
         }
-        let unit_bytes = unit_bytes(&entry, known);
+        let begun = self.begun(&entry.path)?;
+        let unit_bytes = unit_bytes(&entry, known.or(begun.as_ref().and_then(Old::file)));
         if let (true, Some(file)) = (trusted, known) {
             let pieces = match &file.content {
                 Content::Inline(_) => 1,
@@ -182,8 +199,9 @@ impl<'a> Planner<'a> {
         let entry = Arc::new(entry);
         let piece_bytes = u64::from(unit_bytes) * u64::from(SHARD_UNITS);
         // Only units of the same size can be compared.
-        let comparable =
-            old.filter(|old| old.file().is_some_and(|file| file.unit_bytes == unit_bytes));
+        let has_such_units =
+            |old: &Old| old.file().is_some_and(|file| file.unit_bytes == unit_bytes);
+        let (comparable, begun) = (old.filter(has_such_units), begun.filter(has_such_units));
         for piece in 0..pieces {
             let start = piece * piece_bytes;
             let length = (entry.size_bytes - start).min(piece_bytes);
@@ -206,6 +224,7 @@ impl<'a> Planner<'a> {
                 start,
                 length,
                 old: comparable.clone(),
+                begun: begun.clone(),
                 claims_unchanged: trusted,
                 read: None,
             };
@@ -225,8 +244,10 @@ impl<'a> Planner<'a> {
         };
         let unit_bytes = UNIT_BYTES_MAX;
         let piece_bytes = u64::from(unit_bytes) * u64::from(SHARD_UNITS);
-        let comparable =
-            old.cloned().filter(|old| old.file().is_some_and(|file| file.unit_bytes == unit_bytes));
+        let has_such_units =
+            |old: &Old| old.file().is_some_and(|file| file.unit_bytes == unit_bytes);
+        let comparable = old.cloned().filter(has_such_units);
+        let stored = self.begun(&entry.path)?.filter(has_such_units);
         let shared = Arc::new(entry.clone());
         let (mut piece, mut begun, mut ended) = (0, false, false);
         let capacity = usize::try_from(piece_bytes).unwrap_or_default();
@@ -262,6 +283,7 @@ impl<'a> Planner<'a> {
                 start: piece * piece_bytes,
                 length: read as u64,
                 old: comparable.clone(),
+                begun: stored.clone(),
                 claims_unchanged: false,
                 read: Some(Stretch { bytes: Bytes::from(bytes), room }),
             };

@@ -1,11 +1,14 @@
-//! The predecessor, walked beside the new entries: what it knew about each path and each unit.
+//! The predecessor, walked beside the new entries: what it knew about each path and each unit. So is what a backup that was
+//! interrupted had stored.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::checkpoint::Interrupted;
 use crate::detect::Hash;
 use crate::entry::{Body, Content, Entry, Extent, FileBody, Place, path_order};
 use crate::error::Error;
 use crate::limits::{HASH_BYTES, SHARD_UNITS};
+use crate::manifest::RootShard;
 use crate::reader::{Backup, MetadataReader};
 use crate::shard::ShardRef;
 use crate::stop::Stop;
@@ -87,6 +90,19 @@ impl Old {
         match &self.entry().body {
             Body::File(file) => Some(file),
             _ => None,
+        }
+    }
+
+    /// Whether the shard that tells of the `piece`-th stretch is one of those that can be read: an interrupted copy refers to
+    /// such of its predecessor, too.
+    pub(super) fn tells_of(&self, piece: u64) -> bool {
+        match self.file().map(|file| &file.content) {
+            Some(Content::Inline(_)) => true,
+            Some(Content::Shards(shards)) => usize::try_from(piece)
+                .ok()
+                .and_then(|piece| shards.get(piece))
+                .is_some_and(|shard| self.shard.reader.knows(shard.frame.pack)),
+            None => false,
         }
     }
 
@@ -174,19 +190,43 @@ impl OldCursor<'_> {
     }
 }
 
-/// Walks the predecessor's entries in order, a shard at a time.
+/// What new entries are held against.
+pub(super) enum Known {
+    /// The predecessor.
+    Backup(Backup),
+    /// What was stored of a backup that was interrupted.
+    Interrupted(Arc<Interrupted>),
+}
+
+impl Known {
+    fn shards(&self) -> &[RootShard] {
+        match self {
+            Self::Backup(backup) => &backup.root.shards,
+            Self::Interrupted(interrupted) => &interrupted.checkpoint.shards,
+        }
+    }
+
+    fn reader(&self) -> &Arc<MetadataReader> {
+        match self {
+            Self::Backup(backup) => &backup.reader,
+            Self::Interrupted(interrupted) => &interrupted.reader,
+        }
+    }
+}
+
+/// Walks what is known in order, a shard at a time.
 pub(super) struct Walk {
-    backup: Backup,
+    known: Known,
     next_shard: usize,
     current: Option<Old>,
 }
 
 impl Walk {
-    pub(super) fn new(backup: Backup) -> Self {
-        Self { backup, next_shard: 0, current: None }
+    pub(super) fn new(known: Known) -> Self {
+        Self { known, next_shard: 0, current: None }
     }
 
-    /// What the predecessor had at `path`. Paths are asked for in ascending order.
+    /// What is known of `path`. Paths are asked for in ascending order.
     pub(super) fn find(&mut self, path: &[u8], stop: &Stop) -> Result<Option<Old>, Error> {
         loop {
             if self.current.is_none() && !self.load(path, stop)? {
@@ -206,7 +246,7 @@ impl Walk {
 
     /// Loads the next shard that may hold `path`.
     fn load(&mut self, path: &[u8], stop: &Stop) -> Result<bool, Error> {
-        let shards = &self.backup.root.shards;
+        let shards = self.known.shards();
         while shards
             .get(self.next_shard + 1)
             .is_some_and(|after| path_order(&after.first_path, path).is_le())
@@ -215,7 +255,7 @@ impl Walk {
         }
         let Some(root) = shards.get(self.next_shard) else { return Ok(false) };
         self.next_shard += 1;
-        let shard = Arc::new(OldShard::load(&root.shard, &self.backup.reader, stop)?);
+        let shard = Arc::new(OldShard::load(&root.shard, self.known.reader(), stop)?);
         self.current = Some(Old { shard, index: 0 });
         Ok(true)
     }

@@ -2,19 +2,22 @@
 //!
 //! A pack that is not closed is never completed: dropping a stream throws its unfinished pack away.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use proto::LineageId;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::chance;
 use crate::error::Error;
 use crate::key::Keys;
 use crate::layout;
-use crate::limits::{PACK_BYTES, PART_BYTES};
-use crate::pack::{Compressor, FrameRef, ObjectType, PackBuilder, PackRecord};
+use crate::limits::PART_BYTES;
+use crate::manifest::Packs;
+use crate::pack::{Compressor, FrameRef, ObjectType, PackBuilder, PackId, PackRecord};
 use crate::progress::Progress;
 use crate::stop::Stop;
 use crate::store::{Store, Upload};
@@ -29,9 +32,20 @@ pub(super) struct Uploads {
     pub(super) lineage: LineageId,
     pub(super) stop: Arc<Stop>,
     pub(super) progress: Arc<Progress>,
+    /// A pack is ended when it has grown past this.
+    pack_bytes: u64,
     /// Parts in memory at once, over all packs.
     parts: Arc<Semaphore>,
     tasks: Mutex<Vec<PackTask>>,
+    /// Every pack that was begun.
+    begun: Mutex<HashMap<PackId, ObjectType>>,
+    /// Those of them that the store has acknowledged.
+    stored: watch::Sender<Packs>,
+    /// Bytes of those that hold content of files.
+    content_bytes: AtomicU64,
+    /// The checkpoint on its way, and the last one that arrived; 0 when none has.
+    checkpoint: Mutex<Option<JoinHandle<()>>>,
+    last_checkpoint: AtomicU32,
 }
 
 enum Message {
@@ -47,18 +61,90 @@ impl Uploads {
         stop: Arc<Stop>,
         progress: Arc<Progress>,
         parts_max: usize,
+        pack_bytes: u64,
     ) -> Self {
-        let parts = Arc::new(Semaphore::new(parts_max));
-        Self { store, keys, lineage, stop, progress, parts, tasks: Mutex::default() }
+        Self {
+            store,
+            keys,
+            lineage,
+            stop,
+            progress,
+            pack_bytes,
+            parts: Arc::new(Semaphore::new(parts_max)),
+            tasks: Mutex::default(),
+            begun: Mutex::default(),
+            stored: watch::Sender::default(),
+            content_bytes: AtomicU64::default(),
+            checkpoint: Mutex::default(),
+            last_checkpoint: AtomicU32::default(),
+        }
+    }
+
+    /// Bytes of content that are stored.
+    pub(super) fn content_bytes(&self) -> u64 {
+        self.content_bytes.load(Ordering::Relaxed)
+    }
+
+    /// The packs of one type that were begun so far. Of content and metadata every one is stored in the end, or the backup fails.
+    pub(super) fn begun(&self, of: ObjectType) -> Vec<PackId> {
+        let begun = lock(&self.begun);
+        begun.iter().filter(|(_, kind)| **kind == of).map(|(pack, _)| *pack).collect()
+    }
+
+    /// Waits until these packs are stored. All that are by then.
+    pub(super) async fn once_stored(&self, packs: &[PackId]) -> Result<Packs, Error> {
+        let mut stored = self.stored.subscribe();
+        let all = stored.wait_for(|stored| packs.iter().all(|pack| stored.contains_key(pack)));
+        tokio::select! {
+            biased;
+            () = self.stop.token().cancelled() => Err(Error::Cancelled),
+            all = all => all.map(|stored| stored.clone()).map_err(|_| Error::Cancelled),
+        }
+    }
+
+    fn is_stored(&self, record: &PackRecord) {
+        if record.kind == ObjectType::Data {
+            self.content_bytes.fetch_add(record.size_bytes, Ordering::Relaxed);
+        }
+        self.stored.send_modify(|stored| {
+            stored.insert(record.id, record.clone());
+        });
+    }
+
+    pub(super) fn checkpointing(&self, task: JoinHandle<()>) {
+        *lock(&self.checkpoint) = Some(task);
+    }
+
+    /// Whether a checkpoint is on its way.
+    pub(super) fn is_checkpointing(&self) -> bool {
+        lock(&self.checkpoint).as_ref().is_some_and(|task| !task.is_finished())
+    }
+
+    /// Waits for the checkpoint on its way.
+    pub(super) async fn end_checkpointing(&self) {
+        let task = lock(&self.checkpoint).take();
+        if let Some(task) = task {
+            let _ = task.await;
+        }
+    }
+
+    pub(super) fn has_checkpoint(&self, number: u32) {
+        self.last_checkpoint.store(number, Ordering::Relaxed);
+    }
+
+    /// The number of the last checkpoint that arrived.
+    pub(super) fn last_checkpoint(&self) -> Option<u32> {
+        Some(self.last_checkpoint.load(Ordering::Relaxed)).filter(|number| *number > 0)
     }
 
     fn keep(&self, task: PackTask) {
-        self.tasks.lock().unwrap_or_else(PoisonError::into_inner).push(task);
+        lock(&self.tasks).push(task);
     }
 
-    /// Waits until every pack is stored or thrown away. The records of the stored ones, or the first failure.
+    /// Waits until every pack is stored or thrown away, and for the last checkpoint. The records of the stored ones, or the first
+    /// failure.
     pub(super) async fn settle(&self) -> Result<Vec<PackRecord>, Error> {
-        let tasks = std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));
+        let tasks = std::mem::take(&mut *lock(&self.tasks));
         let mut records = Vec::with_capacity(tasks.len());
         let mut failed = None;
         for task in tasks {
@@ -67,19 +153,25 @@ impl Uploads {
                 Err(error) => failed = failed.or(Some(error)),
             }
         }
-        match failed {
-            None => Ok(records),
-            Some(error) => {
-                self.stop.fail(error);
-                Err(self.stop.cause())
-            }
+        if let Some(error) = failed {
+            // Also a checkpoint that waits for what is not coming.
+            self.stop.fail(error);
+            self.end_checkpointing().await;
+            return Err(self.stop.cause());
         }
+        self.end_checkpointing().await;
+        Ok(records)
     }
 
     fn permit(&self) -> Result<OwnedSemaphorePermit, Error> {
         let parts = Arc::clone(&self.parts);
         self.stop.wait(async { parts.acquire_owned().await.map_err(|_| Error::Cancelled) })
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What these hold is valid between any two statements.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 pub(super) async fn joined(task: PackTask) -> Result<PackRecord, Error> {
@@ -89,7 +181,7 @@ pub(super) async fn joined(task: PackTask) -> Result<PackRecord, Error> {
 /// Fills packs of one type, one after the other.
 #[derive(Debug)]
 pub(super) struct PackStream {
-    uploads: Arc<Uploads>,
+    pub(super) uploads: Arc<Uploads>,
     kind: ObjectType,
     open: Option<OpenPack>,
 }
@@ -127,7 +219,7 @@ impl PackStream {
 
     /// Ends the pack when it has grown large enough.
     pub(super) fn roll(&mut self) -> Result<(), Error> {
-        if self.open.as_ref().is_some_and(|open| open.builder.is_full(PACK_BYTES)) {
+        if self.open.as_ref().is_some_and(|open| open.builder.is_full(self.uploads.pack_bytes)) {
             self.close()?;
         }
         Ok(())
@@ -176,10 +268,14 @@ impl OpenPack {
     fn begin(uploads: &Arc<Uploads>, kind: ObjectType) -> Result<Self, Error> {
         let builder = PackBuilder::new(&uploads.keys, uploads.lineage, kind, chance::random())?;
         let key = layout::pack(uploads.lineage, builder.id());
+        lock(&uploads.begun).insert(builder.id(), kind);
         let (sender, parts) = mpsc::channel(1);
         let shared = Arc::clone(uploads);
         let task = uploads.stop.runtime().spawn(async move {
             let stored = store_pack(&shared, &key, parts).await;
+            if let Ok(record) = &stored {
+                shared.is_stored(record);
+            }
             match stored {
                 // Everything has ended, or whoever filled this pack gave it up; he knows why, and is about to say so.
                 Err(Error::Cancelled) | Ok(_) => stored,
