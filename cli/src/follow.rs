@@ -194,18 +194,22 @@ pub(crate) fn report(view: &JobView, format: Output) {
 
 /// A backup in one line; of a logical one also what is not in it.
 pub(crate) fn backed_up(cluster: &ClusterName, done: &BackupOutcome, took_ms: i64) -> String {
-    let (size, stored) = (output::bytes(done.size_bytes), output::bytes(done.stored_bytes));
+    let (size, mut stored) = (output::bytes(done.size_bytes), output::bytes(done.stored_bytes));
+    stored.push_str(" stored");
+    if done.taken_over_bytes > 0 {
+        let bytes = output::bytes(done.taken_over_bytes);
+        stored.extend([", ", &bytes, " taken over from an interrupted backup"]);
+    }
     let (took, backup) = (output::duration(took_ms), done.backup);
     let Some(logical) = &done.logical else {
         let (files, read) = (output::count(done.files, "file"), output::bytes(done.read_bytes));
         return format!(
-            "Backed up {cluster} ({size}, {files}) in {took}: {read} read, {stored} stored; backup {backup}"
+            "Backed up {cluster} ({size}, {files}) in {took}: {read} read, {stored}; backup {backup}"
         );
     };
     let databases = output::count(logical.databases, "database");
-    let mut line = format!(
-        "Dumped {databases} of {cluster} ({size}) in {took}: {stored} stored; backup {backup}"
-    );
+    let mut line =
+        format!("Dumped {databases} of {cluster} ({size}) in {took}: {stored}; backup {backup}");
     for skipped in &logical.skipped {
         line.extend(["; not ", skipped.database.as_str(), ": ", &skipped.why]);
     }

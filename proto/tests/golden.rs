@@ -252,6 +252,8 @@ fn a_logical_backup_and_its_outcome() {
     golden("outcome.backup.pg_dump", &Outcome::Backup(outcome));
     let outcome = BackupOutcome { wal_to: Some(Lsn(0x0300_0000)), ..backup_outcome() };
     golden("outcome.backup.wal_to", &Outcome::Backup(outcome));
+    let outcome = BackupOutcome { taken_over_bytes: 1_200_000, ..backup_outcome() };
+    golden("outcome.backup.taken_over", &Outcome::Backup(outcome));
 }
 
 #[test]
@@ -281,6 +283,7 @@ fn backup_outcome() -> BackupOutcome {
         size_bytes: 31_000_000,
         read_bytes: 31_000_000,
         stored_bytes: 4_000_000,
+        taken_over_bytes: 0,
         wal_bytes: 16_777_216,
         bad_pages: 0,
         compared_with: None,

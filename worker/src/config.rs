@@ -117,6 +117,9 @@ pub struct BackupConfig {
     pub rate_limit_bytes: Option<u64>,
     /// How long counting rows for the census of a backup may take, seconds; 0 counts nothing (proofs then end at L4).
     pub census_s: u32,
+    /// How often a backup writes down what it has stored, seconds: so much work is lost at most when it is interrupted, or 3 %
+    /// of what was done, if that is more. It does so after every GiB, too. 0 means whenever something new is stored.
+    pub checkpoint_s: u32,
     /// How much WAL a backup may make the server keep, bytes, at least 64 MiB. A repository that takes WAL more slowly
     /// than the server writes it ends the backup here. Four segments are always allowed.
     pub wal_held_max_bytes: u64,
@@ -138,6 +141,7 @@ impl Default for BackupConfig {
             nice: 10,
             rate_limit_bytes: None,
             census_s: 600,
+            checkpoint_s: 60,
             wal_held_max_bytes: 64 << 30,
             wal_free_min_bytes: None,
             standby_lag_max_s: 3_600,

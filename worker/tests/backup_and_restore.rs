@@ -6,7 +6,7 @@
 mod house;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use house::{
@@ -181,6 +181,39 @@ async fn a_cancelled_backup_leaves_nothing_on_the_server_and_cannot_commit() {
     let attempts = repository.list_attempts(lineage).await.unwrap();
     assert_eq!(attempts.len(), 1);
     assert!(attempts[0].verdict.is_some() && attempts[0].backup().is_none());
+}
+
+/// It is stopped when nothing but its verdict is missing: the next attempt finds everything stored but what changed since.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_stopped_backup_had_stored_is_not_stored_again_and_the_outcome_says_so() {
+    let mut house =
+        House::new(15, InstanceOptions { fsync: false, ..InstanceOptions::default() }).await;
+    house.sql(DATA).await;
+    house.config.backup.checkpoint_s = 0;
+    let itself: Arc<OnceLock<JobContext>> = Arc::default();
+    let cx = {
+        let (spec, itself) = ((*house.cx().spec).clone(), Arc::clone(&itself));
+        JobContext::new(
+            spec,
+            Arc::new(move |step| {
+                if step.name == "commit" {
+                    let why = Failure::new(Code::Cancelled, Action::Abandon, "stopped by the test");
+                    itself.get().unwrap().stop(why);
+                }
+            }),
+        )
+    };
+    itself.set(cx.clone()).unwrap();
+    let failure = house.back_up_as(&cx).await.unwrap_err();
+    assert_eq!(failure.code, Code::Cancelled);
+    let done = house.back_up().await;
+    assert_eq!(done.compared_with, None);
+    assert!(done.taken_over_bytes > done.size_bytes / 2, "{done:?}");
+    // A segment of WAL, and what the server wrote between the two.
+    assert!(done.stored_bytes < done.taken_over_bytes / 8, "{done:?}");
+    let proof = house.prove(ProofLevel::L5).await;
+    assert!(proof.passed, "{:#?}", proof.checks);
+    assert_eq!(house.back_up().await.taken_over_bytes, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

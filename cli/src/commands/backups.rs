@@ -85,6 +85,10 @@ fn details(backup: &BackupView) -> String {
         format!("  bad pages    {}", facts.bad_pages),
         format!("  taken by     {} (job {})", backup.worker, backup.job),
     ];
+    if facts.taken_over_bytes > 0 {
+        let taken_over = output::bytes(facts.taken_over_bytes);
+        lines.push(format!("  taken over   {taken_over} from an interrupted backup"));
+    }
     if let Some(logical) = &facts.logical {
         let (major, minor) =
             (logical.client_version_num / 10_000, logical.client_version_num % 10_000);

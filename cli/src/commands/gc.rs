@@ -38,6 +38,8 @@ struct Collection {
     lineage: String,
     delete: Amount,
     keep: Amount,
+    /// What of that interrupted backups stored, for the next one.
+    left_behind: Amount,
     /// Of the WAL archive; `None` when there was no plan.
     wal: Option<WalPlan>,
     backups: Vec<Judged>,
@@ -57,6 +59,7 @@ impl Collection {
             lineage: lineage.to_string(),
             delete: Amount::default(),
             keep: Amount::default(),
+            left_behind: Amount::default(),
             wal: None,
             backups: Vec::new(),
             open: Vec::new(),
@@ -146,7 +149,7 @@ async fn collect(
     row: &mut Collection,
 ) -> Result<Exit, Failure> {
     let plan = repository.plan_collection(lineage, options).await?;
-    (row.delete, row.keep) = (plan.delete, plan.keep);
+    (row.delete, row.keep, row.left_behind) = (plan.delete, plan.keep, plan.left_behind);
     row.wal = Some(plan.wal.clone());
     row.backups.clone_from(&plan.backups);
     row.open.clone_from(&plan.open);
@@ -206,6 +209,10 @@ fn summary(rows: &[Collection], now_ms: i64) -> String {
                 list.run
             )
         }));
+        if row.left_behind.packs > 0 {
+            let left = amount(row.left_behind);
+            said.push(format!("{left} of an interrupted backup stay for the next one for a day"));
+        }
         let wal = row.wal.as_ref().filter(|wal| wal.delete.files > 0);
         let wal = wal.map_or_else(|| "-".to_owned(), |wal| repo::files(wal.delete));
         vec![row.cluster.clone(), amount(row.delete), wal, amount(row.keep), said.join("; ")]

@@ -498,6 +498,7 @@ fn backup_row(n: u8, at_ms: i64) -> backups::Backup {
         size_bytes: 1_000,
         read_bytes: 1_000,
         stored_bytes: 100,
+        taken_over_bytes: 0,
         wal_bytes: 16,
         bad_pages: 0,
         compared_with: None,

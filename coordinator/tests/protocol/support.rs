@@ -654,6 +654,7 @@ pub(crate) fn backup_outcome(attempt: AttemptId) -> Outcome {
         size_bytes: 1_000,
         read_bytes: 1_000,
         stored_bytes: 100,
+        taken_over_bytes: 0,
         wal_bytes: 16,
         bad_pages: 0,
         compared_with: None,

@@ -89,6 +89,9 @@ pub struct BackupOutcome {
     pub read_bytes: u64,
     /// Bytes that were new and are now in the repository, compressed and sealed.
     pub stored_bytes: u64,
+    /// Bytes that were read and not stored, because an attempt that was interrupted had stored them.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub taken_over_bytes: u64,
     /// Bytes of WAL stored with the backup, before compression.
     pub wal_bytes: u64,
     /// Pages that failed their checksum, stored as they are.
@@ -99,6 +102,11 @@ pub struct BackupOutcome {
     /// Of a logical backup, and of no other: what it holds. Positions are then where the server was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub logical: Option<LogicalOutcome>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 impl BackupOutcome {

@@ -152,6 +152,7 @@ async fn from_attempt(
                 step.figure("read_bytes", done.bytes_read);
                 step.figure("unread_bytes", done.bytes_skipped);
                 step.figure("stored_bytes", done.bytes_stored);
+                step.figure("taken_over_bytes", done.bytes_taken_over);
                 step.figure("vanished_files", done.vanished);
                 step.figure("silent_changes", done.silent_changes);
                 if done.silent_changes > 0 {
@@ -246,6 +247,7 @@ async fn from_attempt(
         size_bytes: summary.counts.bytes,
         read_bytes: progress.snapshot().bytes_read,
         stored_bytes: summary.counts.stored_bytes,
+        taken_over_bytes: progress.snapshot().bytes_taken_over,
         wal_bytes: wal.bytes(),
         bad_pages: found.bad_page_count,
         compared_with: summary.predecessor,

@@ -129,6 +129,7 @@ async fn from_attempt(
             step.figure("dropped_databases", dumps.lock().gone.len() as u64);
             step.figure("read_bytes", done.bytes_read);
             step.figure("stored_bytes", done.bytes_stored);
+            step.figure("taken_over_bytes", done.bytes_taken_over);
             Ok(())
         }
     })
@@ -160,6 +161,7 @@ async fn from_attempt(
         size_bytes: summary.counts.bytes,
         read_bytes: progress.snapshot().bytes_read,
         stored_bytes: summary.counts.stored_bytes,
+        taken_over_bytes: progress.snapshot().bytes_taken_over,
         wal_bytes: 0,
         bad_pages: 0,
         compared_with: summary.predecessor,
