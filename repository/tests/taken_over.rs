@@ -1,6 +1,6 @@
 //! What an interrupted backup had stored is taken over by the next one, as far as the files are still the same, whoever
 //! collects garbage meanwhile and whatever of it is damaged.
-#![expect(clippy::unwrap_used, clippy::panic, reason = "a test")]
+#![expect(clippy::unwrap_used, reason = "a test")]
 
 mod common;
 mod interrupted;

@@ -222,11 +222,6 @@ impl<'a> Assembler<'a> {
         self.finish_growing()?;
         self.cut()?;
         if self.checkpoints.as_ref().is_some_and(|checkpoints| checkpoints.are_due_at_the_end()) {
-            let uploads = Arc::clone(&self.writer.stream.uploads);
-            self.stop.wait(async {
-                uploads.end_checkpointing().await;
-                Ok(())
-            })?;
             self.checkpoint(true)?;
         }
         Ok(self.done)

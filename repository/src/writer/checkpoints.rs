@@ -86,9 +86,7 @@ impl Checkpoints {
             first,
             interrupted: self.interrupted.clone(),
         };
-        let uploads = Arc::clone(&self.uploads);
-        let task = uploads.stop.runtime().spawn(draft.store(Arc::clone(&uploads)));
-        self.uploads.checkpointing(task);
+        self.uploads.checkpointing(draft.store(Arc::clone(&self.uploads)));
     }
 }
 

@@ -111,8 +111,16 @@ impl Uploads {
         });
     }
 
-    pub(super) fn checkpointing(&self, task: JoinHandle<()>) {
-        *lock(&self.checkpoint) = Some(task);
+    /// Stores a checkpoint beside everything else, after the one before.
+    pub(super) fn checkpointing(&self, store: impl Future<Output = ()> + Send + 'static) {
+        let mut last = lock(&self.checkpoint);
+        let before = last.take();
+        *last = Some(self.stop.runtime().spawn(async move {
+            if let Some(before) = before {
+                let _ = before.await;
+            }
+            store.await;
+        }));
     }
 
     /// Whether a checkpoint is on its way.
@@ -121,7 +129,7 @@ impl Uploads {
     }
 
     /// Waits for the checkpoint on its way.
-    pub(super) async fn end_checkpointing(&self) {
+    async fn end_checkpointing(&self) {
         let task = lock(&self.checkpoint).take();
         if let Some(task) = task {
             let _ = task.await;
@@ -181,7 +189,7 @@ pub(super) async fn joined(task: PackTask) -> Result<PackRecord, Error> {
 /// Fills packs of one type, one after the other.
 #[derive(Debug)]
 pub(super) struct PackStream {
-    pub(super) uploads: Arc<Uploads>,
+    uploads: Arc<Uploads>,
     kind: ObjectType,
     open: Option<OpenPack>,
 }
