@@ -82,6 +82,9 @@ pub struct Stopped {
     pub tablespace_map: String,
     /// The server's clock when backup mode ended, Unix milliseconds.
     pub server_time_ms: i64,
+    /// Of a standby: it had replayed every transaction that its primary had committed by then, by the primary's clock, Unix
+    /// milliseconds.
+    pub replayed_to_ms: Option<i64>,
 }
 
 /// How a backup stands, see [`BackupSession::check`].
@@ -96,6 +99,9 @@ pub struct Standing {
     pub wal_status: String,
     /// The server's clock, Unix milliseconds.
     pub server_time_ms: i64,
+    /// Of a standby: when the newest transaction ended that it had replayed, or the checkpoint that it last restarted from was
+    /// written, Unix milliseconds by its primary's clock.
+    pub replayed_to_ms: Option<i64>,
 }
 
 impl Standing {
@@ -242,6 +248,7 @@ impl BackupSession {
                     current_lsn: position(LOOK, row.get("current_lsn"))?,
                     wal_status,
                     server_time_ms: row.get("server_time_ms"),
+                    replayed_to_ms: row.get("replayed_to_ms"),
                 })
             }
             _ => Err(lost("its replication slot is gone; an error in the session drops it")),
@@ -341,7 +348,7 @@ SELECT (pg_replication_slot_advance(slot_name, $2::text::pg_lsn)).end_lsn::text
         let named = position(what, row.get(0))?;
         self.stopped = true;
         // The server refuses the stop of a standby that was promoted, and no other change of timeline.
-        let Standing { current_lsn, server_time_ms, .. } = self.check().await?;
+        let Standing { current_lsn, server_time_ms, replayed_to_ms, .. } = self.check().await?;
         let backup_label: String = row.get(1);
         let began_on = format!("START TIMELINE: {}\n", self.started.timeline);
         if !backup_label.contains(&began_on) {
@@ -353,6 +360,7 @@ SELECT (pg_replication_slot_advance(slot_name, $2::text::pg_lsn)).end_lsn::text
             backup_label,
             tablespace_map: row.get::<_, Option<String>>(2).unwrap_or_default(),
             server_time_ms,
+            replayed_to_ms,
         })
     }
 
@@ -374,6 +382,7 @@ SELECT (pg_replication_slot_advance(slot_name, $2::text::pg_lsn)).end_lsn::text
 
 const LOOK: &str = "look after the backup";
 
+// What was replayed by then is asked before how far replay is.
 const CHECK: &str = "\
 -- pgmuster: look after a backup
 SELECT (SELECT (extract(epoch FROM backend_start) * 1000000)::int8 FROM pg_stat_activity WHERE pid = $2)
@@ -384,6 +393,10 @@ SELECT (SELECT (extract(epoch FROM backend_start) * 1000000)::int8 FROM pg_stat_
                                              FROM pg_control_checkpoint(), pg_control_recovery())
             ELSE ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int4
        END AS timeline,
+       CASE WHEN pg_is_in_recovery() THEN
+           (SELECT floor(extract(epoch FROM greatest(pg_last_xact_replay_timestamp(), checkpoint_time)) * 1000)::int8
+              FROM pg_control_checkpoint())
+       END AS replayed_to_ms,
        CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_flush_lsn() END::text
            AS current_lsn,
        (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS server_time_ms,

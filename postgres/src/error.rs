@@ -291,6 +291,16 @@ pub enum Error {
         /// The last lines of its log.
         output: String,
     },
+    /// A restored copy was whole, and could not be taken to a moment behind the end of its backup.
+    #[error("replay WAL behind the backup: {what}: {output}")]
+    Replay {
+        /// What happened.
+        what: String,
+        /// The last lines of its log.
+        output: String,
+        /// It replayed all that there was, and did not meet the moment.
+        is_missed: bool,
+    },
     /// A restored server came to another place than the one that was wanted, or to none.
     #[error("recover to the moment: {what}: {output}")]
     RecoveryMissed {
@@ -609,6 +619,12 @@ impl From<Error> for Failure {
                 Code::SandboxFailed,
                 Action::FixData,
                 "The lines are from the log of the restored server; keep older backups until the cause is found.",
+            ),
+            Error::Replay { .. } => told(
+                Code::SandboxFailed,
+                Action::FixData,
+                "The lines are from the log of the restored server. The backup itself was whole by then: take a new one, which needs \
+                 none of that WAL, and keep the older ones.",
             ),
             Error::RecoveryMissed { .. } => told(
                 Code::RecoveryTargetMissed,

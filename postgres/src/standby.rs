@@ -32,6 +32,17 @@ pub async fn lag_s(session: &Session) -> Result<u64> {
     Ok(u64::try_from(seconds).unwrap_or(0))
 }
 
+const REPLAYED_TO: &str = "\
+-- pgmuster: what is replayed
+SELECT floor(extract(epoch FROM greatest(pg_last_xact_replay_timestamp(), checkpoint_time)) * 1000)::int8
+  FROM pg_control_checkpoint()";
+
+/// A standby has replayed every transaction that its primary had committed by then, by the primary's clock, Unix milliseconds.
+pub async fn replayed_to_ms(session: &Session) -> Result<i64> {
+    let row = session.one("ask what the standby has replayed", REPLAYED_TO, &[]).await?;
+    Ok(row.get(0))
+}
+
 /// Refuses WAL of a server that has heard of a timeline after `timeline`: positions may mean other bytes there. A standby
 /// knows the history of a timeline before it replays anything of it, and keeps it in `pg_wal`. Blocking; reads names only.
 pub fn require_timeline(files: &dyn ServerFiles, timeline: Timeline) -> Result<()> {

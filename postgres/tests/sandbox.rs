@@ -323,14 +323,23 @@ async fn what_a_bad_copy_can_cause_is_not_blamed_on_the_machine() {
 async fn a_server_that_the_system_kills_does_not_blame_the_backup() {
     let (instance, directory) = with_rows(15).await;
     let rooms = directory.path().join("rooms");
-    // What a system does that is out of memory, and what a server does that stumbles over its data.
-    for (signal, by_machine) in [(Signal::KILL, true), (Signal::ABORT, false)] {
+    // What a system does that is out of memory, to whichever process it likes, and what a server does that stumbles over its
+    // data.
+    let cases = [
+        (Signal::KILL, false, true),
+        (Signal::KILL, true, true),
+        (Signal::ABORT, false, false),
+        (Signal::ABORT, true, false),
+    ];
+    for (signal, is_postmaster, by_machine) in cases {
         let (room, options) = copied(&instance, &rooms).await;
         let mut sandbox = Sandbox::boot(instance.binaries(), room, options).await.unwrap();
         assert!(sandbox.unfit().await.is_none(), "it runs");
         let copy = connect(&sandbox.url("postgres")).await;
         let backend: i32 = text(&copy, "SELECT pg_backend_pid()").await.parse().unwrap();
-        kill_process(Pid::from_raw(backend).unwrap(), signal).unwrap();
+        let postmaster = i32::try_from(sandbox.pid().unwrap()).unwrap();
+        let killed = if is_postmaster { postmaster } else { backend };
+        kill_process(Pid::from_raw(killed).unwrap(), signal).unwrap();
         match sandbox.unfit().await {
             Some(Error::SandboxUnfit { evidence, .. }) if by_machine => {
                 assert!(evidence.contains("signal 9"), "{evidence}");
@@ -364,6 +373,30 @@ async fn a_room_that_was_half_removed_is_found_by_the_next_sweep() {
     }
     assert_eq!(sweep(&rooms).unwrap(), [Swept { path: path.clone(), n_processes: 0 }]);
     assert!(!path.exists());
+}
+
+/// Of a room whose path is long the sockets lie elsewhere.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sweep_finds_the_sockets_of_a_room_wherever_they_are() {
+    let directory = tempfile::tempdir().unwrap();
+    let rooms = directory.path().join("r".repeat(120));
+    let room = SandboxRoom::create(&rooms, "proof", None).await.unwrap();
+    let socket = room.service_socket();
+    let sockets = socket.parent().unwrap().to_owned();
+    assert!(sockets.starts_with("/tmp") && !sockets.starts_with(&rooms), "{}", sockets.display());
+    let owner = std::fs::read(room.path().join("owner")).unwrap();
+    let path = room.path().to_owned();
+    drop(room);
+    assert!(!path.exists() && !sockets.exists());
+    // The same as a process leaves it that is killed.
+    std::fs::create_dir_all(&path).unwrap();
+    std::fs::write(path.join("owner"), owner).unwrap();
+    std::fs::create_dir(&sockets).unwrap();
+    for left in [socket, sockets.join(".s.PGSQL.5432")] {
+        drop(std::os::unix::net::UnixListener::bind(left).unwrap());
+    }
+    assert_eq!(sweep(&rooms).unwrap(), [Swept { path: path.clone(), n_processes: 0 }]);
+    assert!(!path.exists() && !sockets.exists(), "{}", sockets.display());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -35,6 +35,7 @@ use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Component, Path, PathBuf};
+use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use proto::backup::Setting;
@@ -63,8 +64,12 @@ pub use empty::EmptyOptions;
 
 /// Says in a room that it is one, and whose; locked while its owner lives.
 const OWNER_FILE: &str = "owner";
+/// The socket of whoever hands files to the room's server.
+const SERVICE_SOCKET: &str = "wal.sock";
 /// First line of a room's owner file: what does not begin so is never removed.
 const OWNER_MARK: &str = "pgmuster sandbox";
+/// What a server says when it has replayed to the end of its backup.
+const CONSISTENT: &str = "consistent recovery state reached";
 /// Between two looks at a booting server.
 const BOOT_POLL: Duration = Duration::from_millis(20);
 /// How long a sandbox may take to end at once; what is left then is killed.
@@ -228,6 +233,11 @@ impl SandboxRoom {
     /// Below here, in a directory for each OID, tablespaces must be restored to.
     pub fn tablespaces(&self) -> PathBuf {
         self.path.join("tablespaces")
+    }
+
+    /// Where somebody may listen who hands WAL to the room's server.
+    pub fn service_socket(&self) -> PathBuf {
+        self.sockets.path.join(SERVICE_SOCKET)
     }
 
     /// The server's log.
@@ -403,10 +413,14 @@ impl Sandbox {
                 let replay_end = replay_end_of(&room)?;
                 role = boot.superuser().await?;
                 (server, _) = boot.start().await?;
-                let answer = boot.ask(&role).await.map_err(|error| boot.failed(error.text()))?;
+                let answer = match boot.ask(&role).await {
+                    Ok(answer) => answer,
+                    Err(error) => return Err(boot.gave_no_answer(&mut server, error).await),
+                };
                 Answer { replay_end: Some(replay_end), ..answer }
             }
-            other => other.map_err(|error| boot.failed(error.text()))?,
+            Ok(answer) => answer,
+            Err(error) => return Err(boot.gave_no_answer(&mut server, error).await),
         };
         phases.open += ready.elapsed();
         let reached = answer.replay_end.unwrap_or(Lsn::INVALID);
@@ -484,7 +498,11 @@ impl Sandbox {
     /// processes, or took away what it needs. Then what checks found in it says nothing about the backup. `None` when it
     /// runs, or has died of its copy. Ask when a check failed: it waits two seconds for a server that is about to end.
     pub async fn unfit(&mut self) -> Option<Error> {
-        tokio::time::timeout(DEATH_PATIENCE, self.server.wait()).await.ok()?.ok()?;
+        let ended = tokio::time::timeout(DEATH_PATIENCE, self.server.wait()).await;
+        let status = ended.ok()?.ok()?;
+        if let Some(error) = killed(status) {
+            return Some(error);
+        }
         let Unfit { what, evidence } = unfit::died_unfit(&whole_log(&self.room.log_path())?)?;
         Some(Error::SandboxUnfit { what: what.to_owned(), evidence })
     }
@@ -545,8 +563,8 @@ pub fn sweep(root: &Path) -> Result<Vec<Swept>> {
         let n_processes = end_processes_in(&path);
         let sockets = text.lines().find_map(|line| line.strip_prefix("sockets "));
         if let Some(sockets) = sockets.map(Path::new).filter(|path| path.starts_with("/tmp/")) {
-            // Only what a server leaves there; a directory that holds more stays.
-            for name in [".s.PGSQL.5432", ".s.PGSQL.5432.lock"] {
+            // Only what a server leaves there, and who serves it; a directory that holds more stays.
+            for name in [".s.PGSQL.5432", ".s.PGSQL.5432.lock", SERVICE_SOCKET] {
                 let _ = std::fs::remove_file(sockets.join(name));
             }
             let _ = std::fs::remove_dir(sockets);
@@ -611,14 +629,8 @@ impl Boot<'_> {
             watch.look();
             let ended = server.ended();
             if let Some(status) = ended.map_err(|source| Error::io("watch", &pid_file, source))? {
-                return Err(match status.signal() {
-                    // Nobody but the system does that, for want of memory, or a person.
-                    Some(9) => Error::SandboxUnfit {
-                        what: unfit::KILLED.to_owned(),
-                        evidence: format!("it ended with {}", describe(status)),
-                    },
-                    _ => self.failed(format!("it ended with {}", describe(status))),
-                });
+                let what = format!("it ended with {}", describe(status));
+                return Err(killed(status).unwrap_or_else(|| self.failed(what)));
             }
             let status = server.pid().map(|pid| postmaster_status(&pid_file, pid));
             if status == Some(PostmasterStatus::Ready) {
@@ -752,11 +764,36 @@ impl Boot<'_> {
             .ok_or_else(|| self.failed("none of its superusers may log in".to_owned()))
     }
 
-    /// What happened, blamed on this machine or else on the copy by what stands in the server's log.
+    /// What is to be said when a server that had opened does not answer: it may have ended since.
+    async fn gave_no_answer(&self, server: &mut Running, error: AskError) -> Error {
+        let ended = tokio::time::timeout(DEATH_PATIENCE, server.wait()).await;
+        let killed = ended.ok().and_then(std::result::Result::ok).and_then(killed);
+        killed.unwrap_or_else(|| self.failed(error.text()))
+    }
+
+    /// What happened, blamed on this machine or else on the copy by what stands in the server's log; where the copy was whole by
+    /// then, on the WAL behind it.
     fn failed(&self, what: String) -> Error {
         let log_path = self.room.log_path();
-        blamed(what, whole_log(&log_path).as_deref(), || log_tail(&log_path))
+        let said = whole_log(&log_path);
+        let log = said.as_deref();
+        if self.options.beyond.is_some()
+            && let Some(log) = log.filter(|log| log.contains(CONSISTENT))
+            && unfit::unfit(log).is_none()
+        {
+            let is_missed = log.contains("recovery ended before configured recovery target");
+            return Error::Replay { what, output: log_tail(&log_path), is_missed };
+        }
+        blamed(what, log, || log_tail(&log_path))
     }
+}
+
+/// That nobody but the system, or a person, ended a server: a server never does that to itself.
+fn killed(status: ExitStatus) -> Option<Error> {
+    (status.signal() == Some(Signal::KILL.as_raw())).then(|| Error::SandboxUnfit {
+        what: unfit::KILLED.to_owned(),
+        evidence: format!("it ended with {}", describe(status)),
+    })
 }
 
 /// `said` is all that the server or program said; when it is not there from its beginning, what went wrong first may be
@@ -1148,8 +1185,7 @@ struct LogWatch {
 impl LogWatch {
     fn new(path: &Path, goes_beyond: bool) -> Result<Self> {
         let failed = |source| Error::io("read", path, source);
-        let end_words =
-            if goes_beyond { "redo done at" } else { "consistent recovery state reached" };
+        let end_words = if goes_beyond { "redo done at" } else { CONSISTENT };
         let mut log = File::open(path).map_err(failed)?;
         log.seek(SeekFrom::End(0)).map_err(failed)?;
         let begun = Instant::now();
