@@ -2,10 +2,11 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use policy::broken::in_the_way;
 use policy::fleet::{counted, fleet_sentence};
-use policy::reach::{BackupEnd, wal_beyond};
-use policy::recoverable::{RecoveryPoint, Source, furthest};
-use policy::recovery_time::{Measured, RecoveryTime, Work, recovery_time};
+use policy::reach::BackupEnd;
+use policy::recoverable::{Reach, RecoveryPoint, Source};
+use policy::recovery_time::{Begins, Measured, RecoveryTime, recovery_time};
 use policy::state::{BackupFact, ClusterFacts, Judgement, Objectives, judge_cluster};
 use proto::failure::{Action, Code, Failure};
 use proto::job::{JobKind, JobState, Task};
@@ -14,7 +15,7 @@ use proto::{BackupId, BackupKind, ClusterName};
 
 use crate::api::types::{BackupView, ClusterView, ProofView, StatusView};
 use crate::api::view;
-use crate::catalog::backups::{self, Backup, ProofRow, Shown};
+use crate::catalog::backups::{self, Backup, ProofRow, Shown, Worth};
 use crate::catalog::clusters::{self, Cluster};
 use crate::catalog::jobs::{self, Job};
 use crate::catalog::workers::{self, Worker};
@@ -44,16 +45,19 @@ async fn look(core: &Core, only: Option<&ClusterName>) -> Result<Vec<Known>> {
         Some(name) => clusters::get(&mut db, name).await?.into_iter().collect(),
         None => clusters::list(&mut db).await?,
     };
+    let named = only.map(ClusterName::as_str).unwrap_or_default();
+    let newest = backups::newest(&mut db, named).await?.into_iter();
     let mut newest: HashMap<ClusterName, Backup> =
-        backups::newest(&mut db).await?.into_iter().map(|b| (b.cluster.clone(), b)).collect();
+        newest.map(|backup| (backup.cluster.clone(), backup)).collect();
     let mut proofs: HashMap<BackupId, Vec<ProofRow>> = HashMap::new();
-    for row in backups::newest_proofs(&mut db).await? {
+    for row in backups::newest_proofs(&mut db, named).await? {
         proofs.entry(row.proof.backup).or_default().push(row);
     }
     let mut sources: HashMap<ClusterName, Vec<Backup>> = HashMap::new();
-    for backup in backups::sources(&mut db).await? {
+    for backup in backups::sources(&mut db, named).await? {
         sources.entry(backup.cluster.clone()).or_default().push(backup);
     }
+    let robbed = backups::robbed(&mut db).await?;
     let mut last_backup: BTreeMap<ClusterName, Job> = jobs::last_ended(&mut db, JobKind::Backup)
         .await?
         .into_iter()
@@ -72,20 +76,23 @@ async fn look(core: &Core, only: Option<&ClusterName>) -> Result<Vec<Known>> {
     for cluster in all {
         let backup = newest.remove(&cluster.name);
         let sources = sources.get(&cluster.name).map_or(&[][..], Vec::as_slice);
-        let newest_kind = backup.as_ref().map(|backup| backup.outcome.logical.is_some());
-        let same_kind = sources.iter().chain(&backup);
-        let same_kind =
-            same_kind.filter(|backup| Some(backup.outcome.logical.is_some()) == newest_kind);
-        let measured = same_kind.flat_map(|backup| {
-            let proofs = proofs.get(&backup.id).into_iter().flatten();
-            proofs.filter_map(|row| proofs::measured(&row.proof))
-        });
-        let measured: Vec<Measured> = measured.collect();
-        let time = backup.as_ref().and_then(|backup| time(&cluster, backup, &measured));
-        let reach = Reach::of(&cluster, sources, &proofs);
+        let of = |backup: &Backup| proofs.get(&backup.id).map_or(&[][..], Vec::as_slice);
+        let looked_at: BTreeMap<BackupId, &Backup> =
+            sources.iter().chain(&backup).map(|backup| (backup.id, backup)).collect();
+        let measured = looked_at.values().flat_map(|backup| of(backup));
+        let measured: Vec<Measured> =
+            measured.filter_map(|row| proofs::measured(&row.proof)).collect();
+        let wal = cluster.wal.as_ref();
+        let time =
+            backup.as_ref().and_then(|backup| recovery_time(&begins(backup), wal, &measured));
+        let recovered: Vec<Source> =
+            sources.iter().map(|backup| source(backup, of(backup))).collect();
+        let reach = Reach::of(&recovered, wal, &cluster.broken_wal);
         let proofs = backup.as_ref().and_then(|b| proofs.remove(&b.id)).unwrap_or_default();
         let last = last_backup.remove(&cluster.name);
-        let facts = facts(&cluster, backup.as_ref(), &proofs, last.as_ref(), reach, time);
+        let is_robbed = robbed.contains(&cluster.name);
+        let facts =
+            facts(&cluster, backup.as_ref(), &proofs, last.as_ref(), reach, time, is_robbed);
         let objectives = core.config.objectives.of(&cluster.name);
         let judgement = judge_cluster(&facts, &objectives, now_ms);
         let open = open.remove(&cluster.name).unwrap_or_default();
@@ -134,6 +141,7 @@ fn facts(
     last: Option<&Job>,
     reach: Reach,
     recovery_time: Option<RecoveryTime>,
+    is_robbed: bool,
 ) -> ClusterFacts {
     ClusterFacts {
         registered_at_ms: cluster.registered_at_ms,
@@ -141,7 +149,10 @@ fn facts(
         contact_since_ms: cluster.contact_since_at_ms,
         problem: problem(cluster),
         has_repository: cluster.repository.is_some(),
-        backup: backup.map(|backup| BackupFact { stopped_at_ms: backup.outcome.stopped_at_ms }),
+        backup: backup.map(|backup| BackupFact {
+            stopped_at_ms: backup.outcome.stopped_at_ms,
+            part_of: part_of(backup),
+        }),
         proofs: proofs::facts(proofs),
         backup_failure: last.filter(|job| speaks_against(job, backup)).map(|job| {
             job.failure.clone().unwrap_or_else(|| {
@@ -153,6 +164,10 @@ fn facts(
         recoverable: reach.proved,
         recovery_time,
         wal: cluster.wal.clone(),
+        broken_wal: backup
+            .and_then(backup_end)
+            .and_then(|end| in_the_way(&cluster.broken_wal, &end, cluster.wal.as_ref()).copied()),
+        is_robbed,
     }
 }
 
@@ -172,52 +187,36 @@ pub(crate) fn backup_end(backup: &Backup) -> Option<BackupEnd> {
     (outcome.kind() == BackupKind::Physical).then_some(BackupEnd {
         lineage: outcome.lineage,
         timeline: outcome.timeline,
+        start_lsn: outcome.start_lsn,
         stop_lsn: outcome.stop_lsn,
         wal_to: outcome.wal_to.unwrap_or(outcome.stop_lsn),
-        stopped_at_ms: outcome.stopped_at_ms,
+        stopped_at_ms: outcome.recovers_to_ms(),
     })
 }
 
-/// Up to when a cluster can be recovered.
-#[derive(Clone, Copy)]
-struct Reach {
-    /// From backups that are proved.
-    proved: Option<RecoveryPoint>,
-    /// From all that are not known to be bad.
-    on_paper: Option<RecoveryPoint>,
+/// How many databases a dump has that leaves out others.
+fn part_of(backup: &Backup) -> Option<u64> {
+    let databases = backup.outcome.logical.as_ref().map_or(0, |logical| logical.databases);
+    (backup.worth == Worth::Part).then_some(databases)
 }
 
-impl Reach {
-    fn of(
-        cluster: &Cluster,
-        sources: &[Backup],
-        proofs: &HashMap<BackupId, Vec<ProofRow>>,
-    ) -> Self {
-        let source = |backup: &Backup| Source {
-            // Each database of a dump is as it was when its own began.
-            stopped_at_ms: match backup.outcome.logical {
-                Some(_) => backup.outcome.started_at_ms,
-                None => backup.outcome.stopped_at_ms,
-            },
-            end: backup_end(backup),
-            replayed_to_ms: proofs.get(&backup.id).and_then(|rows| proofs::replayed_to_ms(rows)),
-        };
-        let wal = cluster.wal.as_ref();
-        let proved = sources.iter().filter(|backup| backup.shown == Shown::Proved).map(source);
-        let proved: Vec<Source> = proved.collect();
-        let all: Vec<Source> = sources.iter().map(source).collect();
-        Self { proved: furthest(&proved, wal), on_paper: furthest(&all, wal) }
+/// What a recovery can begin with, and what its proofs replayed.
+fn source(backup: &Backup, proofs: &[ProofRow]) -> Source {
+    let replays = proofs.iter().filter_map(|row| proofs::replay(&row.proof, backup));
+    Source {
+        recovers_to_ms: backup.outcome.recovers_to_ms(),
+        end: backup_end(backup),
+        replays: replays.collect(),
+        is_proved: backup.shown == Shown::Proved,
     }
 }
 
-/// How long a recovery would take now, from the newest backup and along the WAL that leads on from it.
-fn time(cluster: &Cluster, newest: &Backup, measured: &[Measured]) -> Option<RecoveryTime> {
-    let mut wal_bytes = backup_end(newest).map_or(0, |end| wal_beyond(&end, cluster.wal.as_ref()));
-    // Where the replay was measured apart, the backup's own WAL is not in the time of the start.
-    if measured.iter().max_by_key(|measured| measured.at_ms).is_some_and(|m| m.replayed.is_some()) {
-        wal_bytes += newest.outcome.stop_lsn.0.saturating_sub(newest.outcome.start_lsn.0);
+fn begins(backup: &Backup) -> Begins {
+    Begins {
+        kind: backup.outcome.kind(),
+        size_bytes: backup.outcome.size_bytes,
+        end: backup_end(backup),
     }
-    recovery_time(measured, Work { size_bytes: newest.outcome.size_bytes, wal_bytes })
 }
 
 /// What its worker says, or that another server answers under its name.
@@ -260,6 +259,7 @@ fn cluster_view(known: Known) -> ClusterView {
         rpo_objective_ms: objectives.recovery_point_max_ms,
         rto_objective_ms: objectives.recovery_time_max_ms,
         wal: cluster.wal,
+        broken_wal: cluster.broken_wal,
         archive,
         backup: backup.map(|backup| backup_view(backup, proofs::telling(&proofs).cloned())),
         open_jobs: open.into_iter().map(view::job_alone).collect(),
@@ -274,6 +274,7 @@ pub(crate) fn backup_view(backup: Backup, proof: Option<ProofRow>) -> BackupView
         job: backup.job,
         worker: backup.worker,
         facts: backup.outcome,
+        gone_at_ms: backup.gone_at_ms,
         proof: proof.map(proof_view),
     }
 }

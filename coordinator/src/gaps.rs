@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 
+use policy::broken::in_the_way;
 use policy::reach::needs_backup;
 use proto::job::{Backup, JobKind, JobState, Task};
 use proto::{ClusterName, ProofLevel};
@@ -56,22 +57,24 @@ struct Gap {
 
 async fn gaps(core: &Core) -> Result<Vec<Gap>> {
     let mut db = core.catalog.read().await?;
-    let newest = backups::newest(&mut db).await?.into_iter();
+    let newest = backups::newest(&mut db, "").await?.into_iter();
     let newest: HashMap<ClusterName, _> = newest
         .filter_map(|backup| Some((backup.cluster.clone(), (backup_end(&backup)?, backup.id))))
         .collect();
-    let proofs = backups::newest_proofs(&mut db).await?;
+    let proofs = backups::newest_proofs(&mut db, "").await?;
     let mut gaps = Vec::new();
     for cluster in clusters::list(&mut db).await? {
         let (Some(wal), Some((backup, id))) = (&cluster.wal, newest.get(&cluster.name)) else {
             continue;
         };
-        if !cluster.paused && needs_backup(backup, wal) {
+        // WAL that cannot be replayed is a gap, too.
+        let begins = match in_the_way(&cluster.broken_wal, backup, Some(wal)) {
+            Some(stretch) => Some((stretch.timeline, stretch.to)),
+            None => needs_backup(backup, wal).then_some((wal.timeline, wal.line_from)),
+        };
+        if let Some((timeline, from)) = begins.filter(|_| !cluster.paused) {
             let turn = core.now_ms() / AGAIN_MS;
-            let key = format!(
-                "gap/{}/{}/{}/{}/{turn}",
-                cluster.name, wal.lineage, wal.timeline, wal.line_from
-            );
+            let key = format!("gap/{}/{}/{timeline}/{from}/{turn}", cluster.name, wal.lineage);
             let of_it = proofs.iter().filter(|row| row.proof.backup == *id);
             let proof = of_it.map(|row| row.proof.level_asked).max();
             gaps.push(Gap { cluster: cluster.name, key, proof });

@@ -1,18 +1,24 @@
-//! What proofs show of their backups.
+//! What proofs show of their backups, and of archived WAL.
 
+use policy::broken::{self, BrokenStretch, Replay};
 use policy::recoverable::{is_found_bad, is_proved, standing_failure};
 use policy::recovery_time::{Measured, Replayed};
 use policy::state::ProofFact;
+use proto::BackupId;
 use proto::proof::{CheckOutcome, Proof, ProofLevel};
 
-use crate::catalog::backups::{ProofRow, Shown};
+use crate::catalog::backups::{self, Backup, ProofRow, Shown, Worth};
+use crate::catalog::clusters;
+use crate::catalog::{Catalog, Tx, jobs};
+use crate::error::Result;
 
-/// What a proof shows. One that fell short only because something could not be looked at, by no fault of the backup, shows what
-/// it did reach; when that is nothing, it shows nothing.
+/// What a proof shows of its backup. One that fell short only because something could not be looked at, by no fault of the backup,
+/// shows what it did reach, and so does one that archived WAL ended; when that is nothing, it shows nothing.
 pub(crate) fn fact(row: &ProofRow) -> Option<ProofFact> {
     let proof = &row.proof;
     let found_wrong = proof.checks.iter().any(|check| check.outcome == CheckOutcome::Failed);
-    let fell_short = !proof.passed && !found_wrong && !proof.checks.is_empty();
+    let could_not_look = !proof.passed && !found_wrong && !proof.checks.is_empty();
+    let fell_short = could_not_look || (!proof.passed && proof.broken_wal.is_some());
     let level = if fell_short { proof.level_reached? } else { proof.level_asked };
     Some(ProofFact {
         at_ms: proof.at_ms,
@@ -20,6 +26,7 @@ pub(crate) fn fact(row: &ProofRow) -> Option<ProofFact> {
         passed: proof.passed || fell_short,
         recovery_time_ms: proof.recovery_time_ms(),
         tables: proof.tables,
+        replayed_to: proof.recovery.as_ref().map(|recovery| recovery.reached_lsn),
     })
 }
 
@@ -54,6 +61,7 @@ pub(crate) fn measured(proof: &Proof) -> Option<Measured> {
         .map(|recovery| Replayed { bytes: recovery.replayed_bytes, duration_ms: replay_ms });
     let own_replay_ms = if replayed.is_some() { 0 } else { replay_ms };
     Some(Measured {
+        kind: proof.kind,
         at_ms: proof.at_ms,
         restored_bytes: proof.size_bytes,
         restore_ms: took("restore"),
@@ -62,11 +70,17 @@ pub(crate) fn measured(proof: &Proof) -> Option<Measured> {
     })
 }
 
-/// The last commit that a proof of one backup was seen to replay, Unix milliseconds.
-pub(crate) fn replayed_to_ms(rows: &[ProofRow]) -> Option<i64> {
-    let passed = rows.iter().filter(|row| row.proof.passed);
-    let commits = passed.filter_map(|row| row.proof.recovery.as_ref()?.last_commit);
-    commits.map(jiff::Timestamp::as_millisecond).max()
+/// The recovery along archived WAL that a proof of a backup was seen to end.
+pub(crate) fn replay(proof: &Proof, backup: &Backup) -> Option<Replay> {
+    let recovery = proof.recovery.as_ref().filter(|_| proof.passed)?;
+    Some(Replay {
+        lineage: proof.lineage,
+        timeline: recovery.timeline,
+        from: backup.outcome.start_lsn,
+        to: recovery.reached_lsn,
+        last_commit_ms: recovery.last_commit.map(|at| at.as_millisecond().min(proof.at_ms)),
+        at_ms: proof.at_ms,
+    })
 }
 
 /// The proof to show, of those of a backup, newest first: the newest that restored it, unless something was found wrong since.
@@ -80,12 +94,94 @@ pub(crate) fn telling(proofs: &[ProofRow]) -> Option<&ProofRow> {
     proofs.iter().find(restored).or(proofs.first())
 }
 
+/// Those of a backup's proofs of which a later one says all that they do.
+pub(crate) fn outdone(rows: &[ProofRow]) -> impl Iterator<Item = &ProofRow> {
+    rows.iter().filter(|row| rows.iter().any(|later| says_as_much(later, row)))
+}
+
+fn says_as_much(later: &ProofRow, row: &ProofRow) -> bool {
+    let what = |row: &ProofRow| {
+        let fact = fact(row).map(|fact| (fact.level, fact.passed));
+        let restored = row.proof.level_reached >= Some(ProofLevel::L3);
+        (fact, restored, row.proof.passed)
+    };
+    let is_along = match (&later.proof.recovery, &row.proof.recovery) {
+        (_, None) => true,
+        (None, Some(_)) => false,
+        (Some(later), Some(earlier)) => {
+            later.timeline == earlier.timeline
+                && later.reached_lsn >= earlier.reached_lsn
+                && later.replayed_bytes >= earlier.replayed_bytes
+        }
+    };
+    (later.proof.at_ms, later.id) > (row.proof.at_ms, row.id)
+        && what(later) == what(row)
+        && is_along
+}
+
+/// Writes what the proofs of a backup say of it now, and lets those rest that say nothing any more.
+async fn judge(tx: &mut Tx<'_>, backup: BackupId) -> Result<()> {
+    let rows = backups::telling_proofs(tx.db(), backup).await?;
+    for row in outdone(&rows) {
+        backups::tells_nothing(tx, row.id).await?;
+    }
+    backups::show(tx, backup, shown(&rows)).await
+}
+
+/// Takes in a proof of a cluster's backup: what it shows of the backup, and of the archived WAL behind it.
+pub(crate) async fn take_in(
+    tx: &mut Tx<'_>,
+    row: &ProofRow,
+    cluster: &proto::ClusterName,
+    now_ms: i64,
+) -> Result<()> {
+    let proof = &row.proof;
+    backups::put_proof(tx, row, cluster, now_ms).await?;
+    judge(tx, proof.backup).await?;
+    if proof.recovery.is_none() && proof.broken_wal.is_none() {
+        return Ok(());
+    }
+    let Some(known) = clusters::get(tx.db(), cluster).await? else { return Ok(()) };
+    let found = proof.broken_wal.as_ref().map(|broken| BrokenStretch {
+        lineage: proof.lineage,
+        timeline: broken.timeline,
+        from: broken.from,
+        to: broken.to,
+        at_ms: proof.at_ms,
+    });
+    let backup = backups::get(tx.db(), proof.backup).await?;
+    let replay = backup.and_then(|backup| replay(proof, &backup));
+    let broken = broken::after(known.broken_wal, found, replay.as_ref(), known.wal.as_ref());
+    clusters::wal_is_broken(tx, cluster, &broken).await
+}
+
+/// Judges every backup that an earlier program recorded.
+pub(crate) async fn judge_former(catalog: &Catalog) -> Result<()> {
+    let some = async || {
+        catalog
+            .transact("judge_former", |tx| {
+                Box::pin(async move {
+                    let some = backups::unjudged(tx.db()).await?;
+                    let is_over = some.is_empty();
+                    for Backup { id, job, outcome, .. } in some {
+                        let job = jobs::get(tx.db(), job).await?;
+                        let worth = Worth::of(&outcome, job.as_ref().map(|job| &job.task));
+                        backups::weigh(tx, id, worth).await?;
+                        judge(tx, id).await?;
+                    }
+                    Ok(is_over)
+                })
+            })
+            .await
+    };
+    while !some().await? {}
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
-    use proto::proof::{Phase, ProofCheck, ProofRecovery};
-    use proto::{
-        AttemptId, BackupId, BackupKind, JobId, LineageId, Lsn, SystemIdentifier, Timeline,
-    };
+    use proto::proof::{BrokenWal, Phase, ProofCheck, ProofRecovery};
+    use proto::{AttemptId, JobId, LineageId, Lsn, SystemIdentifier, Timeline};
 
     use super::*;
 
@@ -96,28 +192,14 @@ mod tests {
             outcome,
             detail: String::new(),
         };
+        let (lineage, worker) = (LineageId::mint(1, [1; 10]), "w1".parse().unwrap());
+        let (backup, cluster) = (BackupId::mint(1, [1; 10]), "orders".parse().unwrap());
         let proof = Proof {
-            backup: BackupId::mint(1, [1; 10]),
-            kind: BackupKind::Physical,
-            lineage: LineageId::mint(1, [1; 10]),
-            cluster: "orders".parse().unwrap(),
-            system_identifier: SystemIdentifier(1),
-            worker: "w1".parse().unwrap(),
             at_ms: 1,
-            level_asked: asked,
             level_reached: reached,
             passed: reached == Some(asked),
-            server_version_num: None,
-            reached_lsn: None,
-            phases: Vec::new(),
-            size_bytes: 0,
-            tables: 0,
-            rows: 0,
-            tables_exact: 0,
-            tables_bounded: 0,
             checks: vec![check],
-            isolation: String::new(),
-            recovery: None,
+            ..Proof::of(backup, lineage, cluster, SystemIdentifier(1), worker, asked)
         };
         ProofRow { id: AttemptId::mint(1, [1; 10]), job: JobId::mint(1, [1; 10]), proof }
     }
@@ -131,6 +213,66 @@ mod tests {
         assert_eq!(shows(&row(L5, Some(L4), Skipped)), Some((L4, true)), "no right to count");
         assert_eq!(shows(&row(L5, Some(L4), Failed)), Some((L5, false)), "it counted, and wrong");
         assert_eq!(shows(&row(L2, None, Skipped)), None);
+    }
+
+    #[test]
+    fn archived_wal_that_broke_is_held_against_no_backup() {
+        use CheckOutcome::Failed;
+        use ProofLevel::{L2, L4};
+        let mut broken = row(L4, Some(L2), Failed);
+        assert_eq!(shown(&[broken.clone()]), Shown::Bad);
+        broken.proof.broken_wal = Some(BrokenWal {
+            target: "the end of the WAL".to_owned(),
+            timeline: Timeline(1),
+            from: Lsn(5),
+            to: Lsn(6),
+        });
+        let shows = fact(&broken).map(|fact| (fact.level, fact.passed));
+        assert_eq!(shows, Some((L2, true)), "it was restored, and more is not known");
+        assert_eq!(shown(&[broken]), Shown::None);
+    }
+
+    #[test]
+    fn what_later_proofs_say_as_well_rests_and_nothing_else() {
+        use CheckOutcome::{Failed, Passed};
+        use ProofLevel::{L1, L4, L5};
+        let at = |at_ms: i64, mut row: ProofRow| {
+            row.id = AttemptId::mint(u64::try_from(at_ms).unwrap(), [1; 10]);
+            row.proof.at_ms = at_ms;
+            row
+        };
+        let along = |reached, replayed_bytes, mut row: ProofRow| {
+            row.proof.recovery = Some(ProofRecovery {
+                target: "the end of the WAL".to_owned(),
+                timeline: Timeline(1),
+                reached_lsn: Lsn(reached),
+                last_commit: None,
+                evidence: String::new(),
+                replayed_bytes,
+            });
+            row
+        };
+        let passed = || row(L5, Some(L5), Passed);
+        let rows = [
+            at(1, passed()),
+            at(2, passed()),
+            at(3, row(L4, Some(L4), Passed)),
+            at(4, row(L5, Some(L4), Failed)),
+            at(5, row(L5, Some(L1), Failed)),
+            at(6, along(900, 10, row(L4, Some(L4), Passed))),
+            at(7, along(500, 20, row(L4, Some(L4), Passed))),
+            at(8, along(800, 15, row(L4, Some(L4), Passed))),
+            at(9, along(800, 15, row(L4, Some(L4), Passed))),
+            at(10, row(L1, Some(L1), Passed)),
+        ];
+        let rests: Vec<i64> = outdone(&rows).map(|row| row.proof.at_ms).collect();
+        // The fourth restored it and the fifth did not; nothing came as far as the sixth or replayed as much as the seventh.
+        assert_eq!(rests, [1, 3, 8]);
+        let left: Vec<ProofRow> =
+            rows.iter().filter(|row| !rests.contains(&row.proof.at_ms)).cloned().collect();
+        assert_eq!(shown(&left), shown(&rows));
+        let ids = |rows: &[ProofRow]| telling(rows).map(|row| row.id);
+        assert_eq!(ids(&left), ids(&rows));
     }
 
     #[test]

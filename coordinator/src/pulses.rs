@@ -4,13 +4,14 @@
 //! that one ran, and the new one does not list, is lost at once.
 
 use proto::envelope::{Certificate, Signed};
-use proto::message::{Pulse, RunningAttempt};
+use proto::message::{Holdings, Pulse, RunningAttempt};
 use proto::topology;
+use proto::words::count;
 
 use crate::catalog::attempts::{self, Attempt, AttemptState};
 use crate::catalog::events::{self, Event};
 use crate::catalog::workers::{self, Life, Worker};
-use crate::catalog::{Tx, clusters, jobs};
+use crate::catalog::{Tx, backups, clusters, jobs};
 use crate::claims::NotTheSender;
 use crate::core::Core;
 use crate::error::Result;
@@ -19,6 +20,8 @@ use crate::settle::{Ending, Settled, end};
 
 /// How long an attempt that ended may still be listed.
 const WAY_OUT_MS: i64 = 30_000;
+/// How long a pulse may be on its way: it is short-lived.
+const ON_ITS_WAY_MS: i64 = 60_000;
 
 /// Takes in a batch of messages of the pulse queue. What is not believed is counted and left out.
 pub(crate) async fn handle(core: &Core, epoch: i64, bodies: &[&[u8]]) -> Result<()> {
@@ -144,7 +147,32 @@ async fn announce(tx: &mut Tx<'_>, pulse: &Pulse, worker: &Worker, now_ms: i64) 
     for standing in pulse.wal.iter().filter(|standing| served.contains(&&standing.cluster)) {
         clusters::archive_stands(tx, standing, pulse.at_ms, now_ms).await?;
     }
+    for holdings in pulse.holdings.iter().filter(|holdings| served.contains(&&holdings.cluster)) {
+        take_in(tx, pulse, holdings, now_ms).await?;
+    }
     Ok(())
+}
+
+/// Which backups a repository has. A message takes a while, so what was recorded shortly before it was looked, by our clock, may
+/// have come after.
+async fn take_in(tx: &mut Tx<'_>, pulse: &Pulse, holdings: &Holdings, now_ms: i64) -> Result<()> {
+    let age_ms = pulse.at_ms.saturating_sub(holdings.at_ms).max(0);
+    let seen_at_ms = now_ms.saturating_sub(age_ms).saturating_sub(ON_ITS_WAY_MS);
+    let gone = backups::held(tx, holdings, seen_at_ms, now_ms).await?;
+    let Some(first) = gone.first() else { return Ok(()) };
+    let (cluster, repository) = (&holdings.cluster, &holdings.repository);
+    let event = Event {
+        at_ms: now_ms,
+        name: "backups_gone".to_owned(),
+        cluster: Some(cluster.to_string()),
+        worker: Some(pulse.worker.to_string()),
+        message: format!(
+            "{} of {cluster} no longer in {repository}, or given up, {first} first",
+            count(gone.len() as u64, "backup")
+        ),
+        ..Event::default()
+    };
+    events::add(tx, &event).await
 }
 
 /// The worker restarted: what its former boot ran is gone, unless the new one says that it goes on with it.

@@ -10,7 +10,7 @@ use proto::{BackupId, JobId};
 use telemetry::{FinishedSpan, Kind, TraceContext, emit_span};
 
 use crate::catalog::attempts::{self, Attempt, AttemptState};
-use crate::catalog::backups::{self, Backup, ProofRow, Shown};
+use crate::catalog::backups::{self, Backup, ProofRow, Shown, Worth};
 use crate::catalog::events::{self, Event};
 use crate::catalog::jobs::{self, Job};
 use crate::catalog::{Tx, outbox};
@@ -238,14 +238,19 @@ async fn record(
     match outcome.as_deref() {
         Some(Outcome::Backup(facts)) if matches!(ending, Ending::Succeeded { .. }) => {
             let mut facts = facts.clone();
+            // A worker whose clock is ahead must not make anything seem safe that is not.
             facts.stopped_at_ms = facts.stopped_at_ms.min(now_ms);
+            facts.started_at_ms = facts.started_at_ms.min(facts.stopped_at_ms);
+            facts.holds_to_ms = facts.holds_to_ms.map(|ms| ms.min(facts.stopped_at_ms));
             let backup = Backup {
                 id: facts.backup,
                 job: job.id,
                 cluster: job.cluster.clone(),
                 worker,
+                worth: Worth::of(&facts, Some(&job.task)),
                 outcome: facts,
                 shown: Shown::None,
+                gone_at_ms: None,
             };
             backups::put(tx, &backup, now_ms).await
         }
@@ -254,10 +259,7 @@ async fn record(
             let mut proof = verified.proof.clone();
             proof.at_ms = proof.at_ms.min(now_ms);
             let row = ProofRow { id: attempt.id, job: job.id, proof };
-            let backup = row.proof.backup;
-            backups::put_proof(tx, &row, &job.cluster, now_ms).await?;
-            let all = backups::list_proofs(tx.db(), "", &backup.to_string(), i64::MAX).await?;
-            backups::show(tx, backup, proofs::shown(&all)).await
+            proofs::take_in(tx, &row, &job.cluster, now_ms).await
         }
         _ => Ok(()),
     }

@@ -3,6 +3,7 @@
 //! Everything here is a function of its arguments: no clock, no chance, no I/O, nothing async. Time comes in as
 //! milliseconds, chance as a number, and every answer carries a sentence a person can read.
 
+pub mod broken;
 pub mod fleet;
 pub mod lease;
 pub mod placement;

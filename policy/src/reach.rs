@@ -12,6 +12,8 @@ pub struct BackupEnd {
     pub lineage: LineageId,
     /// The timeline it was taken on.
     pub timeline: Timeline,
+    /// Where its WAL begins.
+    pub start_lsn: Lsn,
     /// Where recovery must get to.
     pub stop_lsn: Lsn,
     /// Where the WAL ends that it brought along, there or later.
@@ -149,6 +151,7 @@ mod tests {
         BackupEnd {
             lineage: lineage(1),
             timeline: Timeline(1),
+            start_lsn: Lsn(stop.saturating_sub(10)),
             stop_lsn: Lsn(stop),
             wal_to: Lsn(stop),
             stopped_at_ms: 1_000,

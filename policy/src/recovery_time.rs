@@ -4,11 +4,17 @@
 //! A proof of a backup alone shows how fast files are restored and a server starts. How fast WAL comes out of the archive and is
 //! replayed shows only a recovery that went along it; the little WAL that a backup brings along says nothing of that.
 
+use proto::BackupKind;
+use proto::message::WalStanding;
 use serde::{Deserialize, Serialize};
+
+use crate::reach::{BackupEnd, wal_beyond};
 
 /// What one proof measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Measured {
+    /// Of what: files are restored, a dump is loaded.
+    pub kind: BackupKind,
     /// When it ended, Unix milliseconds.
     pub at_ms: i64,
     /// Bytes of files that were restored.
@@ -30,13 +36,24 @@ pub struct Replayed {
     pub duration_ms: u64,
 }
 
+/// The backup that a recovery would begin with now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Begins {
+    /// What it is.
+    pub kind: BackupKind,
+    /// Bytes that a restore of it writes.
+    pub size_bytes: u64,
+    /// Where WAL leads on from it; `None` of a dump.
+    pub end: Option<BackupEnd>,
+}
+
 /// What a recovery would have to do now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Work {
+struct Work {
     /// Bytes that a restore of the newest backup writes.
-    pub size_bytes: u64,
+    size_bytes: u64,
     /// Bytes of WAL that lead on from it.
-    pub wal_bytes: u64,
+    wal_bytes: u64,
 }
 
 /// How long a recovery would take now.
@@ -69,9 +86,27 @@ impl RecoveryTime {
     }
 }
 
+/// How long a recovery would take now that begins with a backup and goes along the WAL that leads on from it, by what proofs of
+/// the cluster measured. What was measured of the other kind of backup says nothing of this one.
+pub fn recovery_time(
+    begins: &Begins,
+    wal: Option<&WalStanding>,
+    measured: &[Measured],
+) -> Option<RecoveryTime> {
+    let of_kind = measured.iter().filter(|one| one.kind == begins.kind);
+    let of_kind: Vec<Measured> = of_kind.copied().collect();
+    let newest = of_kind.iter().max_by_key(|one| one.at_ms)?;
+    let mut wal_bytes = begins.end.map_or(0, |end| wal_beyond(&end, wal));
+    // Where the replay was measured apart, the backup's own WAL is not in the time of the start.
+    if newest.replayed.is_some() {
+        wal_bytes += begins.end.map_or(0, |end| end.stop_lsn.0.saturating_sub(end.start_lsn.0));
+    }
+    put_together(&of_kind, Work { size_bytes: begins.size_bytes, wal_bytes })
+}
+
 /// Puts together what was measured: files as fast as the newest proof restored them, and WAL as fast as the recovery that
 /// replayed most of it, because a short one is mostly its own beginning. `None` when nothing was measured.
-pub fn recovery_time(measured: &[Measured], work: Work) -> Option<RecoveryTime> {
+fn put_together(measured: &[Measured], work: Work) -> Option<RecoveryTime> {
     let restored = measured.iter().filter(|one| one.restored_bytes > 0);
     let newest = restored.max_by_key(|one| one.at_ms)?;
     let replays = measured.iter().filter_map(|one| Some((one.replayed?, one.at_ms)));
@@ -102,7 +137,14 @@ mod tests {
 
     /// A restore of 1 GiB in 10 s.
     fn measured(at_ms: i64) -> Measured {
-        Measured { at_ms, restored_bytes: GIB, restore_ms: 10_000, start_ms: 2_000, replayed: None }
+        Measured {
+            kind: BackupKind::Physical,
+            at_ms,
+            restored_bytes: GIB,
+            restore_ms: 10_000,
+            start_ms: 2_000,
+            replayed: None,
+        }
     }
 
     fn replayed(bytes: u64, duration_ms: u64) -> Replayed {
@@ -110,7 +152,7 @@ mod tests {
     }
 
     fn time(measured: &[Measured], size_bytes: u64, wal_bytes: u64) -> Option<RecoveryTime> {
-        recovery_time(measured, Work { size_bytes, wal_bytes })
+        put_together(measured, Work { size_bytes, wal_bytes })
     }
 
     #[test]
@@ -148,5 +190,37 @@ mod tests {
         assert_eq!(found.replay_ms, Some(5_000), "better than nothing");
         let none = Measured { replayed: Some(replayed(0, 500)), ..measured(9) };
         assert_eq!(time(&[none], GIB, 10_000).unwrap().replay_ms, None);
+    }
+
+    #[test]
+    fn what_one_kind_of_backup_takes_says_nothing_of_the_other() {
+        let begins = |kind| Begins { kind, size_bytes: GIB, end: None };
+        let dump = Measured { kind: BackupKind::Logical, restore_ms: 90_000, ..measured(9) };
+        let total = |kind, measured: &[Measured]| {
+            recovery_time(&begins(kind), None, measured).and_then(|time| time.total_ms())
+        };
+        let both = [measured(1), dump];
+        assert_eq!(total(BackupKind::Physical, &both), Some(12_000), "though the dump is newer");
+        assert_eq!(total(BackupKind::Logical, &both), Some(92_000));
+        assert_eq!(total(BackupKind::Physical, &[dump]), None, "that was not measured");
+    }
+
+    #[test]
+    fn where_replay_was_measured_apart_the_backups_own_wal_is_replayed_too() {
+        let end = BackupEnd {
+            lineage: proto::LineageId::mint(1, [1; 10]),
+            timeline: proto::Timeline(1),
+            start_lsn: proto::Lsn(1_000),
+            stop_lsn: proto::Lsn(3_000),
+            wal_to: proto::Lsn(3_000),
+            stopped_at_ms: 1,
+        };
+        let begins = Begins { kind: BackupKind::Physical, size_bytes: GIB, end: Some(end) };
+        let wal_bytes = |measured: &[Measured]| {
+            recovery_time(&begins, None, measured).map(|time| time.wal_bytes)
+        };
+        let along = Measured { replayed: Some(replayed(GIB, 60_000)), ..measured(1) };
+        assert_eq!(wal_bytes(&[along]), Some(2_000));
+        assert_eq!(wal_bytes(&[along, measured(2)]), Some(0), "it is in the time of the start");
     }
 }

@@ -5,11 +5,12 @@
 use std::fmt;
 use std::str::FromStr;
 
-use proto::ProofLevel;
 use proto::failure::Failure;
 use proto::message::WalStanding;
+use proto::{Lsn, ProofLevel};
 use serde::{Deserialize, Serialize};
 
+use crate::broken::BrokenStretch;
 use crate::reach::{BackupEnd, archive_silence, archive_trouble};
 use crate::recoverable::{RecoveryPoint, standing_failure};
 use crate::recovery_time::RecoveryTime;
@@ -127,6 +128,8 @@ impl Default for Objectives {
 pub struct BackupFact {
     /// What a restore of it brings back, Unix milliseconds.
     pub stopped_at_ms: i64,
+    /// How many databases are in it, where it is a dump that leaves out others: it is no backup of the cluster then.
+    pub part_of: Option<u64>,
 }
 
 /// A proof of that backup.
@@ -142,6 +145,8 @@ pub struct ProofFact {
     pub recovery_time_ms: u64,
     /// User tables seen.
     pub tables: u64,
+    /// How far it replayed archived WAL behind the end of the backup; `None` when it did not.
+    pub replayed_to: Option<Lsn>,
 }
 
 /// What is known of a cluster.
@@ -159,7 +164,7 @@ pub struct ClusterFacts {
     pub has_repository: bool,
     /// The newest backup.
     pub backup: Option<BackupFact>,
-    /// All proofs of the newest backup, in any order.
+    /// Proofs of the newest backup, in any order: all that say anything which later ones do not.
     pub proofs: Vec<ProofFact>,
     /// The failure of the newest backup job that ended, when it did not succeed.
     pub backup_failure: Option<Failure>,
@@ -171,6 +176,10 @@ pub struct ClusterFacts {
     pub recovery_time: Option<RecoveryTime>,
     /// How the archive of its WAL stands, where it archives into its repository.
     pub wal: Option<WalStanding>,
+    /// Archived WAL that a recovery from the newest backup cannot get past, as a proof found.
+    pub broken_wal: Option<BrokenStretch>,
+    /// It had backups, and its repository has none of them any more.
+    pub is_robbed: bool,
 }
 
 /// A state and the sentence that explains it.
@@ -219,6 +228,13 @@ pub fn judge_cluster(facts: &ClusterFacts, objectives: &Objectives, now_ms: i64)
     }
     if let Some(problem) = &facts.problem {
         return Judgement::new(AtRisk, format!("it cannot be backed up now: {problem}"));
+    }
+    if let Some(databases) = backup.part_of {
+        let what = count(databases, "database");
+        let reason = format!(
+            "its newest backup is a dump of {what} and leaves out others; there is none of the whole cluster"
+        );
+        return Judgement::new(AtRisk, reason);
     }
     if let Some(trouble) = trouble(facts, objectives, now_ms) {
         return Judgement::new(AtRisk, trouble);
@@ -301,6 +317,9 @@ pub(crate) fn trouble(
 /// A target that is certainly missed.
 fn broken(facts: &ClusterFacts, objectives: &Objectives, now_ms: i64) -> Option<String> {
     let Some(backup) = facts.backup else {
+        if facts.is_robbed {
+            return Some("its repository has none of its backups any more".to_owned());
+        }
         let failure = facts.backup_failure.as_ref()?;
         return Some(format!("there is no backup, and the last try failed: {failure}"));
     };
@@ -310,6 +329,14 @@ fn broken(facts: &ClusterFacts, objectives: &Objectives, now_ms: i64) -> Option<
         return Some(format!(
             "its newest backup failed its {} proof {ago} ago{reach}",
             failed.level
+        ));
+    }
+    if let Some(stretch) = facts.broken_wal {
+        let BrokenStretch { from, timeline, at_ms, .. } = stretch;
+        let ago = span(now_ms.saturating_sub(at_ms));
+        let reach = proved_reach(facts, now_ms);
+        return Some(format!(
+            "archived WAL at {from} of timeline {timeline} could not be replayed in a proof {ago} ago{reach}; a new backup begins behind it"
         ));
     }
     let age = now_ms.saturating_sub(backup.stopped_at_ms);
@@ -338,7 +365,7 @@ fn seconds(ms: u64) -> String {
 mod tests {
     use proptest::prelude::*;
     use proto::failure::{Action, Code};
-    use proto::{LineageId, Lsn, Timeline};
+    use proto::{LineageId, Timeline};
 
     use super::*;
 
@@ -350,7 +377,24 @@ mod tests {
     }
 
     fn proof(age_ms: i64, level: ProofLevel, passed: bool) -> ProofFact {
-        ProofFact { at_ms: NOW - age_ms, level, passed, recovery_time_ms: 31_400, tables: 212 }
+        ProofFact {
+            at_ms: NOW - age_ms,
+            level,
+            passed,
+            recovery_time_ms: 31_400,
+            tables: 212,
+            replayed_to: None,
+        }
+    }
+
+    fn broken_stretch() -> BrokenStretch {
+        BrokenStretch {
+            lineage: LineageId::mint(1, [1; 10]),
+            timeline: Timeline(1),
+            from: Lsn(500),
+            to: Lsn(600),
+            at_ms: NOW - 3_000,
+        }
     }
 
     fn healthy() -> ClusterFacts {
@@ -360,13 +404,15 @@ mod tests {
             contact_since_ms: Some(NOW - 10 * DAY),
             problem: None,
             has_repository: true,
-            backup: Some(BackupFact { stopped_at_ms: NOW - 2 * DAY }),
+            backup: Some(BackupFact { stopped_at_ms: NOW - 2 * DAY, part_of: None }),
             proofs: vec![proof(DAY, ProofLevel::L5, true)],
             backup_failure: None,
             backup_end: None,
             recoverable: Some(RecoveryPoint { at_ms: NOW - 2 * DAY, leads_on: true }),
             recovery_time: None,
             wal: None,
+            broken_wal: None,
+            is_robbed: false,
         }
     }
 
@@ -407,6 +453,21 @@ mod tests {
                 |f| f.proofs.push(proof(0, ProofLevel::L4, false)),
                 Broken,
                 "its newest backup failed its L4 proof 0 s ago: proved reach ends 2 d ago",
+            ),
+            (
+                |f| f.broken_wal = Some(broken_stretch()),
+                Broken,
+                "archived WAL at 0/1F4 of timeline 1 could not be replayed in a proof 3 s ago: proved reach ends 2 d ago; a new backup begins behind it",
+            ),
+            (
+                |f| (f.backup, f.is_robbed) = (None, true),
+                Broken,
+                "its repository has none of its backups any more",
+            ),
+            (
+                |f| f.backup = f.backup.map(|b| BackupFact { part_of: Some(2), ..b }),
+                AtRisk,
+                "its newest backup is a dump of 2 databases and leaves out others; there is none of the whole cluster",
             ),
             (
                 |f| f.backup_failure = Some(failure()),
@@ -452,7 +513,7 @@ mod tests {
         let objectives = Objectives { backup_age_max_ms: Some(DAY), ..Objectives::default() };
         let at = |age| {
             let mut facts = healthy();
-            facts.backup = Some(BackupFact { stopped_at_ms: NOW - age });
+            facts.backup = Some(BackupFact { stopped_at_ms: NOW - age, part_of: None });
             judge_cluster(&facts, &objectives, NOW).state
         };
         assert_eq!(at(DAY / 2), ClusterState::Proved);
@@ -488,6 +549,7 @@ mod tests {
         let end = |n| BackupEnd {
             lineage: lineage(n),
             timeline: Timeline(1),
+            start_lsn: Lsn(400),
             stop_lsn: Lsn(500),
             wal_to: Lsn(500),
             stopped_at_ms: NOW - 2 * DAY,
@@ -526,13 +588,15 @@ mod tests {
                 contact_since_ms: None,
                 problem: None,
                 has_repository: true,
-                backup: backup.map(|age| BackupFact { stopped_at_ms: NOW - age }),
+                backup: backup.map(|age| BackupFact { stopped_at_ms: NOW - age, part_of: None }),
                 proofs: proofs.iter().map(|(age, level, passed)| proof(*age, ProofLevel::from_number(*level).unwrap(), *passed)).collect(),
                 backup_failure: failed.then(failure),
                 backup_end: None,
                 recoverable: None,
                 recovery_time: None,
                 wal: None,
+                broken_wal: None,
+                is_robbed: false,
             };
             let objectives = Objectives::default();
             let judgement = judge_cluster(&facts, &objectives, NOW);

@@ -107,6 +107,9 @@ fn why(facts: &ClusterFacts, objectives: &Objectives, now_ms: i64) -> String {
     let is_proved = facts.proofs.iter().any(|proof| proof.passed);
     match () {
         () if facts.backup.is_none() => "no backup has been taken yet",
+        () if facts.backup.is_some_and(|backup| backup.part_of.is_some()) => {
+            "its newest backup is a dump that leaves out databases"
+        }
         () if leads_on => "what was committed since is in no archived segment",
         () if !is_proved => "its newest backup is not proved",
         () if facts.wal.is_none() => "its WAL is not archived",
@@ -162,13 +165,14 @@ mod tests {
             seen_at_ms: Some(NOW),
             contact_since_ms: Some(NOW - 10_000 * MINUTE),
             has_repository: true,
-            backup: Some(BackupFact { stopped_at_ms: NOW - 600 * MINUTE }),
+            backup: Some(BackupFact { stopped_at_ms: NOW - 600 * MINUTE, part_of: None }),
             proofs: vec![ProofFact {
                 at_ms: NOW - 500 * MINUTE,
                 level: ProofLevel::L5,
                 passed: true,
                 recovery_time_ms: 600_000,
                 tables: 3,
+                replayed_to: None,
             }],
             recoverable: Some(point(MINUTE, true)),
             recovery_time: Some(time(10, 0)),

@@ -120,6 +120,22 @@ pub struct Proof {
     /// The moment behind the backup to which archived WAL was replayed; absent when none was asked for, or it was not reached.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recovery: Option<ProofRecovery>,
+    /// Archived WAL on the way to that moment which could not be replayed. Then nothing is said against the backup alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub broken_wal: Option<BrokenWal>,
+}
+
+/// Archived WAL that a restored server could not replay.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BrokenWal {
+    /// Where the server was to go, for people.
+    pub target: String,
+    /// The timeline of the WAL.
+    pub timeline: Timeline,
+    /// A recovery that gets beyond this position has replayed it.
+    pub from: Lsn,
+    /// A backup that begins here or later does not need it.
+    pub to: Lsn,
 }
 
 /// A moment that a restored server was seen to reach along archived WAL.
@@ -141,6 +157,47 @@ pub struct ProofRecovery {
 }
 
 impl Proof {
+    /// A record in which nothing is shown yet, of a physical backup, with the level that was asked for.
+    pub fn of(
+        backup: BackupId,
+        lineage: LineageId,
+        cluster: ClusterName,
+        system_identifier: SystemIdentifier,
+        worker: WorkerName,
+        level_asked: ProofLevel,
+    ) -> Self {
+        Self {
+            backup,
+            kind: BackupKind::Physical,
+            lineage,
+            cluster,
+            system_identifier,
+            worker,
+            at_ms: 0,
+            level_asked,
+            level_reached: None,
+            passed: false,
+            server_version_num: None,
+            reached_lsn: None,
+            phases: Vec::new(),
+            size_bytes: 0,
+            tables: 0,
+            rows: 0,
+            tables_exact: 0,
+            tables_bounded: 0,
+            checks: Vec::new(),
+            isolation: String::new(),
+            recovery: None,
+            broken_wal: None,
+        }
+    }
+
+    /// The same when that level was reached.
+    #[must_use]
+    pub fn reached(self) -> Self {
+        Self { level_reached: Some(self.level_asked), passed: true, ..self }
+    }
+
     /// Milliseconds from the first byte fetched to a server that answers: the measured recovery time of a backup alone.
     pub fn recovery_time_ms(&self) -> u64 {
         self.phases.iter().filter(|p| p.counts_as_recovery).map(|p| p.duration_ms).sum()

@@ -17,11 +17,11 @@ use proto::job::{
 };
 use proto::message::{
     ArchiveSetup, Beacon, Cancel, Claim, ClaimMessage, ClusterOffer, Control, Decline,
-    DeclineReason, Denial, DenialReason, Grant, Nonce, Offers, Pulse, Report, ReportBody,
+    DeclineReason, Denial, DenialReason, Grant, Holdings, Nonce, Offers, Pulse, Report, ReportBody,
     RepositoryOffer, Revoked, RunningAttempt, Slots, Spec, Ticket, WalAncestor, WalStanding,
     WalWaiting,
 };
-use proto::proof::{CheckOutcome, Phase, ProofCheck};
+use proto::proof::{BrokenWal, CheckOutcome, Phase, ProofCheck};
 use proto::{
     Action, AttemptId, BackupId, BootId, Code, Failure, JobId, JobKind, Lane, LineageId, Lsn,
     Outcome, Progress, Proof, ProofLevel, Recovery, RecoveryTarget, Step, SystemIdentifier,
@@ -84,17 +84,10 @@ fn spec(task: Task) -> Spec {
 }
 
 fn proof() -> Proof {
+    let worker = "w1".parse().unwrap();
+    let cluster = "orders".parse().unwrap();
     Proof {
-        backup: backup_id(),
-        kind: proto::BackupKind::Physical,
-        lineage: lineage(),
-        cluster: "orders".parse().unwrap(),
-        system_identifier: SYSTEM,
-        worker: "w1".parse().unwrap(),
         at_ms: 1_700_000_100_000,
-        level_asked: ProofLevel::L5,
-        level_reached: Some(ProofLevel::L5),
-        passed: true,
         server_version_num: Some(150_018),
         reached_lsn: Some(Lsn(0x0300_0100)),
         phases: vec![Phase {
@@ -114,7 +107,7 @@ fn proof() -> Proof {
             detail: "14 tables".to_owned(),
         }],
         isolation: "network namespace".to_owned(),
-        recovery: None,
+        ..Proof::of(backup_id(), lineage(), cluster, SYSTEM, worker, ProofLevel::L5).reached()
     }
 }
 
@@ -245,6 +238,7 @@ fn a_logical_backup_and_its_outcome() {
             client_version_num: 150_019,
             databases: 3,
             role_passwords: false,
+            left_out: None,
             skipped: vec![skipped],
         }),
         ..backup_outcome()
@@ -279,6 +273,7 @@ fn backup_outcome() -> BackupOutcome {
         wal_to: None,
         started_at_ms: 1,
         stopped_at_ms: 2,
+        holds_to_ms: None,
         files: 1_000,
         size_bytes: 31_000_000,
         read_bytes: 31_000_000,
@@ -504,6 +499,7 @@ fn the_conversation() {
                 postgres_majors: vec![15, 18],
             }),
             wal: Vec::new(),
+            holdings: Vec::new(),
         },
     );
     golden(
@@ -540,8 +536,41 @@ fn the_conversation() {
                 }),
                 gap: Some("0000000A0000001500000000".parse().unwrap()),
             }],
+            holdings: Vec::new(),
         },
     );
+}
+
+#[test]
+fn what_was_added_for_what_is_proved() {
+    let from = Some(BackupId::mint(1_699_000_000_000, [7; 10]));
+    let holdings = Holdings {
+        cluster: "orders".parse().unwrap(),
+        repository: "s3://bucket/prefix".to_owned(),
+        system_identifier: SYSTEM,
+        at_ms: 1_700_000_000_000,
+        backups: vec![backup_id()],
+        from,
+    };
+    golden("holdings", &holdings);
+    let outcome = BackupOutcome { holds_to_ms: Some(1), ..backup_outcome() };
+    golden("outcome.backup.holds_to", &Outcome::Backup(outcome));
+    let logical = LogicalOutcome {
+        client_version_num: 150_019,
+        databases: 3,
+        role_passwords: true,
+        left_out: Some(2),
+        skipped: Vec::new(),
+    };
+    let outcome = BackupOutcome { logical: Some(logical), ..backup_outcome() };
+    golden("outcome.backup.left_out", &Outcome::Backup(outcome));
+    let broken = BrokenWal {
+        target: "the end of the WAL".to_owned(),
+        timeline: Timeline(10),
+        from: Lsn(0x15_0000_0000),
+        to: Lsn(0x15_0100_0000),
+    };
+    golden("proof.broken_wal", &Proof { broken_wal: Some(broken), ..proof() });
 }
 
 #[test]

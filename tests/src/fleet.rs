@@ -45,6 +45,8 @@ pub struct Fleet {
     workers: BTreeMap<String, Pgmuster>,
     /// How long a ticket lives, milliseconds.
     pub ticket_ms: u32,
+    /// Whether the coordinator orders a backup behind WAL that is missing, or cannot be replayed.
+    pub backup_behind_gaps: bool,
 }
 
 /// A worker as its configuration will say it.
@@ -89,8 +91,16 @@ impl Fleet {
             url => url.to_owned(),
         };
         let (amqp, workers) = (amqp.to_owned(), BTreeMap::new());
-        let fleet =
-            Self { place, amqp, catalog, repository, coordinator: None, workers, ticket_ms: 3_000 };
+        let fleet = Self {
+            place,
+            amqp,
+            catalog,
+            repository,
+            coordinator: None,
+            workers,
+            ticket_ms: 3_000,
+            backup_behind_gaps: true,
+        };
         fleet.write("signing.key", "AQIDBAUGBwgJCgsMDQ4PEBESExQVFhcYGRobHB0eHyA=\n")?;
         fleet.write("amqp.url", &fleet.amqp)?;
         fleet.write("s3.id", "AK")?;
@@ -151,9 +161,11 @@ impl Fleet {
             [jobs]
             retry_first_ms = 200
             retry_max_ms = 2000
+            backup_behind_gaps = {behind_gaps}
             "#,
             catalog = self.catalog,
             ticket_ms = self.ticket_ms,
+            behind_gaps = self.backup_behind_gaps,
         );
         let config = self.write("coordinator.toml", &config)?;
         self.coordinator = Some(Pgmuster::start(&["coordinator", "--config", text(&config)?])?);

@@ -1,6 +1,7 @@
 //! Proofs that go beyond the end of their backup, along archived WAL, to a moment that is chosen or left to chance; and restores to one,
 //! ordered over the queue.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
@@ -25,12 +26,37 @@ fn proof(fleet: &Fleet) -> anyhow::Result<Value> {
     Ok(orders(fleet)?["backup"]["proof"]["record"].clone())
 }
 
-/// Commits a row, ends the segment it is in, and waits until that is archived. Gives its name, and a moment before the commit.
-async fn archived_row(server: &Cluster) -> anyhow::Result<(String, String)> {
-    let text =
-        "SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')";
-    let before = server.text(text).await?;
-    server.run("INSERT INTO public.parts VALUES (1)").await?;
+/// A server whose segments are of 1 MiB, archived for each of these clusters as soon as it has a backup, and a coordinator.
+async fn archiving(clusters: &[&str]) -> anyhow::Result<(Cluster, Vhost, Fleet)> {
+    let settings = [("archive_mode", "on"), ("archive_command", "false"), ("autovacuum", "off")];
+    let options = InstanceOptions {
+        wal_segment_size_mb: Some(1),
+        settings: settings.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec(),
+        ..InstanceOptions::default()
+    };
+    let server = Cluster::start(15, options).await?;
+    let vhost = Vhost::create()?;
+    let mut fleet = Fleet::prepare(&vhost.url(), "", Place::Directory)?;
+    let (program, key) = (services::pgmuster()?, fleet.path("repository.key"));
+    let push = |cluster: &&str| {
+        format!(
+            "'{}' wal push \"%p\" --repository '{}' --key '{}' --cluster {cluster}",
+            program.display(),
+            fleet.repository_url(),
+            key.display()
+        )
+    };
+    let push = clusters.iter().map(push).collect::<Vec<_>>().join(" && ").replace('\'', "''");
+    server.run(&format!("ALTER SYSTEM SET archive_command = '{push}'")).await?;
+    server.run("SELECT pg_reload_conf()").await?;
+    // The stories say themselves when a backup is taken.
+    fleet.backup_behind_gaps = false;
+    fleet.start_coordinator()?;
+    Ok((server, vhost, fleet))
+}
+
+/// Ends the segment that the server writes, and waits until it is archived. Gives its name.
+async fn archived(server: &Cluster) -> anyhow::Result<String> {
     let segment = server.text("SELECT pg_walfile_name(pg_switch_wal())").await?;
     let archived =
         format!("SELECT count(*) FROM pg_stat_archiver WHERE last_archived_wal >= '{segment}'");
@@ -38,33 +64,22 @@ async fn archived_row(server: &Cluster) -> anyhow::Result<(String, String)> {
         Ok((server.number(&archived).await? > 0).then_some(()))
     })
     .await?;
-    Ok((segment, before))
+    Ok(segment)
 }
 
-/// A server that archives, and a coordinator.
-async fn archiving(vhost: &Vhost) -> anyhow::Result<(Cluster, Fleet)> {
-    let settings = [("archive_mode", "on"), ("archive_command", "false"), ("autovacuum", "off")];
-    let server = Cluster::start(
-        15,
-        InstanceOptions {
-            wal_segment_size_mb: Some(1),
-            settings: settings.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec(),
-            ..InstanceOptions::default()
-        },
-    )
-    .await?;
-    let mut fleet = Fleet::prepare(&vhost.url(), "", Place::Directory)?;
-    let push = format!(
-        "'{}' wal push \"%p\" --repository '{}' --key '{}' --cluster orders",
-        services::pgmuster()?.display(),
-        fleet.repository_url(),
-        fleet.path("repository.key").display()
-    );
-    let push = push.replace('\'', "''");
-    server.run(&format!("ALTER SYSTEM SET archive_command = '{push}'")).await?;
-    server.run("SELECT pg_reload_conf()").await?;
-    fleet.start_coordinator()?;
-    Ok((server, fleet))
+/// Commits a row, ends the segment it is in, and waits until that is archived. Gives its name, and a moment before the commit.
+async fn archived_row(server: &Cluster) -> anyhow::Result<(String, String)> {
+    let text =
+        "SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')";
+    let before = server.text(text).await?;
+    server.run("INSERT INTO public.parts VALUES (1)").await?;
+    Ok((archived(server).await?, before))
+}
+
+/// The same without any transaction.
+async fn goes_on(server: &Cluster) -> anyhow::Result<()> {
+    server.text("SELECT pg_logical_emit_message(false, 'story', 'goes on')::text").await?;
+    archived(server).await.map(drop)
 }
 
 /// What a proof says that was refused, or failed.
@@ -79,13 +94,12 @@ fn refused(fleet: &Fleet, arguments: &[&str], what: &str) -> anyhow::Result<()> 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_proof_goes_to_a_moment_and_says_when_wal_does_not_lead_there() -> anyhow::Result<()> {
-    let vhost = Vhost::create()?;
-    let (server, mut fleet) = archiving(&vhost).await?;
+    let (server, _vhost, mut fleet) = archiving(&["orders"]).await?;
     fleet.start_worker(&WorkerSetup::of("w1", "orders", server.url()))?;
     fleet.expect(&["backup", "orders", "--wait"])?;
     let (damaged, _) = archived_row(&server).await?;
     let (_, moment) = archived_row(&server).await?;
-    archived_row(&server).await?;
+    let (last, _) = archived_row(&server).await?;
 
     // A moment that was chosen: what was committed before it is there, and nothing else.
     let told = fleet.expect(&["verify", "orders", "--to", &moment, "--level", "4", "--wait"])?;
@@ -113,7 +127,35 @@ async fn a_proof_goes_to_a_moment_and_says_when_wal_does_not_lead_there() -> any
     // What cannot be reached is refused before anything is restored, and says nothing about the backup.
     refused(&fleet, &["--to", "F/0"], "RECOVERY_TARGET_UNREACHABLE")?;
     refused(&fleet, &["--to", "latest", "--level", "5"], "choose level 3 or 4")?;
-    // Nor does a tablespace that replay would make where it always was.
+
+    // A segment that is damaged on the way does not either: the backup alone is as good as before. But nothing leads beyond
+    // that segment, whichever backup it begins with.
+    let stopped = view["backup"]["facts"]["stopped_at_ms"].clone();
+    for (segment, to) in [(&damaged, moment.as_str()), (&last, "latest")] {
+        let lineage = view["backup"]["facts"]["lineage"].as_str().context("a lineage")?;
+        let object = format!("repository/lineages/{lineage}/wal/{}/{segment}", &segment[..8]);
+        let object = fleet.path(&object);
+        let whole = std::fs::read(&object)?;
+        replace(&object, &rotten(&whole))?;
+        refused(&fleet, &["--to", to], "PROOF_FAILED")?;
+        let failed = orders(&fleet)?;
+        let broken = &failed["broken_wal"][0];
+        let position = format!("0/{:X}", u64::from_str_radix(&segment[16..], 16)? << 20);
+        ensure!(failed["state"] == "BROKEN" && broken["from"] == position.as_str(), "{failed}");
+        let reach = &failed["recoverable_to_at_ms"];
+        ensure!(reach.as_i64() < view["recoverable_to_at_ms"].as_i64(), "{failed}");
+        // Of the newest segment it is known how far a proof came before.
+        ensure!(segment == &last || *reach == stopped, "{stopped}: {failed}");
+        // Nothing that does not go through it says otherwise.
+        fleet.expect(&["verify", "orders", "--level", "4", "--wait"])?;
+        ensure!(orders(&fleet)?["state"] == "BROKEN", "{}", orders(&fleet)?);
+        replace(&object, &whole)?;
+        fleet.expect(&["verify", "orders", "--to", to, "--wait"])?;
+        let mended = orders(&fleet)?;
+        ensure!(mended["state"] == "PROVED" && mended["broken_wal"].is_null(), "{mended}");
+    }
+
+    // Nor does a tablespace say anything that replay would make where it always was.
     let space = tempfile::tempdir()?;
     let place = space.path().display();
     server.run(&format!("CREATE TABLESPACE shelf LOCATION '{place}'")).await?;
@@ -123,20 +165,101 @@ async fn a_proof_goes_to_a_moment_and_says_when_wal_does_not_lead_there() -> any
     let left: Vec<_> = std::fs::read_dir(space.path())?.collect();
     ensure!(left.is_empty(), "the proof wrote outside its room: {left:?}");
     ensure!(orders(&fleet)?["state"] == "PROVED", "{}", orders(&fleet)?);
+    Ok(())
+}
 
-    // A segment that is damaged on the way does.
-    let lineage = view["backup"]["facts"]["lineage"].as_str().context("a lineage")?;
-    let object = format!("repository/lineages/{lineage}/wal/{}/{damaged}", &damaged[..8]);
-    let object = fleet.path(&object);
-    let mut bytes = std::fs::read(&object)?;
+/// The same with one bit that is not as it was.
+fn rotten(bytes: &[u8]) -> Vec<u8> {
+    let mut bytes = bytes.to_vec();
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
-    std::fs::remove_file(&object)?;
-    std::fs::write(&object, bytes)?;
-    refused(&fleet, &["--to", "latest"], "PROOF_FAILED")?;
+    bytes
+}
+
+fn replace(object: &Path, bytes: &[u8]) -> anyhow::Result<()> {
+    std::fs::remove_file(object)?;
+    Ok(std::fs::write(object, bytes)?)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_moment_for_which_nobody_could_look_blames_no_backup() -> anyhow::Result<()> {
+    let (server, _vhost, mut fleet) = archiving(&["orders"]).await?;
+    fleet.start_worker(&WorkerSetup::of("w1", "orders", server.url()))?;
+    fleet.expect(&["backup", "orders", "--wait"])?;
+    // Only the backup itself has its last segment, and in what follows no transaction ends: nobody can see whether one does
+    // after a moment.
     let view = orders(&fleet)?;
-    ensure!(view["state"] == "BROKEN", "{view}");
-    ensure!(view["recoverable_to_at_ms"].is_null(), "no other backup is proved: {view}");
+    let lineage = view["backup"]["facts"]["lineage"].as_str().context("a lineage")?;
+    let next = server.text("SELECT pg_walfile_name(pg_current_wal_lsn())").await?;
+    for _ in 0..2 {
+        goes_on(&server).await?;
+    }
+    let wal = fleet.path(&format!("repository/lineages/{lineage}/wal/{}", &next[..8]));
+    for entry in std::fs::read_dir(&wal)? {
+        let entry = entry?;
+        if *entry.file_name().to_string_lossy() < *next {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    refused(&fleet, &["--to", "2100-01-01T00:00:00Z"], "the target was not found")?;
+    let view = orders(&fleet)?;
+    ensure!(view["state"] == "TAKEN" && view["backup"]["proof"].is_null(), "{view}");
+    fleet.expect(&["verify", "orders", "--to", "latest", "--wait"])?;
+    ensure!(orders(&fleet)?["state"] == "PROVED", "{}", orders(&fleet)?);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_proofs_go_beyond_at_once_and_what_ends_them_leaves_nothing() -> anyhow::Result<()> {
+    let (server, _vhost, mut fleet) = archiving(&["orders", "twin"]).await?;
+    let go = fleet.path("go");
+    let w1 = WorkerSetup {
+        clusters: ["orders", "twin"].map(|name| (name, server.url())).to_vec(),
+        ..WorkerSetup::of("w1", "orders", server.url())
+    };
+    let held = w1.clone().failing_at(format!("boot=hold:{}", go.display()));
+    fleet.start_worker(&held)?;
+    for cluster in ["orders", "twin"] {
+        fleet.expect(&["backup", cluster, "--wait"])?;
+    }
+    goes_on(&server).await?;
+    let order = |cluster| fleet.order(&["verify", cluster, "--to", "latest"]);
+    let jobs = [order("orders")?, order("twin")?];
+    for job in jobs {
+        fleet.await_step(job, "boot")?;
+    }
+    let rooms: Vec<_> =
+        fleet.sandboxes()?.iter().map(|room| fleet.path("sandbox").join(room)).collect();
+    ensure!(rooms.len() == 2 && rooms.iter().all(|room| room.join("s/wal.sock").exists()));
+
+    // What a killed worker left is gone when its next life works, and that makes both proofs again.
+    fleet.worker("w1")?.kill()?;
+    fleet.start_worker(&held)?;
+    for job in jobs {
+        fleet.await_step(job, "boot")?;
+    }
+    eventually("the rooms of the killed worker to be gone", LATER, || {
+        Ok((!rooms.iter().any(|room| room.exists())).then_some(()))
+    })?;
+    std::fs::write(&go, "")?;
+    for job in jobs {
+        fleet.await_state(job, &["succeeded"], LATER)?;
+    }
+
+    // A store that goes when the server is about to ask for WAL ends the proof, and says nothing about the backup.
+    let before = proof(&fleet)?;
+    std::fs::remove_file(&go)?;
+    let job = fleet.order(&["verify", "orders", "--to", "latest"])?;
+    fleet.await_step(job, "boot")?;
+    let (there, away) = (fleet.path("repository"), fleet.path("away"));
+    std::fs::rename(&there, &away)?;
+    std::fs::write(&go, "")?;
+    let failed = fleet.await_state(job, &["failed"], LATER)?;
+    std::fs::rename(&away, &there)?;
+    ensure!(failed["failure"]["code"] != "PROOF_FAILED", "{failed}");
+    let view = orders(&fleet)?;
+    ensure!(view["state"] == "PROVED" && proof(&fleet)? == before, "{view}");
+    ensure!(view["broken_wal"].is_null() && fleet.sandboxes()?.is_empty(), "{view}");
     Ok(())
 }
 
@@ -168,8 +291,7 @@ fn arrived(reached: &Value, moment: &str) -> anyhow::Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_moment_that_is_ordered_is_reached_though_the_worker_dies_on_the_way()
 -> anyhow::Result<()> {
-    let vhost = Vhost::create()?;
-    let (server, mut fleet) = archiving(&vhost).await?;
+    let (server, _vhost, mut fleet) = archiving(&["orders"]).await?;
     let first = WorkerSetup::of("w1", "orders", server.url());
     fleet.start_worker(&first)?;
     fleet.expect(&["backup", "orders", "--wait"])?;

@@ -1,17 +1,17 @@
 //! What takes a proof beyond the end of its backup: a moment that archived WAL leads to, found before a byte is written, and a
 //! service that hands that WAL to the server in its sandbox, which reaches nothing else.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use postgres::process::Account;
-use postgres::sandbox;
-use postgres::short_place::ShortPlace;
+use postgres::sandbox::{self, SandboxRoom};
 use proto::job::ProofTarget;
+use proto::proof::BrokenWal;
+use proto::wal::SegmentName;
 use proto::{
-    Action, AttemptId, BackupId, ClusterName, Code, Failure, Lsn, Recovery, RecoveryTarget,
-    SystemIdentifier,
+    Action, AttemptId, BackupFacts, BackupId, ClusterName, Code, Failure, Lsn, Recovery,
+    RecoveryTarget, SystemIdentifier, WalFileName,
 };
 use repository::{Pin, Pinned, Repository};
 
@@ -26,8 +26,10 @@ pub struct Beyond {
     pub(crate) plan: RecoveryPlan,
     /// What was asked for, for people.
     pub(crate) asked: String,
-    /// Answers for as long as the proof lasts; its socket lies in the directory.
-    _service: (Service, ShortPlace),
+    /// Where the server will live. The socket lies there, too, so that whoever finds the room of a dead worker finds both.
+    room: Option<SandboxRoom>,
+    /// Answers for as long as the proof lasts.
+    _service: Service,
 }
 
 /// Whose backup is wanted, and which.
@@ -56,12 +58,13 @@ impl OpenArchive for Opened {
 }
 
 impl Beyond {
-    /// Finds the backup to begin with and the way to the moment. The backup is pinned.
+    /// Finds the backup to begin with and the way to the moment, for a server in this room. The backup is pinned.
     pub async fn find(
         repository: &Repository,
         whom: Whom<'_>,
         target: &ProofTarget,
         pin: &Pin,
+        room: SandboxRoom,
     ) -> Result<(Pinned, Self), Failure> {
         if Account::current().is_root() {
             let what = "PostgreSQL does not run as root, and the server of a proof could not ask this worker for WAL";
@@ -75,6 +78,7 @@ impl Beyond {
             cluster: Some(cluster),
             system_identifier,
             backup: whom.backup,
+            rehearses: true,
             recovery: &any,
         };
         let (backup, recovery, asked) = match target {
@@ -92,15 +96,14 @@ impl Beyond {
             let what = format!("failed to listen for the server of a proof: {error}");
             Failure::new(Code::SandboxUnfit, Action::RetryElsewhere, what)
         };
-        let place = ShortPlace::make().map_err(unheard)?;
-        let socket: PathBuf = place.path().join("wal.sock");
+        let socket = room.service_socket();
         let opened = Arc::new(Opened(repository.clone()));
         let service = Service::listen(&socket, opened).await.map_err(unheard)?;
         let fetching =
             Fetching { program: recovering::this_program()?, from: FetchFrom::Service(socket) };
         let wanted = Wanted { backup, recovery: &recovery, ..wanted };
         let (pinned, plan) = recovering::plan(repository, wanted, &fetching, pin).await?;
-        Ok((pinned, Self { plan, asked, _service: (service, place) }))
+        Ok((pinned, Self { plan, asked, room: Some(room), _service: service }))
     }
 
     /// The same, as a sandbox is told.
@@ -108,13 +111,98 @@ impl Beyond {
         let RecoveryPlan { settings, expected, .. } = &self.plan;
         sandbox::Beyond { settings: settings.clone(), at_least: expected.at_least }
     }
+
+    /// The room that was made for the server, once.
+    pub(crate) fn take_room(&mut self) -> Option<SandboxRoom> {
+        self.room.take()
+    }
+
+    /// What it says that a server did not come to the moment: something of archived WAL, of the backup alone, or of neither.
+    pub(crate) fn fell(&self, error: postgres::Error, facts: &BackupFacts) -> Fell {
+        use postgres::Error::{Replay, StopPositionMissed};
+        let met_by = self.plan.met_by;
+        let before = || self.stretch(Lsn(met_by.0.saturating_sub(1)), met_by);
+        if let Some(failure) = not_fetched(&error) {
+            let is_wal = matches!(
+                failure.code,
+                Code::ObjectDamaged | Code::ObjectMissing | Code::WalMissing
+            );
+            let size = facts.wal_segment_size;
+            let broken = || match unfetched(&error).and_then(|name| name.segment(size)) {
+                Some(segment) => BrokenWal {
+                    target: self.asked.clone(),
+                    timeline: segment.timeline,
+                    from: segment.start(size),
+                    to: segment.end(size),
+                },
+                None => before(),
+            };
+            return Fell { failure, broken: is_wal.then(broken) };
+        }
+        let broken = match &error {
+            Replay { is_missed: true, .. } if !self.plan.is_found => {
+                return Fell { failure: self.not_found(), broken: None };
+            }
+            Replay { .. } => Some(before()),
+            StopPositionMissed { reached, .. } if *reached >= facts.stop_lsn => {
+                Some(self.stretch(*reached, *reached))
+            }
+            _ => None,
+        };
+        Fell { failure: error.into(), broken }
+    }
+
+    fn stretch(&self, from: Lsn, to: Lsn) -> BrokenWal {
+        let way = &self.plan.way;
+        let number = from.0 / u64::from(way.segment_size());
+        BrokenWal { target: self.asked.clone(), timeline: way.segment(number).timeline, from, to }
+    }
+
+    /// Nobody had looked for it, and it is not there.
+    fn not_found(&self) -> Failure {
+        let what = format!(
+            "the target was not found: the server replayed all WAL that there is without meeting {}, for which nobody could look before",
+            self.asked
+        );
+        Failure::new(Code::RecoveryTargetUnreachable, Action::FixConfig, what).with_hint(
+            "This says nothing about the backup. `pgmuster recovery windows` shows what can be recovered; --to latest takes all there is.",
+        )
+    }
+}
+
+/// How a server fell that was to go beyond its backup.
+#[derive(Debug)]
+pub(crate) struct Fell {
+    /// Why.
+    pub(crate) failure: Failure,
+    /// The archived WAL that ended it.
+    pub(crate) broken: Option<BrokenWal>,
+}
+
+/// The last lines that a server said which did not start.
+fn said(error: &postgres::Error) -> Option<&str> {
+    match error {
+        postgres::Error::Sandbox { output, .. } | postgres::Error::Replay { output, .. } => {
+            Some(output)
+        }
+        _ => None,
+    }
+}
+
+/// The segment that a server could not get, by its last words.
+fn unfetched(error: &postgres::Error) -> Option<SegmentName> {
+    let (_, rest) = said(error)?.rsplit_once("could not restore file \"")?;
+    match rest.split_once('"')?.0.parse() {
+        Ok(WalFileName::Segment(name)) => Some(name),
+        _ => None,
+    }
 }
 
 /// Why a server got no WAL, by the last words of the program that fetches it: that is not its backup's fault.
 pub(crate) fn not_fetched(error: &postgres::Error) -> Option<Failure> {
-    let postgres::Error::Sandbox { output, .. } = error else { return None };
-    let said = output.lines().rev().filter_map(|line| line.trim().strip_prefix("error: "));
-    let told = said.filter_map(|said| {
+    let output = said(error)?;
+    let errors = output.lines().rev().filter_map(|line| line.trim().strip_prefix("error: "));
+    let told = errors.filter_map(|said| {
         let (code, message) = said.split_once(": ")?;
         Some((serde_json::from_value::<Code>(code.into()).ok()?, message))
     });
@@ -178,5 +266,22 @@ mod tests {
         let killed =
             not_fetched(&failed("FATAL:  could not restore file \"A\" from archive: killed"));
         assert_eq!(killed.map(|told| told.code), Some(Code::SandboxUnfit));
+    }
+
+    #[test]
+    fn the_segment_that_a_server_did_not_get_is_named_by_its_last_words() {
+        let said = |file: &str| postgres::Error::Replay {
+            what: "it ended with exit code 1".to_owned(),
+            output: format!(
+                "LOG:  restored log file \"0000000A00000015000000B2\" from archive\n\
+                 FATAL:  could not restore file \"{file}\" from archive: child process exited with exit code 200"
+            ),
+            is_missed: false,
+        };
+        let named = |file| unfetched(&said(file)).map(|name| name.to_string());
+        let segment = "0000000A00000015000000B3";
+        assert_eq!(named(segment).as_deref(), Some(segment));
+        assert_eq!(named("0000000B.history"), None);
+        assert!(not_fetched(&said(segment)).is_some());
     }
 }

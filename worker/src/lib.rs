@@ -16,6 +16,7 @@ mod continuity;
 mod control;
 pub mod engines;
 pub mod failpoint;
+mod holdings;
 mod jobs;
 mod offers;
 mod outbound;

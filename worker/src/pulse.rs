@@ -66,10 +66,12 @@ pub(crate) async fn beat(shared: Arc<Shared>, stop: CancellationToken) {
             running: shared.attempts.running(),
             offers: offered.filter(|_| with_offers),
             wal,
+            holdings: shared.held.due(due),
         };
         let body = shared.outbound.sign(&pulse);
         if !shared.outbound.pulse(format!("{}.{seq}", shared.boot), body).await {
             shared.standings.not_told(&pulse.wal);
+            shared.held.not_told(&pulse.holdings);
             if with_offers {
                 shared.offers_due.store(true, Ordering::SeqCst);
             }

@@ -15,6 +15,7 @@ use crate::claims::Claims;
 use crate::clock;
 use crate::config::WorkerConfig;
 use crate::continuity::Standings;
+use crate::holdings::Held;
 use crate::outbound::Outbound;
 use crate::places::Places;
 use crate::slots::Slots;
@@ -47,6 +48,8 @@ pub(crate) struct Shared {
     pub(crate) offers_due: AtomicBool,
     /// How the archives of WAL stand.
     pub(crate) standings: Standings,
+    /// Which backups there are.
+    pub(crate) held: Held,
     beacon_at_ms: AtomicI64,
     beacon_seen: Notify,
     epoch: AtomicU64,
@@ -79,6 +82,7 @@ impl Shared {
             offered: watch::Sender::new(None),
             offers_due: AtomicBool::new(true),
             standings: Standings::default(),
+            held: Held::default(),
             beacon_at_ms: AtomicI64::new(0),
             beacon_seen: Notify::new(),
             epoch: AtomicU64::new(0),

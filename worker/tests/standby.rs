@@ -155,6 +155,28 @@ async fn a_count_beside_the_newest_open_transaction_is_not_called_exact() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_backup_of_a_standby_that_is_behind_counts_to_what_it_had_replayed() {
+    let pair = Pair::new(15, &[]).await;
+    let house = &pair.house;
+    let now = "SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::int8";
+    let before = number(&pair.primary(), now).await;
+    house.sql("INSERT INTO public.empty VALUES (1)").await;
+    pair.caught_up().await;
+    run_sql(&pair.url, "SELECT pg_wal_replay_pause()").await;
+    let behind = number(&pair.primary(), now).await;
+    house.sql("INSERT INTO public.empty VALUES (2)").await;
+    let cx = house.cx();
+    let outcome = house.back_up_as(&cx).await.unwrap();
+    let recovers_to_ms = outcome.recovers_to_ms();
+    assert!((before..=behind).contains(&recovers_to_ms), "{before} {recovers_to_ms} {behind}");
+    // It is as new as it is otherwise, but for what commits while it stops.
+    let stop = cx.steps().into_iter().find(|step| step.name == "stop_backup").unwrap();
+    assert!(outcome.stopped_at_ms > behind && outcome.stopped_at_ms <= stop.started_at_ms);
+    let dump = house::dumps::dump(house, &house::dumps::scope(&[], &[])).await.unwrap();
+    assert!(dump.recovers_to_ms() <= behind, "{dump:#?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_log_of_a_standby_ends_where_its_backup_does() {
     let pair = Pair::new(15, &[]).await;
     let house = &pair.house;

@@ -51,15 +51,16 @@ fn table(backups: &[BackupView]) -> String {
             output::ago(now_ms, Some(backup.facts.stopped_at_ms)),
             output::bytes(backup.facts.size_bytes),
             output::bytes(backup.facts.stored_bytes),
-            proof.map_or_else(
-                || "-".to_owned(),
-                |proof| {
+            match (backup.gone_at_ms, proof) {
+                (Some(at_ms), _) => format!("gone {}", output::ago(now_ms, Some(at_ms))),
+                (None, None) => "-".to_owned(),
+                (None, Some(proof)) => {
                     let level =
                         proof.level_reached.map_or("none".to_owned(), |level| level.to_string());
                     let verdict = if proof.passed { "passed" } else { "FAILED" };
                     format!("{level} {verdict} {}", output::ago(now_ms, Some(proof.at_ms)))
-                },
-            ),
+                }
+            },
         ]
     });
     output::table(
@@ -89,10 +90,23 @@ fn details(backup: &BackupView) -> String {
         let taken_over = output::bytes(facts.taken_over_bytes);
         lines.push(format!("  taken over   {taken_over} from an interrupted backup"));
     }
+    if let Some(at_ms) = backup.gone_at_ms {
+        let since = output::ago(environment::now_ms(), Some(at_ms));
+        lines.insert(
+            1,
+            format!(
+                "  gone         seen {since}: the repository has it no more, or somebody gave it up"
+            ),
+        );
+    }
     if let Some(logical) = &facts.logical {
         let (major, minor) =
             (logical.client_version_num / 10_000, logical.client_version_num % 10_000);
         lines.push(format!("  databases    {}, by pg_dump {major}.{minor}", logical.databases));
+        if let Some(left_out) = logical.left_out.filter(|left_out| *left_out > 0) {
+            let others = output::count(left_out, "other database");
+            lines.push(format!("  left out     {others}: this is no backup of the whole cluster"));
+        }
         let passwords = if logical.role_passwords { "with" } else { "without" };
         lines.push(format!("  roles        {passwords} passwords"));
         for skipped in &logical.skipped {

@@ -4,6 +4,7 @@
 use std::fmt::Write as _;
 
 use coordinator::api::types::{BackupView, ClusterView};
+use policy::broken::{BrokenStretch, in_the_way};
 use policy::reach::{BackupEnd, is_foreign, leads_on, recovery_point};
 use proto::message::WalStanding;
 use proto::{Action, BackupKind, ClusterName, Code, Failure};
@@ -74,7 +75,7 @@ async fn by_coordinator(client: &Client, name: &str, format: Output) -> Result<E
         trouble: wal.and_then(|wal| wal.gap).map(|gap| {
             format!("WAL segment {gap} is missing: backups before it lead no further than their own end here")
         }),
-        windows: known_windows(&ends, wal),
+        windows: known_windows(&ends, wal, &view.broken_wal),
     };
     output::show(format, &known, said_of_known);
     let place = known.repository.as_deref().unwrap_or("URL");
@@ -90,17 +91,19 @@ fn end(view: &BackupView) -> Option<(proto::BackupId, BackupEnd)> {
     let end = BackupEnd {
         lineage: facts.lineage,
         timeline: facts.timeline,
+        start_lsn: facts.start_lsn,
         stop_lsn: facts.stop_lsn,
         wal_to: facts.wal_to.unwrap_or(facts.stop_lsn),
-        stopped_at_ms: facts.stopped_at_ms,
+        stopped_at_ms: facts.recovers_to_ms(),
     };
-    (facts.kind() == BackupKind::Physical).then_some((view.id, end))
+    (facts.kind() == BackupKind::Physical && view.gone_at_ms.is_none()).then_some((view.id, end))
 }
 
 /// One window along the archive for all backups from which it leads on, and one for each of the others: its own end.
 fn known_windows(
     backups: &[(proto::BackupId, BackupEnd)],
     wal: Option<&WalStanding>,
+    broken: &[BrokenStretch],
 ) -> Vec<Window> {
     let mut windows: Vec<Window> = Vec::new();
     let mut along: Option<Window> = None;
@@ -118,7 +121,9 @@ fn known_windows(
             missing: None,
             before_archive: false,
         };
-        match wal.filter(|wal| leads_on(&end, wal) && !is_foreign(wal)) {
+        let leads = |wal: &&WalStanding| leads_on(&end, wal) && !is_foreign(wal);
+        let is_whole = in_the_way(broken, &end, wal).is_none();
+        match wal.filter(leads).filter(|_| is_whole) {
             None => windows.push(alone),
             Some(wal) => match &mut along {
                 Some(along) => {
@@ -226,6 +231,7 @@ mod tests {
             let end = BackupEnd {
                 lineage: LineageId::mint(1, [1; 10]),
                 timeline: Timeline(1),
+                start_lsn: Lsn(stop - 1),
                 stop_lsn: Lsn(stop),
                 wal_to: Lsn(stop),
                 stopped_at_ms: i64::try_from(stop).unwrap() * 1_000,
@@ -247,7 +253,7 @@ mod tests {
             gap: None,
         };
         let found = |wal: Option<&WalStanding>| -> Vec<(u64, u64, usize, Option<i64>)> {
-            let windows = known_windows(&backups, wal);
+            let windows = known_windows(&backups, wal, &[]);
             windows.iter().map(|one| (one.from.0, one.to.0, one.backups, one.to_at_ms)).collect()
         };
         assert_eq!(found(Some(&wal)), [(10, 10, 1, Some(10_000)), (20, 40, 2, Some(44_000))]);

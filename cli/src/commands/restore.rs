@@ -66,7 +66,13 @@ pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failu
         }
         Some(recovery) => {
             let fetching = moment::fetching(url, &opener)?;
-            let wanted = Wanted { cluster, system_identifier: None, backup: args.backup, recovery };
+            let wanted = Wanted {
+                cluster,
+                system_identifier: None,
+                backup: args.backup,
+                rehearses: false,
+                recovery,
+            };
             let (backup, plan) = recovering::plan(&repository, wanted, &fetching, &pin).await?;
             (backup, Some(plan))
         }

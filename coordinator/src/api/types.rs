@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 
+use policy::broken::BrokenStretch;
 use policy::fleet::Counted;
 use policy::recovery_time::RecoveryTime;
 use policy::state::ClusterState;
@@ -267,6 +268,9 @@ pub struct ClusterView {
     /// How the archive of its WAL stands; absent where it archives nothing into its repository.
     #[serde(default)]
     pub wal: Option<WalStanding>,
+    /// Archived WAL that proofs could not replay.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub broken_wal: Vec<BrokenStretch>,
     /// How its server is set up to archive, as its worker sees it now; absent while nobody knows.
     #[serde(default)]
     pub archive: Option<ArchiveSetup>,
@@ -289,6 +293,9 @@ pub struct BackupView {
     pub worker: WorkerName,
     /// What its worker reported.
     pub facts: BackupOutcome,
+    /// Since when it is known that its repository has it no more, or that somebody gave it up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gone_at_ms: Option<i64>,
     /// Its newest proof.
     pub proof: Option<ProofView>,
 }

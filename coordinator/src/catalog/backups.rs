@@ -1,6 +1,9 @@
 //! Backups and their proofs, as they were reported. The repository is the truth; this is the memory of it.
 
-use proto::job::BackupOutcome;
+use std::collections::HashSet;
+
+use proto::job::{BackupOutcome, Task};
+use proto::message::Holdings;
 use proto::proof::Proof;
 use proto::{AttemptId, BackupId, ClusterName, JobId, WorkerName};
 use sqlx::AnyConnection;
@@ -9,12 +12,19 @@ use super::Tx;
 use super::row::{Row, json};
 use crate::error::Result;
 
-/// Proved backups of one cluster from which it is looked for how far they lead: the newest may lie on an abandoned branch.
-const PROVED_MAX: i64 = 3;
+/// Proved backups of one cluster from which it is looked for how far they lead: the newest may lie on an abandoned branch, or
+/// before WAL that is broken.
+const PROVED_MAX: usize = 3;
+/// Ids in one statement.
+const IDS_MAX: usize = 500;
+/// Backups that are judged anew in one transaction.
+const JUDGED_AT_ONCE: i64 = 200;
 
 /// What the proofs of a backup say of it together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Shown {
+    /// Nobody has looked at its proofs yet, which an earlier program wrote.
+    Unjudged,
     /// None restored it.
     None,
     /// One restored it, and none found anything wrong since.
@@ -26,6 +36,7 @@ pub(crate) enum Shown {
 impl Shown {
     fn as_str(self) -> &'static str {
         match self {
+            Self::Unjudged => "unjudged",
             Self::None => "none",
             Self::Proved => "proved",
             Self::Bad => "bad",
@@ -37,7 +48,7 @@ impl std::str::FromStr for Shown {
     type Err = UnknownShown;
 
     fn from_str(text: &str) -> std::result::Result<Self, UnknownShown> {
-        let all = [Self::None, Self::Proved, Self::Bad];
+        let all = [Self::Unjudged, Self::None, Self::Proved, Self::Bad];
         all.into_iter().find(|shown| shown.as_str() == text).ok_or(UnknownShown)
     }
 }
@@ -46,6 +57,53 @@ impl std::str::FromStr for Shown {
 #[derive(Debug, thiserror::Error)]
 #[error("know what the proofs of a backup show")]
 pub(crate) struct UnknownShown;
+
+/// What a backup is worth to its cluster. Of several the better one counts, and a part counts for nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Worth {
+    /// A dump that leaves out some of its databases.
+    Part,
+    /// A dump of all of them.
+    Dump,
+    /// A physical one.
+    Whole,
+}
+
+impl Worth {
+    /// Of a backup that `task` ordered, where that is known. A worker that does not say what a dump leaves out left out what
+    /// it was told to.
+    pub(crate) fn of(outcome: &BackupOutcome, task: Option<&Task>) -> Self {
+        let Some(logical) = &outcome.logical else { return Self::Whole };
+        let chosen = match task {
+            Some(Task::Backup(order)) => order
+                .pg_dump
+                .as_ref()
+                .is_some_and(|scope| !scope.databases.is_empty() || !scope.exclude.is_empty()),
+            _ => false,
+        };
+        match logical.left_out {
+            Some(0) => Self::Dump,
+            None if !chosen => Self::Dump,
+            Some(_) | None => Self::Part,
+        }
+    }
+
+    fn number(self) -> i64 {
+        match self {
+            Self::Part => 0,
+            Self::Dump => 1,
+            Self::Whole => 2,
+        }
+    }
+
+    fn of_number(number: i64) -> Self {
+        match number {
+            2 => Self::Whole,
+            1 => Self::Dump,
+            _ => Self::Part,
+        }
+    }
+}
 
 /// A committed backup.
 #[derive(Debug, Clone)]
@@ -56,6 +114,9 @@ pub(crate) struct Backup {
     pub(crate) worker: WorkerName,
     pub(crate) outcome: BackupOutcome,
     pub(crate) shown: Shown,
+    pub(crate) worth: Worth,
+    /// Since when it is known that its repository has it no more.
+    pub(crate) gone_at_ms: Option<i64>,
 }
 
 impl Backup {
@@ -67,6 +128,8 @@ impl Backup {
             worker: row.parsed("worker")?,
             outcome: row.json("outcome")?,
             shown: row.parsed("shown")?,
+            worth: Worth::of_number(row.number("worth")?),
+            gone_at_ms: row.maybe_number("gone_at_ms")?,
         })
     }
 }
@@ -75,8 +138,8 @@ impl Backup {
 pub(crate) async fn put(tx: &mut Tx<'_>, backup: &Backup, now_ms: i64) -> Result<()> {
     sqlx::query(
         "-- put_backup
-         INSERT INTO backups (id, job, cluster, worker, stopped_at_ms, recorded_at_ms, outcome, kind)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT (id) DO NOTHING",
+         INSERT INTO backups (id, job, cluster, worker, stopped_at_ms, recorded_at_ms, outcome, kind, worth)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT (id) DO NOTHING",
     )
     .bind(backup.id.to_string())
     .bind(backup.job.to_string())
@@ -86,19 +149,7 @@ pub(crate) async fn put(tx: &mut Tx<'_>, backup: &Backup, now_ms: i64) -> Result
     .bind(now_ms)
     .bind(json(&backup.outcome))
     .bind(backup.outcome.kind().as_str())
-    .execute(tx.db())
-    .await?;
-    Ok(())
-}
-
-/// Writes what the proofs of a backup say of it now.
-pub(crate) async fn show(tx: &mut Tx<'_>, id: BackupId, shown: Shown) -> Result<()> {
-    sqlx::query(
-        "-- backup_shown
-         UPDATE backups SET shown = $2 WHERE id = $1",
-    )
-    .bind(id.to_string())
-    .bind(shown.as_str())
+    .bind(backup.worth.number())
     .execute(tx.db())
     .await?;
     Ok(())
@@ -128,60 +179,204 @@ pub(crate) async fn get(db: &mut AnyConnection, id: BackupId) -> Result<Option<B
     row.map(|row| Backup::from_row(&Row(row))).transpose()
 }
 
-/// The backup that each cluster is judged by: its newest physical one, or its newest logical one where it has no other.
-pub(crate) async fn newest(db: &mut AnyConnection) -> Result<Vec<Backup>> {
-    let rows = sqlx::query(
-        "-- newest_backups
-         SELECT * FROM backups AS b WHERE NOT EXISTS (
-             SELECT 1 FROM backups AS later WHERE later.cluster = b.cluster
-                 AND (later.kind > b.kind OR (later.kind = b.kind AND (later.stopped_at_ms > b.stopped_at_ms
-                     OR (later.stopped_at_ms = b.stopped_at_ms AND later.id > b.id))))
-         )",
-    )
-    .fetch_all(db)
-    .await?;
+/// The backup that each cluster is judged by: its newest physical one, or its newest logical one where it has no other. Only one
+/// cluster's when `cluster` is not empty.
+pub(crate) async fn newest(db: &mut AnyConnection, cluster: &str) -> Result<Vec<Backup>> {
+    let text = format!("-- newest_backups\n{}", of_clusters(NEWEST));
+    let rows = sqlx::query(sqlx::AssertSqlSafe(text)).bind(cluster).fetch_all(db).await?;
     rows.into_iter().map(|row| Backup::from_row(&Row(row))).collect()
 }
 
 /// What each cluster can be recovered from: its newest proved backups, and the newest of those that nobody proved; newest first.
-pub(crate) async fn sources(db: &mut AnyConnection) -> Result<Vec<Backup>> {
-    let rows = sqlx::query(
-        "-- recovery_sources
-         SELECT * FROM (
-             SELECT b.*, ROW_NUMBER() OVER (
-                 PARTITION BY cluster, shown ORDER BY kind DESC, stopped_at_ms DESC, id DESC
-             ) AS nth FROM backups AS b WHERE shown <> 'bad'
-         ) AS ranked WHERE nth = 1 OR (shown = 'proved' AND nth <= $1)
-         ORDER BY stopped_at_ms DESC, id DESC",
-    )
-    .bind(PROVED_MAX)
-    .fetch_all(db)
-    .await?;
+pub(crate) async fn sources(db: &mut AnyConnection, cluster: &str) -> Result<Vec<Backup>> {
+    let rows = sqlx::query(sqlx::AssertSqlSafe(text_of_sources()));
+    let rows = rows.bind(cluster).fetch_all(db).await?;
     rows.into_iter().map(|row| Backup::from_row(&Row(row))).collect()
 }
 
-/// Proofs of each cluster's newest backup and of its newest proved ones, newest first.
-pub(crate) async fn newest_proofs(db: &mut AnyConnection) -> Result<Vec<ProofRow>> {
-    let rows = sqlx::query(
-        "-- newest_proofs
-         SELECT * FROM proofs WHERE backup IN (
-             SELECT id FROM backups AS b WHERE NOT EXISTS (
-                 SELECT 1 FROM backups AS later WHERE later.cluster = b.cluster
-                     AND (later.kind > b.kind OR (later.kind = b.kind AND (later.stopped_at_ms > b.stopped_at_ms
-                         OR (later.stopped_at_ms = b.stopped_at_ms AND later.id > b.id))))
-             )
-             UNION
-             SELECT id FROM (
-                 SELECT id, ROW_NUMBER() OVER (
-                     PARTITION BY cluster ORDER BY kind DESC, stopped_at_ms DESC, id DESC
-                 ) AS nth FROM backups WHERE shown = 'proved'
-             ) AS ranked WHERE nth <= $1
-         ) ORDER BY at_ms DESC, id DESC",
+pub(super) fn text_of_sources() -> String {
+    let each: Vec<String> = each_source().map(|id| of_clusters(&id)).collect();
+    let each = each.join(" UNION ALL ");
+    format!("-- recovery_sources\n{each} ORDER BY stopped_at_ms DESC, id DESC")
+}
+
+/// The backups with these ids, one of each cluster `c`.
+fn of_clusters(id: &str) -> String {
+    format!(
+        "SELECT b.* FROM clusters AS c JOIN backups AS b ON b.id = ({id}) WHERE ($1 = '' OR c.name = $1)"
     )
-    .bind(PROVED_MAX)
+}
+
+/// Proofs of each cluster's newest backup and of what it can be recovered from, newest first: those that say something which
+/// later ones do not.
+pub(crate) async fn newest_proofs(db: &mut AnyConnection, cluster: &str) -> Result<Vec<ProofRow>> {
+    let rows = sqlx::query(sqlx::AssertSqlSafe(text_of_proofs()));
+    let rows = rows.bind(cluster).fetch_all(db).await?;
+    rows.into_iter().map(|row| ProofRow::from_row(&Row(row))).collect()
+}
+
+// SQLite joins in the order of a CROSS JOIN: few backups, and the proofs of each.
+pub(super) fn text_of_proofs() -> String {
+    let of = std::iter::once(NEWEST.to_owned()).chain(each_source());
+    let of = of.map(|id| {
+        format!("SELECT ({id}) AS backup FROM clusters AS c WHERE ($1 = '' OR c.name = $1)")
+    });
+    let of = of.collect::<Vec<_>>().join(" UNION ");
+    format!(
+        "-- newest_proofs
+         SELECT p.* FROM ({of}) AS looked_at CROSS JOIN proofs AS p
+         WHERE p.backup = looked_at.backup AND p.tells = 1
+         ORDER BY at_ms DESC, id DESC"
+    )
+}
+
+/// The id of the backup that cluster `c` is judged by. Each of these is the end of an index.
+const NEWEST: &str = "SELECT id FROM backups WHERE cluster = c.name AND gone_at_ms IS NULL \
+     ORDER BY worth DESC, stopped_at_ms DESC, id DESC LIMIT 1";
+
+/// The ids of the backups that cluster `c` can be recovered from, one after the other.
+fn each_source() -> impl Iterator<Item = String> {
+    let nth = |shown: Shown, nth: usize| {
+        format!(
+            "SELECT id FROM backups WHERE cluster = c.name AND shown = '{}' AND worth > 0 AND gone_at_ms IS NULL \
+             ORDER BY worth DESC, stopped_at_ms DESC, id DESC LIMIT 1 OFFSET {nth}",
+            shown.as_str()
+        )
+    };
+    (0..PROVED_MAX).map(move |n| nth(Shown::Proved, n)).chain(std::iter::once(nth(Shown::None, 0)))
+}
+
+/// Clusters that had backups, and whose repositories have none of them any more.
+pub(crate) async fn robbed(db: &mut AnyConnection) -> Result<HashSet<ClusterName>> {
+    let rows = sqlx::query(
+        "-- clusters_without_their_backups
+         SELECT name FROM clusters AS c
+         WHERE EXISTS (SELECT 1 FROM backups WHERE cluster = c.name)
+             AND NOT EXISTS (SELECT 1 FROM backups WHERE cluster = c.name AND gone_at_ms IS NULL)",
+    )
+    .fetch_all(db)
+    .await?;
+    rows.into_iter().map(|row| Row(row).parsed("name")).collect()
+}
+
+/// Takes in which backups of a cluster its repository has. What was recorded before `seen_at_ms`, when it was looked, and is not
+/// there, is gone; what is there again is not. The ids of those that have gone are returned. Only what came from the same
+/// server into the same repository is judged by it.
+pub(crate) async fn held(
+    tx: &mut Tx<'_>,
+    holdings: &Holdings,
+    seen_at_ms: i64,
+    now_ms: i64,
+) -> Result<Vec<BackupId>> {
+    let rows = sqlx::query(
+        "-- backups_not_gone
+         SELECT * FROM backups WHERE cluster = $1 AND gone_at_ms IS NULL AND recorded_at_ms < $2",
+    )
+    .bind(holdings.cluster.as_str())
+    .bind(seen_at_ms)
+    .fetch_all(tx.db())
+    .await?;
+    let mut gone = Vec::new();
+    for row in rows {
+        let Backup { id, outcome, .. } = Backup::from_row(&Row(row))?;
+        let is_of_it = outcome.repository == holdings.repository
+            && outcome.system_identifier == holdings.system_identifier;
+        if is_of_it && holdings.lack(id) {
+            gone.push(id);
+        }
+    }
+    for ids in gone.chunks(IDS_MAX) {
+        let text = format!("UPDATE backups SET gone_at_ms = $1 WHERE id IN ({})", places(2, ids));
+        let mut query = sqlx::query(sqlx::AssertSqlSafe(text)).bind(now_ms);
+        for id in ids {
+            query = query.bind(id.to_string());
+        }
+        query.execute(tx.db()).await?;
+    }
+    for ids in holdings.backups.chunks(IDS_MAX) {
+        let text = format!(
+            "UPDATE backups SET gone_at_ms = NULL WHERE gone_at_ms IS NOT NULL AND cluster = $1 AND id IN ({})",
+            places(2, ids)
+        );
+        let mut query =
+            sqlx::query(sqlx::AssertSqlSafe(text)).bind(holdings.cluster.as_str().to_owned());
+        for id in ids {
+            query = query.bind(id.to_string());
+        }
+        query.execute(tx.db()).await?;
+    }
+    Ok(gone)
+}
+
+/// Places of parameters for these values, from `$first` on.
+fn places<T>(first: usize, values: &[T]) -> String {
+    let places = (first..first + values.len()).map(|n| format!("${n}"));
+    places.collect::<Vec<_>>().join(", ")
+}
+
+/// Proofs of one backup that say something which later ones do not, newest first.
+pub(crate) async fn telling_proofs(
+    db: &mut AnyConnection,
+    backup: BackupId,
+) -> Result<Vec<ProofRow>> {
+    let rows = sqlx::query(
+        "-- telling_proofs
+         SELECT * FROM proofs WHERE backup = $1 AND tells = 1 ORDER BY at_ms DESC, id DESC",
+    )
+    .bind(backup.to_string())
     .fetch_all(db)
     .await?;
     rows.into_iter().map(|row| ProofRow::from_row(&Row(row))).collect()
+}
+
+/// A later proof says all that this one does.
+pub(crate) async fn tells_nothing(tx: &mut Tx<'_>, proof: AttemptId) -> Result<()> {
+    sqlx::query(
+        "-- proof_tells_nothing
+         UPDATE proofs SET tells = 0 WHERE id = $1",
+    )
+    .bind(proof.to_string())
+    .execute(tx.db())
+    .await?;
+    Ok(())
+}
+
+/// Writes what the proofs of a backup say of it together.
+pub(crate) async fn show(tx: &mut Tx<'_>, id: BackupId, shown: Shown) -> Result<()> {
+    sqlx::query(
+        "-- backup_shown
+         UPDATE backups SET shown = $2 WHERE id = $1",
+    )
+    .bind(id.to_string())
+    .bind(shown.as_str())
+    .execute(tx.db())
+    .await?;
+    Ok(())
+}
+
+/// Writes what a backup is worth.
+pub(crate) async fn weigh(tx: &mut Tx<'_>, id: BackupId, worth: Worth) -> Result<()> {
+    sqlx::query(
+        "-- backup_worth
+         UPDATE backups SET worth = $2 WHERE id = $1",
+    )
+    .bind(id.to_string())
+    .bind(worth.number())
+    .execute(tx.db())
+    .await?;
+    Ok(())
+}
+
+/// Some of the backups that an earlier program recorded and nobody has judged since.
+pub(crate) async fn unjudged(db: &mut AnyConnection) -> Result<Vec<Backup>> {
+    let rows = sqlx::query(
+        "-- backups_not_judged
+         SELECT * FROM backups WHERE shown = 'unjudged' ORDER BY id LIMIT $1",
+    )
+    .bind(JUDGED_AT_ONCE)
+    .fetch_all(db)
+    .await?;
+    rows.into_iter().map(|row| Backup::from_row(&Row(row))).collect()
 }
 
 /// A proof as it was reported.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use policy::broken::BrokenStretch;
 use policy::{Objectives, standing};
 use proto::failure::Failure;
 use proto::message::{ClusterOffer, WalStanding};
@@ -37,6 +38,8 @@ pub(crate) struct Cluster {
     pub(crate) paused: bool,
     /// How its archive of WAL stands, if it has one.
     pub(crate) wal: Option<WalStanding>,
+    /// Archived WAL that proofs could not replay.
+    pub(crate) broken_wal: Vec<BrokenStretch>,
 }
 
 impl Cluster {
@@ -59,6 +62,7 @@ impl Cluster {
             problem: row.maybe_json("problem")?,
             paused: row.flag("paused")?,
             wal: row.maybe_json("wal")?,
+            broken_wal: row.maybe_json("broken_wal")?.unwrap_or_default(),
         })
     }
 }
@@ -164,6 +168,23 @@ pub(crate) async fn archive_stands(
     )
     .bind(standing.cluster.as_str())
     .bind(json(&standing))
+    .execute(tx.db())
+    .await?;
+    Ok(())
+}
+
+/// Writes which archived WAL of a cluster proofs could not replay.
+pub(crate) async fn wal_is_broken(
+    tx: &mut Tx<'_>,
+    name: &ClusterName,
+    broken: &[BrokenStretch],
+) -> Result<()> {
+    sqlx::query(
+        "-- wal_is_broken
+         UPDATE clusters SET broken_wal = $2 WHERE name = $1",
+    )
+    .bind(name.as_str())
+    .bind(json(&broken))
     .execute(tx.db())
     .await?;
     Ok(())

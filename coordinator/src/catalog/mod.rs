@@ -39,6 +39,7 @@ use tokio::time::Instant;
 
 use crate::error::{Error, Result};
 use crate::metrics::Metrics;
+use crate::proofs;
 use dialect::Dialect;
 
 /// Connections that only read.
@@ -98,7 +99,9 @@ impl Catalog {
         let writer = pool(dialect, &url, 1).await?;
         sqlx::migrate!("./migrations").run(&writer).await.map_err(Error::Migrate)?;
         let readers = pool(dialect, &url, READERS_MAX).await?;
-        Ok(Self { dialect, readers, writer, turn: Arc::new(Semaphore::new(1)), metrics })
+        let catalog = Self { dialect, readers, writer, turn: Arc::new(Semaphore::new(1)), metrics };
+        proofs::judge_former(&catalog).await?;
+        Ok(catalog)
     }
 
     /// Closes all connections.

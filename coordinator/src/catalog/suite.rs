@@ -1,24 +1,26 @@
 //! The catalog's suite: every case on SQLite and on PostgreSQL.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use postgres::binaries::Binaries;
 use postgres::instance::{Instance, InstanceOptions, StopMode};
 use proto::failure::{Action, Code, Failure};
-use proto::job::{Analyze, Backup, BackupOutcome, JobState, Lane, Task};
+use proto::job::{Analyze, Backup, BackupOutcome, JobState, Lane, LogicalOutcome, PgDump, Task};
+use proto::message::ClusterOffer;
 use proto::proof::{CheckOutcome, Proof, ProofCheck, ProofLevel};
 use proto::step::{Progress, Step};
 use proto::{AttemptId, JobId, LineageId, Lsn, SystemIdentifier, Timeline};
 use secrecy::SecretString;
 
 use super::attempts::{self, Attempt, AttemptState};
-use super::backups::{self, ProofRow, Shown};
+use super::backups::{self, ProofRow, Shown, Worth};
 use super::jobs::{self, Job};
 use super::workers::{self, Worker};
-use super::{Catalog, events, leader, outbox, steps};
+use super::{Catalog, clusters, events, leader, outbox, row, steps};
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::proofs;
 use crate::settle::new_job;
 
 /// Gives fresh, empty databases.
@@ -108,6 +110,8 @@ async fn every_case(server: Server) {
         refusals_are_forgotten_by_worker,
         ready_jobs_come_oldest_first,
         a_cluster_is_recovered_from_few_of_its_backups,
+        proofs_are_judged_by_what_they_say,
+        a_part_of_a_cluster_is_nothing_to_recover_it_from,
     ];
     server.stop().await;
 }
@@ -494,6 +498,7 @@ fn backup_row(n: u8, at_ms: i64) -> backups::Backup {
         wal_to: None,
         started_at_ms: at_ms - 1,
         stopped_at_ms: at_ms,
+        holds_to_ms: None,
         files: 10,
         size_bytes: 1_000,
         read_bytes: 1_000,
@@ -511,6 +516,8 @@ fn backup_row(n: u8, at_ms: i64) -> backups::Backup {
         worker: "w1".parse().unwrap(),
         outcome,
         shown: Shown::None,
+        worth: Worth::Whole,
+        gone_at_ms: None,
     }
 }
 
@@ -523,87 +530,210 @@ fn proof_row(n: u8, at_ms: i64, passed: bool) -> ProofRow {
         outcome,
         detail: r#"quoted: "level_reached":"L5","passed":true"#.to_owned(),
     };
+    let (lineage, worker) = (LineageId::mint(1, [1; 10]), "w1".parse().unwrap());
+    let (backup, cluster) = (AttemptId::mint(1, [n; 10]).into(), "orders".parse().unwrap());
+    let level = ProofLevel::L5;
     let proof = Proof {
-        backup: AttemptId::mint(1, [n; 10]).into(),
-        kind: proto::BackupKind::Physical,
-        lineage: LineageId::mint(1, [1; 10]),
-        cluster: "orders".parse().unwrap(),
-        system_identifier: SystemIdentifier(42),
-        worker: "w1".parse().unwrap(),
         at_ms,
-        level_asked: ProofLevel::L5,
         level_reached,
         passed,
-        server_version_num: None,
-        reached_lsn: None,
-        phases: vec![],
         size_bytes: 1,
-        tables: 0,
-        rows: 0,
-        tables_exact: 0,
-        tables_bounded: 0,
         checks: vec![check("tables_readable")],
-        isolation: String::new(),
-        recovery: None,
+        ..Proof::of(backup, lineage, cluster, SystemIdentifier(42), worker, level)
     };
     let at = u64::try_from(at_ms).unwrap();
     ProofRow { id: AttemptId::mint(at, [n; 10]), job: JobId::mint(1, [n; 10]), proof }
 }
 
-/// The newest that nobody proved, and the newest three that are proved; none that is bad.
-async fn a_cluster_is_recovered_from_few_of_its_backups(url: &str) {
-    let catalog = catalog(url).await;
-    let (proved, bad) = ([1, 2, 3, 4], 7);
+async fn register(catalog: &Catalog, name: &str) {
+    let offer = &ClusterOffer {
+        name: name.parse().unwrap(),
+        labels: BTreeMap::new(),
+        repository: Some("main".to_owned()),
+        system_identifier: Some(SystemIdentifier(42)),
+        server_version_num: None,
+        files: true,
+        remote: false,
+        problem: None,
+        archive: None,
+    };
+    let (worker, site) = (&"w1".parse().unwrap(), &"fra1".parse().unwrap());
     catalog
-        .transact("test", |tx| {
-            Box::pin(async move {
-                for n in 1..=7 {
-                    backups::put(tx, &backup_row(n, i64::from(n) * 10), 1).await?;
-                }
-                let cluster = "orders".parse().unwrap();
-                for n in proved {
-                    backups::put_proof(tx, &proof_row(n, 100, true), &cluster, 1).await?;
-                    backups::show(tx, AttemptId::mint(1, [n; 10]).into(), Shown::Proved).await?;
-                }
-                backups::put_proof(tx, &proof_row(bad, 100, true), &cluster, 1).await?;
-                backups::put_proof(tx, &proof_row(bad, 200, false), &cluster, 1).await?;
-                backups::put_proof(tx, &proof_row(5, 200, false), &cluster, 1).await?;
-                backups::show(tx, AttemptId::mint(1, [bad; 10]).into(), Shown::Bad).await?;
-                backups::show(tx, AttemptId::mint(1, [5; 10]).into(), Shown::Bad).await
-            })
-        })
+        .transact("test", |tx| Box::pin(clusters::announce(tx, offer, None, worker, site, 1)))
         .await
         .unwrap();
-    let found = async || {
-        let mut db = catalog.read().await.unwrap();
-        let sources = backups::sources(&mut db).await.unwrap();
-        sources.iter().map(|row| (row.outcome.stopped_at_ms, row.shown)).collect::<Vec<_>>()
-    };
-    let wanted = [(60, Shown::None), (40, Shown::Proved), (30, Shown::Proved), (20, Shown::Proved)];
-    assert_eq!(found().await, wanted);
-    let mut db = catalog.read().await.unwrap();
-    let told = backups::newest_proofs(&mut db).await.unwrap();
-    let told: Vec<i64> = told.iter().map(|row| row.proof.at_ms).collect();
-    assert_eq!(told, [200, 100, 100, 100, 100], "of the newest, and of three that are proved");
-    drop(db);
+}
 
-    // The same comes of a catalog that knew their proofs only.
-    let migration = include_str!("../../migrations/0007_proved.sql");
+/// Takes in a backup for each number, and the proofs.
+async fn record(catalog: &Catalog, backups: std::ops::RangeInclusive<u8>, rows: &[ProofRow]) {
+    let cluster = &"orders".parse().unwrap();
     catalog
         .transact("test", |tx| {
+            let numbers = backups.clone();
             Box::pin(async move {
-                let forget = "-- forget
-                     UPDATE backups SET shown = 'none'";
-                sqlx::query(forget).execute(tx.db()).await?;
-                for update in migration.split(';').filter(|text| text.contains("UPDATE ")) {
-                    sqlx::query(sqlx::AssertSqlSafe(update.to_owned())).execute(tx.db()).await?;
+                for n in numbers {
+                    backups::put(tx, &backup_row(n, i64::from(n) * 10), 1).await?;
+                }
+                for row in rows {
+                    proofs::take_in(tx, row, cluster, 1).await?;
                 }
                 Ok(())
             })
         })
         .await
         .unwrap();
-    assert_eq!(found().await, wanted);
+}
+
+async fn sources(catalog: &Catalog) -> Vec<(i64, Shown)> {
+    let mut db = catalog.read().await.unwrap();
+    let sources = backups::sources(&mut db, "").await.unwrap();
+    sources.iter().map(|row| (row.outcome.stopped_at_ms, row.shown)).collect()
+}
+
+/// The newest that nobody proved, and the newest three that are proved; none that is bad.
+async fn a_cluster_is_recovered_from_few_of_its_backups(url: &str) {
+    let catalog = catalog(url).await;
+    for name in ["bills", "orders"] {
+        register(&catalog, name).await;
+    }
+    let mut rows: Vec<ProofRow> = (1..=4).map(|n| proof_row(n, 100, true)).collect();
+    rows.extend([proof_row(7, 100, true), proof_row(7, 200, false), proof_row(5, 200, false)]);
+    record(&catalog, 1..=7, &rows).await;
+    let wanted = [(60, Shown::None), (40, Shown::Proved), (30, Shown::Proved), (20, Shown::Proved)];
+    assert_eq!(sources(&catalog).await, wanted);
+    let mut db = catalog.read().await.unwrap();
+    let told = backups::newest_proofs(&mut db, "").await.unwrap();
+    let told: Vec<i64> = told.iter().map(|row| row.proof.at_ms).collect();
+    assert_eq!(told, [200, 100, 100, 100, 100], "of the newest, and of three that are proved");
+    assert!(backups::sources(&mut db, "bills").await.unwrap().is_empty());
+    assert!(backups::newest_proofs(&mut db, "bills").await.unwrap().is_empty());
+    assert_eq!(backups::newest(&mut db, "orders").await.unwrap()[0].outcome.stopped_at_ms, 70);
+    drop(db);
+
+    // The same comes of a catalog that an earlier program wrote.
+    let migration = include_str!("../../migrations/0008_recovery_sources.sql");
+    let forget = migration.split(';').find(|text| text.contains("UPDATE ")).unwrap();
+    for text in [forget, "UPDATE backups SET worth = 0", "UPDATE proofs SET tells = 1"] {
+        write(&catalog, text).await;
+    }
+    assert!(sources(&catalog).await.is_empty());
+    catalog.close().await;
+    let catalog = self::catalog(url).await;
+    assert_eq!(sources(&catalog).await, wanted);
+}
+
+async fn write(catalog: &Catalog, text: &str) {
+    catalog
+        .transact("test", |tx| {
+            let text = text.to_owned();
+            Box::pin(async move {
+                sqlx::query(sqlx::AssertSqlSafe(text)).execute(tx.db()).await?;
+                Ok(())
+            })
+        })
+        .await
+        .unwrap();
+}
+
+/// One that fell short because it could not look says what it reached, also where an earlier program recorded it; and a look at
+/// objects lifts no failure, however many come after it.
+async fn proofs_are_judged_by_what_they_say(url: &str) {
+    let catalog = catalog(url).await;
+    register(&catalog, "orders").await;
+    let mut short = proof_row(1, 100, false);
+    short.proof.level_reached = Some(ProofLevel::L4);
+    short.proof.checks[0].outcome = CheckOutcome::Skipped;
+    let mut rows = vec![short, proof_row(2, 100, true), proof_row(2, 200, false)];
+    for at_ms in 300..370 {
+        let mut looked = proof_row(2, at_ms, true);
+        (looked.proof.level_asked, looked.proof.level_reached) =
+            (ProofLevel::L1, Some(ProofLevel::L1));
+        rows.push(looked);
+    }
+    record(&catalog, 1..=2, &rows).await;
+    let wanted = [(10, Shown::Proved)];
+    assert_eq!(sources(&catalog).await, wanted);
+    let mut db = catalog.read().await.unwrap();
+    let told = backups::newest_proofs(&mut db, "").await.unwrap();
+    let told: Vec<i64> = told.iter().map(|row| row.proof.at_ms).collect();
+    assert_eq!(told, [369, 200, 100, 100], "however many were made");
+    drop(db);
+    write(&catalog, "UPDATE backups SET shown = 'unjudged'").await;
+    catalog.close().await;
+    let catalog = self::catalog(url).await;
+    assert_eq!(sources(&catalog).await, wanted);
+}
+
+/// A dump that leaves something out is no backup of the cluster, and stands behind every other.
+async fn a_part_of_a_cluster_is_nothing_to_recover_it_from(url: &str) {
+    let catalog = catalog(url).await;
+    register(&catalog, "orders").await;
+    let dump = |n: u8, left_out, scope: PgDump| {
+        let mut row = backup_row(n, i64::from(n) * 10);
+        row.outcome.logical = Some(LogicalOutcome {
+            client_version_num: 150_018,
+            databases: 1,
+            role_passwords: true,
+            left_out,
+            skipped: Vec::new(),
+        });
+        let task = Task::Backup(Backup { pg_dump: Some(scope), ..Backup::default() });
+        row.worth = Worth::of(&row.outcome, Some(&task));
+        row
+    };
+    let some = || PgDump { databases: vec!["shop".parse().unwrap()], exclude: Vec::new() };
+    let all = PgDump::default;
+    let rows = [
+        dump(1, Some(0), all()),
+        dump(2, Some(3), some()),
+        // A worker of before did not say.
+        dump(3, None, all()),
+        dump(4, None, some()),
+        // It leaves out what nobody may connect to.
+        dump(5, Some(1), all()),
+    ];
+    let worths: Vec<Worth> = rows.iter().map(|row| row.worth).collect();
+    assert_eq!(worths, [Worth::Dump, Worth::Part, Worth::Dump, Worth::Part, Worth::Part]);
+    for parts in [&rows[3..], &rows[..]] {
+        catalog
+            .transact("test", |tx| {
+                Box::pin(async move {
+                    for row in parts {
+                        backups::put(tx, row, 1).await?;
+                    }
+                    Ok(())
+                })
+            })
+            .await
+            .unwrap();
+        let mut db = catalog.read().await.unwrap();
+        let newest = backups::newest(&mut db, "").await.unwrap();
+        let is_whole = parts.len() > 2;
+        assert_eq!(newest[0].outcome.stopped_at_ms, if is_whole { 30 } else { 50 });
+        drop(db);
+        let wanted = is_whole.then_some((30, Shown::None));
+        assert_eq!(sources(&catalog).await, wanted.into_iter().collect::<Vec<_>>());
+    }
+}
+
+/// Whatever a look at the fleet reads of its backups is the end of an index.
+#[tokio::test]
+async fn no_look_at_the_fleet_goes_through_all_backups() {
+    let server = Server::sqlite();
+    let catalog = catalog(&server.fresh("plans").await).await;
+    let mut db = catalog.read().await.unwrap();
+    for text in [backups::text_of_sources(), backups::text_of_proofs()] {
+        let (_, query) = text.split_once('\n').unwrap();
+        let plan = format!("EXPLAIN QUERY PLAN {query}");
+        let rows = sqlx::query(sqlx::AssertSqlSafe(plan)).bind("").fetch_all(&mut *db).await;
+        let steps: Vec<String> =
+            rows.unwrap().into_iter().map(|row| row::Row(row).text("detail").unwrap()).collect();
+        let scans: Vec<&String> = steps.iter().filter(|step| step.starts_with("SCAN ")).collect();
+        let few = |step: &&&String| {
+            step.starts_with("SCAN c ") || **step == "SCAN c" || step.contains("looked_at")
+        };
+        assert_eq!(scans.iter().filter(few).count(), scans.len(), "{steps:#?}");
+    }
 }
 
 #[tokio::test]
@@ -677,6 +807,7 @@ mod lives {
             running: Vec::new(),
             offers: None,
             wal: Vec::new(),
+            holdings: Vec::new(),
         }
     }
 

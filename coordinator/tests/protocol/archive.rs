@@ -2,12 +2,14 @@
 
 use coordinator::api::types::{ClusterView, StatusView, SubmitRequest};
 use policy::ClusterState;
-use proto::job::VerifyRestoreOutcome;
-use proto::message::{ReportBody, WalStanding};
-use proto::proof::{Phase, Proof, ProofLevel};
+use proto::job::{JobKind, Task, VerifyRestore, VerifyRestoreOutcome};
+use proto::message::{Holdings, ReportBody, WalStanding};
+use proto::proof::{BrokenWal, Phase, Proof, ProofLevel, ProofRecovery};
 use proto::{BackupId, JobState, LineageId, Lsn, Outcome, SystemIdentifier, Timeline};
 
-use crate::support::{Fleet, START, Worker, backup_outcome, backup_request, eventually, orders};
+use crate::support::{
+    Fleet, START, Work, Worker, backup_outcome, backup_request, eventually, orders, proof_of,
+};
 
 /// What a worker saw, by its own clock.
 fn standing(at_ms: i64) -> WalStanding {
@@ -87,18 +89,9 @@ async fn prove(fleet: &Fleet, worker: &mut Worker, backup: BackupId, passed: boo
     let ticket = worker.any_ticket().await;
     let mut work = worker.take(&ticket).await;
     let proof = Proof {
-        backup,
-        kind: proto::BackupKind::Physical,
-        lineage: LineageId::mint(1, [1; 10]),
-        cluster: orders(),
-        system_identifier: SystemIdentifier(42),
-        worker: "w1".parse().unwrap(),
         at_ms: fleet.clock.now_ms(),
-        level_asked: ProofLevel::L5,
         level_reached: Some(if passed { ProofLevel::L5 } else { ProofLevel::L1 }),
         passed,
-        server_version_num: None,
-        reached_lsn: None,
         phases: [("restore", 500), ("start", 100), ("replay", 20), ("open", 30), ("check", 9_000)]
             .map(|(name, duration_ms)| Phase {
                 name: name.to_owned(),
@@ -107,19 +100,26 @@ async fn prove(fleet: &Fleet, worker: &mut Worker, backup: BackupId, passed: boo
             })
             .to_vec(),
         size_bytes: 500,
-        tables: 0,
-        rows: 0,
-        tables_exact: 0,
-        tables_bounded: 0,
-        checks: vec![],
-        isolation: String::new(),
-        recovery: None,
+        ..proof_of(backup, ProofLevel::L5)
     };
-    let outcome = Outcome::VerifyRestore(VerifyRestoreOutcome { proof });
-    worker
-        .end(&mut work, ReportBody::Succeeded { outcome: Box::new(outcome), steps: vec![] })
-        .await;
-    fleet.until_state(ticket.job, JobState::Succeeded).await;
+    tell(fleet, worker, &mut work, proof).await;
+}
+
+/// Tells how a proof ended.
+async fn tell(fleet: &Fleet, worker: &mut Worker, work: &mut Work, proof: Proof) {
+    let outcome = Box::new(Outcome::VerifyRestore(VerifyRestoreOutcome { proof }));
+    worker.end(work, ReportBody::Succeeded { outcome, steps: vec![] }).await;
+    fleet.until_state(work.spec.job, JobState::Succeeded).await;
+}
+
+/// Orders a proof of its own, and tells how it ended.
+async fn prove_again(fleet: &Fleet, worker: &mut Worker, proof: Proof) {
+    let (backup, level) = (Some(proof.backup), proof.level_asked);
+    let task = Task::VerifyRestore(VerifyRestore { backup, level, to: None });
+    fleet.submit(&SubmitRequest::new(orders(), task)).await;
+    let ticket = worker.any_ticket().await;
+    let mut work = worker.take(&ticket).await;
+    tell(fleet, worker, &mut work, proof).await;
 }
 
 fn reach(view: &ClusterView) -> (Option<i64>, Option<i64>) {
@@ -193,4 +193,148 @@ async fn a_cluster_is_held_against_what_is_promised_for_it() {
     let metric = async |name: &str| fleet.metric(&format!("{name}{{cluster=\"orders\"}}")).await;
     assert_eq!(metric("pgmuster_rpo_objective_seconds").await, Some(60.0));
     assert_eq!(metric("pgmuster_rto_objective_seconds").await, Some(1_800.0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn wal_that_a_proof_could_not_replay_ends_the_line_until_a_recovery_gets_past_it() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    let backup = take_backup(&fleet, &mut w1, true).await;
+    prove(&fleet, &mut w1, backup, true).await;
+    let along = START + 500;
+    w1.wal = vec![WalStanding { safe_at_ms: Some(along), ..standing(START + 600) }];
+    let view = pulse(&fleet, &mut w1, 1_000).await;
+    assert_eq!((view.state, reach(&view)), (ClusterState::Proved, (Some(along), Some(along))));
+
+    let proof = |broken_wal, recovery| {
+        let reached = Proof { at_ms: fleet.clock.now_ms(), ..proof_of(backup, ProofLevel::L4) };
+        Proof { broken_wal, recovery, ..reached.reached() }
+    };
+    let broken = BrokenWal {
+        target: "the end of the WAL".to_owned(),
+        timeline: Timeline(1),
+        from: Lsn(5),
+        to: Lsn(6),
+    };
+    let failed =
+        Proof { level_reached: Some(ProofLevel::L2), passed: false, ..proof(Some(broken), None) };
+    prove_again(&fleet, &mut w1, failed).await;
+    let view = show(&fleet).await;
+    assert_eq!((view.state, reach(&view)), (ClusterState::Broken, (Some(START), Some(START))));
+    assert!(view.reason.starts_with("archived WAL at 0/5 of timeline 1"), "{}", view.reason);
+    // The backup alone was never in doubt.
+    fleet.hand.advance(1_000);
+    let plain = proof(None, None);
+    prove_again(&fleet, &mut w1, plain).await;
+    let view = show(&fleet).await;
+    assert_eq!((view.state, reach(&view).0), (ClusterState::Broken, Some(START)));
+
+    let replayed = |to| {
+        let recovery = ProofRecovery {
+            target: format!("position {}", Lsn(to)),
+            timeline: Timeline(1),
+            reached_lsn: Lsn(to),
+            last_commit: None,
+            evidence: String::new(),
+            replayed_bytes: 4,
+        };
+        proof(None, Some(recovery))
+    };
+    prove_again(&fleet, &mut w1, replayed(5)).await;
+    assert_eq!(show(&fleet).await.state, ClusterState::Broken, "it ended before");
+    prove_again(&fleet, &mut w1, replayed(6)).await;
+    let view = show(&fleet).await;
+    assert_eq!((view.state, reach(&view)), (ClusterState::Proved, (Some(along), Some(along))));
+    assert!(view.broken_wal.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_that_is_gone_from_its_repository_is_no_recovery_source() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    let first = take_backup(&fleet, &mut w1, true).await;
+    prove(&fleet, &mut w1, first, true).await;
+    fleet.hand.advance(1_000);
+    let second = take_backup(&fleet, &mut w1, true).await;
+    prove(&fleet, &mut w1, second, true).await;
+    let later = START + 1_000;
+    assert_eq!(reach(&show(&fleet).await), (Some(later), Some(later)));
+
+    let held = |repository: &str, server: u64, backups: &[BackupId]| {
+        let server = SystemIdentifier(server);
+        vec![Holdings::new(orders(), repository.to_owned(), server, START, backups.to_vec())]
+    };
+    // It had been looked before the backups were recorded, for all that is known.
+    w1.holdings = held("file:///backups", 42, &[]);
+    assert_eq!(reach(&pulse(&fleet, &mut w1, 59_000).await).0, Some(later));
+    // What is held elsewhere, or of another server, says nothing.
+    w1.holdings = held("file:///elsewhere", 42, &[]);
+    assert_eq!(reach(&pulse(&fleet, &mut w1, 5_000).await).0, Some(later));
+    w1.holdings = held("file:///backups", 43, &[]);
+    assert_eq!(reach(&pulse(&fleet, &mut w1, 5_000).await).0, Some(later));
+
+    w1.holdings = held("file:///backups", 42, &[first]);
+    let view = pulse(&fleet, &mut w1, 5_000).await;
+    assert_eq!(reach(&view), (Some(START), Some(START)));
+    assert_eq!(view.backup.unwrap().id, first, "it is judged by what is left");
+    let events = fleet.events("backups_gone").await;
+    let says =
+        format!("1 backup of orders no longer in file:///backups, or given up, {second} first");
+    assert_eq!(events.into_iter().map(|event| event.message).collect::<Vec<_>>(), [says]);
+    w1.holdings = held("file:///backups", 42, &[]);
+    let view = pulse(&fleet, &mut w1, 5_000).await;
+    assert_eq!((view.state, reach(&view)), (ClusterState::Broken, (None, None)));
+    assert!(view.reason.contains("none of its backups"), "{}", view.reason);
+    w1.holdings = held("file:///backups", 42, &[first, second]);
+    let view = pulse(&fleet, &mut w1, 5_000).await;
+    assert_eq!(reach(&view).0, Some(later), "somebody took that back");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_whose_clock_is_ahead_makes_nothing_seem_safer() {
+    const AHEAD: i64 = 3_600_000;
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    fleet.submit(&backup_request()).await;
+    let ticket = w1.ticket().await;
+    let mut work = w1.take(&ticket).await;
+    let Outcome::Backup(mut outcome) = backup_outcome(ticket.attempt) else { unreachable!() };
+    (outcome.started_at_ms, outcome.stopped_at_ms) = (START + AHEAD, START + AHEAD);
+    let outcome = Box::new(Outcome::Backup(outcome));
+    w1.end(&mut work, ReportBody::Succeeded { outcome, steps: vec![] }).await;
+    fleet.until_state(work.spec.job, JobState::Succeeded).await;
+    let backup = ticket.attempt.into();
+    assert_eq!(reach(&show(&fleet).await).1, Some(START), "of now, and not of later");
+
+    let passed = proof_of(backup, ProofLevel::L4).reached();
+    prove_again(&fleet, &mut w1, Proof { at_ms: START + AHEAD, ..passed.clone() }).await;
+    assert_eq!(show(&fleet).await.state, ClusterState::Proved);
+    // What another finds a moment later is later.
+    fleet.hand.advance(1);
+    let failed = Proof { passed: false, level_reached: None, at_ms: START + 1, ..passed };
+    prove_again(&fleet, &mut w1, failed).await;
+    let view = show(&fleet).await;
+    assert_eq!((view.state, reach(&view)), (ClusterState::Broken, (None, None)));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_is_ordered_behind_wal_that_cannot_be_replayed() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    let backup = take_backup(&fleet, &mut w1, true).await;
+    prove(&fleet, &mut w1, backup, true).await;
+    w1.wal = vec![standing(START)];
+    assert!(pulse(&fleet, &mut w1, 10_001).await.open_jobs.is_empty());
+    let broken = BrokenWal {
+        target: "the end of the WAL".to_owned(),
+        timeline: Timeline(1),
+        from: Lsn(5),
+        to: Lsn(6),
+    };
+    let at_ms = fleet.clock.now_ms();
+    let proof = proof_of(backup, ProofLevel::L4);
+    prove_again(&fleet, &mut w1, Proof { at_ms, broken_wal: Some(broken), ..proof }).await;
+    pulse(&fleet, &mut w1, 10_001).await;
+    let ticket = w1.any_ticket().await;
+    assert_eq!(ticket.kind, JobKind::Backup);
 }

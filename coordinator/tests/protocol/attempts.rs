@@ -8,9 +8,9 @@ use proto::job::{Task, VerifyRestoreOutcome};
 use proto::message::{Control, DeclineReason, DenialReason, ReportBody};
 use proto::proof::{Phase, Proof, ProofLevel};
 use proto::step::Step;
-use proto::{AttemptId, BackupId, JobState, Lane, LineageId, Outcome, SystemIdentifier};
+use proto::{AttemptId, BackupId, JobState, Lane, Outcome, SystemIdentifier};
 
-use crate::support::{Fleet, START, Worker, backup_outcome, backup_request, eventually, orders};
+use crate::support::{Fleet, START, Worker, backup_outcome, backup_request, eventually, proof_of};
 
 fn step(number: u32, name: &str, ended: bool) -> Step {
     Step {
@@ -26,18 +26,8 @@ fn step(number: u32, name: &str, ended: bool) -> Step {
 
 fn proof(backup: BackupId) -> Proof {
     Proof {
-        backup,
-        kind: proto::BackupKind::Physical,
-        lineage: LineageId::mint(1, [1; 10]),
-        cluster: orders(),
-        system_identifier: SystemIdentifier(42),
-        worker: "w1".parse().unwrap(),
         at_ms: START + 10,
-        level_asked: ProofLevel::L5,
-        level_reached: Some(ProofLevel::L5),
-        passed: true,
         server_version_num: Some(150_018),
-        reached_lsn: None,
         phases: vec![Phase {
             name: "restore".to_owned(),
             duration_ms: 31_000,
@@ -47,10 +37,7 @@ fn proof(backup: BackupId) -> Proof {
         tables: 212,
         rows: 9,
         tables_exact: 212,
-        tables_bounded: 0,
-        checks: vec![],
-        isolation: String::new(),
-        recovery: None,
+        ..proof_of(backup, ProofLevel::L5).reached()
     }
 }
 

@@ -16,13 +16,13 @@ use proto::envelope::{Credentials, Signed, SigningKey};
 use proto::job::{Backup, BackupOutcome, JobKind, Task};
 use proto::message::{
     Beacon, Claim, ClaimMessage, ClusterOffer, Control, Decline, DeclineReason, DenialReason,
-    Grant, Nonce, Offers, Pulse, Report, ReportBody, RepositoryOffer, RunningAttempt, SCHEMA,
-    Slots, Spec, Ticket, WalStanding,
+    Grant, Holdings, Nonce, Offers, Pulse, Report, ReportBody, RepositoryOffer, RunningAttempt,
+    SCHEMA, Slots, Spec, Ticket, WalStanding,
 };
 use proto::topology::{self, TicketQueue};
 use proto::{
     AttemptId, BackupId, BootId, ClusterName, Failure, JobId, JobState, Lane, LineageId, Lsn,
-    Outcome, SiteName, SystemIdentifier, Timeline, WorkerName,
+    Outcome, Proof, ProofLevel, SiteName, SystemIdentifier, Timeline, WorkerName,
 };
 use secrecy::SecretString;
 use serde::Serialize;
@@ -310,6 +310,8 @@ pub(crate) struct Worker {
     pub(crate) running: Vec<RunningAttempt>,
     /// What its pulses say of archives.
     pub(crate) wal: Vec<WalStanding>,
+    /// What they say of backups.
+    pub(crate) holdings: Vec<Holdings>,
     /// What its cluster shows.
     pub(crate) identifier: SystemIdentifier,
     pub(crate) every_ms: u32,
@@ -357,6 +359,7 @@ impl Worker {
             slots: Slots { urgent_free: 1, routine_free: 2 },
             running: Vec::new(),
             wal: Vec::new(),
+            holdings: Vec::new(),
             identifier: SystemIdentifier(42),
             every_ms: 1_000,
             seq: 0,
@@ -426,6 +429,7 @@ impl Worker {
             running: self.running.clone(),
             offers,
             wal: self.wal.clone(),
+            holdings: self.holdings.clone(),
         };
         let body = serde_json::to_string(&self.credentials.sign(&pulse)).unwrap();
         self.say(topology::PULSE, "pulse", body).await;
@@ -650,6 +654,7 @@ pub(crate) fn backup_outcome(attempt: AttemptId) -> Outcome {
         wal_to: None,
         started_at_ms: START,
         stopped_at_ms: START + 1,
+        holds_to_ms: None,
         files: 10,
         size_bytes: 1_000,
         read_bytes: 1_000,
@@ -660,4 +665,10 @@ pub(crate) fn backup_outcome(attempt: AttemptId) -> Outcome {
         compared_with: None,
         logical: None,
     })
+}
+
+/// A proof that `w1` made of such a backup, in which nothing is shown yet.
+pub(crate) fn proof_of(backup: BackupId, level: ProofLevel) -> Proof {
+    let (lineage, worker) = (LineageId::mint(1, [1; 10]), "w1".parse().unwrap());
+    Proof::of(backup, lineage, orders(), SystemIdentifier(42), worker, level)
 }

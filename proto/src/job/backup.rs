@@ -81,6 +81,10 @@ pub struct BackupOutcome {
     pub started_at_ms: i64,
     /// Worker's clock when the server left it: what a restore of this backup alone brings back.
     pub stopped_at_ms: i64,
+    /// Every transaction is in it that had committed by then, where that is earlier: a standby may be behind its primary, by whose
+    /// clock this is, and a dump lists its databases before it begins. Unix milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub holds_to_ms: Option<i64>,
     /// Files and directories in the backup.
     pub files: u64,
     /// Bytes a restore will write.
@@ -114,6 +118,13 @@ impl BackupOutcome {
     pub fn kind(&self) -> BackupKind {
         if self.logical.is_some() { BackupKind::Logical } else { BackupKind::Physical }
     }
+
+    /// What had committed by then a restore of it alone brings back, Unix milliseconds. Each database of a dump is as it was when
+    /// its own began.
+    pub fn recovers_to_ms(&self) -> i64 {
+        let own_ms = if self.logical.is_some() { self.started_at_ms } else { self.stopped_at_ms };
+        self.holds_to_ms.map_or(own_ms, |ms| ms.min(own_ms))
+    }
 }
 
 /// What a logical backup holds.
@@ -125,6 +136,10 @@ pub struct LogicalOutcome {
     pub databases: u64,
     /// Whether it has the passwords of roles.
     pub role_passwords: bool,
+    /// Databases of the cluster that are not in it, excluded or not: what it has is no recovery of the cluster. Absent when the
+    /// worker did not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left_out: Option<u64>,
     /// Databases that are not in it although nobody excluded them, with the reason.
     #[serde(default)]
     pub skipped: Vec<SkippedDatabase>,

@@ -5,6 +5,7 @@
 
 mod claim;
 mod control;
+mod holdings;
 mod pulse;
 mod report;
 mod wal;
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 pub use claim::{Claim, ClaimMessage, Decline, DeclineReason, Nonce};
 pub use control::{Beacon, Cancel, Control, Denial, DenialReason, Grant, Revoked, Spec};
+pub use holdings::Holdings;
 pub use pulse::{ClusterOffer, Offers, Pulse, RepositoryOffer, RunningAttempt, Slots};
 pub use report::{Report, ReportBody};
 pub use wal::{ArchiveSetup, WalAncestor, WalStanding, WalWaiting};

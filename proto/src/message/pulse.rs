@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ArchiveSetup, WalStanding};
+use super::{ArchiveSetup, Holdings, WalStanding};
 use crate::failure::Failure;
 use crate::step::Progress;
 use crate::{AttemptId, BootId, ClusterName, JobKind, SiteName, SystemIdentifier, WorkerName};
@@ -38,6 +38,9 @@ pub struct Pulse {
     /// How archives of WAL stand: those that changed, and all of them from time to time.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub wal: Vec<WalStanding>,
+    /// Which backups there are: those that changed, and all of them from time to time.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub holdings: Vec<Holdings>,
 }
 
 /// Room for more jobs.

@@ -347,29 +347,11 @@ fn proof(lineage: LineageId, backup: BackupId, at_ms: i64) -> Bytes {
     };
     let certificate = coordinator.sign(&certificate);
     let credentials = Credentials::new(worker, certificate, coordinator.public()).unwrap();
-    let proof = Proof {
-        backup,
-        kind: proto::BackupKind::Physical,
-        lineage,
-        cluster: "orders".parse().unwrap(),
-        system_identifier: SystemIdentifier(7),
-        worker: "w1".parse().unwrap(),
-        at_ms,
-        level_asked: ProofLevel::L2,
-        level_reached: Some(ProofLevel::L2),
-        passed: true,
-        server_version_num: None,
-        reached_lsn: None,
-        phases: Vec::new(),
-        size_bytes: 1,
-        tables: 0,
-        rows: 0,
-        tables_exact: 0,
-        tables_bounded: 0,
-        checks: Vec::new(),
-        isolation: String::new(),
-        recovery: None,
-    };
+    let cluster = "orders".parse().unwrap();
+    let worker = "w1".parse().unwrap();
+    let proof =
+        Proof::of(backup, lineage, cluster, SystemIdentifier(7), worker, ProofLevel::L2).reached();
+    let proof = Proof { at_ms, size_bytes: 1, ..proof };
     serde_json::to_vec(&credentials.sign(&proof)).unwrap().into()
 }
 

@@ -38,7 +38,8 @@ pub(crate) async fn run(
                 );
                 return Ok((found.await?, None));
             };
-            let wanted = Wanted { cluster, system_identifier, backup: task.backup, recovery };
+            let backup = task.backup;
+            let wanted = Wanted { cluster, system_identifier, backup, rehearses: false, recovery };
             let fetching = fetching(&place.config)?;
             let (backup, plan) = recovering::plan(&repository, wanted, &fetching, &pin).await?;
             Ok((backup, Some(plan)))

@@ -44,7 +44,7 @@ async fn proof(
     task: &VerifyRestore,
 ) -> Result<Proof, Failure> {
     task.check().map_err(|what| Failure::new(Code::RequestInvalid, Action::FixConfig, what))?;
-    let (repository, backup, beyond) = cx
+    let (repository, backup, mut beyond) = cx
         .step("find", async {
             let repository = places.repository_for(&cx.spec.cluster).await?;
             let identifier = cx.spec.system_identifier;
@@ -60,7 +60,8 @@ async fn proof(
                     backup: task.backup,
                     attempt: cx.spec.attempt,
                 };
-                let (backup, beyond) = Beyond::find(&repository, whom, target, &pin).await?;
+                let room = proving::room(cx, config.sandbox.directory.as_std_path()).await?;
+                let (backup, beyond) = Beyond::find(&repository, whom, target, &pin, room).await?;
                 return Ok((repository, backup, Some(beyond)));
             }
             let cluster = Some(&cx.spec.cluster);
@@ -92,7 +93,7 @@ async fn proof(
         processes: config.backup.processes,
     };
     let proved = async {
-        let proof = proving::prove_to(cx, &workshop, &backup, task.level, beyond.as_ref()).await?;
+        let proof = proving::prove_to(cx, &workshop, &backup, task.level, beyond.as_mut()).await?;
         store(cx, &repository, credentials, &proof).await?;
         Ok(proof)
     };

@@ -10,7 +10,7 @@ use postgres::binaries::Binaries;
 use postgres::checks::Origin;
 use postgres::clients::{Clients, server_to_load_into};
 use postgres::globals;
-use postgres::sandbox::{EmptyOptions, Sandbox, SandboxRoom};
+use postgres::sandbox::{EmptyOptions, Sandbox};
 use postgres::version::ServerVersion;
 use postgres::{Environment, Target};
 use proto::backup::LogicalFacts;
@@ -75,8 +75,7 @@ pub(super) async fn in_sandbox(
     let major = versions(backup, logical).0.major();
     let binaries = Binaries::find(major, &workshop.bin_dirs).await?;
     let jobs = u32::try_from(native::processes(workshop.processes)).unwrap_or(1);
-    let name = format!("pgmuster-proof-{}", cx.spec.attempt);
-    let room = SandboxRoom::create(workshop.directory, &name, None).await?;
+    let room = super::room(cx, workshop.directory).await?;
     has_room(room.path(), backup, logical, jobs).await?;
     let template = logical.databases.iter().find(|dump| dump.database.as_str() == "template1");
     let options = EmptyOptions {

@@ -11,12 +11,12 @@ use postgres::process::Isolation;
 use postgres::sandbox::{Sandbox, SandboxOptions, SandboxRoom};
 use postgres::short_place::ShortPlace;
 use postgres::{Environment, Target};
-use proto::proof::{CheckOutcome, Phase, ProofCheck, ProofRecovery};
+use proto::proof::{BrokenWal, CheckOutcome, Phase, ProofCheck, ProofRecovery};
 use proto::words::count;
 use proto::{Action, BackupId, BackupKind, Code, Failure, Proof, ProofLevel, WorkerName};
 use repository::Backup;
 
-use crate::beyond::{self, Beyond};
+use crate::beyond::Beyond;
 use crate::context::{JobContext, blocking};
 use crate::engines::native;
 use crate::restoring::{self, Destination};
@@ -44,6 +44,7 @@ struct Findings {
     isolation: String,
     level_reached: Option<ProofLevel>,
     recovery: Option<ProofRecovery>,
+    broken_wal: Option<BrokenWal>,
 }
 
 impl Findings {
@@ -101,7 +102,7 @@ pub async fn prove_to(
     workshop: &Workshop<'_>,
     backup: &Backup,
     level: ProofLevel,
-    beyond: Option<&Beyond>,
+    beyond: Option<&mut Beyond>,
 ) -> Result<Proof, Failure> {
     let mut findings = Findings {
         phases: Vec::new(),
@@ -111,6 +112,7 @@ pub async fn prove_to(
         isolation: String::new(),
         level_reached: None,
         recovery: None,
+        broken_wal: None,
     };
     match climb(cx, workshop, backup, level, beyond, &mut findings).await {
         Err(failure) if !blames_the_backup(&failure) => return Err(failure),
@@ -123,31 +125,29 @@ pub async fn prove_to(
     }
     let facts = backup.facts();
     let report = findings.report.as_ref();
+    // The server that a dump was loaded into has an identifier of its own.
+    let system_identifier = report
+        .filter(|_| facts.logical.is_none())
+        .map_or(facts.system_identifier, |r| r.system_identifier);
+    let (cluster, worker) = (facts.cluster.clone(), workshop.worker.clone());
     Ok(Proof {
-        backup: backup.id(),
         kind: facts.kind(),
-        lineage: backup.lineage(),
-        cluster: facts.cluster.clone(),
-        // The server that a dump was loaded into has one of its own.
-        system_identifier: report
-            .filter(|_| facts.logical.is_none())
-            .map_or(facts.system_identifier, |r| r.system_identifier),
-        worker: workshop.worker.clone(),
         at_ms: clock::now_ms(),
-        level_asked: level,
         level_reached: findings.level_reached,
         passed: findings.level_reached >= Some(level),
         server_version_num: report.map(|r| r.server_version_num),
         reached_lsn: report.and_then(|r| r.reached_lsn),
-        phases: findings.phases,
-        size_bytes: findings.size_bytes,
         tables: report.map_or(0, |r| r.tables),
         rows: report.map_or(0, |r| r.rows),
         tables_exact: report.map_or(0, |r| r.tables_exact),
         tables_bounded: report.map_or(0, |r| r.tables_bounded),
+        phases: findings.phases,
+        size_bytes: findings.size_bytes,
         checks: findings.checks,
         isolation: findings.isolation,
         recovery: findings.recovery,
+        broken_wal: findings.broken_wal,
+        ..Proof::of(backup.id(), backup.lineage(), cluster, system_identifier, worker, level)
     })
 }
 
@@ -156,7 +156,7 @@ async fn climb(
     workshop: &Workshop<'_>,
     backup: &Backup,
     level: ProofLevel,
-    beyond: Option<&Beyond>,
+    beyond: Option<&mut Beyond>,
     findings: &mut Findings,
 ) -> Result<(), Failure> {
     let started = Instant::now();
@@ -218,19 +218,29 @@ async fn climb(
     }
 }
 
+/// The room of the server that an attempt starts.
+pub(crate) async fn room(cx: &JobContext, directory: &Path) -> Result<SandboxRoom, Failure> {
+    let name = format!("pgmuster-proof-{}", cx.spec.attempt);
+    Ok(SandboxRoom::create(directory, &name, None).await?)
+}
+
 /// L3 and above: restore, boot, check, destroy. A restore decrypts and checks every frame, so it includes L2.
 async fn in_sandbox(
     cx: &JobContext,
     workshop: &Workshop<'_>,
     backup: &Backup,
     level: ProofLevel,
-    beyond: Option<&Beyond>,
+    mut beyond: Option<&mut Beyond>,
     findings: &mut Findings,
 ) -> Result<(), Failure> {
     let facts = backup.facts();
     let binaries = cx.until_stopped(programs::of(backup, &workshop.bin_dirs)).await??;
-    let name = format!("pgmuster-proof-{}", cx.spec.attempt);
-    let room = SandboxRoom::create(workshop.directory, &name, None).await?;
+    let made = beyond.as_deref_mut().and_then(Beyond::take_room);
+    let room = match made {
+        Some(room) => room,
+        None => room(cx, workshop.directory).await?,
+    };
+    let beyond = beyond.as_deref();
 
     let started = Instant::now();
     let destination = Destination {
@@ -265,16 +275,20 @@ async fn in_sandbox(
         beyond: beyond.map(Beyond::of_sandbox),
         ..SandboxOptions::new(facts.stop_lsn, facts.timeline, facts.system_identifier)
     };
+    let mut broken_wal = None;
     let booted = cx
         .step("boot", async {
-            Sandbox::boot(&binaries, room, options).await.map_err(|error| {
-                match beyond.and_then(|_| beyond::not_fetched(&error)) {
-                    Some(failure) => stopped_or(cx, failure),
-                    None => stopped_or(cx, error),
+            Sandbox::boot(&binaries, room, options).await.map_err(|error| match beyond {
+                None => stopped_or(cx, error),
+                Some(beyond) => {
+                    let fell = beyond.fell(error, facts);
+                    broken_wal = fell.broken;
+                    stopped_or(cx, fell.failure)
                 }
             })
         })
         .await;
+    findings.broken_wal = broken_wal;
     let told = booted.as_ref().map_err(Clone::clone).map(|sandbox| {
         format!("replay ended at {}, the backup at {}", sandbox.replay_end(), facts.stop_lsn)
     });

@@ -17,6 +17,7 @@ use std::path::PathBuf;
 use jiff::Timestamp;
 use postgres::recovery::{Expected, RecoverySettings, Way};
 use proto::job::RecoveryOutcome;
+use proto::wal::Segment;
 use proto::{
     Action, BackupFacts, BackupId, BackupKind, ClusterName, Code, Failure, LineageId, Lsn,
     Recovery, RecoveryTarget, SystemIdentifier, Timeline,
@@ -43,6 +44,12 @@ pub struct RecoveryPlan {
     pub lines: Vec<String>,
     /// What other timelines wrote that is not taken, a sentence each. They are among the lines.
     pub not_taken: Vec<String>,
+    /// Somebody looked whether WAL passes the target, and it does; else only the server can tell.
+    pub(crate) is_found: bool,
+    /// Where the target is met at the latest, as far as is known.
+    pub(crate) met_by: Lsn,
+    /// The way that was planned.
+    pub(crate) way: Way,
     /// The server is to be started.
     pub starts: bool,
 }
@@ -56,6 +63,8 @@ pub struct Wanted<'a> {
     pub system_identifier: Option<SystemIdentifier>,
     /// The backup to begin with; otherwise the right one is found.
     pub backup: Option<BackupId>,
+    /// It is a rehearsal: archived WAL that is damaged is left for its server to meet.
+    pub rehearses: bool,
     /// How far.
     pub recovery: &'a Recovery,
 }
@@ -74,6 +83,10 @@ struct Aim {
     target: RecoveryTarget,
     /// What it must have replayed.
     at_least: Lsn,
+    /// Where it is met at the latest.
+    met_by: Lsn,
+    /// Whether it was looked for, and found.
+    is_found: bool,
     /// Nothing behind this will be replayed, where that is known.
     until: Option<Until>,
     /// Where replay stops, where that is known.
@@ -90,7 +103,7 @@ pub async fn plan(
     fetching: &Fetching,
     pin: &Pin,
 ) -> Result<(Pinned, RecoveryPlan), Failure> {
-    let Wanted { cluster, system_identifier, backup: wanted, recovery } = wanted;
+    let Wanted { cluster, system_identifier, backup: wanted, rehearses, recovery } = wanted;
     recovery.check().map_err(|what| {
         Failure::new(Code::RequestInvalid, Action::FixConfig, what)
             .with_hint("pgmuster help restore says what goes with what.")
@@ -100,7 +113,7 @@ pub async fn plan(
             .await?;
     let lineage = located.lineage;
     let archive = repository.list_wal(lineage).await?;
-    let planner = Planner { repository, lineage, archive, recovery };
+    let planner = Planner { repository, lineage, archive, rehearses, recovery };
     let (id, plan) = planner.plan(located, wanted.is_some(), fetching).await?;
     // Read once more: only what is read after the pin is safe.
     let pinned = repository.open_pinned(lineage, id, pin).await?;
@@ -120,20 +133,26 @@ pub(crate) struct Range {
 
 /// Between which positions a recovery can end that begins with the newest backup, or with the one that is named.
 pub(crate) async fn range(repository: &Repository, wanted: Wanted<'_>) -> Result<Range, Failure> {
-    let Wanted { cluster, system_identifier, backup, recovery } = wanted;
+    let Wanted { cluster, system_identifier, backup, rehearses, recovery } = wanted;
     let located =
         restoring::locate(repository, BackupKind::Physical, cluster, system_identifier, backup)
             .await?;
     let lineage = located.lineage;
     let archive = repository.list_wal(lineage).await?;
-    let planner = Planner { repository, lineage, archive, recovery };
+    let planner = Planner { repository, lineage, archive, rehearses, recovery };
     let (id, facts) = planner.facts_of(located.backup).await?;
     let way = match archive::way_to(&planner.archive, planner.timeline(&facts), &facts) {
         Ok(way) => way,
         Err(why) => return Err(*planner.no_way(id, &facts, &why).failure),
     };
     let reach = Reach::along(&way, &planner.archive, &facts);
-    let last = Search::new(repository, lineage, &facts).last_record(&way, reach.to).await?;
+    let mut search = Search::new(repository, lineage, &facts).rehearsing(rehearses);
+    let last = search.last_record(&way, reach.to).await?;
+    // Of a last segment that is damaged any position may be chosen.
+    let size = way.segment_size();
+    let newest = Segment::ending_at(reach.to, way.timeline(), size).number;
+    let is_unread = last.is_none() && rehearses && planner.archive.has(way.segment(newest), size);
+    let last = last.or_else(|| is_unread.then(|| Lsn(reach.to.0.saturating_sub(1))));
     match last.filter(|last| *last > facts.stop_lsn) {
         Some(last) => {
             Ok(Range { backup: id, timeline: way.timeline(), from: facts.stop_lsn, last })
@@ -165,6 +184,7 @@ struct Planner<'a> {
     repository: &'a Repository,
     lineage: LineageId,
     archive: WalInventory,
+    rehearses: bool,
     recovery: &'a Recovery,
 }
 
@@ -178,7 +198,8 @@ impl Planner<'_> {
         let Located { backup: newest, mut older, .. } = located;
         let newest = self.facts_of(newest).await?;
         let timeline = self.timeline(&newest.1);
-        let mut search = Search::new(self.repository, self.lineage, &newest.1);
+        let mut search =
+            Search::new(self.repository, self.lineage, &newest.1).rehearsing(self.rehearses);
         let (mut next, mut refusals) = (Some(newest), Vec::new());
         while let Some((id, facts)) = next {
             match self.plan_from(id, facts, timeline, &mut search, fetching).await? {
@@ -315,12 +336,13 @@ impl Planner<'_> {
         let facts = &candidate.facts;
         let before = self.recovery.before;
         let target = self.recovery.to.clone();
-        let aim = |at_least, until: Option<Until>| {
+        let aim = |at_least, met_by: Lsn, until: Option<Until>| {
+            let (target, notes) = (target.clone(), Vec::new());
             let stops_at = match target {
                 RecoveryTarget::Lsn(lsn) => Some(lsn),
                 _ => None,
             };
-            Ok(Ok(Aim { target: target.clone(), at_least, until, stops_at, notes: Vec::new() }))
+            Ok(Ok(Aim { target, at_least, met_by, is_found: true, until, stops_at, notes }))
         };
         if reach.to < facts.stop_lsn {
             let size = candidate.way.segment_size();
@@ -333,14 +355,18 @@ impl Planner<'_> {
             return Ok(Err(Refusal { is_final: false, failure: Box::new(failure) }));
         }
         match &self.recovery.to {
-            RecoveryTarget::Immediate => aim(facts.stop_lsn, Some(Until::Position(facts.stop_lsn))),
+            RecoveryTarget::Immediate => {
+                let stop = facts.stop_lsn;
+                aim(stop, stop, Some(Until::Position(stop)))
+            }
             RecoveryTarget::Latest => {
                 if reach.is_gap {
                     let what = "the end of the WAL lies behind a gap".to_owned();
                     return Ok(Err(self.gap(candidate, reach, search, what, true).await?));
                 }
                 let end = search.end(&candidate.way, reach.to).await?;
-                aim(end.unwrap_or(facts.stop_lsn).max(facts.stop_lsn), None)
+                let at_least = end.unwrap_or(facts.stop_lsn).max(facts.stop_lsn);
+                aim(at_least, end.unwrap_or(reach.to).max(at_least), None)
             }
             RecoveryTarget::Lsn(lsn) => {
                 if *lsn < facts.stop_lsn {
@@ -354,7 +380,7 @@ impl Planner<'_> {
                 }
                 // One that is not to stop before it replays the first record that begins there or later.
                 let until = if before { Until::Position(*lsn) } else { Until::Record(*lsn) };
-                aim(if before { facts.stop_lsn } else { *lsn }, Some(until))
+                aim(if before { facts.stop_lsn } else { *lsn }, *lsn, Some(until))
             }
             RecoveryTarget::Time(time) => {
                 if facts.stopped_at_ms > time.as_millisecond() {
@@ -390,6 +416,11 @@ impl Planner<'_> {
             // One of those that show that WAL goes on, not the first.
             Found::Event(_) | Found::Unknown | Found::Nothing => None,
         };
+        let is_found = !matches!(found, Found::Unknown);
+        let met_by = match &found {
+            Found::Event(moment) | Found::Idle(moment) => moment.start,
+            Found::Unknown | Found::Nothing => reach.to,
+        };
         let (target, note) = match found {
             Found::Event(moment) => {
                 (target, format!("a transaction that ended at {} shows that WAL goes on beyond that", moment.at))
@@ -412,7 +443,8 @@ impl Planner<'_> {
                 return Ok(Err(self.gap(candidate, reach, search, what, true).await?));
             }
         };
-        Ok(Ok(Aim { target, at_least: stop, until: Some(until), stops_at, notes: vec![note] }))
+        let (until, notes) = (Some(until), vec![note]);
+        Ok(Ok(Aim { target, at_least: stop, met_by, is_found, until, stops_at, notes }))
     }
 
     /// A transaction or a restore point is looked for from the end of what is there.
@@ -431,6 +463,8 @@ impl Planner<'_> {
             return Ok(Ok(Aim {
                 target,
                 at_least: stop,
+                met_by: reach.to,
+                is_found: false,
                 until: None,
                 stops_at: None,
                 notes: vec![note.to_owned()],
@@ -446,8 +480,9 @@ impl Planner<'_> {
                 let note =
                     format!("{target} is at {} and was reached at {}", moment.start, moment.at);
                 let (at_least, until) = (at_least.min(moment.end), Until::Position(moment.end));
+                let (met_by, notes) = (moment.end, vec![note]);
                 let (until, stops_at) = (Some(until), Some(moment.start));
-                Ok(Ok(Aim { target, at_least, until, stops_at, notes: vec![note] }))
+                Ok(Ok(Aim { target, at_least, met_by, is_found: true, until, stops_at, notes }))
             }
             several => {
                 let places: Vec<String> = several
@@ -576,8 +611,19 @@ impl Planner<'_> {
             is_gap: reach.is_gap,
             notes: &aim.notes,
         });
+        let (met_by, is_found, way) = (aim.met_by, aim.is_found, way.clone());
         let (starts, not_taken) = (recovery.start, Vec::new());
-        Ok(RecoveryPlan { settings, expected, outcome, lines, not_taken, starts })
+        Ok(RecoveryPlan {
+            settings,
+            expected,
+            outcome,
+            lines,
+            not_taken,
+            is_found,
+            met_by,
+            way,
+            starts,
+        })
     }
 }
 

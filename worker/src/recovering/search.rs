@@ -5,7 +5,7 @@ use jiff::Timestamp;
 use postgres::recovery::Way;
 use postgres::wal_moments::{self, Event, Moment, SegmentMoments};
 use proto::recovery::low_half;
-use proto::{BackupFacts, Failure, LineageId, Lsn, RecoveryTarget, WalFileName};
+use proto::{BackupFacts, Code, Failure, LineageId, Lsn, RecoveryTarget, WalFileName};
 use repository::Repository;
 
 use crate::context::blocking;
@@ -39,13 +39,21 @@ pub(super) struct Search<'a> {
     lineage: LineageId,
     major: u32,
     left: usize,
+    /// What is damaged counts as what cannot be looked into.
+    rehearses: bool,
     looked: Vec<Looked>,
 }
 
 impl<'a> Search<'a> {
     pub(super) fn new(repository: &'a Repository, lineage: LineageId, facts: &BackupFacts) -> Self {
         let major = facts.server_version_num / 10_000;
-        Self { repository, lineage, major, left: SEGMENTS_MAX, looked: Vec::new() }
+        let (left, looked) = (SEGMENTS_MAX, Vec::new());
+        Self { repository, lineage, major, left, rehearses: false, looked }
+    }
+
+    /// The same, where a damaged segment is no error.
+    pub(super) fn rehearsing(self, rehearses: bool) -> Self {
+        Self { rehearses, ..self }
     }
 
     /// The same, looking into fewer segments.
@@ -225,7 +233,11 @@ impl<'a> Search<'a> {
 
     async fn fetch(&self, way: &Way, number: u64) -> Result<Option<Bytes>, Failure> {
         let name = way.segment(number).name(way.segment_size());
-        Ok(self.repository.fetch_wal(self.lineage, &WalFileName::Segment(name)).await?)
+        let fetched = self.repository.fetch_wal(self.lineage, &WalFileName::Segment(name)).await;
+        match fetched.map_err(Failure::from) {
+            Err(failure) if self.rehearses && failure.code == Code::ObjectDamaged => Ok(None),
+            fetched => fetched,
+        }
     }
 }
 

@@ -130,7 +130,13 @@ impl Place {
         let to = RecoveryTarget::Lsn(to);
         let timeline = timeline.map(Timeline);
         let recovery = &Recovery { timeline, ..Recovery::to(to) };
-        let wanted = Wanted { cluster: None, system_identifier: None, backup: None, recovery };
+        let wanted = Wanted {
+            cluster: None,
+            system_identifier: None,
+            backup: None,
+            rehearses: false,
+            recovery,
+        };
         let fetching = Fetching {
             program: "/usr/bin/pgmuster".into(),
             from: FetchFrom::Repository(
@@ -152,7 +158,7 @@ impl Place {
 }
 
 fn wal_name(timeline: u32, number: u64) -> SegmentName {
-    proto::wal::Segment { timeline: Timeline(timeline), number }.name(1 << 20)
+    Segment { timeline: Timeline(timeline), number }.name(1 << 20)
 }
 
 #[tokio::test]

@@ -243,6 +243,7 @@ async fn from_attempt(
         started_at_ms,
         // What commits while it stops may lie behind its end: whoever asks up to when it leads is told the earlier time.
         stopped_at_ms: stopping_at_ms,
+        holds_to_ms: stopped.replayed_to_ms,
         files: summary.counts.files + summary.counts.directories + summary.counts.symlinks,
         size_bytes: summary.counts.bytes,
         read_bytes: progress.snapshot().bytes_read,

@@ -59,6 +59,8 @@ struct Ready {
     catalog_version: u32,
     settings: Vec<Setting>,
     position: Lsn,
+    /// Before the databases were listed; of a standby, what it had replayed.
+    holds_to_ms: i64,
 }
 
 /// Takes a logical backup. When this fails nothing is committed, and no program of it is left; the same when it was dropped
@@ -86,7 +88,9 @@ async fn ready(cx: &JobContext, request: &BackupRequest<'_>) -> Result<Ready, Fa
     let purpose = Purpose::ask(&session_owner(cx.spec.attempt));
     let session = connect_maintenance(&request.cluster.target, &purpose).await?;
     let server = session.identity_of(cx.spec.system_identifier).await?;
+    let mut holds_to_ms = clock::now_ms();
     if server.in_recovery {
+        holds_to_ms = holds_to_ms.min(standby::replayed_to_ms(&session).await?);
         let lag_s = standby::lag_s(&session).await?;
         refuse_stale(request.cluster, lag_s, request.config.standby_lag_max_s)?;
     }
@@ -106,7 +110,16 @@ async fn ready(cx: &JobContext, request: &BackupRequest<'_>) -> Result<Ready, Fa
     let settings = settings::kept(&session).await?;
     let position = session.position().await?;
     session.close().await;
-    Ok(Ready { server, clients, choice, role_passwords, catalog_version, settings, position })
+    Ok(Ready {
+        server,
+        clients,
+        choice,
+        role_passwords,
+        catalog_version,
+        settings,
+        position,
+        holds_to_ms,
+    })
 }
 
 async fn from_attempt(
@@ -157,6 +170,7 @@ async fn from_attempt(
         wal_to: None,
         started_at_ms,
         stopped_at_ms,
+        holds_to_ms: Some(ready.holds_to_ms),
         files: summary.counts.files,
         size_bytes: summary.counts.bytes,
         read_bytes: progress.snapshot().bytes_read,
@@ -169,6 +183,7 @@ async fn from_attempt(
             client_version_num: logical.client_version_num,
             databases: logical.databases.len() as u64,
             role_passwords: logical.role_passwords,
+            left_out: Some(ready.choice.left_out),
             skipped: logical.skipped,
         }),
     })

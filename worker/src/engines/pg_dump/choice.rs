@@ -11,6 +11,8 @@ pub(super) struct Choice {
     pub(super) dumped: Vec<Database>,
     /// Not those that were excluded, or not asked for.
     pub(super) skipped: Vec<SkippedDatabase>,
+    /// How many databases are not dumped that have something in them, whoever left them out.
+    pub(super) left_out: u64,
 }
 
 /// Chooses among the databases of a server.
@@ -27,11 +29,12 @@ pub(super) fn choose(task: &PgDump, databases: Vec<Database>) -> Result<Choice, 
             .with_hint(format!("The server has: {}.", there.join(", "))));
         }
     }
-    let mut choice = Choice { dumped: Vec::new(), skipped: Vec::new() };
+    let mut choice = Choice { dumped: Vec::new(), skipped: Vec::new(), left_out: 0 };
     for database in databases {
         let name = &database.name;
         let asked = task.databases.is_empty() || task.databases.iter().any(|p| p.fits(name));
         if !asked || task.exclude.iter().any(|pattern| pattern.fits(name)) {
+            choice.left_out += u64::from(has_something(&database));
             continue;
         }
         let why = if database.is_invalid {
@@ -44,6 +47,7 @@ pub(super) fn choose(task: &PgDump, databases: Vec<Database>) -> Result<Choice, 
         match why {
             None => choice.dumped.push(database),
             Some(why) => {
+                choice.left_out += u64::from(has_something(&database));
                 // Whoever asks for it by name must not be told that it worked.
                 if let Some(named) = task.databases.iter().find(|p| p.is_plain() && p.fits(name)) {
                     let message = format!("database {named} cannot be dumped: {why}");
@@ -63,6 +67,11 @@ pub(super) fn choose(task: &PgDump, databases: Vec<Database>) -> Result<Choice, 
     Ok(choice)
 }
 
+/// The template that nobody connects to is as every server makes it, and of one that is half made nothing can be had.
+fn has_something(database: &Database) -> bool {
+    database.name.as_str() != "template0" && !database.is_invalid
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -70,7 +79,7 @@ mod tests {
     fn database(name: &str) -> Database {
         Database {
             name: name.parse().unwrap(),
-            allows_connections: name != "template0",
+            allows_connections: !["template0", "closed"].contains(&name),
             is_invalid: name == "half",
             size_bytes: Some(1),
             encoding: "UTF8".to_owned(),
@@ -85,23 +94,26 @@ mod tests {
         PgDump { databases: patterns(databases), exclude: patterns(exclude) }
     }
 
-    fn chosen(task: &PgDump) -> Result<(Vec<String>, Vec<String>), Failure> {
+    fn chosen(task: &PgDump) -> Result<(Vec<String>, Vec<String>, u64), Failure> {
         let all = ["half", "postgres", "shop", "shop_test", "template0", "template1"];
         let choice = choose(task, all.map(database).to_vec())?;
         Ok((
             choice.dumped.iter().map(|row| row.name.to_string()).collect(),
             choice.skipped.iter().map(|row| row.database.to_string()).collect(),
+            choice.left_out,
         ))
     }
 
     #[test]
     fn what_is_left_out_is_said_and_what_was_asked_for_by_name_is_not_left_out() {
         let owned = |list: &[&str]| list.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
-        let (dumped, skipped) = chosen(&task(&[], &[])).unwrap();
+        let (dumped, skipped, left_out) = chosen(&task(&[], &[])).unwrap();
         assert_eq!(dumped, owned(&["postgres", "shop", "shop_test", "template1"]));
-        assert_eq!(skipped, owned(&["half", "template0"]));
-        let (dumped, skipped) = chosen(&task(&["shop*"], &["*_test"])).unwrap();
-        assert_eq!((dumped, skipped), (owned(&["shop"]), vec![]));
+        assert_eq!((skipped, left_out), (owned(&["half", "template0"]), 0), "nothing is in these");
+        let (dumped, skipped, left_out) = chosen(&task(&["shop*"], &["*_test"])).unwrap();
+        assert_eq!((dumped, skipped, left_out), (owned(&["shop"]), vec![], 3));
+        let closed = choose(&task(&[], &[]), ["closed", "shop"].map(database).to_vec()).unwrap();
+        assert_eq!((closed.dumped.len(), closed.left_out), (1, 1), "its rows are in no dump");
         for bad in [task(&["sho"], &[]), task(&["shop", "half"], &[]), task(&[], &["*"])] {
             assert_eq!(chosen(&bad).unwrap_err().code, Code::RequestInvalid, "{bad:?}");
         }

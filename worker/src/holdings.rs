@@ -1,0 +1,265 @@
+//! Which backups of its clusters a worker finds in their repositories: what somebody deleted or gave up must not count as
+//! something to recover from.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures::future::join_all;
+use proto::message::Holdings;
+use proto::{Action, BackupId, BackupKind, ClusterName, Code, Failure, SystemIdentifier};
+use repository::{Backups, Error, Lost, Repository};
+use tokio::sync::Semaphore;
+
+use crate::clock;
+use crate::places::{Cluster, RepositoryPlace};
+use crate::shared::Shared;
+
+/// How often a repository is looked into.
+const LOOK_EVERY: Duration = Duration::from_mins(10);
+/// The same while it cannot be, or the server has not said yet who it is.
+const LOOK_SOON: Duration = Duration::from_secs(30);
+/// One look may take this long.
+const LOOK_MAX: Duration = Duration::from_mins(5);
+/// Repositories that are looked into at the same time.
+const LOOKS_MAX: usize = 4;
+/// Backups that are told in one pulse, unless those of one cluster are more.
+const TOLD_AT_ONCE_MAX: usize = 2_000;
+
+/// What was seen last.
+#[derive(Debug)]
+pub(crate) struct Held {
+    seen: Mutex<BTreeMap<ClusterName, Seen>>,
+    /// Who may look.
+    looks: Arc<Semaphore>,
+}
+
+#[derive(Debug)]
+struct Seen {
+    holdings: Holdings,
+    is_told: bool,
+}
+
+impl Default for Held {
+    fn default() -> Self {
+        Self { seen: Mutex::default(), looks: Arc::new(Semaphore::new(LOOKS_MAX)) }
+    }
+}
+
+impl Held {
+    fn note(&self, holdings: Holdings) {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.insert(holdings.cluster.clone(), Seen { holdings, is_told: false });
+    }
+
+    /// What is to be told now; to a coordinator that is `new`, everything, a part with each pulse. It counts as told.
+    pub(crate) fn due(&self, is_new: bool) -> Vec<Holdings> {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        if is_new {
+            seen.values_mut().for_each(|seen| seen.is_told = false);
+        }
+        let (mut due, mut backups) = (Vec::new(), 0);
+        for seen in seen.values_mut().filter(|seen| !seen.is_told) {
+            backups += seen.holdings.backups.len();
+            if backups > TOLD_AT_ONCE_MAX && !due.is_empty() {
+                break;
+            }
+            seen.is_told = true;
+            due.push(seen.holdings.clone());
+        }
+        due
+    }
+
+    /// What was told did not get through.
+    pub(crate) fn not_told(&self, holdings: &[Holdings]) {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        for Holdings { cluster, .. } in holdings {
+            if let Some(seen) = seen.get_mut(cluster) {
+                seen.is_told = false;
+            }
+        }
+    }
+}
+
+/// Looks into the repository of every cluster that this worker serves, for ever.
+pub(crate) async fn watch(shared: Arc<Shared>) {
+    join_all(shared.places.clusters().map(|cluster| watch_one(&shared, cluster))).await;
+}
+
+async fn watch_one(shared: &Shared, cluster: &Cluster) {
+    let name = &cluster.config.name;
+    let Ok(place) = shared.places.place_for(name) else { return };
+    let mut offered = shared.offered.subscribe();
+    let mut is_failing = false;
+    loop {
+        // Whose backups they are the server must have said once.
+        let known = offered.wait_for(Option::is_some).await.ok().and_then(|offers| {
+            let mut clusters = offers.iter().flat_map(|offers| &offers.clusters);
+            clusters.find(|offer| offer.name == *name)?.system_identifier
+        });
+        let pause = match known {
+            None => LOOK_SOON,
+            Some(server) => {
+                let looked = look_in_time(shared, place, name, server).await;
+                let failed = looked.is_err();
+                match looked {
+                    Ok(holdings) => shared.held.note(holdings),
+                    Err(failure) if !is_failing => {
+                        tracing::warn!(cluster = %name, "Nobody knows which backups there are: {failure}");
+                    }
+                    Err(_) => {}
+                }
+                is_failing = failed;
+                if failed { LOOK_SOON } else { LOOK_EVERY }
+            }
+        };
+        tokio::time::sleep(pause).await;
+    }
+}
+
+async fn look_in_time(
+    shared: &Shared,
+    place: &RepositoryPlace,
+    cluster: &ClusterName,
+    server: SystemIdentifier,
+) -> Result<Holdings, Failure> {
+    let _one_of_few = shared.held.looks.acquire().await;
+    let looked = async {
+        // Anew: of a store that is no longer mounted nothing is said.
+        let repository = place.open().await?;
+        look(&repository, cluster, server).await
+    };
+    let looked = tokio::time::timeout(LOOK_MAX, looked).await;
+    looked.unwrap_or_else(|_| {
+        let message = format!("its backups are not listed after {} s", LOOK_MAX.as_secs());
+        Err(Failure::new(Code::DeadlineExceeded, Action::Retry, message))
+    })
+}
+
+/// The backups of one server that can be restored, as far as one sees without restoring them.
+async fn look(
+    repository: &Repository,
+    cluster: &ClusterName,
+    server: SystemIdentifier,
+) -> Result<Holdings, Failure> {
+    let at_ms = clock::now_ms();
+    let mut there: Vec<BackupId> = Vec::new();
+    for kind in [BackupKind::Physical, BackupKind::Logical] {
+        for identity in repository.lineages_of(kind, cluster, server).await? {
+            let Backups { readable, lost } = repository.find_backups(identity.lineage).await?;
+            for summary in readable {
+                if let Some(backup) = summary.backup()
+                    && !repository.is_given_up(identity.lineage, &summary).await?
+                {
+                    there.push(backup);
+                }
+            }
+            // One that cannot be read now may be read later; of one without a manifest nothing is left.
+            let unread =
+                lost.into_iter().filter(|Lost { why, .. }| !matches!(why, Error::Missing { .. }));
+            there.extend(unread.map(|lost| lost.backup));
+        }
+    }
+    Ok(Holdings::new(cluster.clone(), repository.describe(), server, at_ms, there))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use proto::{AttemptId, LineageId, Lsn};
+    use repository::store::directory::DirectoryStore;
+    use repository::{
+        Encryption, InitOptions, Intent, Source, SourceEntry, SourceFile, Wish, WriteOptions,
+    };
+
+    use super::*;
+
+    const SERVER: SystemIdentifier = SystemIdentifier(7);
+
+    struct NoSource;
+
+    impl Source for NoSource {
+        fn open(&self, _: &SourceEntry) -> io::Result<Option<Box<dyn SourceFile>>> {
+            Ok(None)
+        }
+    }
+
+    async fn back_up(repository: &Repository, lineage: LineageId, n: u8) -> BackupId {
+        let facts = serde_json::json!({
+            "cluster": "orders", "system_identifier": SERVER, "server_version_num": 150_018,
+            "catalog_version": 1, "block_size": 8192, "wal_segment_size": 1 << 20,
+            "data_checksums": true, "timeline": 1, "start_lsn": Lsn(1), "stop_lsn": Lsn(2),
+            "started_at_ms": n, "stopped_at_ms": n, "backup_label": "",
+        });
+        let attempt = AttemptId::mint(n.into(), [n; 10]);
+        let intent = Intent { attempt, follows: None, by: "w".into(), began_at_ms: n.into() };
+        let attempt = repository.begin(lineage, intent).await.unwrap();
+        let mut writer = attempt.write(WriteOptions::default()).unwrap();
+        let entry = SourceEntry::bytes("file", 0o600, n.to_string());
+        writer.copy(Arc::new(NoSource), vec![Ok(entry)]).await.unwrap();
+        let facts = serde_json::from_value(facts).unwrap();
+        let written = writer.finish(Arc::new(NoSource), vec![], facts).await.unwrap();
+        written.commit(i64::from(n) + 1).await.unwrap().backup
+    }
+
+    #[tokio::test]
+    async fn what_was_given_up_or_deleted_is_not_held() {
+        let place = tempfile::tempdir().unwrap();
+        let store = Arc::new(DirectoryStore::new(place.path().join("repository")));
+        let options = InitOptions { encryption: Encryption::Off, now_ms: 1 };
+        let repository = Repository::init(store, options).await.unwrap().repository;
+        let cluster: ClusterName = "orders".parse().unwrap();
+        let identity = repository.find_or_mint_lineage(&cluster, SERVER, 1).await.unwrap();
+        let lineage = identity.lineage;
+        let held = async || look(&repository, &cluster, SERVER).await.unwrap().backups;
+        assert!(held().await.is_empty());
+        let mut backups = Vec::new();
+        for n in 1..=4 {
+            backups.push(back_up(&repository, lineage, n).await);
+        }
+        assert_eq!(held().await, backups);
+        let wish = Wish { by: "tester".into(), why: String::new(), at_ms: 9 };
+        repository.forget(lineage, backups[0], &wish).await.unwrap();
+        assert_eq!(held().await, backups[1..]);
+        repository.remember(lineage, backups[0], &wish).await.unwrap();
+        assert_eq!(held().await, backups, "somebody took that back");
+        let directory =
+            place.path().join(format!("repository/lineages/{lineage}/backups/{}", backups[1]));
+        std::fs::remove_file(directory.join("manifest")).unwrap();
+        std::fs::write(directory.with_file_name(backups[2].to_string()).join("verdict"), "x")
+            .unwrap();
+        let left = held().await;
+        assert_eq!(
+            left,
+            [backups[0], backups[2], backups[3]],
+            "what is unreadable may be read later"
+        );
+        let another = look(&repository, &cluster, SystemIdentifier(8)).await.unwrap();
+        assert!(another.backups.is_empty(), "of another server");
+    }
+
+    #[test]
+    fn what_was_seen_is_told_once_to_each_coordinator() {
+        let held = Held::default();
+        let note = |name: &str, n: usize| {
+            let id = |n: usize| BackupId::mint(n as u64, [1; 10]);
+            let there = (1..=n).map(id).collect();
+            held.note(Holdings::new(name.parse().unwrap(), String::new(), SERVER, 1, there));
+        };
+        let due =
+            |is_new| held.due(is_new).iter().map(|one| one.cluster.to_string()).collect::<Vec<_>>();
+        note("a", 1_000);
+        note("b", 900);
+        note("c", 900);
+        assert_eq!(due(false), ["a", "b"], "a pulse is small");
+        assert_eq!(due(false), ["c"]);
+        assert!(due(false).is_empty());
+        assert_eq!(due(true), ["a", "b"]);
+        let a = held.seen.lock().unwrap()[&"a".parse().unwrap()].holdings.clone();
+        held.not_told(&[a]);
+        assert_eq!(due(false), ["a", "c"]);
+        note("b", 1);
+        assert_eq!(due(false), ["b"], "looked at again");
+    }
+}
