@@ -59,12 +59,13 @@ impl Replay {
 }
 
 impl BrokenStretch {
-    /// Whether a recovery from a backup to where a server is has to replay this.
-    pub fn is_in_the_way(&self, backup: &BackupEnd, wal: &WalStanding) -> bool {
+    /// Whether a recovery from a backup to where a server is has to replay this. Where nobody knows where the server is, it does.
+    pub fn is_in_the_way(&self, backup: &BackupEnd, wal: Option<&WalStanding>) -> bool {
         self.lineage == backup.lineage
-            && self.lineage == wal.lineage
             && backup.start_lsn < self.to
-            && is_on_the_way(self.timeline, self.from, wal)
+            && wal.is_none_or(|wal| {
+                wal.lineage == self.lineage && is_on_the_way(self.timeline, self.from, wal)
+            })
     }
 
     /// Whether a later recovery shows that it can be replayed. One that followed another timeline does where the archive
@@ -86,7 +87,6 @@ pub fn in_the_way<'a>(
     backup: &BackupEnd,
     wal: Option<&WalStanding>,
 ) -> Option<&'a BrokenStretch> {
-    let wal = wal?;
     let stretches = broken.iter().filter(|stretch| stretch.is_in_the_way(backup, wal));
     stretches.min_by_key(|stretch| stretch.from)
 }
@@ -206,7 +206,8 @@ mod tests {
             wal_to: Lsn(start + 50),
             stopped_at_ms: 1,
         };
-        let is = |stretch: BrokenStretch, start| stretch.is_in_the_way(&backup(start), &wal());
+        let is =
+            |stretch: BrokenStretch, start| stretch.is_in_the_way(&backup(start), Some(&wal()));
         assert!(is(stretch(1), 100) && is(stretch(1), 599), "its own WAL comes from there, too");
         assert!(!is(stretch(1), 600));
         assert!(is(stretch(2), 100));
@@ -216,6 +217,7 @@ mod tests {
         let later = BrokenStretch { from: Lsn(550), ..stretch(1) };
         let broken = [later, stretch(1)];
         assert_eq!(in_the_way(&broken, &backup(100), Some(&wal())), Some(&stretch(1)));
-        assert_eq!(in_the_way(&broken, &backup(100), None), None);
+        assert_eq!(in_the_way(&broken, &backup(100), None), Some(&stretch(1)), "who knows?");
+        assert_eq!(in_the_way(&broken, &backup(600), None), None);
     }
 }
