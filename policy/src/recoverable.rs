@@ -186,7 +186,7 @@ mod tests {
     }
 
     /// One that a proof replayed along a timeline to a position, where the last commit was as old as one of a backup there.
-    fn replayed(source: Source, timeline: u32, to: u64) -> Source {
+    fn replayed(source: &Source, timeline: u32, to: u64) -> Source {
         let end = source.end.unwrap();
         let replay = Replay {
             lineage: end.lineage,
@@ -196,7 +196,7 @@ mod tests {
             last_commit_ms: Some(i64::try_from(to * 10).unwrap()),
             at_ms: 1_000,
         };
-        Source { replays: vec![replay], ..source }
+        Source { replays: vec![replay], ..source.clone() }
     }
 
     fn on(timeline: u32, source: Source) -> Source {
@@ -253,8 +253,8 @@ mod tests {
         assert_eq!(point(&[source(200), source(649)]), Some(ends(6_490)), "it begins in there");
         assert_eq!(point(&[source(200), source(650)]), Some(reaches(SAFE_MS)), "it begins behind");
         // What a proof saw before counts as far as it does not need that stretch.
-        assert_eq!(point(&[replayed(source(200), 1, 500)]), Some(ends(5_000)));
-        assert_eq!(point(&[replayed(source(200), 1, 501)]), Some(ends(2_000)));
+        assert_eq!(point(&[replayed(&source(200), 1, 500)]), Some(ends(5_000)));
+        assert_eq!(point(&[replayed(&source(200), 1, 501)]), Some(ends(2_000)));
         let reach = Reach::of(&[source(200)], Some(&wal()), &[stretch]);
         assert_eq!(reach.on_paper, Some(ends(2_000)), "that is known whatever is proved");
     }
@@ -263,7 +263,7 @@ mod tests {
     fn behind_a_gap_a_reach_ends_with_the_backup_before_it() {
         let gap = WalStanding { line_from: Lsn(500), ..wal() };
         assert_eq!(point(&[source(400), source(200)], Some(&gap)), Some(ends(4_000)));
-        let seen = replayed(source(400), 1, 440);
+        let seen = replayed(&source(400), 1, 440);
         assert_eq!(point(&[seen], Some(&gap)), Some(ends(4_400)), "a proof went so far");
         assert_eq!(point(&[source(500), source(400)], Some(&gap)), Some(reaches(SAFE_MS)));
     }
@@ -277,7 +277,7 @@ mod tests {
             ancestors: vec![ancestor],
             ..wal()
         };
-        let reach = |timeline, to| point(&[replayed(source(400), timeline, to)], Some(&gap));
+        let reach = |timeline, to| point(&[replayed(&source(400), timeline, to)], Some(&gap));
         assert_eq!(reach(1, 420), Some(ends(4_200)));
         assert_eq!(reach(1, 440), Some(ends(4_000)), "the server left before that");
         assert_eq!(reach(2, 440), Some(ends(4_400)));
