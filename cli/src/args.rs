@@ -868,6 +868,8 @@ pub enum ConfigCommand {
     /// Read configuration files and tell every problem.
     ///
     /// Connects to nothing. The exit code is 2 when a file is wrong.
+    ///
+    /// Files of workers beside a coordinator's show promises for clusters that none of them has.
     Check {
         /// The files.
         #[arg(required = true, value_name = "FILE")]

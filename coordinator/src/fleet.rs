@@ -293,8 +293,10 @@ pub(crate) async fn status(core: &Core) -> Result<StatusView> {
         fleet_sentence(&named)
     };
     let states = counted(&known.iter().map(|one| &one.judgement).collect::<Vec<_>>());
+    let names: Vec<ClusterName> = known.iter().map(|one| one.cluster.name.clone()).collect();
+    let warnings = core.config.objectives.unknown(&names);
     let clusters = known.into_iter().map(cluster_view).collect();
-    Ok(StatusView { sentence, states, clusters, at_ms: core.now_ms() })
+    Ok(StatusView { sentence, states, clusters, warnings, at_ms: core.now_ms() })
 }
 
 /// One cluster.

@@ -43,7 +43,7 @@ use std::time::Duration;
 use broker::{Broker, Declaration};
 use prometheus_client::registry::Registry;
 use proto::envelope::{PublicKey, Signed, SigningKey};
-use proto::{Failure, SiteName, WorkerName};
+use proto::{ClusterName, Failure, SiteName, WorkerName};
 use secrecy::SecretString;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -103,6 +103,11 @@ impl Coordinator {
         let issued_at_ms = {
             let mut db = catalog.read().await?;
             let workers = catalog::workers::list(&mut db).await?;
+            let clusters = catalog::clusters::list(&mut db).await?;
+            let known: Vec<ClusterName> = clusters.into_iter().map(|row| row.name).collect();
+            for unknown in config.objectives.unknown(&known) {
+                tracing::warn!("{unknown}");
+            }
             workers.iter().map(|worker| worker.issued_at_ms).max().unwrap_or(0)
         };
         let core = Core::new(config, catalog, broker, clock, signing_key, metrics, stop.clone());

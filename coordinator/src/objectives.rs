@@ -6,6 +6,7 @@ use jiff::SignedDuration;
 use jiff::fmt::serde::duration::friendly::compact;
 use policy::Objectives;
 use proto::ClusterName;
+use proto::near::did_you_mean;
 use serde::{Deserialize, Serialize};
 
 /// Promises for every cluster, and for single ones.
@@ -43,6 +44,18 @@ impl ObjectivesConfig {
             recovery_time_max_ms: own.rto.or(self.rto).map(milliseconds),
             ..Objectives::default()
         }
+    }
+
+    /// The clusters that it names and that are not among those that are known, each in a sentence that names its key: one that is
+    /// still to come, or a slip, which would leave a cluster without its promise. Nothing while no cluster is known at all.
+    pub fn unknown(&self, known: &[ClusterName]) -> Vec<String> {
+        let is_unknown = |cluster: &&ClusterName| !known.is_empty() && !known.contains(cluster);
+        let unknown = self.clusters.keys().filter(is_unknown);
+        let sentences = unknown.map(|cluster| {
+            let near = did_you_mean(cluster.as_str(), known.iter().map(ClusterName::as_str));
+            format!("objectives.clusters.{cluster}: no cluster of this name is known{near}")
+        });
+        sentences.collect()
     }
 
     /// Every problem there is, each a sentence that names its key.
@@ -91,6 +104,23 @@ mod tests {
         assert_eq!(none.recovery_point_max_ms, None);
         let again = serde_json::to_string(&config).unwrap();
         assert_eq!(parse(&again).unwrap(), config, "{again}");
+    }
+
+    #[test]
+    fn a_promise_for_a_cluster_that_nobody_knows_is_told_with_the_one_that_was_meant() {
+        let config =
+            parse(r#"{"clusters": {"ordres": {"rpo": "5m"}, "logs": {}, "next-year": {}}}"#);
+        let config = config.unwrap();
+        let known = ["logs", "orders"].map(|name| name.parse().unwrap());
+        assert_eq!(
+            config.unknown(&known),
+            [
+                "objectives.clusters.next-year: no cluster of this name is known",
+                "objectives.clusters.ordres: no cluster of this name is known; did you mean orders?"
+            ]
+        );
+        assert!(config.unknown(&[]).is_empty(), "the first cluster is still to come");
+        assert!(ObjectivesConfig::default().unknown(&known).is_empty());
     }
 
     #[test]

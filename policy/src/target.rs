@@ -1,6 +1,7 @@
 //! Whether a cluster is recoverable to its target: how much of its newest work would be lost now, and how long a recovery
 //! would take, beside what was promised. Each sentence has both numbers, and why.
 
+use crate::recoverable::is_proved;
 use crate::state::{ClusterFacts, Objectives, trouble};
 use crate::words::span;
 
@@ -21,7 +22,8 @@ pub(crate) fn missed(facts: &ClusterFacts, objectives: &Objectives, now_ms: i64)
         let at_least = if time.total_ms().is_some() { "" } else { "at least " };
         (least_ms > limit_ms).then(|| {
             format!(
-                "a recovery would take {at_least}{}, the objective is {}",
+                "{} would take {at_least}{}, the objective is {}",
+                recovery(facts),
                 span(least_ms),
                 span(limit_ms)
             )
@@ -52,8 +54,18 @@ pub(crate) fn nearly_missed(
     let limit_ms = objectives.recovery_time_max_ms?;
     let least_ms = milliseconds(facts.recovery_time?.at_least_ms());
     nearly(least_ms, limit_ms).then(|| {
-        format!("a recovery would take {}, the objective is {}", span(least_ms), span(limit_ms))
+        let (least, limit) = (span(least_ms), span(limit_ms));
+        format!("{} would take {least}, the objective is {limit}", recovery(facts))
     })
+}
+
+/// What the recovery time is about. It begins with the newest backup, the recovery point with those that are proved.
+fn recovery(facts: &ClusterFacts) -> &'static str {
+    if is_proved(&facts.proofs) {
+        "a recovery"
+    } else {
+        "a recovery from its newest backup, which is not proved,"
+    }
 }
 
 /// What was promised and not measured: nobody knows whether it is kept.
@@ -208,6 +220,14 @@ mod tests {
         assert_eq!(
             takes(61),
             (Broken, "a recovery would take 1 h 1 min, the objective is 1 h".to_owned())
+        );
+        let (_, unproved) = judged(|f| {
+            f.proofs.clear();
+            f.recovery_time = Some(time(61, 0));
+        });
+        assert_eq!(
+            unproved,
+            "a recovery from its newest backup, which is not proved, would take 1 h 1 min, the objective is 1 h"
         );
         let nothing = Objectives::default();
         let mut facts = healthy();

@@ -109,8 +109,14 @@ fn details(view: &ClusterView, now_ms: i64) -> String {
     {
         row("not proved", up_to(unproved));
     }
-    if view.backup.is_some() {
-        let time = view.recovery_time.map(recovery_phases);
+    if let Some(backup) = &view.backup {
+        let mut time = view.recovery_time.map(recovery_phases);
+        // The recovery point is told from what is proved.
+        if backup.proof.as_ref().is_none_or(|proof| !proof.record.passed)
+            && let Some(time) = &mut time
+        {
+            time.push_str("; from the newest backup, which is not proved");
+        }
         row(
             "recovery",
             time.unwrap_or_else(|| "not measured: no proof restored it yet".to_owned()),

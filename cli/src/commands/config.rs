@@ -1,9 +1,9 @@
 //! `config check` and `config show`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use coordinator::Config as CoordinatorConfig;
-use proto::{Action, Code, Failure};
+use proto::{Action, ClusterName, Code, Failure};
 use worker::config::WorkerConfig;
 
 use crate::args::{ConfigCommand, Output};
@@ -21,12 +21,17 @@ pub(crate) fn run(command: &ConfigCommand, format: Output) -> Result<Exit, Failu
     match command {
         ConfigCommand::Check { files } => {
             let mut failures = Vec::new();
+            let mut good = Vec::new();
             for file in files {
                 match read(file) {
-                    Ok(_) => output::talk(&format!("{}: good", file.display())),
+                    Ok(role) => {
+                        output::talk(&format!("{}: good", file.display()));
+                        good.push((file, role));
+                    }
                     Err(failure) => failures.push(failure),
                 }
             }
+            warnings(&good).iter().for_each(|warning| output::talk(warning));
             failures.iter().for_each(output::failure);
             Ok(if failures.is_empty() { Exit::Ok } else { Exit::Usage })
         }
@@ -51,6 +56,23 @@ pub(crate) fn run(command: &ConfigCommand, format: Output) -> Result<Exit, Failu
             Ok(Exit::Ok)
         }
     }
+}
+
+/// What is legal and seems to be a slip: a promise for a cluster that is in none of the workers' files that were given too.
+fn warnings(files: &[(&PathBuf, Role)]) -> Vec<String> {
+    let clusters = files.iter().filter_map(|(_, role)| match role {
+        Role::Worker(config) => Some(&config.clusters),
+        Role::Coordinator(_) => None,
+    });
+    let known: Vec<ClusterName> = clusters.flatten().map(|cluster| cluster.name.clone()).collect();
+    let mut warnings = Vec::new();
+    for (file, role) in files {
+        let Role::Coordinator(config) = role else { continue };
+        for unknown in config.objectives.unknown(&known) {
+            warnings.push(format!("{}: warning: {unknown}", file.display()));
+        }
+    }
+    warnings
 }
 
 fn read(file: &Path) -> Result<Role, Failure> {
@@ -99,5 +121,25 @@ fn origins(
             let origin = if written.is_some() { "file   " } else { "default" };
             lines.push(format!("{origin} {path} = {value}"));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_promise_for_a_cluster_of_no_worker_is_warned_of() {
+        let coordinator = "signing_key = \"file:/k\"\ncatalog = { url = \"sqlite:/c\" }\nbroker = { url = \"memory\" }\n\
+                           [objectives.clusters.ordres]\nrpo = \"1h\"\n";
+        let worker = "name = \"w1\"\nsite = \"s\"\nstate_dir = \"/s\"\nbroker = { url = \"memory\" }\n\
+                      sandbox = { directory = \"/tmp\" }\n[[clusters]]\nname = \"orders\"\nconnection = \"service=o\"\n";
+        let (at, beside) = (PathBuf::from("c.toml"), PathBuf::from("w.toml"));
+        let coordinator = Role::Coordinator(Box::new(configs::parse(coordinator).unwrap()));
+        let mut files = vec![(&at, coordinator)];
+        assert!(warnings(&files).is_empty(), "nothing is known of any worker");
+        files.push((&beside, Role::Worker(Box::new(configs::parse(worker).unwrap()))));
+        let told = "c.toml: warning: objectives.clusters.ordres: no cluster of this name is known; did you mean orders?";
+        assert_eq!(warnings(&files), [told]);
     }
 }

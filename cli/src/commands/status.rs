@@ -12,6 +12,9 @@ use crate::output;
 /// `status`.
 pub(crate) async fn run(client: &Client, format: Output) -> Result<Exit, Failure> {
     let status: StatusView = client.get("/v1/status").await?;
+    for warning in &status.warnings {
+        output::talk(&format!("warning: {warning}"));
+    }
     output::show(format, &status, |status| {
         let counted: Vec<String> =
             status.states.iter().map(|row| format!("{} {}", row.clusters, row.state)).collect();

@@ -216,6 +216,9 @@ pub struct StatusView {
     pub states: Vec<Counted>,
     /// The clusters, worst first.
     pub clusters: Vec<ClusterView>,
+    /// What in the coordinator's configuration seems to be a slip, a sentence each without a period.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
     /// The coordinator's clock.
     pub at_ms: i64,
 }

@@ -167,6 +167,18 @@ async fn only_a_proved_backup_is_something_to_recover_from() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_promise_for_a_cluster_that_nobody_knows_is_told_with_the_status() {
+    let promised = serde_json::from_str(r#"{"clusters": {"ordres": {"rpo": "1min"}}}"#);
+    let fleet = Fleet::promising(promised.unwrap()).await;
+    let status: StatusView = fleet.get("/v1/status").await;
+    assert_eq!(status.warnings, Vec::<String>::new(), "no cluster is known yet");
+    let _w1 = Worker::new(&fleet, "w1").await;
+    let status: StatusView = fleet.get("/v1/status").await;
+    let told = "objectives.clusters.ordres: no cluster of this name is known; did you mean orders?";
+    assert_eq!(status.warnings, [told]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cluster_is_held_against_what_is_promised_for_it() {
     let promised = serde_json::from_str(
         r#"{"rpo": "1h", "rto": "30min", "clusters": {"orders": {"rpo": "1min"}}}"#,
