@@ -169,8 +169,13 @@ mod tests {
         let repository = repository_with(place.path(), Some(CONTROL)).await;
         let pin = Pin { by: "tester".into(), why: "restore".into(), at_ms: 1 };
         let recovery = Recovery::to(RecoveryTarget::Immediate);
-        let wanted =
-            Wanted { cluster: None, system_identifier: None, backup: None, recovery: &recovery };
+        let wanted = Wanted {
+            cluster: None,
+            system_identifier: None,
+            backup: None,
+            rehearses: false,
+            recovery: &recovery,
+        };
         let from = FetchFrom::Repository(String::new(), ["--key".into(), "file".into()]);
         let fetching = Fetching { program: "/usr/bin/pgmuster".into(), from };
         let (backup, recovery) = plan(&repository, wanted, &fetching, &pin).await.unwrap();
