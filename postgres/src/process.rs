@@ -688,7 +688,8 @@ mod tests {
         assert!(said.ends_with("line of a body\n(122 more lines)"), "{said}");
         assert_eq!(said.lines().count(), ERROR_LINES + 1);
         // Without an error that is known as one, what came first.
-        let said = told(&(1..=14).map(|n| format!("line {n}\n")).collect::<String>());
+        let lines: Vec<String> = (1..=14).map(|n| format!("line {n}\n")).collect();
+        let said = told(&lines.concat());
         assert!(
             said.starts_with("line 1\n") && said.ends_with("line 12\n(2 more lines)"),
             "{said}"

@@ -64,19 +64,20 @@ pub enum Aborted {
 /// Which of the two lists is read first. Only one order is right; the other exists so that a test can show what it costs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Order {
-    CondemnedFirst,
+    Right,
+    /// The predecessor is chosen before what is condemned is read.
     #[cfg(test)]
-    PredecessorFirst,
+    PredecessorBefore,
     /// What an interrupted attempt stored is looked at before what is condemned.
     #[cfg(test)]
-    InterruptedFirst,
+    InterruptedBefore,
 }
 
 impl Repository {
     /// Begins an attempt: writes its intent, reads what is condemned and what is known to be damaged, then chooses the
     /// backup to compare with. An attempt is begun once; a second begin of the same id is refused.
     pub async fn begin(&self, lineage: LineageId, intent: Intent) -> Result<Attempt, Error> {
-        self.begin_in_order(lineage, intent, Order::CondemnedFirst).await
+        self.begin_in_order(lineage, intent, Order::Right).await
     }
 
     async fn begin_in_order(
@@ -96,7 +97,7 @@ impl Repository {
         let spoilt = Arc::new(self.marked(lineage).await?);
         let mut passed_over = Vec::new();
         let (predecessor, interrupted, newest_ms) = match order {
-            Order::CondemnedFirst => {
+            Order::Right => {
                 let condemned = self.condemned(lineage).await?;
                 let Candidates { backups, mut interrupted, newest_ms } =
                     self.candidates(lineage, &mut passed_over).await?;
@@ -112,7 +113,7 @@ impl Repository {
                 (chosen, interrupted, newest_ms)
             }
             #[cfg(test)]
-            Order::InterruptedFirst => {
+            Order::InterruptedBefore => {
                 let Candidates { interrupted, newest_ms, .. } =
                     self.candidates(lineage, &mut passed_over).await?;
                 let nothing = Doomed::default();
@@ -123,7 +124,7 @@ impl Repository {
                 (None, chosen.filter(|chosen| !chosen.packs.keys().any(is_doomed)), newest_ms)
             }
             #[cfg(test)]
-            Order::PredecessorFirst => {
+            Order::PredecessorBefore => {
                 let Candidates { backups, newest_ms, .. } =
                     self.candidates(lineage, &mut passed_over).await?;
                 let condemned = self.condemned(lineage).await?;
@@ -719,7 +720,7 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_collector_between_the_looks_at_what_is_left_costs_nothing() {
-        let (repository, lineage, backup) = race_for_what_is_left(Order::CondemnedFirst).await;
+        let (repository, lineage, backup) = race_for_what_is_left(Order::Right).await;
         let backup = repository.open_backup(lineage, backup.unwrap()).await.unwrap();
         assert!(backup.check_inventory().await.unwrap().is_sound());
         assert!(backup.check_decrypt(crate::CheckOptions::default()).await.unwrap().is_sound());
@@ -728,14 +729,14 @@ mod tests {
     /// What an interrupted attempt left is chosen after the lists are read, as a predecessor is, and for the same reason.
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn the_looks_at_what_is_left_exchanged_would_lose_data() {
-        let (repository, lineage, backup) = race_for_what_is_left(Order::InterruptedFirst).await;
+        let (repository, lineage, backup) = race_for_what_is_left(Order::InterruptedBefore).await;
         assert!(matches!(backup, Err(Error::Incomplete { .. })), "{backup:?}");
         assert!(repository.list_backups(lineage).await.unwrap().is_empty());
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_collector_between_the_two_looks_costs_nothing() {
-        let (repository, lineage, backup) = race(Order::CondemnedFirst).await;
+        let (repository, lineage, backup) = race(Order::Right).await;
         let backup = repository.open_backup(lineage, backup.unwrap()).await.unwrap();
         assert!(backup.check_inventory().await.unwrap().is_sound());
         assert!(backup.check_decrypt(crate::CheckOptions::default()).await.unwrap().is_sound());
@@ -745,7 +746,7 @@ mod tests {
     /// Here the look before the verdict sees it; it would not, had the collector taken its time.
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn the_looks_exchanged_would_lose_data() {
-        let place = race(Order::PredecessorFirst);
+        let place = race(Order::PredecessorBefore);
         let (repository, lineage, backup) = place.await;
         assert!(matches!(backup, Err(Error::Incomplete { .. })), "{backup:?}");
         assert_eq!(repository.list_backups(lineage).await.unwrap().len(), 1, "the old one only");

@@ -32,9 +32,8 @@ use crate::shard::PackTable;
 use crate::store::StoreError;
 use crate::wire::{Decoder, Encoder, Malformed};
 
-/// Interrupted attempts that are looked at, the newest first. More of them one after the other, none of which got as far as
-/// the ones before, are no reason to read on.
-const INTERRUPTED_MAX: usize = 4;
+/// Interrupted attempts that are looked at, the newest first: one that got far counts though a night of short ones followed.
+const INTERRUPTED_MAX: usize = 32;
 /// Checkpoints of one attempt that are tried. There are two when its writer died between putting one and deleting the other.
 const NUMBERS_MAX: usize = 3;
 
@@ -155,7 +154,8 @@ impl Interrupted {
     /// What was read of it, or nothing where that is not to be had: it costs storage, never the backup.
     pub(crate) fn told<T>(&self, read: Result<Option<T>, Error>) -> Result<Option<T>, Error> {
         match read {
-            Err(error @ (Error::Damaged { .. } | Error::Missing { .. })) => {
+            // If it is the store that is gone, whatever else is asked for will tell.
+            Err(error @ (Error::Damaged { .. } | Error::Missing { .. } | Error::Store(_))) => {
                 if !self.lost.swap(true, Ordering::Relaxed) {
                     tracing::warn!(
                         "The rest of what attempt {} had stored is stored again: {error}",
@@ -194,10 +194,10 @@ impl Repository {
             match read.await {
                 Ok(None) => {}
                 Ok(found) => return Ok(found),
-                Err(error @ (Error::Damaged { .. } | Error::Version { .. })) => {
+                Err(error) => {
+                    let error = self.of_one_object(error).await?;
                     tracing::warn!("{key} counts for nothing: failed to {}", chain(&error));
                 }
-                Err(error) => return Err(error),
             }
         }
         Ok(None)
@@ -217,9 +217,8 @@ impl Repository {
             return Ok(None);
         }
         let listed = self.list_packs(lineage).await?;
-        let may_be_referred_to = |record: &PackRecord| {
-            record.kind == ObjectType::Data
-                && listed.get(&record.id) == Some(&record.size_bytes)
+        let may_be_used = |record: &PackRecord| {
+            listed.get(&record.id) == Some(&record.size_bytes)
                 && !spoilt.contains(&record.id)
                 && !condemned.packs.contains(&record.id.to_string())
         };
@@ -229,7 +228,13 @@ impl Repository {
             let Some(checkpoint) = self.last_checkpoint(lineage, attempt, &numbers).await? else {
                 continue;
             };
-            let records = checkpoint.packs.values().filter(|record| may_be_referred_to(record));
+            let (content, metadata): (Vec<_>, Vec<_>) =
+                checkpoint.packs.values().partition(|record| record.kind == ObjectType::Data);
+            // Without its shards it tells nothing, and one that got less far may tell more.
+            if !metadata.into_iter().all(may_be_used) {
+                continue;
+            }
+            let records = content.into_iter().filter(|record| may_be_used(record));
             let packs: HashMap<_, _> = records.map(|record| (record.id, record.clone())).collect();
             let reader = MetadataReader::new(self, lineage, Arc::clone(&checkpoint.packs));
             let (reader, lost) = (Arc::new(reader), AtomicBool::new(false));

@@ -6,6 +6,7 @@ mod common;
 mod interrupted;
 
 use std::io::{self, Read};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -37,18 +38,29 @@ enum Asked {
     Deleted(String),
 }
 
-/// A store that writes down what it is asked for, and refuses names that end so.
+/// A store that writes down what it is asked for, and refuses names that end so, and reads of some objects.
 #[derive(Debug)]
 struct Watched {
     inner: Arc<dyn Store>,
     asked: Arc<Mutex<Vec<Asked>>>,
     refused: Mutex<Option<&'static str>>,
+    /// Ends of keys.
+    unreadable: Mutex<Vec<String>>,
 }
 
 impl Watched {
     fn over(path: &Path) -> Arc<Self> {
         let inner = Arc::new(DirectoryStore::new(path));
-        Arc::new(Self { inner, asked: Arc::default(), refused: Mutex::default() })
+        let unreadable = Mutex::default();
+        Arc::new(Self { inner, asked: Arc::default(), refused: Mutex::default(), unreadable })
+    }
+
+    fn may_read(&self, key: &str) -> Result<(), StoreError> {
+        if self.unreadable.lock().unwrap().iter().any(|end| key.ends_with(end)) {
+            let (key, source) = (key.to_owned(), "it is another's".into());
+            return Err(StoreError::Forbidden { operation: "get", key, source });
+        }
+        Ok(())
     }
 
     fn refuse(&self, end: Option<&'static str>) {
@@ -64,6 +76,14 @@ impl Watched {
 impl Layer for Watched {
     fn inner(&self) -> &dyn Store {
         self.inner.as_ref()
+    }
+    async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
+        self.may_read(key)?;
+        self.inner.get(key, limit_bytes).await
+    }
+    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+        self.may_read(key)?;
+        self.inner.get_range(key, range).await
     }
     async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
         self.asked.lock().unwrap().push(Asked::List(prefix.to_owned()));
@@ -762,6 +782,33 @@ async fn nothing_that_is_wrong_with_what_is_left_harms_the_next_backup() {
         let begun = bench.repository.begin(lineage, intent).await.unwrap();
         assert_eq!(begun.goes_on_from(), None, "{key}");
     }
+}
+
+/// A store that gives everything but what an interrupted backup left.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_left_and_cannot_be_read_stops_no_backup_and_no_collection() {
+    let house = House::new().await;
+    let tree = tree();
+    let dead = house.ends_before_its_manifest(&tree, NOW_MS).await;
+    let end_of = |path: PathBuf| path.file_name().unwrap().to_string_lossy().into_owned();
+    let metadata: Vec<_> = packs_of_type(&house.bench, 2).into_iter().map(end_of).collect();
+    assert!(!metadata.is_empty());
+    let checkpoint = end_of(files(&house.bench, "/checkpoint.").remove(0));
+    *house.store.unreadable.lock().unwrap() = vec![format!("{dead}/{checkpoint}")];
+    let begun = house.bench.begin(NOW_MS + HOUR_MS).await;
+    assert_eq!(begun.goes_on_from(), None);
+    house.abort(begun.id()).await;
+    house.collect(NOW_MS + HOUR_MS).await;
+
+    // Its shards are asked for when the first file is.
+    *house.store.unreadable.lock().unwrap() = metadata;
+    let begun = house.bench.begin(NOW_MS + 2 * HOUR_MS).await;
+    assert_eq!(begun.goes_on_from(), Some(dead));
+    house.abort(begun.id()).await;
+    let made = house.back_up(&tree, NOW_MS + 2 * HOUR_MS).await;
+    assert_eq!(made.taken_over, 0);
+    house.store.unreadable.lock().unwrap().clear();
+    house.is_right(&made, &tree).await;
 }
 
 /// Lineages and attempts that a checkpoint is not of.

@@ -85,7 +85,7 @@ async fn a_killed_restore_goes_on_and_a_job_mends_a_damaged_directory() -> anyho
     let race = restore(&proxy, &into)?;
     let (one, other) = (fleet.start(&words(&race))?, fleet.start(&words(&race))?);
     let ended = [one.wait(SOON)?, other.wait(SOON)?];
-    let codes = ended.each_ref().map(|ended| ended.code());
+    let codes = ended.each_ref().map(tests::Finished::code);
     ensure!(codes == [0, 5] || codes == [5, 0], "{}\n{}", ended[0], ended[1]);
     let refused = if codes[0] == 5 { &ended[0] } else { &ended[1] };
     ensure!(refused.stderr.contains("TARGET_NOT_EMPTY"), "{refused}");

@@ -31,7 +31,9 @@ pub(crate) fn run(command: &ConfigCommand, format: Output) -> Result<Exit, Failu
                     Err(failure) => failures.push(failure),
                 }
             }
-            warnings(&good).iter().for_each(|warning| output::talk(warning));
+            for warning in &warnings(&good) {
+                output::talk(warning);
+            }
             failures.iter().for_each(output::failure);
             Ok(if failures.is_empty() { Exit::Ok } else { Exit::Usage })
         }

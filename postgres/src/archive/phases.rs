@@ -86,6 +86,7 @@ impl Entry {
 
 #[cfg(test)]
 mod tests {
+    use super::Phase::{After, Before, Rows};
     use super::*;
 
     fn entry(id: u32, kind: &str, name: &str, section: Option<Section>, needs: &[u32]) -> Entry {
@@ -121,7 +122,6 @@ mod tests {
             entry(10, "EVENT TRIGGER", "no", Some(post), &[]),
         ]);
         let phases: Vec<Phase> = all.phases().map(|(_, phase)| phase).collect();
-        use Phase::{After, Before, Rows};
         assert_eq!(
             phases,
             [Before, Before, Before, Before, After, Rows, Rows, After, After, After]

@@ -270,7 +270,7 @@ mod tests {
     use super::*;
     use crate::archive::Section;
 
-    /// Taken by pg_dump 15.
+    /// Taken by `pg_dump` 15.
     fn stored(path: &str) -> Vec<u8> {
         let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../repository/tests/golden");
         std::fs::read(golden.join("v1-dump/content").join(path)).unwrap()

@@ -308,7 +308,10 @@ mod tests {
         History::parse(Timeline(timeline), &lines.join("\n")).unwrap()
     }
 
-    fn archive(timelines: &[(u32, [u64; 2], &[(u32, u64)])]) -> WalInventory {
+    /// Number of a timeline, its first and last segment, and the ends of those before it.
+    type Line<'a> = (u32, [u64; 2], &'a [(u32, u64)]);
+
+    fn archive(timelines: &[Line<'_>]) -> WalInventory {
         let mut archive = WalInventory::default();
         for (number, ends, entries) in timelines {
             let timeline = Timeline(*number);
