@@ -4,6 +4,7 @@
 //! a directory without looking at it again.
 
 use std::cmp::Ordering;
+use std::ops::Range;
 
 use bytes::Bytes;
 
@@ -39,6 +40,10 @@ pub struct SourceEntry {
     pub block_size: Option<u32>,
     /// Content that is not read from the source (`backup_label` and the like).
     pub content: Option<Bytes>,
+    /// Bytes that may differ from what the predecessor has under this name, where somebody knows who was told of every write:
+    /// ascending and apart. What the predecessor has of the rest is as good as what would be read. What lies behind the end that
+    /// the predecessor knows is read in any case.
+    pub changes: Option<Vec<Range<u64>>>,
 }
 
 /// The kinds of names a backup holds.
@@ -73,6 +78,7 @@ impl SourceEntry {
             scanned_at_ns: 0,
             block_size: None,
             content: None,
+            changes: None,
         }
     }
 
@@ -145,7 +151,7 @@ pub(crate) struct Stamp {
     pub(crate) ctime_ns: i64,
     pub(crate) inode: u64,
     pub(crate) device: u64,
-    /// Changed so shortly before the scan that a later change might show the same times.
+    /// Changed so shortly before the scan that a later change might show the same times; or times and size show what was not read.
     pub(crate) racy: bool,
 }
 
@@ -233,6 +239,13 @@ impl SourceEntry {
         check_path(&self.path).map_err(|reason| Error::entry(&self.path, reason))?;
         if let SourceKind::Symlink { target } = &self.kind {
             check_target(target).map_err(|reason| Error::entry(&self.path, reason))?;
+        }
+        let in_order = |ranges: &Vec<Range<u64>>| {
+            ranges.iter().all(|range| range.start <= range.end)
+                && ranges.windows(2).all(|two| two[0].end <= two[1].start)
+        };
+        if self.changes.as_ref().is_some_and(|changes| !in_order(changes)) {
+            return Err(Error::entry(&self.path, "its changes are not in order"));
         }
         match self.block_size {
             Some(size) if !size.is_power_of_two() || size > crate::limits::UNIT_BYTES_MAX => {

@@ -9,11 +9,12 @@ use bytes::Bytes;
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender};
 
 use super::assemble::Event;
-use super::previous::{Old, OldCursor, OldUnits};
+use super::needed::Needed;
+use super::previous::{Old, OldUnit, OldUnits};
 use super::source::{InMemory, Source, SourceFile};
 use super::stream::{PackStream, Uploads};
 use crate::checkpoint::Interrupted;
-use crate::detect::{Detection, Hash, ZERO};
+use crate::detect::{Detection, ZERO};
 use crate::entry::{Extent, Place, SourceEntry, push_extent};
 use crate::error::{Error, show};
 use crate::limits::FRAME_BYTES;
@@ -34,6 +35,8 @@ pub(super) struct Job {
     pub(super) old: Option<Old>,
     /// The same file in an interrupted backup, under the same condition.
     pub(super) begun: Option<Old>,
+    /// Units that differ from the predecessor's; all may where that is not known.
+    pub(super) needed: Option<Needed>,
     /// Its file has not changed, says its inode.
     pub(super) claims_unchanged: bool,
     /// What was read already, of a stream.
@@ -192,9 +195,9 @@ impl<'a> Copier<'a> {
             Some(old) => old.units(job.piece, self.stop)?,
             None => None,
         };
-        let mut known = old.as_ref().map(OldUnits::cursor);
+        let known: Vec<OldUnit> = old.iter().flat_map(OldUnits::units).collect();
         let begun = self.begun(job)?;
-        let mut stored = begun.as_ref().map(OldUnits::cursor);
+        let stored: Vec<OldUnit> = begun.iter().flat_map(OldUnits::units).collect();
         let units = usize::try_from(job.length.div_ceil(u64::from(job.unit_bytes))).unwrap_or(0);
         let copied = Copied {
             seq: job.seq,
@@ -209,9 +212,23 @@ impl<'a> Copier<'a> {
         // Units that are not what they were, and such as are but lie in a damaged pack.
         let (mut changed, mut lost) = (0_u64, 0_u64);
         let mut taken_over = 0;
-        let mut done = 0_u64;
+        let (mut done, mut unread) = (0_u64, 0_u64);
+        // The next unit.
+        let mut number = 0;
         while done < job.length {
-            let left = job.length - done;
+            if let Some(unit) = self.not_needed(job, &known, number) {
+                let copied = self.last()?;
+                copied.hashes.extend_from_slice(&unit.hash);
+                push_extent(&mut copied.extents, 1, unit.place, job.unit_bytes);
+                done += unit.bytes as u64;
+                unread += unit.bytes as u64;
+                number += 1;
+                continue;
+            }
+            let to_next = (number + 1..units)
+                .find(|number| self.not_needed(job, &known, *number).is_some())
+                .map(|next| (next - number) as u64 * u64::from(job.unit_bytes));
+            let left = to_next.unwrap_or(job.length - done);
             if (FRAME_BYTES - self.filled)
                 < usize::try_from(left).unwrap_or(usize::MAX).min(unit_bytes)
             {
@@ -226,29 +243,24 @@ impl<'a> Copier<'a> {
             let got = read(file.as_mut(), job.start + done, &mut self.frame[start..start + wanted])
                 .map_err(failed)?;
             self.progress.add_read(got as u64);
-            let copied = self
-                .waiting
-                .back_mut()
-                .ok_or_else(|| Error::Bug("a stretch lost its place".into()))?;
+            let copied = self.waiting.back_mut().ok_or_else(misplaced)?;
             let mut keep = start;
             for at in (start..start + got).step_by(unit_bytes) {
                 let end = (at + unit_bytes).min(start + got);
                 let hash = self.detection.hash(&self.frame[at..end]);
                 copied.hashes.extend_from_slice(&hash);
-                let is_same = |(bytes, before, _): &(usize, Hash, Option<Place>)| {
-                    *bytes == end - at && *before == hash
-                };
-                let same = known.as_mut().and_then(OldCursor::next).filter(is_same);
-                let stored = stored.as_mut().and_then(OldCursor::next).filter(is_same);
+                let is_same = |unit: &&OldUnit| unit.bytes == end - at && unit.hash == hash;
+                let same = known.get(number).filter(is_same);
+                let stored = stored.get(number).filter(is_same);
+                number += 1;
                 changed += u64::from(same.is_none());
-                let is_lost = |place: Place| self.spoilt.contains(&place.frame.pack);
-                let here = same.filter(|(_, _, place)| !place.is_some_and(is_lost));
+                let here = same.filter(|unit| !unit.is_in(&self.spoilt));
                 lost += u64::from(same.is_some() && here.is_none());
                 let place = match here {
-                    Some((_, _, place)) => place,
+                    Some(unit) => unit.place,
                     None if hash == ZERO => None,
                     None => {
-                        let there = stored.and_then(|(_, _, place)| place).filter(|place| {
+                        let there = stored.and_then(|unit| unit.place).filter(|place| {
                             let interrupted = self.interrupted.as_ref();
                             interrupted.is_some_and(|by| by.packs.contains_key(&place.frame.pack))
                         });
@@ -275,13 +287,13 @@ impl<'a> Copier<'a> {
         }
         self.progress.add_bytes(done);
         self.progress.add_taken_over(taken_over);
+        self.progress.add_skipped(unread);
         let listed = (job.entry.mtime_ns, job.entry.ctime_ns);
         // Whoever wrote to it since it was listed has done so openly.
         if job.claims_unchanged && file.changed_at_ns().is_none_or(|now| now == listed) {
             self.progress.add_silent_changes(changed);
         }
-        let copied =
-            self.waiting.back_mut().ok_or_else(|| Error::Bug("a stretch lost its place".into()))?;
+        let copied = self.last()?;
         copied.bytes = done;
         copied.short = done < job.length;
         if changed + lost == 0
@@ -303,6 +315,27 @@ impl<'a> Copier<'a> {
             }
             _ => Ok(None),
         }
+    }
+
+    /// The stretch that is being read.
+    fn last(&mut self) -> Result<&mut Copied, Error> {
+        self.waiting.back_mut().ok_or_else(misplaced)
+    }
+
+    /// The unit that the predecessor has in this place, when that need not be read to be taken over.
+    fn not_needed<'u>(
+        &self,
+        job: &Job,
+        known: &'u [OldUnit],
+        number: usize,
+    ) -> Option<&'u OldUnit> {
+        let needed = job.needed.as_ref()?;
+        let left = job.length.checked_sub(number as u64 * u64::from(job.unit_bytes))?;
+        let bytes = left.min(u64::from(job.unit_bytes));
+        known
+            .get(number)
+            .filter(|unit| !needed.contains(number) && unit.bytes as u64 == bytes)
+            .filter(|unit| !unit.is_in(&self.spoilt))
     }
 
     /// Compresses and seals what was gathered.
@@ -345,6 +378,10 @@ impl<'a> Copier<'a> {
     fn send(&self, seq: u64, event: Event) -> Result<(), Error> {
         self.events.send((seq, event)).map_err(|_| Error::Cancelled)
     }
+}
+
+fn misplaced() -> Error {
+    Error::Bug("a stretch lost its place".into())
 }
 
 /// One read; only the end of the file makes it short.

@@ -11,6 +11,7 @@
 mod assemble;
 mod checkpoints;
 mod copy;
+mod needed;
 mod plan;
 mod previous;
 mod source;
@@ -60,9 +61,9 @@ pub struct WriteOptions {
     pub nice: u8,
     /// zstd's level.
     pub level: i32,
-    /// Read every file, whatever its times say.
+    /// Read every file, whatever its times and its changes say.
     pub full_read: bool,
-    /// Files that are read again whatever their times say: something is known to be wrong with them.
+    /// Files that are read again whatever their times and changes say: something is known to be wrong with them.
     pub read_again: HashSet<Vec<u8>>,
     /// Names the node, file system and timeline the files are on. Files are skipped by their times only when the
     /// predecessor has an equal one; `None` reads everything.
@@ -227,6 +228,7 @@ impl BackupWriter {
         let predecessor = self.attempt.predecessor.clone();
         let trust = Trust {
             stamps: self.trusts_stamps(),
+            changes: !self.options.full_read,
             reread: self.reread,
             read_again: self.options.read_again.clone(),
             spoilt: Arc::clone(&self.attempt.spoilt),
@@ -263,7 +265,8 @@ impl BackupWriter {
         let (reread, read_again) = (Reread::since(0, 0), HashSet::new());
         // It is compared with nothing.
         let spoilt = Arc::default();
-        let trust = Trust { stamps: false, reread, read_again, spoilt, interrupted: None };
+        let trust =
+            Trust { stamps: false, changes: false, reread, read_again, spoilt, interrupted: None };
         let mut late = late;
         late.sort_by(|a, b| crate::entry::path_order(&a.path, &b.path));
         let late_names: Vec<String> =

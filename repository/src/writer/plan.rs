@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeSet, HashSet};
 use std::io::{self, Read};
+use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -10,6 +11,7 @@ use crossbeam_channel::{Receiver, Sender};
 use super::Source;
 use super::assemble::{Event, Shape};
 use super::copy::{Job, Room, Stretch};
+use super::needed::Needed;
 use super::previous::{Known, Old, Walk};
 use crate::checkpoint::Interrupted;
 use crate::detect::spread;
@@ -25,6 +27,8 @@ use crate::stop::Stop;
 pub(super) struct Trust {
     /// Files with the same stamp may be: node and timeline are the predecessor's.
     pub(super) stamps: bool,
+    /// What somebody says did not change may be.
+    pub(super) changes: bool,
     pub(super) reread: Reread,
     /// Files that may not be.
     pub(super) read_again: HashSet<Vec<u8>>,
@@ -161,30 +165,36 @@ impl<'a> Planner<'a> {
         }
     }
 
-    fn file(&mut self, entry: SourceEntry, old: Option<Old>) -> Result<(), Error> {
+    fn file(&mut self, mut entry: SourceEntry, old: Option<Old>) -> Result<(), Error> {
         let stamp = entry.stamp();
+        let reread = self.trust.reread;
         let known = old.as_ref().and_then(Old::file);
-        let trusted = entry.content.is_none()
-            && known.is_some_and(|file| self.may_trust(file, &stamp))
-            && !self.trust.read_again.contains(&entry.path);
+        let may_skip = entry.content.is_none() && !self.trust.read_again.contains(&entry.path);
+        let trusted = may_skip && known.is_some_and(|file| self.may_trust(file, &stamp));
         if !trusted {
             self.source.changed(&entry);
         }
         let begun = self.begun(&entry.path)?;
-        let unit_bytes = unit_bytes(&entry, known.or(begun.as_ref().and_then(Old::file)));
-        if let (true, Some(file)) = (trusted, known) {
+        // Times and size say it all, where they may be believed.
+        let goes_on = may_skip && !trusted && self.trust.changes && known.is_some();
+        let changes = entry.changes.take().filter(|_| goes_on);
+        let named = known.or(begun.as_ref().and_then(Old::file));
+        let unit_bytes = unit_bytes(&entry, named, changes.is_some());
+        let spared = |file| changes.as_ref().is_some_and(|ranges| spare(ranges, &entry, file));
+        if let Some(file) = known.filter(|file| trusted || spared(file)) {
             let pieces = match &file.content {
                 Content::Inline(_) => 1,
                 Content::Shards(shards) => shards.len() as u64,
             };
-            if !(0..pieces).any(|piece| self.trust.reread.covers(&entry.path, piece))
+            if !(0..pieces).any(|piece| reread.covers(&entry.path, piece))
                 && !self.trust.reaches_spoilt(file)
             {
                 self.progress.add_files(1);
                 self.progress.add_bytes(file.size_bytes);
                 self.progress.add_skipped(file.size_bytes);
-                let entry =
-                    Entry { path: entry.path, mode: entry.mode, body: Body::File(file.clone()) };
+                let stamp = if trusted { stamp } else { not_as_read(stamp) };
+                let body = Body::File(FileBody { stamp, ..file.clone() });
+                let entry = Entry { path: entry.path, mode: entry.mode, body };
                 return self.event(Event::Entry { entry, old, shape: Shape::Whole });
             }
         }
@@ -193,6 +203,10 @@ impl<'a> Planner<'a> {
         let content =
             if inline { Content::Inline(Vec::new()) } else { Content::Shards(Vec::new()) };
         let pieces = if inline { 1 } else { units.div_ceil(u64::from(SHARD_UNITS)) };
+        // What is read to its end, because all of it is due, is what its times say.
+        let changes =
+            changes.filter(|_| !(0..pieces).all(|piece| reread.covers(&entry.path, piece)));
+        let stamp = if changes.is_some() { not_as_read(stamp) } else { stamp };
         let body = Body::File(FileBody { size_bytes: 0, stamp, unit_bytes, content });
         let head = Entry { path: entry.path.clone(), mode: entry.mode, body };
         self.event(Event::Entry { entry: head, old: old.clone(), shape: Shape::Pieces(pieces) })?;
@@ -205,9 +219,14 @@ impl<'a> Planner<'a> {
         for piece in 0..pieces {
             let start = piece * piece_bytes;
             let length = (entry.size_bytes - start).min(piece_bytes);
-            if trusted
-                && !self.trust.reread.covers(&entry.path, piece)
-                && let Some(reference) = comparable.as_ref().and_then(|old| kept(old, piece))
+            let is_due = reread.covers(&entry.path, piece);
+            let needed = changes
+                .as_ref()
+                .filter(|_| !is_due)
+                .map(|ranges| Needed::touched_by(ranges, start, length, unit_bytes));
+            if (trusted && !is_due || needed.is_some_and(|needed| needed.is_empty()))
+                && let Some(reference) =
+                    comparable.as_ref().and_then(|old| kept(old, start, length))
                 && !reference.reaches(self.trust.spoilt.as_ref())
             {
                 self.progress.add_bytes(length);
@@ -225,6 +244,7 @@ impl<'a> Planner<'a> {
                 length,
                 old: comparable.clone(),
                 begun: begun.clone(),
+                needed,
                 claims_unchanged: trusted,
                 read: None,
             };
@@ -284,6 +304,7 @@ impl<'a> Planner<'a> {
                 length: read as u64,
                 old: comparable.clone(),
                 begun: stored.clone(),
+                needed: None,
                 claims_unchanged: false,
                 read: Some(Stretch { bytes: Bytes::from(bytes), room }),
             };
@@ -315,16 +336,36 @@ impl<'a> Planner<'a> {
     }
 }
 
-fn kept(old: &Old, piece: u64) -> Option<crate::shard::ShardRef> {
-    match &old.file()?.content {
-        Content::Inline(_) => None,
-        Content::Shards(shards) => shards.get(usize::try_from(piece).ok()?).cloned(),
+/// Whether a file that changed in these ranges is, to its end, what is known of it. One that was shorter than at its scan is
+/// described as what it was there.
+fn spare(ranges: &[Range<u64>], entry: &SourceEntry, known: &FileBody) -> bool {
+    entry.size_bytes == known.size_bytes
+        && known.size_bytes == known.stamp.scanned_bytes
+        && ranges.iter().all(|range| range.is_empty() || range.start >= entry.size_bytes)
+}
+
+/// The stamp of a file of which not all was read: its times and size may tell of a write that the backup does not have. A
+/// backup that believed them would never have it.
+fn not_as_read(stamp: Stamp) -> Stamp {
+    Stamp { racy: true, ..stamp }
+}
+
+/// The shard of the stretch of `length` bytes at `start`, if there was one of that length.
+fn kept(old: &Old, start: u64, length: u64) -> Option<crate::shard::ShardRef> {
+    let file = old.file()?;
+    let piece_bytes = u64::from(file.unit_bytes) * u64::from(SHARD_UNITS);
+    let there = file.size_bytes.saturating_sub(start).min(piece_bytes);
+    match &file.content {
+        Content::Shards(shards) if there == length => {
+            shards.get(usize::try_from(start / piece_bytes).ok()?).cloned()
+        }
+        _ => None,
     }
 }
 
 /// Small units store fewer bytes after random changes, large ones cost less metadata; the largest files pay the most
-/// for metadata. A size stays with its file until another file takes the name.
-fn unit_bytes(entry: &SourceEntry, known: Option<&FileBody>) -> u32 {
+/// for metadata. A size stays with its file until another file takes the name; whose changes are known `goes_on`.
+fn unit_bytes(entry: &SourceEntry, known: Option<&FileBody>, goes_on: bool) -> u32 {
     let fresh = match entry.block_size {
         None => UNIT_BYTES_MAX,
         Some(block_size) => {
@@ -338,8 +379,8 @@ fn unit_bytes(entry: &SourceEntry, known: Option<&FileBody>) -> u32 {
     };
     match known {
         Some(known)
-            if known.stamp.inode == entry.inode
-                && known.stamp.device == entry.device
+            if (goes_on
+                || known.stamp.inode == entry.inode && known.stamp.device == entry.device)
                 && known.unit_bytes >= entry.block_size.unwrap_or(UNIT_BYTES_MIN) =>
         {
             known.unit_bytes

@@ -1,6 +1,7 @@
 //! The predecessor, walked beside the new entries: what it knew about each path and each unit. So is what a backup that was
 //! interrupted had stored.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::checkpoint::Interrupted;
@@ -9,6 +10,7 @@ use crate::entry::{Body, Content, Entry, Extent, FileBody, Place, path_order};
 use crate::error::Error;
 use crate::limits::{HASH_BYTES, SHARD_UNITS};
 use crate::manifest::RootShard;
+use crate::pack::PackId;
 use crate::reader::{Backup, MetadataReader};
 use crate::shard::ShardRef;
 use crate::stop::Stop;
@@ -153,40 +155,39 @@ pub(super) struct OldUnits {
     pub(super) reference: Option<ShardRef>,
 }
 
-impl OldUnits {
-    /// Units in order, from the first.
-    pub(super) fn cursor(&self) -> OldCursor<'_> {
-        OldCursor { units: self, unit: 0, extent: 0, used: 0 }
+/// One unit that was known.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct OldUnit {
+    pub(super) bytes: usize,
+    pub(super) hash: Hash,
+    /// `None`: it is zero.
+    pub(super) place: Option<Place>,
+}
+
+impl OldUnit {
+    /// Whether it lies in one of these packs.
+    pub(super) fn is_in(&self, packs: &BTreeSet<PackId>) -> bool {
+        self.place.is_some_and(|place| packs.contains(&place.frame.pack))
     }
 }
 
-/// Walks [`OldUnits`], one unit at a time.
-pub(super) struct OldCursor<'a> {
-    units: &'a OldUnits,
-    unit: usize,
-    extent: usize,
-    used: u32,
-}
-
-impl OldCursor<'_> {
-    /// The next unit: its bytes, hash and place. `None` past the end.
-    pub(super) fn next(&mut self) -> Option<(usize, Hash, Option<Place>)> {
-        let start = self.unit * HASH_BYTES;
-        let hash: Hash = self.units.hashes.get(start..start + HASH_BYTES)?.try_into().ok()?;
-        let extent = self.units.extents.get(self.extent)?;
-        let before = u64::try_from(self.unit).ok()? * u64::from(self.units.unit_bytes);
-        let bytes = self.units.bytes.checked_sub(before)?.min(u64::from(self.units.unit_bytes));
-        let place = extent.place.map(|place| Place {
-            offset: place.offset + self.used * self.units.unit_bytes,
-            frame: place.frame,
+impl OldUnits {
+    /// Units in order, from the first.
+    pub(super) fn units(&self) -> impl Iterator<Item = OldUnit> {
+        let places = self.extents.iter().flat_map(|extent| {
+            (0..extent.units).map(|number| {
+                let place = extent.place?;
+                Some(Place { offset: place.offset + number * self.unit_bytes, ..place })
+            })
         });
-        self.unit += 1;
-        self.used += 1;
-        if self.used == extent.units {
-            self.extent += 1;
-            self.used = 0;
-        }
-        Some((usize::try_from(bytes).ok()?, hash, place))
+        let hashes = self.hashes.chunks_exact(HASH_BYTES);
+        let mut left = self.bytes;
+        places.zip(hashes).map_while(move |(place, hash)| {
+            let bytes = left.min(u64::from(self.unit_bytes));
+            left -= bytes;
+            let bytes = usize::try_from(bytes).ok().filter(|bytes| *bytes > 0)?;
+            Some(OldUnit { bytes, hash: hash.try_into().ok()?, place })
+        })
     }
 }
 

@@ -14,8 +14,8 @@ pub trait Source: Send + Sync {
     fn open(&self, entry: &SourceEntry) -> io::Result<Option<Box<dyn SourceFile>>>;
 
     /// A file is not what the predecessor has under its name, as far as times and sizes tell, or nothing may be told by them:
-    /// all of it will be read. Said once for each such file, before it is opened. Files that are not named here are taken over,
-    /// or read only to see whether times and sizes can be believed.
+    /// it will be read, but for what its [`changes`](SourceEntry::changes) leave out. Said once for each such file, before it is
+    /// opened. Files that are not named here are taken over, or read only to see whether times and sizes can be believed.
     fn changed(&self, entry: &SourceEntry) {
         let _ = entry;
     }

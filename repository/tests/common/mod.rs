@@ -15,6 +15,7 @@ pub mod dumps;
 
 use std::collections::BTreeMap;
 use std::io;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -68,6 +69,8 @@ pub struct TestFile {
     pub at_read: Option<Option<Vec<u8>>>,
     /// When it was changed as told to whoever reads it, which may be after the scan; `None` where nobody tells.
     pub changed_at_read_ns: Option<i64>,
+    /// What is known of its changes.
+    pub changes: Option<Vec<Range<u64>>>,
 }
 
 /// A source in memory that counts what is read from it.
@@ -113,6 +116,7 @@ impl Tree {
             block_size,
             at_read: None,
             changed_at_read_ns: None,
+            changes: None,
         };
         self.files.lock().unwrap().insert(path, file);
     }
@@ -151,6 +155,7 @@ impl Tree {
                 scanned_at_ns: self.scanned_at_ns,
                 block_size: file.block_size,
                 content: None,
+                changes: file.changes.clone(),
             });
         }
         entries.sort_by(|a, b| path_order(&a.path, &b.path));

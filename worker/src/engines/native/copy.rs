@@ -421,6 +421,7 @@ fn source_entry(entry: ScanEntry, block_size: u32, scanned_at_ns: i64) -> Source
         scanned_at_ns,
         block_size: is_relation.then_some(block_size),
         content: None,
+        changes: None,
     }
 }
 

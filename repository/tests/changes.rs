@@ -1,0 +1,264 @@
+//! Backups that are told which parts of a file changed: the rest is not read, and what is restored is whole.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod common;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use common::{Bench, DAY_MS, NOW_MS, SECOND, Tree, noise};
+use repository::{
+    BackupSummary, CheckLevel, CheckOptions, Error, ProgressSnapshot, ScrubOptions, ScrubReport,
+    WriteOptions,
+};
+
+const PAGE: usize = 8192;
+/// In shards, with units of a page.
+const LARGE: usize = 12 << 20;
+/// WAL of each backup.
+const WAL: u64 = 100_000;
+
+fn tree() -> Tree {
+    Tree::new().file("large", noise(1, LARGE)).file("small", noise(2, 5 * PAGE))
+}
+
+fn bytes(pages: usize) -> u64 {
+    (pages * PAGE) as u64
+}
+
+/// Pages of a file, as those that changed.
+fn pages(pages: &[usize]) -> Vec<Range<u64>> {
+    pages.iter().map(|page| bytes(*page)..bytes(page + 1)).collect()
+}
+
+/// Tells which parts of a file changed since the backup before.
+fn told(tree: &Tree, path: &str, ranges: Vec<Range<u64>>) {
+    tree.change(path, |file| file.changes = Some(ranges));
+}
+
+fn options() -> WriteOptions {
+    WriteOptions { continuity: Some("here".to_owned()), ..WriteOptions::default() }
+}
+
+async fn back_up(
+    bench: &Bench,
+    tree: &Arc<Tree>,
+    at_ms: i64,
+    options: WriteOptions,
+) -> (BackupSummary, ProgressSnapshot) {
+    let progress = Arc::clone(&options.progress);
+    let summary = bench.back_up_with(tree, at_ms, options).await.unwrap();
+    (summary, progress.snapshot())
+}
+
+fn opened(tree: &Tree) -> Vec<String> {
+    let mut opened = std::mem::take(&mut *tree.opened.lock().unwrap());
+    opened.sort();
+    opened.dedup();
+    opened.into_iter().map(|path| String::from_utf8(path).unwrap()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_what_changed_is_read_and_the_backup_is_whole() {
+    let bench = Bench::new().await;
+    let tree = Arc::new(tree());
+    let (first, _) = back_up(&bench, &tree, NOW_MS, options()).await;
+    tree.bytes_read();
+
+    // At both ends of the large file, over the edge of a unit, and in the small one.
+    let last = LARGE / PAGE - 1;
+    tree.write("large", 0, b"X");
+    tree.write("large", 300 * PAGE - 2, b"XXXX");
+    tree.write("large", LARGE - 1, b"X");
+    tree.write("small", 3 * PAGE + 100, b"X");
+    told(&tree, "large", pages(&[0, 299, 300, last]));
+    told(&tree, "small", pages(&[3]));
+    let whole = tree.expected();
+    // What nobody wrote to is not looked at, or this would be in the backup.
+    tree.change("large", |file| file.content[1000 * PAGE] ^= 1);
+    tree.change("large", |file| file.content[5 * PAGE] ^= 1);
+    tree.change("small", |file| file.content[0] ^= 1);
+
+    let (second, did) = back_up(&bench, &tree, NOW_MS + 1, options()).await;
+    assert_eq!(tree.bytes_read(), bytes(5));
+    assert_eq!(did.bytes_skipped, LARGE as u64);
+    assert_eq!(did.bytes_read + did.bytes_skipped, did.bytes + WAL);
+    assert_eq!(second.predecessor, Some(first.backup));
+    assert!(second.counts.stored_bytes < 150_000 + bytes(5), "{:?}", second.counts);
+    assert_eq!(bench.restore(&second).await, whole);
+    let checked = bench.open(&second).await.check_decrypt(CheckOptions::default()).await.unwrap();
+    assert!(checked.is_sound(), "{checked:?}");
+    assert_ne!(bench.restore(&first).await, whole);
+
+    // Written to, said the times; nothing of it was: nothing is opened, and what described it goes on to.
+    for path in ["large", "small"] {
+        tree.change(path, |file| file.mtime_ns += SECOND);
+        told(&tree, path, Vec::new());
+    }
+    opened(&tree);
+    let (third, _) = back_up(&bench, &tree, NOW_MS + 2, options()).await;
+    assert_eq!(opened(&tree), [""; 0]);
+    assert_eq!(bench.restore(&third).await, whole);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_backup_before_does_not_have_is_read_whatever_is_said() {
+    let bench = Bench::new().await;
+    let tree = Arc::new(
+        Tree::new()
+            .file("grown", noise(1, 300 * PAGE + 100))
+            .file("outgrown", noise(2, 30 * PAGE))
+            .file("shrunk", noise(3, LARGE))
+            .file("shrunk-small", noise(4, LARGE))
+            .file("moved", noise(5, LARGE)),
+    );
+    back_up(&bench, &tree, NOW_MS, options()).await;
+    let resize = |path: &str, length: usize| {
+        tree.change(path, |file| {
+            file.mtime_ns += SECOND;
+            let more = noise(9, length);
+            let kept = file.content.len().min(length);
+            file.content.truncate(length);
+            file.content.extend_from_slice(&more[kept..]);
+        });
+        told(&tree, path, Vec::new());
+    };
+    // Its last page was not whole; then into a second stretch.
+    resize("grown", 600 * PAGE);
+    // Too large to be described beside its neighbours.
+    resize("outgrown", 40 * PAGE);
+    resize("shrunk", 520 * PAGE + 17);
+    resize("shrunk-small", 3 * PAGE);
+    // Another inode, with what it had, as on another host.
+    tree.change("moved", |file| file.inode += 1);
+    told(&tree, "moved", Vec::new());
+    // A new name.
+    tree.put("new", noise(6, 20 * PAGE), Some(8192));
+    told(&tree, "new", Vec::new());
+    tree.bytes_read();
+    let (second, did) = back_up(&bench, &tree, NOW_MS + 1, options()).await;
+    assert_eq!(bench.restore(&second).await, tree.expected());
+    // The page that was not whole and 299 more; ten; the seventeen bytes that end a unit now; the new one.
+    assert_eq!(tree.bytes_read(), bytes(300) + bytes(10) + 17 + bytes(20));
+    assert_eq!(did.bytes_read + did.bytes_skipped, did.bytes + WAL);
+    let checked = bench.open(&second).await.check_decrypt(CheckOptions::default()).await.unwrap();
+    assert!(checked.is_sound(), "{checked:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn times_of_a_file_that_was_read_in_part_are_not_believed() {
+    let bench = Bench::new().await;
+    let tree = Arc::new(tree());
+    back_up(&bench, &tree, NOW_MS, options()).await;
+    // A page is written, too late for whoever tells of writes; then the file is listed. The backup has what was there before.
+    for path in ["large", "small"] {
+        tree.write(path, 3 * PAGE, b"late");
+        told(&tree, path, Vec::new());
+    }
+    let (second, _) = back_up(&bench, &tree, NOW_MS + 1, options()).await;
+    assert_ne!(bench.restore(&second).await, tree.expected());
+    // Nothing happens to the files. Now the write is told; of a file of which nothing is told everything is read.
+    for told_again in [true, false] {
+        let bench = bench.forked().await;
+        for path in ["large", "small"] {
+            let changes = told_again.then(|| pages(&[3]));
+            tree.change(path, |file| file.changes = changes);
+        }
+        tree.bytes_read();
+        let (third, did) = back_up(&bench, &tree, NOW_MS + 2, options()).await;
+        let expected = if told_again { bytes(2) } else { LARGE as u64 + bytes(5) };
+        assert_eq!(tree.bytes_read(), expected);
+        assert_eq!(did.silent_changes, 0, "nobody said that nothing had changed");
+        assert_eq!(bench.restore(&third).await, tree.expected());
+        // What was read to its end is what its times say.
+        back_up(&bench, &tree, NOW_MS + 3, options()).await;
+        let expected = if told_again { bytes(2) } else { 0 };
+        assert_eq!(tree.bytes_read(), expected);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_wants_everything_read_is_not_told_what_changed() {
+    let bench = Bench::new().await;
+    let tree = Arc::new(tree());
+    back_up(&bench, &tree, NOW_MS, options()).await;
+    for path in ["large", "small"] {
+        tree.write(path, PAGE, b"unsaid");
+        told(&tree, path, Vec::new());
+    }
+    let other = bench.forked().await;
+    tree.bytes_read();
+    let everything = WriteOptions { full_read: true, ..options() };
+    let (second, _) = back_up(&bench, &tree, NOW_MS + 1, everything).await;
+    assert_eq!(tree.bytes_read(), LARGE as u64 + bytes(5));
+    assert_eq!(bench.restore(&second).await, tree.expected());
+    let one_file = WriteOptions { read_again: [b"small".to_vec()].into(), ..options() };
+    back_up(&other, &tree, NOW_MS + 1, one_file).await;
+    assert_eq!(tree.bytes_read(), bytes(5));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_said_to_be_unchanged_is_read_within_thirty_days() {
+    let bench = Bench::new().await;
+    let tree = Arc::new(tree());
+    back_up(&bench, &tree, NOW_MS, options()).await;
+    tree.change("large", |file| file.content[700 * PAGE] ^= 1);
+    tree.change("small", |file| file.content[0] ^= 1);
+    tree.bytes_read();
+    let mut last = None;
+    for day in 1..=30 {
+        for path in ["large", "small"] {
+            tree.change(path, |file| file.mtime_ns += SECOND);
+            told(&tree, path, Vec::new());
+        }
+        let (summary, did) = back_up(&bench, &tree, NOW_MS + day * DAY_MS, options()).await;
+        assert_eq!(did.silent_changes, 0, "times and sizes promised nothing");
+        last = Some(summary);
+    }
+    assert_eq!(tree.bytes_read(), LARGE as u64 + bytes(5), "everything once");
+    assert_eq!(bench.restore(&last.unwrap()).await, tree.expected());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_lies_in_a_damaged_pack_is_read_though_it_did_not_change() {
+    let bench = Bench::new().await;
+    let tree = Arc::new(tree());
+    back_up(&bench, &tree, NOW_MS, options()).await;
+    let packs = common::files_below(&bench.store_path());
+    let data = packs.iter().filter(|path| path.to_str().unwrap().contains("/packs/"));
+    // A pack of file content, says its header.
+    let rotten = data.map(|path| (path, std::fs::read(path).unwrap()));
+    let (path, mut bytes) = rotten.max_by_key(|(_, bytes)| (bytes[9] == 1, bytes.len())).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 4;
+    std::fs::write(path, bytes).unwrap();
+    let mark = ScrubOptions {
+        mark: Some("tester".into()),
+        ..ScrubOptions::new(CheckLevel::Read, NOW_MS + DAY_MS)
+    };
+    let mut report = ScrubReport::default();
+    bench.repository.scrub(&mark, &mut report).await.unwrap();
+    assert_eq!(report.damaged.len(), 1, "{report:#?}");
+    for path in ["large", "small"] {
+        tree.change(path, |file| file.mtime_ns += SECOND);
+        told(&tree, path, Vec::new());
+    }
+    tree.bytes_read();
+    let (second, _) = back_up(&bench, &tree, NOW_MS + 1, options()).await;
+    let read = tree.bytes_read();
+    assert!(read > LARGE as u64 / 3, "{read}");
+    assert_eq!(bench.restore(&second).await, tree.expected());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn changes_that_are_not_in_order_are_refused() {
+    let bench = Bench::new().await;
+    let tree = Arc::new(tree());
+    for ranges in [[(8192, 9000), (0, 10)], [(0, 10), (5, 20)], [(9, 3), (20, 30)]] {
+        let ranges = ranges.map(|(start, end)| start..end);
+        told(&tree, "large", ranges.to_vec());
+        let refused = bench.back_up_with(&tree, NOW_MS, options()).await.unwrap_err();
+        assert!(matches!(&refused, Error::Entry { .. }), "{refused:?}");
+    }
+}
