@@ -407,7 +407,7 @@ fn lost(what: &str) -> Error {
     Error::SessionLost { what: what.to_owned(), source: None }
 }
 
-fn position(what: &str, text: String) -> Result<Lsn, Error> {
+pub(crate) fn position(what: &str, text: String) -> Result<Lsn, Error> {
     text.parse().map_err(|_| Error::Answer { what: what.to_owned(), answer: text })
 }
 

@@ -11,6 +11,7 @@ pub mod binaries;
 pub mod block_sizes;
 mod cancel;
 pub mod census;
+pub mod changed_blocks;
 pub mod checks;
 pub mod clients;
 pub mod connect;
@@ -49,6 +50,7 @@ pub mod wal_changes;
 mod wal_layout;
 pub mod wal_moments;
 pub mod wal_position;
+pub mod wal_summaries;
 
 pub use backup_session::{BackupOptions, BackupSession, Started, Stopped};
 pub use connect::{Purpose, connect, connect_maintenance};

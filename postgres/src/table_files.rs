@@ -10,8 +10,9 @@
 //! files, to a time when a transaction was open that the count saw ended; and on a standby the redo position may lie before
 //! the earlier stop. Then everything is counted ([`may_take_over`]).
 //!
-//! Whether files are what they were is the copy's to say, by times, sizes and inodes. So that a table cannot be mistaken for ever, a
-//! count is taken over for 15 to 30 days, the same table always for the same time.
+//! Whether files are what they were is the copy's to say, by times, sizes and inodes, or by summaries of the WAL from the start of the
+//! earlier backup to the start of this one. So that a table cannot be mistaken for ever, a count is taken over for 15 to 30 days,
+//! the same table always for the same time.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, PoisonError};

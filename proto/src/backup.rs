@@ -84,6 +84,9 @@ pub struct BackupFacts {
     /// Pages that failed their checksum and were stored as they are: `path`, page number.
     #[serde(default)]
     pub bad_pages: Vec<BadPage>,
+    /// How much of the files was read. Absent in a logical backup, and where nobody wrote it down.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reading: Option<Reading>,
     /// Of a logical backup, and of no other: its databases. Positions and times are then those of the server when the first
     /// dump began and when the last one ended, `backup_label` is empty, and no recovery has to reach anything.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -99,6 +102,48 @@ impl BackupFacts {
     /// What the backup is.
     pub fn kind(&self) -> BackupKind {
         if self.logical.is_some() { BackupKind::Logical } else { BackupKind::Physical }
+    }
+}
+
+/// How much of a server's files a backup read, and why not less.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reading {
+    /// When the server was started, its clock, Unix milliseconds. What happens to files while a server is stopped, no WAL summary
+    /// tells: the next backup uses them only if it meets the same start.
+    pub server_started_at_ms: i64,
+    /// Bytes read from the source, WAL included.
+    pub read_bytes: u64,
+    /// Bytes of files taken over from the backup before without being read. Of these no page was checked.
+    pub unread_bytes: u64,
+    /// The WAL summaries that told which pages changed: of files whose times or sizes are not what they were, only those were
+    /// read. Absent where such files were read whole.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub summaries: Option<SummariesUsed>,
+    /// Why files that changed were read whole, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub whole_files: Option<String>,
+}
+
+/// WAL summaries that a backup relied on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SummariesUsed {
+    /// Where they begin: the start of the backup before.
+    pub since: Lsn,
+    /// How many there were.
+    pub count: u64,
+}
+
+impl Reading {
+    /// How files that changed were read, in a few words.
+    pub fn sentence(&self) -> String {
+        match (&self.summaries, &self.whole_files) {
+            (Some(SummariesUsed { since, count }), _) => {
+                let summaries = if *count == 1 { "summary" } else { "summaries" };
+                format!("read by pages, told by {count} WAL {summaries} since {since}")
+            }
+            (None, Some(why)) => format!("read whole: {why}"),
+            (None, None) => "read whole".to_owned(),
+        }
     }
 }
 

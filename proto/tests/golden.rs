@@ -248,6 +248,9 @@ fn a_logical_backup_and_its_outcome() {
     golden("outcome.backup.wal_to", &Outcome::Backup(outcome));
     let outcome = BackupOutcome { taken_over_bytes: 1_200_000, ..backup_outcome() };
     golden("outcome.backup.taken_over", &Outcome::Backup(outcome));
+    let changed_files = Some("read by pages, told by 12 WAL summaries since 0/1000028".to_owned());
+    let outcome = BackupOutcome { changed_files, ..backup_outcome() };
+    golden("outcome.backup.changed_files", &Outcome::Backup(outcome));
 }
 
 #[test]
@@ -282,6 +285,7 @@ fn backup_outcome() -> BackupOutcome {
         wal_bytes: 16_777_216,
         bad_pages: 0,
         compared_with: None,
+        changed_files: None,
         logical: None,
     }
 }

@@ -7,17 +7,15 @@ mod house;
 mod pages;
 
 use std::io::Read as _;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use house::{
-    Gated, House, caught_up, copies, copy_of, eventually, nothing_is_left_at, nothing_is_left_on,
-    run_sql, sockets, spawn, standby_arguments, standby_of, within_limit,
+    Gated, House, caught_up, copies, copy_of, nothing_is_left_at, nothing_is_left_on, replay,
+    run_sql, spawn, standby_of, within_limit,
 };
 use postgres::instance::{InstanceOptions, StopMode};
-use proto::{Lsn, ProofLevel};
-use rustix::process::Signal;
+use proto::ProofLevel;
 
 /// More than the writers hold in memory, so that a closed gate holds the readers back as well.
 const NOISE_BYTES: u64 = 96 << 20;
@@ -109,41 +107,6 @@ async fn churned(house: &House, major: u32, gate: &Arc<Gated>, standby: Option<&
         caught_up(&house.server.url("postgres"), url).await;
     }
     gate.open.send_replace(true);
-}
-
-/// Replays a data directory to the same record and no further, opens it, and shuts it down, so that everything is on disk.
-/// Nobody connects: a query prunes pages.
-async fn replay(directory: &Path, major: u32, end: Lsn, restore_command: &str) {
-    std::fs::write(directory.join("recovery.signal"), "").unwrap();
-    let (sockets, end) = (sockets(), format!("recovery_target_lsn={end}"));
-    let command = format!("restore_command={restore_command}");
-    let settings = [
-        end.as_str(),
-        command.as_str(),
-        "recovery_target_inclusive=off",
-        "recovery_target_action=promote",
-        "recovery_target_timeline=current",
-        "hot_standby=off",
-        "autovacuum=off",
-        "fsync=off",
-    ];
-    let log = sockets.path().join("log");
-    let arguments = standby_arguments(directory, sockets.path(), &settings);
-    let mut running = spawn(major, "postgres", &arguments, &log).await;
-    let said = || {
-        let mut text = String::new();
-        std::fs::File::open(&log).unwrap().read_to_string(&mut text).unwrap();
-        text
-    };
-    let open = async || {
-        let text = said();
-        assert!(!text.contains("FATAL") && !text.contains("PANIC"), "{text}");
-        text.contains("ready to accept connections").then_some(())
-    };
-    eventually("the copy is replayed and open", Duration::from_mins(2), open).await;
-    assert!(said().contains("recovery stopping before WAL location"), "{}", said());
-    running.signal(Signal::INT).unwrap();
-    running.wait().await.unwrap();
 }
 
 /// What is backed up, and how it is read.

@@ -99,6 +99,9 @@ fn details(backup: &BackupView) -> String {
             ),
         );
     }
+    if let Some(how) = &facts.changed_files {
+        lines.push(format!("  changed      files {how}"));
+    }
     if let Some(logical) = &facts.logical {
         let (major, minor) =
             (logical.client_version_num / 10_000, logical.client_version_num % 10_000);

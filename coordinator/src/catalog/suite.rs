@@ -507,6 +507,7 @@ fn backup_row(n: u8, at_ms: i64) -> backups::Backup {
         wal_bytes: 16,
         bad_pages: 0,
         compared_with: None,
+        changed_files: None,
         logical: None,
     };
     backups::Backup {

@@ -663,6 +663,7 @@ pub(crate) fn backup_outcome(attempt: AttemptId) -> Outcome {
         wal_bytes: 16,
         bad_pages: 0,
         compared_with: None,
+        changed_files: None,
         logical: None,
     })
 }

@@ -103,6 +103,9 @@ pub struct BackupOutcome {
     /// The backup this one was compared with.
     #[serde(default)]
     pub compared_with: Option<BackupId>,
+    /// How files that changed were read, for people; absent where nobody says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub changed_files: Option<String>,
     /// Of a logical backup, and of no other: what it holds. Positions are then where the server was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub logical: Option<LogicalOutcome>,

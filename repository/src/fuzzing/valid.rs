@@ -292,6 +292,7 @@ fn head() -> Head {
         settings: Vec::new(),
         census: None,
         bad_pages: Vec::new(),
+        reading: None,
         logical: None,
     };
     Head {

@@ -298,6 +298,7 @@ pub fn facts() -> BackupFacts {
         settings: Vec::new(),
         census: None,
         bad_pages: Vec::new(),
+        reading: None,
         logical: None,
     }
 }

@@ -258,6 +258,7 @@ mod tests {
             settings: Vec::new(),
             census: None,
             bad_pages: Vec::new(),
+            reading: None,
         }
     }
 

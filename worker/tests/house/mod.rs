@@ -15,11 +15,12 @@ use postgres::instance::{Instance, InstanceOptions};
 use postgres::{Environment, Purpose, Target, connect};
 use proto::job::{self, BackupOutcome};
 use proto::message::Spec;
-use proto::{AttemptId, Failure, JobId, ProofLevel, Task};
+use proto::{AttemptId, Failure, JobId, Lsn, ProofLevel, Task};
 use repository::store::directory::DirectoryStore;
 use repository::store::layer::Layer;
 use repository::store::{Store, StoreError, Upload};
 use repository::{Backup, Encryption, InitOptions, KeyFile, Repository, store};
+use rustix::process::Signal;
 use tempfile::TempDir;
 use worker::config::{FilesConfig, WorkerConfig};
 use worker::context::JobContext;
@@ -468,6 +469,37 @@ pub(crate) async fn copy_of(upstream: &str, major: u32, directory: &Path) {
         .args(["--dbname", upstream]);
     let cancel = tokio_util::sync::CancellationToken::new();
     program.run(Duration::from_mins(2), &cancel).await.unwrap();
+}
+
+/// Replays a data directory to the same record and no further, opens it, and shuts it down, so that everything is on disk.
+/// Nobody connects: a query prunes pages.
+pub(crate) async fn replay(directory: &Path, major: u32, end: Lsn, restore_command: &str) {
+    std::fs::write(directory.join("recovery.signal"), "").unwrap();
+    let (sockets, end) = (sockets(), format!("recovery_target_lsn={end}"));
+    let command = format!("restore_command={restore_command}");
+    let settings = [
+        end.as_str(),
+        command.as_str(),
+        "recovery_target_inclusive=off",
+        "recovery_target_action=promote",
+        "recovery_target_timeline=current",
+        "hot_standby=off",
+        "autovacuum=off",
+        "fsync=off",
+    ];
+    let log = sockets.path().join("log");
+    let arguments = standby_arguments(directory, sockets.path(), &settings);
+    let mut running = spawn(major, "postgres", &arguments, &log).await;
+    let said = || std::fs::read_to_string(&log).unwrap();
+    let open = async || {
+        let text = said();
+        assert!(!text.contains("FATAL") && !text.contains("PANIC"), "{text}");
+        text.contains("ready to accept connections").then_some(())
+    };
+    eventually("the copy is replayed and open", Duration::from_mins(2), open).await;
+    assert!(said().contains("recovery stopping before WAL location"), "{}", said());
+    running.signal(Signal::INT).unwrap();
+    running.wait().await.unwrap();
 }
 
 /// Waits until a standby has replayed what its primary has written by now.

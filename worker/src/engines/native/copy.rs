@@ -14,8 +14,9 @@ use postgres::scan::{EntryKind, Scan, ScanEntry, ScanOptions};
 use postgres::table_files::{TableFiles, may_take_over};
 use postgres::wal::WalOrigin;
 use postgres::wal_changes::WalChanges;
+use postgres::wal_summaries::Earlier;
 use postgres::{BackupSession, Stopped};
-use proto::backup::{BackupFacts, Census, Tablespace};
+use proto::backup::{BackupFacts, Census, Reading, Tablespace};
 use proto::job::{Backup, BackupOutcome};
 use proto::wal::Segment;
 use proto::{Action, BackupKind, Code, Failure, Lsn, Progress, Timeline};
@@ -24,12 +25,13 @@ use repository::{BackupWriter, Repository, SourceEntry, SourceKind, WriteOptions
 use tokio_util::sync::CancellationToken;
 
 use super::begin::{Ready, enter, read_control, ready, same_timeline, sessions};
+use super::changes::PageChanges;
 use super::hold::{Hold, LOOK_EVERY};
 use super::source::{BAD_PAGES_NAMED_MAX, DataDirectory, Found};
 use super::wal::WalCollector;
 use crate::clock;
 use crate::config::BackupConfig;
-use crate::context::{JobContext, blocking};
+use crate::context::{JobContext, StepHandle, blocking};
 use crate::engines::attempt::{Beginning, as_ordered};
 use crate::jobs::session_owner;
 use crate::places::Cluster;
@@ -123,9 +125,17 @@ async fn from_attempt(
     let (read_again, read_all) = known_bad(predecessor);
     let full_read = request.task.full_read || read_all;
     let (server, start) = (&session.started().server, session.started().start_lsn);
+    let server_started_at_ms = server.started_at_ms;
     let counted_before = predecessor
         .filter(|facts| may_take_over(facts, server, start))
         .and_then(|facts| facts.census.clone());
+    let earlier = if request.task.full_read {
+        Err("everything was to be read".to_owned())
+    } else if read_all {
+        Err("the backup before found more damaged pages than it names".to_owned())
+    } else {
+        Earlier::of(predecessor, session.started()).map_err(|why| why.to_string())
+    };
     let mut writer = attempt.write(WriteOptions {
         full_read,
         read_again,
@@ -139,13 +149,28 @@ async fn from_attempt(
     // The slot was reserved at the checkpoint before the one that started the backup; that WAL is not needed.
     session.advance(wal.stored_until()).await?;
     hold.beside(&session, wal.store_history()).await?;
+    let changes = match earlier {
+        Err(why) => PageChanges::unknown(why),
+        Ok(earlier) => {
+            let beside = (&session, &hold);
+            let asking = |step: StepHandle| async move {
+                let asked = PageChanges::ask(cx, request.cluster, ready, beside, earlier);
+                let changes = Box::pin(asked).await?;
+                step.figure("summaries", changes.summaries());
+                Ok(changes)
+            };
+            cx.step_with("summaries", asking).await?
+        }
+    };
+    let changes = Arc::new(changes);
 
     let mut copied = cx
         .step_with("copy", |step| {
             let (writer, progress) = (&mut writer, &*progress);
             let kept = Kept { session: &mut session, wal: &mut wal, hold: &hold, progress };
+            let before = Before { census: counted_before.as_ref(), changes: &changes };
             async move {
-                let copying = copy(cx, request, ready, writer, kept, counted_before.as_ref());
+                let copying = copy(cx, request, ready, writer, kept, before);
                 let copied = Box::pin(copying).await?;
                 let done = progress.snapshot();
                 step.figure("files", done.files);
@@ -199,6 +224,8 @@ async fn from_attempt(
         .await?;
 
     let found = copied.files.found();
+    let reading = changes.reading(server_started_at_ms, &progress.snapshot());
+    let changed_files = reading.sentence();
     let facts = facts(
         cx,
         ready,
@@ -209,6 +236,7 @@ async fn from_attempt(
         census,
         &found,
         &copied.tablespaces,
+        reading,
     );
     let written = cx
         .step("write_manifest", async {
@@ -252,8 +280,18 @@ async fn from_attempt(
         wal_bytes: wal.bytes(),
         bad_pages: found.bad_page_count,
         compared_with: summary.predecessor,
+        changed_files: summary.predecessor.map(|_| changed_files),
         logical: None,
     })
+}
+
+/// What is known from the backup before.
+#[derive(Debug, Clone, Copy)]
+struct Before<'a> {
+    /// What it counted, where that may hold.
+    census: Option<&'a Census>,
+    /// What changed since.
+    changes: &'a Arc<PageChanges>,
 }
 
 /// What is looked after while files are copied.
@@ -313,7 +351,7 @@ async fn copy(
     ready: &Ready,
     writer: &mut BackupWriter,
     kept: Kept<'_>,
-    counted_before: Option<&Census>,
+    before: Before<'_>,
 ) -> Result<Copied, Failure> {
     let start_lsn = kept.session.started().start_lsn;
     let control = read_control(&ready.files).await?.0;
@@ -341,14 +379,14 @@ async fn copy(
         EntryKind::Relation(file) => Some((entry.path.as_str(), file, entry.size)),
         _ => None,
     });
-    let tables = TableFiles::new(relations, counted_before, start_lsn, clock::now_ms());
+    let tables = TableFiles::new(relations, before.census, start_lsn, clock::now_ms());
     let tables = Arc::new(tables);
-    let server_files = Arc::clone(&ready.files);
+    let (server_files, changes) = (Arc::clone(&ready.files), Arc::clone(before.changes));
     let files =
         DataDirectory::new(server_files, &scanned.entries, rules, limit, Arc::clone(&tables));
     let files = Arc::new(files);
     let roots = scanned.roots.clone();
-    let entries = entries(scanned, control.block_size, scanned_at_ns);
+    let entries = entries(scanned, control.block_size, scanned_at_ns, changes);
     let counted = {
         let progress = kept.progress;
         let copying = async {
@@ -393,11 +431,15 @@ fn entries(
     scanned: Scan,
     block_size: u32,
     scanned_at_ns: i64,
+    changes: Arc<PageChanges>,
 ) -> impl Iterator<Item = io::Result<SourceEntry>> + Send + 'static {
     let mut entries = scanned.entries;
     entries.retain(|entry| entry.kind != EntryKind::ControlFile);
     entries.sort_by(|a, b| path_order(a.path.as_bytes(), b.path.as_bytes()));
-    entries.into_iter().map(move |entry| Ok(source_entry(entry, block_size, scanned_at_ns)))
+    entries.into_iter().map(move |entry| {
+        let changes = changes.of(&entry);
+        Ok(SourceEntry { changes, ..source_entry(entry, block_size, scanned_at_ns) })
+    })
 }
 
 fn source_entry(entry: ScanEntry, block_size: u32, scanned_at_ns: i64) -> SourceEntry {
@@ -544,6 +586,7 @@ fn facts(
     census: Option<Census>,
     found: &Found,
     tablespaces: &[Tablespace],
+    reading: Reading,
 ) -> BackupFacts {
     BackupFacts {
         cluster: cx.spec.cluster.clone(),
@@ -564,6 +607,7 @@ fn facts(
         settings: ready.settings.clone(),
         census,
         bad_pages: found.bad_pages.clone(),
+        reading: Some(reading),
         logical: None,
     }
 }

@@ -6,6 +6,7 @@
 
 mod access;
 mod begin;
+mod changes;
 mod copy;
 mod hold;
 mod rate;

@@ -70,6 +70,8 @@ impl Source for DataDirectory {
     fn changed(&self, entry: &SourceEntry) {
         if let Some((_, Some(relation))) = self.places.get(&entry.path)
             && let Ok(path) = std::str::from_utf8(&entry.path)
+            // Whose times changed and none of whose pages did, by all that the WAL tells, has the rows that it had.
+            && entry.changes.as_ref().is_none_or(|ranges| !ranges.is_empty())
         {
             self.tables.changed(path, *relation);
         }

@@ -179,6 +179,7 @@ async fn from_attempt(
         wal_bytes: 0,
         bad_pages: 0,
         compared_with: summary.predecessor,
+        changed_files: None,
         logical: Some(LogicalOutcome {
             client_version_num: logical.client_version_num,
             databases: logical.databases.len() as u64,
@@ -297,6 +298,7 @@ async fn facts(
         settings: ready.settings.clone(),
         census,
         bad_pages: Vec::new(),
+        reading: None,
         logical: Some(logical_facts(ready, dumps)),
     })
 }
