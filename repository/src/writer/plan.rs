@@ -409,7 +409,7 @@ mod tests {
                         unit_bytes: kib << 10,
                         content: Content::Inline(Vec::new()),
                     });
-                    let unit = unit_bytes(&entry, known.as_ref());
+                    let unit = unit_bytes(&entry, known.as_ref(), false);
                     assert!(unit.is_multiple_of(block_size), "{block_size} {size_bytes} {unit}");
                     assert!((UNIT_BYTES_MIN..=UNIT_BYTES_MAX).contains(&unit));
                     if let Some(known) = known.filter(|known| known.unit_bytes >= block_size) {
