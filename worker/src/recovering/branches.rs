@@ -43,8 +43,7 @@ pub(super) struct Branch {
     how: String,
     /// Its archived WAL ends there.
     end: Lsn,
-    /// When the first and the last transaction ended that only it has; `None` where a few segments do not say.
-    ended: Option<(Timestamp, Timestamp)>,
+    ended: Ended,
     /// When something was first written on the way behind the place where they parted, at the latest, where that is known.
     began: Option<Timestamp>,
 }
@@ -57,7 +56,7 @@ impl Planner<'_> {
         candidate: &Candidate,
         reach: Reach,
         stops_at: Option<Lsn>,
-    ) -> Vec<Branch> {
+    ) -> Result<Vec<Branch>, Failure> {
         let (way, facts) = (&candidate.way, &candidate.facts);
         let looking = || Search::new(self.repository, self.lineage, facts).within(LOOKED_INTO_MAX);
         let mut branches = Vec::new();
@@ -68,25 +67,17 @@ impl Planner<'_> {
             if stops_at.is_some_and(|stop| stop <= parted_at) {
                 continue;
             }
-            // What is damaged there must not keep anybody from another way.
-            let ended = match ended(looking(), &branch, from, wal).await {
-                Ok(ended) => ended,
-                Err(failure) => {
-                    tracing::info!(%failure, "What timeline {timeline} wrote behind {from} cannot be looked into");
-                    Ended::Unknown
-                }
-            };
-            let ended = match (ended, &self.recovery.to) {
-                (Ended::Nothing, _) => continue,
+            let Some(ended) = ended(looking(), &branch, from, wal).await? else { continue };
+            if let (RecoveryTarget::Time(time), Some(first)) = (&self.recovery.to, ended.first)
+                && first > *time
+            {
                 // What came later is not taken from anybody.
-                (Ended::Between(first, _), RecoveryTarget::Time(time)) if first > *time => continue,
-                (Ended::Between(first, last), _) => Some((first, last)),
-                (Ended::Unknown, _) => None,
-            };
-            let began = began(looking(), way, parted_at, reach.to).await.ok().flatten();
+                continue;
+            }
+            let began = readable(began(looking(), way, parted_at, reach.to).await)?.flatten();
             branches.push(Branch { timeline, parted_at, how, end, ended, began });
         }
-        branches
+        Ok(branches)
     }
 
     /// Where a backup leads, for whoever asked for something else.
@@ -101,41 +92,56 @@ impl Planner<'_> {
     }
 }
 
-/// Which transactions ended in a stretch of the log.
-enum Ended {
-    /// As far as it is there, none.
-    Nothing,
-    /// The first and the last of them.
-    Between(Timestamp, Timestamp),
-    /// There was too much to look at, or something cannot be read.
-    Unknown,
+/// When the first and the last transaction ended that only a stretch of the log has; `None` where the segments that are looked
+/// into do not say it, because there are too many or one cannot be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Ended {
+    first: Option<Timestamp>,
+    last: Option<Timestamp>,
 }
 
+/// `None` where, as far as the log is there, no transaction ended.
 async fn ended(
     mut search: Search<'_>,
     way: &Way,
     from: Lsn,
     wal: &TimelineWal,
-) -> Result<Ended, Failure> {
-    let mut last = None;
+) -> Result<Option<Ended>, Failure> {
+    let (mut last, mut is_readable) = (None, true);
     for run in wal.runs.iter().rev().take_while(|run| run.to > from) {
-        last = search.newest_end(way, from.max(run.from), run.to).await?;
-        if last.is_some() {
+        let newest = readable(search.newest_end(way, from.max(run.from), run.to).await)?;
+        is_readable = newest.is_some();
+        last = newest.flatten();
+        if last.is_some() || !is_readable {
             break;
         }
     }
-    if last.is_none() && !search.is_exhausted() {
-        return Ok(Ended::Nothing);
+    if last.is_none() && is_readable && !search.is_exhausted() {
+        return Ok(None);
     }
-    let end = wal.end().unwrap_or(from);
-    let first = search.first(way, from, end, Moment::ends_transaction).await?;
+    search.allow(LOOKED_INTO_MAX);
+    // Behind a gap none is known to be the first.
+    let first = match wal.runs.iter().find(|run| run.from <= from && from < run.to) {
+        Some(run) => {
+            readable(search.first(way, from, run.to, Moment::ends_transaction).await)?.flatten()
+        }
+        None => None,
+    };
     let at = |moment: Option<Moment>| moment.map(|moment| moment.at);
-    Ok(match (at(first), at(last)) {
-        (Some(first), Some(last)) => Ended::Between(first, last),
-        // Between them may be more than was looked into.
-        (Some(one), None) | (None, Some(one)) => Ended::Between(one, one),
-        (None, None) => Ended::Unknown,
-    })
+    Ok(Some(Ended { first: at(first), last: at(last) }))
+}
+
+/// What was found, or `None` where something is damaged or refused: that must not keep anybody from another way. A store that does
+/// not answer now says nothing about what it holds.
+fn readable<T>(looked: Result<T, Failure>) -> Result<Option<T>, Failure> {
+    match looked {
+        Ok(found) => Ok(Some(found)),
+        Err(failure) if failure.action.is_retryable() => Err(failure),
+        Err(failure) => {
+            tracing::info!(%failure, "WAL at the place where two timelines parted cannot be looked into");
+            Ok(None)
+        }
+    }
 }
 
 /// When something was first written on a way behind a position, at the latest: of a checkpoint only the second is known.
@@ -208,13 +214,11 @@ impl Branch {
     pub(super) fn told(&self) -> String {
         let Self { timeline, how, end, .. } = self;
         let what = match self.ended {
-            Some((first, last)) if first == last => {
+            Ended { first: Some(first), last: Some(last) } if first == last => {
                 format!("a transaction that ended there at {first} is not taken")
             }
-            Some((first, last)) => {
-                format!("transactions that ended there from {first} to {last} are not taken")
-            }
-            None => "what ended there is not taken".to_owned(),
+            Ended { first: None, last: None } => "what ended there is not taken".to_owned(),
+            ended => format!("transactions that ended there {} are not taken", ended.told()),
         };
         format!("{how}, and {timeline} goes on to {end}: {what}; --timeline {timeline} leads there")
     }
@@ -222,8 +226,19 @@ impl Branch {
     /// Where it leads, for whoever found that another way does not.
     pub(super) fn hint(&self) -> String {
         let Self { timeline, how, end, .. } = self;
-        let until = self.ended.map_or(String::new(), |(_, last)| format!(", {last}"));
+        let until = self.ended.last.map_or(String::new(), |last| format!(", {last}"));
         format!("{how}, and {timeline} goes on to {end}{until}: --timeline {timeline} leads there.")
+    }
+}
+
+impl Ended {
+    fn told(self) -> String {
+        match (self.first, self.last) {
+            (Some(first), Some(last)) => format!("from {first} to {last}"),
+            (None, Some(last)) => format!("up to {last}"),
+            (Some(first), None) => format!("from {first} on"),
+            (None, None) => "at times that are not known".to_owned(),
+        }
     }
 }
 
@@ -241,25 +256,26 @@ pub(super) fn question(
         // Whoever names a position or an event has seen it on the way.
         _ => return None,
     };
-    let mut ended: Vec<_> =
-        branches.iter().filter_map(|branch| branch.ended.map(|ended| (branch, ended))).collect();
-    ended.sort_by_key(|(_, (_, last))| Reverse(*last));
+    let mut branches: Vec<_> = branches.iter().collect();
+    // Those of which nothing is known come last.
+    branches.sort_by_key(|branch| Reverse(branch.ended.last));
     let ask = |what: String, hint: String| {
         Failure::new(Code::RequestInvalid, Action::FixConfig, what).with_hint(hint)
     };
-    ended.into_iter().find_map(|(branch, (first, last))| {
-        let Branch { timeline, parted_at, began, .. } = branch;
-        if to.is_some_and(|to| to < first) {
+    branches.into_iter().find_map(|branch| {
+        let Branch { timeline, parted_at, end, ended, began, .. } = branch;
+        if to.zip(ended.first).is_some_and(|(to, first)| to < first) {
             return None;
         }
-        if let (Some(to), Some(began)) = (to, *began)
+        if let (Some(to), Some(began), Some(last)) = (to, *began, ended.last)
             && to < began
         {
             let there = if to < last { "" } else { " --to latest" };
             return Some(ask(
                 format!(
-                    "{to} is a moment of timeline {timeline}, where transactions ended from {first} to {last}; timeline {taken} parted from \
-                     it at {parted_at} and wrote nothing before {began}"
+                    "{to} is a moment of timeline {timeline}, where transactions ended {}; timeline {taken} parted from \
+                     it at {parted_at} and wrote nothing before {began}",
+                    ended.told()
                 ),
                 format!(
                     "Say which is meant: --timeline {timeline}{there} has what was committed then, --timeline {taken} only what was before they parted."
@@ -267,7 +283,7 @@ pub(super) fn question(
             ));
         }
         // Over is one that was silent for longer than both went on side by side.
-        let is_over = began.is_some_and(|began| {
+        let is_over = began.zip(ended.last).is_some_and(|(began, last)| {
             let beside = last.duration_since(began);
             beside.is_negative()
                 || beside.is_zero()
@@ -276,14 +292,19 @@ pub(super) fn question(
         if is_over {
             return None;
         }
+        let one = match ended.last {
+            Some(last) => format!("timeline {timeline} went on to {last}"),
+            None => format!(
+                "timeline {timeline} goes on to {end}, and what could be looked into does not say when a transaction ended there last"
+            ),
+        };
         let other = match (began, newest) {
-            (Some(_), Some(newest)) => format!("timeline {taken} to {newest}"),
+            (Some(_), Some(newest)) => format!("timeline {taken} went on to {newest}"),
             _ => format!("nothing shows when timeline {taken} began"),
         };
         Some(ask(
             format!(
-                "nothing shows whether the cluster lives on timeline {taken} or {timeline}, which parted at {parted_at}: timeline {timeline} \
-                 went on to {last}, {other}"
+                "nothing shows whether the cluster lives on timeline {taken} or {timeline}, which parted at {parted_at}: {one}; {other}"
             ),
             format!(
                 "Say which is meant: pgmuster restore … --timeline {taken}, or --timeline {timeline}. pgmuster recovery windows shows where \
@@ -377,6 +398,17 @@ mod tests {
         Timestamp::from_second(1_790_000_000 + second).unwrap()
     }
 
+    fn branch(first: Option<i64>, last: Option<i64>, began: Option<i64>) -> Branch {
+        Branch {
+            timeline: Timeline(1),
+            parted_at: Lsn(7),
+            how: "timeline 2 left timeline 1 at 0/7".to_owned(),
+            end: Lsn(9),
+            ended: Ended { first: first.map(at), last: last.map(at) },
+            began: began.map(at),
+        }
+    }
+
     /// What is asked when timeline 1 wrote from one second to another, timeline 2 was there from one on, and wrote last at one.
     fn asked(
         to: Option<i64>,
@@ -384,14 +416,10 @@ mod tests {
         began: Option<i64>,
         newest: Option<i64>,
     ) -> Option<Failure> {
-        let branch = Branch {
-            timeline: Timeline(1),
-            parted_at: Lsn(7),
-            how: "timeline 2 left timeline 1 at 0/7".to_owned(),
-            end: Lsn(9),
-            ended: Some((at(ended.0), at(ended.1))),
-            began: began.map(at),
-        };
+        asked_of(branch(Some(ended.0), Some(ended.1), began), to, newest)
+    }
+
+    fn asked_of(branch: Branch, to: Option<i64>, newest: Option<i64>) -> Option<Failure> {
         let target = to.map_or(RecoveryTarget::Latest, |to| RecoveryTarget::Time(at(to)));
         question(&[branch], &target, Timeline(2), newest.map(at))
     }
@@ -432,5 +460,70 @@ mod tests {
         let hint = asked(25).unwrap().hint;
         assert!(hint.contains("--timeline 1 --to latest has"), "{hint}");
         assert_eq!(asked(30), None, "then the next was there");
+    }
+
+    #[test]
+    fn a_branch_whose_first_transaction_is_not_known_may_have_the_moment() {
+        let asked = |to| asked_of(branch(None, Some(20), Some(30)), Some(to), Some(50));
+        for (to, option) in [(9, "--timeline 1 has"), (25, "--timeline 1 --to latest has")] {
+            let failure = asked(to).unwrap();
+            assert!(failure.message.contains(&format!("ended up to {}", at(20))), "{failure:?}");
+            assert!(failure.hint.contains(option), "{failure:?}");
+        }
+        assert_eq!(asked(30), None, "then the next was there");
+    }
+
+    #[test]
+    fn a_branch_whose_last_transaction_is_not_known_is_asked_about() {
+        // However long the other went on: this one may have, too.
+        for (to, first) in
+            [(None, None), (None, Some(10)), (Some(15), None), (Some(5000), Some(10))]
+        {
+            let failure = asked_of(branch(first, None, Some(20)), to, Some(9000)).unwrap();
+            assert_eq!(failure.code, Code::RequestInvalid);
+            assert!(failure.message.contains("timeline 1 goes on to 0/9, and"), "{failure:?}");
+            assert!(failure.hint.contains("--timeline 1"), "{failure:?}");
+        }
+        assert_eq!(
+            asked_of(branch(Some(10), None, Some(20)), Some(9), Some(9000)),
+            None,
+            "nothing is lost by then"
+        );
+        let lsn = RecoveryTarget::Lsn(Lsn(8));
+        assert_eq!(question(&[branch(None, None, Some(20))], &lsn, Timeline(2), None), None);
+    }
+
+    #[test]
+    fn what_is_not_known_of_a_branch_is_not_told_as_known() {
+        let (ten, twenty) = (at(10), at(20));
+        for (first, last, words) in [
+            (Some(10), Some(10), format!("a transaction that ended there at {ten} is")),
+            (Some(10), Some(20), format!("that ended there from {ten} to {twenty} are")),
+            (None, Some(20), format!("that ended there up to {twenty} are")),
+            (Some(10), None, format!("that ended there from {ten} on are")),
+            (None, None, "what ended there is".to_owned()),
+        ] {
+            let told = branch(first, last, None).told();
+            assert!(
+                told.contains(&format!("{words} not taken; --timeline 1 leads there")),
+                "{told}"
+            );
+        }
+    }
+
+    #[test]
+    fn only_a_store_that_does_not_answer_now_ends_the_look_at_a_branch() {
+        let failure = |code, action| Failure::new(code, action, "");
+        assert_eq!(readable(Ok(7)), Ok(Some(7)));
+        for (code, action) in [
+            (Code::ObjectDamaged, Action::FixData),
+            (Code::ObjectMissing, Action::FixData),
+            (Code::StoreForbidden, Action::FixConfig),
+            (Code::Internal, Action::ReportBug),
+        ] {
+            assert_eq!(readable::<()>(Err(failure(code, action))), Ok(None));
+        }
+        let away = failure(Code::StoreUnavailable, Action::Retry);
+        assert_eq!(readable::<()>(Err(away.clone())), Err(away));
     }
 }

@@ -272,7 +272,7 @@ impl Planner<'_> {
             Ok(aim) => aim,
             Err(mut refusal) => {
                 if asks && refusal.is_final {
-                    for branch in self.branches(&candidate, reach, None).await {
+                    for branch in self.branches(&candidate, reach, None).await? {
                         refusal.failure.hint.extend([" ", &branch.hint()]);
                     }
                 }
@@ -282,7 +282,7 @@ impl Planner<'_> {
         let mut not_taken = Vec::new();
         // The end of a backup is common to all that leads on from it.
         if self.recovery.to != RecoveryTarget::Immediate {
-            let branches = self.branches(&candidate, reach, aim.stops_at).await;
+            let branches = self.branches(&candidate, reach, aim.stops_at).await?;
             if asks && !branches.is_empty() {
                 let stop = candidate.facts.stop_lsn;
                 let newest = search.newest_end(&candidate.way, stop, reach.to).await?;

@@ -61,6 +61,11 @@ impl<'a> Search<'a> {
         Self { left: segments_max, ..self }
     }
 
+    /// Lets it look into so many more; what it has seen costs nothing again.
+    pub(super) fn allow(&mut self, segments_max: usize) {
+        self.left = segments_max;
+    }
+
     /// Where the log ends that is there up to `to`; `None` when its last segment cannot be looked into.
     pub(super) async fn end(&mut self, way: &Way, to: Lsn) -> Result<Option<Lsn>, Failure> {
         let last = last_number(way, to);

@@ -20,11 +20,12 @@ use crate::archive::{Window, recoverable, segment_for_tests};
 
 const MIB: u64 = 1 << 20;
 
-/// A store that writes down what is read from it.
+/// A store that writes down what is read from it, and does not answer about one object.
 #[derive(Debug)]
 struct Written {
     inner: DirectoryStore,
     calls: Mutex<Vec<String>>,
+    away: Mutex<Option<String>>,
 }
 
 impl Written {
@@ -40,6 +41,10 @@ impl Layer for Written {
     }
     async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
         self.note("get", key);
+        if self.away.lock().unwrap().as_deref() == Some(key) {
+            let (key, source) = (key.to_owned(), "it did not answer".into());
+            return Err(StoreError::Unavailable { operation: "read", key, source });
+        }
         self.inner.get(key, limit_bytes).await
     }
     async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
@@ -73,7 +78,7 @@ impl Place {
     async fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let inner = DirectoryStore::new(directory.path().join("repository"));
-        let store = Arc::new(Written { inner, calls: Mutex::default() });
+        let store = Arc::new(Written { inner, calls: Mutex::default(), away: Mutex::default() });
         let options = InitOptions { encryption: Encryption::Off, now_ms: 1 };
         let shared: Arc<dyn Store> = Arc::clone(&store) as _;
         let repository = Repository::init(shared, options).await.unwrap().repository;
@@ -121,13 +126,29 @@ impl Place {
         }
     }
 
+    /// A segment that begins with the end of a transaction, and has nothing else.
+    async fn archive_commit(&self, timeline: u32, number: u64, second: i64) {
+        let file = WalFileName::Segment(wal_name(timeline, number));
+        let mut content = segment_for_tests(timeline, number * MIB, 7);
+        let record = commit(second);
+        content[40..40 + record.len()].copy_from_slice(&record);
+        self.repository.store_wal(self.lineage, &file, content.into()).await.unwrap();
+    }
+
     async fn archive_history(&self, timeline: u32, text: String) {
         let file = WalFileName::History(Timeline(timeline));
         self.repository.store_wal(self.lineage, &file, text.into()).await.unwrap();
     }
 
     async fn plan(&self, to: Lsn, timeline: Option<u32>) -> Result<BackupId, Failure> {
-        let to = RecoveryTarget::Lsn(to);
+        self.plan_to(RecoveryTarget::Lsn(to), timeline).await
+    }
+
+    async fn plan_to(
+        &self,
+        to: RecoveryTarget,
+        timeline: Option<u32>,
+    ) -> Result<BackupId, Failure> {
         let timeline = timeline.map(Timeline);
         let recovery = &Recovery { timeline, ..Recovery::to(to) };
         let wanted = Wanted {
@@ -159,6 +180,22 @@ impl Place {
 
 fn wal_name(timeline: u32, number: u64) -> SegmentName {
     Segment { timeline: Timeline(timeline), number }.name(1 << 20)
+}
+
+/// The record of a commit, as `XLogRecord` and `xl_xact_commit` have it.
+fn commit(second: i64) -> Vec<u8> {
+    let since_2000_us = (second - 946_684_800) * 1_000_000;
+    let mut record = vec![0; 24];
+    record[0] = 34;
+    record[4] = 200;
+    record[17] = 1;
+    record.extend([255, 8]);
+    record.extend(since_2000_us.to_ne_bytes());
+    let crc = !record[24..].iter().chain(&record[..20]).fold(u32::MAX, |crc, byte| {
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| (crc >> 1) ^ (0x82F6_3B78 * (crc & 1)))
+    });
+    record[20..24].copy_from_slice(&crc.to_ne_bytes());
+    record
 }
 
 #[tokio::test]
@@ -224,4 +261,55 @@ async fn damage_on_a_branch_keeps_nobody_from_another_way() {
     let file = WalFileName::Segment(wal_name(1, 9));
     place.repository.fetch_wal(place.lineage, &file).await.unwrap_err();
     assert_eq!(place.plan(Lsn(10 * MIB), None).await.unwrap(), place.backups[0]);
+    // What it holds is not known, so nobody goes along the other one in silence.
+    let latest = |timeline| place.plan_to(RecoveryTarget::Latest, timeline);
+    let asked = latest(None).await.unwrap_err();
+    assert_eq!(asked.code, Code::RequestInvalid, "{asked:?}");
+    assert!(asked.hint.contains("--timeline 1"), "{asked:?}");
+    assert_eq!(latest(Some(2)).await.unwrap(), place.backups[0]);
+    // A store that is away for a moment says nothing of what it holds.
+    *place.store.away.lock().unwrap() = Some(object);
+    let away = latest(None).await.unwrap_err();
+    assert_eq!((away.code, away.action), (Code::StoreUnavailable, Action::Retry), "{away:?}");
+}
+
+/// Timeline 1 goes on for more segments than are looked into, and a transaction ended in one of them; timeline 2 left it before.
+async fn long_branch(segment: u64) -> Place {
+    let mut place = Place::new().await;
+    place.back_up(1, 2).await;
+    place.archive(1, 2..=segment - 1).await;
+    place.archive_commit(1, segment, 100).await;
+    place.archive(1, segment + 1..=39).await;
+    place.archive_history(2, format!("1\t{}\tx\n", Lsn(3 * MIB + 100))).await;
+    place.archive(2, 3..=3).await;
+    place.archive_commit(2, 4, 9_000).await;
+    place
+}
+
+fn time(second: i64) -> RecoveryTarget {
+    RecoveryTarget::Time(Timestamp::from_second(second).unwrap())
+}
+
+#[tokio::test]
+async fn a_long_load_at_the_end_of_a_branch_hides_when_it_was_written_last() {
+    let place = long_branch(4).await;
+    for to in [RecoveryTarget::Latest, time(200)] {
+        let asked = place.plan_to(to.clone(), None).await.unwrap_err();
+        assert_eq!(asked.code, Code::RequestInvalid, "{asked:?}");
+        assert!(asked.message.contains("timeline 1 goes on to 0/2800000, and"), "{asked:?}");
+        assert_eq!(place.plan_to(to, Some(2)).await.unwrap(), place.backups[0]);
+    }
+    // Its first transaction is in sight, and later.
+    assert_eq!(place.plan_to(time(50), None).await.unwrap(), place.backups[0]);
+}
+
+#[tokio::test]
+async fn a_long_load_at_the_beginning_of_a_branch_may_hide_what_was_committed_before_a_moment() {
+    let place = long_branch(39).await;
+    let asked = place.plan_to(time(50), None).await.unwrap_err();
+    assert_eq!(asked.code, Code::RequestInvalid, "{asked:?}");
+    assert!(asked.message.contains("transactions ended up to 1970-01-01T00:01:40Z"), "{asked:?}");
+    assert_eq!(place.plan_to(time(50), Some(2)).await.unwrap(), place.backups[0]);
+    // It was over before the other was written.
+    assert_eq!(place.plan_to(RecoveryTarget::Latest, None).await.unwrap(), place.backups[0]);
 }
