@@ -64,17 +64,19 @@ async fn gaps(core: &Core) -> Result<Vec<Gap>> {
     let proofs = backups::newest_proofs(&mut db, "").await?;
     let mut gaps = Vec::new();
     for cluster in clusters::list(&mut db).await? {
-        let (Some(wal), Some((backup, id))) = (&cluster.wal, newest.get(&cluster.name)) else {
-            continue;
-        };
-        // WAL that cannot be replayed is a gap, too.
-        let begins = match in_the_way(&cluster.broken_wal, backup, Some(wal)) {
+        let Some((backup, id)) = newest.get(&cluster.name) else { continue };
+        let wal = cluster.wal.as_ref();
+        // WAL that cannot be replayed is a gap, too, also where nobody tells of the archive.
+        let begins = match in_the_way(&cluster.broken_wal, backup, wal) {
             Some(stretch) => Some((stretch.timeline, stretch.to)),
-            None => needs_backup(backup, wal).then_some((wal.timeline, wal.line_from)),
+            None => {
+                wal.filter(|wal| needs_backup(backup, wal)).map(|wal| (wal.timeline, wal.line_from))
+            }
         };
         if let Some((timeline, from)) = begins.filter(|_| !cluster.paused) {
             let turn = core.now_ms() / AGAIN_MS;
-            let key = format!("gap/{}/{}/{timeline}/{from}/{turn}", cluster.name, wal.lineage);
+            let lineage = wal.map(|wal| wal.lineage.to_string()).unwrap_or_default();
+            let key = format!("gap/{}/{lineage}/{timeline}/{from}/{turn}", cluster.name);
             let of_it = proofs.iter().filter(|row| row.proof.backup == *id);
             let proof = of_it.map(|row| row.proof.level_asked).max();
             gaps.push(Gap { cluster: cluster.name, key, proof });

@@ -158,7 +158,7 @@ async fn announce(tx: &mut Tx<'_>, pulse: &Pulse, worker: &Worker, now_ms: i64) 
 async fn take_in(tx: &mut Tx<'_>, pulse: &Pulse, holdings: &Holdings, now_ms: i64) -> Result<()> {
     let age_ms = pulse.at_ms.saturating_sub(holdings.at_ms).max(0);
     let seen_at_ms = now_ms.saturating_sub(age_ms).saturating_sub(ON_ITS_WAY_MS);
-    let gone = backups::held(tx, holdings, seen_at_ms, now_ms).await?;
+    let gone = backups::held(tx, holdings, &pulse.worker, seen_at_ms, now_ms).await?;
     let Some(first) = gone.first() else { return Ok(()) };
     let (cluster, repository) = (&holdings.cluster, &holdings.repository);
     let event = Event {

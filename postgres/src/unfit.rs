@@ -32,6 +32,7 @@ const PRELOAD: &str = "would have to load a library of the dump's extension at i
 const FEATURE: &str = "has programs that were built without something that the dump needs";
 const LOCALE: &str = "lacks a locale of the cluster";
 pub(crate) const KILLED: &str = "killed the server";
+pub(crate) const SLOW: &str = "leaves the server no time to answer";
 
 /// Parts of the server's last sentence. The server prints in English and the system in its own words, because the
 /// sandbox sets no locale.

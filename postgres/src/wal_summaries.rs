@@ -28,8 +28,8 @@ const FIRST_MAJOR: u32 = 17;
 /// The server holds WAL back for a backup that waits. Its summarizer looks every 30 seconds when it has nothing to do.
 const WAIT_MAX: Duration = Duration::from_mins(1);
 const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// One summary is of one checkpoint's work.
-const STATEMENT: Duration = Duration::from_mins(2);
+/// Waiting and reading together: the WAL of the backup is not stored meanwhile, and files can be read whole instead.
+const ALL_MAX: Duration = Duration::from_mins(2);
 
 /// Why a backup does without.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +53,9 @@ pub enum Unusable {
         /// Of the earlier backup.
         stop: Lsn,
     },
+    /// There is more in them than is worth it.
+    #[error("the server did not tell what is in its summaries within {} s", ALL_MAX.as_secs())]
+    Slow,
     /// As after a quiet time on a standby: both start from one checkpoint.
     #[error("the backup before ended at {stop}, behind {start}, where this one starts")]
     Overlap {
@@ -179,7 +182,7 @@ pub async fn changed_blocks(
     history: &History,
 ) -> Result<(ChangedBlocks, SummariesUsed), Unusable> {
     let stretches = earlier.stretches(history, started.start_lsn)?;
-    let purpose = Purpose { statement_timeout: STATEMENT, ..Purpose::ask(job) };
+    let purpose = Purpose { statement_timeout: ALL_MAX, ..Purpose::ask(job) };
     let session = connect_maintenance(target, &purpose).await?;
     let asked = async {
         if session.identity().await?.started_at_ms != started.server.started_at_ms {
@@ -193,7 +196,8 @@ pub async fn changed_blocks(
         let count = summaries.len() as u64;
         Ok((blocks, SummariesUsed { since: earlier.start, count }))
     };
-    let asked = asked.await.map_err(|error| or_not_allowed(error, &session));
+    let Ok(asked) = tokio::time::timeout(ALL_MAX, asked).await else { return Err(Unusable::Slow) };
+    let asked = asked.map_err(|error| or_not_allowed(error, &session));
     session.close().await;
     asked
 }

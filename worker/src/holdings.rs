@@ -127,7 +127,13 @@ async fn look_in_time(
     let looked = async {
         // Anew: of a store that is no longer mounted nothing is said.
         let repository = place.open().await?;
-        look(&repository, cluster, server).await
+        let holdings = look(&repository, cluster, server).await?;
+        // A place that is no longer mounted looks as if all were gone from it.
+        if place.open().await?.id() != repository.id() {
+            let message = "another repository came to its place meanwhile";
+            return Err(Failure::new(Code::StoreUnavailable, Action::Retry, message));
+        }
+        Ok(holdings)
     };
     let looked = tokio::time::timeout(LOOK_MAX, looked).await;
     looked.unwrap_or_else(|_| {

@@ -261,10 +261,12 @@ pub(crate) async fn robbed(db: &mut AnyConnection) -> Result<HashSet<ClusterName
 
 /// Takes in which backups of a cluster its repository has. What was recorded before `seen_at_ms`, when it was looked, and is not
 /// there, is gone; what is there again is not. The ids of those that have gone are returned. Only what came from the same
-/// server into the same repository is judged by it.
+/// server into the same repository is judged by it; of a directory only what the same worker put there, because another host may
+/// have one of that name.
 pub(crate) async fn held(
     tx: &mut Tx<'_>,
     holdings: &Holdings,
+    by: &WorkerName,
     seen_at_ms: i64,
     now_ms: i64,
 ) -> Result<Vec<BackupId>> {
@@ -278,9 +280,10 @@ pub(crate) async fn held(
     .await?;
     let mut gone = Vec::new();
     for row in rows {
-        let Backup { id, outcome, .. } = Backup::from_row(&Row(row))?;
+        let Backup { id, worker, outcome, .. } = Backup::from_row(&Row(row))?;
         let is_of_it = outcome.repository == holdings.repository
-            && outcome.system_identifier == holdings.system_identifier;
+            && outcome.system_identifier == holdings.system_identifier
+            && (worker == *by || !holdings.repository.starts_with("file:"));
         if is_of_it && holdings.lack(id) {
             gone.push(id);
         }

@@ -70,6 +70,16 @@ const SERVICE_SOCKET: &str = "wal.sock";
 const OWNER_MARK: &str = "pgmuster sandbox";
 /// What a server says when it has replayed to the end of its backup.
 const CONSISTENT: &str = "consistent recovery state reached";
+/// The same when it has replayed all that it wanted to.
+const REPLAYED: &str = "redo done at";
+/// A page that WAL changes and the copy does not have, said when the end of the backup is reached.
+const INVALID_PAGES: &str = "WAL contains references to invalid pages";
+/// Somebody asked the server to end.
+const STOPPED: [&str; 3] = [
+    "received smart shutdown request",
+    "received fast shutdown request",
+    "received immediate shutdown request",
+];
 /// Between two looks at a booting server.
 const BOOT_POLL: Duration = Duration::from_millis(20);
 /// How long a sandbox may take to end at once; what is left then is killed.
@@ -575,6 +585,9 @@ pub fn sweep(root: &Path) -> Result<Vec<Swept>> {
     Ok(swept)
 }
 
+/// What is said of a server that opened and gives no answer.
+const SILENT: &str = "the server does not answer";
+
 /// What a boot needs at every step.
 struct Boot<'a> {
     binaries: &'a Binaries,
@@ -695,7 +708,7 @@ impl Boot<'_> {
         };
         let row = tokio::time::timeout(CONNECT_TIMEOUT, work)
             .await
-            .map_err(|_| ("it does not answer".to_owned(), None))?
+            .map_err(|_| (SILENT.to_owned(), None))?
             .map_err(told)?;
         let odd = || ("it gave an unexpected answer".to_owned(), None);
         let (in_recovery, replay_end, identifier): (bool, Option<String>, String) =
@@ -718,7 +731,11 @@ impl Boot<'_> {
         if *target != RecoveryTarget::Latest && !said.names(target) {
             let why =
                 said.stopped.unwrap_or_else(|| "it does not say that it stopped there".to_owned());
-            return Err(self.failed(format!("it is at {reached} and not at {target}: {why}")));
+            return Err(Error::Replay {
+                what: format!("it is at {reached} and not at {target}: {why}"),
+                output: log_tail(&self.room.log_path()),
+                is_missed: false,
+            });
         }
         Ok(Went {
             evidence: said.stopped.unwrap_or_else(|| format!("replayed all WAL, to {reached}")),
@@ -767,25 +784,50 @@ impl Boot<'_> {
     /// What is to be said when a server that had opened does not answer: it may have ended since.
     async fn gave_no_answer(&self, server: &mut Running, error: AskError) -> Error {
         let ended = tokio::time::timeout(DEATH_PATIENCE, server.wait()).await;
-        let killed = ended.ok().and_then(std::result::Result::ok).and_then(killed);
-        killed.unwrap_or_else(|| self.failed(error.text()))
+        let ended = ended.ok().and_then(std::result::Result::ok);
+        match (ended, error) {
+            // It is there, and had opened: it is this machine that gave it no time.
+            (None, AskError::Other(text)) if text == SILENT => Error::SandboxUnfit {
+                what: unfit::SLOW.to_owned(),
+                evidence: format!("{SILENT} within {} s", CONNECT_TIMEOUT.as_secs()),
+            },
+            (ended, error) => ended.and_then(killed).unwrap_or_else(|| self.failed(error.text())),
+        }
     }
 
     /// What happened, blamed on this machine or else on the copy by what stands in the server's log; where the copy was whole by
-    /// then, on the WAL behind it.
+    /// then and replay had not ended, on the WAL behind it.
     fn failed(&self, what: String) -> Error {
         let log_path = self.room.log_path();
         let said = whole_log(&log_path);
-        let log = said.as_deref();
         if self.options.beyond.is_some()
-            && let Some(log) = log.filter(|log| log.contains(CONSISTENT))
-            && unfit::unfit(log).is_none()
+            && let Some(error) =
+                said.as_deref().and_then(|log| in_replay(&what, log, || log_tail(&log_path)))
         {
-            let is_missed = log.contains("recovery ended before configured recovery target");
-            return Error::Replay { what, output: log_tail(&log_path), is_missed };
+            return error;
         }
-        blamed(what, log, || log_tail(&log_path))
+        blamed(what, said.as_deref(), || log_tail(&log_path))
     }
+}
+
+/// What ended a server while it replayed WAL behind the end of its backup; `None` where it was none of that.
+fn in_replay(what: &str, log: &str, output: impl FnOnce() -> String) -> Option<Error> {
+    let is_missed = log.contains("recovery ended before configured recovery target");
+    if !log.contains(CONSISTENT) || log.contains(INVALID_PAGES) || unfit::unfit(log).is_some() {
+        return None;
+    }
+    if is_missed {
+        return Some(Error::Replay { what: what.to_owned(), output: output(), is_missed });
+    }
+    if log.contains(REPLAYED) {
+        return None;
+    }
+    Some(match STOPPED.iter().find(|request| log.contains(**request)) {
+        Some(request) => {
+            Error::SandboxUnfit { what: unfit::KILLED.to_owned(), evidence: (*request).to_owned() }
+        }
+        None => Error::Replay { what: what.to_owned(), output: output(), is_missed },
+    })
 }
 
 /// That nobody but the system, or a person, ended a server: a server never does that to itself.
