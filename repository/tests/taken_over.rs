@@ -798,7 +798,8 @@ async fn what_is_left_and_cannot_be_read_stops_no_backup_and_no_collection() {
     let begun = house.bench.begin(NOW_MS + HOUR_MS).await;
     assert_eq!(begun.goes_on_from(), None);
     house.abort(begun.id()).await;
-    house.collect(NOW_MS + HOUR_MS).await;
+    let options = collect_options(NOW_MS + HOUR_MS);
+    house.repository().plan_collection(house.bench.lineage, &options).await.unwrap();
 
     // Its shards are asked for when the first file is.
     *house.store.unreadable.lock().unwrap() = metadata;

@@ -190,7 +190,7 @@ async fn a_moment_for_which_nobody_could_look_blames_no_backup() -> anyhow::Resu
     // after a moment.
     let view = orders(&fleet)?;
     let lineage = view["backup"]["facts"]["lineage"].as_str().context("a lineage")?;
-    let next = server.text("SELECT pg_walfile_name(pg_current_wal_lsn())").await?;
+    let next = server.text("SELECT pg_walfile_name(pg_current_wal_insert_lsn())").await?;
     for _ in 0..2 {
         goes_on(&server).await?;
     }

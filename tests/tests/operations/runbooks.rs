@@ -308,12 +308,12 @@ async fn a_standby_takes_over_and_the_old_primary_follows_it() -> anyhow::Result
     let restore = ["pgmuster", "restore", "--repository", &production.url, "--key", &key];
     let as_standby = ["--into", standby.as_str(), "--standby", "--keep-archiving"];
     production.desk.expect(&[&restore[..], &as_standby[..]].concat())?;
-    let settings = production.desk.path("standby/postgresql.auto.conf");
-    let socket = format!("unix_socket_directories = '{standby}'\n");
-    std::fs::write(&settings, std::fs::read_to_string(&settings)? + &socket)?;
     production.desk.starts(production.desk.path("standby"));
     let log = production.desk.at("standby.log");
-    production.desk.expect(&["pg_ctl", "start", "-w", "-s", "-D", &standby, "-l", &log])?;
+    // Not in its settings: whoever is restored from a backup of it would have them.
+    let socket = format!("-c unix_socket_directories={standby}");
+    let start = ["pg_ctl", "start", "-w", "-s", "-D", &standby, "-l", &log, "-o", &socket];
+    production.desk.expect(&start)?;
     let old = production.cluster.server.data_directory();
     production.cluster.server.kill9();
 
