@@ -69,7 +69,7 @@ async fn only_what_changed_is_read_and_the_backup_is_whole() {
     // At both ends of the large file, over the edge of a unit, and in the small one.
     let last = LARGE / PAGE - 1;
     tree.write("large", 0, b"X");
-    tree.write("large", 300 * PAGE - 2, b"XXXX");
+    tree.write("large", 300 * PAGE - 2, b"both");
     tree.write("large", LARGE - 1, b"X");
     tree.write("small", 3 * PAGE + 100, b"X");
     told(&tree, "large", pages(&[0, 299, 300, last]));

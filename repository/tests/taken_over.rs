@@ -9,7 +9,7 @@ use std::io::{self, Read};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -25,6 +25,7 @@ use repository::{
     SourceEntry, SourceFile, WriteOptions,
 };
 use tokio::runtime::Handle;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 const MIB: u64 = 1 << 20;
@@ -46,13 +47,15 @@ struct Watched {
     refused: Mutex<Option<&'static str>>,
     /// Ends of keys.
     unreadable: Mutex<Vec<String>>,
+    /// How many small objects were put.
+    puts: watch::Sender<u64>,
 }
 
 impl Watched {
     fn over(path: &Path) -> Arc<Self> {
         let inner = Arc::new(DirectoryStore::new(path));
-        let unreadable = Mutex::default();
-        Arc::new(Self { inner, asked: Arc::default(), refused: Mutex::default(), unreadable })
+        let (unreadable, puts) = (Mutex::default(), watch::Sender::default());
+        Arc::new(Self { inner, asked: Arc::default(), refused: Mutex::default(), unreadable, puts })
     }
 
     fn may_read(&self, key: &str) -> Result<(), StoreError> {
@@ -97,6 +100,7 @@ impl Layer for Watched {
         let length = bytes.len() as u64;
         self.inner.put(key, bytes).await?;
         self.asked.lock().unwrap().push(Asked::Stored(key.to_owned(), length));
+        self.puts.send_modify(|puts| *puts += 1);
         Ok(())
     }
     async fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError> {
@@ -139,6 +143,7 @@ struct Checkpoints {
     runtime: Handle,
     /// To wait for.
     bytes: u64,
+    puts: watch::Receiver<u64>,
 }
 
 impl Checkpoints {
@@ -151,20 +156,20 @@ impl Checkpoints {
     async fn of(house: &House, more_bytes: u64) -> Self {
         let (repository, lineage) = (house.repository().clone(), house.bench.lineage);
         let bytes = Self::tell_of(&repository, lineage).await + more_bytes;
-        Self { repository, lineage, runtime: Handle::current(), bytes }
+        let puts = house.store.puts.subscribe();
+        Self { repository, lineage, runtime: Handle::current(), bytes, puts }
     }
 
     /// On a thread of a copy.
     fn wait(&self) {
-        let begun = Instant::now();
-        loop {
-            let bytes = self.runtime.block_on(Self::tell_of(&self.repository, self.lineage));
-            if bytes >= self.bytes {
-                return;
+        let mut puts = self.puts.clone();
+        let told = async {
+            while Self::tell_of(&self.repository, self.lineage).await < self.bytes {
+                puts.changed().await.unwrap();
             }
-            assert!(begun.elapsed() < Duration::from_mins(1), "{bytes} of {}", self.bytes);
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        };
+        let told = async { tokio::time::timeout(Duration::from_mins(1), told).await };
+        self.runtime.block_on(told).expect("checkpoints tell of so much within a minute");
     }
 }
 
