@@ -585,9 +585,6 @@ pub fn sweep(root: &Path) -> Result<Vec<Swept>> {
     Ok(swept)
 }
 
-/// What is said of a server that opened and gives no answer.
-const SILENT: &str = "the server does not answer";
-
 /// What a boot needs at every step.
 struct Boot<'a> {
     binaries: &'a Binaries,
@@ -606,6 +603,10 @@ struct Answer {
 
 enum AskError {
     NoRole,
+    /// In the server's words.
+    NoDatabase(String),
+    /// Nothing was heard for [`CONNECT_TIMEOUT`].
+    Silent,
     Other(String),
 }
 
@@ -613,7 +614,10 @@ impl AskError {
     fn text(self) -> String {
         match self {
             Self::NoRole => "its superuser is refused".to_owned(),
-            Self::Other(text) => text,
+            Self::Silent => {
+                format!("it does not answer within {} s", CONNECT_TIMEOUT.as_secs())
+            }
+            Self::NoDatabase(text) | Self::Other(text) => text,
         }
     }
 }
@@ -668,25 +672,21 @@ impl Boot<'_> {
     async fn ask(&self, role: &str) -> std::result::Result<Answer, AskError> {
         match self.ask_in(role, "postgres").await {
             // A cluster may have dropped its `postgres` database.
-            Err((_, Some(state))) if state == SqlState::UNDEFINED_DATABASE => {
-                self.ask_in(role, "template1").await
-            }
+            Err(AskError::NoDatabase(_)) => self.ask_in(role, "template1").await,
             other => other,
         }
-        .map_err(|(text, state)| match state {
-            Some(state) if state == SqlState::INVALID_AUTHORIZATION_SPECIFICATION => {
-                AskError::NoRole
-            }
-            _ => AskError::Other(text),
-        })
     }
 
-    async fn ask_in(
-        &self,
-        role: &str,
-        database: &str,
-    ) -> std::result::Result<Answer, (String, Option<SqlState>)> {
-        let told = |error: tokio_postgres::Error| (failure::chain(&error), error.code().cloned());
+    async fn ask_in(&self, role: &str, database: &str) -> std::result::Result<Answer, AskError> {
+        let told = |error: tokio_postgres::Error| match error.code() {
+            Some(state) if *state == SqlState::UNDEFINED_DATABASE => {
+                AskError::NoDatabase(failure::chain(&error))
+            }
+            Some(state) if *state == SqlState::INVALID_AUTHORIZATION_SPECIFICATION => {
+                AskError::NoRole
+            }
+            _ => AskError::Other(failure::chain(&error)),
+        };
         let mut config = tokio_postgres::Config::new();
         config.host_path(&self.room.sockets.path).port(SOCKET_PORT).user(role).dbname(database);
         config.connect_timeout(CONNECT_TIMEOUT).options(session_options(self.binaries.major()));
@@ -708,9 +708,9 @@ impl Boot<'_> {
         };
         let row = tokio::time::timeout(CONNECT_TIMEOUT, work)
             .await
-            .map_err(|_| (SILENT.to_owned(), None))?
+            .map_err(|_| AskError::Silent)?
             .map_err(told)?;
-        let odd = || ("it gave an unexpected answer".to_owned(), None);
+        let odd = || AskError::Other("it gave an unexpected answer".to_owned());
         let (in_recovery, replay_end, identifier): (bool, Option<String>, String) =
             row.ok_or_else(odd)?;
         Ok(Answer {
@@ -787,9 +787,9 @@ impl Boot<'_> {
         let ended = ended.ok().and_then(std::result::Result::ok);
         match (ended, error) {
             // It is there, and had opened: it is this machine that gave it no time.
-            (None, AskError::Other(text)) if text == SILENT => Error::SandboxUnfit {
+            (None, AskError::Silent) => Error::SandboxUnfit {
                 what: unfit::SLOW.to_owned(),
-                evidence: format!("{SILENT} within {} s", CONNECT_TIMEOUT.as_secs()),
+                evidence: AskError::Silent.text(),
             },
             (ended, error) => ended.and_then(killed).unwrap_or_else(|| self.failed(error.text())),
         }
