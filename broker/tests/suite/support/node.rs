@@ -134,6 +134,8 @@ impl Node {
             assert!(start.elapsed() < PATIENCE, "RabbitMQ did not end: {}", self.log());
             std::thread::sleep(Duration::from_millis(20));
         }
+        // Its epmd stays behind, and would serve the next node from a group that nobody ends.
+        end_group(&script);
         // A clean stop has removed it.
         let _ = std::fs::remove_file(self.home.path().join("rabbit.pid"));
     }
@@ -146,11 +148,15 @@ impl Node {
 impl Drop for Node {
     fn drop(&mut self) {
         let Some(mut script) = self.script.take() else { return };
-        // The script, its epmd and the node are one process group.
-        if let Some(group) = i32::try_from(script.id()).ok().and_then(Pid::from_raw) {
-            let _ = kill_process_group(group, Signal::KILL);
-        }
+        end_group(&script);
         let _ = script.wait();
+    }
+}
+
+/// The script, its epmd and the node are one process group; helpers of the node end when it does.
+fn end_group(script: &Child) {
+    if let Some(group) = i32::try_from(script.id()).ok().and_then(Pid::from_raw) {
+        let _ = kill_process_group(group, Signal::KILL);
     }
 }
 
