@@ -140,19 +140,25 @@ async fn to_the_end(
     format: Output,
 ) -> Result<Exit, Failure> {
     let (started, limit) = (Instant::now(), Duration::from_secs(waiting.timeout));
+    let mut before = Exit::Ok;
     loop {
         let left = limit.saturating_sub(started.elapsed());
         let view = wait(client, *current, left, waiting.watch).await?;
         report(&view, format);
         // What was ordered together is waited for together: a backup and its proof.
         match view.followed_by.first() {
-            Some(next) if view.state == JobState::Succeeded => *current = *next,
-            _ => return Ok(ended(&view)),
+            Some(next) if view.state == JobState::Succeeded => {
+                before = ended(&view);
+                *current = *next;
+            }
+            // A proof that stays above the pages does not take back what the backup found.
+            _ => return Ok(Some(ended(&view)).filter(|exit| *exit != Exit::Ok).unwrap_or(before)),
         }
     }
 }
 
-/// The exit code of a job that was waited for. An archive that waits for a restart is set up, and does not work yet.
+/// The exit code of a job that was waited for. An archive that waits for a restart is set up, and does not work yet; a backup
+/// tells what is wrong with the server's pages.
 pub(crate) fn ended(view: &JobView) -> Exit {
     match (Exit::of_job(view.state, view.failure.as_ref()), &view.outcome) {
         (Exit::Ok, Some(Outcome::EnableWal(done)))
@@ -160,8 +166,14 @@ pub(crate) fn ended(view: &JobView) -> Exit {
         {
             Exit::Findings
         }
+        (Exit::Ok, Some(Outcome::Backup(done))) => found(done),
         (exit, _) => exit,
     }
+}
+
+/// The exit code of a backup that was taken.
+pub(crate) fn found(done: &BackupOutcome) -> Exit {
+    if done.bad_pages > 0 { Exit::Findings } else { Exit::Ok }
 }
 
 /// Resolves at Ctrl-C or SIGTERM. Listens from the call on, not only from the first poll.
@@ -203,8 +215,14 @@ pub(crate) fn backed_up(cluster: &ClusterName, done: &BackupOutcome, took_ms: i6
     let (took, backup) = (output::duration(took_ms), done.backup);
     let Some(logical) = &done.logical else {
         let (files, read) = (output::count(done.files, "file"), output::bytes(done.read_bytes));
+        let bad = match done.bad_pages {
+            0 => String::new(),
+            pages => {
+                format!("; {} with a wrong checksum (PAGE_CHECKSUM)", output::count(pages, "page"))
+            }
+        };
         return format!(
-            "Backed up {cluster} ({size}, {files}) in {took}: {read} read, {stored}; backup {backup}"
+            "Backed up {cluster} ({size}, {files}) in {took}: {read} read, {stored}; backup {backup}{bad}"
         );
     };
     let databases = output::count(logical.databases, "database");

@@ -152,6 +152,7 @@ fn facts(
         backup: backup.map(|backup| BackupFact {
             stopped_at_ms: backup.outcome.stopped_at_ms,
             part_of: part_of(backup),
+            bad_pages: backup.outcome.bad_pages,
         }),
         proofs: proofs::facts(proofs),
         backup_failure: last.filter(|job| speaks_against(job, backup)).map(|job| {

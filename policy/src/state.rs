@@ -130,6 +130,8 @@ pub struct BackupFact {
     pub stopped_at_ms: i64,
     /// How many databases are in it, where it is a dump that leaves out others: it is no backup of the cluster then.
     pub part_of: Option<u64>,
+    /// Pages of the server that failed their checksum, and are in it as they are.
+    pub bad_pages: u64,
 }
 
 /// A proof of that backup.
@@ -234,6 +236,12 @@ pub fn judge_cluster(facts: &ClusterFacts, objectives: &Objectives, now_ms: i64)
         let reason = format!(
             "its newest backup is a dump of {what} and leaves out others; there is none of the whole cluster"
         );
+        return Judgement::new(AtRisk, reason);
+    }
+    if backup.bad_pages > 0 {
+        let pages = count(backup.bad_pages, "page");
+        let reason =
+            format!("{pages} with a wrong checksum in its newest backup, as on the server");
         return Judgement::new(AtRisk, reason);
     }
     if let Some(trouble) = trouble(facts, objectives, now_ms) {
@@ -404,7 +412,7 @@ mod tests {
             contact_since_ms: Some(NOW - 10 * DAY),
             problem: None,
             has_repository: true,
-            backup: Some(BackupFact { stopped_at_ms: NOW - 2 * DAY, part_of: None }),
+            backup: Some(BackupFact { stopped_at_ms: NOW - 2 * DAY, part_of: None, bad_pages: 0 }),
             proofs: vec![proof(DAY, ProofLevel::L5, true)],
             backup_failure: None,
             backup_end: None,
@@ -470,6 +478,11 @@ mod tests {
                 "its newest backup is a dump of 2 databases and leaves out others; there is none of the whole cluster",
             ),
             (
+                |f| f.backup = f.backup.map(|b| BackupFact { bad_pages: 1, ..b }),
+                AtRisk,
+                "1 page with a wrong checksum in its newest backup, as on the server",
+            ),
+            (
                 |f| f.backup_failure = Some(failure()),
                 AtRisk,
                 "its last backup failed: WAL_MISSING: WAL is gone",
@@ -513,7 +526,8 @@ mod tests {
         let objectives = Objectives { backup_age_max_ms: Some(DAY), ..Objectives::default() };
         let at = |age| {
             let mut facts = healthy();
-            facts.backup = Some(BackupFact { stopped_at_ms: NOW - age, part_of: None });
+            facts.backup =
+                Some(BackupFact { stopped_at_ms: NOW - age, part_of: None, bad_pages: 0 });
             judge_cluster(&facts, &objectives, NOW).state
         };
         assert_eq!(at(DAY / 2), ClusterState::Proved);
@@ -588,7 +602,7 @@ mod tests {
                 contact_since_ms: None,
                 problem: None,
                 has_repository: true,
-                backup: backup.map(|age| BackupFact { stopped_at_ms: NOW - age, part_of: None }),
+                backup: backup.map(|age| BackupFact { stopped_at_ms: NOW - age, part_of: None, bad_pages: 0 }),
                 proofs: proofs.iter().map(|(age, level, passed)| proof(*age, ProofLevel::from_number(*level).unwrap(), *passed)).collect(),
                 backup_failure: failed.then(failure),
                 backup_end: None,

@@ -177,7 +177,11 @@ mod tests {
             seen_at_ms: Some(NOW),
             contact_since_ms: Some(NOW - 10_000 * MINUTE),
             has_repository: true,
-            backup: Some(BackupFact { stopped_at_ms: NOW - 600 * MINUTE, part_of: None }),
+            backup: Some(BackupFact {
+                stopped_at_ms: NOW - 600 * MINUTE,
+                part_of: None,
+                bad_pages: 0,
+            }),
             proofs: vec![ProofFact {
                 at_ms: NOW - 500 * MINUTE,
                 level: ProofLevel::L5,

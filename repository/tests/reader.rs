@@ -108,6 +108,12 @@ async fn restore(backup: &Backup, wal: bool) -> Restored {
     look(&place.path().join("data"))
 }
 
+#[test]
+fn the_second_reader_has_at_most_400_lines() {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/reader/restore.py");
+    assert!(fs::read_to_string(script).unwrap().lines().count() <= 400);
+}
+
 /// Restores every backup with both and compares; says how many there were.
 async fn compare(found: &Found) -> usize {
     let repository = found.open().await;

@@ -48,7 +48,10 @@ async fn story(catalog: &str, major: u32) -> anyhow::Result<()> {
     ensure!(!plan.is_empty(), "a plan prints itself");
 
     let through_the_queue = fleet.path("restore/orders");
-    fleet.expect(&["restore", "orders", "--into", text(&through_the_queue)?, "--wait"])?;
+    let restore = ["restore", "orders", "--into", text(&through_the_queue)?];
+    let plan = fleet.expect(&[&restore[..], &["--plan"]].concat())?;
+    ensure!(plan.contains("To recover orders to its newest moment takes"), "{plan}");
+    fleet.expect(&[&restore[..], &["--wait"]].concat())?;
     ensure!(through_the_queue.join("backup_label").exists(), "no data directory was restored");
 
     giving_up(&fleet, &backups)?;
@@ -85,6 +88,7 @@ fn disaster(fleet: &Fleet, major: u32) -> anyhow::Result<()> {
     let arguments = ["restore", "--repository", &url, "--key", text(&key)?, "--into", text(&into)?];
     let plan = fleet.expect(&[&arguments[..], &["--plan"]].concat())?;
     ensure!(plan.contains("recovers to"), "{plan}");
+    ensure!(plan.contains("How long it takes only a coordinator knows"), "{plan}");
     ensure!(!into.exists(), "a plan writes nothing");
     fleet.expect(&arguments)?;
     let version = std::fs::read_to_string(into.join("PG_VERSION")).context("no data directory")?;

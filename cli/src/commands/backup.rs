@@ -59,8 +59,9 @@ pub(crate) async fn alone(args: Backup, format: Output) -> Result<Exit, Failure>
     };
     shown.abort();
     interrupted.abort();
-    output::show(format, &done?, |done| told(&args, done));
-    Ok(Exit::Ok)
+    let done = done?;
+    output::show(format, &done, |done| told(&args, done));
+    Ok(follow::found(&done))
 }
 
 fn told(args: &Backup, done: &BackupOutcome) -> String {

@@ -150,6 +150,17 @@ fn recovery_time(time: RecoveryTime) -> String {
     }
 }
 
+/// A sentence for a plan: what the cluster's newest backup and the WAL since would take, not exactly what is planned.
+pub(crate) fn time_of_recovery(view: &ClusterView) -> String {
+    let name = &view.name;
+    match view.recovery_time {
+        Some(time) => {
+            format!("To recover {name} to its newest moment takes {}.", recovery_phases(time))
+        }
+        None => format!("How long it takes was not measured: no proof restored {name} yet."),
+    }
+}
+
 fn recovery_phases(time: RecoveryTime) -> String {
     let (size, restore) = (output::bytes(time.size_bytes), milliseconds(time.restore_ms));
     let start = milliseconds(time.start_ms);

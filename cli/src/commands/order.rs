@@ -2,15 +2,15 @@
 
 use std::path::{Component, Path};
 
-use coordinator::api::types::{JobView, SubmitRequest, WorkerView};
+use coordinator::api::types::{ClusterView, JobView, SubmitRequest, WorkerView};
 use proto::job::{self, Analyze, PgDump, RestoreTarget, Vacuum, VerifyRestore};
 use proto::{Action, Code, Failure, ProofLevel, Task, WorkerName};
 
 use crate::args::{Backup, EnableWal, Engine, Maintain, MaintenanceTask, Output, Restore, Verify};
 use crate::client::Client;
-use crate::commands::moment;
+use crate::commands::{cluster, moment};
 use crate::exit::Exit;
-use crate::follow;
+use crate::{follow, output};
 
 /// `backup CLUSTER`.
 pub(crate) async fn backup(client: &Client, args: Backup, format: Output) -> Result<Exit, Failure> {
@@ -121,11 +121,17 @@ pub(crate) async fn restore(
     let (backup, delta, keep_archiving) = (args.backup, args.delta, args.moment.keep_archiving);
     let task =
         Task::Restore(job::Restore { backup, target, plan_only, delta, recovery, keep_archiving });
-    let request = SubmitRequest { worker: Some(worker), ..SubmitRequest::new(cluster, task) };
+    let request =
+        SubmitRequest { worker: Some(worker), ..SubmitRequest::new(cluster.clone(), task) };
     let view: JobView = client.post("/v1/jobs", &request).await?;
     let mut waiting = args.waiting;
     waiting.wait |= plan_only;
-    follow::after_order(client, view, &waiting, format).await
+    let ended = follow::after_order(client, view, &waiting, format).await?;
+    if plan_only && ended == Exit::Ok && format == Output::Table {
+        let view: ClusterView = client.get(&format!("/v1/clusters/{cluster}")).await?;
+        output::data(&cluster::time_of_recovery(&view));
+    }
+    Ok(ended)
 }
 
 /// Which worker restores into a directory: one with a restore root above it.

@@ -118,7 +118,9 @@ pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failu
     }
     output::show(format, &done, |done| {
         if done.planned_only {
-            return done.plan.join("\n");
+            let time =
+                "How long it takes only a coordinator knows, from proofs: pgmuster cluster show.";
+            return [&done.plan[..], &[time.to_owned()]].concat().join("\n");
         }
         format!(
             "Restored backup {} of {} into {}: {}, {}; {}",

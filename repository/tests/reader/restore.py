@@ -65,8 +65,7 @@ def unseal(key, nonce, sealed, associated, what):
 
 
 def from_hex(text, length, what):
-    good = len(text) == 2 * length and set(text) <= set("0123456789abcdef")
-    demand(good, f"{what} has no {2 * length} hexadecimal digits where it should")
+    demand(len(text) == 2 * length and set(text) <= set("0123456789abcdef"), f"{what} has a key that is none")
     return bytes.fromhex(text)
 
 
@@ -152,8 +151,7 @@ class Container:
         return content
 
     def frame(self, frame):
-        same = frame.number < len(self.frames) and self.frames[frame.number] == frame
-        demand(same, f"frame {frame.number} of {self.path} is not where it should be")
+        demand([frame] == self.frames[frame.number :][:1], f"frame {frame.number} of {self.path} is another one")
         return self.open(*frame[1:])
 
 
@@ -207,9 +205,8 @@ class Repository:
             below, path = f"lineages/{name}/backups", os.path.join(self.root, "lineages", name, "backups")
             identity = self.note(f"lineages/{name}/identity")
             numbers = struct.pack("<QI", int(identity["system_identifier"]), identity["generation"])
-            kind = identity.get("kind", "physical")
-            demand(kind in ("physical", "logical"), f"{name} is of backups of an unknown kind, {kind}")
-            context = "lineage id of logical backups" if kind == "logical" else "lineage id"
+            contexts = {"physical": "lineage id", "logical": "lineage id of logical backups"}
+            context = contexts[identity.get("kind", "physical")]
             minted = bytearray(kdf(context, self.index_key, numbers, identity["cluster"].encode())[:16])
             minted[6], minted[8] = minted[6] & 0x0F | 0x80, minted[8] & 0x3F | 0x80
             demand(identity["lineage"] == name == str(uuid.UUID(bytes=bytes(minted))), f"{name} is another lineage")

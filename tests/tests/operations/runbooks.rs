@@ -181,11 +181,18 @@ async fn a_corrupted_page_is_mended_and_nothing_else_is_lost() -> anyhow::Result
     let broken = production.desk.run(&["psql", "-AtXc", count])?;
     ensure!(broken.stderr.contains("invalid page in block 3"), "{broken}");
     production.cluster.run("CREATE TABLE public.later AS SELECT 1 AS id").await?;
+    let (key, server) = (production.desk.at("key"), production.cluster.url());
+    let backup = ["pgmuster", "backup", "orders", "--server", &server, "--key", &key];
+    let backup =
+        production.desk.run(&[&backup[..], &["--repository", &production.url]].concat())?;
+    ensure!(backup.code() == 3, "whoever orders a backup is told: {backup}");
+    ensure!(backup.stdout.contains("; 1 page with a wrong checksum (PAGE_CHECKSUM)"), "{backup}");
 
     production.desk.starts(data.clone());
     let aside = production.desk.at("aside");
     let values = [("CLUSTER", "orders"), ("PGDATA", text(&data)?), ("ASIDE", aside.as_str())];
     let done = production.follow("corrupted-page", &values)?;
+    ensure!(done.stdout.contains("is newer, and holds pages that had wrong checksums"), "{done}");
     ensure!(done.stdout.contains("were right already"), "only what differs is fetched: {done}");
     ensure!(production.asks(count)? == "6000", "{done}");
     ensure!(production.asks("SELECT count(*) FROM public.later")? == "1", "{done}");

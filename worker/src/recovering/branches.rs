@@ -133,12 +133,12 @@ async fn ended(
 
 /// What was found, or `None` where something is damaged or refused: that must not keep anybody from another way. A store that does
 /// not answer now says nothing about what it holds.
-fn readable<T>(looked: Result<T, Failure>) -> Result<Option<T>, Failure> {
+pub(super) fn readable<T>(looked: Result<T, Failure>) -> Result<Option<T>, Failure> {
     match looked {
         Ok(found) => Ok(Some(found)),
         Err(failure) if failure.action.is_retryable() => Err(failure),
         Err(failure) => {
-            tracing::info!(%failure, "WAL at the place where two timelines parted cannot be looked into");
+            tracing::info!(%failure, "What leads another way cannot be looked into");
             Ok(None)
         }
     }

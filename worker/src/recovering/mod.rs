@@ -1,7 +1,8 @@
 //! Recovery to a moment: which backup, along which WAL, and whether that leads there. Needs a repository and nothing else.
 //!
 //! Everything is found out before a byte is written: the backup is the newest that was complete before the moment and from
-//! which WAL leads there without a gap, on the timeline that was asked for. A moment that cannot be reached is refused with the
+//! which WAL leads there without a gap, on the timeline that was asked for; one that took pages of the server which were wrong
+//! gives way to an older one. A moment that cannot be reached is refused with the
 //! nearest one that can, and one that two timelines have is asked about. What is planned here is what [`crate::restoring`] then does.
 
 mod branches;
@@ -24,7 +25,7 @@ use proto::{
 };
 use repository::{AttemptSummary, Pin, Pinned, Repository, WalInventory};
 
-use self::branches::{Branch, question};
+use self::branches::{Branch, question, readable};
 use self::search::{Found, Search};
 pub use self::start::Starter;
 pub use self::words::{FetchFrom, Fetching};
@@ -42,7 +43,7 @@ pub struct RecoveryPlan {
     pub outcome: RecoveryOutcome,
     /// The same in sentences.
     pub lines: Vec<String>,
-    /// What other timelines wrote that is not taken, a sentence each. They are among the lines.
+    /// What other timelines wrote, or newer backups hold, that is not taken, a sentence each. They are among the lines.
     pub not_taken: Vec<String>,
     /// Somebody looked whether WAL passes the target, and it does; else only the server can tell.
     pub(crate) is_found: bool,
@@ -202,7 +203,15 @@ impl Planner<'_> {
             Search::new(self.repository, self.lineage, &newest.1).rehearsing(self.rehearses);
         let (mut next, mut refusals) = (Some(newest), Vec::new());
         while let Some((id, facts)) = next {
+            // Whoever names a backup, proves one or asks for no more than its end wants this one.
+            let is_meant =
+                is_named || self.rehearses || self.recovery.to == RecoveryTarget::Immediate;
+            let is_damaged = !(facts.bad_pages.is_empty() || is_meant);
             match self.plan_from(id, facts, timeline, &mut search, fetching).await? {
+                Ok(plan) if is_damaged => {
+                    let undamaged = self.undamaged(older, timeline, &mut search, fetching).await;
+                    return Ok(around_damage((id, plan), readable(undamaged)?.flatten()));
+                }
                 Ok(plan) => return Ok((id, plan)),
                 // An older backup cannot help against what is missing behind a newer one.
                 Err(Refusal { is_final: true, failure }) => return Err(*failure),
@@ -218,6 +227,24 @@ impl Planner<'_> {
         }
         let hint = format!("{} Or leave --backup away: then the right one is found.", failure.hint);
         Err(failure.with_hint(hint))
+    }
+
+    /// What begins with the newest of these backups that leads there and took no wrong page of the server.
+    async fn undamaged(
+        &self,
+        mut older: Vec<AttemptSummary>,
+        timeline: Timeline,
+        search: &mut Search<'_>,
+        fetching: &Fetching,
+    ) -> Result<Option<(BackupId, RecoveryPlan)>, Failure> {
+        while let Some((id, facts)) = self.newest_of(&mut older).await? {
+            if facts.bad_pages.is_empty()
+                && let Ok(plan) = self.plan_from(id, facts, timeline, search, fetching).await?
+            {
+                return Ok(Some((id, plan)));
+            }
+        }
+        Ok(None)
     }
 
     async fn facts_of(&self, id: BackupId) -> Result<(BackupId, BackupFacts), Failure> {
@@ -625,6 +652,30 @@ impl Planner<'_> {
             starts,
         })
     }
+}
+
+/// Begins before the damage that a backup has from the server's disk, where an older one is known that leads on: changes since
+/// are in the WAL, and what went wrong on the disk is not.
+fn around_damage(
+    (damaged, plan): (BackupId, RecoveryPlan),
+    undamaged: Option<(BackupId, RecoveryPlan)>,
+) -> (BackupId, RecoveryPlan) {
+    let (taken, mut plan, line) = match undamaged {
+        Some((older, plan)) => {
+            let line =
+                "is newer, and holds pages that had wrong checksums on the server: not taken";
+            (older, plan, line)
+        }
+        None => (
+            damaged,
+            plan,
+            "holds pages that had wrong checksums on the server; no older one leads there",
+        ),
+    };
+    let line = format!("Backup {damaged} {line}.");
+    plan.lines.push(line.clone());
+    plan.not_taken.push(line);
+    (taken, plan)
 }
 
 /// Why one backup does not do.

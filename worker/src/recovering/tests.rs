@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use proto::backup::BadPage;
 use proto::wal::SegmentName;
 use proto::{AttemptId, WalFileName};
 use repository::store::directory::DirectoryStore;
@@ -93,6 +94,11 @@ impl Place {
 
     /// A backup that begins in a segment and ends in it.
     async fn back_up(&mut self, timeline: u32, segment: u64) {
+        self.back_up_with(timeline, segment, &[]).await;
+    }
+
+    /// The same of a server some of whose pages are wrong.
+    async fn back_up_with(&mut self, timeline: u32, segment: u64, bad_pages: &[BadPage]) {
         let number = self.backups.len() as u64 + 1;
         let ended_at_ms = i64::try_from(number).unwrap() * 1_000;
         let facts = serde_json::json!({
@@ -101,6 +107,7 @@ impl Place {
             "data_checksums": true, "timeline": timeline,
             "start_lsn": Lsn(segment * MIB + 40), "stop_lsn": Lsn(segment * MIB + 400),
             "started_at_ms": ended_at_ms, "stopped_at_ms": ended_at_ms, "backup_label": "",
+            "bad_pages": bad_pages,
         });
         let attempt = AttemptId::mint(number, [u8::try_from(number).unwrap(); 10]);
         let intent = Intent { attempt, follows: None, by: "w".into(), began_at_ms: ended_at_ms };
@@ -217,6 +224,25 @@ async fn a_plan_lists_once_and_reads_no_more_of_a_backup_than_its_manifest() {
     // The one that is taken is read again under its pin.
     assert_eq!(read.collect::<Vec<_>>(), [2, 1, 0, 1], "{calls:#?}");
     assert!(!calls.iter().any(|call| call.contains("/packs/")), "{calls:#?}");
+}
+
+#[tokio::test]
+async fn what_the_servers_disk_did_to_newer_backups_is_recovered_from_before() {
+    let bad = [BadPage { path: "base/5/1".to_owned(), block: 3 }];
+    let mut place = Place::new().await;
+    place.back_up(1, 2).await;
+    place.back_up(1, 4).await;
+    place.archive(1, 2..=12).await;
+    place.back_up_with(1, 6, &bad).await;
+    place.back_up_with(1, 8, &bad).await;
+    let to = Lsn(11 * MIB);
+    assert_eq!(place.plan(to, None).await.unwrap(), place.backups[1]);
+    // Where no older one leads on, a damaged one is better than none.
+    for segment in 4..=5 {
+        let object = format!("lineages/{}/wal/00000001/{}", place.lineage, wal_name(1, segment));
+        place.store.inner.delete(&object).await.unwrap();
+    }
+    assert_eq!(place.plan(to, None).await.unwrap(), place.backups[3]);
 }
 
 /// Whatever window is shown, its beginning can be recovered to, with the backup that is shown.
