@@ -12,7 +12,6 @@ use std::path::Path;
 use std::time::Duration;
 
 use proto::Lsn;
-use rustix::fs::{Advice, fadvise};
 
 use crate::files::{ServerFile, ServerFiles};
 use crate::page::{self, PageState};
@@ -265,19 +264,20 @@ enum Judgement {
     Suspicious,
 }
 
-/// Tells the kernel that this descriptor reads a file once, from front to back: what the server has
-/// cached keeps its place.
-pub fn advise_once(file: &File) {
-    // Only advice: a file system or kernel that knows neither reads just as well.
-    let _ = fadvise(file, 0, None, Advice::Sequential);
-    let _ = fadvise(file, 0, None, Advice::NoReuse);
-}
-
 /// Reads until the buffer is full or the file ends.
 pub fn read_full_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+    fill(buffer, offset, |part, at| file.read_at(part, at))
+}
+
+/// The same by any way to read, which is given what is left of the buffer and where that begins.
+pub(crate) fn fill(
+    buffer: &mut [u8],
+    offset: u64,
+    mut read: impl FnMut(&mut [u8], u64) -> io::Result<usize>,
+) -> io::Result<usize> {
     let mut filled = 0;
     while filled < buffer.len() {
-        match file.read_at(&mut buffer[filled..], offset + filled as u64) {
+        match read(&mut buffer[filled..], offset + filled as u64) {
             Ok(0) => break,
             Ok(n_bytes) => filled += n_bytes,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

@@ -2,14 +2,14 @@
 
 use std::ffi::OsString;
 use std::fs::{File, FileType, Metadata};
-use std::io::{self, Read as _};
+use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Component, Path, PathBuf};
 
+use super::once::OnceFile;
 use super::{Directory, Kind, ServerFile, ServerFiles, SettingsFile, Stat, Tree};
 use crate::Error;
 use crate::process::Result;
-use crate::relation::{advise_once, read_full_at};
 use crate::roots::Roots;
 use crate::scan::{EXTERNAL_ROOT, Scan, ScanOptions, no_data_directory, unreadable, walk};
 
@@ -40,17 +40,12 @@ impl ServerFiles for LocalFiles {
 
     fn open(&self, path: &Path, _: u64) -> io::Result<Option<Box<dyn ServerFile>>> {
         let Some(file) = present(File::open(self.place(path)))? else { return Ok(None) };
-        advise_once(&file);
-        Ok(Some(Box::new(file)))
+        Ok(Some(Box::new(OnceFile::new(file))))
     }
 
     fn read(&self, path: &Path, limit_bytes: u64) -> io::Result<Option<Vec<u8>>> {
         let Some(file) = present(File::open(self.place(path)))? else { return Ok(None) };
-        advise_once(&file);
-        let size = file.metadata()?.len().min(limit_bytes);
-        let mut bytes = Vec::with_capacity(usize::try_from(size).unwrap_or(0));
-        file.take(limit_bytes).read_to_end(&mut bytes)?;
-        Ok(Some(bytes))
+        OnceFile::new(file).read_whole(limit_bytes).map(Some)
     }
 
     fn names(&self, directory: &Path) -> io::Result<Option<Vec<OsString>>> {
@@ -93,18 +88,6 @@ impl ServerFiles for LocalFiles {
 
     fn unreadable(&self, path: &Path, source: io::Error) -> Error {
         told(&self.place(path), source)
-    }
-}
-
-impl ServerFile for File {
-    fn read_full_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-        read_full_at(self, buffer, offset)
-    }
-
-    fn changed_at_ns(&self) -> Option<(i64, i64)> {
-        let file = self.metadata().ok()?;
-        let changed = nanoseconds(file.mtime(), file.mtime_nsec());
-        Some((changed, nanoseconds(file.ctime(), file.ctime_nsec())))
     }
 }
 
@@ -204,6 +187,6 @@ fn kind(of: FileType) -> Kind {
     }
 }
 
-fn nanoseconds(seconds: i64, nanoseconds: i64) -> i64 {
+pub(super) fn nanoseconds(seconds: i64, nanoseconds: i64) -> i64 {
     seconds.saturating_mul(1_000_000_000).saturating_add(nanoseconds)
 }

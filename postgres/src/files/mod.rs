@@ -5,6 +5,7 @@
 
 mod listing;
 mod local;
+mod once;
 mod remote;
 
 use std::ffi::OsString;

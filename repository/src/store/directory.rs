@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags};
+use rustix::fs::{Advice, AtFlags, CWD, Mode, OFlags, RenameFlags, fadvise};
 use rustix::io::Errno;
 
 use super::{KeyTest, Listed, PutOutcome, Store, StoreError, Upload, check_key};
@@ -28,6 +28,9 @@ use crate::chance;
 
 /// Where unfinished objects are that must have a name. Not a valid key, so no object can be there.
 const UPLOADS: &str = ".uploads";
+/// An object that is longer is content, which nobody reads before its memory is wanted by others; shorter ones are read again
+/// soon.
+const REMEMBERED_BYTES: u64 = 1 << 20;
 
 /// A [`Store`] below one directory.
 #[derive(Debug, Clone)]
@@ -127,7 +130,7 @@ impl DirectoryStore {
     fn write(&self, bytes: &[u8]) -> io::Result<Temporary> {
         let mut temporary = Temporary::create(self)?;
         temporary.file.write_all(bytes)?;
-        temporary.file.sync_all()?;
+        temporary.settle()?;
         Ok(temporary)
     }
 
@@ -360,6 +363,16 @@ impl Temporary {
         Ok(Self { file, name: Some(name) })
     }
 
+    /// Makes its content durable. What is long leaves memory with that: on a server's own host the server needs it.
+    fn settle(&self) -> io::Result<()> {
+        self.file.sync_all()?;
+        if self.file.metadata()?.len() > REMEMBERED_BYTES {
+            // Only advice, and about a file that is ours.
+            let _ = fadvise(&self.file, 0, None, Advice::DontNeed);
+        }
+        Ok(())
+    }
+
     /// Gives it a name that must be free.
     fn link(&self, path: &Path) -> io::Result<()> {
         let Some(name) = &self.name else {
@@ -470,7 +483,7 @@ impl Upload for DirectoryUpload {
 
     async fn complete(mut self: Box<Self>) -> Result<(), StoreError> {
         self.step(|store, key, temporary| {
-            temporary.file.sync_all()?;
+            temporary.settle()?;
             store.link_or_replace(temporary, key)?;
             Ok((None, ()))
         })
@@ -595,6 +608,36 @@ mod tests {
         let forbidden = io::Error::from(ErrorKind::PermissionDenied);
         unless_forbidden(Err(forbidden)).unwrap();
         unless_forbidden(Err(ErrorKind::StorageFull.into())).unwrap_err();
+    }
+
+    /// Bytes of a file that are in memory.
+    fn resident(path: &Path) -> u64 {
+        let options = ["--bytes", "--noheadings", "--output", "RES"];
+        let told = std::process::Command::new("fincore").args(options).arg(path).output().unwrap();
+        assert!(told.status.success(), "{told:?}");
+        String::from_utf8(told.stdout).unwrap().trim().parse().unwrap()
+    }
+
+    #[tokio::test]
+    async fn long_objects_do_not_stay_in_memory_when_they_are_stored() {
+        let place = tempfile::tempdir().unwrap();
+        let store = DirectoryStore::new(place.path());
+        let long = Bytes::from(vec![7; 5 << 20]);
+        store.put("put", long.clone()).await.unwrap();
+        store.put_if_absent("put-if-absent", long.clone()).await.unwrap();
+        let mut upload = store.upload("uploaded").await.unwrap();
+        upload.part(long.clone()).await.unwrap();
+        upload.part(long.slice(..100)).await.unwrap();
+        upload.complete().await.unwrap();
+        for key in ["put", "put-if-absent", "uploaded"] {
+            let path = place.path().join(key);
+            let stored = resident(&path);
+            // Where the file system is memory itself, nothing can leave it.
+            fadvise(File::open(&path).unwrap(), 0, None, Advice::DontNeed).unwrap();
+            assert_eq!(stored, resident(&path), "{key}");
+        }
+        store.put("short", long.slice(..100)).await.unwrap();
+        assert!(resident(&place.path().join("short")) > 0);
     }
 
     #[tokio::test]

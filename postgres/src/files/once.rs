@@ -1,0 +1,210 @@
+//! A file of this host that is read once, and does not take the page cache from the server.
+//!
+//! What was in memory before is read there and stays; what only the backup needed is dropped behind it. Where the kernel or
+//! the file system cannot do that, its pages stay until the kernel wants the memory: dropping them by hand
+//! (`POSIX_FADV_DONTNEED`) would drop the server's working set with them.
+
+use std::cell::Cell;
+use std::fs::File;
+use std::io::{self, IoSliceMut};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::sync::LazyLock;
+
+use rustix::fs::{Advice, fadvise};
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
+
+use super::ServerFile;
+use super::local::nanoseconds;
+use crate::relation::fill;
+
+/// `RWF_DONTCACHE`: the pages that a read brings in are dropped behind it.
+const DROP_BEHIND: ReadWriteFlags = ReadWriteFlags::from_bits_retain(0x80);
+/// The first Linux that is asked for it. 6.14 and 6.15 know the flag; as they were released they did not look again, with the
+/// page locked, whether somebody had just written to it.
+const DROPS_SINCE: (u32, u32) = (6, 16);
+
+static KERNEL_DROPS: LazyLock<bool> = LazyLock::new(|| {
+    let system = rustix::system::uname();
+    system.release().to_str().is_ok_and(drops_behind)
+});
+
+/// Whether a release of Linux is asked to drop pages.
+fn drops_behind(release: &str) -> bool {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => (major, minor) >= DROPS_SINCE,
+        _ => false,
+    }
+}
+
+/// A file that is read once.
+#[derive(Debug)]
+pub(super) struct OnceFile {
+    file: File,
+    /// Whether pages are dropped behind a read, until a read says otherwise.
+    drops: Cell<bool>,
+}
+
+impl OnceFile {
+    pub(super) fn new(file: File) -> Self {
+        // Only advice: a file system that does not know it reads just as well.
+        let _ = fadvise(&file, 0, None, Advice::Sequential);
+        Self { file, drops: Cell::new(*KERNEL_DROPS) }
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        if self.drops.get() {
+            match preadv2(&self.file, &mut [IoSliceMut::new(buffer)], offset, DROP_BEHIND) {
+                // A file system, or a filter of system calls, that does not know it.
+                Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS | Errno::PERM) => {
+                    self.drops.set(false);
+                }
+                read => return Ok(read?),
+            }
+        }
+        self.file.read_at(buffer, offset)
+    }
+
+    /// The whole file, but no more than `limit_bytes` of it.
+    pub(super) fn read_whole(&self, limit_bytes: u64) -> io::Result<Vec<u8>> {
+        let limit = usize::try_from(limit_bytes).unwrap_or(usize::MAX);
+        let (mut bytes, mut filled) = (Vec::new(), 0);
+        loop {
+            let size = usize::try_from(self.file.metadata()?.len()).unwrap_or(usize::MAX);
+            // One byte more than there should be, to see the end.
+            let room = size.max(2 * filled).saturating_add(1).min(limit);
+            bytes.resize(room, 0);
+            filled += self.read_full_at(&mut bytes[filled..], filled as u64)?;
+            if filled < room || room == limit {
+                bytes.truncate(filled);
+                return Ok(bytes);
+            }
+        }
+    }
+}
+
+impl ServerFile for OnceFile {
+    fn read_full_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        fill(buffer, offset, |part, at| self.read_at(part, at))
+    }
+
+    fn changed_at_ns(&self) -> Option<(i64, i64)> {
+        let file = self.file.metadata().ok()?;
+        let changed = nanoseconds(file.mtime(), file.mtime_nsec());
+        Some((changed, nanoseconds(file.ctime(), file.ctime_nsec())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::{Path, PathBuf};
+    use std::process::Command;
+
+    use super::*;
+
+    /// Neither whole pages nor whole steps.
+    const BYTES: usize = (9 << 20) + 100;
+    const STEP: usize = 512 << 10;
+
+    fn content() -> Vec<u8> {
+        (0..BYTES).map(|at| u8::try_from(at % 251).unwrap()).collect()
+    }
+
+    /// A file that is on disk and, where it is not memory that it lies on, not in memory.
+    fn on_disk(place: &Path) -> PathBuf {
+        let path = place.join("file");
+        std::fs::write(&path, content()).unwrap();
+        let file = File::open(&path).unwrap();
+        file.sync_all().unwrap();
+        fadvise(&file, 0, None, Advice::DontNeed).unwrap();
+        path
+    }
+
+    /// Bytes of a file that are in memory.
+    fn resident(path: &Path) -> u64 {
+        let options = ["--bytes", "--noheadings", "--output", "RES"];
+        let told = Command::new("fincore").args(options).arg(path).output().unwrap();
+        assert!(told.status.success(), "{told:?}");
+        String::from_utf8(told.stdout).unwrap().trim().parse().unwrap()
+    }
+
+    fn read_in_steps(file: &OnceFile) -> Vec<u8> {
+        let mut bytes = vec![0; BYTES];
+        // Begun inside a page, as after a file that filled a part of a frame.
+        let (first, rest) = bytes.split_at_mut(STEP - 8192 - 10);
+        let mut at = file.read_full_at(first, 0).unwrap();
+        for part in rest.chunks_mut(STEP) {
+            at += file.read_full_at(part, at as u64).unwrap();
+        }
+        assert_eq!(at, BYTES);
+        bytes
+    }
+
+    /// Whether kernel and file system drop pages behind a read, in the words of this test.
+    fn can_drop(path: &Path) -> bool {
+        let (file, mut byte) = (File::open(path).unwrap(), [0]);
+        let read = preadv2(&file, &mut [IoSliceMut::new(&mut byte)], 0, DROP_BEHIND);
+        read.is_ok() && *KERNEL_DROPS
+    }
+
+    #[test]
+    fn what_only_a_backup_reads_leaves_memory_and_what_was_there_stays() {
+        let place = tempfile::tempdir().unwrap();
+        let path = on_disk(place.path());
+        let before = resident(&path);
+        let can_drop = can_drop(&path);
+        let file = OnceFile::new(File::open(&path).unwrap());
+        assert!(read_in_steps(&file) == content(), "other bytes");
+        assert_eq!(file.drops.get(), can_drop);
+        if can_drop {
+            assert_eq!((before, resident(&path)), (0, 0));
+        }
+
+        // Somebody else needs the middle of it.
+        let middle = File::open(&path).unwrap();
+        middle.read_exact_at(&mut vec![0; 4 << 20], 1 << 20).unwrap();
+        let warm = resident(&path);
+        assert!(warm >= 4 << 20, "{warm}");
+        assert!(read_in_steps(&file) == content(), "other bytes");
+        assert!(resident(&path) >= 4 << 20, "{} of {warm} bytes stayed", resident(&path));
+    }
+
+    #[test]
+    fn where_pages_cannot_be_dropped_the_same_bytes_are_read() {
+        let place = tempfile::tempdir().unwrap();
+        let plain = OnceFile::new(File::open(on_disk(place.path())).unwrap());
+        plain.drops.set(false);
+        assert!(read_in_steps(&plain) == content(), "other bytes");
+
+        // A file system that refuses to, and tells no size either.
+        let version = Path::new("/proc/version");
+        let refused = OnceFile::new(File::open(version).unwrap());
+        let text = std::fs::read(version).unwrap();
+        assert_eq!(refused.read_whole(1 << 20).unwrap(), text);
+        assert!(!refused.drops.get(), "it is not asked again");
+        assert_eq!(refused.read_whole(10).unwrap(), text[..10]);
+    }
+
+    #[test]
+    fn a_whole_file_is_read_to_its_end_or_to_the_limit() {
+        let place = tempfile::tempdir().unwrap();
+        let file = OnceFile::new(File::open(on_disk(place.path())).unwrap());
+        let whole = content();
+        for limit in [0, 1, BYTES - 1, BYTES, BYTES + 1, usize::MAX] {
+            let read = file.read_whole(limit as u64).unwrap();
+            assert!(read == whole[..limit.min(BYTES)], "{limit}");
+        }
+    }
+
+    #[test]
+    fn only_kernels_that_look_twice_are_asked_to_drop_pages() {
+        for release in ["6.16", "6.16-rc1", "6.18.44-fc-v669", "7.0.0-1-amd64", "10.1"] {
+            assert!(drops_behind(release), "{release}");
+        }
+        for release in
+            ["6.15.9", "6.14.0-37-generic", "5.19.17", "6.1.0-13-amd64", "6", "", "six.x"]
+        {
+            assert!(!drops_behind(release), "{release}");
+        }
+    }
+}
