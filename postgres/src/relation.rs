@@ -141,6 +141,11 @@ impl RelationReader {
         Ok(Some(Self { file, rules, first_block, bad_blocks: Vec::new(), torn_pages: 0 }))
     }
 
+    /// These bytes will be read next. A hint.
+    pub fn advise(&self, offset: u64, length: u64) {
+        self.file.advise(offset, length);
+    }
+
     /// Fills `buffer` from `offset` on, which must be a multiple of the page size, and returns how
     /// many bytes the file had: fewer than asked for means that it ends there now. A last page that
     /// is only partly there is legal and not judged.

@@ -59,6 +59,32 @@ fn opened(tree: &Tree) -> Vec<String> {
     opened.into_iter().map(|path| String::from_utf8(path).unwrap()).collect()
 }
 
+fn advised(tree: &Tree) -> Vec<(String, Range<u64>)> {
+    let mut advised = std::mem::take(&mut *tree.advised.lock().unwrap());
+    advised.sort_by_key(|(path, range)| (path.clone(), range.start));
+    let named = |(path, range)| (String::from_utf8(path).unwrap(), range);
+    advised.into_iter().map(named).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_will_be_read_is_told_ahead_stretch_by_stretch_and_nothing_else() {
+    let bench = Bench::new().await;
+    let tree = Arc::new(Tree::new().file("large", noise(1, 300 * PAGE + 10)));
+    back_up(&bench, &tree, NOW_MS, options()).await;
+    let large = |from: usize, to: u64| ("large".to_owned(), bytes(from)..to);
+    let end = bytes(300) + 10;
+    assert_eq!(advised(&tree), [large(0, bytes(256)), large(256, end)]);
+
+    let changed = [0, 1, 2, 9, 254, 255, 256, 299, 300];
+    tree.write("large", 300 * PAGE, b"X");
+    told(&tree, "large", pages(&changed));
+    tree.bytes_read();
+    back_up(&bench, &tree, NOW_MS + 1, options()).await;
+    let parts = [(0, 3), (9, 10), (254, 256), (256, 257)].map(|(from, to)| large(from, bytes(to)));
+    assert_eq!(advised(&tree), [&parts[..], &[large(299, end)]].concat());
+    assert_eq!(tree.bytes_read(), bytes(changed.len() - 1) + 10);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn only_what_changed_is_read_and_the_backup_is_whole() {
     let bench = Bench::new().await;

@@ -55,6 +55,11 @@ pub trait ServerFile: Debug + Send {
     /// Reads until the buffer is full or the file ends.
     fn read_full_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
 
+    /// These bytes will be read next. A hint.
+    fn advise(&self, offset: u64, length: u64) {
+        let _ = (offset, length);
+    }
+
     /// When content and inode were last changed, nanoseconds; `None` where nobody tells.
     fn changed_at_ns(&self) -> Option<(i64, i64)> {
         None

@@ -7,6 +7,7 @@
 use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, IoSliceMut};
+use std::num::NonZeroU64;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::sync::LazyLock;
 
@@ -86,6 +87,14 @@ impl OnceFile {
 impl ServerFile for OnceFile {
     fn read_full_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
         fill(buffer, offset, |part, at| self.read_at(part, at))
+    }
+
+    fn advise(&self, offset: u64, length: u64) {
+        // What advice brings in is not dropped behind the read. Where that is done, the kernel alone reads ahead: it drops
+        // those pages, too.
+        if let Some(length) = NonZeroU64::new(length).filter(|_| !self.drops.get()) {
+            let _ = fadvise(&self.file, offset, Some(length), Advice::WillNeed);
+        }
     }
 
     fn changed_at_ns(&self) -> Option<(i64, i64)> {
@@ -183,6 +192,29 @@ mod tests {
         assert_eq!(refused.read_whole(1 << 20).unwrap(), text);
         assert!(!refused.drops.get(), "it is not asked again");
         assert_eq!(refused.read_whole(10).unwrap(), text[..10]);
+    }
+
+    #[test]
+    fn what_is_needed_next_is_fetched_ahead_only_where_it_would_stay_anyway() {
+        let place = tempfile::tempdir().unwrap();
+        let path = on_disk(place.path());
+        let before = resident(&path);
+        let file = OnceFile::new(File::open(&path).unwrap());
+        file.drops.set(true);
+        file.advise(1 << 20, 4 << 20);
+        assert_eq!(resident(&path), before);
+        file.drops.set(false);
+        file.advise(1 << 20, 0);
+        assert_eq!(resident(&path), before, "up to the end, says the system of nothing");
+        file.advise(1 << 20, 4 << 20);
+        // The kernel fetches it in its own time.
+        let bound = std::time::Instant::now() + std::time::Duration::from_secs(30);
+        while resident(&path) < before.max(4 << 20) {
+            assert!(std::time::Instant::now() < bound, "{} bytes after 30 s", resident(&path));
+        }
+        if before == 0 {
+            assert!(resident(&path) < 6 << 20, "{} bytes", resident(&path));
+        }
     }
 
     #[test]

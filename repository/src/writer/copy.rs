@@ -189,8 +189,10 @@ impl<'a> Copier<'a> {
             self.progress.add_vanished();
             return self.send(job.seq, Event::Vanished);
         };
-        file.advise(job.start, job.length);
         let unit_bytes = job.unit_bytes as usize;
+        let units = usize::try_from(job.length.div_ceil(u64::from(job.unit_bytes))).unwrap_or(0);
+        // Before the predecessor's units, which may have to come from far away.
+        advise(file.as_mut(), job, units);
         let old = match &job.old {
             Some(old) => old.units(job.piece, self.stop)?,
             None => None,
@@ -198,7 +200,6 @@ impl<'a> Copier<'a> {
         let known: Vec<OldUnit> = old.iter().flat_map(OldUnits::units).collect();
         let begun = self.begun(job)?;
         let stored: Vec<OldUnit> = begun.iter().flat_map(OldUnits::units).collect();
-        let units = usize::try_from(job.length.div_ceil(u64::from(job.unit_bytes))).unwrap_or(0);
         let copied = Copied {
             seq: job.seq,
             extents: Vec::new(),
@@ -382,6 +383,16 @@ impl<'a> Copier<'a> {
 
 fn misplaced() -> Error {
     Error::Bug("a stretch lost its place".into())
+}
+
+/// Tells what of the stretch will be read, as far as that is known yet.
+fn advise(file: &mut dyn SourceFile, job: &Job, units: usize) {
+    let Some(needed) = &job.needed else { return file.advise(job.start, job.length) };
+    let unit_bytes = u64::from(job.unit_bytes);
+    for run in needed.runs(units) {
+        let (from, to) = (run.start as u64 * unit_bytes, run.end as u64 * unit_bytes);
+        file.advise(job.start + from, to.min(job.length) - from);
+    }
 }
 
 /// One read; only the end of the file makes it short.

@@ -45,6 +45,16 @@ impl Needed {
         self.0.get(unit / WORD).is_none_or(|word| word & (1 << (unit % WORD)) != 0)
     }
 
+    /// Those among the first `units` that have to be read, where they lie side by side together.
+    pub(super) fn runs(&self, units: usize) -> impl Iterator<Item = Range<usize>> {
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            let start = (at..units).find(|unit| self.contains(*unit))?;
+            at = (start..units).find(|unit| !self.contains(*unit)).unwrap_or(units);
+            Some(start..at)
+        })
+    }
+
     /// Whether none has to be.
     pub(super) fn is_empty(&self) -> bool {
         self.0.iter().all(|word| *word == 0)

@@ -45,7 +45,7 @@ pub trait SourceFile: Send {
         None
     }
 
-    /// These bytes will be read soon. A hint.
+    /// These bytes will be read next. A hint: more may be read, or less.
     fn advise(&mut self, offset: u64, length: u64) {
         let _ = (offset, length);
     }

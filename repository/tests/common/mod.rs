@@ -81,6 +81,8 @@ pub struct Tree {
     pub files: Mutex<BTreeMap<Vec<u8>, TestFile>>,
     pub reads: AtomicU64,
     pub opened: Mutex<Vec<Vec<u8>>>,
+    /// What was to be read next, said before it was.
+    pub advised: Mutex<Vec<(Vec<u8>, Range<u64>)>>,
     pub scanned_at_ns: i64,
     pub fail_at: Option<Vec<u8>>,
 }
@@ -226,6 +228,11 @@ impl SourceFile for OpenFile {
         buffer[..length].copy_from_slice(&rest[..length]);
         self.tree.reads.fetch_add(length as u64, Ordering::Relaxed);
         Ok(length)
+    }
+
+    fn advise(&mut self, offset: u64, length: u64) {
+        let said = (self.path.clone(), offset..offset + length);
+        self.tree.advised.lock().unwrap().push(said);
     }
 
     fn changed_at_ns(&self) -> Option<(i64, i64)> {

@@ -122,6 +122,10 @@ impl SourceFile for Plain {
         self.file.read_full_at(buffer, offset)
     }
 
+    fn advise(&mut self, offset: u64, length: u64) {
+        self.file.advise(offset, length);
+    }
+
     fn changed_at_ns(&self) -> Option<(i64, i64)> {
         self.file.changed_at_ns()
     }
@@ -138,6 +142,10 @@ impl SourceFile for Relation {
     fn read_at(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
         pace(self.limit.as_ref(), buffer);
         self.reader.read_at(offset, buffer)
+    }
+
+    fn advise(&mut self, offset: u64, length: u64) {
+        self.reader.advise(offset, length);
     }
 
     fn changed_at_ns(&self) -> Option<(i64, i64)> {
@@ -162,14 +170,20 @@ impl Drop for Relation {
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::OsString;
     use std::fs::{File, FileTimes};
+    use std::path::Path;
     use std::time::Duration;
 
     use postgres::files::LocalFiles;
     use postgres::relation::Fork;
+    use postgres::roots::Roots;
+    use postgres::scan::{Scan, ScanOptions};
     use proto::Lsn;
 
     use super::*;
+
+    const BYTES: usize = 8192;
 
     /// An entry as a scan lists it.
     fn listed(name: &str, kind: EntryKind) -> ScanEntry {
@@ -177,7 +191,7 @@ mod tests {
             path: name.to_owned(),
             source: PathBuf::from(name),
             kind,
-            size: 8192,
+            size: BYTES as u64,
             mode: 0o600,
             mtime_ns: 0,
             ctime_ns: 0,
@@ -186,11 +200,14 @@ mod tests {
         }
     }
 
-    #[test]
-    fn an_open_file_tells_when_it_was_changed_by_now() {
-        let directory = tempfile::tempdir().unwrap();
+    /// A relation and a plain file below a directory, read through `files`.
+    fn both(
+        directory: &Path,
+        files: Arc<dyn ServerFiles>,
+        rate_limit_bytes: Option<u64>,
+    ) -> (DataDirectory, [SourceEntry; 2]) {
         let relation = RelationFile { filenode: 16_384, fork: Fork::Main, segment: 0 };
-        let entries =
+        let scanned =
             [listed("16384", EntryKind::Relation(relation)), listed("plain", EntryKind::Plain)];
         let rules = PageRules {
             block_size: 8192,
@@ -198,19 +215,26 @@ mod tests {
             checksums: true,
             backup_start: Lsn(1),
         };
-        for entry in &entries {
-            std::fs::write(directory.path().join(&entry.source), vec![0; 8192]).unwrap();
+        for entry in &scanned {
+            std::fs::write(directory.join(&entry.source), vec![0; BYTES]).unwrap();
         }
-        let files = Arc::new(LocalFiles::new(directory.path()));
         let tables = Arc::new(TableFiles::new([].into_iter(), None, Lsn(1), 1));
-        let source = DataDirectory::new(files, &entries, rules, None, tables);
+        let source = DataDirectory::new(files, &scanned, rules, rate_limit_bytes, tables);
+        let entries = scanned.map(|entry| SourceEntry {
+            size_bytes: BYTES as u64,
+            ..SourceEntry::bytes(entry.path, 0o600, Vec::new())
+        });
+        (source, entries)
+    }
+
+    #[test]
+    fn an_open_file_tells_when_it_was_changed_by_now() {
+        let directory = tempfile::tempdir().unwrap();
+        let files = Arc::new(LocalFiles::new(directory.path()));
+        let (source, entries) = both(directory.path(), files, None);
         for entry in &entries {
-            let path = directory.path().join(&entry.source);
-            let listed = SourceEntry {
-                size_bytes: 8192,
-                ..SourceEntry::bytes(entry.path.clone(), 0o600, Vec::new())
-            };
-            let open = source.open(&listed).unwrap().unwrap();
+            let path = directory.path().join(std::str::from_utf8(&entry.path).unwrap());
+            let open = source.open(entry).unwrap().unwrap();
             let before = open.changed_at_ns().unwrap();
             let file = File::options().write(true).open(path).unwrap();
             let later = file.metadata().unwrap().modified().unwrap() + Duration::from_mins(1);
@@ -218,5 +242,77 @@ mod tests {
             let after = open.changed_at_ns().unwrap();
             assert!(before.0 < after.0 && before.1 <= after.1, "{before:?} {after:?}");
         }
+    }
+
+    /// A hint: of which file, where it begins, how long it is.
+    type Hint = (PathBuf, u64, u64);
+
+    /// Files of this host, with the hints that were given about them.
+    #[derive(Debug)]
+    struct Heard {
+        inner: LocalFiles,
+        hints: Arc<Mutex<Vec<Hint>>>,
+    }
+
+    #[derive(Debug)]
+    struct HeardFile {
+        inner: Box<dyn ServerFile>,
+        path: PathBuf,
+        hints: Arc<Mutex<Vec<Hint>>>,
+    }
+
+    impl ServerFiles for Heard {
+        fn here(&self) -> Option<&Path> {
+            self.inner.here()
+        }
+        fn place(&self, path: &Path) -> PathBuf {
+            self.inner.place(path)
+        }
+        fn open(&self, path: &Path, size_bytes: u64) -> io::Result<Option<Box<dyn ServerFile>>> {
+            let opened = self.inner.open(path, size_bytes)?;
+            Ok(opened.map(|inner| -> Box<dyn ServerFile> {
+                let (path, hints) = (path.to_owned(), Arc::clone(&self.hints));
+                Box::new(HeardFile { inner, path, hints })
+            }))
+        }
+        fn read(&self, path: &Path, limit_bytes: u64) -> io::Result<Option<Vec<u8>>> {
+            self.inner.read(path, limit_bytes)
+        }
+        fn names(&self, directory: &Path) -> io::Result<Option<Vec<OsString>>> {
+            ServerFiles::names(&self.inner, directory)
+        }
+        fn scan(&self, options: &ScanOptions) -> Result<Scan, postgres::Error> {
+            self.inner.scan(options)
+        }
+        fn verify(&self, roots: &Roots) -> Result<(), postgres::Error> {
+            self.inner.verify(roots)
+        }
+        fn unreadable(&self, path: &Path, source: io::Error) -> postgres::Error {
+            ServerFiles::unreadable(&self.inner, path, source)
+        }
+    }
+
+    impl ServerFile for HeardFile {
+        fn read_full_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+            self.inner.read_full_at(buffer, offset)
+        }
+        fn advise(&self, offset: u64, length: u64) {
+            self.hints.lock().unwrap().push((self.path.clone(), offset, length));
+        }
+    }
+
+    #[test]
+    fn a_hint_of_what_is_read_next_reaches_the_servers_files() {
+        let directory = tempfile::tempdir().unwrap();
+        let hints = Arc::default();
+        let heard = Heard { inner: LocalFiles::new(directory.path()), hints: Arc::clone(&hints) };
+        let (source, entries) = both(directory.path(), Arc::new(heard), None);
+        for entry in &entries {
+            let mut open = source.open(entry).unwrap().unwrap();
+            open.advise(2 << 20, 8192);
+            assert_eq!(open.read_at(0, &mut [1; BYTES]).unwrap(), BYTES);
+        }
+        let wanted = ["16384", "plain"].map(|name| (PathBuf::from(name), 2 << 20, 8192));
+        assert_eq!(*hints.lock().unwrap(), wanted);
     }
 }
