@@ -109,7 +109,12 @@ pub struct BackupConfig {
     /// zstd level, -7 to 19.
     pub compression_level: i32,
     /// How much lower than the worker's own the priority of those threads is, 0 to 19 as for nice(1): the server goes first.
-    /// Linux derives their I/O priority from it where the scheduler of the disk knows priorities.
+    /// Linux derives their I/O priority from it, `(nice + 20) / 5` of best effort, which ends at 7; of the schedulers of disks
+    /// BFQ heeds that, and behind the others [`rate_limit_bytes`](Self::rate_limit_bytes) is what spares the disk.
+    ///
+    /// Everything else keeps the worker's priority. WAL that is stored late fills the server's disk; listing the files is
+    /// short; rows are counted by the server's own processes. And both run on threads that serve other work afterwards: a
+    /// thread may lower its priority, and without a right not raise it again.
     pub nice: u8,
     /// Bytes a second that are read from the server's files, at least 1 MiB; unlimited when absent. WAL is not counted: the
     /// server waits for it.

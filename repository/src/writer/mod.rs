@@ -57,7 +57,7 @@ pub struct WriteOptions {
     /// Threads that read, compress and seal.
     pub processes: usize,
     /// How much lower than the caller's the priority of those threads is, 0 to 19 as for nice(1). Linux derives their I/O
-    /// priority from it.
+    /// priority from it where the process has none of its own (`ionice`).
     pub nice: u8,
     /// zstd's level.
     pub level: i32,
