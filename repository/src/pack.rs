@@ -649,6 +649,32 @@ mod tests {
     use crate::key::MasterKey;
 
     #[test]
+    fn what_does_not_shrink_is_stored_as_it_is() {
+        let keys = MasterKey::generate().keys(proto::RepositoryId::mint(1, [1; 10]));
+        let lineage = keys.lineage_id(proto::BackupKind::Physical, "c", 1, 0);
+        let mut builder = PackBuilder::new(&keys, lineage, ObjectType::Data, [7; 16]).unwrap();
+        let mut compressor = Compressor::new(3).unwrap();
+        let mut noise = vec![0; 100_000];
+        blake3::Hasher::new().finalize_xof().fill(&mut noise);
+        let rows = b"0001|open|".repeat(10_000);
+        let mut append = |content: &[u8], compresses: bool| {
+            let compressor = compresses.then_some(&mut compressor);
+            let frame = builder.append(content, compressor).unwrap();
+            (frame.codec, frame.stored_bytes as usize - TAG_BYTES)
+        };
+        assert_eq!(append(&noise, true), (Codec::Raw, noise.len()));
+        let (codec, length) = append(&rows, true);
+        assert!(codec == Codec::Zstd && length < rows.len() / 10, "{codec:?} {length}");
+        // Nor what becomes no shorter.
+        assert_eq!(append(b"x", true), (Codec::Raw, 1));
+        assert_eq!(append(&rows, false), (Codec::Raw, rows.len()));
+        let whole = builder.finish().unwrap().0;
+        let read =
+            open_whole(&keys, lineage, ObjectType::Data, [7; 16], whole.to_vec(), 1 << 30).unwrap();
+        assert!(read == [noise, rows.clone(), b"x".to_vec(), rows]);
+    }
+
+    #[test]
     fn all_parts_but_the_last_are_equal_and_make_the_object() {
         let keys = MasterKey::generate().keys(proto::RepositoryId::mint(1, [1; 10]));
         let lineage = keys.lineage_id(proto::BackupKind::Physical, "c", 1, 0);

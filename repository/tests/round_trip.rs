@@ -3,10 +3,15 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
 
 use common::{Bench, DAY_MS, NOW_MS, Node, SECOND, Tree, noise};
-use repository::{RestoreOptions, RestoreTarget, WriteOptions};
+use repository::{RestoreOptions, RestoreTarget, Source, SourceEntry, SourceFile, WriteOptions};
+use rustix::process::getpriority_process;
+use rustix::thread::gettid;
 
 /// Text that compresses like data does.
 fn rows(seed: u64, length: usize) -> Vec<u8> {
@@ -70,6 +75,83 @@ async fn a_tree_of_odd_things_comes_back_as_it_was() {
     assert!(report.is_sound(), "{report:?}");
     assert_eq!(report.packs, summary.counts.packs);
     assert_eq!(backup.facts(), &common::facts());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn zeros_take_no_room_where_they_are_restored() {
+    let bench = Bench::new().await;
+    let mut islands = vec![0; 8 << 20];
+    for at in [0, (3 << 20) + 5, (8 << 20) - 1] {
+        islands[at] = 1;
+    }
+    let tree = Tree::new()
+        .file("zeros", vec![0; 3 << 20])
+        .file("islands", islands)
+        .file("ends-in-zeros", [noise(1, 8192), vec![0; 6 << 20]].concat())
+        .file("full", noise(2, 1 << 20));
+    let tree = Arc::new(tree);
+    let summary = bench.back_up(&tree, NOW_MS).await;
+    let place = tempfile::tempdir().unwrap();
+    let directory = place.path().join("data");
+    let target = RestoreTarget { directory: directory.clone(), ..RestoreTarget::default() };
+    let plan = bench.open(&summary).await.restore_plan(target).await.unwrap();
+    plan.restore(RestoreOptions::default()).await.unwrap();
+    // Bytes on disk; a file system may give more than was written, but not for what was not.
+    let on_disk = |name: &str| directory.join(name).metadata().unwrap().blocks() * 512;
+    assert!(on_disk("zeros") < 1 << 16, "{}", on_disk("zeros"));
+    assert!(on_disk("islands") < 1 << 20, "{}", on_disk("islands"));
+    assert!(on_disk("ends-in-zeros") < 1 << 20, "{}", on_disk("ends-in-zeros"));
+    assert!(on_disk("full") >= 1 << 20, "{}", on_disk("full"));
+    let restored = common::look(&directory);
+    for (path, node) in tree.expected() {
+        assert!(restored[&path] == node, "{}", String::from_utf8_lossy(&path));
+    }
+}
+
+/// Files that are all gone once as many threads have asked for one as are waited for.
+#[derive(Default)]
+struct Crowd {
+    awaited: usize,
+    /// Who came, and the nice value of the thread.
+    came: Mutex<BTreeMap<String, i32>>,
+    more: Condvar,
+}
+
+fn niceness() -> i32 {
+    getpriority_process(Some(gettid())).unwrap()
+}
+
+impl Source for Crowd {
+    fn open(&self, _: &SourceEntry) -> io::Result<Option<Box<dyn SourceFile>>> {
+        let thread = std::thread::current();
+        let mut came = self.came.lock().unwrap();
+        came.insert(thread.name().unwrap().to_owned(), niceness());
+        self.more.notify_all();
+        let bound = Duration::from_secs(60);
+        let too_few = |came: &mut BTreeMap<String, i32>| came.len() < self.awaited;
+        let (came, ended) = self.more.wait_timeout_while(came, bound, too_few).unwrap();
+        assert!(!ended.timed_out(), "only {came:?} came");
+        Ok(None)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn as_many_threads_copy_as_were_asked_for_and_they_step_back() {
+    let bench = Bench::new().await;
+    let tree = (0..60).fold(Tree::new(), |tree, n| tree.file(format!("f{n}"), "gone"));
+    let ours = niceness();
+    for (processes, nice) in [(1, 0), (3, 7)] {
+        let options = WriteOptions { processes, nice, ..WriteOptions::default() };
+        let mut writer = bench.begin(NOW_MS + i64::from(nice)).await.write(options).unwrap();
+        let crowd = Arc::new(Crowd { awaited: processes, ..Crowd::default() });
+        let entries = tree.entries().into_iter().map(Ok);
+        writer.copy(Arc::<Crowd>::clone(&crowd), entries).await.unwrap();
+        let wanted = (ours + i32::from(nice)).min(19);
+        let threads: BTreeMap<_, _> =
+            (0..processes).map(|number| (format!("copy-{number}"), wanted)).collect();
+        assert_eq!(*crowd.came.lock().unwrap(), threads);
+        assert_eq!(niceness(), ours);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -17,6 +17,7 @@ use postgres::binaries::Binaries;
 use postgres::instance::{Instance, InstanceOptions, StopMode};
 use postgres::scan::EXTERNAL_ROOT;
 use proto::backup::TableCount;
+use proto::job;
 use proto::message::Spec;
 use proto::{Action, BackupId, Code, Failure, ProofLevel};
 use repository::Outcome;
@@ -86,6 +87,21 @@ async fn the_second_backup_stores_what_changed_and_restores_alone() {
     let proof = house.prove(ProofLevel::L5).await;
     assert_eq!(proof.backup, second.backup);
     assert!(proof.passed, "{:#?}", proof.checks);
+    assert!(second.read_bytes < second.size_bytes / 2, "{second:?}");
+
+    // What an order asks for; the configuration gives two threads, and sets no limit.
+    let cx = house.cx();
+    let task = job::Backup {
+        full_read: true,
+        processes: Some(1),
+        rate_limit_bytes: Some(1 << 30),
+        ..job::Backup::default()
+    };
+    let third = house.back_up_of(&cx, task).await.unwrap();
+    assert!(third.read_bytes >= first.read_bytes, "{first:?} {third:?}");
+    let steps = cx.steps();
+    let copy = &steps.iter().find(|step| step.name == "copy").unwrap().figures;
+    assert_eq!((copy["threads"], copy["rate_limit_bytes"]), (1, 1 << 30));
 }
 
 /// What the census of a backup says of a table in schema `public`.

@@ -171,3 +171,30 @@ fn place(
     )
     .with_hint(format!("Restore roots are: {roots}. A worker's are in its allow.restore_roots.")))
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::args::{Cli, Command};
+
+    fn asked(options: &str) -> job::Backup {
+        let line = format!("pgmuster backup orders {options}");
+        let cli = Cli::try_parse_from(line.split_whitespace()).unwrap();
+        let Command::Backup(args) = cli.command else { panic!("{line}") };
+        task(&args).unwrap()
+    }
+
+    #[test]
+    fn a_backup_is_ordered_as_its_options_say() {
+        let usual = job::Backup { fast_checkpoint: true, ..job::Backup::default() };
+        assert_eq!(asked(""), usual);
+        assert_eq!(asked("--spread-checkpoint"), job::Backup::default());
+        assert_eq!(asked("--full-read"), job::Backup { full_read: true, ..usual.clone() });
+        assert_eq!(
+            asked("--processes 3 --rate-limit 50MiB"),
+            job::Backup { processes: Some(3), rate_limit_bytes: Some(50 << 20), ..usual }
+        );
+    }
+}

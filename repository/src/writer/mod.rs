@@ -197,6 +197,11 @@ impl BackupWriter {
         &self.attempt
     }
 
+    /// Threads that copy.
+    pub fn processes(&self) -> usize {
+        self.options.processes
+    }
+
     /// Takes WAL while (or before, or after) the files are copied, until [`BackupWriter::finish`] is called.
     pub fn wal(&self) -> WalWriter {
         WalWriter {

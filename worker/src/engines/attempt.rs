@@ -95,3 +95,37 @@ impl Beginning<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proto::message::Spec;
+    use proto::{AttemptId, JobId, Task};
+
+    use super::*;
+
+    #[test]
+    fn an_order_is_written_as_it_asks_and_never_with_more_than_is_allowed() {
+        let spec = Spec {
+            schema: 1,
+            job: JobId::mint(1, [1; 10]),
+            attempt: AttemptId::mint(1, [1; 10]),
+            predecessor: None,
+            cluster: "orders".parse().unwrap(),
+            system_identifier: None,
+            task: Task::Backup(Backup::default()),
+            deadline_ms: 1,
+            traceparent: None,
+        };
+        let cx = JobContext::new(spec, Arc::new(|_| {}));
+        let config =
+            BackupConfig { processes: 4, nice: 7, compression_level: 5, ..BackupConfig::default() };
+        let written = |task: Backup| {
+            let options = as_ordered(&cx, &task, &config, &Arc::default());
+            (options.processes, options.nice, options.level)
+        };
+        assert_eq!(written(Backup::default()), (4, 7, 5));
+        let less = Backup { processes: Some(3), compression_level: Some(1), ..Backup::default() };
+        assert_eq!(written(less), (3, 7, 1));
+        assert_eq!(written(Backup { processes: Some(9), ..Backup::default() }), (4, 7, 5));
+    }
+}

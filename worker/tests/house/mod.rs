@@ -134,7 +134,16 @@ impl House {
     }
 
     pub(crate) async fn back_up_as(&self, cx: &JobContext) -> Result<BackupOutcome, Failure> {
-        let task = job::Backup { fast_checkpoint: true, ..job::Backup::default() };
+        self.back_up_of(cx, job::Backup::default()).await
+    }
+
+    /// The same, with what an order asked for.
+    pub(crate) async fn back_up_of(
+        &self,
+        cx: &JobContext,
+        task: job::Backup,
+    ) -> Result<BackupOutcome, Failure> {
+        let task = job::Backup { fast_checkpoint: true, ..task };
         let request = BackupRequest {
             cluster: self.places.cluster(&"orders".parse().unwrap())?,
             repository: &self.repository,

@@ -190,6 +190,10 @@ async fn from_attempt(
                     );
                 }
                 step.figure("bad_pages", copied.files.found().bad_page_count);
+                step.figure("threads", writer.processes() as u64);
+                if let Some(limit) = copied.files.rate_limit_bytes() {
+                    step.figure("rate_limit_bytes", limit);
+                }
                 Ok(copied)
             }
         })

@@ -15,6 +15,17 @@ pub(super) struct RateLimit {
 }
 
 impl RateLimit {
+    /// Bytes a second that may be read.
+    pub(super) fn bytes_per_s(&self) -> u64 {
+        self.bytes_per_s
+    }
+
+    /// From when on the next read is in time.
+    #[cfg(test)]
+    pub(super) fn due(&self) -> Instant {
+        *self.due.lock().unwrap()
+    }
+
     /// `None` for no limit.
     pub(super) fn new(bytes_per_s: Option<u64>) -> Option<Self> {
         bytes_per_s.map(|bytes_per_s| Self { bytes_per_s, due: Mutex::new(Instant::now()) })

@@ -60,6 +60,11 @@ impl DataDirectory {
         Self { files, places, rules, limit, tables, found: Arc::default() }
     }
 
+    /// How much of it may be read in a second, where that is limited.
+    pub(crate) fn rate_limit_bytes(&self) -> Option<u64> {
+        self.limit.as_ref().map(|limit| limit.bytes_per_s())
+    }
+
     /// What was found so far; complete once every file is closed.
     pub(crate) fn found(&self) -> Found {
         self.found.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -241,6 +246,21 @@ mod tests {
             file.set_times(FileTimes::new().set_modified(later)).unwrap();
             let after = open.changed_at_ns().unwrap();
             assert!(before.0 < after.0 && before.1 <= after.1, "{before:?} {after:?}");
+        }
+    }
+
+    #[test]
+    fn every_read_is_taken_from_the_rate_limit() {
+        let directory = tempfile::tempdir().unwrap();
+        let files = Arc::new(LocalFiles::new(directory.path()));
+        let (source, entries) = both(directory.path(), files, Some(100 * BYTES as u64));
+        let limit = source.limit.clone().unwrap();
+        for entry in &entries {
+            let mut open = source.open(entry).unwrap().unwrap();
+            let before = limit.due();
+            assert_eq!(open.read_at(0, &mut [1; BYTES]).unwrap(), BYTES);
+            let put_off = limit.due() - before;
+            assert!(put_off >= Duration::from_millis(10), "{put_off:?}");
         }
     }
 
