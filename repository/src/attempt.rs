@@ -14,7 +14,7 @@ use crate::error::Error;
 use crate::layout;
 use crate::limits::{CONDEMNED_BYTES_MAX, MANIFEST_BYTES_MAX};
 use crate::lineage::{NOTES_IN_FLIGHT, has};
-use crate::manifest::Root;
+use crate::manifest::{Counts, Root};
 use crate::note;
 use crate::pack::{self, ObjectType, PackId, PackRecord};
 use crate::record::{Condemned, Intent, Outcome, Verdict};
@@ -510,6 +510,11 @@ impl Attempt {
     /// Newer backups that could not be compared with, because they are damaged.
     pub fn passed_over(&self) -> &[PassedOver] {
         &self.passed_over
+    }
+
+    /// How much the predecessor is, and how much of that it had to store.
+    pub fn predecessor_counts(&self) -> Option<Counts> {
+        self.predecessor.as_ref().map(|backup| backup.root.head.counts)
     }
 
     /// What the predecessor says about its source.

@@ -352,6 +352,10 @@ impl Mirror {
                 _ => missing.push((record, key)),
             }
         }
+        if !missing.is_empty() {
+            let bytes = missing.iter().map(|(record, _)| record.size_bytes).sum();
+            self.target.require_room(bytes).await?;
+        }
         let (source, target) = (&self.source.store, &self.target.store);
         let sending = missing.into_iter().map(|(record, key)| async move {
             // What is there under its name is replaced and never deleted: another copy may have stored it just now.

@@ -237,6 +237,16 @@ pub enum Error {
         /// What the file system has.
         available_bytes: u64,
     },
+    /// The store of a repository is too small for what is to be written.
+    #[error("store in {place}: at least {needed_bytes} bytes are needed and {free_bytes} are free")]
+    StoreFull {
+        /// The store.
+        place: String,
+        /// What is known to come, at least.
+        needed_bytes: u64,
+        /// What the store has.
+        free_bytes: u64,
+    },
     /// The target of a restore could not be written.
     #[error("write {path}")]
     Target {
@@ -430,6 +440,11 @@ impl From<Error> for Failure {
                 Code::TargetFull,
                 Action::RetryElsewhere,
                 "Make room, or restore to a larger file system.",
+            ),
+            Error::StoreFull { .. } => (
+                Code::TargetFull,
+                Action::FixConfig,
+                "Make room in the repository's store; `pgmuster repo gc URL --key FILE --plan` tells what no backup needs any more.",
             ),
             Error::Target { source, .. } => match source.kind() {
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => (

@@ -44,6 +44,7 @@ mod record;
 mod refer;
 mod repository;
 mod restore;
+mod room;
 mod scrub;
 mod shard;
 mod sheet;

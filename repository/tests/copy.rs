@@ -7,7 +7,7 @@ mod interrupted;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -400,6 +400,64 @@ async fn a_cancelled_copy_ends_cleanly_and_what_was_deleted_at_the_target_stays_
     }
     assert_eq!(target.list_backups(lineage).await.unwrap().len(), 1);
     assert!(is_whole(&target, lineage, second.backup).await);
+}
+
+/// A store with as much room as it is told to have.
+#[derive(Debug)]
+struct Narrow {
+    inner: DirectoryStore,
+    free: AtomicU64,
+}
+
+#[async_trait]
+impl Layer for Narrow {
+    fn inner(&self) -> &dyn Store {
+        &self.inner
+    }
+    async fn free_bytes(&self) -> Result<Option<u64>, StoreError> {
+        Ok(Some(self.free.load(Ordering::SeqCst)))
+    }
+}
+
+#[tokio::test]
+async fn a_copy_for_which_there_is_no_room_sends_no_pack() {
+    const RESERVE: u64 = 1 << 20;
+    let bench = Bench::new().await;
+    let [first, second] = two(&bench, &tree()).await;
+    let needed = first.counts.stored_bytes + RESERVE;
+    let target = tempfile::tempdir().unwrap();
+    let store = Arc::new(Narrow {
+        inner: DirectoryStore::new(target.path()),
+        free: AtomicU64::new(needed - 1),
+    });
+    let copy = async || copy_all(&bench, Arc::<Narrow>::clone(&store)).await;
+    let packs = || {
+        let names = objects(target.path()).into_keys();
+        names.filter(|name| name.to_str().unwrap().contains("/packs/")).count() as u64
+    };
+    let error = copy().await.unwrap_err();
+    let text = error.to_string();
+    assert!(
+        text.contains(&format!("{needed} bytes are needed and {} are free", needed - 1)),
+        "{text}"
+    );
+    assert_eq!(packs(), 0);
+
+    // There is room for the first one and, as far as is known, for nothing after it: only what is missing counts.
+    store.free.store(needed, Ordering::SeqCst);
+    let copied = copy().await.unwrap();
+    assert!(copied.iter().all(|copy| copy.outcome == CopyOutcome::Copied), "{copied:?}");
+    assert_eq!(packs(), first.counts.packs_added + second.counts.packs_added);
+    store.free.store(0, Ordering::SeqCst);
+    let copied = copy().await.unwrap();
+    assert!(copied.iter().all(|copy| copy.outcome == CopyOutcome::Present), "{copied:?}");
+
+    // A directory says what its file system does, also before it is there.
+    let place = target.path().join("not/yet");
+    let told = DirectoryStore::new(&place).free_bytes().await.unwrap().unwrap();
+    let space = rustix::fs::statvfs(target.path()).unwrap();
+    let (least, most) = (told / 2, told.saturating_mul(2));
+    assert!((least..most).contains(&(space.f_bavail * space.f_frsize)), "{told}");
 }
 
 /// A store that counts listings of packs and looks at identities.

@@ -1,6 +1,7 @@
 //! Disks that are really full: the worker runs in a mount namespace of its own, where the repository and the directory for
 //! restores are small file systems in memory.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
@@ -51,6 +52,20 @@ fn fill(path: &Path, room: u64) -> anyhow::Result<()> {
     ensure!(error.kind() == ErrorKind::StorageFull, "{error}");
     let length = file.metadata()?.len();
     Ok(file.set_len(length.saturating_sub(room))?)
+}
+
+/// Every file of a directory, whatever is in it.
+fn files_below(directory: &Path) -> anyhow::Result<BTreeSet<PathBuf>> {
+    let mut files = BTreeSet::new();
+    for entry in std::fs::read_dir(directory)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            files.append(&mut files_below(&entry.path())?);
+        } else {
+            files.insert(entry.path());
+        }
+    }
+    Ok(files)
 }
 
 fn says(done: &Finished, exit: i32, code: &str) -> anyhow::Result<()> {
@@ -105,6 +120,16 @@ async fn full_disks_are_told_harm_nothing_and_are_gone_on_from() -> anyhow::Resu
     fleet.expect(&restore).context("the same command goes on")?;
     ensure!(restores.join("again/global/pg_control").exists());
 
+    // The repository has no room for any backup: known before anything is written.
+    let objects = files_below(&repository)?;
+    fill(&repository.join("filler"), 512 << 10)?;
+    let done = fleet.run(&["backup", "orders", "--wait"])?;
+    says(&done, 5, "TARGET_FULL")?;
+    ensure!(done.stderr.contains("bytes are needed and "), "with numbers: {done}");
+    std::fs::remove_file(repository.join("filler"))?;
+    ensure!(files_below(&repository)? == objects, "nothing was written");
+    cluster.is_left_alone().await?;
+
     // The repository is full in the middle of a backup.
     cluster
         .run(
@@ -115,6 +140,8 @@ async fn full_disks_are_told_harm_nothing_and_are_gone_on_from() -> anyhow::Resu
     fill(&repository.join("filler"), 2 << 20)?;
     let done = fleet.run(&["backup", "orders", "--wait"])?;
     says(&done, 8, "STORE_UNAVAILABLE")?;
+    let said = fleet.said();
+    ensure!(said.contains("this one may find no room"), "the worker saw it coming: {said}");
     ensure!(done.stderr.contains("find room for "), "the page names these words: {done}");
     cluster.is_left_alone().await?;
     ensure!(in_repository()? == 1, "the backup before is still there, and no other");

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
-use std::io::{self, ErrorKind};
+use std::io::ErrorKind;
 use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -14,6 +14,7 @@ use crate::entry::{Body, Entry, check_path};
 use crate::error::{Error, show};
 use crate::layout;
 use crate::reader::Backup;
+use crate::room;
 use crate::stop::Stop;
 
 /// What a restore asks for, and what is there already.
@@ -86,7 +87,8 @@ fn see(backup: &Backup, target: &RestoreTarget, stop: &Stop) -> Result<Survey, E
         is_anything_there |= found.resumes || found.is_anything_there;
         survey.foreign.append(&mut found.foreign);
         let needed_bytes = contents.bytes.get(prefix).copied().unwrap_or(0);
-        let (device, free_bytes) = free(directory)?;
+        let (device, free_bytes) = room::free(directory)
+            .map_err(|source| Error::Target { path: directory.display().to_string(), source })?;
         survey.places.push(Place {
             directory: directory.to_owned(),
             needed_bytes,
@@ -345,24 +347,4 @@ fn names(directory: &Path) -> Result<Vec<(Vec<u8>, PathBuf, fs::Metadata)>, Erro
     }
     names.sort_by(|a, b| a.0.cmp(&b.0));
     Ok(names)
-}
-
-/// The file system and the free bytes of the nearest directory that exists.
-fn free(directory: &Path) -> Result<(u64, u64), Error> {
-    let mut at = directory;
-    loop {
-        let looked = fs::metadata(at).and_then(|metadata| {
-            let space = rustix::fs::statvfs(at).map_err(io::Error::from)?;
-            Ok((metadata.dev(), space.f_bavail.saturating_mul(space.f_frsize)))
-        });
-        match (looked, at.parent()) {
-            (Ok(found), _) => return Ok(found),
-            (Err(error), Some(parent)) if error.kind() == ErrorKind::NotFound => {
-                at = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
-            }
-            (Err(source), _) => {
-                return Err(Error::Target { path: at.display().to_string(), source });
-            }
-        }
-    }
 }

@@ -24,7 +24,7 @@ use rustix::fs::{Advice, AtFlags, CWD, Mode, OFlags, RenameFlags, fadvise};
 use rustix::io::Errno;
 
 use super::{KeyTest, Listed, PutOutcome, Store, StoreError, Upload, check_key};
-use crate::chance;
+use crate::{chance, room};
 
 /// Where unfinished objects are that must have a name. Not a valid key, so no object can be there.
 const UPLOADS: &str = ".uploads";
@@ -303,6 +303,12 @@ impl Store for DirectoryStore {
             Ok(names)
         })
         .await
+    }
+
+    async fn free_bytes(&self) -> Result<Option<u64>, StoreError> {
+        let root = self.root.display().to_string();
+        self.blocking("look for room in", &root, |store, _| Ok(Some(room::free(&store.root)?.1)))
+            .await
     }
 
     async fn delete(&self, key: &str) -> Result<(), StoreError> {

@@ -60,6 +60,10 @@ pub trait Layer: Send + Sync + std::fmt::Debug {
     async fn list_directories(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
         self.inner().list_directories(prefix).await
     }
+    /// As [`Store::free_bytes`].
+    async fn free_bytes(&self) -> Result<Option<u64>, StoreError> {
+        self.inner().free_bytes().await
+    }
     /// As [`Store::delete`].
     async fn delete(&self, key: &str) -> Result<(), StoreError> {
         self.inner().delete(key).await
@@ -110,6 +114,9 @@ impl<L: Layer> Store for L {
     }
     async fn list_directories(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
         Layer::list_directories(self, prefix).await
+    }
+    async fn free_bytes(&self) -> Result<Option<u64>, StoreError> {
+        Layer::free_bytes(self).await
     }
     async fn delete(&self, key: &str) -> Result<(), StoreError> {
         Layer::delete(self, key).await

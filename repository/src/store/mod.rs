@@ -206,6 +206,10 @@ pub trait Store: Send + Sync + std::fmt::Debug {
             .collect();
         Ok(names.into_iter().collect())
     }
+    /// Bytes for which there is room; `None` where the store does not tell.
+    async fn free_bytes(&self) -> Result<Option<u64>, StoreError> {
+        Ok(None)
+    }
     /// Deletes an object; deleting what is not there succeeds.
     async fn delete(&self, key: &str) -> Result<(), StoreError>;
     /// The keys below `prefix` that have unfinished uploads, sorted, each once. A store in which an unfinished upload leaves

@@ -53,6 +53,7 @@ impl Beginning<'_> {
     ) -> Result<repository::Attempt, Failure> {
         let now_ms = clock::now_ms();
         let (repository, cluster) = (self.repository, &cx.spec.cluster);
+        let free_bytes = repository.require_room(0).await?;
         let identity =
             repository.find_or_mint_lineage_of(self.kind, cluster, identifier, now_ms).await?;
         if let Some(predecessor) = cx.spec.predecessor {
@@ -70,7 +71,10 @@ impl Beginning<'_> {
             began_at_ms: now_ms,
         };
         match repository.begin(identity.lineage, intent).await {
-            Ok(attempt) => Ok(attempt),
+            Ok(attempt) => {
+                self.tell_little_room(cx, free_bytes, &attempt);
+                Ok(attempt)
+            }
             Err(error @ repository::Error::AttemptExists { .. }) => Err(error.into()),
             Err(error) => {
                 // The intent may stand already; an open one would hold back the collection of garbage.
@@ -78,6 +82,26 @@ impl Beginning<'_> {
                 self.give_up(cx, identity.lineage, &failure).await;
                 Err(failure)
             }
+        }
+    }
+
+    /// Says when what the backup before had to store would not fit again. That does not end this one, which stores what
+    /// changed and no more, however much that is.
+    fn tell_little_room(
+        &self,
+        cx: &JobContext,
+        free_bytes: Option<u64>,
+        attempt: &repository::Attempt,
+    ) {
+        let before = attempt.predecessor_counts().map(|counts| counts.stored_bytes);
+        if let (Some(free), Some(before)) = (free_bytes, before)
+            && free < before
+        {
+            tracing::warn!(
+                cluster.name = %cx.spec.cluster,
+                "{free} bytes are free in {}, and the backup before stored {before}: this one may find no room",
+                self.repository.describe(),
+            );
         }
     }
 
