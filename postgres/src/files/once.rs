@@ -4,10 +4,11 @@
 //! the file system cannot do that, its pages stay until the kernel wants the memory: dropping them by hand
 //! (`POSIX_FADV_DONTNEED`) would drop the server's working set with them.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::num::NonZeroU64;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::sync::LazyLock;
 
@@ -23,6 +24,10 @@ const DROP_BEHIND: ReadWriteFlags = ReadWriteFlags::from_bits_retain(0x80);
 /// The first Linux that is asked for it. 6.14 and 6.15 know the flag; as they were released they did not look again, with the
 /// page locked, whether somebody had just written to it.
 const DROPS_SINCE: (u32, u32) = (6, 16);
+
+/// A read that is gone on from ends at a multiple of this: what is dropped behind it are whole folios, so that one of which
+/// a part is still to come would be read twice, and reading ahead begun anew. Larger ones come late in a stretch, if ever.
+const FOLIO_BYTES: u64 = 256 << 10;
 
 static KERNEL_DROPS: LazyLock<bool> = LazyLock::new(|| {
     let system = rustix::system::uname();
@@ -44,26 +49,89 @@ pub(super) struct OnceFile {
     file: File,
     /// Whether pages are dropped behind a read, until a read says otherwise.
     drops: Cell<bool>,
+    /// What will be read next, from where to where.
+    next: Cell<(u64, u64)>,
+    /// What a read took along of that.
+    along: RefCell<Along>,
+}
+
+/// Bytes that were read beyond what was asked for.
+#[derive(Debug, Default)]
+struct Along {
+    buffer: Vec<u8>,
+    /// Which of the buffer are still to be given out.
+    left: Range<usize>,
+    /// Where the first of them is in the file.
+    offset: u64,
+}
+
+impl Along {
+    /// Gives out what begins at `offset`, each byte once: who reads a page again wants to see it as it is now.
+    fn take(&mut self, buffer: &mut [u8], offset: u64) -> usize {
+        if offset != self.offset {
+            return 0;
+        }
+        let length = buffer.len().min(self.left.len());
+        let end = self.left.start + length;
+        buffer[..length].copy_from_slice(&self.buffer[self.left.start..end]);
+        self.left.start = end;
+        self.offset += length as u64;
+        length
+    }
 }
 
 impl OnceFile {
     pub(super) fn new(file: File) -> Self {
         // Only advice: a file system that does not know it reads just as well.
         let _ = fadvise(&file, 0, None, Advice::Sequential);
-        Self { file, drops: Cell::new(*KERNEL_DROPS) }
+        let (drops, next, along) = (Cell::new(*KERNEL_DROPS), Cell::default(), RefCell::default());
+        Self { file, drops, next, along }
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        let mut along = self.along.borrow_mut();
+        let taken = along.take(buffer, offset);
+        if taken > 0 {
+            return Ok(taken);
+        }
         if self.drops.get() {
-            match preadv2(&self.file, &mut [IoSliceMut::new(buffer)], offset, DROP_BEHIND) {
+            let (asked, end) = (buffer.len(), offset.saturating_add(buffer.len() as u64));
+            let more = self.more(offset, end);
+            if more > 0 {
+                along.left = 0..0;
+                if along.buffer.len() < more {
+                    along.buffer.resize(more, 0);
+                }
+            }
+            let mut parts = [IoSliceMut::new(buffer), IoSliceMut::new(&mut along.buffer[..more])];
+            match preadv2(&self.file, &mut parts, offset, DROP_BEHIND) {
                 // A file system, or a filter of system calls, that does not know it.
                 Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS | Errno::PERM) => {
                     self.drops.set(false);
                 }
-                read => return Ok(read?),
+                read => {
+                    let read = read?;
+                    if more > 0 {
+                        (along.left, along.offset) = (0..read.saturating_sub(asked), end);
+                    }
+                    // A page that is read again takes nothing along.
+                    let (from, to) = self.next.get();
+                    self.next.set((from.max(end), to));
+                    return Ok(read.min(asked));
+                }
             }
         }
         self.file.read_at(buffer, offset)
+    }
+
+    /// How much of what will be read next a read takes along.
+    fn more(&self, offset: u64, end: u64) -> usize {
+        let (from, to) = self.next.get();
+        if offset < from || end >= to {
+            return 0;
+        }
+        let whole = end.checked_next_multiple_of(FOLIO_BYTES).unwrap_or(end).min(to);
+        usize::try_from(whole - end).unwrap_or(0)
     }
 
     /// The whole file, but no more than `limit_bytes` of it.
@@ -90,6 +158,7 @@ impl ServerFile for OnceFile {
     }
 
     fn advise(&self, offset: u64, length: u64) {
+        self.next.set((offset, offset.saturating_add(length)));
         // What advice brings in is not dropped behind the read. Where that is done, the kernel alone reads ahead: it drops
         // those pages, too.
         if let Some(length) = NonZeroU64::new(length).filter(|_| !self.drops.get()) {
@@ -116,7 +185,9 @@ mod tests {
     const STEP: usize = 512 << 10;
 
     fn content() -> Vec<u8> {
-        (0..BYTES).map(|at| u8::try_from(at % 251).unwrap()).collect()
+        let mut bytes = (0_u8..251).collect::<Vec<_>>().repeat(BYTES.div_ceil(251));
+        bytes.truncate(BYTES);
+        bytes
     }
 
     /// A file that is on disk and, where it is not memory that it lies on, not in memory.
@@ -168,6 +239,11 @@ mod tests {
         if can_drop {
             assert_eq!((before, resident(&path)), (0, 0));
         }
+        file.advise(0, BYTES as u64);
+        assert!(read_in_steps(&file) == content(), "other bytes, read in whole folios");
+        if can_drop {
+            assert_eq!(resident(&path), 0);
+        }
 
         // Somebody else needs the middle of it.
         let middle = File::open(&path).unwrap();
@@ -192,6 +268,52 @@ mod tests {
         assert_eq!(refused.read_whole(1 << 20).unwrap(), text);
         assert!(!refused.drops.get(), "it is not asked again");
         assert_eq!(refused.read_whole(10).unwrap(), text[..10]);
+    }
+
+    #[test]
+    fn a_read_takes_along_the_rest_of_its_folio_and_no_more_than_is_needed_next() {
+        let place = tempfile::tempdir().unwrap();
+        let path = on_disk(place.path());
+        let file = OnceFile::new(File::open(&path).unwrap());
+        let folio = usize::try_from(FOLIO_BYTES).unwrap();
+        assert_eq!(file.more(0, 8192), 0, "nobody said that anything more is needed");
+        file.advise(FOLIO_BYTES, 2 * FOLIO_BYTES - 10);
+        for (from, to, more) in [
+            (0, 8192, 0),
+            (folio - 1, folio + 10, 0),
+            (folio, folio + 10, folio - 10),
+            (folio, 2 * folio, 0),
+            (2 * folio, 2 * folio + 1, folio - 11),
+            (2 * folio, 3 * folio - 10, 0),
+            (2 * folio, 4 * folio, 0),
+        ] {
+            assert_eq!(file.more(from as u64, to as u64), more, "{from} to {to}");
+        }
+
+        // What is read again is read from the file, wherever it came from at first.
+        file.advise(0, BYTES as u64);
+        let mut bytes = vec![0; 4 * 8192];
+        for part in [0..8192, 8192..4 * 8192] {
+            file.read_full_at(&mut bytes[part.clone()], part.start as u64).unwrap();
+        }
+        assert!(bytes == content()[..4 * 8192], "other bytes");
+        let changed = File::options().write(true).open(&path).unwrap();
+        changed.write_all_at(&[255; 4 * 8192], 0).unwrap();
+        for page in 0..4 {
+            let page = page * 8192..(page + 1) * 8192;
+            file.read_full_at(&mut bytes[page.clone()], page.start as u64).unwrap();
+        }
+        assert!(bytes == [255; 4 * 8192], "a page as it was");
+        let goes_on = file.along.borrow().offset;
+        assert!(goes_on == 4 * 8192 || !file.drops.get(), "{goes_on}");
+
+        // A file that became shorter ends where it does now.
+        changed.set_len(100_000).unwrap();
+        let short = OnceFile::new(File::open(&path).unwrap());
+        short.advise(0, BYTES as u64);
+        assert_eq!(short.read_full_at(&mut vec![0; 8192], 0).unwrap(), 8192);
+        assert_eq!(short.read_full_at(&mut vec![0; BYTES], 8192).unwrap(), 100_000 - 8192);
+        assert_eq!(short.read_full_at(&mut vec![0; 10], 100_000).unwrap(), 0);
     }
 
     #[test]
