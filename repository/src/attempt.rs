@@ -733,7 +733,7 @@ mod tests {
 
     /// What an interrupted attempt left is chosen after the lists are read, as a predecessor is, and for the same reason.
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn the_looks_at_what_is_left_exchanged_would_lose_data() {
+    async fn the_looks_at_what_is_left_exchanged_leave_it_to_the_look_before_the_verdict() {
         let (repository, lineage, backup) = race_for_what_is_left(Order::InterruptedBefore).await;
         assert!(matches!(backup, Err(Error::Incomplete { .. })), "{backup:?}");
         assert!(repository.list_backups(lineage).await.unwrap().is_empty());
@@ -748,9 +748,10 @@ mod tests {
     }
 
     /// The reason for the order: the same collector, the looks exchanged, and the manifest names packs that are deleted.
-    /// Here the look before the verdict sees it; it would not, had the collector taken its time.
+    /// Here the look before the verdict sees it. It would not, had the collector taken its time; that data is lost then is what
+    /// tests/model.rs shows.
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn the_looks_exchanged_would_lose_data() {
+    async fn the_looks_exchanged_leave_it_to_the_look_before_the_verdict() {
         let place = race(Order::PredecessorBefore);
         let (repository, lineage, backup) = place.await;
         assert!(matches!(backup, Err(Error::Incomplete { .. })), "{backup:?}");
