@@ -1,8 +1,9 @@
 //! Forgetting and collecting, with the production code: what is wanted stays, whoever is interrupted wherever.
-#![expect(clippy::unwrap_used, reason = "a test")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test")]
 
 mod common;
 mod interrupted;
+mod stepped;
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
@@ -18,6 +19,7 @@ use repository::{
     BackupSummary, CheckOptions, CollectOptions, CollectPlan, Collected, Error, Pin, Reason,
     Repository, RestoreOptions, RestoreTarget, Wish, WriteOptions,
 };
+use stepped::{Acting, Memory, alone};
 
 fn wish(at_ms: i64) -> Wish {
     Wish { by: "tester".into(), why: "to see it go".into(), at_ms }
@@ -417,6 +419,215 @@ async fn the_list_of_another_collector_stays_until_somebody_says_that_it_is_dead
     let older = CollectOptions { lists_for_ms: Some(DAY_MS), ..collect_options(now_ms + DAY_MS) };
     repository.plan_collection(lineage, &older).await.unwrap().collect(&older).await.unwrap();
     assert!(is_clean(repository, lineage, now_ms).await);
+}
+
+/// Who has a turn while two collectors are at work: one call of a collector, or all that somebody else does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Who {
+    One,
+    Other,
+    /// Takes the deletion of the first backup back, or gives the second one up as well.
+    Wisher,
+    /// Begins to read the first backup.
+    Reader,
+}
+
+/// What the wisher does.
+#[derive(Debug, Clone, Copy)]
+enum Second {
+    Thoughts,
+    Forgotten,
+}
+
+/// A repository in which two collectors find the same to delete.
+struct Meeting {
+    memory: Memory,
+    bench: Bench,
+    backups: [BackupId; 3],
+    tree: Arc<Tree>,
+}
+
+/// What came of it.
+#[derive(Debug, Default)]
+struct Met {
+    /// Steps of each collector.
+    steps: [usize; 2],
+    kept: usize,
+    refused: usize,
+    protected: usize,
+    warned: usize,
+    late: usize,
+}
+
+impl Meeting {
+    async fn new() -> Self {
+        let bench = Bench::new().await;
+        let tree = Tree::new().file("a", noise(1, 40_000)).file("b", noise(2, 40_000));
+        let tree = Arc::new(tree);
+        let first = bench.back_up(&tree, NOW_MS).await;
+        tree.write("a", 0, &noise(3, 20_000));
+        let second = bench.back_up(&tree, NOW_MS + 1_000).await;
+        tree.write("b", 0, &noise(4, 20_000));
+        let third = bench.back_up(&tree, NOW_MS + 2_000).await;
+        let (repository, lineage) = (&bench.repository, bench.lineage);
+        repository.forget(lineage, first.backup, &wish(NOW_MS)).await.unwrap();
+        let memory = Memory::of(&bench.store_path());
+        let backups = [first, second, third].map(|summary| summary.backup);
+        Self { memory, bench, backups, tree }
+    }
+
+    /// Two collectors, the wisher and the reader, in the order of these turns; whoever has not ended then goes on to its end, in
+    /// the order of [`Who`]. Whoever was promised something has it, then and after every later collection. `writes`: a backup is
+    /// taken when these turns are over.
+    async fn meet(&self, second: Second, turns: &[Who], writes: bool) -> Met {
+        let (lineage, now_ms) = (self.bench.lineage, NOW_MS + 2 * DAY_MS);
+        let memory = self.memory.copy();
+        let open = || {
+            let opened = Repository::open(Arc::<Memory>::clone(&memory), Some(&self.bench.key));
+            alone(opened).unwrap()
+        };
+        let [one, other, wishing, reading] = [open(), open(), open(), open()];
+        let ([first, next, third], wish, pin) = (self.backups, wish(NOW_MS), pin(now_ms));
+        let mut collectors = [&one, &other].map(|by| Acting::new(collect(by, lineage, now_ms)));
+        let mut wisher = Acting::new(async {
+            match second {
+                Second::Thoughts => wishing.remember(lineage, first, &wish).await,
+                Second::Forgotten => wishing.forget(lineage, next, &wish).await,
+            }
+        });
+        let mut reader = Acting::new(reading.open_pinned(lineage, first, &pin));
+        for who in turns {
+            match who {
+                Who::One => drop(collectors[0].step()),
+                Who::Other => drop(collectors[1].step()),
+                Who::Wisher => wisher.end(),
+                Who::Reader => reader.end(),
+            }
+        }
+        let repository = open();
+        let newer = if writes {
+            let intent = self.bench.intent(now_ms);
+            let written =
+                common::back_up(&repository, lineage, intent, &self.tree, WriteOptions::default());
+            Some(written.await.unwrap().backup)
+        } else {
+            None
+        };
+        collectors.iter_mut().for_each(Acting::end);
+        wisher.end();
+        reader.end();
+        let mut met = Met { steps: collectors.each_ref().map(|by| by.steps), ..Met::default() };
+        for ended in collectors.map(Acting::ended) {
+            assert!(ended.is_ok(), "{turns:?}: {ended:?}");
+        }
+        let mut promised = vec![third];
+        promised.extend(newer);
+        match (second, wisher.ended()) {
+            (Second::Thoughts, Ok(())) => {
+                met.kept += 1;
+                promised.extend([first, next]);
+            }
+            (Second::Thoughts, Err(Error::Wanted { .. })) => {
+                met.refused += 1;
+                promised.push(next);
+            }
+            (Second::Forgotten, Ok(())) => {}
+            (_, Err(error)) => panic!("{turns:?}: {error:?}"),
+        }
+        let pinned = match reader.ended() {
+            Ok(pinned) if pinned.unprotected().is_none() => {
+                met.protected += 1;
+                promised.push(first);
+                Some(pinned)
+            }
+            Ok(pinned) => {
+                met.warned += 1;
+                Some(pinned)
+            }
+            Err(Error::Missing { .. }) => {
+                met.late += 1;
+                None
+            }
+            Err(error) => panic!("{turns:?}: {error:?}"),
+        };
+        for backup in &promised {
+            assert!(is_sound(&repository, lineage, *backup).await, "{turns:?}: {backup}");
+        }
+        if let Some(pinned) = pinned {
+            pinned.release().await;
+        }
+        collect(&repository, lineage, now_ms).await.unwrap();
+        assert!(is_clean(&repository, lineage, now_ms).await, "{turns:?}");
+        assert!(is_sound(&repository, lineage, third).await, "{turns:?}");
+        met
+    }
+}
+
+/// Two collectors through the production code, call by call. One stands still after any number of its calls, the other one
+/// after any number of its own; in between somebody changes a wish, and then somebody begins to read.
+async fn two_collectors_stand_still_anywhere(second: Second) -> Met {
+    let meeting = Meeting::new().await;
+    let (mut one, mut all) = (0, Met::default());
+    loop {
+        let mut other = 0;
+        all.steps = loop {
+            let turns: Vec<Who> = std::iter::repeat_n(Who::One, one)
+                .chain([Who::Wisher])
+                .chain(std::iter::repeat_n(Who::Other, other))
+                .chain([Who::Reader])
+                .collect();
+            let met = meeting.meet(second, &turns, (one + other) % 7 == 0).await;
+            all.kept += met.kept;
+            all.refused += met.refused;
+            all.protected += met.protected;
+            all.warned += met.warned;
+            all.late += met.late;
+            if other >= met.steps[1] {
+                break met.steps;
+            }
+            other += 1;
+        };
+        if one >= all.steps[0] {
+            return all;
+        }
+        one += 1;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_collectors_that_stand_still_anywhere_take_nothing_that_was_taken_back_or_is_read() {
+    let met = two_collectors_stand_still_anywhere(Second::Thoughts).await;
+    assert!(met.steps[0] > 15 && met.kept > 100 && met.refused > 100, "{met:?}");
+    assert!(met.protected > 100 && met.warned > 100 && met.late > 10, "{met:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_collectors_whose_lists_differ_delete_nothing_that_is_wanted() {
+    let met = two_collectors_stand_still_anywhere(Second::Forgotten).await;
+    assert!(met.steps[0] > 15 && met.protected > 100 && met.late > 10, "{met:?}");
+}
+
+/// The same in orders drawn by chance, in which they change places at every call.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_collectors_in_any_order_of_their_calls_keep_what_they_promised() {
+    let meeting = Meeting::new().await;
+    let mut met = Met::default();
+    for seed in 0..150 {
+        let mut chance = noise(seed, 80);
+        let [wishes, reads] = [chance[0], chance[1]].map(|at| usize::from(at) % chance.len());
+        let mut turns: Vec<Who> = chance
+            .drain(..)
+            .map(|chance| if chance % 2 == 0 { Who::One } else { Who::Other })
+            .collect();
+        turns.insert(wishes, Who::Wisher);
+        turns.insert(reads, Who::Reader);
+        let second = if seed % 2 == 0 { Second::Thoughts } else { Second::Forgotten };
+        let one = meeting.meet(second, &turns, seed % 5 == 0).await;
+        met.kept += one.kept;
+        met.protected += one.protected;
+        met.late += one.late;
+    }
+    assert!(met.kept > 5 && met.protected > 20 && met.late > 10, "{met:?}");
 }
 
 /// A collection that is interrupted by its person ends what it began, and leaves no list behind.

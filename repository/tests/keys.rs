@@ -4,25 +4,24 @@
 #![expect(clippy::unwrap_used, reason = "a test")]
 
 mod common;
+#[expect(dead_code, reason = "another test binary uses the rest of it")]
+mod stepped;
 
-use std::collections::BTreeMap;
-use std::ops::Range;
 use std::path::Path;
-use std::pin::{Pin, pin};
-use std::sync::{Arc, Mutex};
+use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
-use async_trait::async_trait;
-use bytes::Bytes;
 use common::{Bench, NOW_MS, Tree, noise};
 use proto::{Code, Failure};
+use repository::store::Store;
 use repository::store::directory::DirectoryStore;
-use repository::store::{Listed, PutOutcome, Store, StoreError, Upload};
 use repository::{
     Change, Encryption, Error, GuessCost, InitOptions, KeyFile, Keyring, KeyringReport,
     NewRecipient, Repository, Slot, Unlock,
 };
 use secrecy::SecretString;
+use stepped::{Memory, alone};
 
 const CHEAP: GuessCost = GuessCost { memory_kib: 64, passes: 1, lanes: 1 };
 
@@ -342,86 +341,6 @@ async fn a_repository_without_encryption_gets_no_key() {
     refused(ring.add(&key, &change()).await, "not encrypted");
     refused(ring.retire("open", &change()).await, "just opened with it");
     assert!(ring.report().await.unwrap().is_sound());
-}
-
-/// A store in memory that lets others have a turn before each call.
-#[derive(Debug, Default)]
-struct Memory(Mutex<BTreeMap<String, Bytes>>);
-
-impl Memory {
-    fn copy(&self) -> Arc<Self> {
-        Arc::new(Self(Mutex::new(self.0.lock().unwrap().clone())))
-    }
-}
-
-async fn turn() {
-    let mut had = false;
-    std::future::poll_fn(|_| {
-        if std::mem::replace(&mut had, true) { Poll::Ready(()) } else { Poll::Pending }
-    })
-    .await;
-}
-
-#[async_trait]
-impl Store for Memory {
-    fn describe(&self) -> String {
-        "memory".to_owned()
-    }
-    async fn get(&self, key: &str, _: u64) -> Result<Bytes, StoreError> {
-        turn().await;
-        let found = self.0.lock().unwrap().get(key).cloned();
-        found.ok_or_else(|| StoreError::NotFound { key: key.to_owned() })
-    }
-    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
-        let whole = self.get(key, u64::MAX).await?;
-        Ok(whole.slice(usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()))
-    }
-    async fn size(&self, key: &str) -> Result<u64, StoreError> {
-        Ok(self.get(key, u64::MAX).await?.len() as u64)
-    }
-    async fn put(&self, key: &str, bytes: Bytes) -> Result<(), StoreError> {
-        turn().await;
-        self.0.lock().unwrap().insert(key.to_owned(), bytes);
-        Ok(())
-    }
-    async fn put_if_absent(&self, key: &str, bytes: Bytes) -> Result<PutOutcome, StoreError> {
-        turn().await;
-        let mut objects = self.0.lock().unwrap();
-        if objects.contains_key(key) {
-            return Ok(PutOutcome::Exists);
-        }
-        objects.insert(key.to_owned(), bytes);
-        Ok(PutOutcome::Created)
-    }
-    async fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError> {
-        Err(StoreError::Unsuitable { reason: format!("{key} is too large") })
-    }
-    async fn list(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
-        turn().await;
-        let objects = self.0.lock().unwrap();
-        let below = objects.iter().filter(|(key, _)| key.starts_with(prefix));
-        Ok(below
-            .map(|(key, bytes)| Listed { key: key.clone(), size_bytes: bytes.len() as u64 })
-            .collect())
-    }
-    async fn delete(&self, key: &str) -> Result<(), StoreError> {
-        turn().await;
-        self.0.lock().unwrap().remove(key);
-        Ok(())
-    }
-    async fn abort_uploads(&self, _: &[String]) -> Result<usize, StoreError> {
-        Ok(0)
-    }
-}
-
-/// Runs what only waits for its turn, alone.
-fn alone<T>(work: impl Future<Output = T>) -> T {
-    let mut work = pin!(work);
-    loop {
-        if let Poll::Ready(done) = work.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
-            return done;
-        }
-    }
 }
 
 type Work<'w> = Pin<Box<dyn Future<Output = Result<(), Error>> + 'w>>;
