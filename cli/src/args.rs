@@ -8,6 +8,7 @@ use proto::{
     WorkerName,
 };
 use repository::Slice;
+use worker::config::BackupConfig;
 
 /// The heading of the options that every command has.
 const GLOBAL: &str = "Options of every command";
@@ -255,9 +256,18 @@ pub struct Backup {
     /// Where its passphrase is: `file:/path`, `env:NAME`, `exec:/program`, or `-` for a line of standard input.
     #[arg(long, value_name = "REFERENCE", requires = "repository", group = "backup_opener")]
     pub passphrase: Option<String>,
+    /// Read what nothing says has changed once within so many days all the same, 1 to 365, a share by each backup
+    /// [default: 30].
+    #[arg(long, value_name = "DAYS", requires = "server", value_parser = reread_days)]
+    pub reread_days: Option<u32>,
     /// Waiting.
     #[command(flatten)]
     pub waiting: Waiting,
+}
+
+fn reread_days(text: &str) -> Result<u32, String> {
+    let days = text.parse().ok().filter(|days| BackupConfig::REREAD_DAYS.contains(days));
+    days.ok_or_else(|| BackupConfig::REREAD_DAYS_ARE.to_owned())
 }
 
 /// What takes a backup.

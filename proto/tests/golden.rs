@@ -248,6 +248,9 @@ fn a_logical_backup_and_its_outcome() {
     golden("outcome.backup.wal_to", &Outcome::Backup(outcome));
     let outcome = BackupOutcome { taken_over_bytes: 1_200_000, ..backup_outcome() };
     golden("outcome.backup.taken_over", &Outcome::Backup(outcome));
+    let (reread_bytes, reread_by_ms) = (310_000, Some(2_592_000_001));
+    let outcome = BackupOutcome { reread_bytes, reread_by_ms, ..backup_outcome() };
+    golden("outcome.backup.reread", &Outcome::Backup(outcome));
     let changed_files = Some("read by pages, told by 12 WAL summaries since 0/1000028".to_owned());
     let outcome = BackupOutcome { changed_files, ..backup_outcome() };
     golden("outcome.backup.changed_files", &Outcome::Backup(outcome));
@@ -282,6 +285,8 @@ fn backup_outcome() -> BackupOutcome {
         read_bytes: 31_000_000,
         stored_bytes: 4_000_000,
         taken_over_bytes: 0,
+        reread_bytes: 0,
+        reread_by_ms: None,
         wal_bytes: 16_777_216,
         bad_pages: 0,
         compared_with: None,

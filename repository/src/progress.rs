@@ -9,6 +9,7 @@ pub struct Progress {
     bytes: AtomicU64,
     bytes_read: AtomicU64,
     bytes_skipped: AtomicU64,
+    bytes_reread: AtomicU64,
     bytes_taken_over: AtomicU64,
     bytes_stored: AtomicU64,
     vanished: AtomicU64,
@@ -26,6 +27,8 @@ pub struct ProgressSnapshot {
     pub bytes_read: u64,
     /// Bytes that were not read because nothing about their file changed; in a restore, bytes that were right already.
     pub bytes_skipped: u64,
+    /// Bytes that were read although nothing said that they had changed, because it was their turn.
+    pub bytes_reread: u64,
     /// Bytes that were read and not stored, because a backup that was interrupted had stored them.
     pub bytes_taken_over: u64,
     /// Bytes sent to the repository, or fetched from it.
@@ -45,6 +48,7 @@ impl Progress {
             bytes: read(&self.bytes),
             bytes_read: read(&self.bytes_read),
             bytes_skipped: read(&self.bytes_skipped),
+            bytes_reread: read(&self.bytes_reread),
             bytes_taken_over: read(&self.bytes_taken_over),
             bytes_stored: read(&self.bytes_stored),
             vanished: read(&self.vanished),
@@ -66,6 +70,10 @@ impl Progress {
 
     pub(crate) fn add_skipped(&self, count: u64) {
         self.bytes_skipped.fetch_add(count, Ordering::Relaxed);
+    }
+
+    pub(crate) fn add_reread(&self, count: u64) {
+        self.bytes_reread.fetch_add(count, Ordering::Relaxed);
     }
 
     pub(crate) fn add_taken_over(&self, count: u64) {

@@ -6,6 +6,7 @@ mod common;
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use common::{Bench, DAY_MS, NOW_MS, SECOND, Tree, noise};
 use repository::{
@@ -232,7 +233,7 @@ async fn what_is_said_to_be_unchanged_is_read_within_thirty_days() {
     tree.change("large", |file| file.content[700 * PAGE] ^= 1);
     tree.change("small", |file| file.content[0] ^= 1);
     tree.bytes_read();
-    let mut last = None;
+    let (mut last, mut reread) = (None, 0);
     for day in 1..=30 {
         for path in ["large", "small"] {
             tree.change(path, |file| file.mtime_ns += SECOND);
@@ -241,9 +242,45 @@ async fn what_is_said_to_be_unchanged_is_read_within_thirty_days() {
         let (summary, did) = back_up(&bench, &tree, NOW_MS + day * DAY_MS, options()).await;
         assert_eq!(did.silent_changes, 0, "times and sizes promised nothing");
         last = Some(summary);
+        reread += did.bytes_reread;
     }
     assert_eq!(tree.bytes_read(), LARGE as u64 + bytes(5), "everything once");
+    assert_eq!(reread, LARGE as u64 + bytes(5), "because it was its turn");
     assert_eq!(bench.restore(&last.unwrap()).await, tree.expected());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_asks_for_it_has_everything_read_within_two_days() {
+    let bench = Bench::new().await;
+    let tree = Arc::new(tree());
+    back_up(&bench, &tree, NOW_MS, options()).await;
+    let within_two_days = || WriteOptions { reread_within: Duration::from_hours(48), ..options() };
+    let mut reread = [0; 3];
+    for (day, reread) in (1..).zip(&mut reread) {
+        // Two pages of the large file are read in any case, and are no part of it.
+        tree.write("large", 0, b"X");
+        tree.write("large", LARGE - 1, b"X");
+        tree.change("small", |file| file.mtime_ns += SECOND);
+        told(&tree, "large", pages(&[0, LARGE / PAGE - 1]));
+        told(&tree, "small", Vec::new());
+        tree.bytes_read();
+        let (_, did) = back_up(&bench, &tree, NOW_MS + day * DAY_MS, within_two_days()).await;
+        *reread = did.bytes_reread;
+        assert!(tree.bytes_read() <= did.bytes_reread + bytes(2), "{did:?}");
+    }
+    let all = LARGE as u64 + bytes(5) - bytes(2);
+    let [first, second, third] = reread;
+    assert_eq!(first + second, all, "everything once");
+    assert_eq!(first, third, "and then the same again");
+    assert!(first > all / 6 && second > all / 6, "{reread:?}");
+    // No time has gone by, so it is nobody's turn; and what is read by order is read for no turn.
+    told(&tree, "large", Vec::new());
+    told(&tree, "small", Vec::new());
+    let (_, did) = back_up(&bench, &tree, NOW_MS + 3 * DAY_MS, within_two_days()).await;
+    assert_eq!(did.bytes_reread, 0);
+    let everything = WriteOptions { full_read: true, ..within_two_days() };
+    let (_, did) = back_up(&bench, &tree, NOW_MS + 9 * DAY_MS, everything).await;
+    assert_eq!((did.bytes_reread, did.bytes_skipped), (0, 0));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -281,7 +281,7 @@ async fn a_change_that_no_time_shows_is_found_within_thirty_days() {
         file.changed_at_read_ns = Some(file.mtime_ns + SECOND);
     });
     tree.bytes_read();
-    let (mut total, mut silent) = (0, 0);
+    let (mut total, mut silent, mut reread) = (0, 0, 0);
     let mut last = None;
     for day in 1..=30 {
         let options =
@@ -289,11 +289,13 @@ async fn a_change_that_no_time_shows_is_found_within_thirty_days() {
         let progress = Arc::clone(&options.progress);
         last = Some(bench.back_up_with(&tree, NOW_MS + day * DAY_MS, options).await.unwrap());
         silent += progress.snapshot().silent_changes;
+        reread += progress.snapshot().bytes_reread;
         let read = tree.bytes_read();
         assert!(read < 3 << 20, "day {day} reads its share only: {read}");
         total += read;
     }
     assert_eq!(total, 60 * 20_000 + (6 << 20), "everything once");
+    assert_eq!(reread, total, "because it was its turn");
     assert_eq!(silent, 2, "and each change that no time shows is counted, and no other");
     assert_eq!(bench.restore(&last.unwrap()).await, tree.expected());
 }

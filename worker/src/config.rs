@@ -4,6 +4,7 @@
 //! module parses and checks; it opens nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use camino::Utf8PathBuf;
 use proto::job::RATE_LIMIT_MIN_BYTES;
@@ -125,6 +126,9 @@ pub struct BackupConfig {
     /// How often a backup writes down what it has stored, seconds: so much work is lost at most when it is interrupted, or 3 %
     /// of what was done, if that is more. It does so after every GiB, too. 0 means whenever something new is stored.
     pub checkpoint_s: u32,
+    /// Days, 1 to 365, within which what backups take over unread is read once all the same, a share of it by each: what times
+    /// of files and WAL summaries did not tell is found then.
+    pub reread_days: u32,
     /// How much WAL a backup may make the server keep, bytes, at least 64 MiB. A repository that takes WAL more slowly
     /// than the server writes it ends the backup here. Four segments are always allowed.
     pub wal_held_max_bytes: u64,
@@ -147,10 +151,24 @@ impl Default for BackupConfig {
             rate_limit_bytes: None,
             census_s: 600,
             checkpoint_s: 60,
+            reread_days: 30,
             wal_held_max_bytes: 64 << 30,
             wal_free_min_bytes: None,
             standby_lag_max_s: 3_600,
         }
+    }
+}
+
+impl BackupConfig {
+    /// How many days of re-reading there may be.
+    pub const REREAD_DAYS: std::ops::RangeInclusive<u32> = 1..=365;
+    /// What is said of any other number.
+    pub const REREAD_DAYS_ARE: &str =
+        "1 to 365; a backup with --full-read reads everything at once";
+
+    /// Within which time everything is read again.
+    pub(crate) fn reread_within(&self) -> Duration {
+        Duration::from_hours(24 * u64::from(self.reread_days))
     }
 }
 
@@ -273,6 +291,10 @@ impl WorkerConfig {
             format!("backup.rate_limit_bytes: at least {RATE_LIMIT_MIN_BYTES} (1 MiB)"),
         );
         require(self.backup.processes <= 256, "backup.processes: 0 to 256".to_owned());
+        require(
+            BackupConfig::REREAD_DAYS.contains(&self.backup.reread_days),
+            format!("backup.reread_days: {}", BackupConfig::REREAD_DAYS_ARE),
+        );
         for root in &self.allow.restore_roots {
             require(
                 root.is_absolute() && root.components().count() > 1,
@@ -402,6 +424,18 @@ mod tests {
             assert_eq!(found.len(), problems, "{given}: {found:?}");
             assert!(found.iter().all(|problem| problem.contains("either key or passphrase")));
         }
+    }
+
+    #[test]
+    fn everything_is_read_again_within_a_day_to_a_year() {
+        for (days, is_right) in [(0, false), (1, true), (365, true), (366, false)] {
+            let given = format!("{SAMPLE}[backup]\nreread_days = {days}");
+            let problems = toml::from_str::<WorkerConfig>(&given).unwrap().problems();
+            assert_eq!(problems.is_empty(), is_right, "{days}: {problems:?}");
+            assert!(problems.iter().all(|problem| problem.contains("--full-read")), "{problems:?}");
+        }
+        let config: WorkerConfig = toml::from_str(SAMPLE).unwrap();
+        assert_eq!(config.backup.reread_within(), Duration::from_hours(720));
     }
 
     #[test]

@@ -229,7 +229,12 @@ async fn what_a_stopped_backup_had_stored_is_not_stored_again_and_the_outcome_sa
     assert!(done.stored_bytes < done.taken_over_bytes / 8, "{done:?}");
     let proof = house.prove(ProofLevel::L5).await;
     assert!(proof.passed, "{:#?}", proof.checks);
-    assert_eq!(house.back_up().await.taken_over_bytes, 0);
+    // All of it was read; of the next one most is not, and that is read again within the days that are configured.
+    assert_eq!((done.reread_bytes, done.reread_by_ms), (0, None));
+    house.config.backup.reread_days = 7;
+    let next = house.back_up().await;
+    assert_eq!(next.taken_over_bytes, 0);
+    assert_eq!(next.reread_by_ms, Some(next.started_at_ms + 7 * 24 * 3_600_000), "{next:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

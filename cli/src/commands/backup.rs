@@ -42,7 +42,9 @@ pub(crate) async fn alone(args: Backup, format: Output) -> Result<Exit, Failure>
     let cx = context(&args.cluster, Task::Backup(task.clone()));
     let interrupted = stopped_by_signals(&cx);
     let shown = tokio::spawn(show_progress(cx.clone()));
-    let (settings, by) = (BackupConfig::default(), repo::who());
+    let mut settings = BackupConfig::default();
+    settings.reread_days = args.reread_days.unwrap_or(settings.reread_days);
+    let by = repo::who();
     let (cluster, repository, config) = (&cluster, &repository, &settings);
     let (by, task) = (by.as_str(), &task);
     let done = match &task.pg_dump {

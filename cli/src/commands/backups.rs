@@ -90,6 +90,12 @@ fn details(backup: &BackupView) -> String {
         let taken_over = output::bytes(facts.taken_over_bytes);
         lines.push(format!("  taken over   {taken_over} from an interrupted backup"));
     }
+    if let Some(by_ms) = facts.reread_by_ms {
+        let (reread, by) = (output::bytes(facts.reread_bytes), output::time(by_ms));
+        lines.push(format!(
+            "  read again   {reread} that nothing said had changed; all that was taken over unread will be by {by}"
+        ));
+    }
     if let Some(at_ms) = backup.gone_at_ms {
         let since = output::ago(environment::now_ms(), Some(at_ms));
         lines.insert(
@@ -127,4 +133,31 @@ fn details(backup: &BackupView) -> String {
         }
     }
     lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// What is shown of a backup whose worker reported this.
+    fn shown(outcome: &str) -> String {
+        let outcome: Value = serde_json::from_str(outcome).unwrap();
+        let view = json!({
+            "id": outcome["backup"]["backup"], "cluster": "orders", "job": "018bcfe5-6800-7101-8101-010101010101",
+            "worker": "w1", "facts": outcome["backup"], "proof": null,
+        });
+        details(&serde_json::from_value(view).unwrap())
+    }
+
+    #[test]
+    fn what_was_read_again_is_shown_and_by_when_all_will_have_been() {
+        let text = shown(include_str!("../../../proto/tests/golden/outcome.backup.reread.json"));
+        let line = "  read again   302.7 KiB that nothing said had changed; all that was taken over unread will be by \
+                    1970-01-31T00:00:00Z";
+        assert!(text.lines().any(|shown| shown == line), "{text}");
+        let text = shown(include_str!("../../../proto/tests/golden/outcome.backup.json"));
+        assert!(!text.contains("read again"), "{text}");
+    }
 }

@@ -504,6 +504,8 @@ fn backup_row(n: u8, at_ms: i64) -> backups::Backup {
         read_bytes: 1_000,
         stored_bytes: 100,
         taken_over_bytes: 0,
+        reread_bytes: 0,
+        reread_by_ms: None,
         wal_bytes: 16,
         bad_pages: 0,
         compared_with: None,

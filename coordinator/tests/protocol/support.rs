@@ -660,6 +660,8 @@ pub(crate) fn backup_outcome(attempt: AttemptId) -> Outcome {
         read_bytes: 1_000,
         stored_bytes: 100,
         taken_over_bytes: 0,
+        reread_bytes: 0,
+        reread_by_ms: None,
         wal_bytes: 16,
         bad_pages: 0,
         compared_with: None,

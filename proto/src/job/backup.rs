@@ -96,6 +96,14 @@ pub struct BackupOutcome {
     /// Bytes that were read and not stored, because an attempt that was interrupted had stored them.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub taken_over_bytes: u64,
+    /// Bytes of files that were read although nothing said that they had changed, because it was their turn: a share is read
+    /// again by each backup.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub reread_bytes: u64,
+    /// By when all that this backup took over unread will have been read again, if backups go on, Unix milliseconds. Absent
+    /// where everything was read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reread_by_ms: Option<i64>,
     /// Bytes of WAL stored with the backup, before compression.
     pub wal_bytes: u64,
     /// Pages that failed their checksum, stored as they are.

@@ -37,6 +37,8 @@ pub(super) struct Job {
     pub(super) begun: Option<Old>,
     /// Units that differ from the predecessor's; all may where that is not known.
     pub(super) needed: Option<Needed>,
+    /// The units that would have to be read if it were not its turn to be read whole; `None` where it is not.
+    pub(super) its_turn: Option<Needed>,
     /// Its file has not changed, says its inode.
     pub(super) claims_unchanged: bool,
     /// What was read already, of a stream.
@@ -212,7 +214,7 @@ impl<'a> Copier<'a> {
         self.waiting.push_back(copied);
         // Units that are not what they were, and such as are but lie in a damaged pack.
         let (mut changed, mut lost) = (0_u64, 0_u64);
-        let mut taken_over = 0;
+        let (mut taken_over, mut reread) = (0, 0);
         let (mut done, mut unread) = (0_u64, 0_u64);
         // The next unit.
         let mut number = 0;
@@ -251,6 +253,11 @@ impl<'a> Copier<'a> {
                 let hash = self.detection.hash(&self.frame[at..end]);
                 copied.hashes.extend_from_slice(&hash);
                 let is_same = |unit: &&OldUnit| unit.bytes == end - at && unit.hash == hash;
+                if job.its_turn.is_some_and(|touched| !touched.contains(number))
+                    && known.get(number).is_some()
+                {
+                    reread += (end - at) as u64;
+                }
                 let same = known.get(number).filter(is_same);
                 let stored = stored.get(number).filter(is_same);
                 number += 1;
@@ -288,6 +295,7 @@ impl<'a> Copier<'a> {
         }
         self.progress.add_bytes(done);
         self.progress.add_taken_over(taken_over);
+        self.progress.add_reread(reread);
         self.progress.add_skipped(unread);
         let listed = (job.entry.mtime_ns, job.entry.ctime_ns);
         // Whoever wrote to it since it was listed has done so openly.

@@ -65,6 +65,9 @@ pub struct WriteOptions {
     pub full_read: bool,
     /// Files that are read again whatever their times and changes say: something is known to be wrong with them.
     pub read_again: HashSet<Vec<u8>>,
+    /// In such a time everything that is taken over unread is read once all the same, a share of it by each backup: what its
+    /// times or its changes did not tell is found then.
+    pub reread_within: Duration,
     /// Names the node, file system and timeline the files are on. Files are skipped by their times only when the
     /// predecessor has an equal one; `None` reads everything.
     pub continuity: Option<String>,
@@ -87,6 +90,7 @@ impl Default for WriteOptions {
             level: 3,
             full_read: false,
             read_again: HashSet::new(),
+            reread_within: Duration::from_hours(30 * 24),
             continuity: None,
             checkpoint_every: Duration::from_mins(1),
             pack_bytes: PACK_BYTES,
@@ -173,9 +177,9 @@ impl Attempt {
         let reread = match &self.predecessor {
             Some(old) => {
                 let elapsed_ms = self.intent.began_at_ms.saturating_sub(old.root.head.began_at_ms);
-                Reread::since(old.root.head.reread_from, elapsed_ms)
+                Reread::since(old.root.head.reread_from, elapsed_ms, options.reread_within)
             }
-            None => Reread::since(0, 0),
+            None => Reread::NOTHING,
         };
         Ok(BackupWriter {
             repository,
@@ -267,7 +271,7 @@ impl BackupWriter {
             .files
             .take()
             .ok_or_else(|| Error::Bug("a backup is finished before its files".into()))?;
-        let (reread, read_again) = (Reread::since(0, 0), HashSet::new());
+        let (reread, read_again) = (Reread::NOTHING, HashSet::new());
         // It is compared with nothing.
         let spoilt = Arc::default();
         let trust =

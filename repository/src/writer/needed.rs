@@ -12,6 +12,8 @@ const WORDS: usize = SHARD_UNITS as usize / WORD;
 pub(super) struct Needed([u64; WORDS]);
 
 impl Needed {
+    pub(super) const NOTHING: Self = Self([0; WORDS]);
+
     /// The units that `ranges` of the file touch, in the stretch of `length` bytes at `start`.
     pub(super) fn touched_by(
         ranges: &[Range<u64>],
@@ -19,7 +21,7 @@ impl Needed {
         length: u64,
         unit_bytes: u32,
     ) -> Self {
-        let mut needed = Self([0; WORDS]);
+        let mut needed = Self::NOTHING;
         let unit_bytes = u64::from(unit_bytes);
         let end = start + length;
         let first = ranges.partition_point(|range| range.end <= start);

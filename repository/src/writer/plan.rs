@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, HashSet};
 use std::io::{self, Read};
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use crossbeam_channel::{Receiver, Sender};
@@ -53,7 +54,7 @@ impl Trust {
 }
 
 /// The share of unchanged stretches that is read all the same: those whose number lies in a window that moves round once
-/// in 30 days.
+/// in the time that [`WriteOptions::reread_within`](super::WriteOptions::reread_within) says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Reread {
     from: u32,
@@ -61,13 +62,15 @@ pub(super) struct Reread {
 }
 
 impl Reread {
-    const ROUND_MS: u64 = 30 * 24 * 3600 * 1000;
     const WHOLE: u64 = 1 << 32;
+    pub(super) const NOTHING: Self = Self { from: 0, share: 0 };
 
-    pub(super) fn since(from: u32, elapsed_ms: i64) -> Self {
-        let elapsed_ms = u64::try_from(elapsed_ms).unwrap_or(0).min(Self::ROUND_MS);
+    pub(super) fn since(from: u32, elapsed_ms: i64, round: Duration) -> Self {
+        let round_ms = round.as_millis().max(1);
+        let elapsed_ms = u128::try_from(elapsed_ms).unwrap_or(0).min(round_ms);
         // Rounded up, so that frequent backups cannot add up to less than a round.
-        Self { from, share: (elapsed_ms * Self::WHOLE).div_ceil(Self::ROUND_MS) }
+        let share = (elapsed_ms * u128::from(Self::WHOLE)).div_ceil(round_ms);
+        Self { from, share: u64::try_from(share).unwrap_or(Self::WHOLE) }
     }
 
     /// Where the next backup begins.
@@ -177,10 +180,10 @@ impl<'a> Planner<'a> {
         let begun = self.begun(&entry.path)?;
         // Times and size say it all, where they may be believed.
         let goes_on = may_skip && !trusted && self.trust.changes && known.is_some();
-        let changes = entry.changes.take().filter(|_| goes_on);
+        let told = entry.changes.take().filter(|_| goes_on);
         let named = known.or(begun.as_ref().and_then(Old::file));
-        let unit_bytes = unit_bytes(&entry, named, changes.is_some());
-        let spared = |file| changes.as_ref().is_some_and(|ranges| spare(ranges, &entry, file));
+        let unit_bytes = unit_bytes(&entry, named, told.is_some());
+        let spared = |file| told.as_ref().is_some_and(|ranges| spare(ranges, &entry, file));
         if let Some(file) = known.filter(|file| trusted || spared(file)) {
             let pieces = match &file.content {
                 Content::Inline(_) => 1,
@@ -205,7 +208,7 @@ impl<'a> Planner<'a> {
         let pieces = if inline { 1 } else { units.div_ceil(u64::from(SHARD_UNITS)) };
         // What is read to its end, because all of it is due, is what its times say.
         let changes =
-            changes.filter(|_| !(0..pieces).all(|piece| reread.covers(&entry.path, piece)));
+            told.as_ref().filter(|_| !(0..pieces).all(|piece| reread.covers(&entry.path, piece)));
         let stamp = if changes.is_some() { not_as_read(stamp) } else { stamp };
         let body = Body::File(FileBody { size_bytes: 0, stamp, unit_bytes, content });
         let head = Entry { path: entry.path.clone(), mode: entry.mode, body };
@@ -220,10 +223,13 @@ impl<'a> Planner<'a> {
             let start = piece * piece_bytes;
             let length = (entry.size_bytes - start).min(piece_bytes);
             let is_due = reread.covers(&entry.path, piece);
-            let needed = changes
-                .as_ref()
-                .filter(|_| !is_due)
-                .map(|ranges| Needed::touched_by(ranges, start, length, unit_bytes));
+            let touched = |ranges: &Vec<_>| Needed::touched_by(ranges, start, length, unit_bytes);
+            let needed = changes.filter(|_| !is_due).map(touched);
+            let its_turn = match &told {
+                _ if !is_due => None,
+                Some(ranges) => Some(touched(ranges)),
+                None => trusted.then_some(Needed::NOTHING),
+            };
             if (trusted && !is_due || needed.is_some_and(|needed| needed.is_empty()))
                 && let Some(reference) =
                     comparable.as_ref().and_then(|old| kept(old, start, length))
@@ -245,6 +251,7 @@ impl<'a> Planner<'a> {
                 old: comparable.clone(),
                 begun: begun.clone(),
                 needed,
+                its_turn,
                 claims_unchanged: trusted,
                 read: None,
             };
@@ -305,6 +312,7 @@ impl<'a> Planner<'a> {
                 old: comparable.clone(),
                 begun: stored.clone(),
                 needed: None,
+                its_turn: None,
                 claims_unchanged: false,
                 read: Some(Stretch { bytes: Bytes::from(bytes), room }),
             };
@@ -421,28 +429,35 @@ mod tests {
     }
 
     #[test]
-    fn everything_is_read_again_within_thirty_days() {
+    fn everything_is_read_again_once_within_the_days_that_are_asked_for() {
         let day_ms = 24 * 3600 * 1000;
-        let mut from = 7;
-        let mut unread: Vec<u64> = (0..5000).collect();
-        let mut least = usize::MAX;
-        for _ in 0..30 {
-            let reread = Reread::since(from, day_ms);
-            let before = unread.len();
-            unread.retain(|piece| !reread.covers(b"base/1/2", *piece));
-            least = least.min(before - unread.len());
-            from = reread.next();
+        for days in [1_u32, 7, 30, 365] {
+            let round = Duration::from_hours(24 * u64::from(days));
+            let mut from = 7;
+            let mut unread: Vec<u64> = (0..20_000).collect();
+            let (all, mut least) = (unread.len(), usize::MAX);
+            for _ in 0..days {
+                let reread = Reread::since(from, day_ms, round);
+                let before = unread.len();
+                unread.retain(|piece| !reread.covers(b"base/1/2", *piece));
+                least = least.min(before - unread.len());
+                from = reread.next();
+            }
+            assert!(unread.is_empty(), "{days} days: {unread:?}");
+            let share = all / days as usize;
+            assert!(least > share / 3, "the load is spread over {days} days: {least} of {share}");
         }
-        assert!(unread.is_empty(), "{unread:?}");
-        assert!(least > 100, "the load is spread over the days: {least}");
     }
 
     #[test]
     fn no_time_rereads_nothing_and_much_time_everything() {
         let covered =
             |reread: Reread| (0..1000).filter(|piece| reread.covers(b"x", *piece)).count();
-        assert_eq!(covered(Reread::since(5, 0)), 0);
-        assert_eq!(covered(Reread::since(5, -9)), 0);
-        assert_eq!(covered(Reread::since(5, i64::MAX)), 1000);
+        let since = |elapsed_ms| Reread::since(5, elapsed_ms, Duration::from_hours(30 * 24));
+        assert_eq!(covered(since(0)), 0);
+        assert_eq!(covered(since(-9)), 0);
+        assert_eq!(covered(since(i64::MAX)), 1000);
+        assert_eq!(covered(Reread::since(5, 1, Duration::ZERO)), 1000, "no round takes no time");
+        assert_eq!(covered(Reread::NOTHING), 0);
     }
 }

@@ -29,6 +29,7 @@ pub(super) fn as_ordered(
         ),
         nice: config.nice,
         level: task.compression_level.unwrap_or(config.compression_level),
+        reread_within: config.reread_within(),
         checkpoint_every: Duration::from_secs(config.checkpoint_s.into()),
         progress: Arc::clone(progress),
         cancel: cx.cancel.clone(),

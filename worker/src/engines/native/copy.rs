@@ -176,6 +176,7 @@ async fn from_attempt(
                 step.figure("files", done.files);
                 step.figure("read_bytes", done.bytes_read);
                 step.figure("unread_bytes", done.bytes_skipped);
+                step.figure("reread_bytes", done.bytes_reread);
                 step.figure("stored_bytes", done.bytes_stored);
                 step.figure("taken_over_bytes", done.bytes_taken_over);
                 step.figure("vanished_files", done.vanished);
@@ -281,12 +282,20 @@ async fn from_attempt(
         read_bytes: progress.snapshot().bytes_read,
         stored_bytes: summary.counts.stored_bytes,
         taken_over_bytes: progress.snapshot().bytes_taken_over,
+        reread_bytes: progress.snapshot().bytes_reread,
+        reread_by_ms: reread_by(request.config, started_at_ms, progress.snapshot().bytes_skipped),
         wal_bytes: wal.bytes(),
         bad_pages: found.bad_page_count,
         compared_with: summary.predecessor,
         changed_files: summary.predecessor.map(|_| changed_files),
         logical: None,
     })
+}
+
+/// By when what a backup took over unread will have been read, if backups go on.
+fn reread_by(config: &BackupConfig, started_at_ms: i64, unread_bytes: u64) -> Option<i64> {
+    let within_ms = i64::try_from(config.reread_within().as_millis()).unwrap_or(i64::MAX);
+    (unread_bytes > 0).then(|| started_at_ms.saturating_add(within_ms))
 }
 
 /// What is known from the backup before.

@@ -176,6 +176,8 @@ async fn from_attempt(
         read_bytes: progress.snapshot().bytes_read,
         stored_bytes: summary.counts.stored_bytes,
         taken_over_bytes: progress.snapshot().bytes_taken_over,
+        reread_bytes: 0,
+        reread_by_ms: None,
         wal_bytes: 0,
         bad_pages: 0,
         compared_with: summary.predecessor,
