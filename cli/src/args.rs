@@ -89,7 +89,7 @@ pub enum Command {
     /// Look at clusters.
     #[command(subcommand)]
     Cluster(ClusterCommand),
-    /// Look at backups and their proofs.
+    /// Look at backups and their proofs, give backups up, hold them.
     #[command(subcommand)]
     Backups(BackupsCommand),
     /// Look at jobs, follow, stop and repeat them.
@@ -512,6 +512,58 @@ pub enum BackupsCommand {
         /// The backup.
         backup: BackupId,
     },
+    /// Give a backup up: its space is freed by a later `repo gc`.
+    ///
+    /// The same as `repo delete`. Refused for the newest backup, for the newest one that was proved, and for one that is held. A
+    /// coordinator has no key and gives nothing up: without --repository it only says where the backup is.
+    Delete {
+        /// Which backup.
+        #[command(flatten)]
+        at: BackupAt,
+        /// Why; kept in the repository.
+        #[arg(long, value_name = "TEXT", default_value = "")]
+        why: String,
+        /// Give up what cannot be used and keeps `repo gc` from working, see `repo delete`.
+        #[arg(long)]
+        damaged: bool,
+    },
+    /// Take back that a backup was given up, while it is there. The same as `repo undelete`.
+    Undelete {
+        /// Which backup.
+        #[command(flatten)]
+        at: BackupAt,
+        /// Why; kept in the repository.
+        #[arg(long, value_name = "TEXT", default_value = "")]
+        why: String,
+    },
+    /// Keep a backup from being given up until it is released. The same as `repo hold`.
+    Hold {
+        /// Which backup.
+        #[command(flatten)]
+        at: BackupAt,
+        /// Why; kept in the repository.
+        #[arg(long, value_name = "TEXT", default_value = "")]
+        why: String,
+    },
+    /// End the hold of a backup. The same as `repo release`.
+    Release {
+        /// Which backup.
+        #[command(flatten)]
+        at: BackupAt,
+    },
+}
+
+/// A backup, and what it takes to write a wish beside it.
+#[derive(Debug, Args)]
+pub struct BackupAt {
+    /// The backup.
+    pub backup: BackupId,
+    /// The repository it is in: `file:///path` or `s3://bucket/prefix`.
+    #[arg(long, value_name = "URL", requires = "MaybeOpenerArgs")]
+    pub repository: Option<String>,
+    /// What opens it.
+    #[command(flatten)]
+    pub opener: MaybeOpenerArgs,
 }
 
 /// `job …`.

@@ -115,6 +115,20 @@ impl Place {
         Command::new(env!("CARGO_BIN_EXE_pgmuster")).args(arguments).env_clear().output().unwrap()
     }
 
+    /// `backups VERB N`-th ….
+    fn backups(&self, verb: &str, n: usize, rest: &[&str]) -> Output {
+        let backup = self.backups[n].to_string();
+        let arguments = [&["backups", verb, backup.as_str()], rest].concat();
+        Command::new(env!("CARGO_BIN_EXE_pgmuster")).args(arguments).env_clear().output().unwrap()
+    }
+
+    /// The same with the repository and its key.
+    fn backups_there(&self, verb: &str, n: usize, rest: &[&str]) -> Output {
+        let (url, key) = (self.url("main"), self.key());
+        let there = ["--repository", url.as_str(), "--key", key.as_str()];
+        self.backups(verb, n, &[&there, rest].concat())
+    }
+
     /// Restores into a directory of its own.
     fn restore(&self, into: &str, rest: &[&str]) -> Output {
         let (url, key) = (self.url("main"), self.key());
@@ -202,6 +216,37 @@ async fn a_plan_says_what_goes_what_stays_and_why() {
     ends(&place.repo("gc", &["--confirm-large"]), 0);
     assert!(!place.papers(0).join("manifest").exists());
     ends(&place.repo("undelete", &[&id]), 6);
+}
+
+#[tokio::test]
+async fn a_backup_is_given_up_and_held_by_its_id_where_its_repository_and_key_are_named() {
+    let place = Place::new().await;
+    let wish = |n: usize| {
+        let rows = json(&place.repo("list", &["-o", "json"]), 0);
+        let id = place.backups[n].to_string();
+        rows.as_array().unwrap().iter().find(|row| row["backup"] == *id).unwrap()["wish"].clone()
+    };
+    let held = ends(&place.backups_there("hold", 0, &["--why", "an audit"]), 0);
+    assert!(held.contains("is held until `pgmuster backups release`"), "{held}");
+    assert_eq!(wish(0), "held");
+    let refused = ends(&place.backups_there("delete", 0, &[]), 7);
+    assert!(refused.contains("it is held"), "{refused}");
+    ends(&place.backups_there("release", 0, &[]), 0);
+    ends(&place.backups_there("delete", 0, &["--why", "too old"]), 0);
+    assert_eq!(wish(0), "given up");
+    ends(&place.backups_there("undelete", 0, &[]), 0);
+    assert_eq!(wish(0), Value::Null);
+    let refused = ends(&place.backups_there("delete", 2, &[]), 7);
+    assert!(refused.contains("it is the newest one"), "{refused}");
+    ends(&place.backups_there("delete", 0, &["--damaged"]), 7);
+
+    // Without them nothing is done; no coordinator is there that could say where it is.
+    let told = ends(&place.backups("delete", 0, &[]), 8);
+    assert!(told.contains("--repository URL --key FILE"), "{told}");
+    // Half of it is an incomplete command line.
+    ends(&place.backups("delete", 0, &["--repository", &place.url("main")]), 2);
+    ends(&place.backups("delete", 0, &["--key", &place.key()]), 2);
+    assert_eq!(wish(0), Value::Null);
 }
 
 #[tokio::test]

@@ -79,6 +79,13 @@ async fn wrong_orders_are_refused_with_a_code_a_hint_and_an_exit_code() -> anyho
     let absent = format!("file://{}", fleet.path("absent").display());
     let done = fleet.run(&["repo", "list", &absent, "--key", text(&key)?])?;
     says(&done, 6, "REPOSITORY_MISSING")?;
+    // A coordinator gives nothing up; it says where the backup is.
+    let backups = fleet.json(&["backups", "list", "orders", "-o", "json"])?;
+    let id = backups[0]["id"].as_str().unwrap_or_default();
+    let done = fleet.run(&["backups", "delete", id])?;
+    says(&done, 2, "REQUEST_INVALID")?;
+    let there = format!("pgmuster backups delete {id} --repository '{url}' --key FILE");
+    ensure!(done.stderr.contains(&there), "{done}");
     for list in [&["backups", "list", "nowhere"][..], &["job", "list", "--cluster", "nowhere"]] {
         says(&fleet.run(list)?, 6, "CLUSTER_UNKNOWN")?;
     }

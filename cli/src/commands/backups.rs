@@ -1,22 +1,25 @@
-//! `backups list` and `backups show`.
+//! `backups …`: what the coordinator knows of backups, and wishes for one, which only its repository and key can take.
 
 use coordinator::api::types::BackupView;
 use proto::near::did_you_mean;
-use proto::{Action, Code, Failure};
+use proto::{Action, BackupId, Code, Failure};
 
-use crate::args::{BackupsCommand, Output};
+use crate::args::{BackupAt, BackupsCommand, Output};
 use crate::client::Client;
+use crate::commands::repo::{self, Deed, Named};
 use crate::exit::Exit;
+use crate::opener::Opener;
 use crate::{environment, output};
 
 /// `backups …`.
 pub(crate) async fn run(
-    client: &Client,
+    client: impl Fn() -> Result<Client, Failure>,
     command: BackupsCommand,
     format: Output,
 ) -> Result<Exit, Failure> {
     match command {
         BackupsCommand::List { cluster } => {
+            let client = &client()?;
             let query =
                 cluster.as_ref().map_or(String::new(), |cluster| format!("?cluster={cluster}"));
             let backups: Vec<BackupView> = client.get(&format!("/v1/backups{query}")).await?;
@@ -26,18 +29,76 @@ pub(crate) async fn run(
             output::show(format, &backups, |rows| table(rows));
         }
         BackupsCommand::Show { backup } => {
-            let backups: Vec<BackupView> = client.get("/v1/backups?limit=1000").await?;
-            let ids: Vec<String> = backups.iter().map(|view| view.id.to_string()).collect();
-            let found = backups.into_iter().find(|view| view.id == backup).ok_or_else(|| {
-                let meant = did_you_mean(&backup.to_string(), ids.iter().map(String::as_str));
-                let message = format!("the catalog knows no backup {backup}{meant}");
-                Failure::new(Code::BackupUnknown, Action::FixConfig, message)
-                    .with_hint("pgmuster backups list shows the newest; pgmuster repo list asks the repository itself.")
-            })?;
-            output::show(format, &found, details);
+            output::show(format, &find(&client()?, backup).await?, details);
         }
+        BackupsCommand::Delete { at, why, damaged } => {
+            wish(client, at, Deed::Delete { damaged }, why).await?;
+        }
+        BackupsCommand::Undelete { at, why } => wish(client, at, Deed::Undelete, why).await?,
+        BackupsCommand::Hold { at, why } => wish(client, at, Deed::Hold, why).await?,
+        BackupsCommand::Release { at } => wish(client, at, Deed::Release, String::new()).await?,
     }
     Ok(Exit::Ok)
+}
+
+async fn find(client: &Client, backup: BackupId) -> Result<BackupView, Failure> {
+    let backups: Vec<BackupView> = client.get("/v1/backups?limit=1000").await?;
+    let ids: Vec<String> = backups.iter().map(|view| view.id.to_string()).collect();
+    backups.into_iter().find(|view| view.id == backup).ok_or_else(|| {
+        let meant = did_you_mean(&backup.to_string(), ids.iter().map(String::as_str));
+        let message = format!("the catalog knows no backup {backup}{meant}");
+        Failure::new(Code::BackupUnknown, Action::FixConfig, message)
+            .with_hint("pgmuster backups list shows the newest; pgmuster repo list asks the repository itself.")
+    })
+}
+
+/// Writes a wish beside a backup, as `repo` does.
+async fn wish(
+    client: impl Fn() -> Result<Client, Failure>,
+    at: BackupAt,
+    deed: Deed,
+    why: String,
+) -> Result<(), Failure> {
+    let BackupAt { backup, repository, opener } = at;
+    match (repository, Opener::read_if_any(&opener)?) {
+        (Some(url), Some(opener)) => {
+            let repository = Named { url, opener }.open().await?;
+            repo::wish(&repository, backup, deed, why).await
+        }
+        _ => Err(elsewhere(client, backup, deed).await),
+    }
+}
+
+/// What is said where the repository was not: where the backup is, and what to type.
+async fn elsewhere(
+    client: impl Fn() -> Result<Client, Failure>,
+    backup: BackupId,
+    deed: Deed,
+) -> Failure {
+    let verb = deed.verb();
+    let type_this = |repository: &str| {
+        format!("pgmuster backups {verb} {backup} --repository {repository} --key FILE")
+    };
+    let found = async { find(&client()?, backup).await };
+    match found.await {
+        Ok(BackupView { cluster, facts, .. }) => {
+            let repository = &facts.repository;
+            let what = format!(
+                "backup {backup} of {cluster} is in {repository}, and the coordinator has no key to it"
+            );
+            // An URL may have characters that mean something to a shell.
+            let hint = format!("Type `{}`.", type_this(&format!("'{repository}'")));
+            Failure::new(Code::RequestInvalid, Action::FixConfig, what).with_hint(hint)
+        }
+        Err(failure) => {
+            let hint = format!(
+                "{} Whoever has the repository and its key needs no coordinator: `{}`.",
+                failure.hint,
+                type_this("URL")
+            );
+            failure.with_hint(hint)
+        }
+    }
 }
 
 fn table(backups: &[BackupView]) -> String {

@@ -57,7 +57,7 @@ pub(crate) async fn run(cli: Cli) -> Result<Exit, Failure> {
         }
         Command::Status => status::run(&client()?, format).await,
         Command::Cluster(command) => cluster::run(&client()?, command, format).await,
-        Command::Backups(command) => backups::run(&client()?, command, format).await,
+        Command::Backups(command) => backups::run(client, command, format).await,
         Command::Job(command) => job::run(&client()?, command, format).await,
         Command::Repo(command) => repo::run(command, format).await,
         Command::Wal(command) => wal::run(command).await,

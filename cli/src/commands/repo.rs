@@ -102,33 +102,19 @@ pub(crate) async fn run(command: RepoCommand, format: Output) -> Result<Exit, Fa
         }
         RepoCommand::Delete { at, backup, why, damaged } => {
             let repository = open(&at.url, &at.opener).await?;
-            if damaged {
-                forget_damaged(&repository, backup, &wish(why)).await?;
-            } else {
-                let lineage = lineage_of(&repository, backup).await?;
-                repository.forget(lineage, backup, &wish(why)).await?;
-            }
-            output::talk(&format!(
-                "Backup {backup} is given up. From tomorrow on, `pgmuster repo gc` frees its space."
-            ));
+            wish(&repository, backup, Deed::Delete { damaged }, why).await?;
         }
         RepoCommand::Undelete { at, backup, why } => {
             let repository = open(&at.url, &at.opener).await?;
-            let lineage = lineage_of(&repository, backup).await?;
-            repository.remember(lineage, backup, &wish(why)).await?;
-            output::talk(&format!("Backup {backup} is whole, and stays."));
+            wish(&repository, backup, Deed::Undelete, why).await?;
         }
         RepoCommand::Hold { at, backup, why } => {
             let repository = open(&at.url, &at.opener).await?;
-            let lineage = lineage_of(&repository, backup).await?;
-            repository.hold(lineage, backup, &wish(why)).await?;
-            output::talk(&format!("Backup {backup} is held until `pgmuster repo release`."));
+            wish(&repository, backup, Deed::Hold, why).await?;
         }
         RepoCommand::Release { at, backup } => {
             let repository = open(&at.url, &at.opener).await?;
-            let lineage = lineage_of(&repository, backup).await?;
-            repository.release(lineage, backup, &wish(String::new())).await?;
-            output::talk(&format!("Backup {backup} is not held any more."));
+            wish(&repository, backup, Deed::Release, String::new()).await?;
         }
         RepoCommand::Check(args) => return super::repo_check::run(args, format).await,
         RepoCommand::Gc {
@@ -162,8 +148,63 @@ pub(crate) async fn run(command: RepoCommand, format: Output) -> Result<Exit, Fa
     Ok(Exit::Ok)
 }
 
-fn wish(why: String) -> Wish {
-    Wish { by: who(), why, at_ms: environment::now_ms() }
+/// What somebody wishes for a backup.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Deed {
+    Delete {
+        /// What cannot be used.
+        damaged: bool,
+    },
+    Undelete,
+    Hold,
+    Release,
+}
+
+impl Deed {
+    /// The command of `repo` and of `backups`.
+    pub(crate) fn verb(self) -> &'static str {
+        match self {
+            Self::Delete { .. } => "delete",
+            Self::Undelete => "undelete",
+            Self::Hold => "hold",
+            Self::Release => "release",
+        }
+    }
+}
+
+/// Writes a wish beside a backup, and says what follows from it.
+pub(crate) async fn wish(
+    repository: &Repository,
+    backup: BackupId,
+    deed: Deed,
+    why: String,
+) -> Result<(), Failure> {
+    let wish = Wish { by: who(), why, at_ms: environment::now_ms() };
+    let lineage = async || lineage_of(repository, backup).await;
+    let said = match deed {
+        Deed::Delete { damaged } => {
+            if damaged {
+                forget_damaged(repository, backup, &wish).await?;
+            } else {
+                repository.forget(lineage().await?, backup, &wish).await?;
+            }
+            "is given up. From tomorrow on, `pgmuster repo gc` frees its space"
+        }
+        Deed::Undelete => {
+            repository.remember(lineage().await?, backup, &wish).await?;
+            "is whole, and stays"
+        }
+        Deed::Hold => {
+            repository.hold(lineage().await?, backup, &wish).await?;
+            "is held until `pgmuster backups release`"
+        }
+        Deed::Release => {
+            repository.release(lineage().await?, backup, &wish).await?;
+            "is not held any more"
+        }
+    };
+    output::talk(&format!("Backup {backup} {said}."));
+    Ok(())
 }
 
 /// Who does this, for people who look at it later.
