@@ -3,8 +3,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 fn pgmuster(arguments: &[&str]) -> Output {
@@ -124,4 +125,87 @@ fn the_key_is_on_disk_before_there_is_a_repository_that_needs_it() {
     let made = init(&url, &key);
     assert!(made.status.success(), "{}", said(&made));
     assert!(config.exists(), "the file whose absence was looked at is the one that counts");
+}
+
+/// Every file below a directory, and its bytes.
+fn content(at: &Path, found: &mut BTreeMap<PathBuf, Vec<u8>>) {
+    for entry in std::fs::read_dir(at).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            content(&path, found);
+        } else {
+            found.insert(path.clone(), std::fs::read(path).unwrap());
+        }
+    }
+}
+
+/// A later program wrote there. Whatever this one is asked for, it says so, what to do, and leaves everything as it is.
+#[test]
+fn a_repository_of_a_later_program_is_refused_by_every_command_and_stays_as_it_is() {
+    let place = tempfile::tempdir().unwrap();
+    let at = |name: &str| place.path().join(name).display().to_string();
+    let (main, other) = (format!("file://{}", at("main")), format!("file://{}", at("other")));
+    let (key, new) = (at("key"), at("new.key"));
+    init(&main, Path::new(&key));
+    let made = pgmuster(&["repo", "copy", &main, &other, "--key", &key]);
+    assert!(made.status.success(), "{}", said(&made));
+    std::fs::write(at("segment"), "").unwrap();
+    let (segment, into, fetched) = (at("segment"), at("into"), at("fetched"));
+    let id = "01a204d8-6ebc-7d03-9f25-5ecb5b99e2db";
+    let server = "host=127.0.0.1 port=1 user=nobody";
+    let commands: &[&[&str]] = &[
+        &["repo", "list", &main],
+        &["repo", "check", &main],
+        &["repo", "gc", &main],
+        &["repo", "gc", &main, "--plan"],
+        &["repo", "delete", &main, id],
+        &["repo", "delete", &main, id, "--damaged"],
+        &["repo", "undelete", &main, id],
+        &["repo", "hold", &main, id],
+        &["repo", "release", &main, id],
+        &["repo", "copy", &main, &other],
+        &["repo", "copy", &other, &main],
+        &["repo", "key", "list", &main],
+        &["repo", "key", "add", &main, "--new-key", &new],
+        &["repo", "key", "rotate", &main, "--new-key", &new],
+        &["repo", "key", "retire", &main, "open"],
+        &["repo", "key", "check", &main],
+        &["backups", "delete", id, "--repository", &main],
+        &["backups", "undelete", id, "--repository", &main],
+        &["backups", "hold", id, "--repository", &main],
+        &["backups", "release", id, "--repository", &main],
+        &["recovery", "windows", &main],
+        &["restore", "--repository", &main, "--into", &into],
+        &["restore", "--repository", &main, "--into", &into, "--to", "latest"],
+        &["backup", "orders", "--server", server, "--repository", &main],
+        &["wal", "push", &segment, "--repository", &main, "--cluster", "orders"],
+    ];
+    let config = place.path().join("main/config");
+    let whole = std::fs::read_to_string(&config).unwrap();
+    for (from, to, what) in [
+        (r#""format":1"#, r#""format":2"#, "it has format 2, and this program reads up to 1"),
+        (r#""read":[]"#, r#""read":["sealed-notes"]"#, r#"reading it needs "sealed-notes""#),
+    ] {
+        let later = whole.replace(from, to);
+        assert_ne!(later, whole);
+        std::fs::write(&config, later).unwrap();
+        let (mut before, mut after) = (BTreeMap::new(), BTreeMap::new());
+        content(place.path(), &mut before);
+        for command in commands {
+            let output = pgmuster(&[*command, &["--key", key.as_str()]].concat());
+            refused(&output, 5, "REPOSITORY_VERSION");
+            assert!(said(&output).contains(what), "{command:?}: {}", said(&output));
+            assert!(said(&output).contains("at least as new"), "{command:?}: {}", said(&output));
+        }
+        // 200 is what PostgreSQL takes for no end of its log.
+        let get = ["wal", "get", "000000010000000000000001", &fetched, "--repository", &main];
+        let output = pgmuster(&[&get[..], &["--cluster", "orders", "--key", &key]].concat());
+        assert_eq!(output.status.code(), Some(200), "{}", said(&output));
+        assert!(said(&output).contains(what), "{}", said(&output));
+        content(place.path(), &mut after);
+        assert_eq!(after.keys().collect::<Vec<_>>(), before.keys().collect::<Vec<_>>());
+        assert!(after == before, "some of it was changed");
+    }
+    std::fs::write(&config, whole).unwrap();
+    assert!(list(&main, Path::new(&key)).status.success());
 }

@@ -510,3 +510,65 @@ async fn a_copy_of_what_is_there_lists_its_packs_once_and_repairs_all_the_same()
     assert_eq!((sent, counted(&store.packs), counted(&store.identities)), (1, 1, 1));
     assert!(objects(target.path()) == whole);
 }
+
+#[path = "store/lab.rs"]
+#[expect(dead_code, reason = "the tests of the store need more of it")]
+mod lab;
+
+/// From a directory into S3, from there into another place in S3, and back into a directory: the same objects, also after a
+/// copy in S3 died and lost a pack.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_into_s3_and_out_of_it_has_the_same_objects() {
+    let bench = Bench::new().await;
+    // Packs that take several parts on their way.
+    let tree = Arc::new(Tree::new().file("large", noise(1, 20 << 20)).file("small", noise(2, 9)));
+    bench.back_up(&tree, NOW_MS).await;
+    tree.write("large", 1 << 20, &noise(3, 100_000));
+    bench.back_up(&tree, NOW_MS + 1_000).await;
+    let mut options = lab::bucket("copy").await;
+    let first: Arc<dyn Store> = Arc::new(lab::open(&options).await);
+    options.prefix = "else/where".to_owned();
+    let second: Arc<dyn Store> = Arc::new(lab::open(&options).await);
+    let probed = async |store: &dyn Store| probe(store).await;
+    let copy = async |source: &Repository, to: &Arc<dyn Store>| {
+        let unlock = Unlock::KeyFile(&bench.key);
+        let mut mirror = source.mirror(Arc::clone(to), unlock, false, probed).await?;
+        mirror.copy_lineage(bench.lineage).await?;
+        let mut outcomes = Vec::new();
+        for summary in source.list_backups(bench.lineage).await? {
+            let backup = summary.backup().unwrap();
+            let copied = mirror.copy(bench.lineage, backup, &copy_options(NOW_MS + 5_000)).await?;
+            outcomes.push(copied.outcome);
+        }
+        Ok::<_, Error>(outcomes)
+    };
+
+    let mortal = Arc::new(Interrupted::over(Arc::clone(&first)));
+    mortal.after(30, None);
+    let interrupted: Arc<dyn Store> = Arc::<Interrupted>::clone(&mortal);
+    assert!(copy(&bench.repository, &interrupted).await.is_err(), "it died on its way");
+    let done = copy(&bench.repository, &first).await.unwrap();
+    assert_eq!(done, [CopyOutcome::Copied; 2]);
+
+    let source = Repository::open(Arc::clone(&first), Some(&bench.key)).await.unwrap();
+    let same = source.mirror(Arc::clone(&first), Unlock::KeyFile(&bench.key), false, probed).await;
+    assert!(matches!(same, Err(Error::NoMirror { .. })), "{same:?}");
+    assert_eq!(copy(&source, &second).await.unwrap(), [CopyOutcome::Copied; 2]);
+    let packs = second.list(&format!("lineages/{}/packs/", bench.lineage)).await.unwrap();
+    let largest = packs.iter().max_by_key(|pack| pack.size_bytes).unwrap();
+    assert!(largest.size_bytes > 16 << 20, "{packs:?}");
+    second.delete(&largest.key).await.unwrap();
+    let repaired = copy(&source, &second).await.unwrap();
+    assert!(repaired.contains(&CopyOutcome::Repaired), "{repaired:?}");
+
+    let source = Repository::open(Arc::clone(&second), Some(&bench.key)).await.unwrap();
+    let place = tempfile::tempdir().unwrap();
+    let back = at(place.path());
+    assert_eq!(copy(&source, &back).await.unwrap(), [CopyOutcome::Copied; 2]);
+    let (mut here, there) = (objects(&bench.store_path()), objects(place.path()));
+    here.retain(|name, _| !name.to_str().unwrap().contains("/pins/"));
+    assert!(here == there, "the same objects");
+    for store in [&first, &second] {
+        assert_eq!(store.uploads("").await.unwrap(), [""; 0], "nothing is left half-way");
+    }
+}
