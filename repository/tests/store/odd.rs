@@ -152,6 +152,31 @@ async fn a_store_that_fails_at_everything_is_not_stormed() {
     store.put("x", "x".into()).await.expect("successes have earned it");
 }
 
+/// A name that nobody resolves is an outage: it is asked for again and told in time, and is no missing object.
+#[tokio::test]
+async fn a_name_that_is_not_resolved_is_an_outage_like_any_other() {
+    let mut options = bucket("names").await;
+    options.limits = impatient();
+    options.endpoint = Some("http://store.invalid:8333".to_owned());
+    let store = open(&options).await;
+    let began = Instant::now();
+    let failures = [
+        store.get("x", 10).await.expect_err("read"),
+        store.size("x").await.expect_err("look"),
+        store.list("").await.expect_err("list"),
+        store.put("x", "x".into()).await.expect_err("write"),
+        store.put_if_absent("x", "x".into()).await.expect_err("create"),
+        store.delete("x").await.expect_err("delete"),
+    ];
+    assert!(began.elapsed() < options.limits.answer * 12, "told in time");
+    for failure in failures {
+        assert!(matches!(failure, StoreError::Unavailable { .. }), "{failure:?}");
+        let said = proto::Failure::from(Error::from(failure));
+        assert_eq!(said.code, proto::Code::StoreUnavailable, "{said}");
+        assert_eq!(said.action, proto::Action::Retry, "{said}");
+    }
+}
+
 #[tokio::test]
 async fn more_than_a_thousand_keys_come_in_pages() {
     let (proxy, options, direct) = proxied("thousand").await;

@@ -359,3 +359,23 @@ async fn send(
         .set_checksum_sha256(sent.checksum_sha256)
         .build())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limits::{
+        CONDEMNED_BYTES_MAX, MANIFEST_BYTES_MAX, PACK_BYTES_MAX, PART_BYTES, PROOF_BYTES_MAX,
+    };
+
+    #[test]
+    fn no_object_of_the_format_comes_near_the_parts_that_s3_allows() {
+        let archived = crate::wal::object::OBJECT_BYTES_MAX;
+        let of_all_kinds =
+            [PACK_BYTES_MAX, MANIFEST_BYTES_MAX, CONDEMNED_BYTES_MAX, PROOF_BYTES_MAX, archived];
+        const { assert!(PART_BYTES >= PART_BYTES_MIN) };
+        for bytes in of_all_kinds {
+            let parts = bytes.div_ceil(PART_BYTES as u64);
+            assert!(parts * 10 < u64::from(PARTS_MAX.unsigned_abs()), "{bytes} bytes: {parts}");
+        }
+    }
+}
