@@ -6,7 +6,8 @@ use anyhow::{Context as _, ensure};
 use postgres::instance::InstanceOptions;
 use proto::topology;
 use rustix::process::Signal;
-use tests::{Cluster, Fleet, Place, Rabbit, SOON, Vhost, WorkerSetup, services};
+use tests::fleet::text;
+use tests::{Bucket, Cluster, Fleet, Place, Rabbit, SOON, Vhost, WorkerSetup, services};
 
 /// A job that has to survive somebody's death may take this long.
 const LATER: Duration = Duration::from_mins(2);
@@ -14,21 +15,22 @@ const LATER: Duration = Duration::from_mins(2);
 const BACKUP_STEPS: [&str; 7] =
     ["begin", "start_backup", "copy", "stop_backup", "store_wal", "write_manifest", "commit"];
 
-async fn fleet(amqp: &str) -> anyhow::Result<(Fleet, Cluster)> {
+async fn fleet(amqp: &str, place: Place) -> anyhow::Result<(Fleet, Cluster)> {
     let cluster = Cluster::start(15, InstanceOptions::default()).await?;
-    let mut fleet = Fleet::prepare(amqp, "", Place::Directory)?;
+    let mut fleet = Fleet::prepare(amqp, "", place)?;
     fleet.start_coordinator()?;
     Ok((fleet, cluster))
 }
 
 /// The worker dies at the beginning of a step and is started again; the job succeeds all the same, once.
 async fn worker_dies_at(
+    place: Place,
     steps: &[&str],
     order: &[&str],
     ordered_before: Option<&[&str]>,
 ) -> anyhow::Result<()> {
     let vhost = Vhost::create()?;
-    let (mut fleet, cluster) = fleet(&vhost.url()).await?;
+    let (mut fleet, cluster) = fleet(&vhost.url(), place).await?;
     let setup = WorkerSetup::of("w1", "orders", cluster.url());
     fleet.start_worker(&setup)?;
     if let Some(before) = ordered_before {
@@ -52,26 +54,37 @@ async fn worker_dies_at(
         cluster.is_left_alone().await.with_context(|| (*step).to_owned())?;
         ensure!(fleet.sandboxes()?.is_empty(), "{step}: {:?}", fleet.sandboxes()?);
     }
+    let (url, key) = (fleet.repository_url(), fleet.path("repository.key"));
+    fleet.expect(&["repo", "check", &url, "--key", text(&key)?, "--level", "decrypt"])?;
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_killed_at_any_step_of_a_backup_loses_and_invents_none() -> anyhow::Result<()> {
-    worker_dies_at(&BACKUP_STEPS, &["backup", "orders"], None).await
+    worker_dies_at(Place::Directory, &BACKUP_STEPS, &["backup", "orders"], None).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_killed_at_any_step_of_a_backup_into_s3_loses_and_invents_none()
+-> anyhow::Result<()> {
+    let place = Place::S3(Bucket::create().await?);
+    worker_dies_at(place, &BACKUP_STEPS, &["backup", "orders"], None).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_killed_at_any_step_of_a_proof_leaves_no_server_behind() -> anyhow::Result<()> {
     let steps = ["restore", "boot", "check", "store_proof"];
     let before = ["backup", "orders", "--wait"];
-    worker_dies_at(&steps, &["verify", "orders", "--level", "4"], Some(&before)).await
+    let order = ["verify", "orders", "--level", "4"];
+    worker_dies_at(Place::Directory, &steps, &order, Some(&before)).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_killed_while_it_proves_a_dump_leaves_no_server_behind() -> anyhow::Result<()> {
     let steps = ["restore postgres", "check"];
     let before = ["backup", "orders", "--engine", "pg_dump", "--database", "postgres", "--wait"];
-    worker_dies_at(&steps, &["verify", "orders", "--level", "4"], Some(&before)).await
+    let order = ["verify", "orders", "--level", "4"];
+    worker_dies_at(Place::Directory, &steps, &order, Some(&before)).await
 }
 
 /// Who dies while a worker goes on.
@@ -88,7 +101,7 @@ async fn somebody_else_dies_at(steps: &[&str], mut victim: Victim) -> anyhow::Re
         Victim::Coordinator => vhost.url(),
         Victim::Broker(rabbit) => rabbit.url(),
     };
-    let (mut fleet, cluster) = fleet(&amqp).await?;
+    let (mut fleet, cluster) = fleet(&amqp, Place::Directory).await?;
     for (done, step) in steps.iter().enumerate() {
         let go = fleet.path(&format!("{step}.go"));
         let held = format!("{step}=hold:{}", go.display());
@@ -129,7 +142,7 @@ async fn a_broker_killed_at_a_step_runs_nothing_twice() -> anyhow::Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_command_that_waits_outlives_its_coordinator() -> anyhow::Result<()> {
     let vhost = Vhost::create()?;
-    let (mut fleet, cluster) = fleet(&vhost.url()).await?;
+    let (mut fleet, cluster) = fleet(&vhost.url(), Place::Directory).await?;
     fleet.start_worker(&WorkerSetup::of("w1", "orders", cluster.url()))?;
     cluster.holds_checkpoints_up().await?;
     let mut command = fleet.start(&["backup", "orders", "--spread-checkpoint", "--wait"])?;
@@ -185,7 +198,7 @@ async fn a_ticket_that_comes_while_the_coordinator_is_dead_runs_once() -> anyhow
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_is_cancelled_across_the_death_of_the_broker() -> anyhow::Result<()> {
     let mut rabbit = Rabbit::start()?;
-    let (mut fleet, cluster) = fleet(&rabbit.url()).await?;
+    let (mut fleet, cluster) = fleet(&rabbit.url(), Place::Directory).await?;
     let setup = WorkerSetup::of("w1", "orders", cluster.url()).failing_at("stop_backup=pause");
     fleet.start_worker(&setup)?;
     let paused = fleet.order(&["backup", "orders"])?;
@@ -209,7 +222,7 @@ async fn a_job_is_cancelled_across_the_death_of_the_broker() -> anyhow::Result<(
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_is_told_to_stop_hands_its_job_back() -> anyhow::Result<()> {
     let vhost = Vhost::create()?;
-    let (mut fleet, cluster) = fleet(&vhost.url()).await?;
+    let (mut fleet, cluster) = fleet(&vhost.url(), Place::Directory).await?;
     let setup = WorkerSetup::of("w1", "orders", cluster.url());
     fleet.start_worker(&setup.clone().failing_at("copy=pause"))?;
     let job = fleet.order(&["backup", "orders"])?;
