@@ -417,15 +417,67 @@ fn links_between_documents_lead_somewhere() {
 #[test]
 fn fault_matrix_names_tests_that_exist() {
     let matrix = read(&root().join("docs/fault-matrix.md"));
-    let sources: String = files(".rs").iter().map(|path| read(path)).collect();
+    let (promised, open) = matrix.split_once("\n## Open").expect("it ends with what is open");
+    let sources: Vec<(Vec<String>, String)> =
+        files(".rs").iter().map(|path| (modules_of(path), read(path))).collect();
     let mut wrong = Vec::new();
-    let rows = matrix.lines().filter(|line| line.starts_with("| ") && line.contains('`'));
+    let rows = promised.lines().filter(|line| line.starts_with("| ") && *line != HEAD_OF_FAULTS);
     for row in rows {
-        let test = row.rsplit('`').nth(1).unwrap_or_default();
-        let name = test.rsplit("::").next().unwrap_or_default();
-        if !sources.contains(&format!("fn {name}(")) {
-            wrong.push(format!("{test} in: {row}"));
+        let names = row.strip_suffix(" |").and_then(|row| row.rsplit_once(" | "));
+        for name in names.map(|(_, names)| names).unwrap_or_default().split(", ") {
+            let test = name.strip_prefix('`').and_then(|name| name.strip_suffix('`'));
+            let is_right = test.is_some_and(|test| is_there(test, &sources));
+            if !is_right {
+                wrong.push(format!("{name:?} in: {row}"));
+            }
         }
     }
-    none("docs/fault-matrix.md names tests that do not exist", &wrong);
+    none("docs/fault-matrix.md names tests that are not where it says", &wrong);
+    let named: Vec<String> =
+        open.lines().filter(|line| line.contains("::")).map(str::to_owned).collect();
+    none("what is open has no test yet", &named);
+}
+
+/// The first row of each table of faults.
+const HEAD_OF_FAULTS: &str = "| fault | what must happen | test |";
+
+/// The crate of a source, and the modules that its path tells: `tests/tests/wal_archive/service.rs` is `tests::wal_archive::service`.
+fn modules_of(path: &Path) -> Vec<String> {
+    let path = path.strip_prefix(root()).unwrap_or(path).with_extension("");
+    let mut parts: Vec<String> =
+        path.components().map(|part| part.as_os_str().to_string_lossy().into_owned()).collect();
+    if parts.len() > 1 {
+        parts.remove(1);
+    }
+    if parts.last().is_some_and(|last| ["lib", "main", "mod", "tests"].contains(&last.as_str())) {
+        parts.pop();
+    }
+    parts
+}
+
+/// Whether a source of the crate that is named, in the file or below the directory that is named, has a function that is so called.
+fn is_there(test: &str, sources: &[(Vec<String>, String)]) -> bool {
+    let mut place: Vec<&str> = test.split("::").collect();
+    let (Some(name), false) = (place.pop(), place.is_empty()) else { return false };
+    let (its_crate, modules) = (place[0], &place[1..]);
+    let function = format!("fn {name}(");
+    sources.iter().any(|(parts, text)| {
+        let below = parts.get(1..).unwrap_or_default();
+        let is_named = modules.is_empty() || below.windows(modules.len()).any(|at| at == modules);
+        parts.first().is_some_and(|first| first == its_crate)
+            && is_named
+            && text.contains(&function)
+    })
+}
+
+#[test]
+fn a_test_is_found_under_its_crate_and_its_file_and_nowhere_else() {
+    let sources: Vec<(Vec<String>, String)> =
+        files(".rs").iter().map(|path| (modules_of(path), read(path))).collect();
+    let it = "a_test_is_found_under_its_crate_and_its_file_and_nowhere_else";
+    assert!(is_there(&format!("tests::house::{it}"), &sources));
+    for place in ["worker::house", "tests::crashes", "tests::house::inner"] {
+        assert!(!is_there(&format!("{place}::{it}"), &sources), "{place}");
+    }
+    assert!(!is_there(it, &sources) && !is_there(&format!("tests::house::{it}_at_all"), &sources));
 }
