@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use house::{House, bin_dir, eventually, session};
+use house::{House, bin_dir, caught_up, copy_of, eventually, run_sql, session, text};
 use postgres::binaries::Binaries;
 use postgres::control_file::ControlFile;
 use postgres::instance::{InstanceOptions, StopMode};
@@ -53,10 +53,11 @@ fn pgmuster() -> String {
 }
 
 impl World {
-    async fn new(major: u32) -> Self {
+    async fn new(major: u32, segment_mib: u32) -> Self {
         let settings = [
             ("autovacuum", "off"),
             ("wal_level", "replica"),
+            ("max_prepared_transactions", "5"),
             ("archive_mode", "on"),
             ("archive_command", "false"),
             ("checkpoint_timeout", "1h"),
@@ -66,7 +67,7 @@ impl World {
         ];
         let options = InstanceOptions {
             fsync: false,
-            wal_segment_size_mb: Some(1),
+            wal_segment_size_mb: Some(segment_mib),
             settings: settings.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec(),
             ..InstanceOptions::default()
         };
@@ -91,7 +92,8 @@ impl World {
         server.url("postgres").replace(&first, &now)
     }
 
-    /// Commits a change, among others that are rolled back, and remembers everything about it.
+    /// Commits a change, among others that are rolled back, and remembers everything about it. Its row comes by a
+    /// subtransaction beside one that is rolled back, and every second one is prepared first.
     async fn step(&mut self) -> Point {
         let rows_before = self.rows.clone();
         let id = self.next;
@@ -100,16 +102,27 @@ impl World {
         let run = async |sql: &str| session.run("work", sql).await.unwrap();
         let text =
             async |sql: &str| -> String { session.one("ask", sql, &[]).await.unwrap().get(0) };
-        run(&format!("BEGIN; INSERT INTO public.ledger VALUES (-{id}); ROLLBACK")).await;
+        let rolled_back = format!("BEGIN; INSERT INTO public.ledger VALUES (-{id}); ROLLBACK");
+        run(&rolled_back).await;
         run("BEGIN").await;
         let xid = text("SELECT pg_current_xact_id()::text").await;
-        run(&format!("INSERT INTO public.ledger VALUES ({id})")).await;
+        for (id, end) in [(-id, "ROLLBACK TO"), (id, "RELEASE")] {
+            run("SAVEPOINT part").await;
+            run(&format!("INSERT INTO public.ledger VALUES ({id})")).await;
+            run(&format!("{end} part")).await;
+        }
         self.rows.insert(id);
         if id % 4 == 0 {
             run(&format!("DELETE FROM public.ledger WHERE id = {}", id - 2)).await;
             self.rows.remove(&(id - 2));
         }
-        run("COMMIT").await;
+        if id % 2 == 0 {
+            run(&format!("PREPARE TRANSACTION 'step {id}'")).await;
+            run(&rolled_back).await;
+            run(&format!("COMMIT PREPARED 'step {id}'")).await;
+        } else {
+            run("COMMIT").await;
+        }
         let lsn = text("SELECT pg_current_wal_insert_lsn()::text").await.parse().unwrap();
         let time = text("SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')").await;
         let name = format!("after {id}");
@@ -170,6 +183,32 @@ impl World {
         assert!(!environment.contains("PGMUSTER_WAL_SOCKET"), "{environment}");
         self.rows = self.rows_now().await;
         into
+    }
+
+    /// A standby that has replayed everything so far, and streams no more. It will be found where the server is now.
+    async fn lagging_standby(&self, name: &str) -> PathBuf {
+        let directory = self.house.place.path().join(name);
+        copy_of(&self.url(), self.major, &directory).await;
+        std::fs::write(directory.join("standby.signal"), "").unwrap();
+        let sockets = text(&self.url(), "SELECT current_setting('unix_socket_directories')").await;
+        let settings = directory.join("postgresql.auto.conf");
+        let before = std::fs::read_to_string(&settings).unwrap();
+        let set = |lines: &str| std::fs::write(&settings, format!("{before}{lines}")).unwrap();
+        let own = "recovery_target_name = ''\nrestore_command = ''\n";
+        set(&format!("{own}primary_conninfo = 'host={sockets} user=postgres'\nport = 5433\n"));
+        start(self.major, &directory).await;
+        caught_up(&self.url(), &self.url().replace(":5432/", ":5433/")).await;
+        stop(self.major, &directory, "fast").await;
+        set(own);
+        directory
+    }
+
+    /// Promotes the standby that runs where the server was.
+    async fn promote(&mut self, timeline: u32) {
+        run_sql(&self.url(), "SELECT pg_promote(true, 60)").await;
+        let name = text(&self.url(), "SELECT pg_walfile_name(pg_current_wal_lsn())").await;
+        assert_eq!(name[..8], format!("{timeline:08X}"), "{name}");
+        self.rows = self.rows_now().await;
     }
 
     /// Everything that was written is in the archive.
@@ -235,22 +274,30 @@ async fn pg_ctl(major: u32, directory: &Path, arguments: &[&str]) {
     ended.unwrap();
 }
 
-/// What each target must give, over three timelines.
+/// What each target must give, over three timelines; and along a fourth.
 async fn every_moment(major: u32) {
-    let mut world = World::new(major).await;
-    // Timeline 1: two moments that no backup leads to, a backup, and a line that goes on after the next has left it.
+    let mut world = World::new(major, 1).await;
+    // Timeline 1: a moment that no backup leads to, a backup, and a line that goes on after the next has left it. A transaction
+    // that is prepared all the time.
     let early = world.step().await;
+    let in_doubt = "BEGIN; INSERT INTO public.ledger VALUES (0); PREPARE TRANSACTION 'in doubt'";
+    world.house.sql(in_doubt).await;
     let backup = world.house.back_up().await;
     let of_backup = world.rows.clone();
     let mut first = Vec::new();
-    for _ in 0..6 {
+    for _ in 0..4 {
+        first.push(world.step().await);
+    }
+    let place = world.lagging_standby("second").await;
+    for _ in 0..2 {
         first.push(world.step().await);
     }
     world.archived().await;
     world.house.server.stop(StopMode::Fast).await.unwrap();
 
-    // Timeline 2 leaves it after the fourth.
-    let place = world.succeed("second", &["--to", &format!("name:{}", first[3].name)], 2).await;
+    // Timeline 2 leaves it after the fourth: a standby that had no more is promoted.
+    start(major, &place).await;
+    world.promote(2).await;
     assert_eq!(world.rows, first[3].rows);
     let mut second = Vec::new();
     for _ in 0..4 {
@@ -263,14 +310,17 @@ async fn every_moment(major: u32) {
     world.archived().await;
     stop(major, &place, "fast").await;
 
-    // Timeline 3 leaves that one after its sixth, without it, and begins with the backup of the second timeline.
+    // Timeline 3 leaves that one at its sixth, without it, and begins with the backup of the second timeline: a restore.
     let place =
         world.succeed("third", &["--to", &format!("xid:{}", second[5].xid), "--before"], 3).await;
     assert_eq!(world.rows, second[5].rows_before);
     let mut third = Vec::new();
-    for _ in 0..4 {
+    for _ in 0..3 {
         third.push(world.step().await);
     }
+    run_sql(&world.url(), "COMMIT PREPARED 'in doubt'").await;
+    world.rows.insert(0);
+    third.push(world.step().await);
     for _ in 0..2 {
         world.house.sql("SELECT pg_create_restore_point('twice')").await;
     }
@@ -283,6 +333,8 @@ async fn every_moment(major: u32) {
     let before = "--before";
     let cases: Vec<(Vec<String>, &BTreeSet<i64>)> = vec![
         (vec!["latest".into()], &third[3].rows),
+        // No transaction ended after it, and restore points show that the server was there.
+        (vec![time(&third[3])], &third[3].rows),
         (vec![time(&third[2])], &third[2].rows),
         (vec![lsn(&third[1])], &third[1].rows),
         (vec![xid(&third[1])], &third[1].rows),
@@ -303,16 +355,6 @@ async fn every_moment(major: u32) {
         (vec![time(&second[5]), "--timeline".into(), "2".into()], &second[5].rows),
         (vec!["latest".into(), "--timeline".into(), "1".into()], &first[5].rows),
         (vec![xid(&first[4]), "--timeline".into(), "1".into()], &first[4].rows),
-        (
-            vec![
-                time(&first[4]),
-                "--timeline".into(),
-                "1".into(),
-                "--action".into(),
-                "pause".into(),
-            ],
-            &first[4].rows,
-        ),
         (vec!["immediate".into(), "--backup".into(), backup.backup.to_string()], &of_backup),
     ];
     assert!(cases.len() >= 20);
@@ -322,6 +364,25 @@ async fn every_moment(major: u32) {
         let found = world.rows_at(&format!("case-{number}"), &words).await;
         assert_eq!(found, **rows, "{words:?}");
     }
+
+    // A server that pauses at its target waits there, and opens when it is told to.
+    let into = world.house.place.path().join("paused");
+    let (moment, timeline) = (time(&first[4]), ["--timeline", "1"]);
+    let words = [&["--to", &moment, "--action", "pause", "--start"][..], &timeline].concat();
+    let done = world.restore(&into, &words);
+    assert!(done.status.success(), "{}", said(&done));
+    assert!(said(&done).contains("paused at the target"), "{}", said(&done));
+    // It was started again by its own settings, and comes there a second time.
+    let is_paused =
+        "SELECT CASE WHEN pg_is_in_recovery() THEN pg_get_wal_replay_pause_state() ELSE 'open' END";
+    let pauses = async || (text(&world.url(), is_paused).await == "paused").then_some(());
+    eventually("the server waits at its target", Duration::from_mins(1), pauses).await;
+    assert_eq!(world.rows_now().await, first[4].rows);
+    run_sql(&world.url(), "SELECT pg_wal_replay_resume()").await;
+    let opens = async || (text(&world.url(), is_paused).await == "open").then_some(());
+    eventually("the server opens", Duration::from_mins(1), opens).await;
+    assert_eq!(world.rows_now().await, first[4].rows);
+    stop(major, &into, "immediate").await;
 
     // A server that shuts down at its target was there, and is not running.
     let into = world.house.place.path().join("shut-down");
@@ -400,12 +461,24 @@ async fn every_moment(major: u32) {
     assert!(matches!(missed, postgres::Error::RecoveryMissed { .. }), "{missed:?}");
     assert!(!into.join("postmaster.pid").exists(), "it still runs");
 
-    // A standby follows what is archived while it runs.
+    // A standby follows what is archived, and takes over at its end: timeline 4.
     let into = world.house.place.path().join("standby");
-    let done = world.restore(&into, &["--standby", "--start"]);
+    let done = world.restore(&into, &["--standby", "--start", "--keep-archiving"]);
     assert!(done.status.success(), "{}", said(&done));
     assert_eq!(world.rows_now().await, third[3].rows);
-    stop(major, &into, "immediate").await;
+    world.promote(4).await;
+    assert_eq!(world.rows, third[3].rows);
+    let fourth = world.step().await;
+    world.archived().await;
+    stop(major, &into, "fast").await;
+    for (target, timeline, point) in [
+        ("latest".to_owned(), "4", &fourth),
+        (time(&third[3]), "4", &third[3]),
+        (xid(&third[3]), "3", &third[3]),
+    ] {
+        let words = ["--to", &target, "--timeline", timeline];
+        assert_eq!(world.rows_at("fourth", &words).await, point.rows, "{words:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -420,7 +493,7 @@ async fn pg18_recovers_to_every_moment_of_three_timelines_and_to_no_other() {
 
 /// A tablespace that came after the backup, on the host on which its server still runs.
 async fn beside_the_source(major: u32) {
-    let mut world = World::new(major).await;
+    let mut world = World::new(major, 1).await;
     world.house.back_up().await;
     let space = world.house.place.path().join("space");
     std::fs::create_dir(&space).unwrap();

@@ -53,7 +53,7 @@ impl World {
 }
 
 async fn several_ends(major: u32) {
-    let mut world = World::new(major).await;
+    let mut world = World::new(major, 1).await;
     let oldest = world.house.back_up().await;
     let common = world.step().await;
     world.archived().await;
