@@ -292,11 +292,17 @@ fn arrived(reached: &Value, moment: &str) -> anyhow::Result<()> {
 async fn a_moment_that_is_ordered_is_reached_though_the_worker_dies_on_the_way()
 -> anyhow::Result<()> {
     let (server, _vhost, mut fleet) = archiving(&["orders"]).await?;
+    let space = tempfile::tempdir()?;
+    let place = space.path().display();
+    server.run(&format!("CREATE TABLESPACE shelf LOCATION '{place}'")).await?;
+    server.run("CREATE TABLE public.shelved TABLESPACE shelf AS SELECT 1 AS n").await?;
     let first = WorkerSetup::of("w1", "orders", server.url());
     fleet.start_worker(&first)?;
     fleet.expect(&["backup", "orders", "--wait"])?;
+    server.run("INSERT INTO public.shelved VALUES (2)").await?;
     archived_row(&server).await?;
     let (_, moment) = archived_row(&server).await?;
+    server.run("INSERT INTO public.shelved VALUES (3)").await?;
     archived_row(&server).await?;
     fleet.worker("w1")?.kill()?;
 
@@ -335,11 +341,18 @@ async fn a_moment_that_is_ordered_is_reached_though_the_worker_dies_on_the_way()
     let session = connect(&there, &purpose).await?;
     let query = "SELECT count(*) FROM public.parts WHERE id = 1";
     let rows: i64 = session.one("look", query, &[]).await?.get(0);
+    let query = "SELECT (SELECT max(n) FROM public.shelved), oid::text, pg_tablespace_location(oid) \
+                 FROM pg_tablespace WHERE spcname = 'shelf'";
+    let shelf = session.one("look", query, &[]).await?;
+    let (newest, oid, place): (i32, String, String) = (shelf.get(0), shelf.get(1), shelf.get(2));
     session.close().await;
     let binaries = Binaries::at(&services::postgres_bin(15)?).await?;
     let stop = binaries.program("pg_ctl")?.args(["stop", "-s", "-w", "-m", "immediate", "-D"]);
     stop.arg(&into).run(LATER, &CancellationToken::new()).await?;
     ensure!(rows == 2, "{rows} rows");
+    // A tablespace goes beside the directory, not to where the source still has it.
+    let beside = fleet.path("restore/moment-tablespaces").join(oid);
+    ensure!(newest == 2 && Path::new(&place) == beside.canonicalize()?, "{newest} at {place}");
     ensure!(!into.join("pgmuster-restore-incomplete").exists());
     // What the dead left is gone, and nothing of theirs runs.
     ensure!(fleet.sandboxes()?.is_empty(), "{:?}", fleet.sandboxes()?);

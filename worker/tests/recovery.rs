@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use house::{House, bin_dir, caught_up, copy_of, eventually, run_sql, session, text};
+use house::{House, bin_dir, caught_up, copy_of, eventually, number, run_sql, session, text};
 use postgres::binaries::Binaries;
 use postgres::control_file::ControlFile;
 use postgres::instance::{InstanceOptions, StopMode};
@@ -491,10 +491,10 @@ async fn pg18_recovers_to_every_moment_of_three_timelines_and_to_no_other() {
     Box::pin(every_moment(18)).await;
 }
 
-/// A tablespace that came after the backup, on the host on which its server still runs.
+/// A tablespace that came after the backup, on the host on which its server still runs. Segments have the usual size.
 async fn beside_the_source(major: u32) {
-    let mut world = World::new(major, 1).await;
-    world.house.back_up().await;
+    let mut world = World::new(major, 16).await;
+    let backup = world.house.back_up().await.backup.to_string();
     let space = world.house.place.path().join("space");
     std::fs::create_dir(&space).unwrap();
     let files = || {
@@ -526,10 +526,10 @@ async fn beside_the_source(major: u32) {
     assert_eq!(taken.status.code(), Some(5), "{}", said(&taken));
     assert!(said(&taken).contains("listen at port 5432") && !into.exists(), "{}", said(&taken));
     let refused = world.restore(&into, &["--to", "latest", "--start", "--port", "5433"]);
-    let text = said(&refused);
-    assert!(!refused.status.success() && text.contains("RECOVERY_TARGET_MISSED"), "{text}");
-    assert!(text.contains("would remove the files"), "{text}");
-    let before_it = text.split_once("restore --to ").unwrap().1.split(' ').next().unwrap();
+    let told = said(&refused);
+    assert!(!refused.status.success() && told.contains("RECOVERY_TARGET_MISSED"), "{told}");
+    assert!(told.contains("would remove the files"), "{told}");
+    let before_it = told.split_once("restore --to ").unwrap().1.split(' ').next().unwrap();
     assert!(!into.join("postmaster.pid").exists(), "it still runs");
     assert_eq!(files(), there);
     world.house.sql("CHECKPOINT").await;
@@ -547,8 +547,34 @@ async fn beside_the_source(major: u32) {
     assert!(!said(&done).contains("archives nothing"), "{}", said(&done));
     assert!(!settings(&loud).contains("archive_mode = 'off'"));
 
-    // To a moment before that, in the same segment, it goes; and all the way once the place is free.
+    // A backup that has the tablespace puts it where that was asked for, or beside the directory, and what follows goes there.
+    world.house.back_up().await;
+    world.house.sql("INSERT INTO public.elsewhere VALUES (777)").await;
+    world.archived().await;
+    let sql = "SELECT oid::int8 FROM pg_tablespace WHERE spcname = 'extra'";
+    let oid = world.house.number(sql).await;
     world.house.server.stop(StopMode::Fast).await.unwrap();
+    let there = files();
+    let kept = || files().iter().map(|file| std::fs::read(file).unwrap()).collect::<Vec<_>>();
+    let content = kept();
+    let into = world.house.place.path().join("moved");
+    let own = world.house.place.path().join("own");
+    let asked = format!("{oid}={}", own.display());
+    let beside = world.house.place.path().join("moved-tablespaces").join(oid.to_string());
+    for (words, at) in [(vec!["--tablespace", &asked], &own), (Vec::new(), &beside)] {
+        let done = world.restore(&into, &[&["--to", "latest", "--start"][..], &words].concat());
+        assert!(done.status.success(), "{words:?}: {}", said(&done));
+        let location = format!("SELECT pg_tablespace_location({oid})");
+        assert_eq!(Path::new(&text(&world.url(), &location).await), at);
+        let sql = "SELECT count(*) FROM public.elsewhere WHERE id = 777";
+        assert_eq!(number(&world.url(), sql).await, 1, "{words:?}");
+        assert_eq!(world.rows_now().await, world.rows);
+        stop(major, &into, "immediate").await;
+        std::fs::remove_dir_all(&into).unwrap();
+        assert!(files() == there && kept() == content, "{words:?}: the source's files changed");
+    }
+
+    // To a moment before that, in the same segment, it goes; and all the way once the place is free.
     let name = format!("name:{}", before.name);
     assert_eq!(world.rows_at("earlier", &["--to", &name]).await, before.rows);
     // A server stops at a time when it comes to the end of a transaction: to this one it would come behind the record.
@@ -559,8 +585,13 @@ async fn beside_the_source(major: u32) {
     assert_eq!(files(), there);
     std::fs::rename(&space, world.house.place.path().join("kept")).unwrap();
     std::fs::create_dir(&space).unwrap();
-    assert_eq!(world.rows_at("later", &["--to", "latest"]).await, world.rows);
+    let words = ["--to", "latest", "--backup", &backup];
+    assert_eq!(world.rows_at("later", &words).await, world.rows);
     assert!(!files().is_empty());
+    let repository = world.house.reopened().await;
+    let lineage = repository.list_lineages().await.unwrap()[0].lineage;
+    let archive = repository.list_wal(lineage).await.unwrap();
+    assert!(archive.timelines.values().all(|wal| wal.segment_size == 16 << 20), "{archive:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
