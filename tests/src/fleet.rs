@@ -17,6 +17,7 @@ use postgres::{Environment, Purpose, Session, Target, connect};
 use proto::JobId;
 use serde_json::Value;
 use tempfile::TempDir;
+use tokio_util::sync::CancellationToken;
 
 use crate::{Bucket, Finished, Pgmuster, eventually, services};
 
@@ -455,6 +456,25 @@ impl Cluster {
             )
             .await?;
         Ok(cluster)
+    }
+
+    /// A standby of it, which streams and has sockets of its own.
+    pub async fn standby(&self) -> anyhow::Result<Self> {
+        let place = tempfile::Builder::new().prefix("pg").tempdir_in("/tmp")?;
+        let (binaries, of) = (self.server.binaries(), place.path().join("pg"));
+        let options = InstanceOptions { fsync: false, ..InstanceOptions::default() };
+        let mut server = Instance::create(binaries, &of, options).await?;
+        let data = server.data_directory();
+        std::fs::remove_dir_all(&data)?;
+        let copy = binaries.program("pg_basebackup")?.args(["--checkpoint=fast", "--no-sync"]);
+        let copy = copy.args(["--dbname", &self.url(), "--pgdata"]).arg(&data);
+        copy.run(SOON, &CancellationToken::new()).await?;
+        std::fs::write(data.join("standby.signal"), "")?;
+        let (sockets, port) = (self.server.socket_directory().display(), self.server.port());
+        let primary = format!("host={sockets} port={port} user=postgres");
+        server.set(&[("primary_conninfo", &primary)])?;
+        server.start().await?;
+        Ok(Self { server, _place: place })
     }
 
     /// Makes one that also takes anybody's TCP connections on the loopback interface: for a catalog.

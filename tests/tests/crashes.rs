@@ -1,5 +1,8 @@
 //! kill -9 of everybody, in the middle of everything: no backup is lost, none is invented, nothing is left behind.
 
+#[path = "crashes/server.rs"]
+mod server;
+
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
