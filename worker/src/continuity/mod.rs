@@ -35,6 +35,8 @@ const LOOK_SELDOM: Duration = Duration::from_secs(30);
 const LOOK_MAX: Duration = Duration::from_secs(30);
 /// How often a standing is told when nothing about it is new.
 const TELL_EVERY_MS: i64 = 15_000;
+/// The same while a full segment is missing, for which patience ends soon.
+const TELL_MISSING_EVERY_MS: i64 = 5_000;
 /// Archives that are listed as a whole at the same time: a list of years takes its room in memory.
 const SURVEYS_MAX: usize = 4;
 
@@ -51,6 +53,12 @@ struct Told {
     standing: WalStanding,
     /// When it was told last; zero when it is due.
     told_at_ms: i64,
+}
+
+impl Told {
+    fn every_ms(&self) -> i64 {
+        if self.standing.waiting.is_some() { TELL_MISSING_EVERY_MS } else { TELL_EVERY_MS }
+    }
 }
 
 impl Default for Standings {
@@ -84,9 +92,9 @@ impl Standings {
     pub(crate) fn due(&self, all_of_them: bool) -> Vec<WalStanding> {
         let now_ms = clock::now_ms();
         let mut all = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        let due = all
-            .values_mut()
-            .filter(|told| all_of_them || now_ms.saturating_sub(told.told_at_ms) >= TELL_EVERY_MS);
+        let due = all.values_mut().filter(|told| {
+            all_of_them || now_ms.saturating_sub(told.told_at_ms) >= told.every_ms()
+        });
         due.map(|told| {
             told.told_at_ms = now_ms;
             told.standing.clone()
@@ -246,6 +254,8 @@ mod tests {
         assert!(standings.due(false).is_empty());
         standings.not_told(&told);
         assert_eq!(standings.due(false).len(), 1);
+        let every_ms = |waits| Told { standing: standing(2, waits), told_at_ms: 0 }.every_ms();
+        assert!(every_ms(true) < every_ms(false), "what is missing is told with each look");
         standings.forget(&"orders".parse().unwrap());
         assert!(standings.due(true).is_empty(), "what is not seen any more is not told again");
     }
