@@ -7,6 +7,8 @@ mod owners;
 mod throwaway;
 
 use std::fmt::Write as _;
+use std::io::ErrorKind;
+use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -16,12 +18,16 @@ use postgres::Error;
 use postgres::control_file::ControlFile;
 use postgres::instance::Instance;
 use postgres::process::{Account, Isolation};
-use postgres::sandbox::{NetworkIsolation, Sandbox, SandboxOptions, SandboxRoom, Swept, sweep};
+use postgres::recovery::RecoverySettings;
+use postgres::sandbox::{
+    Beyond, NetworkIsolation, Sandbox, SandboxOptions, SandboxRoom, Swept, sweep,
+};
 use proto::backup::Setting;
-use proto::{Action, Code, Failure, Lsn, SystemIdentifier, Timeline};
+use proto::{Action, Code, Failure, Lsn, RecoveryTarget, SystemIdentifier, TargetAction, Timeline};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use throwaway::{binaries, cluster, cluster_in, connect, text};
+use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
 const PATIENCE: Duration = Duration::from_mins(2);
@@ -82,11 +88,18 @@ fn copy(from: &Path, to: &Path) {
     }
 }
 
-/// What the processes of a server are called, after `postgres: ` and the cluster's name.
-fn server_processes(data: &Path) -> Vec<String> {
-    let names = processes_in(data).into_iter().filter_map(|pid| {
+/// The titles of a server's processes.
+fn titles(data: &Path) -> Vec<String> {
+    let lines = processes_in(data).into_iter().filter_map(|pid| {
         let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).ok()?;
-        let title = line.trim_end_matches(['\0', ' ']).to_owned();
+        Some(line.trim_end_matches(['\0', ' ']).to_owned())
+    });
+    lines.collect()
+}
+
+/// What the processes of a sandbox are called, after `postgres: ` and the cluster's name.
+fn server_processes(data: &Path) -> Vec<String> {
+    let names = titles(data).into_iter().filter_map(|title| {
         title.split_once("pgmuster-sandbox: ").map(|(_, name)| name.trim().to_owned())
     });
     names.collect()
@@ -101,104 +114,177 @@ fn network_of(pid: u32) -> String {
     lines.concat()
 }
 
+/// Has the server archive a segment, and waits until it has: by then another one would have begun to.
+async fn archive_one(client: &Client) {
+    // There is always something to archive.
+    text(client, "SELECT pg_create_restore_point('archived')").await;
+    let name = text(client, "SELECT pg_walfile_name(pg_switch_wal())").await;
+    let archived =
+        format!("SELECT count(*) FROM pg_stat_archiver WHERE last_archived_wal >= '{name}'");
+    let waits = async {
+        while text(client, &archived).await != "1" {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, waits).await.unwrap();
+}
+
+/// Boots a copy of a server on which everything would act that can, at the end of its backup or at a moment behind it.
+async fn boots_inert(major: u32, goes_beyond: bool, network: NetworkIsolation) {
+    // Where the copy would follow a publisher to, and where whoever archives says so.
+    let publisher = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    publisher.set_nonblocking(true).unwrap();
+    let port = publisher.local_addr().unwrap().port();
+    let place = tempfile::tempdir().unwrap();
+    let archivers = place.path().join("archivers");
+    let archive = format!("pwd >> {}", archivers.display());
+    let settings = [
+        ("archive_mode", "on"),
+        ("archive_command", archive.as_str()),
+        ("wal_level", "logical"),
+        ("shared_preload_libraries", "auto_explain,pg_prewarm"),
+        ("max_connections", "33"),
+        // The source itself follows nobody.
+        ("max_logical_replication_workers", "0"),
+    ];
+    let (instance, directory) = cluster(major, &settings).await;
+    let client = connect(&instance.url("postgres")).await;
+    let traps = [
+        "CREATE TABLE t AS SELECT generate_series(1, 5000) i",
+        "CREATE UNLOGGED TABLE u AS SELECT 1 AS i",
+        // Each of these would act on its own in a copy that boots with what it brought along.
+        "ALTER SYSTEM SET listen_addresses = '*'",
+        "ALTER SYSTEM SET shared_preload_libraries = 'auto_explain', 'pg_prewarm', 'no_such_library'",
+        "ALTER SYSTEM SET archive_mode = 'always'",
+        &format!("ALTER SYSTEM SET archive_command = '{archive}'"),
+        "ALTER SYSTEM SET recovery_target_action = 'shutdown'",
+        "ALTER ROLE postgres SET session_preload_libraries = 'no_such_library'",
+        "ALTER DATABASE postgres SET statement_timeout = '1ms'",
+        &format!(
+            "CREATE SUBSCRIPTION s CONNECTION 'host=127.0.0.1 port={port}' PUBLICATION p \
+             WITH (connect = false, slot_name = 's')"
+        ),
+        "ALTER SUBSCRIPTION s ENABLE",
+        "SELECT pg_create_physical_replication_slot('kept', true)",
+    ];
+    for trap in traps {
+        client.batch_execute(trap).await.unwrap();
+    }
+    if major >= 17 {
+        let trigger = "CREATE FUNCTION deny() RETURNS event_trigger LANGUAGE plpgsql AS \
+                       $$ BEGIN RAISE EXCEPTION 'no entry'; END $$; \
+                       CREATE EVENT TRIGGER deny ON login EXECUTE FUNCTION deny()";
+        client.batch_execute(trigger).await.unwrap();
+    }
+    let (room, mut options) = copied(&instance, &directory.path().join("rooms")).await;
+    // A library that is preloaded has a worker of its own.
+    let data = instance.data_directory();
+    wait_for("the worker of a library", || {
+        titles(&data).iter().any(|title| title.contains("autoprewarm leader"))
+    });
+    options.settings = vec![Setting {
+        name: "shared_preload_libraries".into(),
+        value: "auto_explain,pg_prewarm,no_such_library".into(),
+    }];
+    options.preload_libraries = vec!["auto_explain".to_owned(), "pg_prewarm".to_owned()];
+    options.network = network;
+    // An engine that forgets to leave the slots behind: the copy must not keep them.
+    let slot = Path::new("pg_replslot/kept");
+    copy(&instance.data_directory().join(slot), &room.data_directory().join(slot));
+    let (mut end, mut rows) = (options.stop_lsn, 5000);
+    if goes_beyond {
+        client.batch_execute("INSERT INTO t VALUES (5001)").await.unwrap();
+        end = text(&client, "SELECT pg_create_restore_point('beyond')").await.parse().unwrap();
+        archive_one(&client).await;
+        rows += 1;
+        let wal = instance.data_directory().join("pg_wal");
+        let settings = RecoverySettings {
+            restore_command: format!("cp {}/%f %p", wal.display()),
+            target: RecoveryTarget::Name("beyond".to_owned()),
+            before: false,
+            timeline: None,
+            action: TargetAction::Promote,
+            standby: false,
+            keep_archiving: false,
+            port: None,
+        };
+        options.beyond = Some(Beyond { settings, at_least: end });
+    }
+    let room_path = room.path().to_owned();
+    let mut sandbox = Sandbox::boot(instance.binaries(), room, options).await.unwrap();
+
+    assert_eq!(sandbox.replay_end(), end, "{}", sandbox.log_tail());
+    let evidence = sandbox.went().map(|went| went.evidence.as_str());
+    let said =
+        evidence.map(|said| said.starts_with("recovery stopping at restore point \"beyond\""));
+    assert_eq!(said, goes_beyond.then_some(true), "{evidence:?}");
+    assert!(sandbox.is_running());
+    assert!(sandbox.phases().start > Duration::ZERO && sandbox.phases().open > Duration::ZERO);
+    let copy = connect(&sandbox.url("postgres")).await;
+    assert_eq!(text(&copy, "SELECT count(*) FROM public.t").await, rows.to_string());
+    assert_eq!(text(&copy, "SELECT count(*) FROM public.u").await, "0");
+    assert_eq!(text(&copy, "SELECT count(*) FROM pg_replication_slots").await, "0");
+    assert_eq!(text(&copy, "SELECT count(*) FROM pg_subscription WHERE subenabled").await, "1");
+    assert_eq!(text(&copy, "SELECT pg_is_in_recovery()").await, "f");
+    assert_eq!(text(&copy, "SHOW shared_preload_libraries").await, "auto_explain,pg_prewarm");
+    assert_eq!(text(&copy, "SHOW statement_timeout").await, "0");
+    assert_eq!(text(&copy, "SHOW max_connections").await, "33");
+    let foreign = "SELECT count(*) FROM pg_settings WHERE sourcefile IS NOT NULL AND sourcefile NOT LIKE '%/proof/run/postgresql.conf'";
+    assert_eq!(text(&copy, foreign).await, "0");
+
+    // The copy writes, switches and waits for whoever would act on it; nobody is there to do so.
+    copy.batch_execute("CREATE TABLE public.made AS SELECT 1").await.unwrap();
+    text(&copy, "SELECT pg_switch_wal()").await;
+    copy.batch_execute("CHECKPOINT").await.unwrap();
+    archive_one(&client).await;
+    let mut processes = server_processes(&sandbox.data_directory());
+    processes.retain(|name| !name.starts_with("postgres postgres")); // our own session
+    processes.sort();
+    assert_eq!(processes, ["background writer", "checkpointer", "walwriter"], "{major}");
+    let waiting =
+        std::fs::read_dir(sandbox.data_directory().join("pg_wal/archive_status")).unwrap();
+    let waiting = waiting.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    assert_eq!(
+        waiting
+            .filter(|name| Path::new(name).extension().is_some_and(|kind| kind == "ready"))
+            .count(),
+        0
+    );
+    assert_eq!(text(&copy, "SHOW archive_mode").await, "off");
+    assert_eq!(text(&copy, "SHOW listen_addresses").await, "");
+    match sandbox.isolation() {
+        Isolation::Namespaces { .. } => {
+            assert_eq!(network_of(sandbox.pid().unwrap()), "");
+            let namespace = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
+            assert_ne!(namespace("self"), namespace(&sandbox.pid().unwrap().to_string()));
+        }
+        Isolation::None(reason) => assert!(!reason.is_empty()),
+    }
+    drop(copy);
+    let data = sandbox.data_directory();
+    let postmaster = sandbox.pid().unwrap();
+    sandbox.destroy().await.unwrap();
+    assert!(!room_path.exists() && !data.exists());
+    assert!(!Path::new(&format!("/proc/{postmaster}")).exists());
+    // The source archived, and nobody else; and nobody came to its publisher.
+    let archivers = std::fs::read_to_string(&archivers).unwrap();
+    let source = instance.data_directory().canonicalize().unwrap();
+    assert!(archivers.lines().all(|line| Path::new(line) == source), "{archivers}");
+    let came = publisher.accept().map(|(_, from)| from).unwrap_err();
+    assert_eq!(came.kind(), ErrorKind::WouldBlock, "{came}");
+}
+
+// Each once on the network of this machine, where it would reach whom it wants to.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_copy_boots_to_the_end_of_its_backup_and_is_inert() {
-    for major in [15, 18] {
-        let settings = [
-            ("archive_mode", "on"),
-            ("archive_command", "true"),
-            ("wal_level", "logical"),
-            ("shared_preload_libraries", "auto_explain"),
-            ("max_connections", "33"),
-        ];
-        let (instance, directory) = cluster(major, &settings).await;
-        let client = connect(&instance.url("postgres")).await;
-        let traps = [
-            "CREATE TABLE t AS SELECT generate_series(1, 5000) i",
-            "CREATE UNLOGGED TABLE u AS SELECT 1 AS i",
-            // Each of these would act on its own in a copy that boots with what it brought along.
-            "ALTER SYSTEM SET listen_addresses = '*'",
-            "ALTER SYSTEM SET shared_preload_libraries = 'auto_explain', 'no_such_library'",
-            "ALTER SYSTEM SET recovery_target_action = 'shutdown'",
-            "ALTER ROLE postgres SET session_preload_libraries = 'no_such_library'",
-            "ALTER DATABASE postgres SET statement_timeout = '1ms'",
-            "CREATE SUBSCRIPTION s CONNECTION 'host=127.0.0.1 port=1' PUBLICATION p \
-             WITH (connect = false, slot_name = 's')",
-            "ALTER SUBSCRIPTION s ENABLE",
-            "SELECT pg_create_physical_replication_slot('kept', true)",
-        ];
-        for trap in traps {
-            client.batch_execute(trap).await.unwrap();
-        }
-        if major >= 17 {
-            let trigger = "CREATE FUNCTION deny() RETURNS event_trigger LANGUAGE plpgsql AS \
-                           $$ BEGIN RAISE EXCEPTION 'no entry'; END $$; \
-                           CREATE EVENT TRIGGER deny ON login EXECUTE FUNCTION deny()";
-            client.batch_execute(trigger).await.unwrap();
-        }
-        let (room, mut options) = copied(&instance, &directory.path().join("rooms")).await;
-        options.settings = vec![Setting {
-            name: "shared_preload_libraries".into(),
-            value: "auto_explain,no_such_library".into(),
-        }];
-        options.preload_libraries = vec!["auto_explain".to_owned()];
-        // An engine that forgets to leave the slots behind: the copy must not keep them.
-        let slot = Path::new("pg_replslot/kept");
-        copy(&instance.data_directory().join(slot), &room.data_directory().join(slot));
-        let stop_lsn = options.stop_lsn;
-        let room_path = room.path().to_owned();
-        let mut sandbox = Sandbox::boot(instance.binaries(), room, options).await.unwrap();
+    Box::pin(boots_inert(15, false, NetworkIsolation::WherePossible)).await;
+    Box::pin(boots_inert(18, false, NetworkIsolation::Off)).await;
+}
 
-        assert_eq!(sandbox.replay_end(), stop_lsn, "{}", sandbox.log_tail());
-        assert!(sandbox.is_running());
-        assert!(sandbox.phases().start > Duration::ZERO && sandbox.phases().open > Duration::ZERO);
-        let copy = connect(&sandbox.url("postgres")).await;
-        assert_eq!(text(&copy, "SELECT count(*) FROM public.t").await, "5000");
-        assert_eq!(text(&copy, "SELECT count(*) FROM public.u").await, "0");
-        assert_eq!(text(&copy, "SELECT count(*) FROM pg_replication_slots").await, "0");
-        assert_eq!(text(&copy, "SELECT pg_is_in_recovery()").await, "f");
-        assert_eq!(text(&copy, "SHOW shared_preload_libraries").await, "auto_explain");
-        assert_eq!(text(&copy, "SHOW statement_timeout").await, "0");
-        assert_eq!(text(&copy, "SHOW max_connections").await, "33");
-        let foreign = "SELECT count(*) FROM pg_settings WHERE sourcefile IS NOT NULL AND sourcefile NOT LIKE '%/proof/run/postgresql.conf'";
-        assert_eq!(text(&copy, foreign).await, "0");
-
-        // The copy writes, switches and waits for whoever would act on it; nobody is there to do
-        // so.
-        copy.batch_execute("CREATE TABLE public.made AS SELECT 1").await.unwrap();
-        text(&copy, "SELECT pg_switch_wal()").await;
-        copy.batch_execute("CHECKPOINT").await.unwrap();
-        let mut processes = server_processes(&sandbox.data_directory());
-        processes.retain(|name| !name.starts_with("postgres postgres")); // our own session
-        processes.sort();
-        assert_eq!(processes, ["background writer", "checkpointer", "walwriter"], "{major}");
-        let waiting =
-            std::fs::read_dir(sandbox.data_directory().join("pg_wal/archive_status")).unwrap();
-        let waiting = waiting.map(|entry| entry.unwrap().file_name().into_string().unwrap());
-        assert_eq!(
-            waiting
-                .filter(|name| Path::new(name).extension().is_some_and(|kind| kind == "ready"))
-                .count(),
-            0
-        );
-        assert_eq!(text(&copy, "SHOW archive_mode").await, "off");
-        assert_eq!(text(&copy, "SHOW listen_addresses").await, "");
-        match sandbox.isolation() {
-            Isolation::Namespaces { .. } => {
-                assert_eq!(network_of(sandbox.pid().unwrap()), "");
-                let namespace =
-                    |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
-                assert_ne!(namespace("self"), namespace(&sandbox.pid().unwrap().to_string()));
-            }
-            Isolation::None(reason) => assert!(!reason.is_empty()),
-        }
-        drop(copy);
-        let data = sandbox.data_directory();
-        let postmaster = sandbox.pid().unwrap();
-        sandbox.destroy().await.unwrap();
-        assert!(!room_path.exists() && !data.exists());
-        assert!(!Path::new(&format!("/proc/{postmaster}")).exists());
-    }
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_that_goes_beyond_its_backup_is_as_inert() {
+    Box::pin(boots_inert(15, true, NetworkIsolation::Off)).await;
+    Box::pin(boots_inert(18, true, NetworkIsolation::WherePossible)).await;
 }
 
 async fn refused(instance: &Instance, room: SandboxRoom, options: SandboxOptions) -> Error {
