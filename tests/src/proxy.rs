@@ -1,4 +1,4 @@
-//! A network that fails on demand: a TCP proxy that can stop forwarding, swallow bytes, or cut every connection.
+//! A network that fails on demand: a TCP proxy that can be late, stop forwarding, swallow bytes, or cut every connection.
 //!
 //! It runs in a thread of its own, so that it goes on while the test blocks. It does not look into what it forwards.
 
@@ -6,6 +6,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -13,10 +14,15 @@ use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
+/// By how much a slow network is late with each piece: enough that a request takes many times what it takes otherwise.
+const LATE: Duration = Duration::from_millis(40);
+
 /// What happens to bytes and connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mode {
     Pass,
+    /// Everything comes, each piece late: a peer far away.
+    Slow,
     /// Connections stay open, nothing moves: a peer that hangs.
     Stall,
     /// Bytes are taken and thrown away: a black hole behind a working socket.
@@ -89,6 +95,11 @@ impl Proxy {
     /// Passes everything on again; stalled bytes first.
     pub fn heal(&self) {
         self.mode.send_replace(Mode::Pass);
+    }
+
+    /// Passes everything on late.
+    pub fn slow(&self) {
+        self.mode.send_replace(Mode::Slow);
     }
 
     /// Keeps connections open and moves nothing.
@@ -199,6 +210,9 @@ async fn pump(
         }
         if now == Mode::Swallow {
             continue;
+        }
+        if now == Mode::Slow {
+            tokio::time::sleep(LATE).await;
         }
         if to.write_all(&buffer[..length]).await.is_err() {
             return;

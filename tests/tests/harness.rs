@@ -64,6 +64,18 @@ fn stalled_proxy_delivers_later() -> anyhow::Result<()> {
 }
 
 #[test]
+fn slow_proxy_delivers_everything_late() -> anyhow::Result<()> {
+    let proxy = Proxy::to(echo()?)?;
+    let mut stream = connect(&proxy)?;
+    ask(&mut stream)?;
+    proxy.slow();
+    let begun = Instant::now();
+    assert_eq!(&ask(&mut stream)?, b"ping");
+    assert!(begun.elapsed() >= Duration::from_millis(80), "late there and back");
+    Ok(())
+}
+
+#[test]
 fn swallowing_proxy_never_delivers() -> anyhow::Result<()> {
     let proxy = Proxy::to(echo()?)?;
     let mut stream = connect(&proxy)?;
