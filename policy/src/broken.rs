@@ -161,6 +161,7 @@ mod tests {
             safe_at_ms: None,
             waiting: None,
             gap: None,
+            conflict: None,
         }
     }
 

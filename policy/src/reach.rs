@@ -83,6 +83,14 @@ pub fn archive_trouble(
             wal.archived_to, wal.server_lsn, wal.cluster
         ));
     }
+    if let Some(conflict) = wal.conflict
+        && conflict.is_foreign
+    {
+        return Some(format!(
+            "another server archives under its name: segment {} differs, so this one's is refused and nothing from there on counts",
+            conflict.segment
+        ));
+    }
     if let Some(waiting) = wal.waiting
         && wal.at_ms.saturating_sub(waiting.since_ms) >= patience_ms
     {
@@ -94,7 +102,7 @@ pub fn archive_trouble(
             waiting.segment
         ));
     }
-    let backup = backup?;
+    let Some(backup) = backup else { return refused_another(wal, Lsn(0)) };
     // Behind a gap only a later backup leads on.
     if let Some(gap) = wal.gap
         && backup.lineage == wal.lineage
@@ -104,9 +112,21 @@ pub fn archive_trouble(
             "WAL segment {gap} is missing in its archive, so its newest backup does not lead beyond it: take another backup"
         ));
     }
-    is_left_behind(backup, wal).then(|| {
-        "its newest backup does not lead to where the server is now: take another backup".to_owned()
-    })
+    if is_left_behind(backup, wal) {
+        let what =
+            "its newest backup does not lead to where the server is now: take another backup";
+        return Some(what.to_owned());
+    }
+    refused_another(wal, backup.start_lsn)
+}
+
+/// That another server was refused: no harm was done, and yet it is there. Before `from` nothing is needed any more.
+fn refused_another(wal: &WalStanding, from: Lsn) -> Option<String> {
+    let conflict = wal.conflict.filter(|conflict| conflict.at >= from)?;
+    Some(format!(
+        "another server archives under its name: segment {} differs, and was refused; the archive has this server's",
+        conflict.segment
+    ))
 }
 
 /// Whether what is archived can never be replayed onto a backup. One that the archive has not reached yet is not left behind.
@@ -139,7 +159,7 @@ pub fn archive_silence(
 
 #[cfg(test)]
 mod tests {
-    use proto::message::{WalAncestor, WalWaiting};
+    use proto::message::{WalAncestor, WalConflict, WalWaiting};
 
     use super::*;
 
@@ -181,6 +201,7 @@ mod tests {
             safe_at_ms: Some(90_000),
             waiting: None,
             gap: None,
+            conflict: None,
         }
     }
 
@@ -263,6 +284,29 @@ mod tests {
         );
         let even = WalStanding { server_lsn: Lsn(900), ..wal() };
         assert_eq!(archive_trouble(Some(&backup(500)), &even, 60_000, 160_000), None);
+    }
+
+    #[test]
+    fn another_server_under_the_same_name_is_told_whoever_was_first() {
+        let conflict = |is_foreign| {
+            let segment = "000000010000000000000003".parse().unwrap();
+            Some(WalConflict { segment, at: Lsn(700), is_foreign })
+        };
+        let told = |backup: Option<&BackupEnd>, is_foreign| {
+            let wal = WalStanding { conflict: conflict(is_foreign), ..wal() };
+            archive_trouble(backup, &wal, 60_000, 160_000)
+        };
+        let begins =
+            "another server archives under its name: segment 000000010000000000000003 differs";
+        for backup in [None, Some(&backup(500)), Some(&backup(900))] {
+            let told = told(backup, true).unwrap();
+            assert!(told.starts_with(begins) && told.contains("nothing from there on"), "{told}");
+        }
+        for backup in [None, Some(&backup(500)), Some(&backup(710))] {
+            let told = told(backup, false).unwrap();
+            assert!(told.starts_with(begins) && told.contains("was refused"), "{told}");
+        }
+        assert_eq!(told(Some(&backup(711)), false), None, "a backup that begins behind it");
     }
 
     #[test]

@@ -168,6 +168,7 @@ mod tests {
             safe_at_ms: Some(SAFE_MS),
             waiting: None,
             gap: None,
+            conflict: None,
         }
     }
 

@@ -559,6 +559,7 @@ mod tests {
             safe_at_ms: Some(NOW - seen_ago_ms),
             waiting: None,
             gap: None,
+            conflict: None,
         };
         let end = |n| BackupEnd {
             lineage: lineage(n),

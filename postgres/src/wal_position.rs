@@ -1,6 +1,6 @@
 //! Where a server writes its log, and which transactions had committed then: in one question.
 
-use proto::{Lsn, Timeline};
+use proto::{Lsn, Timeline, WalFileName};
 
 use crate::error::Error;
 use crate::session::Session;
@@ -12,7 +12,8 @@ SELECT pg_current_snapshot()::text AS snapshot,
        CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_current_wal_insert_lsn()::text END AS lsn,
        CASE WHEN pg_is_in_recovery() THEN NULL
             ELSE ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int4 END AS timeline,
-       current_setting('archive_mode') <> 'off' AS archives";
+       current_setting('archive_mode') <> 'off' AS archives,
+       (SELECT last_archived_wal FROM pg_stat_archiver) AS archived";
 
 /// Where a server that writes is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,6 +26,8 @@ pub struct WalPosition {
     pub timeline: Timeline,
     /// Whether it archives at all.
     pub archives: bool,
+    /// The file that it archived last, as it says; absent when it says nothing, as after a crash.
+    pub archived: Option<WalFileName>,
 }
 
 impl Session {
@@ -40,6 +43,7 @@ impl Session {
             lsn,
             timeline: Timeline(timeline.cast_unsigned()),
             archives: row.get("archives"),
+            archived: row.get::<_, Option<&str>>("archived").and_then(|name| name.parse().ok()),
         }))
     }
 }

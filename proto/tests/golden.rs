@@ -18,8 +18,8 @@ use proto::job::{
 use proto::message::{
     ArchiveSetup, Beacon, Cancel, Claim, ClaimMessage, ClusterOffer, Control, Decline,
     DeclineReason, Denial, DenialReason, Grant, Holdings, Nonce, Offers, Pulse, Report, ReportBody,
-    RepositoryOffer, Revoked, RunningAttempt, Slots, Spec, Ticket, WalAncestor, WalStanding,
-    WalWaiting,
+    RepositoryOffer, Revoked, RunningAttempt, Slots, Spec, Ticket, WalAncestor, WalConflict,
+    WalStanding, WalWaiting,
 };
 use proto::proof::{BrokenWal, CheckOutcome, Phase, ProofCheck};
 use proto::{
@@ -544,6 +544,7 @@ fn the_conversation() {
                     segments: 1,
                 }),
                 gap: Some("0000000A0000001500000000".parse().unwrap()),
+                conflict: None,
             }],
             holdings: Vec::new(),
         },
@@ -580,6 +581,13 @@ fn what_was_added_for_what_is_proved() {
         to: Lsn(0x15_0100_0000),
     };
     golden("proof.broken_wal", &Proof { broken_wal: Some(broken), ..proof() });
+}
+
+#[test]
+fn a_standing_says_that_another_server_archives_under_the_same_name() {
+    let segment = "0000000A00000016000000B3".parse().unwrap();
+    let conflict = WalConflict { segment, at: Lsn(0x16_B300_0000), is_foreign: true };
+    golden("standing.conflict", &conflict);
 }
 
 #[test]

@@ -85,8 +85,8 @@ pub use restore::{
 pub use scrub::{CheckLevel, Damage, ScrubOptions, ScrubReport, ScrubbedLineage, WalAmount};
 pub use slice::Slice;
 pub use wal::{
-    SealedWal, TimelineWal, WalAbsence, WalBound, WalCopySummary, WalGap, WalInventory, WalPlan,
-    WalRun, WalStored,
+    SealedWal, TimelineWal, WalAbsence, WalBound, WalCopySummary, WalDigest, WalGap, WalInventory,
+    WalPlan, WalRun, WalStored,
 };
 pub use writer::{
     BackupSummary, BackupWriter, Source, SourceFile, WalWriter, WriteOptions, Written,

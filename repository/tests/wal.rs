@@ -16,7 +16,8 @@ use repository::store::directory::DirectoryStore;
 use repository::store::layer::Layer;
 use repository::store::{Listed, PutOutcome, Store, StoreError};
 use repository::{
-    CheckLevel, Error, Repository, ScrubOptions, ScrubReport, WalAbsence, WalGap, WalStored,
+    CheckLevel, Error, Repository, ScrubOptions, ScrubReport, WalAbsence, WalDigest, WalGap,
+    WalStored,
 };
 
 const MIB: u64 = 1 << 20;
@@ -69,6 +70,15 @@ async fn the_same_content_again_succeeds_and_other_content_is_refused_and_kept_a
     let inventory = bench.repository.list_wal(bench.lineage).await.unwrap();
     assert_eq!(inventory.conflicts, [file(name)]);
     assert_eq!(std::fs::read_dir(path(&bench, "conflicts").join(name)).unwrap().count(), 8);
+    // Whoever holds a content knows it again without reading the object.
+    let digest = |seed| WalDigest::read(content(seed).as_ref()).unwrap();
+    let segment = name.parse().unwrap();
+    assert_eq!(bench.repository.wal_digest(bench.lineage, segment).await.unwrap(), Some(digest(1)));
+    assert_ne!(digest(1), digest(2));
+    assert!(bench.repository.has_wal_conflict(bench.lineage, segment).await.unwrap());
+    let other = "0000000A0000000100000000".parse().unwrap();
+    assert_eq!(bench.repository.wal_digest(bench.lineage, other).await.unwrap(), None);
+    assert!(!bench.repository.has_wal_conflict(bench.lineage, other).await.unwrap());
 }
 
 #[tokio::test]

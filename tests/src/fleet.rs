@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use postgres::binaries::Binaries;
-use postgres::instance::{Instance, InstanceOptions};
+use postgres::instance::{Instance, InstanceOptions, StopMode};
 use postgres::{Environment, Purpose, Session, Target, connect};
 use proto::JobId;
 use serde_json::Value;
@@ -65,6 +65,8 @@ pub struct WorkerSetup<'a> {
     pub under: Vec<String>,
     /// Whether it may load dumps into its sandboxes.
     pub loads_dumps: bool,
+    /// Further lines of the configuration of each of its clusters.
+    pub cluster_lines: &'a str,
 }
 
 impl<'a> WorkerSetup<'a> {
@@ -72,7 +74,7 @@ impl<'a> WorkerSetup<'a> {
     pub fn of(name: &'a str, cluster: &'a str, connection: String) -> Self {
         let clusters = vec![(cluster, connection)];
         let (environment, under) = (Vec::new(), Vec::new());
-        Self { name, clusters, environment, lines: "", under, loads_dumps: true }
+        Self { name, clusters, environment, lines: "", under, loads_dumps: true, cluster_lines: "" }
     }
 
     /// The same, failing on purpose at a step: `copy=abort`.
@@ -253,7 +255,8 @@ impl Fleet {
         for (name, connection) in &setup.clusters {
             write!(
                 config,
-                "[[clusters]]\nname = \"{name}\"\nconnection = \"{connection}\"\nrepository = \"main\"\n"
+                "[[clusters]]\nname = \"{name}\"\nconnection = \"{connection}\"\nrepository = \"main\"\n{}\n",
+                setup.cluster_lines
             )?;
         }
         self.write(&format!("{}.toml", setup.name), &config)
@@ -473,6 +476,25 @@ impl Cluster {
         let (sockets, port) = (self.server.socket_directory().display(), self.server.port());
         let primary = format!("host={sockets} port={port} user=postgres");
         server.set(&[("primary_conninfo", &primary)])?;
+        server.start().await?;
+        Ok(Self { server, _place: place })
+    }
+
+    /// Starts a copy of it, as from a snapshot of its volume, with settings of its own: the same cluster on the same timeline,
+    /// which goes its own way from here on.
+    pub async fn fork(&mut self, settings: &[(&str, &str)]) -> anyhow::Result<Self> {
+        let place = tempfile::Builder::new().prefix("pg").tempdir_in("/tmp")?;
+        let options = InstanceOptions { fsync: false, ..InstanceOptions::default() };
+        let binaries = self.server.binaries();
+        let mut server = Instance::create(binaries, &place.path().join("pg"), options).await?;
+        self.server.stop(StopMode::Fast).await?;
+        let data = server.data_directory();
+        std::fs::remove_dir_all(&data)?;
+        let from = self.server.data_directory();
+        let copied = std::process::Command::new("cp").arg("-a").args([&from, &data]).status()?;
+        anyhow::ensure!(copied.success(), "copy {}: {copied}", from.display());
+        self.server.start().await?;
+        server.set(settings)?;
         server.start().await?;
         Ok(Self { server, _place: place })
     }

@@ -6,7 +6,9 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use postgres::instance::InstanceOptions;
 use serde_json::Value;
-use tests::{Cluster, Fleet, Place, Vhost, WorkerSetup, eventually, eventually_async, services};
+use tests::{
+    Cluster, Fleet, Pgmuster, Place, Vhost, WorkerSetup, eventually, eventually_async, services,
+};
 
 /// Archives are looked at every few seconds, and judged after half a minute.
 const LATER: Duration = Duration::from_mins(2);
@@ -36,6 +38,13 @@ async fn archives_by(server: &Cluster, command: &str) -> anyhow::Result<()> {
     let command = command.replace('\'', "''");
     server.run(&format!("ALTER SYSTEM SET archive_command = '{command}'")).await?;
     server.run("SELECT pg_reload_conf()").await
+}
+
+/// Deletes a segment of the one lineage in the repository.
+fn delete_archived(fleet: &Fleet, segment: &str) -> anyhow::Result<()> {
+    let mut lineages = std::fs::read_dir(fleet.path("repository/lineages"))?;
+    let lineage = lineages.next().context("a lineage")??.path();
+    Ok(std::fs::remove_file(lineage.join("wal").join(&segment[..8]).join(segment))?)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -140,4 +149,100 @@ async fn what_is_recoverable_is_what_is_archived_and_an_archive_that_lies_is_fou
         Ok((orders["state"] == "TAKEN" && point >= safe).then_some(()))
     })
     .with_context(|| fleet.said())
+}
+
+/// Which segment the server writes, as something in it shows.
+async fn writes(server: &Cluster) -> anyhow::Result<String> {
+    commit(server).await?;
+    server.text("SELECT pg_walfile_name(pg_current_wal_insert_lsn())").await
+}
+
+async fn has_archived(server: &Cluster, segment: &str) -> anyhow::Result<()> {
+    let done =
+        format!("SELECT count(*) FROM pg_stat_archiver WHERE last_archived_wal >= '{segment}'");
+    let is_done = async || Ok((server.number(&done).await? > 0).then_some(()));
+    eventually_async(&format!("{segment} to be archived"), LATER, is_done).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clone_that_archives_under_the_same_name_makes_nothing_seem_safe() -> anyhow::Result<()> {
+    let settings = [("archive_mode", "on"), ("archive_command", "true"), ("autovacuum", "off")];
+    let options = InstanceOptions {
+        wal_segment_size_mb: Some(1),
+        settings: settings.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec(),
+        ..InstanceOptions::default()
+    };
+    let mut server = Cluster::start(15, options).await?;
+    let clone = server.fork(&settings).await?;
+    let vhost = Vhost::create()?;
+    let mut fleet = Fleet::prepare(&vhost.url(), "", Place::Directory)?;
+    fleet.start_coordinator()?;
+    fleet.start_worker(&WorkerSetup::of("w1", "orders", server.url()))?;
+    let push = format!(
+        "'{}' wal push \"%p\" --new --repository '{}' --key '{}' --cluster orders",
+        services::pgmuster()?.display(),
+        fleet.repository_url(),
+        fleet.path("repository.key").display()
+    );
+    archives_by(&server, &push).await?;
+    fleet.expect(&["backup", "orders", "--wait"])?;
+    fleet.expect(&["verify", "orders", "--level", "3", "--wait"])?;
+    server.run("SELECT pg_switch_wal()").await?;
+    let segment = writes(&server).await?;
+
+    // The worker has asked whether the archive has the segment that the server writes, and it has not.
+    let archived_to = |wal: &Value| wal["archived_to"].as_str().map(str::to_owned);
+    let is_next = async |wal: &Value| -> anyhow::Result<bool> {
+        let Some(to) = archived_to(wal) else { return Ok(false) };
+        let next = format!("SELECT pg_walfile_name('{to}'::pg_lsn + 1)");
+        Ok(server.text(&next).await? == segment)
+    };
+    let mut first = None;
+    eventually_async("the archive to be looked at again", LATER, async || {
+        let wal = orders(&fleet)?["wal"].clone();
+        let at_ms = wal["at_ms"].as_i64().context("it was looked at")?;
+        if !is_next(&wal).await? {
+            return Ok(None);
+        }
+        Ok((at_ms > *first.get_or_insert(at_ms)).then_some(()))
+    })
+    .await
+    .with_context(|| format!("{:?}\n{}", orders(&fleet), fleet.said()))?;
+
+    // A clone stores its own segment of that name, and then the server fills it.
+    while writes(&clone).await? < segment {
+        clone.run("SELECT pg_switch_wal()").await?;
+    }
+    clone.run("SELECT pg_switch_wal()").await?;
+    let (file, url) = (format!("pg_wal/{segment}"), fleet.repository_url());
+    let key = fleet.path("repository.key").display().to_string();
+    let words = ["wal", "push", &file, "--repository", &url, "--key", &key, "--cluster", "orders"];
+    let pushed = Pgmuster::start_with(&words, |command| {
+        command.current_dir(clone.server.data_directory());
+    })?
+    .wait(LATER)?;
+    ensure!(pushed.code() == 0, "{pushed}");
+    let lost = commit(&server).await?;
+    server.run("SELECT pg_switch_wal()").await?;
+    let what = format!("another server archives under its name: segment {segment} differs");
+    eventually("the clone to be told", LATER, || {
+        ensure!(recoverable_to(&fleet)? <= lost, "what is refused seems to be safe");
+        let orders = orders(&fleet)?;
+        let reason = orders["reason"].as_str().unwrap_or_default();
+        Ok((orders["state"] == "AT_RISK" && reason.starts_with(&what)).then_some(()))
+    })
+    .with_context(|| format!("{:?}\n{}", orders(&fleet), fleet.said()))?;
+    let doctor = fleet.run(&["doctor"])?;
+    ensure!(doctor.stdout.contains(&what), "{doctor}");
+    ensure!(recoverable_to(&fleet)? <= lost, "what is refused seems to be safe");
+
+    // The clone is gone, and what it wrote: the server is asked for its own again.
+    drop(clone);
+    delete_archived(&fleet, &segment)?;
+    commit(&server).await?;
+    server.run("SELECT pg_switch_wal()").await?;
+    eventually("its own segment to count", LATER, || {
+        Ok((recoverable_to(&fleet)? > lost).then_some(()))
+    })
+    .with_context(|| format!("{:?}\n{}", orders(&fleet), fleet.said()))
 }

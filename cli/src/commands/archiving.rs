@@ -7,6 +7,8 @@ use crate::output;
 
 /// An archive that nobody looked at for so long says nothing any more.
 const SILENCE_MAX_MS: i64 = 120_000;
+/// The cure where two servers archive under one name.
+const STOP_THE_OTHER: &str = "Find that server, a clone or an old primary, and stop it, or give it another --cluster in its archive_command.";
 
 /// What is to be said of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -88,6 +90,19 @@ fn in_effect(cluster: &ClusterName, setup: &ArchiveSetup, seen: Seen<'_>, now_ms
             format!("Set it with: {command}"),
         );
     }
+    // It is what the archiver fails for.
+    if let Seen::Standing(wal) = seen
+        && let Some(conflict) = wal.conflict.filter(|conflict| conflict.is_foreign)
+        && now_ms.saturating_sub(wal.at_ms) <= SILENCE_MAX_MS
+    {
+        return bad(
+            format!(
+                "another server archives under its name: segment {} differs, so this one's is refused",
+                conflict.segment
+            ),
+            STOP_THE_OTHER.to_owned(),
+        );
+    }
     if let Some(file) = &setup.failing_at {
         return bad(
             format!("its archiver fails at {file}, and the server keeps all its WAL"),
@@ -140,16 +155,20 @@ fn in_effect(cluster: &ClusterName, setup: &ArchiveSetup, seen: Seen<'_>, now_ms
     let last = wal.safe_at_ms.map_or_else(String::new, |at_ms| {
         format!(", with what had committed {}", output::ago(now_ms, Some(at_ms)))
     });
+    let (other, cure) = wal.conflict.map_or_else(Default::default, |conflict| {
+        let what = "another server archives under its name";
+        (format!("; {what}: segment {} differs, and was refused", conflict.segment), STOP_THE_OTHER)
+    });
     Said {
         is_good: true,
-        what: format!("on, archived up to {}{last}", wal.archived_to),
-        cure: String::new(),
+        what: format!("on, archived up to {}{last}{other}", wal.archived_to),
+        cure: cure.to_owned(),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use proto::message::WalWaiting;
+    use proto::message::{WalConflict, WalWaiting};
     use proto::{LineageId, Lsn, Timeline};
 
     use super::*;
@@ -178,6 +197,7 @@ mod tests {
             safe_at_ms: Some(NOW_MS - 61_000),
             waiting: None,
             gap: None,
+            conflict: None,
         }
     }
 
@@ -260,5 +280,15 @@ mod tests {
         assert!(!good && text.starts_with("1 segment from 000000010000000000000002 on"), "{text}");
         let (good, text) = tell(&setup(), Some(&WalStanding { gap: Some(segment), ..standing() }));
         assert!(!good && text.contains("pgmuster backup orders"), "{text}");
+        // Why its archiver fails comes before that it fails.
+        let other = |is_foreign| {
+            let conflict = Some(WalConflict { segment, at: Lsn(0x200_0000), is_foreign });
+            WalStanding { conflict, ..standing() }
+        };
+        let what = format!("another server archives under its name: segment {segment} differs");
+        let (good, text) = tell(&failing, Some(&other(true)));
+        assert!(!good && text.starts_with(&what) && text.contains("--cluster"), "{text}");
+        let (good, text) = tell(&setup(), Some(&other(false)));
+        assert!(good && text.starts_with("on, archived") && text.contains(&what), "{text}");
     }
 }

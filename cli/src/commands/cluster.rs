@@ -191,6 +191,8 @@ fn archive(wal: &WalStanding) -> String {
     );
     let waiting = wal.waiting.map(|w| format!("{} missing from {} on", w.segments, w.segment));
     let gap = wal.gap.map(|gap| format!("{gap} is missing before"));
-    let parts: Vec<String> = [Some(archived), waiting, gap].into_iter().flatten().collect();
+    let conflict = wal.conflict.map(|c| format!("another server wrote {} too", c.segment));
+    let parts: Vec<String> =
+        [Some(archived), waiting, gap, conflict].into_iter().flatten().collect();
     parts.join("; ")
 }

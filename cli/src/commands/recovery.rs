@@ -251,6 +251,7 @@ mod tests {
             safe_at_ms: Some(44_000),
             waiting: None,
             gap: None,
+            conflict: None,
         };
         let found = |wal: Option<&WalStanding>| -> Vec<(u64, u64, usize, Option<i64>)> {
             let windows = known_windows(&backups, wal, &[]);

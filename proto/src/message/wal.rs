@@ -36,6 +36,9 @@ pub struct WalStanding {
     /// The first segment that is missing before `line_from`, though the archive has older ones.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gap: Option<SegmentName>,
+    /// That another server archives under the same name, as far as it shows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub conflict: Option<WalConflict>,
 }
 
 /// How a server is set up to archive its WAL, by its own words: what to do about it, not whether it works.
@@ -71,4 +74,15 @@ pub struct WalWaiting {
     pub since_ms: i64,
     /// How many there are.
     pub segments: u64,
+}
+
+/// A segment of which two servers wrote something else. The archive keeps what came first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WalConflict {
+    /// Which.
+    pub segment: SegmentName,
+    /// Where it begins.
+    pub at: Lsn,
+    /// Whether the other server's came first, so that this one's is refused.
+    pub is_foreign: bool,
 }

@@ -9,7 +9,7 @@ use proto::wal::{History, SegmentName, WalFileName, is_segment_size};
 use proto::{LineageId, Timeline};
 
 use super::inventory::{TimelineWal, WalInventory};
-use super::object::{self, HEAD_END, Head, OBJECT_BYTES_MAX};
+use super::object::{self, HEAD_END, Head, OBJECT_BYTES_MAX, WalDigest};
 use crate::again::again;
 use crate::error::Error;
 use crate::layout;
@@ -161,6 +161,34 @@ impl Repository {
         match self.store.size(&(layout::wal(lineage) + &place)).await {
             Ok(_) => Ok(true),
             Err(StoreError::NotFound { .. }) => self.identity(lineage).await.map(|_| false),
+            Err(error) => Err(Error::needed(error)),
+        }
+    }
+
+    /// What content the archive has under a segment's name, as the object itself says. `None` only when it is certain that there
+    /// is none.
+    pub async fn wal_digest(
+        &self,
+        lineage: LineageId,
+        segment: SegmentName,
+    ) -> Result<Option<WalDigest>, Error> {
+        let place = layout::wal_file(&WalFileName::Segment(segment));
+        match self.head_of(lineage, &place).await? {
+            Some(head) => Ok(Some(WalDigest(head))),
+            None => self.identity(lineage).await.map(|_| None),
+        }
+    }
+
+    /// Whether other content came under a segment's name, and is kept aside.
+    pub async fn has_wal_conflict(
+        &self,
+        lineage: LineageId,
+        segment: SegmentName,
+    ) -> Result<bool, Error> {
+        let place = layout::wal_conflict(&WalFileName::Segment(segment), 1);
+        match self.store.size(&(layout::wal(lineage) + &place)).await {
+            Ok(_) => Ok(true),
+            Err(StoreError::NotFound { .. }) => Ok(false),
             Err(error) => Err(Error::needed(error)),
         }
     }

@@ -17,4 +17,5 @@ pub(crate) use collect::{Doomed, Start};
 pub use collect::{WalBound, WalPlan};
 pub use copy::WalCopySummary;
 pub use inventory::{TimelineWal, WalGap, WalInventory, WalRun};
+pub use object::WalDigest;
 pub(crate) use object::object_id;

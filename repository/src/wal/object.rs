@@ -1,5 +1,7 @@
 //! The bytes of one file of the archive: a container of its own, bound to the place it lies at.
 
+use std::io;
+
 use bytes::Bytes;
 use proto::LineageId;
 use proto::wal::SEGMENT_BYTES_MAX;
@@ -48,6 +50,19 @@ impl Head {
     pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
         let (length, blake3) = bytes.split_first_chunk::<8>()?;
         Some(Self { bytes: u64::from_be_bytes(*length), blake3: blake3.try_into().ok()? })
+    }
+}
+
+/// What tells one content of a file of the log from another: its length and its digest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WalDigest(pub(super) Head);
+
+impl WalDigest {
+    /// Of what a reader gives, to its end.
+    pub fn read(content: impl io::Read) -> io::Result<Self> {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update_reader(content)?;
+        Ok(Self(Head { bytes: hasher.count(), blake3: hasher.finalize().into() }))
     }
 }
 

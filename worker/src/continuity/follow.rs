@@ -3,21 +3,23 @@
 //! Whatever is known of the archive was seen before the server was asked where it is. So an archive that is ahead of the server
 //! has what that server did not write.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use postgres::wal_position::WalPosition;
 use proto::failure::{Action, Code, Failure};
-use proto::message::{WalStanding, WalWaiting};
-use proto::wal::Segment;
+use proto::message::{WalConflict, WalStanding, WalWaiting};
+use proto::wal::{Segment, SegmentName};
 use proto::{ClusterName, Lsn, RepositoryId, SystemIdentifier, Timeline};
 use repository::{Repository, WalAbsence};
 use tokio::sync::Semaphore;
 
 use super::commits::Commits;
 use super::line::Line;
+use super::owner::Owner;
 use super::passed::Passed;
-use super::survey::{Asked, Surveys};
+use super::survey::{Asked, Found, Surveys};
 use crate::clock::Seen;
 
 /// Segments that one look goes on by; the next look goes on from there.
@@ -53,6 +55,8 @@ pub(super) struct Server {
     pub(super) seen: Seen,
     pub(super) system_identifier: SystemIdentifier,
     pub(super) position: WalPosition,
+    /// Where its own segments are, if they are at hand.
+    pub(super) pg_wal: Option<PathBuf>,
 }
 
 /// One server's way into its archive.
@@ -80,6 +84,21 @@ struct Known {
     peeked: bool,
     /// In which segment the server was when it turned out that the archive is ahead of it, and since when.
     behind: Option<(Segment, Seen)>,
+    /// Up to where the line is known to be the server's own.
+    own_to: Lsn,
+    /// What the line ends before, though the archive has something of that name.
+    held: Option<Held>,
+    /// Segments of this timeline of which other content was refused, when the archive was listed last.
+    refused: Vec<SegmentName>,
+}
+
+/// A segment that is not the server's own, as far as is known.
+#[derive(Debug, Clone, Copy)]
+struct Held {
+    segment: Segment,
+    /// Since when at least the server has filled its own.
+    since: Seen,
+    owner: Owner,
 }
 
 impl Follower {
@@ -151,7 +170,7 @@ impl Follower {
             known.commits.forget();
         }
         if known.behind.is_none() {
-            known.go_on(repository, *now).await?;
+            known.go_on(repository, server).await?;
         }
         let Some(line) = &known.line else { return Ok(Looked::Later) };
         if known.behind.is_none() && line.is_rooted {
@@ -176,7 +195,10 @@ impl Known {
     }
 
     async fn take_in_survey(&mut self, now: Seen) {
-        let Some((found, known_to)) = self.surveys.ended(now).await else { return };
+        let Some((Found { line: found, refused }, known_to)) = self.surveys.ended(now).await else {
+            return;
+        };
+        self.refused = refused;
         let before = self.line.take();
         let to = before.as_ref().map(|line| line.to);
         if before.is_some() && found.is_none() {
@@ -187,6 +209,14 @@ impl Known {
             (Some(line), Some(found)) => Some(line.renewed(found, known_to)),
             (_, found) => found,
         };
+        if let (Some(line), Some(held)) = (&mut self.line, self.held) {
+            let at = held.segment.start(line.segment_size);
+            if (line.from..=line.to).contains(&at) {
+                line.to = at;
+            } else {
+                self.held = None;
+            }
+        }
         let line = self.line.as_ref();
         // What the server did not write may be gone.
         if line.is_none_or(|line| Some(line.to) < to) {
@@ -195,11 +225,13 @@ impl Known {
         if line.map(|line| line.to) != to {
             self.peeked = false;
         }
+        self.own_to = self.own_to.min(line.map_or(Lsn(0), |line| line.to));
     }
 
     /// Asks once for each segment that the server writes whether the archive has it already, from another server.
     async fn peek(&mut self, repository: &Repository) -> Result<(), Failure> {
-        let Some(line) = self.line.as_mut().filter(|_| !self.peeked) else { return Ok(()) };
+        let is_due = !self.peeked && self.held.is_none();
+        let Some(line) = self.line.as_mut().filter(|_| is_due) else { return Ok(()) };
         let next = line.next();
         if repository.has_wal(line.lineage, next.name(line.segment_size)).await? {
             line.to = next.end(line.segment_size);
@@ -210,8 +242,21 @@ impl Known {
         Ok(())
     }
 
-    /// Goes on along the segments that came since.
-    async fn go_on(&mut self, repository: &Repository, now: Seen) -> Result<(), Failure> {
+    /// Goes on along the segments that came since, as far as they are the server's own.
+    async fn go_on(&mut self, repository: &Repository, server: &Server) -> Result<(), Failure> {
+        if let (Some(line), Some(held)) = (&self.line, self.held) {
+            let owner = owner(repository, server, line, held.segment).await?;
+            self.held = owner.is_in_the_way().then_some(Held { owner, ..held });
+            if self.held.is_some() {
+                return Ok(());
+            }
+        }
+        self.walk(repository, server.seen).await?;
+        self.hold_back(repository, server).await
+    }
+
+    /// Goes on along the names that came since.
+    async fn walk(&mut self, repository: &Repository, now: Seen) -> Result<(), Failure> {
         let Some(line) = &mut self.line else { return Ok(()) };
         for _ in 0..SEGMENTS_MAX {
             let next = line.next();
@@ -242,10 +287,57 @@ impl Known {
         Ok(())
     }
 
+    /// Takes the line back to the first segment that is not the server's own. A server stores its segments in their order, each
+    /// once the one before it is stored: so the last one vouches for all of them if it is its own.
+    async fn hold_back(&mut self, repository: &Repository, server: &Server) -> Result<(), Failure> {
+        let Some(line) = &mut self.line else { return Ok(()) };
+        let number = |at| Segment::containing(at, line.timeline, line.segment_size).number;
+        let left_at = line.ancestors.last().map_or(Lsn(0), |ancestor| ancestor.left_at);
+        let (mut own, mut foreign) =
+            (number(line.from.max(left_at).max(self.own_to)), number(line.to));
+        let mut first = None;
+        let mut probe = foreign.saturating_sub(1);
+        while own < foreign {
+            let segment = Segment { timeline: line.timeline, number: probe };
+            let owner = owner(repository, server, line, segment).await?;
+            if owner.is_in_the_way() {
+                (foreign, first) = (probe, Some((segment, owner)));
+            } else {
+                own = probe + 1;
+            }
+            probe = own + (foreign - own) / 2;
+        }
+        if let Some((segment, owner)) = first {
+            let since = self.passed.since(segment.end(line.segment_size)).unwrap_or(server.seen);
+            line.to = segment.start(line.segment_size);
+            (self.held, self.missing) = (Some(Held { segment, since, owner }), None);
+        }
+        self.own_to = line.to;
+        Ok(())
+    }
+
+    /// What shows that another server archives here: the segment that holds the line, else the newest one that was refused.
+    fn conflict(&self, line: &Line) -> Option<WalConflict> {
+        let conflict = |segment: Segment, is_foreign| WalConflict {
+            segment: segment.name(line.segment_size),
+            at: segment.start(line.segment_size),
+            is_foreign,
+        };
+        if let Some(Held { segment, owner, .. }) = self.held {
+            return (owner == Owner::Another).then(|| conflict(segment, true));
+        }
+        let refused = self.refused.iter().filter_map(|name| name.segment(line.segment_size));
+        let newest = refused
+            .filter(|one| (line.from..line.to).contains(&one.start(line.segment_size)))
+            .max()?;
+        Some(conflict(newest, false))
+    }
+
     fn standing(&mut self, cluster: &ClusterName, position: &WalPosition, now: Seen) -> Looked {
         let Some(line) = &self.line else { return Looked::Later };
-        let waiting = match self.behind {
-            Some(behind) => Some(behind),
+        let held = self.held.map(|held| (held.segment, held.since));
+        let waiting = match self.behind.or(held) {
+            Some(known) => Some(known),
             None => self.missing.and_then(|(next, _)| {
                 Some((next, self.passed.since(next.end(line.segment_size))?))
             }),
@@ -274,8 +366,21 @@ impl Known {
             safe_at_ms: safe.map(|safe| safe.at_ms_by(now)),
             waiting,
             gap: line.missing.map(|segment| segment.name(line.segment_size)),
+            conflict: self.conflict(line),
         })
     }
+}
+
+/// Whose a segment of the line is.
+async fn owner(
+    repository: &Repository,
+    server: &Server,
+    line: &Line,
+    segment: Segment,
+) -> Result<Owner, Failure> {
+    let name = segment.name(line.segment_size);
+    let (pg_wal, archived) = (server.pg_wal.as_deref(), server.position.archived);
+    Owner::of(repository, line.lineage, name, pg_wal, archived).await
 }
 
 #[cfg(test)]
@@ -283,7 +388,7 @@ mod tests {
     use bytes::Bytes;
     use proto::wal::WalFileName;
     use repository::store::directory::DirectoryStore;
-    use repository::{Encryption, InitOptions};
+    use repository::{Encryption, InitOptions, WalStored};
 
     use super::*;
 
@@ -304,6 +409,10 @@ mod tests {
         few: Arc<Semaphore>,
         follower: Follower,
         timeline: u32,
+        /// The server's own segments, where they are at hand.
+        pg_wal: Option<PathBuf>,
+        /// What the server says that it archived last.
+        archived: Option<WalFileName>,
         now_ms: i64,
     }
 
@@ -317,6 +426,8 @@ mod tests {
                 few: Arc::new(Semaphore::new(1)),
                 follower: Follower::new("orders".parse().unwrap()),
                 timeline: 1,
+                pg_wal: None,
+                archived: None,
                 now_ms: 1_000_000,
             };
             for number in first..=last {
@@ -326,9 +437,37 @@ mod tests {
         }
 
         async fn store(&self, file: &WalFileName, content: Bytes) {
+            self.hand_over(file, content).await.unwrap();
+        }
+
+        async fn hand_over(
+            &self,
+            file: &WalFileName,
+            content: Bytes,
+        ) -> Result<WalStored, repository::Error> {
             let cluster = "orders".parse().unwrap();
             let identity = self.repository.find_or_mint_lineage(&cluster, SERVER, 1).await.unwrap();
-            self.repository.store_wal(identity.lineage, file, content).await.unwrap();
+            self.repository.store_wal(identity.lineage, file, content).await
+        }
+
+        /// A server hands over its segment of timeline 1, full of `byte`; zero is what the one that is followed writes.
+        async fn hand_over_of(
+            &self,
+            number: u64,
+            byte: u8,
+        ) -> Result<WalStored, repository::Error> {
+            let file = WalFileName::Segment(name(number));
+            self.hand_over(&file, vec![byte; 1 << 20].into()).await
+        }
+
+        /// The followed server's own segments are at hand from now on.
+        fn has_files(&mut self, numbers: std::ops::RangeInclusive<u64>) {
+            let pg_wal = self.place.path().join("pg_wal");
+            std::fs::create_dir_all(&pg_wal).unwrap();
+            for number in numbers {
+                std::fs::write(pg_wal.join(name(number).to_string()), vec![0; 1 << 20]).unwrap();
+            }
+            self.pg_wal = Some(pg_wal);
         }
 
         async fn archive(&self, timeline: u32, number: u64) {
@@ -354,8 +493,10 @@ mod tests {
                 lsn: Lsn(lsn),
                 timeline: Timeline(self.timeline),
                 archives: true,
+                archived: self.archived,
             };
-            let server = Server { seen, system_identifier: SERVER, position };
+            let pg_wal = self.pg_wal.clone();
+            let server = Server { seen, system_identifier: SERVER, position, pg_wal };
             let Self { repository, few, .. } = self;
             self.follower.follow(repository, few, &server, async |_| false).await
         }
@@ -387,6 +528,115 @@ mod tests {
 
     fn waiting(standing: &WalStanding) -> Option<(String, u64)> {
         standing.waiting.map(|waiting| (waiting.segment.to_string(), waiting.segments))
+    }
+
+    fn name(number: u64) -> SegmentName {
+        Segment { timeline: Timeline(1), number }.name(1 << 20)
+    }
+
+    /// The segment that is told of, and whether the other server's came first.
+    fn conflict(standing: &WalStanding) -> Option<(u64, bool)> {
+        standing.conflict.map(|conflict| {
+            assert_eq!(conflict.segment, name(conflict.at.0 / MIB));
+            (conflict.at.0 / MIB, conflict.is_foreign)
+        })
+    }
+
+    #[tokio::test]
+    async fn a_segment_of_another_server_holds_the_line_until_it_is_gone() {
+        let mut story = Story::new(1, 3).await;
+        story.has_files(1..=3);
+        let before = story.seen(0, 4 * MIB).await;
+        let safe_at_ms = before.safe_at_ms;
+        assert_eq!((line(&before), safe_at_ms), ((1, 4), Some(story.now_ms)));
+        // The archive was asked for segment 4 when the server began it. Now a clone stores its own, and then the server fills it.
+        story.hand_over_of(4, 1).await.unwrap();
+        story.has_files(4..=4);
+        for (ms, lsn) in [(5_000, 5 * MIB), (60_000, 6 * MIB), (3_600_000, 6 * MIB)] {
+            let held = story.seen(ms, lsn).await;
+            assert_eq!((line(&held), held.safe_at_ms), ((1, 4), safe_at_ms), "at {lsn}");
+            assert_eq!(conflict(&held), Some((4, true)));
+            assert_eq!(waiting(&held), Some((name(4).to_string(), lsn / MIB - 4)));
+            // It is refused for as long.
+            story.hand_over_of(4, 0).await.unwrap_err();
+        }
+        // Also when the clone goes on.
+        story.hand_over_of(5, 1).await.unwrap();
+        assert_eq!(line(&story.seen(3_600_000, 6 * MIB).await), (1, 4));
+        for number in [4, 5] {
+            story.lose(&format!("/00000001/{}", name(number))).await;
+            story.hand_over_of(number, 0).await.unwrap();
+        }
+        story.has_files(5..=5);
+        let cured = story.seen(5_000, 6 * MIB).await;
+        assert_eq!((line(&cured), waiting(&cured)), ((1, 6), None));
+        assert_eq!(cured.safe_at_ms, Some(story.now_ms));
+    }
+
+    #[tokio::test]
+    async fn a_worker_that_starts_finds_where_another_server_came_between() {
+        for own in 0..=7 {
+            let mut story = Story::new(1, own).await;
+            for number in own + 1..=7 {
+                story.hand_over_of(number, 1).await.unwrap();
+            }
+            story.has_files(1..=9);
+            let held = story.seen(0, 10 * MIB).await;
+            let expected = (own < 7).then_some((own + 1, true));
+            assert_eq!((line(&held), conflict(&held)), ((1, own + 1), expected));
+            assert_eq!(waiting(&held), Some((name(own + 1).to_string(), 9 - own)));
+        }
+    }
+
+    #[tokio::test]
+    async fn where_its_files_are_not_at_hand_the_server_says_what_it_archived() {
+        let mut story = Story::new(1, 3).await;
+        story.archived = Some(WalFileName::Segment(name(3)));
+        assert_eq!(line(&story.seen(0, 4 * MIB).await), (1, 4));
+        story.hand_over_of(4, 1).await.unwrap();
+        let unclear = story.seen(5_000, 5 * MIB).await;
+        assert_eq!((line(&unclear), conflict(&unclear)), ((1, 4), None));
+        assert_eq!(waiting(&unclear), Some((name(4).to_string(), 1)));
+        story.hand_over_of(4, 0).await.unwrap_err();
+        let refused = story.seen(5_000, 5 * MIB).await;
+        assert_eq!((line(&refused), conflict(&refused)), ((1, 4), Some((4, true))));
+        // Had it been its own, it would say so a moment later.
+        story.archived = Some(WalFileName::Segment(name(4)));
+        assert_eq!(line(&story.seen(5_000, 5 * MIB).await), (1, 5));
+    }
+
+    #[tokio::test]
+    async fn what_another_server_was_refused_is_told_though_it_does_no_harm() {
+        let mut story = Story::new(1, 3).await;
+        story.has_files(1..=3);
+        assert_eq!(conflict(&story.seen(0, 4 * MIB).await), None);
+        for number in [2, 3] {
+            story.hand_over_of(number, 1).await.unwrap_err();
+        }
+        let told = story.seen(3_600_000, 4 * MIB).await;
+        assert_eq!((line(&told), conflict(&told)), ((1, 4), Some((3, false))));
+        assert_eq!((waiting(&told), told.safe_at_ms), (None, Some(story.now_ms)));
+    }
+
+    #[tokio::test]
+    async fn a_segment_that_cannot_be_read_is_none() {
+        let mut story = Story::new(1, 3).await;
+        story.has_files(1..=4);
+        story.seen(0, 4 * MIB).await;
+        story.hand_over_of(4, 0).await.unwrap();
+        let store = story.repository.store();
+        let all = store.list("").await.unwrap();
+        let key =
+            &all.iter().find(|object| object.key.ends_with(&name(4).to_string())).unwrap().key;
+        let path = story.place.path().join("repository").join(key);
+        let whole = std::fs::read(&path).unwrap();
+        let mut rotten = whole.clone();
+        rotten[100] ^= 1;
+        std::fs::write(&path, rotten).unwrap();
+        let held = story.seen(5_000, 5 * MIB).await;
+        assert_eq!((line(&held), conflict(&held)), ((1, 4), None));
+        std::fs::write(&path, whole).unwrap();
+        assert_eq!(line(&story.seen(5_000, 5 * MIB).await), (1, 5));
     }
 
     #[tokio::test]

@@ -6,6 +6,7 @@
 mod commits;
 mod follow;
 mod line;
+mod owner;
 mod passed;
 mod survey;
 mod tail;
@@ -24,6 +25,8 @@ use tokio::sync::Semaphore;
 use self::follow::{Follower, Looked, Server};
 use self::line::Line;
 use crate::clock;
+use crate::context::blocking;
+use crate::engines::native;
 use crate::places::{Cluster, RepositoryPlace};
 use crate::shared::Shared;
 
@@ -74,7 +77,7 @@ impl Standings {
         let before = all.get(&standing.cluster);
         let key = |standing: &WalStanding| {
             let waits = standing.waiting.map(|waiting| waiting.segment);
-            let line = (standing.line_from, standing.archived_to);
+            let line = (standing.line_from, standing.archived_to, standing.conflict);
             (standing.lineage, standing.timeline, line, standing.gap, waits)
         };
         let is_news = before.is_none_or(|told| key(&told.standing) != key(&standing));
@@ -195,8 +198,12 @@ impl Watcher<'_> {
         let Some(position) = position else { return Ok(None) };
         let identity = session.identity().await?;
         session.close().await;
+        let (config, of) = (self.cluster.config.clone(), identity.clone());
+        let directory = blocking(move || native::data_directory(&config, &of)).await;
+        // Without its files, its word has to do.
+        let pg_wal = directory.ok().map(|directory| directory.join("pg_wal"));
         let system_identifier = identity.system_identifier;
-        Ok(Some((Server { seen, system_identifier, position }, identity)))
+        Ok(Some((Server { seen, system_identifier, position, pg_wal }, identity)))
     }
 
     /// After an error the repository is opened anew: the one at this place may be another by now.
@@ -236,6 +243,7 @@ mod tests {
                 segments: 1,
             }),
             gap: None,
+            conflict: None,
         }
     }
 

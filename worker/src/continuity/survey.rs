@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proto::failure::{Action, Code, Failure};
+use proto::wal::{SegmentName, WalFileName};
 use proto::{BackupKind, ClusterName, Lsn, SystemIdentifier, Timeline};
 use repository::Repository;
 use tokio::sync::Semaphore;
@@ -26,6 +27,15 @@ pub(super) struct Asked {
     pub(super) lsn: Lsn,
 }
 
+/// What one found.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    /// The newest line; `None` when nothing is archived at all.
+    pub(super) line: Option<Line>,
+    /// Segments of the timeline of which other content was refused.
+    pub(super) refused: Vec<SegmentName>,
+}
+
 /// What came of the last survey, and the one that runs.
 #[derive(Debug, Default)]
 pub(super) struct Surveys {
@@ -39,7 +49,7 @@ pub(super) struct Surveys {
 #[derive(Debug)]
 struct Running {
     /// What it finds, and how many milliseconds it took.
-    task: AbortOnDropHandle<(Result<Option<Line>, Failure>, i64)>,
+    task: AbortOnDropHandle<(Result<Found, Failure>, i64)>,
     known_to: Lsn,
 }
 
@@ -76,14 +86,14 @@ impl Surveys {
     }
 
     /// What was found, and to where the line led when that began; `None` unless one has ended well since.
-    pub(super) async fn ended(&mut self, now: Seen) -> Option<(Option<Line>, Lsn)> {
+    pub(super) async fn ended(&mut self, now: Seen) -> Option<(Found, Lsn)> {
         let Running { task, known_to } = self.running.take_if(|one| one.task.is_finished())?;
         let (found, took_ms) = task.await.unwrap_or_else(|error| {
             (Err(Failure::bug(format!("a survey ended badly: {error}"))), 0)
         });
         self.ended = Some((now, took_ms));
         self.failure = found.as_ref().err().cloned();
-        found.ok().map(|line| (line, known_to))
+        found.ok().map(|found| (found, known_to))
     }
 
     /// Whether one runs and has not ended.
@@ -97,10 +107,17 @@ impl Surveys {
     }
 }
 
-async fn survey(repository: &Repository, asked: &Asked) -> Result<Option<Line>, Failure> {
+async fn survey(repository: &Repository, asked: &Asked) -> Result<Found, Failure> {
     let Asked { cluster, server, timeline, lsn } = asked;
     let mut lineages = repository.lineages_of(BackupKind::Physical, cluster, *server).await?;
-    let Some(newest) = lineages.pop() else { return Ok(None) };
+    let Some(newest) = lineages.pop() else { return Ok(Found::default()) };
     let archive = repository.list_wal(newest.lineage).await?;
-    Ok(Line::newest(&archive, newest.lineage, *timeline, *lsn))
+    let refused = archive.conflicts.iter().filter_map(|file| match file {
+        WalFileName::Segment(name) if name.timeline == *timeline => Some(*name),
+        _ => None,
+    });
+    Ok(Found {
+        line: Line::newest(&archive, newest.lineage, *timeline, *lsn),
+        refused: refused.collect(),
+    })
 }
