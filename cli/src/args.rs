@@ -406,7 +406,8 @@ pub struct MomentArgs {
     pub port: Option<u16>,
     /// Leave `archive_mode` as the backup has it, instead of switching it off.
     ///
-    /// For the server that takes the place of the old one. Two that archive must never share an archive.
+    /// For the server that takes the place of the old one. It needs `--to` or `--standby`: so the server archives on a timeline of
+    /// its own, and nothing under the names of its source.
     #[arg(long)]
     pub keep_archiving: bool,
 }

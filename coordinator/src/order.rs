@@ -246,6 +246,11 @@ fn check(request: &SubmitRequest, key: Option<&str>) -> Result<()> {
     {
         return invalid(what.to_owned());
     }
+    if let Task::Restore(restore) = &request.task
+        && let Err(what) = restore.check()
+    {
+        return invalid(what.to_owned());
+    }
     if let Task::Vacuum(vacuum) = &request.task
         && (vacuum.bloat_ratio_min < 1.0 || !vacuum.bloat_ratio_min.is_finite())
     {

@@ -27,7 +27,7 @@ pub use job::{JobKind, JobState, Lane, Outcome, Placement, Task};
 pub use lsn::{Lsn, SystemIdentifier, Timeline};
 pub use name::{ClusterName, DatabaseName, SiteName, WorkerName};
 pub use proof::{Proof, ProofLevel};
-pub use recovery::{Recovery, RecoveryTarget, TargetAction};
+pub use recovery::{Recovery, RecoveryTarget, TargetAction, check_archiving};
 pub use secret_ref::SecretRef;
 pub use step::{Progress, Step};
 pub use wal::WalFileName;

@@ -156,6 +156,17 @@ pub fn low_half(xid: u64) -> u32 {
     u32::try_from(xid & u64::from(u32::MAX)).unwrap_or(u32::MAX)
 }
 
+/// Refuses a copy that would archive on the timeline of its source, for people. A server that recovers nothing opens on that
+/// timeline, and writes other WAL under the same names; one that recovers begins a timeline of its own.
+pub fn check_archiving(keep_archiving: bool, recovers: bool) -> Result<(), &'static str> {
+    if keep_archiving && !recovers {
+        return Err(
+            "--keep-archiving needs --to or --standby: this copy would open on the timeline of its source, and archive under the same names",
+        );
+    }
+    Ok(())
+}
+
 fn check_name(name: &str) -> Result<(), &'static str> {
     if name.is_empty() || name.len() > RESTORE_POINT_MAX_BYTES {
         return Err("a restore point's name has 1 to 63 bytes");

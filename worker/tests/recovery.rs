@@ -543,9 +543,16 @@ async fn beside_the_source(major: u32) {
     let done = world.restore(&quiet, &[]);
     assert!(said(&done).contains("archives nothing"), "{}", said(&done));
     assert!(settings(&quiet).contains("archive_mode = 'off'"));
-    let done = world.restore(&loud, &["--keep-archiving"]);
+    // On the timeline of its source it would write other WAL under the same names.
+    let refused = world.restore(&loud, &["--keep-archiving"]);
+    let text = said(&refused);
+    assert_eq!(refused.status.code(), Some(2), "{text}");
+    assert!(text.contains("timeline of its source") && text.contains("--to latest"), "{text}");
+    assert!(!loud.exists(), "{text}");
+    let done = world.restore(&loud, &["--to", "immediate", "--keep-archiving"]);
     assert!(!said(&done).contains("archives nothing"), "{}", said(&done));
     assert!(!settings(&loud).contains("archive_mode = 'off'"));
+    assert!(loud.join("recovery.signal").exists(), "it opens on a timeline of its own");
 
     // A backup that has the tablespace puts it where that was asked for, or beside the directory, and what follows goes there.
     world.house.back_up().await;

@@ -20,6 +20,11 @@ pub(crate) fn wanted(args: &Restore) -> Result<Option<Recovery>, Failure> {
         })?,
         None if moment.standby => RecoveryTarget::Latest,
         None => {
+            proto::check_archiving(moment.keep_archiving, false).map_err(|what| {
+                invalid(what.to_owned()).with_hint(
+                    "--to latest replays all that is archived and opens on a new timeline, --to immediate does so at the end of the backup.",
+                )
+            })?;
             let given = [
                 ("--timeline", moment.timeline.is_some()),
                 ("--before", moment.before),

@@ -7,7 +7,7 @@ use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 
 use jiff::Timestamp;
 
-use crate::{BackupId, Lsn, Recovery, Timeline};
+use crate::{BackupId, Lsn, Recovery, Timeline, check_archiving};
 
 /// Parameters of a restore.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,10 +28,17 @@ pub struct Restore {
     /// Go beyond the end of the backup, along archived WAL. Left out when absent, as above.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recovery: Option<Recovery>,
-    /// The copy's server may archive as the source does; without this it is kept from that. Where it recovers, `recovery` says
+    /// The copy's server may archive as the source does; without this it is kept from that. Only where it recovers, and `recovery` says
     /// so.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub keep_archiving: bool,
+}
+
+impl Restore {
+    /// What contradicts itself, for people.
+    pub fn check(&self) -> Result<(), &'static str> {
+        check_archiving(self.keep_archiving, self.recovery.is_some())
+    }
 }
 
 /// A directory below one of the restore roots a worker announced.

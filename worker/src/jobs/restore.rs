@@ -21,6 +21,7 @@ pub(crate) async fn run(
     config: &WorkerConfig,
     task: &Restore,
 ) -> Result<RestoreOutcome, Failure> {
+    task.check().map_err(|what| Failure::new(Code::RequestInvalid, Action::FixConfig, what))?;
     let directory = target(config, task)?;
     let pin = Pin { by: config.name.to_string(), why: "restore".into(), at_ms: clock::now_ms() };
     let (backup, recovery) = cx

@@ -105,7 +105,7 @@ pub(super) fn lines(told: &Told<'_>) -> Vec<String> {
         settings.signal()
     ));
     lines.push(if recovery.keep_archiving {
-        "leave archive_mode as the backup has it: see that it archives nowhere else than to a lineage of its own".to_owned()
+        "leave archive_mode as the backup has it: what the server writes once it is open is archived into the same lineage, on a timeline of its own".to_owned()
     } else {
         crate::restoring::STOPS_ARCHIVING.to_owned()
     });
