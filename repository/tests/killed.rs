@@ -1,4 +1,4 @@
-//! kill -9, at every call of the store: of a backup, a restore, a check, a proof and a collection, on a directory and on S3.
+//! kill -9, at every call of the store: of a backup, a restore, a check, a proof, a collection and a push of WAL, on a directory and on S3.
 //!
 //! The test starts itself as the process that dies. After each death every committed backup is whole, nothing counts as a
 //! backup that was not committed, and the next one succeeds; in the end nothing is left behind.
@@ -21,12 +21,13 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use common::{DAY_MS, NOW_MS, Node, Tree, look, noise};
-use proto::{AttemptId, BackupId, LineageId, SystemIdentifier};
+use proto::wal::Segment;
+use proto::{AttemptId, BackupId, LineageId, SystemIdentifier, Timeline, WalFileName};
 use repository::store::layer::Layer;
 use repository::store::{Credentials, Listed, PutOutcome, Store, StoreError, Upload};
 use repository::{
-    CheckOptions, CollectOptions, Collected, Encryption, InitOptions, Intent, KeyFile, Repository,
-    RestoreOptions, RestoreTarget, Wish, WriteOptions, store,
+    CheckOptions, CollectOptions, Collected, Encryption, Error, InitOptions, Intent, KeyFile,
+    Repository, RestoreOptions, RestoreTarget, Wish, WriteOptions, store,
 };
 use rustix::process::{Signal, getpid, kill_process};
 use serde::{Deserialize, Serialize};
@@ -43,6 +44,8 @@ enum Work {
     Check,
     Proof,
     Collect,
+    /// A segment, and then another content under its name.
+    Push,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -173,6 +176,12 @@ fn expected(round: u64, url: &str) -> BTreeMap<Vec<u8>, Node> {
     nodes
 }
 
+/// What a server archives in a round: the segment behind the one of the round before.
+fn segment(round: u64) -> (WalFileName, Bytes) {
+    let name = Segment { timeline: Timeline(1), number: round }.name(1 << 20);
+    (WalFileName::Segment(name), noise(round, 1 << 20).into())
+}
+
 fn at_ms(round: u64) -> i64 {
     NOW_MS + i64::try_from(round).unwrap() * 60_000
 }
@@ -247,6 +256,13 @@ async fn obey(orders: Orders) {
             let options = collect_options(orders.round);
             let plan = repository.plan_collection(lineage, &options).await.unwrap();
             assert!(matches!(plan.collect(&options).await.unwrap(), Collected::Done(_)));
+        }
+        Work::Push => {
+            let (file, content) = segment(orders.round);
+            repository.store_wal(lineage, &file, content).await.unwrap();
+            let (_, other) = segment(orders.round + 1);
+            let refused = repository.store_wal(lineage, &file, other).await.unwrap_err();
+            assert!(matches!(refused, Error::WalConflict { .. }), "{refused}");
         }
     }
 }
@@ -420,6 +436,27 @@ impl Story {
         }
     }
 
+    /// A push dies at every call, and the server asks again, for this segment and then for the next one.
+    async fn pushes_die(&mut self) {
+        for calls in 0.. {
+            self.round += 1;
+            let (file, content) = segment(self.round);
+            let end = self.die(Work::Push, calls).await;
+            let fetch = async || self.repository.fetch_wal(self.lineage, &file).await.unwrap();
+            let there = fetch().await;
+            let is_half = there.as_ref().is_some_and(|there| *there != content);
+            assert!(!is_half && (end == End::Killed || there.is_some()), "killed at call {calls}");
+            self.repository.store_wal(self.lineage, &file, content.clone()).await.unwrap();
+            assert!(fetch().await == Some(content), "pushed again after call {calls}");
+            let inventory = self.repository.list_wal(self.lineage).await.unwrap();
+            assert_eq!(inventory.timelines[&Timeline(1)].runs.len(), 1, "{inventory:?}");
+            if end == End::Done {
+                assert!(inventory.conflicts.contains(&file), "{inventory:?}");
+                return;
+            }
+        }
+    }
+
     async fn give_up_the_oldest(&mut self) {
         let (_, oldest) = self.committed.remove(0);
         let wish = Wish { by: "tester".into(), why: String::new(), at_ms: at_ms(self.round) };
@@ -515,6 +552,9 @@ async fn tell(test: &'static str, place: impl Fn(&str) -> String) {
     story.others_die(Work::Check).await;
     story.others_die(Work::Proof).await;
     story.ends_clean().await;
+    deaths += story.deaths;
+    let mut story = Story::begin(test, place("pushes")).await;
+    story.pushes_die().await;
     deaths += story.deaths;
     assert!(deaths >= 40, "only {deaths} deaths");
 }
