@@ -161,7 +161,7 @@ impl Repository {
         Ok(all)
     }
 
-    /// A new lineage for a cluster that has one: a restored copy that archives, an upgraded cluster.
+    /// A new lineage for a cluster that has one, of the same name and system identifier.
     pub async fn mint_next_lineage(
         &self,
         previous: &Identity,

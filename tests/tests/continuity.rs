@@ -148,7 +148,25 @@ async fn what_is_recoverable_is_what_is_archived_and_an_archive_that_lies_is_fou
         let point = orders["recoverable_to_at_ms"].as_i64().unwrap_or_default();
         Ok((orders["state"] == "TAKEN" && point >= safe).then_some(()))
     })
-    .with_context(|| fleet.said())
+    .with_context(|| fleet.said())?;
+
+    // Somebody deletes one in the middle, which no newer segment shows.
+    let mut segments = Vec::new();
+    for _ in 0..3 {
+        segments.push(writes(&server).await?);
+        server.run("SELECT pg_switch_wal()").await?;
+    }
+    has_archived(&server, &segments[2]).await?;
+    let backups = fleet.backups()?;
+    delete_archived(&fleet, &segments[1])?;
+    let what = format!("WAL segment {} is missing in its archive", segments[1]);
+    eventually("the deleted segment to be missed", LATER, || {
+        let reason = orders(&fleet)?["reason"].as_str().unwrap_or_default().to_owned();
+        Ok(reason.starts_with(&what).then_some(()))
+    })
+    .with_context(|| format!("{:?}\n{}", orders(&fleet), fleet.said()))?;
+    eventually("a backup behind it", LATER, || Ok((fleet.backups()? > backups).then_some(())))
+        .with_context(|| fleet.said())
 }
 
 /// Which segment the server writes, as something in it shows.

@@ -238,7 +238,8 @@ impl Repository {
         if objects.is_empty() {
             self.identity(lineage).await?;
         }
-        let mut inventory = WalInventory::default();
+        let mut inventory =
+            WalInventory { objects: objects.len() as u64, ..WalInventory::default() };
         let mut segments: BTreeMap<Timeline, Vec<SegmentName>> = BTreeMap::new();
         let mut histories = Vec::new();
         for object in &objects {

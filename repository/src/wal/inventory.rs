@@ -15,6 +15,8 @@ pub struct WalInventory {
     pub damaged: Vec<(WalFileName, String)>,
     /// Content that was refused because its name was taken, by the names it came under, each once.
     pub conflicts: Vec<WalFileName>,
+    /// Objects in the store, those included that are no files of the log.
+    pub objects: u64,
     /// Bytes in the store.
     pub stored_bytes: u64,
 }

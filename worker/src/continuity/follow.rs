@@ -32,8 +32,11 @@ const ASK_BEHIND_EVERY_MS: i64 = 30_000;
 const SURVEY_SOON: Duration = Duration::from_secs(30);
 /// The same while it may turn out that it has more.
 const SURVEY_IN_DOUBT: Duration = Duration::from_mins(5);
-/// The same otherwise: what was deleted shows itself by nothing else.
-const SURVEY_EVERY: Duration = Duration::from_hours(1);
+/// The same otherwise: what was deleted shows itself by nothing else. A list of more than so many files is asked for as much less
+/// often, up to a limit: what is listed in a minute stays the same.
+const SURVEY_EVERY: Duration = Duration::from_secs(30);
+const SURVEY_FILES: u64 = 2_500;
+const SURVEY_EVERY_MAX: Duration = Duration::from_hours(1);
 /// How long a new timeline may take to show itself in the archive before that is told.
 const NEW_TIMELINE_MS: i64 = 60_000;
 
@@ -73,6 +76,8 @@ struct Known {
     since: Option<Seen>,
     line: Option<Line>,
     surveys: Surveys,
+    /// How many files the archive had when it was listed last.
+    files: u64,
     /// Whether the archive is known to have more than the line.
     has_more: bool,
     passed: Passed,
@@ -189,16 +194,19 @@ impl Known {
             Some(line) if !line.is_rooted || self.has_more || self.surveys.failure.is_some() => {
                 SURVEY_SOON
             }
-            Some(line) if line.is_doubtful() || self.behind.is_some() => SURVEY_IN_DOUBT,
-            Some(_) => SURVEY_EVERY,
+            Some(line) if line.is_doubtful() || self.behind.is_some() => {
+                usual_pause(self.files).min(SURVEY_IN_DOUBT)
+            }
+            Some(_) => usual_pause(self.files),
         }
     }
 
     async fn take_in_survey(&mut self, now: Seen) {
-        let Some((Found { line: found, refused }, known_to)) = self.surveys.ended(now).await else {
+        let Some((Found { line: found, refused, files }, known_to)) = self.surveys.ended(now).await
+        else {
             return;
         };
-        self.refused = refused;
+        (self.refused, self.files) = (refused, files);
         let before = self.line.take();
         let to = before.as_ref().map(|line| line.to);
         if before.is_some() && found.is_none() {
@@ -371,6 +379,12 @@ impl Known {
     }
 }
 
+/// How often an archive of so many files is looked at as a whole.
+fn usual_pause(files: u64) -> Duration {
+    let lists = u32::try_from(files.div_ceil(SURVEY_FILES)).unwrap_or(u32::MAX);
+    SURVEY_EVERY.saturating_mul(lists.max(1)).min(SURVEY_EVERY_MAX)
+}
+
 /// Whose a segment of the line is.
 async fn owner(
     repository: &Repository,
@@ -389,6 +403,8 @@ mod tests {
     use proto::wal::WalFileName;
     use repository::store::directory::DirectoryStore;
     use repository::{Encryption, InitOptions, WalStored};
+
+    use super::super::survey::FILES_OF_A_TIMELINE;
 
     use super::*;
 
@@ -746,23 +762,36 @@ mod tests {
         let mut story = Story::new(1, 5).await;
         assert_eq!(line(&story.seen(0, 6 * MIB).await), (1, 6));
         story.lose("000000010000000000000002").await;
-        let hour_ms = i64::try_from(SURVEY_EVERY.as_millis()).unwrap();
-        assert_eq!(line(&story.seen(hour_ms - 2_000, 6 * MIB).await), (1, 6), "listing costs");
+        let usual_ms = i64::try_from(SURVEY_EVERY.as_millis()).unwrap();
+        assert_eq!(line(&story.seen(usual_ms - 2_000, 6 * MIB).await), (1, 6), "listing costs");
         let gap = story.seen(2_000, 6 * MIB).await;
         assert_eq!(line(&gap), (3, 6));
         assert_eq!(gap.gap.unwrap().to_string(), "000000010000000000000002");
         assert!(gap.safe_at_ms.is_some());
         story.archive(1, 2).await;
-        let doubt_ms = i64::try_from(SURVEY_IN_DOUBT.as_millis()).unwrap();
-        let filled = story.seen(doubt_ms, 6 * MIB).await;
+        let filled = story.seen(usual_ms, 6 * MIB).await;
         assert_eq!((line(&filled), filled.gap), ((1, 6), None));
         // The newest go: what seemed safe is not.
         for name in ["000000010000000000000004", "000000010000000000000005"] {
             story.lose(name).await;
         }
-        let lost = story.seen(hour_ms, 6 * MIB).await;
+        let lost = story.seen(usual_ms, 6 * MIB).await;
         assert_eq!((line(&lost), lost.safe_at_ms), ((1, 4), None));
         assert_eq!(waiting(&lost), Some(("000000010000000000000004".to_owned(), 2)));
+    }
+
+    #[tokio::test]
+    async fn a_long_list_is_asked_for_less_often() {
+        let pauses = [0, 1, 2_500, 2_501, 25_000, 300_000, u64::MAX]
+            .map(|files| usual_pause(files).as_secs());
+        assert_eq!(pauses, [30, 30, 30, 60, 300, 3_600, 3_600]);
+        let mut story = Story::new(1, 5).await;
+        story.seen(0, 6 * MIB).await;
+        assert_eq!(story.follower.known.files, 5 + FILES_OF_A_TIMELINE);
+        story.follower.known.files = 2 * SURVEY_FILES;
+        story.lose("000000010000000000000002").await;
+        assert_eq!(line(&story.seen(31_000, 6 * MIB).await), (1, 6));
+        assert_eq!(line(&story.seen(30_000, 6 * MIB).await), (3, 6));
     }
 
     #[tokio::test]
@@ -775,9 +804,9 @@ mod tests {
         std::fs::rename(&away, &there).unwrap();
         assert_eq!(line(&story.seen(5_000, 6 * MIB).await), (1, 6));
         // Of an idle server nothing new is to be looked for, only what was there.
-        let hour_ms = i64::try_from(SURVEY_EVERY.as_millis()).unwrap();
+        let usual_ms = i64::try_from(SURVEY_EVERY.as_millis()).unwrap();
         std::fs::rename(&there, &away).unwrap();
-        assert!(story.look_well(hour_ms, 6 * MIB).await.is_err());
+        assert!(story.look_well(usual_ms, 6 * MIB).await.is_err());
         std::fs::rename(&away, &there).unwrap();
         assert_eq!(line(&story.seen(60_000, 6 * MIB).await), (1, 6));
     }

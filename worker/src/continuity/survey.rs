@@ -17,6 +17,8 @@ use crate::clock::Seen;
 const SURVEY_MAX: Duration = Duration::from_mins(10);
 /// A survey is paid for with this many times its duration without one.
 const REST: i64 = 20;
+/// A timeline costs two questions more, which cost about as much as so many names in a list.
+pub(super) const FILES_OF_A_TIMELINE: u64 = 200;
 
 /// Whose archive is looked at, and where its server was seen before.
 #[derive(Debug, Clone)]
@@ -34,6 +36,8 @@ pub(super) struct Found {
     pub(super) line: Option<Line>,
     /// Segments of the timeline of which other content was refused.
     pub(super) refused: Vec<SegmentName>,
+    /// What the list cost, in files.
+    pub(super) files: u64,
 }
 
 /// What came of the last survey, and the one that runs.
@@ -119,5 +123,6 @@ async fn survey(repository: &Repository, asked: &Asked) -> Result<Found, Failure
     Ok(Found {
         line: Line::newest(&archive, newest.lineage, *timeline, *lsn),
         refused: refused.collect(),
+        files: archive.objects + FILES_OF_A_TIMELINE * archive.timelines.len() as u64,
     })
 }
