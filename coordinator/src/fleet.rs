@@ -93,11 +93,13 @@ async fn look(core: &Core, only: Option<&ClusterName>) -> Result<Vec<Known>> {
         let is_robbed = robbed.contains(&cluster.name);
         let facts =
             facts(&cluster, backup.as_ref(), &proofs, last.as_ref(), reach, time, is_robbed);
+        let archive = archive_setup(&cluster, &workers, now_ms);
+        let facts =
+            ClusterFacts { backlog: archive.as_ref().and_then(|setup| setup.backlog), ..facts };
         let objectives = core.config.objectives.of(&cluster.name);
         let judgement = judge_cluster(&facts, &objectives, now_ms);
         let open = open.remove(&cluster.name).unwrap_or_default();
         let eligible_workers = eligible(&cluster.name, &workers, now_ms);
-        let archive = archive_setup(&cluster, &workers, now_ms);
         known.push(Known {
             cluster,
             objectives,
@@ -169,6 +171,7 @@ fn facts(
             .and_then(backup_end)
             .and_then(|end| in_the_way(&cluster.broken_wal, &end, cluster.wal.as_ref()).copied()),
         is_robbed,
+        backlog: None,
     }
 }
 
@@ -331,6 +334,7 @@ fn cluster_moment(known: &Known) -> ClusterMoment {
     let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
     let facts = known.backup.as_ref().map(|backup| &backup.outcome);
     let waiting = known.cluster.wal.as_ref().and_then(|wal| wal.waiting);
+    let backlog = known.archive.as_ref().and_then(|setup| setup.backlog);
     ClusterMoment {
         recovery_point_s: known.reach.proved.map_or(0, |point| point.at_ms / 1_000),
         unproved_point_s: known.reach.on_paper.map_or(0, |point| point.at_ms / 1_000),
@@ -338,6 +342,8 @@ fn cluster_moment(known: &Known) -> ClusterMoment {
         rpo_objective_s: known.objectives.recovery_point_max_ms.map(|ms| ms / 1_000),
         rto_objective_s: known.objectives.recovery_time_max_ms.map(|ms| ms / 1_000),
         wal_waiting: waiting.map_or(0, |waiting| number(waiting.segments)),
+        wal_ready: backlog.map_or(0, |backlog| number(backlog.segments)),
+        pg_wal_bytes: backlog.map_or(0, |backlog| number(backlog.pg_wal_bytes)),
         cluster: known.cluster.name.to_string(),
         state: known.judgement.state,
         registered_s: known.cluster.registered_at_ms / 1_000,

@@ -89,6 +89,8 @@ pub(crate) struct ClusterMoment {
     pub(crate) rpo_objective_s: Option<i64>,
     pub(crate) rto_objective_s: Option<i64>,
     pub(crate) wal_waiting: i64,
+    pub(crate) wal_ready: i64,
+    pub(crate) pg_wal_bytes: i64,
 }
 
 type ClusterGauge = Family<ByCluster, Gauge>;
@@ -125,6 +127,8 @@ struct All {
     rpo_objective: ClusterGauge,
     rto_objective: ClusterGauge,
     wal_waiting: ClusterGauge,
+    wal_ready: ClusterGauge,
+    pg_wal_bytes: ClusterGauge,
 }
 
 /// All metrics of one coordinator. Clones share them.
@@ -171,6 +175,8 @@ impl Metrics {
             rpo_objective: Family::default(),
             rto_objective: Family::default(),
             wal_waiting: Family::default(),
+            wal_ready: Family::default(),
+            pg_wal_bytes: Family::default(),
         };
         {
             let mut locked = all.registry.lock().unwrap_or_else(PoisonError::into_inner);
@@ -295,6 +301,16 @@ impl Metrics {
                 "Full segments of WAL that are not in the archive",
                 all.wal_waiting.clone(),
             );
+            r.register(
+                "wal_ready_segments",
+                "Segments that the server keeps because they are not archived, 0 while none is late",
+                all.wal_ready.clone(),
+            );
+            r.register(
+                "pg_wal_bytes",
+                "Size of the directory pg_wal of a server that keeps such segments, else 0",
+                all.pg_wal_bytes.clone(),
+            );
         }
         Self(Arc::new(all))
     }
@@ -365,6 +381,8 @@ impl Metrics {
             &all.recovery_point,
             &all.unproved_point,
             &all.wal_waiting,
+            &all.wal_ready,
+            &all.pg_wal_bytes,
         ];
         let partial = [&all.recovery_time, &all.rpo_objective, &all.rto_objective];
         for gauge in gauges.into_iter().chain(partial) {
@@ -388,6 +406,8 @@ impl Metrics {
                 c.recovery_point_s,
                 c.unproved_point_s,
                 c.wal_waiting,
+                c.wal_ready,
+                c.pg_wal_bytes,
             ];
             for (gauge, value) in gauges.iter().zip(values) {
                 gauge.get_or_create(&ByCluster { cluster: c.cluster.clone() }).set(value);

@@ -6,7 +6,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use proto::failure::Failure;
-use proto::message::WalStanding;
+use proto::message::{WalBacklog, WalStanding};
 use proto::{Lsn, ProofLevel};
 use serde::{Deserialize, Serialize};
 
@@ -15,7 +15,7 @@ use crate::reach::{BackupEnd, archive_silence, archive_trouble};
 use crate::recoverable::{RecoveryPoint, standing_failure};
 use crate::recovery_time::RecoveryTime;
 use crate::target;
-use crate::words::{count, span};
+use crate::words::{count, grouped, span};
 
 macro_rules! states {
     ($($(#[$doc:meta])* $state:ident = $text:literal,)*) => {
@@ -180,6 +180,8 @@ pub struct ClusterFacts {
     pub wal: Option<WalStanding>,
     /// Archived WAL that a recovery from the newest backup cannot get past, as a proof found.
     pub broken_wal: Option<BrokenStretch>,
+    /// What its server keeps because that is not archived.
+    pub backlog: Option<WalBacklog>,
     /// It had backups, and its repository has none of them any more.
     pub is_robbed: bool,
 }
@@ -305,8 +307,29 @@ pub fn judge_cluster(facts: &ClusterFacts, objectives: &Objectives, now_ms: i64)
     }
 }
 
-/// What is wrong with its archive.
+/// What is wrong with its archive, and what its server keeps for that.
 pub(crate) fn trouble(
+    facts: &ClusterFacts,
+    objectives: &Objectives,
+    now_ms: i64,
+) -> Option<String> {
+    let kept = facts.backlog.map(|backlog| {
+        format!(
+            "its server keeps {} since {}, and pg_wal has {} MiB",
+            count(backlog.segments, "segment"),
+            span(now_ms.saturating_sub(backlog.since_ms)),
+            grouped(backlog.pg_wal_bytes >> 20)
+        )
+    });
+    match (trouble_of_archive(facts, objectives, now_ms), kept) {
+        (Some(what), Some(kept)) => Some(format!("{what}; {kept}")),
+        (None, Some(kept)) => Some(format!("its WAL is not archived: {kept}")),
+        (what, None) => what,
+    }
+}
+
+/// What is wrong with its archive, as it was looked at.
+fn trouble_of_archive(
     facts: &ClusterFacts,
     objectives: &Objectives,
     now_ms: i64,
@@ -421,6 +444,7 @@ mod tests {
             wal: None,
             broken_wal: None,
             is_robbed: false,
+            backlog: None,
         }
     }
 
@@ -544,10 +568,13 @@ mod tests {
         assert_eq!(state, ClusterState::Broken);
     }
 
-    #[test]
-    fn an_archive_that_nobody_looks_at_is_at_risk() {
-        let lineage = |n: u8| LineageId::mint(1, [n; 10]);
-        let wal = |seen_ago_ms: i64| WalStanding {
+    fn lineage(n: u8) -> LineageId {
+        LineageId::mint(1, [n; 10])
+    }
+
+    /// An archive that was seen so long ago.
+    fn wal(seen_ago_ms: i64) -> WalStanding {
+        WalStanding {
             cluster: "orders".parse().unwrap(),
             lineage: lineage(1),
             at_ms: NOW - seen_ago_ms,
@@ -560,7 +587,11 @@ mod tests {
             waiting: None,
             gap: None,
             conflict: None,
-        };
+        }
+    }
+
+    #[test]
+    fn an_archive_that_nobody_looks_at_is_at_risk() {
         let end = |n| BackupEnd {
             lineage: lineage(n),
             timeline: Timeline(1),
@@ -578,6 +609,19 @@ mod tests {
         assert!(reason.starts_with("nothing has been seen of its archive for 2 min"), "{reason}");
         assert_eq!(at(5_000, 2).0, ClusterState::AtRisk, "the server archives elsewhere now");
         assert_eq!(at(DAY, 2).0, ClusterState::Proved, "the archive of a server that is no more");
+    }
+
+    #[test]
+    fn a_server_that_keeps_its_wal_is_told_with_its_room() {
+        let backlog =
+            WalBacklog { segments: 12, since_ms: NOW - 240_000, pg_wal_bytes: 1_234_567_890 };
+        let (state, reason) = judged(|f| f.backlog = Some(backlog));
+        assert_eq!(state, ClusterState::AtRisk);
+        let kept = "its server keeps 12 segments since 4 min, and pg_wal has 1,177 MiB";
+        assert_eq!(reason, format!("its WAL is not archived: {kept}"));
+        let (_, reason) = judged(|f| (f.wal, f.backlog) = (Some(wal(600_000)), Some(backlog)));
+        assert!(reason.starts_with("nothing has been seen of its archive for 10 min"), "{reason}");
+        assert!(reason.ends_with(&format!("; {kept}")), "{reason}");
     }
 
     #[test]
@@ -612,6 +656,7 @@ mod tests {
                 wal: None,
                 broken_wal: None,
                 is_robbed: false,
+                backlog: None,
             };
             let objectives = Objectives::default();
             let judgement = judge_cluster(&facts, &objectives, NOW);

@@ -18,8 +18,8 @@ use proto::job::{
 use proto::message::{
     ArchiveSetup, Beacon, Cancel, Claim, ClaimMessage, ClusterOffer, Control, Decline,
     DeclineReason, Denial, DenialReason, Grant, Holdings, Nonce, Offers, Pulse, Report, ReportBody,
-    RepositoryOffer, Revoked, RunningAttempt, Slots, Spec, Ticket, WalAncestor, WalConflict,
-    WalStanding, WalWaiting,
+    RepositoryOffer, Revoked, RunningAttempt, Slots, Spec, Ticket, WalAncestor, WalBacklog,
+    WalConflict, WalStanding, WalWaiting,
 };
 use proto::proof::{BrokenWal, CheckOutcome, Phase, ProofCheck};
 use proto::{
@@ -584,10 +584,13 @@ fn what_was_added_for_what_is_proved() {
 }
 
 #[test]
-fn a_standing_says_that_another_server_archives_under_the_same_name() {
+fn what_keeps_wal_from_its_archive_is_told() {
     let segment = "0000000A00000016000000B3".parse().unwrap();
     let conflict = WalConflict { segment, at: Lsn(0x16_B300_0000), is_foreign: true };
     golden("standing.conflict", &conflict);
+    let backlog =
+        WalBacklog { segments: 12, since_ms: 1_700_000_000_000, pg_wal_bytes: 1_073_741_824 };
+    golden("offer.backlog", &backlog);
 }
 
 #[test]
@@ -609,6 +612,7 @@ fn an_offer_says_how_files_are_read_and_how_wal_is_archived() {
         has_command: true,
         pending_restart: vec!["archive_mode".to_owned()],
         failing_at: Some("0000000A00000016000000B3".to_owned()),
+        backlog: None,
     });
     golden("offer.archive", &ClusterOffer { archive, remote: false, ..offer });
 }

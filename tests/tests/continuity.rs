@@ -183,7 +183,8 @@ async fn has_archived(server: &Cluster, segment: &str) -> anyhow::Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_clone_that_archives_under_the_same_name_makes_nothing_seem_safe() -> anyhow::Result<()> {
+async fn a_clone_under_the_same_name_and_a_store_that_is_away_make_nothing_seem_safe()
+-> anyhow::Result<()> {
     let settings = [("archive_mode", "on"), ("archive_command", "true"), ("autovacuum", "off")];
     let options = InstanceOptions {
         wal_segment_size_mb: Some(1),
@@ -261,6 +262,28 @@ async fn a_clone_that_archives_under_the_same_name_makes_nothing_seem_safe() -> 
     server.run("SELECT pg_switch_wal()").await?;
     eventually("its own segment to count", LATER, || {
         Ok((recoverable_to(&fleet)? > lost).then_some(()))
+    })
+    .with_context(|| format!("{:?}\n{}", orders(&fleet), fleet.said()))?;
+
+    // The store is away: the server says what that costs it.
+    std::fs::rename(fleet.path("repository"), fleet.path("away"))?;
+    commit(&server).await?;
+    server.run("SELECT pg_switch_wal()").await?;
+    eventually("what the server keeps to be told", LATER, || {
+        let orders = orders(&fleet)?;
+        let reason = orders["reason"].as_str().unwrap_or_default();
+        let is_told = reason.contains("its server keeps 1 segment since");
+        Ok((orders["state"] == "AT_RISK" && is_told).then_some(()))
+    })
+    .with_context(|| format!("{:?}\n{}", orders(&fleet), fleet.said()))?;
+    ensure!(fleet.metric("pgmuster_wal_ready_segments{cluster=\"orders\"}")? >= 1.0);
+    ensure!(fleet.metric("pgmuster_pg_wal_bytes{cluster=\"orders\"}")? >= f64::from(1 << 20));
+    std::fs::rename(fleet.path("away"), fleet.path("repository"))?;
+    commit(&server).await?;
+    server.run("SELECT pg_switch_wal()").await?;
+    eventually("nothing to be kept any more", LATER, || {
+        let kept = fleet.metric("pgmuster_wal_ready_segments{cluster=\"orders\"}")?;
+        Ok((kept == 0.0).then_some(()))
     })
     .with_context(|| format!("{:?}\n{}", orders(&fleet), fleet.said()))
 }

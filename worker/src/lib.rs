@@ -6,6 +6,7 @@
 pub mod archive;
 mod attempt;
 mod attempts;
+mod backlog;
 pub mod beyond;
 mod claims;
 mod clock;

@@ -1,17 +1,20 @@
 //! What this worker can do right now: asked of the servers themselves, not only read from the configuration.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use futures::future::join_all;
 use postgres::binaries::Binaries;
 use postgres::{Purpose, connect_maintenance};
-use proto::message::{ArchiveSetup, ClusterOffer, Offers, RepositoryOffer};
+use proto::message::{ArchiveSetup, ClusterOffer, Offers, RepositoryOffer, WalBacklog};
 use proto::{Action, Code, Failure, JobId};
 
 use crate::attempt::scrub_failure;
+use crate::context::blocking;
 use crate::engines::native::{self, Access};
 use crate::places::Cluster;
 use crate::shared::Shared;
+use crate::{backlog, clock};
 
 /// One server may take this long to say who it is.
 const LOOK_MAX: Duration = Duration::from_secs(10);
@@ -47,7 +50,7 @@ fn silent(cluster: &proto::ClusterName, what: &str) -> Failure {
     Failure::new(Code::ServerUnreachable, Action::Retry, message)
 }
 
-async fn find_majors(bin_dirs: &[std::path::PathBuf]) -> Vec<u32> {
+async fn find_majors(bin_dirs: &[PathBuf]) -> Vec<u32> {
     let mut found = Vec::new();
     for major in MAJORS {
         if Binaries::find(major, bin_dirs).await.is_ok() {
@@ -83,6 +86,7 @@ async fn look_at(shared: &Shared, cluster: &Cluster) -> ClusterOffer {
                 has_command: archiver.has_command,
                 pending_restart: archiver.pending_restart,
                 failing_at: archiver.failing_at,
+                backlog: None,
             });
             offer.system_identifier = Some(identity.system_identifier);
             offer.server_version_num = Some(identity.version.0);
@@ -93,6 +97,11 @@ async fn look_at(shared: &Shared, cluster: &Cluster) -> ClusterOffer {
                 Ok(access) => {
                     offer.files = true;
                     offer.remote = access == Access::Remote;
+                    if let (Access::Here(directory), Some(archive)) = (access, &mut offer.archive)
+                        && archive.mode != "off"
+                    {
+                        archive.backlog = backlog(directory).await;
+                    }
                 }
                 Err(failure) => offer.problem = Some(failure),
             }
@@ -103,6 +112,12 @@ async fn look_at(shared: &Shared, cluster: &Cluster) -> ClusterOffer {
         }
     }
     scrubbed(offer)
+}
+
+/// What waits in `pg_wal`; `None` also when that cannot be seen now.
+async fn backlog(directory: PathBuf) -> Option<WalBacklog> {
+    let look = blocking(move || Ok(backlog::look(&directory, clock::now_ms()).ok().flatten()));
+    tokio::time::timeout(LOOK_MAX, look).await.ok()?.ok()?
 }
 
 /// An offer is stored and becomes the reason why a job waits; servers, drivers and poolers quote what they were given.

@@ -104,8 +104,16 @@ fn in_effect(cluster: &ClusterName, setup: &ArchiveSetup, seen: Seen<'_>, now_ms
         );
     }
     if let Some(file) = &setup.failing_at {
+        let kept = setup.backlog.map_or_else(String::new, |backlog| {
+            let segments = output::count(backlog.segments, "segment");
+            let age = output::duration(now_ms.saturating_sub(backlog.since_ms));
+            format!(
+                ": {segments}, the oldest for {age}; pg_wal has {}",
+                output::bytes(backlog.pg_wal_bytes)
+            )
+        });
         return bad(
-            format!("its archiver fails at {file}, and the server keeps all its WAL"),
+            format!("its archiver fails at {file}, and the server keeps all its WAL{kept}"),
             "The server's log has what archive_command said.".to_owned(),
         );
     }
@@ -168,7 +176,7 @@ fn in_effect(cluster: &ClusterName, setup: &ArchiveSetup, seen: Seen<'_>, now_ms
 
 #[cfg(test)]
 mod tests {
-    use proto::message::{WalConflict, WalWaiting};
+    use proto::message::{WalBacklog, WalConflict, WalWaiting};
     use proto::{LineageId, Lsn, Timeline};
 
     use super::*;
@@ -181,6 +189,7 @@ mod tests {
             has_command: true,
             pending_restart: Vec::new(),
             failing_at: None,
+            backlog: None,
         }
     }
 
@@ -264,6 +273,13 @@ mod tests {
             ArchiveSetup { failing_at: Some("0000000100000000000000B3".into()), ..setup() };
         let (good, text) = tell(&failing, Some(&standing()));
         assert!(!good && text.contains("fails at 0000000100000000000000B3"), "{text}");
+        let backlog = WalBacklog { segments: 12, since_ms: NOW_MS - 61_000, pg_wal_bytes: 5_000 };
+        let full = ArchiveSetup { backlog: Some(backlog), ..failing.clone() };
+        let (_, text) = tell(&full, Some(&standing()));
+        assert!(
+            text.contains("all its WAL: 12 segments, the oldest for 1m01s; pg_wal has"),
+            "{text}"
+        );
         let (good, text) = tell(&setup(), None);
         assert!(good && text.contains("nothing of it was seen"), "{text}");
         let (good, text) = tell(&setup(), Some(&standing()));

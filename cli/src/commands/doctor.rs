@@ -251,6 +251,7 @@ async fn configuration(path: &Path, findings: &mut Vec<Finding>) {
                 has_command: archiver.has_command,
                 pending_restart: archiver.pending_restart,
                 failing_at: archiver.failing_at,
+                backlog: None,
             };
             let seen =
                 last.as_ref().map_or(Seen::Nothing, |(file, at_ms)| Seen::Told(file, *at_ms));
@@ -283,6 +284,7 @@ mod tests {
             has_command: true,
             pending_restart: vec!["archive_mode".to_owned()],
             failing_at: None,
+            backlog: None,
         };
         let offer = |problem, archive| ClusterOffer {
             name: "orders".parse().unwrap(),

@@ -17,7 +17,7 @@ pub use control::{Beacon, Cancel, Control, Denial, DenialReason, Grant, Revoked,
 pub use holdings::Holdings;
 pub use pulse::{ClusterOffer, Offers, Pulse, RepositoryOffer, RunningAttempt, Slots};
 pub use report::{Report, ReportBody};
-pub use wal::{ArchiveSetup, WalAncestor, WalConflict, WalStanding, WalWaiting};
+pub use wal::{ArchiveSetup, WalAncestor, WalBacklog, WalConflict, WalStanding, WalWaiting};
 
 use crate::{AttemptId, ClusterName, JobId, JobKind, Lane};
 

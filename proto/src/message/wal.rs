@@ -54,6 +54,9 @@ pub struct ArchiveSetup {
     /// The file at which its archiver failed, as long as it has archived none since.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failing_at: Option<String>,
+    /// What it keeps because that is not archived, where its files are at hand and the oldest of it is late.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backlog: Option<WalBacklog>,
 }
 
 /// A timeline that was left for another.
@@ -85,4 +88,15 @@ pub struct WalConflict {
     pub at: Lsn,
     /// Whether the other server's came first, so that this one's is refused.
     pub is_foreign: bool,
+}
+
+/// What a server keeps in `pg_wal` because it is not archived: its own marks, whatever the archive has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WalBacklog {
+    /// Segments that it has marked as ready.
+    pub segments: u64,
+    /// Since when the oldest of them is; worker's clock, Unix milliseconds.
+    pub since_ms: i64,
+    /// Bytes in `pg_wal`.
+    pub pg_wal_bytes: u64,
 }

@@ -143,7 +143,7 @@ impl Follower {
         server: &Server,
         is_idle: impl AsyncFnOnce(&Line) -> bool,
     ) -> Result<Looked, Failure> {
-        let Server { seen: now, system_identifier, position } = server;
+        let Server { seen: now, system_identifier, position, .. } = server;
         let of = Some((repository.id(), *system_identifier, position.timeline));
         if self.of != of {
             self.of = of;
