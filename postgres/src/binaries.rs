@@ -90,6 +90,14 @@ impl Binaries {
         Ok(Self { directory: directory.to_owned(), major, minor })
     }
 
+    /// Those that the suite gives to the tests beside the code.
+    #[cfg(test)]
+    #[expect(clippy::disallowed_methods, reason = "tests are told of their services by variables")]
+    pub(crate) async fn of_the_suite(major: u32) -> Self {
+        let given = std::env::var(format!("PGMUSTER_TEST_PG_BIN_{major}"));
+        Self::at(given.expect("run ./tests/run, which starts the services")).await.unwrap()
+    }
+
     /// The directory.
     pub fn directory(&self) -> &Path {
         &self.directory

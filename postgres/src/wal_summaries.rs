@@ -181,8 +181,19 @@ pub async fn changed_blocks(
     earlier: &Earlier,
     history: &History,
 ) -> Result<(ChangedBlocks, SummariesUsed), Unusable> {
+    changed_within(ALL_MAX, target, job, started, earlier, history).await
+}
+
+async fn changed_within(
+    all_max: Duration,
+    target: &Target,
+    job: &JobId,
+    started: &Started,
+    earlier: &Earlier,
+    history: &History,
+) -> Result<(ChangedBlocks, SummariesUsed), Unusable> {
     let stretches = earlier.stretches(history, started.start_lsn)?;
-    let purpose = Purpose { statement_timeout: ALL_MAX, ..Purpose::ask(job) };
+    let purpose = Purpose { statement_timeout: all_max, ..Purpose::ask(job) };
     let session = connect_maintenance(target, &purpose).await?;
     let asked = async {
         if session.identity().await?.started_at_ms != started.server.started_at_ms {
@@ -196,7 +207,7 @@ pub async fn changed_blocks(
         let count = summaries.len() as u64;
         Ok((blocks, SummariesUsed { since: earlier.start, count }))
     };
-    let Ok(asked) = tokio::time::timeout(ALL_MAX, asked).await else { return Err(Unusable::Slow) };
+    let Ok(asked) = tokio::time::timeout(all_max, asked).await else { return Err(Unusable::Slow) };
     let asked = asked.map_err(|error| or_not_allowed(error, &session));
     session.close().await;
     asked
@@ -329,6 +340,39 @@ fn or_not_allowed(error: Unusable, session: &Session) -> Unusable {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::binaries::Binaries;
+    use crate::instance::{Instance, InstanceOptions};
+    use crate::target::Environment;
+
+    #[tokio::test]
+    async fn a_server_that_does_not_tell_in_time_is_asked_no_longer() {
+        let binaries = Binaries::of_the_suite(18).await;
+        let place = tempfile::tempdir().unwrap();
+        let settings = vec![("summarize_wal".to_owned(), "on".to_owned())];
+        let options = InstanceOptions { fsync: false, settings, ..InstanceOptions::default() };
+        let mut server =
+            Instance::create(&binaries, &place.path().join("c"), options).await.unwrap();
+        server.start().await.unwrap();
+        let target = Target::parse(&server.url("postgres"), &Environment::default()).unwrap();
+        let job = JobId::mint(1, [1; 10]);
+        let session = connect_maintenance(&target, &Purpose::ask(&job)).await.unwrap();
+        let identity = session.identity().await.unwrap();
+        session.close().await;
+        // Where its log will be one day: the summarizer may still get there.
+        let (start, later) = (Lsn(1 << 40), Lsn(1 << 41));
+        let started = Started {
+            start_lsn: later,
+            timeline: Timeline(1),
+            server: identity,
+            slot_name: String::new(),
+            held_from: later,
+        };
+        let earlier = Earlier { timeline: Timeline(1), start, stop: start };
+        let history = History::parse(Timeline(1), "").unwrap();
+        let all_max = Duration::from_millis(300);
+        let asked = changed_within(all_max, &target, &job, &started, &earlier, &history).await;
+        assert!(matches!(asked, Err(Unusable::Slow)), "{asked:?}");
+    }
 
     fn summary(timeline: u32, start: u64, end: u64) -> Summary {
         Summary { timeline: Timeline(timeline), start: Lsn(start), end: Lsn(end) }

@@ -127,19 +127,29 @@ async fn look_in_time(
     let looked = async {
         // Anew: of a store that is no longer mounted nothing is said.
         let repository = place.open().await?;
-        let holdings = look(&repository, cluster, server).await?;
-        // A place that is no longer mounted looks as if all were gone from it.
-        if place.open().await?.id() != repository.id() {
-            let message = "another repository came to its place meanwhile";
-            return Err(Failure::new(Code::StoreUnavailable, Action::Retry, message));
-        }
-        Ok(holdings)
+        look_at(place, &repository, cluster, server).await
     };
     let looked = tokio::time::timeout(LOOK_MAX, looked).await;
     looked.unwrap_or_else(|_| {
         let message = format!("its backups are not listed after {} s", LOOK_MAX.as_secs());
         Err(Failure::new(Code::DeadlineExceeded, Action::Retry, message))
     })
+}
+
+/// What an opened repository has, if it is still at its place afterwards: one that is no longer mounted looks as if all were gone
+/// from it.
+async fn look_at(
+    place: &RepositoryPlace,
+    repository: &Repository,
+    cluster: &ClusterName,
+    server: SystemIdentifier,
+) -> Result<Holdings, Failure> {
+    let holdings = look(repository, cluster, server).await?;
+    if place.open().await?.id() != repository.id() {
+        let message = "another repository came to its place meanwhile";
+        return Err(Failure::new(Code::StoreUnavailable, Action::Retry, message));
+    }
+    Ok(holdings)
 }
 
 /// The backups of one server that can be restored, as far as one sees without restoring them.
@@ -173,13 +183,17 @@ async fn look(
 mod tests {
     use std::io;
 
+    use postgres::Environment;
     use proto::{AttemptId, LineageId, Lsn};
     use repository::store::directory::DirectoryStore;
     use repository::{
         Encryption, InitOptions, Intent, Source, SourceEntry, SourceFile, Wish, WriteOptions,
     };
+    use secrecy::SecretString;
 
     use super::*;
+    use crate::config::WorkerConfig;
+    use crate::places::Places;
 
     const SERVER: SystemIdentifier = SystemIdentifier(7);
 
@@ -243,6 +257,43 @@ mod tests {
         );
         let another = look(&repository, &cluster, SystemIdentifier(8)).await.unwrap();
         assert!(another.backups.is_empty(), "of another server");
+    }
+
+    #[tokio::test]
+    async fn a_repository_that_leaves_its_place_in_the_middle_of_a_look_lacks_nothing() {
+        let place = tempfile::tempdir().unwrap();
+        let root = place.path().join("repository");
+        let store = Arc::new(DirectoryStore::new(&root));
+        let options = InitOptions { encryption: Encryption::KeyFile, now_ms: 1 };
+        let created = Repository::init(store, options).await.unwrap();
+        let key = SecretString::from(created.key_file.unwrap().to_string());
+        let config = format!(
+            "name = \"w\"\nsite = \"s\"\nstate_dir = \"/s\"\nbroker = {{ url = \"file:/u\" }}\n\
+             sandbox = {{ directory = \"/tmp\" }}\n\
+             [[repositories]]\nname = \"main\"\nurl = \"file://{}\"\nkey = \"file:/k\"\n",
+            root.display()
+        );
+        let config: WorkerConfig = toml::from_str(&config).unwrap();
+        let places =
+            Places::resolve(&config, &Environment::default(), &|_| Ok(key.clone())).unwrap();
+        let cluster: ClusterName = "orders".parse().unwrap();
+        let site = places.place_for(&cluster).unwrap();
+        let repository = site.open().await.unwrap();
+        let identity = repository.find_or_mint_lineage(&cluster, SERVER, 1).await.unwrap();
+        let backup = back_up(&repository, identity.lineage, 1).await;
+        let held = async || {
+            let looked = look_at(site, &repository, &cluster, SERVER).await;
+            looked.map(|holdings| holdings.backups).map_err(|failure| failure.code)
+        };
+        assert_eq!(held().await, Ok(vec![backup]));
+        // The empty directory on which it was mounted.
+        let elsewhere = place.path().join("elsewhere");
+        std::fs::rename(&root, &elsewhere).unwrap();
+        std::fs::create_dir(&root).unwrap();
+        assert_eq!(held().await, Err(Code::RepositoryMissing));
+        std::fs::remove_dir(&root).unwrap();
+        std::fs::rename(&elsewhere, &root).unwrap();
+        assert_eq!(held().await, Ok(vec![backup]), "it was mounted again");
     }
 
     #[test]

@@ -47,11 +47,25 @@ async fn pulse(fleet: &Fleet, worker: &mut Worker, after_ms: i64) -> ClusterView
 
 async fn take_backup(fleet: &Fleet, worker: &mut Worker, verify: bool) -> BackupId {
     let verify = verify.then_some(ProofLevel::L5);
-    let job = fleet.submit(&SubmitRequest { verify, ..backup_request() }).await;
+    back_up(fleet, worker, SubmitRequest { verify, ..backup_request() }, "file:///backups").await
+}
+
+async fn take_backup_into(fleet: &Fleet, worker: &mut Worker, repository: &str) -> BackupId {
+    back_up(fleet, worker, backup_request(), repository).await
+}
+
+async fn back_up(
+    fleet: &Fleet,
+    worker: &mut Worker,
+    request: SubmitRequest,
+    repository: &str,
+) -> BackupId {
+    let job = fleet.submit(&request).await;
     let ticket = worker.ticket().await;
     let mut work = worker.take(&ticket).await;
     let Outcome::Backup(mut outcome) = backup_outcome(ticket.attempt) else { unreachable!() };
     outcome.stopped_at_ms = fleet.clock.now_ms();
+    repository.clone_into(&mut outcome.repository);
     let outcome = Box::new(Outcome::Backup(outcome));
     worker.end(&mut work, ReportBody::Succeeded { outcome, steps: vec![] }).await;
     fleet.until_state(job.id, JobState::Succeeded).await;
@@ -303,6 +317,26 @@ async fn a_backup_that_is_gone_from_its_repository_is_no_recovery_source() {
     assert_eq!(reach(&view).0, Some(later), "somebody took that back");
 }
 
+/// Hosts may have directories of one name, and there is one bucket of a name.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_a_directory_only_the_worker_that_wrote_there_can_say_what_is_gone() {
+    for (repository, is_shared) in [("file:///backups", false), ("s3://backups", true)] {
+        let fleet = Fleet::new().await;
+        let mut w1 = Worker::new(&fleet, "w1").await;
+        let backup = take_backup_into(&fleet, &mut w1, repository).await;
+        prove_again(&fleet, &mut w1, proof_of(backup, ProofLevel::L4).reached()).await;
+        let none =
+            Holdings::new(orders(), repository.to_owned(), SystemIdentifier(42), START, vec![]);
+        // The same cluster, from the host to which it failed over.
+        let mut w2 = Worker::new(&fleet, "w2").await;
+        w2.holdings = vec![none.clone()];
+        let left = (!is_shared).then_some(START);
+        assert_eq!(reach(&pulse(&fleet, &mut w2, 65_000).await).0, left, "{repository}");
+        w1.holdings = vec![none];
+        assert_eq!(reach(&pulse(&fleet, &mut w1, 5_000).await).0, None, "{repository}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_whose_clock_is_ahead_makes_nothing_seem_safer() {
     const AHEAD: i64 = 3_600_000;
@@ -332,22 +366,25 @@ async fn a_worker_whose_clock_is_ahead_makes_nothing_seem_safer() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_backup_is_ordered_behind_wal_that_cannot_be_replayed() {
-    let fleet = Fleet::new().await;
-    let mut w1 = Worker::new(&fleet, "w1").await;
-    let backup = take_backup(&fleet, &mut w1, true).await;
-    prove(&fleet, &mut w1, backup, true).await;
-    w1.wal = vec![standing(START)];
-    assert!(pulse(&fleet, &mut w1, 10_001).await.open_jobs.is_empty());
-    let broken = BrokenWal {
-        target: "the end of the WAL".to_owned(),
-        timeline: Timeline(1),
-        from: Lsn(5),
-        to: Lsn(6),
-    };
-    let at_ms = fleet.clock.now_ms();
-    let proof = proof_of(backup, ProofLevel::L4);
-    prove_again(&fleet, &mut w1, Proof { at_ms, broken_wal: Some(broken), ..proof }).await;
-    pulse(&fleet, &mut w1, 10_001).await;
-    let ticket = w1.any_ticket().await;
-    assert_eq!(ticket.kind, JobKind::Backup);
+    // Also where nobody tells how the archive stands.
+    for wal in [vec![standing(START)], vec![]] {
+        let fleet = Fleet::new().await;
+        let mut w1 = Worker::new(&fleet, "w1").await;
+        let backup = take_backup(&fleet, &mut w1, true).await;
+        prove(&fleet, &mut w1, backup, true).await;
+        w1.wal = wal;
+        assert!(pulse(&fleet, &mut w1, 10_001).await.open_jobs.is_empty());
+        let broken = BrokenWal {
+            target: "the end of the WAL".to_owned(),
+            timeline: Timeline(1),
+            from: Lsn(5),
+            to: Lsn(6),
+        };
+        let at_ms = fleet.clock.now_ms();
+        let proof = proof_of(backup, ProofLevel::L4);
+        prove_again(&fleet, &mut w1, Proof { at_ms, broken_wal: Some(broken), ..proof }).await;
+        pulse(&fleet, &mut w1, 10_001).await;
+        let ticket = w1.any_ticket().await;
+        assert_eq!(ticket.kind, JobKind::Backup);
+    }
 }

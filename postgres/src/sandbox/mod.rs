@@ -29,6 +29,9 @@
 //! Deliberately not here: restoring the files, and the checks that are run on the server.
 
 mod empty;
+mod in_replay;
+#[cfg(test)]
+mod silence;
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
@@ -61,6 +64,7 @@ use crate::recovery::{self, RecoverySettings, Said};
 use crate::unfit::{self, Unfit};
 use crate::wal::Segment;
 pub use empty::EmptyOptions;
+use in_replay::in_replay;
 
 /// Says in a room that it is one, and whose; locked while its owner lives.
 const OWNER_FILE: &str = "owner";
@@ -70,16 +74,6 @@ const SERVICE_SOCKET: &str = "wal.sock";
 const OWNER_MARK: &str = "pgmuster sandbox";
 /// What a server says when it has replayed to the end of its backup.
 const CONSISTENT: &str = "consistent recovery state reached";
-/// The same when it has replayed all that it wanted to.
-const REPLAYED: &str = "redo done at";
-/// A page that WAL changes and the copy does not have, said when the end of the backup is reached.
-const INVALID_PAGES: &str = "WAL contains references to invalid pages";
-/// Somebody asked the server to end.
-const STOPPED: [&str; 3] = [
-    "received smart shutdown request",
-    "received fast shutdown request",
-    "received immediate shutdown request",
-];
 /// Between two looks at a booting server.
 const BOOT_POLL: Duration = Duration::from_millis(20);
 /// How long a sandbox may take to end at once; what is left then is killed.
@@ -808,26 +802,6 @@ impl Boot<'_> {
         }
         blamed(what, said.as_deref(), || log_tail(&log_path))
     }
-}
-
-/// What ended a server while it replayed WAL behind the end of its backup; `None` where it was none of that.
-fn in_replay(what: &str, log: &str, output: impl FnOnce() -> String) -> Option<Error> {
-    let is_missed = log.contains("recovery ended before configured recovery target");
-    if !log.contains(CONSISTENT) || log.contains(INVALID_PAGES) || unfit::unfit(log).is_some() {
-        return None;
-    }
-    if is_missed {
-        return Some(Error::Replay { what: what.to_owned(), output: output(), is_missed });
-    }
-    if log.contains(REPLAYED) {
-        return None;
-    }
-    Some(match STOPPED.iter().find(|request| log.contains(**request)) {
-        Some(request) => {
-            Error::SandboxUnfit { what: unfit::KILLED.to_owned(), evidence: (*request).to_owned() }
-        }
-        None => Error::Replay { what: what.to_owned(), output: output(), is_missed },
-    })
 }
 
 /// That nobody but the system, or a person, ended a server: a server never does that to itself.
