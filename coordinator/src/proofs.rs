@@ -155,9 +155,9 @@ pub(crate) async fn take_in(
     clusters::wal_is_broken(tx, cluster, &broken).await
 }
 
-/// Judges every backup that an earlier program recorded.
+/// Judges what an earlier program recorded: before this one, or as the leader beside it. Repeated, it finds nothing to do.
 pub(crate) async fn judge_former(catalog: &Catalog) -> Result<()> {
-    let some = async || {
+    let some_backups = async || {
         catalog
             .transact("judge_former", |tx| {
                 Box::pin(async move {
@@ -174,7 +174,21 @@ pub(crate) async fn judge_former(catalog: &Catalog) -> Result<()> {
             })
             .await
     };
-    while !some().await? {}
+    while !some_backups().await? {}
+    let some_proofs = async || {
+        catalog
+            .transact("take_in_former", |tx| {
+                Box::pin(async move {
+                    let some = backups::not_taken_in(tx.db()).await?;
+                    for (row, cluster) in &some {
+                        take_in(tx, row, cluster, row.proof.at_ms).await?;
+                    }
+                    Ok(some.is_empty())
+                })
+            })
+            .await
+    };
+    while !some_proofs().await? {}
     Ok(())
 }
 

@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use crate::core::Core;
 use crate::error::{Error, Result};
 use crate::inbox::{self, Inbox};
-use crate::{dispatcher, gaps, reaper};
+use crate::{dispatcher, gaps, proofs, reaper};
 
 /// The pause before something that failed because of the catalog is begun anew.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -85,7 +85,7 @@ async fn renew(core: &Core, epoch: i64, over: &CancellationToken) {
     }
 }
 
-/// What a leader does all the time.
+/// What a leader does all the time, and once, when it begins.
 #[derive(Debug, Clone, Copy)]
 enum Duty {
     Dispatch,
@@ -96,10 +96,11 @@ enum Duty {
     Reap,
     Beacon,
     Gaps,
+    Judge,
 }
 
 impl Duty {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Dispatch,
         Self::Claims,
         Self::Reports,
@@ -108,6 +109,7 @@ impl Duty {
         Self::Reap,
         Self::Beacon,
         Self::Gaps,
+        Self::Judge,
     ];
 }
 
@@ -123,6 +125,8 @@ async fn perform(core: &Core, epoch: i64, duty: Duty, over: &CancellationToken) 
             Duty::Reap => reaper::run(core, epoch, over).await,
             Duty::Beacon => reaper::run_beacon(core, epoch, over).await,
             Duty::Gaps => gaps::run(core, over).await,
+            // The leader before may have been of an earlier version.
+            Duty::Judge => proofs::judge_former(&core.catalog).await,
         };
         match done {
             Ok(()) => return,

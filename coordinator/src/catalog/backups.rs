@@ -17,7 +17,7 @@ use crate::error::Result;
 const PROVED_MAX: usize = 3;
 /// Ids in one statement.
 const IDS_MAX: usize = 500;
-/// Backups that are judged anew in one transaction.
+/// Backups, or proofs, that are judged anew in one transaction.
 const JUDGED_AT_ONCE: i64 = 200;
 
 /// What the proofs of a backup say of it together.
@@ -138,8 +138,8 @@ impl Backup {
 pub(crate) async fn put(tx: &mut Tx<'_>, backup: &Backup, now_ms: i64) -> Result<()> {
     sqlx::query(
         "-- put_backup
-         INSERT INTO backups (id, job, cluster, worker, stopped_at_ms, recorded_at_ms, outcome, kind, worth)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT (id) DO NOTHING",
+         INSERT INTO backups (id, job, cluster, worker, stopped_at_ms, recorded_at_ms, outcome, kind, worth, judged)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, 1) ON CONFLICT (id) DO NOTHING",
     )
     .bind(backup.id.to_string())
     .bind(backup.job.to_string())
@@ -357,11 +357,11 @@ pub(crate) async fn show(tx: &mut Tx<'_>, id: BackupId, shown: Shown) -> Result<
     Ok(())
 }
 
-/// Writes what a backup is worth.
+/// Writes what a backup is worth, that an earlier program recorded: it is judged then.
 pub(crate) async fn weigh(tx: &mut Tx<'_>, id: BackupId, worth: Worth) -> Result<()> {
     sqlx::query(
         "-- backup_worth
-         UPDATE backups SET worth = $2 WHERE id = $1",
+         UPDATE backups SET worth = $2, judged = 1 WHERE id = $1",
     )
     .bind(id.to_string())
     .bind(worth.number())
@@ -374,7 +374,7 @@ pub(crate) async fn weigh(tx: &mut Tx<'_>, id: BackupId, worth: Worth) -> Result
 pub(crate) async fn unjudged(db: &mut AnyConnection) -> Result<Vec<Backup>> {
     let rows = sqlx::query(
         "-- backups_not_judged
-         SELECT * FROM backups WHERE shown = 'unjudged' ORDER BY id LIMIT $1",
+         SELECT * FROM backups WHERE judged = 0 ORDER BY id LIMIT $1",
     )
     .bind(JUDGED_AT_ONCE)
     .fetch_all(db)
@@ -396,7 +396,7 @@ impl ProofRow {
     }
 }
 
-/// Writes a proof once; the key is the attempt that made it.
+/// Writes a proof once, as one that is taken in; the key is the attempt that made it.
 pub(crate) async fn put_proof(
     tx: &mut Tx<'_>,
     row: &ProofRow,
@@ -405,8 +405,8 @@ pub(crate) async fn put_proof(
 ) -> Result<()> {
     sqlx::query(
         "-- put_proof
-         INSERT INTO proofs (id, job, backup, cluster, at_ms, recorded_at_ms, record)
-         VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (id) DO NOTHING",
+         INSERT INTO proofs (id, job, backup, cluster, at_ms, recorded_at_ms, record, taken_in)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, 1) ON CONFLICT (id) DO UPDATE SET taken_in = 1",
     )
     .bind(row.id.to_string())
     .bind(row.job.to_string())
@@ -418,6 +418,22 @@ pub(crate) async fn put_proof(
     .execute(tx.db())
     .await?;
     Ok(())
+}
+
+/// Some of the proofs that an earlier program recorded and nobody has taken in since, oldest first, with their clusters.
+pub(crate) async fn not_taken_in(db: &mut AnyConnection) -> Result<Vec<(ProofRow, ClusterName)>> {
+    let rows = sqlx::query(
+        "-- proofs_not_taken_in
+         SELECT * FROM proofs WHERE taken_in = 0 ORDER BY at_ms, id LIMIT $1",
+    )
+    .bind(JUDGED_AT_ONCE)
+    .fetch_all(db)
+    .await?;
+    let rows = rows.into_iter().map(|row| {
+        let row = Row(row);
+        Ok((ProofRow::from_row(&row)?, row.parsed("cluster")?))
+    });
+    rows.collect()
 }
 
 /// Newest first; every cluster's and every backup's when those are empty.

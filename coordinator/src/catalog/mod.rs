@@ -32,6 +32,7 @@ use std::time::Duration;
 
 use secrecy::{ExposeSecret, SecretString};
 use sqlx::any::AnyPoolOptions;
+use sqlx::migrate::Migrator;
 use sqlx::pool::PoolConnection;
 use sqlx::{Any, AnyConnection, AnyPool, Transaction};
 use tokio::sync::Semaphore;
@@ -97,7 +98,7 @@ impl Catalog {
             Dialect::Sqlite | Dialect::Postgres => url.clone(),
         };
         let writer = pool(dialect, &url, 1).await?;
-        sqlx::migrate!("./migrations").run(&writer).await.map_err(Error::Migrate)?;
+        migrations().run(&writer).await.map_err(Error::Migrate)?;
         let readers = pool(dialect, &url, READERS_MAX).await?;
         let catalog = Self { dialect, readers, writer, turn: Arc::new(Semaphore::new(1)), metrics };
         proofs::judge_former(&catalog).await?;
@@ -203,6 +204,11 @@ impl Catalog {
             Err(error) => Err(error),
         }
     }
+}
+
+/// What brings the tables to this version. One that was applied anywhere is never changed.
+fn migrations() -> Migrator {
+    sqlx::migrate!("./migrations")
 }
 
 /// Makes the file of a new catalog readable by its owner only; SQLite gives its side files the same mode. When this

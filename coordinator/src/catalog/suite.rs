@@ -2,24 +2,29 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use postgres::binaries::Binaries;
 use postgres::instance::{Instance, InstanceOptions, StopMode};
 use proto::failure::{Action, Code, Failure};
 use proto::job::{Analyze, Backup, BackupOutcome, JobState, Lane, LogicalOutcome, PgDump, Task};
 use proto::message::ClusterOffer;
-use proto::proof::{CheckOutcome, Proof, ProofCheck, ProofLevel};
+use proto::proof::{BrokenWal, CheckOutcome, Proof, ProofCheck, ProofLevel};
 use proto::step::{Progress, Step};
 use proto::{AttemptId, JobId, LineageId, Lsn, SystemIdentifier, Timeline};
 use secrecy::SecretString;
+use sqlx::migrate::Migrator;
+use tokio::sync::Semaphore;
 
 use super::attempts::{self, Attempt, AttemptState};
 use super::backups::{self, ProofRow, Shown, Worth};
 use super::jobs::{self, Job};
 use super::workers::{self, Worker};
-use super::{Catalog, clusters, events, leader, outbox, row, steps};
+use super::dialect::Dialect;
+use super::{Catalog, clusters, events, leader, migrations, outbox, pool, row, steps};
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::metrics::Metrics;
 use crate::proofs;
 use crate::settle::new_job;
 
@@ -112,6 +117,8 @@ async fn every_case(server: Server) {
         a_cluster_is_recovered_from_few_of_its_backups,
         proofs_are_judged_by_what_they_say,
         a_part_of_a_cluster_is_nothing_to_recover_it_from,
+        a_catalog_of_before_is_brought_to_this_version_and_judged,
+        what_an_older_coordinator_records_counts_when_it_is_judged,
     ];
     server.stop().await;
 }
@@ -614,9 +621,10 @@ async fn a_cluster_is_recovered_from_few_of_its_backups(url: &str) {
     drop(db);
 
     // The same comes of a catalog that an earlier program wrote.
-    let migration = include_str!("../../migrations/0008_recovery_sources.sql");
-    let forget = migration.split(';').find(|text| text.contains("UPDATE ")).unwrap();
-    for text in [forget, "UPDATE backups SET worth = 0", "UPDATE proofs SET tells = 1"] {
+    for text in [
+        "UPDATE backups SET shown = 'unjudged', worth = 0, judged = 0",
+        "UPDATE proofs SET tells = 1",
+    ] {
         write(&catalog, text).await;
     }
     assert!(sources(&catalog).await.is_empty());
@@ -661,7 +669,7 @@ async fn proofs_are_judged_by_what_they_say(url: &str) {
     let told: Vec<i64> = told.iter().map(|row| row.proof.at_ms).collect();
     assert_eq!(told, [369, 200, 100, 100], "however many were made");
     drop(db);
-    write(&catalog, "UPDATE backups SET shown = 'unjudged'").await;
+    write(&catalog, "UPDATE backups SET shown = 'unjudged', judged = 0").await;
     catalog.close().await;
     let catalog = self::catalog(url).await;
     assert_eq!(sources(&catalog).await, wanted);
@@ -716,6 +724,140 @@ async fn a_part_of_a_cluster_is_nothing_to_recover_it_from(url: &str) {
         drop(db);
         let wanted = is_whole.then_some((30, Shown::None));
         assert_eq!(sources(&catalog).await, wanted.into_iter().collect::<Vec<_>>());
+    }
+}
+
+/// The last migration of a program that did not say what a backup is worth.
+const BEFORE: i64 = 7;
+
+/// Records a backup as that program did.
+async fn put_as_before(catalog: &Catalog, row: &backups::Backup) {
+    catalog
+        .transact("test", |tx| {
+            Box::pin(async move {
+                sqlx::query(
+                    "INSERT INTO backups (id, job, cluster, worker, stopped_at_ms, recorded_at_ms, outcome, kind)
+                     VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
+                )
+                .bind(row.id.to_string())
+                .bind(row.job.to_string())
+                .bind(row.cluster.as_str())
+                .bind(row.worker.as_str())
+                .bind(row.outcome.stopped_at_ms)
+                .bind(row.outcome.stopped_at_ms)
+                .bind(row::json(&row.outcome))
+                .bind(row.outcome.kind().as_str())
+                .execute(tx.db())
+                .await?;
+                Ok(())
+            })
+        })
+        .await
+        .unwrap();
+}
+
+/// Records a proof as that program did.
+async fn put_proof_as_before(catalog: &Catalog, row: &ProofRow) {
+    catalog
+        .transact("test", |tx| {
+            Box::pin(async move {
+                sqlx::query(
+                    "INSERT INTO proofs (id, job, backup, cluster, at_ms, recorded_at_ms, record)
+                     VALUES ($1, $2, $3, 'orders', $4, $4, $5)",
+                )
+                .bind(row.id.to_string())
+                .bind(row.job.to_string())
+                .bind(row.proof.backup.to_string())
+                .bind(row.proof.at_ms)
+                .bind(row::json(&row.proof))
+                .execute(tx.db())
+                .await?;
+                Ok(())
+            })
+        })
+        .await
+        .unwrap();
+}
+
+/// A catalog as that program left it.
+async fn catalog_of_before(url: &str) -> Catalog {
+    if let Some(path) = url.strip_prefix("sqlite:") {
+        std::fs::File::create(path).unwrap();
+    }
+    sqlx::any::install_default_drivers();
+    let dialect = Dialect::of_url(url).unwrap();
+    let pool = pool(dialect, &SecretString::from(url), 1).await.unwrap();
+    let all = migrations();
+    let before = all.iter().filter(|migration| migration.version <= BEFORE).cloned();
+    Migrator::with_migrations(before.collect()).run(&pool).await.unwrap();
+    let (readers, turn) = (pool.clone(), Arc::new(Semaphore::new(1)));
+    Catalog { dialect, readers, writer: pool, turn, metrics: Metrics::new() }
+}
+
+async fn a_catalog_of_before_is_brought_to_this_version_and_judged(url: &str) {
+    let before = catalog_of_before(url).await;
+    write(&before, "INSERT INTO clusters (name, registered_at_ms, labels, paused) VALUES ('orders', 1, '{}', 0)").await;
+    // The newest is a dump of one database.
+    let some = PgDump { databases: vec!["shop".parse().unwrap()], exclude: Vec::new() };
+    let order = job(Task::Backup(Backup { pg_dump: Some(some), ..Backup::default() }), 1);
+    insert(&before, &order).await;
+    let mut dump = backup_row(4, 40);
+    dump.job = order.id;
+    dump.outcome.logical = Some(LogicalOutcome {
+        client_version_num: 150_018,
+        databases: 1,
+        role_passwords: true,
+        left_out: None,
+        skipped: Vec::new(),
+    });
+    for row in [backup_row(1, 10), backup_row(2, 20), backup_row(3, 30), dump] {
+        put_as_before(&before, &row).await;
+    }
+    for row in [proof_row(1, 100, true), proof_row(2, 100, true), proof_row(2, 200, false)] {
+        put_proof_as_before(&before, &row).await;
+    }
+    before.close().await;
+
+    let catalog = catalog(url).await;
+    assert_eq!(sources(&catalog).await, [(30, Shown::None), (10, Shown::Proved)]);
+    let mut db = catalog.read().await.unwrap();
+    let newest = backups::newest(&mut db, "").await.unwrap();
+    assert_eq!((newest[0].outcome.stopped_at_ms, newest[0].worth), (30, Worth::Whole));
+    let all = backups::list(&mut db, "", 10).await.unwrap();
+    let judged: Vec<_> = all.iter().map(|row| (row.worth, row.shown)).collect();
+    let wanted = [
+        (Worth::Part, Shown::None),
+        (Worth::Whole, Shown::None),
+        (Worth::Whole, Shown::Bad),
+        (Worth::Whole, Shown::Proved),
+    ];
+    assert_eq!(judged, wanted);
+}
+
+/// An older coordinator leads while this one waits: it records a backup and a proof, and judges in its own way.
+async fn what_an_older_coordinator_records_counts_when_it_is_judged(url: &str) {
+    let catalog = catalog(url).await;
+    register(&catalog, "orders").await;
+    record(&catalog, 1..=1, &[proof_row(1, 100, true)]).await;
+    put_as_before(&catalog, &backup_row(2, 20)).await;
+    let mut on_wal = proof_row(1, 200, false);
+    on_wal.proof.broken_wal = Some(BrokenWal {
+        target: "the end of the WAL".to_owned(),
+        timeline: Timeline(1),
+        from: Lsn(5),
+        to: Lsn(6),
+    });
+    put_proof_as_before(&catalog, &on_wal).await;
+    write(&catalog, "UPDATE backups SET shown = 'bad' WHERE stopped_at_ms = 10").await;
+    assert!(sources(&catalog).await.is_empty(), "what nobody judged is nothing to recover from");
+    for _ in 0..2 {
+        proofs::judge_former(&catalog).await.unwrap();
+        assert_eq!(sources(&catalog).await, [(20, Shown::None), (10, Shown::Proved)]);
+        let mut db = catalog.read().await.unwrap();
+        let cluster = clusters::get(&mut db, &"orders".parse().unwrap()).await.unwrap().unwrap();
+        let broken: Vec<(Lsn, Lsn)> =
+            cluster.broken_wal.iter().map(|stretch| (stretch.from, stretch.to)).collect();
+        assert_eq!(broken, [(Lsn(5), Lsn(6))]);
     }
 }
 

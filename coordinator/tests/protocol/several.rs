@@ -2,10 +2,12 @@
 
 use std::path::PathBuf;
 
+use coordinator::api::types::ClusterView;
 use postgres::binaries::Binaries;
 use postgres::instance::{Instance, InstanceOptions, StopMode};
 use proto::JobState;
 use proto::message::ReportBody;
+use sqlx::Connection as _;
 
 use crate::support::{Fleet, START, Worker, backup_outcome, config, eventually};
 
@@ -120,6 +122,36 @@ async fn two_take_turns(fleet: &mut Fleet) {
     let done = fleet.until_state(ordered.id, JobState::Succeeded).await;
     assert_eq!(done.attempts_used, 1);
     assert!(done.ended_at_ms.unwrap() > START);
+}
+
+/// The leader before may have been of an earlier version, which does not say what a backup is worth.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_nobody_judged_is_judged_by_the_next_leader() {
+    let mut fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    let job = fleet.backup().await;
+    let ticket = w1.ticket().await;
+    let mut work = w1.take(&ticket).await;
+    w1.succeed(&mut work).await;
+    fleet.until_state(job.id, JobState::Succeeded).await;
+    fleet.config = config("c2", fleet.directory.path().join("second.sock"));
+    let standby = fleet.another(fleet.config.clone()).await;
+    sqlx::any::install_default_drivers();
+    let mut catalog = sqlx::AnyConnection::connect(&fleet.catalog_url).await.unwrap();
+    let forget = "UPDATE backups SET worth = 0, judged = 0";
+    assert_eq!(sqlx::query(forget).execute(&mut catalog).await.unwrap().rows_affected(), 1);
+    catalog.close().await.unwrap();
+
+    fleet.handle.replace(standby).unwrap().crash().await;
+    let unproved = async || -> Option<i64> {
+        fleet.get::<ClusterView>("/v1/clusters/orders").await.unproved_to_at_ms
+    };
+    assert_eq!(unproved().await, None);
+    eventually("it is judged", || async {
+        fleet.hand.advance(500);
+        unproved().await
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
