@@ -524,6 +524,7 @@ mod tests {
             remote: false,
             problem: Some(Failure::new(Code::ServerUnreachable, Action::Retry, text)),
             archive: None,
+            repository_away: None,
         };
         let offers = Offers {
             version: "0".to_owned(),

@@ -10,19 +10,20 @@ use policy::recovery_time::{Begins, Measured, RecoveryTime, recovery_time};
 use policy::state::{BackupFact, ClusterFacts, Judgement, Objectives, judge_cluster};
 use proto::failure::{Action, Code, Failure};
 use proto::job::{JobKind, JobState, Task};
-use proto::message::ArchiveSetup;
-use proto::{BackupId, BackupKind, ClusterName};
+use proto::message::{ClusterOffer, RepositoryAway};
+use proto::{BackupId, BackupKind, ClusterName, Heartbeat};
 
 use crate::api::types::{BackupView, ClusterView, ProofView, StatusView};
 use crate::api::view;
 use crate::catalog::backups::{self, Backup, ProofRow, Shown, Worth};
 use crate::catalog::clusters::{self, Cluster};
+use crate::catalog::heartbeats;
 use crate::catalog::jobs::{self, Job};
 use crate::catalog::workers::{self, Worker};
 use crate::core::Core;
 use crate::error::Result;
 use crate::metrics::{ClusterMoment, Moment};
-use crate::proofs;
+use crate::{proofs, restores};
 
 /// A cluster with everything that is known of it.
 struct Known {
@@ -35,7 +36,10 @@ struct Known {
     time: Option<RecoveryTime>,
     open: Vec<Job>,
     eligible_workers: i64,
-    archive: Option<ArchiveSetup>,
+    /// What its worker says of it, while that lives.
+    offer: Option<ClusterOffer>,
+    /// The newest one that was heard of; only where one cluster is looked at.
+    heartbeat: Option<Heartbeat>,
 }
 
 async fn look(core: &Core, only: Option<&ClusterName>) -> Result<Vec<Known>> {
@@ -57,12 +61,19 @@ async fn look(core: &Core, only: Option<&ClusterName>) -> Result<Vec<Known>> {
     for backup in backups::sources(&mut db, named).await? {
         sources.entry(backup.cluster.clone()).or_default().push(backup);
     }
-    let robbed = backups::robbed(&mut db).await?;
+    let robbed = backups::robbed(&mut db, named).await?;
     let mut last_backup: BTreeMap<ClusterName, Job> = jobs::last_ended(&mut db, JobKind::Backup)
         .await?
         .into_iter()
         .map(|j| (j.cluster.clone(), j))
         .collect();
+    let mut restored: HashMap<ClusterName, Measured> = HashMap::new();
+    // They come newest first.
+    for restore in jobs::restored(&mut db, named).await? {
+        if let Some(measured) = restores::measured(&restore) {
+            restored.entry(restore.job.cluster).or_insert(measured);
+        }
+    }
     let mut open: BTreeMap<ClusterName, Vec<Job>> = BTreeMap::new();
     for state in [JobState::Running, JobState::Cancelling, JobState::Queued, JobState::Waiting] {
         for job in jobs::in_state(&mut db, state).await? {
@@ -80,26 +91,36 @@ async fn look(core: &Core, only: Option<&ClusterName>) -> Result<Vec<Known>> {
         let looked_at: BTreeMap<BackupId, &Backup> =
             sources.iter().chain(&backup).map(|backup| (backup.id, backup)).collect();
         let measured = looked_at.values().flat_map(|backup| of(backup));
+        let measured = measured.filter_map(|row| proofs::measured(&row.proof));
         let measured: Vec<Measured> =
-            measured.filter_map(|row| proofs::measured(&row.proof)).collect();
+            measured.chain(restored.get(&cluster.name).copied()).collect();
         let wal = cluster.wal.as_ref();
         let time =
             backup.as_ref().and_then(|backup| recovery_time(&begins(backup), wal, &measured));
         let recovered: Vec<Source> =
             sources.iter().map(|backup| source(backup, of(backup))).collect();
-        let reach = Reach::of(&recovered, wal, &cluster.broken_wal);
+        let away = repository_away(&cluster, backup.as_ref(), &workers, now_ms);
+        let reach = match &away {
+            Some(away) if away.is_gone() => Reach::default(),
+            _ => Reach::of(&recovered, wal, &cluster.broken_wal),
+        };
         let proofs = backup.as_ref().and_then(|b| proofs.remove(&b.id)).unwrap_or_default();
         let last = last_backup.remove(&cluster.name);
-        let is_robbed = robbed.contains(&cluster.name);
-        let facts =
-            facts(&cluster, backup.as_ref(), &proofs, last.as_ref(), reach, time, is_robbed);
-        let archive = archive_setup(&cluster, &workers, now_ms);
-        let facts =
-            ClusterFacts { backlog: archive.as_ref().and_then(|setup| setup.backlog), ..facts };
+        let offer = offered(&cluster, &workers, now_ms);
+        let facts = ClusterFacts {
+            is_robbed: robbed.contains(&cluster.name),
+            repository_away: away,
+            backlog: offer.as_ref().and_then(|offer| offer.archive.as_ref()?.backlog),
+            ..facts(&cluster, backup.as_ref(), &proofs, last.as_ref(), reach, time)
+        };
         let objectives = core.config.objectives.of(&cluster.name);
         let judgement = judge_cluster(&facts, &objectives, now_ms);
         let open = open.remove(&cluster.name).unwrap_or_default();
         let eligible_workers = eligible(&cluster.name, &workers, now_ms);
+        let heartbeat = match only {
+            Some(name) => heartbeats::newest(&mut db, name).await?,
+            None => None,
+        };
         known.push(Known {
             cluster,
             objectives,
@@ -110,7 +131,8 @@ async fn look(core: &Core, only: Option<&ClusterName>) -> Result<Vec<Known>> {
             time,
             open,
             eligible_workers,
-            archive,
+            offer,
+            heartbeat,
         });
     }
     known.sort_by(|a, b| {
@@ -126,13 +148,42 @@ fn eligible(cluster: &ClusterName, workers: &[Worker], now_ms: i64) -> i64 {
     i64::try_from(serving.count()).unwrap_or(i64::MAX)
 }
 
-/// How the server archives, as the worker that announced it last says, while it lives.
-fn archive_setup(cluster: &Cluster, workers: &[Worker], now_ms: i64) -> Option<ArchiveSetup> {
+/// What the worker that announced a cluster last says of it, while it lives.
+fn offered(cluster: &Cluster, workers: &[Worker], now_ms: i64) -> Option<ClusterOffer> {
     let worker = workers
         .iter()
         .find(|worker| Some(&worker.name) == cluster.worker.as_ref() && worker.is_alive(now_ms))?;
     let offers = worker.offers.as_ref()?;
-    offers.clusters.iter().find(|offer| offer.name == cluster.name)?.archive.clone()
+    offers.clusters.iter().find(|offer| offer.name == cluster.name).cloned()
+}
+
+/// That nobody finds the repository of a cluster, as its workers said last: one that finds it is enough. Of a directory only the
+/// worker counts that wrote its newest backup there, because another host may have one of that name.
+fn repository_away(
+    cluster: &Cluster,
+    backup: Option<&Backup>,
+    workers: &[Worker],
+    now_ms: i64,
+) -> Option<RepositoryAway> {
+    let wrote = |worker: &Worker| {
+        backup.is_some_and(|backup| {
+            backup.worker == worker.name && backup.outcome.repository.starts_with("file:")
+        })
+    };
+    let mut said = Vec::new();
+    for worker in workers {
+        let offers = worker.offers.iter().flat_map(|offers| &offers.clusters);
+        for offer in offers.filter(|offer| offer.name == cluster.name) {
+            if wrote(worker) {
+                return offer.repository_away.clone();
+            }
+            said.push((worker.is_alive(now_ms), offer.repository_away.as_ref()));
+        }
+    }
+    let anybody_lives = said.iter().any(|(is_alive, _)| *is_alive);
+    let heard = said.into_iter().filter(|(is_alive, _)| *is_alive || !anybody_lives);
+    let away: Option<Vec<&RepositoryAway>> = heard.map(|(_, away)| away).collect();
+    away?.into_iter().max_by_key(|away| away.since_ms).cloned()
 }
 
 /// What policy judges by.
@@ -143,7 +194,6 @@ fn facts(
     last: Option<&Job>,
     reach: Reach,
     recovery_time: Option<RecoveryTime>,
-    is_robbed: bool,
 ) -> ClusterFacts {
     ClusterFacts {
         registered_at_ms: cluster.registered_at_ms,
@@ -170,8 +220,7 @@ fn facts(
         broken_wal: backup
             .and_then(backup_end)
             .and_then(|end| in_the_way(&cluster.broken_wal, &end, cluster.wal.as_ref()).copied()),
-        is_robbed,
-        backlog: None,
+        ..ClusterFacts::default()
     }
 }
 
@@ -240,8 +289,19 @@ fn problem(cluster: &Cluster) -> Option<Failure> {
 
 fn cluster_view(known: Known) -> ClusterView {
     let Known {
-        cluster, objectives, judgement, backup, proofs, reach, time, open, archive, ..
+        cluster,
+        objectives,
+        judgement,
+        backup,
+        proofs,
+        reach,
+        time,
+        open,
+        offer,
+        heartbeat,
+        ..
     } = known;
+    let (archive, heartbeats) = offer.map_or((None, None), |o| (o.archive, o.heartbeat));
     let at_ms = |point: Option<RecoveryPoint>| point.map(|point| point.at_ms);
     ClusterView {
         name: cluster.name,
@@ -265,6 +325,8 @@ fn cluster_view(known: Known) -> ClusterView {
         wal: cluster.wal,
         broken_wal: cluster.broken_wal,
         archive,
+        heartbeats,
+        heartbeat_at_ms: heartbeat.map(|heartbeat| heartbeat.begun_at_ms),
         backup: backup.map(|backup| backup_view(backup, proofs::telling(&proofs).cloned())),
         open_jobs: open.into_iter().map(view::job_alone).collect(),
     }
@@ -334,7 +396,7 @@ fn cluster_moment(known: &Known) -> ClusterMoment {
     let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
     let facts = known.backup.as_ref().map(|backup| &backup.outcome);
     let waiting = known.cluster.wal.as_ref().and_then(|wal| wal.waiting);
-    let backlog = known.archive.as_ref().and_then(|setup| setup.backlog);
+    let backlog = known.offer.as_ref().and_then(|offer| offer.archive.as_ref()?.backlog);
     ClusterMoment {
         recovery_point_s: known.reach.proved.map_or(0, |point| point.at_ms / 1_000),
         unproved_point_s: known.reach.on_paper.map_or(0, |point| point.at_ms / 1_000),

@@ -167,7 +167,7 @@ async fn take_in(tx: &mut Tx<'_>, pulse: &Pulse, holdings: &Holdings, now_ms: i6
         cluster: Some(cluster.to_string()),
         worker: Some(pulse.worker.to_string()),
         message: format!(
-            "{} of {cluster} no longer in {repository}, or given up, {first} first",
+            "{} of {cluster} not in {repository}, or given up, {first} first",
             count(gone.len() as u64, "backup")
         ),
         ..Event::default()

@@ -10,6 +10,7 @@ pub mod placement;
 pub mod reach;
 pub mod recoverable;
 pub mod recovery_time;
+mod repository;
 pub mod retry;
 pub mod standing;
 pub mod state;

@@ -6,14 +6,15 @@ use std::fmt;
 use std::str::FromStr;
 
 use proto::failure::Failure;
-use proto::message::{WalBacklog, WalStanding};
-use proto::{Lsn, ProofLevel};
+use proto::message::{RepositoryAway, WalBacklog, WalStanding};
+use proto::{Lsn, ProofLevel, Timeline};
 use serde::{Deserialize, Serialize};
 
 use crate::broken::BrokenStretch;
 use crate::reach::{BackupEnd, archive_silence, archive_trouble};
 use crate::recoverable::{RecoveryPoint, standing_failure};
 use crate::recovery_time::RecoveryTime;
+use crate::repository;
 use crate::target;
 use crate::words::{count, grouped, span};
 
@@ -148,7 +149,24 @@ pub struct ProofFact {
     /// User tables seen.
     pub tables: u64,
     /// How far it replayed archived WAL behind the end of the backup; `None` when it did not.
-    pub replayed_to: Option<Lsn>,
+    pub replayed_to: Option<ReplayedTo>,
+}
+
+/// How far archived WAL was replayed. Positions of two timelines say nothing of each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ReplayedTo {
+    /// The timeline that was followed.
+    pub timeline: Timeline,
+    /// The end.
+    pub lsn: Lsn,
+}
+
+impl ReplayedTo {
+    /// Whether everything was replayed that `other` was. Where they followed two timelines nobody knows: one may have left the
+    /// other before.
+    pub(crate) fn includes(self, other: Self) -> bool {
+        self.timeline == other.timeline && self.lsn >= other.lsn
+    }
 }
 
 /// What is known of a cluster.
@@ -174,7 +192,7 @@ pub struct ClusterFacts {
     pub backup_end: Option<BackupEnd>,
     /// Up to when it can be recovered from backups that are proved.
     pub recoverable: Option<RecoveryPoint>,
-    /// How long a recovery would take now, as its proofs measured.
+    /// How long a recovery would take now, as its proofs and restores measured.
     pub recovery_time: Option<RecoveryTime>,
     /// How the archive of its WAL stands, where it archives into its repository.
     pub wal: Option<WalStanding>,
@@ -184,6 +202,8 @@ pub struct ClusterFacts {
     pub backlog: Option<WalBacklog>,
     /// It had backups, and its repository has none of them any more.
     pub is_robbed: bool,
+    /// Its repository is not there, or does not let itself be looked into.
+    pub repository_away: Option<RepositoryAway>,
 }
 
 /// A state and the sentence that explains it.
@@ -219,7 +239,8 @@ pub fn judge_cluster(facts: &ClusterFacts, objectives: &Objectives, now_ms: i64)
         Some(_) => {}
     }
     let Some(backup) = facts.backup else {
-        return match &facts.problem {
+        let away = facts.repository_away.as_ref().map(|away| &away.failure);
+        return match facts.problem.as_ref().or(away) {
             Some(problem) => Judgement::new(AtRisk, format!("it cannot be backed up: {problem}")),
             None if !facts.has_repository => {
                 Judgement::new(AtRisk, "its worker has no repository for it")
@@ -227,6 +248,9 @@ pub fn judge_cluster(facts: &ClusterFacts, objectives: &Objectives, now_ms: i64)
             None => Judgement::new(Pending, "no backup has been taken yet"),
         };
     };
+    if let Some(reason) = repository::unseen(facts.repository_away.as_ref(), now_ms) {
+        return Judgement::new(AtRisk, reason);
+    }
     if let Some(failure) = &facts.backup_failure {
         return Judgement::new(AtRisk, format!("its last backup failed: {failure}"));
     }
@@ -347,6 +371,10 @@ fn trouble_of_archive(
 
 /// A target that is certainly missed.
 fn broken(facts: &ClusterFacts, objectives: &Objectives, now_ms: i64) -> Option<String> {
+    let gone = repository::gone(facts.repository_away.as_ref(), now_ms);
+    if gone.is_some() && (facts.backup.is_some() || facts.is_robbed) {
+        return gone;
+    }
     let Some(backup) = facts.backup else {
         if facts.is_robbed {
             return Some("its repository has none of its backups any more".to_owned());
@@ -395,8 +423,8 @@ fn seconds(ms: u64) -> String {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use proto::LineageId;
     use proto::failure::{Action, Code};
-    use proto::{LineageId, Timeline};
 
     use super::*;
 
@@ -445,7 +473,13 @@ mod tests {
             broken_wal: None,
             is_robbed: false,
             backlog: None,
+            repository_away: None,
         }
+    }
+
+    fn away(code: Code) -> RepositoryAway {
+        let failure = Failure::new(code, Action::Retry, "failed to look");
+        RepositoryAway { place: "s3://backups".to_owned(), since_ms: NOW - 300_000, failure }
     }
 
     fn judged(change: impl FnOnce(&mut ClusterFacts)) -> (ClusterState, String) {
@@ -515,6 +549,21 @@ mod tests {
                 |f| f.problem = Some(failure()),
                 AtRisk,
                 "it cannot be backed up now: WAL_MISSING: WAL is gone",
+            ),
+            (
+                |f| f.repository_away = Some(away(Code::RepositoryMissing)),
+                Broken,
+                "it cannot be recovered: its repository s3://backups is gone since 5 min",
+            ),
+            (
+                |f| f.repository_away = Some(away(Code::StoreUnavailable)),
+                AtRisk,
+                "nobody can look into its repository s3://backups since 5 min: STORE_UNAVAILABLE: failed to look",
+            ),
+            (
+                |f| (f.backup, f.repository_away) = (None, Some(away(Code::RepositoryMissing))),
+                AtRisk,
+                "it cannot be backed up: REPOSITORY_MISSING: failed to look",
             ),
             (|f| f.backup = None, Pending, "no backup has been taken yet"),
             (
@@ -657,6 +706,7 @@ mod tests {
                 broken_wal: None,
                 is_robbed: false,
                 backlog: None,
+                repository_away: None,
             };
             let objectives = Objectives::default();
             let judgement = judge_cluster(&facts, &objectives, NOW);

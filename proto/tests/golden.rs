@@ -11,21 +11,21 @@ use proto::backup::SkippedDatabase;
 use proto::envelope::{Certificate, SigningKey};
 use proto::job::{
     Analyze, AnalyzeOutcome, Backup, BackupOutcome, EnableWal, EnableWalOutcome, LogicalOutcome,
-    PgDump, Probe, ProbeOutcome, Reached, RecoveryOutcome, Restore, RestoreOutcome, RestoreTarget,
-    SeenSegment, SeenVerdict, SkippedTable, Vacuum, VacuumOutcome, VacuumedTable, VerifyRestore,
-    VerifyRestoreOutcome,
+    PgDump, Probe, ProbeOutcome, ProofTarget, Reached, RecoveryOutcome, Restore, RestoreOutcome,
+    RestoreTarget, SeenSegment, SeenVerdict, SkippedTable, Vacuum, VacuumOutcome, VacuumedTable,
+    VerifyRestore, VerifyRestoreOutcome,
 };
 use proto::message::{
     ArchiveSetup, Beacon, Cancel, Claim, ClaimMessage, ClusterOffer, Control, Decline,
-    DeclineReason, Denial, DenialReason, Grant, Holdings, Nonce, Offers, Pulse, Report, ReportBody,
-    RepositoryOffer, Revoked, RunningAttempt, Slots, Spec, Ticket, WalAncestor, WalBacklog,
-    WalConflict, WalStanding, WalWaiting,
+    DeclineReason, Denial, DenialReason, Grant, HeartbeatSetup, Holdings, Nonce, Offers, Pulse,
+    Report, ReportBody, RepositoryAway, RepositoryOffer, Revoked, RunningAttempt, Slots, Spec,
+    Ticket, WalAncestor, WalBacklog, WalConflict, WalStanding, WalWaiting,
 };
 use proto::proof::{BrokenWal, CheckOutcome, Phase, ProofCheck};
 use proto::{
-    Action, AttemptId, BackupId, BootId, Code, Failure, JobId, JobKind, Lane, LineageId, Lsn,
-    Outcome, Progress, Proof, ProofLevel, Recovery, RecoveryTarget, Step, SystemIdentifier,
-    TargetAction, Task, Timeline,
+    Action, ArchivedHeartbeats, AttemptId, BackupId, BootId, ClusterHeartbeat, Code, Failure,
+    Heartbeat, JobId, JobKind, Lane, LineageId, Lsn, Outcome, Progress, Proof, ProofLevel,
+    Recovery, RecoveryTarget, Step, SystemIdentifier, TargetAction, Task, Timeline,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -159,6 +159,7 @@ fn specs_of_every_kind() {
             backup: Some(backup_id()),
             level: ProofLevel::L5,
             to: None,
+            heartbeats: None,
         }),
         Task::Restore(Restore {
             backup: None,
@@ -499,6 +500,8 @@ fn the_conversation() {
                     remote: false,
                     problem: Some(failure()),
                     archive: None,
+                    repository_away: None,
+                    heartbeat: None,
                 }],
                 repositories: vec![RepositoryOffer {
                     name: "main".to_owned(),
@@ -509,6 +512,7 @@ fn the_conversation() {
             }),
             wal: Vec::new(),
             holdings: Vec::new(),
+            heartbeats: Vec::new(),
         },
     );
     golden(
@@ -547,8 +551,56 @@ fn the_conversation() {
                 conflict: None,
             }],
             holdings: Vec::new(),
+            heartbeats: Vec::new(),
         },
     );
+    golden(
+        "pulse.heartbeat",
+        &Pulse {
+            schema: 1,
+            worker: "w1".parse().unwrap(),
+            site: "fra1".parse().unwrap(),
+            boot: boot(),
+            seq: 11,
+            at_ms: 1_700_000_000_000,
+            every_ms: 3_000,
+            slots: Slots { urgent_free: 1, routine_free: 2 },
+            draining: false,
+            running: Vec::new(),
+            offers: None,
+            wal: Vec::new(),
+            holdings: Vec::new(),
+            heartbeats: vec![ClusterHeartbeat {
+                cluster: "orders".parse().unwrap(),
+                heartbeat: heartbeat(),
+            }],
+        },
+    );
+}
+
+fn heartbeat() -> Heartbeat {
+    Heartbeat {
+        system_identifier: SYSTEM,
+        timeline: Timeline(10),
+        transaction: 4_294_968_036,
+        begun_lsn: Lsn(0x16_B374_D848),
+        ended_lsn: Lsn(0x16_B374_D8D0),
+        begun_at_ms: 1_699_999_990_000,
+        ended_at_ms: 1_699_999_990_004,
+    }
+}
+
+#[test]
+fn a_proof_is_told_which_heartbeats_there_were_and_tells_which_it_saw() {
+    let task = VerifyRestore {
+        backup: None,
+        level: ProofLevel::L4,
+        to: Some(ProofTarget::At(RecoveryTarget::Latest)),
+        heartbeats: Some(ArchivedHeartbeats { lineage: lineage(), known: vec![heartbeat()] }),
+    };
+    golden("spec.verify_restore.heartbeat", &spec(Task::VerifyRestore(task)));
+    let seen = Proof { heartbeat_at_ms: Some(1_699_999_990_000), ..proof() };
+    golden("proof.heartbeat", &seen);
 }
 
 #[test]
@@ -594,7 +646,7 @@ fn what_keeps_wal_from_its_archive_is_told() {
 }
 
 #[test]
-fn an_offer_says_how_files_are_read_and_how_wal_is_archived() {
+fn an_offer_says_how_files_are_read_how_wal_is_archived_and_that_a_repository_is_away() {
     let offer = ClusterOffer {
         name: "orders".parse().unwrap(),
         labels: BTreeMap::new(),
@@ -605,6 +657,8 @@ fn an_offer_says_how_files_are_read_and_how_wal_is_archived() {
         remote: true,
         problem: None,
         archive: None,
+        repository_away: None,
+        heartbeat: None,
     };
     golden("offer.remote", &offer);
     let archive = Some(ArchiveSetup {
@@ -614,7 +668,16 @@ fn an_offer_says_how_files_are_read_and_how_wal_is_archived() {
         failing_at: Some("0000000A00000016000000B3".to_owned()),
         backlog: None,
     });
-    golden("offer.archive", &ClusterOffer { archive, remote: false, ..offer });
+    golden("offer.archive", &ClusterOffer { archive, remote: false, ..offer.clone() });
+    let away = RepositoryAway {
+        place: "s3://backups/fleet".to_owned(),
+        since_ms: 1_700_000_000_000,
+        failure: Failure::new(Code::RepositoryMissing, Action::FixConfig, "failed to find it")
+            .with_hint("Check the repository's URL."),
+    };
+    golden("offer.repository_away", &ClusterOffer { repository_away: Some(away), ..offer.clone() });
+    let heartbeat = Some(HeartbeatSetup { every_s: 60, problem: Some(failure()) });
+    golden("offer.heartbeat", &ClusterOffer { heartbeat, remote: false, ..offer });
 }
 
 #[test]

@@ -6,11 +6,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::future::join_all;
-use proto::message::Holdings;
+use proto::message::{Holdings, RepositoryAway};
 use proto::{Action, BackupId, BackupKind, ClusterName, Code, Failure, SystemIdentifier};
 use repository::{Backups, Error, Lost, Repository};
 use tokio::sync::Semaphore;
 
+use crate::away::Away;
 use crate::clock;
 use crate::places::{Cluster, RepositoryPlace};
 use crate::shared::Shared;
@@ -30,6 +31,8 @@ const TOLD_AT_ONCE_MAX: usize = 2_000;
 #[derive(Debug)]
 pub(crate) struct Held {
     seen: Mutex<BTreeMap<ClusterName, Seen>>,
+    /// Whose repository is not there.
+    away: Mutex<BTreeMap<ClusterName, RepositoryAway>>,
     /// Who may look.
     looks: Arc<Semaphore>,
 }
@@ -42,7 +45,8 @@ struct Seen {
 
 impl Default for Held {
     fn default() -> Self {
-        Self { seen: Mutex::default(), looks: Arc::new(Semaphore::new(LOOKS_MAX)) }
+        let looks = Arc::new(Semaphore::new(LOOKS_MAX));
+        Self { seen: Mutex::default(), away: Mutex::default(), looks }
     }
 }
 
@@ -50,6 +54,19 @@ impl Held {
     fn note(&self, holdings: Holdings) {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         seen.insert(holdings.cluster.clone(), Seen { holdings, is_told: false });
+    }
+
+    fn note_away(&self, cluster: &ClusterName, told: Option<&RepositoryAway>) {
+        let mut away = self.away.lock().unwrap_or_else(PoisonError::into_inner);
+        match told {
+            Some(told) => away.insert(cluster.clone(), told.clone()),
+            None => away.remove(cluster),
+        };
+    }
+
+    /// Whether the repository of a cluster is not there, as it was looked last.
+    pub(crate) fn away(&self, cluster: &ClusterName) -> Option<RepositoryAway> {
+        self.away.lock().unwrap_or_else(PoisonError::into_inner).get(cluster).cloned()
     }
 
     /// What is to be told now; to a coordinator that is `new`, everything, a part with each pulse. It counts as told.
@@ -91,43 +108,45 @@ async fn watch_one(shared: &Shared, cluster: &Cluster) {
     let Ok(place) = shared.places.place_for(name) else { return };
     let mut offered = shared.offered.subscribe();
     let mut is_failing = false;
+    let mut away = Away::default();
     loop {
         // Whose backups they are the server must have said once.
         let known = offered.wait_for(Option::is_some).await.ok().and_then(|offers| {
             let mut clusters = offers.iter().flat_map(|offers| &offers.clusters);
             clusters.find(|offer| offer.name == *name)?.system_identifier
         });
-        let pause = match known {
-            None => LOOK_SOON,
-            Some(server) => {
-                let looked = look_in_time(shared, place, name, server).await;
-                let failed = looked.is_err();
-                match looked {
-                    Ok(holdings) => shared.held.note(holdings),
-                    Err(failure) if !is_failing => {
-                        tracing::warn!(cluster = %name, "Nobody knows which backups there are: {failure}");
-                    }
-                    Err(_) => {}
-                }
-                is_failing = failed;
-                if failed { LOOK_SOON } else { LOOK_EVERY }
+        let looked = look_in_time(shared, place, name, known).await;
+        let told = away.heed(&place.config.url, looked.as_ref().map(|_| ()), clock::Seen::now());
+        shared.held.note_away(name, told);
+        let was_failing = std::mem::replace(&mut is_failing, looked.is_err());
+        let is_known = matches!(looked, Ok(Some(_)));
+        match looked {
+            Ok(Some(holdings)) => shared.held.note(holdings),
+            Ok(None) => {}
+            Err(failure) if !was_failing => {
+                tracing::warn!(cluster = %name, "Nobody knows which backups there are: {failure}");
             }
-        };
-        tokio::time::sleep(pause).await;
+            Err(_) => {}
+        }
+        tokio::time::sleep(if is_known { LOOK_EVERY } else { LOOK_SOON }).await;
     }
 }
 
+/// Without a server, whether there is a repository.
 async fn look_in_time(
     shared: &Shared,
     place: &RepositoryPlace,
     cluster: &ClusterName,
-    server: SystemIdentifier,
-) -> Result<Holdings, Failure> {
+    server: Option<SystemIdentifier>,
+) -> Result<Option<Holdings>, Failure> {
     let _one_of_few = shared.held.looks.acquire().await;
     let looked = async {
         // Anew: of a store that is no longer mounted nothing is said.
         let repository = place.open().await?;
-        look_at(place, &repository, cluster, server).await
+        match server {
+            Some(server) => look_at(place, &repository, cluster, server).await.map(Some),
+            None => Ok(None),
+        }
     };
     let looked = tokio::time::timeout(LOOK_MAX, looked).await;
     looked.unwrap_or_else(|_| {

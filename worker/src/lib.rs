@@ -6,6 +6,7 @@
 pub mod archive;
 mod attempt;
 mod attempts;
+mod away;
 mod backlog;
 pub mod beyond;
 mod claims;
@@ -17,6 +18,7 @@ mod continuity;
 mod control;
 pub mod engines;
 pub mod failpoint;
+mod heartbeat;
 mod holdings;
 mod jobs;
 mod offers;

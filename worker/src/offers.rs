@@ -71,6 +71,7 @@ async fn look_at(shared: &Shared, cluster: &Cluster) -> ClusterOffer {
         remote: false,
         problem: None,
         archive: None,
+        repository_away: shared.held.away(&cluster.config.name),
     };
     let asked = tokio::time::timeout(LOOK_MAX, async {
         let purpose = Purpose::ask(&JobId(shared.boot.0));
@@ -125,11 +126,16 @@ fn scrubbed(mut offer: ClusterOffer) -> ClusterOffer {
     if let Some(problem) = &mut offer.problem {
         scrub_failure(problem);
     }
+    if let Some(away) = &mut offer.repository_away {
+        scrub_failure(&mut away.failure);
+    }
     offer
 }
 
 #[cfg(test)]
 mod tests {
+    use proto::message::RepositoryAway;
+
     use super::*;
 
     #[test]
@@ -137,6 +143,11 @@ mod tests {
         let message = "failed to connect: pooler: bad option in postgresql://app:hunter2@db/shop";
         let problem = Failure::new(Code::ServerUnreachable, Action::Retry, message)
             .with_hint("Try password=hunter2 once more.");
+        let repository_away = Some(RepositoryAway {
+            place: "s3://backups".to_owned(),
+            since_ms: 1,
+            failure: problem.clone(),
+        });
         let offer = scrubbed(ClusterOffer {
             name: "orders".parse().unwrap(),
             labels: std::collections::BTreeMap::new(),
@@ -147,6 +158,7 @@ mod tests {
             remote: false,
             problem: Some(problem),
             archive: None,
+            repository_away,
         });
         let told = serde_json::to_string(&offer).unwrap();
         assert!(!told.contains("hunter2"), "{told}");

@@ -152,6 +152,18 @@ fn served(
         }
         None => good(what, format!("served by {worker}")),
     }];
+    if let Some(away) = &cluster.repository_away {
+        let (place, failure) = (&away.place, &away.failure);
+        let since = output::ago(now_ms, Some(away.since_ms));
+        let detail = format!("{place}: {failure}; first seen so {since}");
+        let (good, hint) = (false, failure.hint.clone());
+        findings.push(Finding {
+            what: format!("repository of {}", cluster.name),
+            good,
+            detail,
+            hint,
+        });
+    }
     if let Some(setup) = &cluster.archive {
         findings.push(archives(&cluster.name, setup, wal.into(), now_ms));
     }
@@ -274,6 +286,7 @@ async fn broker(setting: &str) -> Result<(), Failure> {
 #[cfg(test)]
 mod tests {
     use proto::envelope::SigningKey;
+    use proto::message::RepositoryAway;
 
     use super::*;
 
@@ -296,6 +309,7 @@ mod tests {
             remote: false,
             problem,
             archive,
+            repository_away: None,
         };
         let found = served("w1", &offer(None, Some(setup)), None, 1);
         let told: Vec<(&str, bool)> = found.iter().map(|f| (f.what.as_str(), f.good)).collect();
@@ -304,6 +318,21 @@ mod tests {
         let down = Failure::new(proto::Code::ServerUnreachable, proto::Action::Retry, "it is down");
         let found = served("w1", &offer(Some(down), None), None, 1);
         assert!(found.len() == 1 && !found[0].good, "{found:?}");
+        let missing =
+            Failure::new(proto::Code::RepositoryMissing, proto::Action::FixConfig, "none")
+                .with_hint("Check its URL.");
+        let place = "s3://backups".to_owned();
+        let away = RepositoryAway { place, since_ms: 1, failure: missing };
+        let found = served(
+            "w1",
+            &ClusterOffer { repository_away: Some(away), ..offer(None, None) },
+            None,
+            60_001,
+        );
+        let told: Vec<(&str, bool)> = found.iter().map(|f| (f.what.as_str(), f.good)).collect();
+        assert_eq!(told, [("cluster orders", true), ("repository of orders", false)]);
+        assert!(found[1].detail.starts_with("s3://backups: REPOSITORY_MISSING: none"), "{found:?}");
+        assert_eq!(found[1].hint, "Check its URL.");
     }
 
     #[test]

@@ -260,9 +260,9 @@ pub(crate) async fn robbed(db: &mut AnyConnection) -> Result<HashSet<ClusterName
 }
 
 /// Takes in which backups of a cluster its repository has. What was recorded before `seen_at_ms`, when it was looked, and is not
-/// there, is gone; what is there again is not. The ids of those that have gone are returned. Only what came from the same
-/// server into the same repository is judged by it; of a directory only what the same worker put there, because another host may
-/// have one of that name.
+/// there, is gone; what is there again is not. The ids of those that have gone are returned. Only what came from the same server is
+/// judged by it. What the same worker recorded is, wherever that was: it would look nowhere else. What another one did is where it
+/// is the same bucket: another host may have a directory of that name.
 pub(crate) async fn held(
     tx: &mut Tx<'_>,
     holdings: &Holdings,
@@ -281,9 +281,10 @@ pub(crate) async fn held(
     let mut gone = Vec::new();
     for row in rows {
         let Backup { id, worker, outcome, .. } = Backup::from_row(&Row(row))?;
-        let is_of_it = outcome.repository == holdings.repository
-            && outcome.system_identifier == holdings.system_identifier
-            && (worker == *by || !holdings.repository.starts_with("file:"));
+        let is_shared = outcome.repository == holdings.repository
+            && !holdings.repository.starts_with("file:");
+        let is_of_it = outcome.system_identifier == holdings.system_identifier
+            && (worker == *by || is_shared);
         if is_of_it && holdings.lack(id) {
             gone.push(id);
         }

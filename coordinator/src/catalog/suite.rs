@@ -566,6 +566,7 @@ async fn register(catalog: &Catalog, name: &str) {
         remote: false,
         problem: None,
         archive: None,
+        repository_away: None,
     };
     let (worker, site) = (&"w1".parse().unwrap(), &"fra1".parse().unwrap());
     catalog

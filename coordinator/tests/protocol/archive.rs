@@ -3,9 +3,11 @@
 use coordinator::api::types::{ClusterView, StatusView, SubmitRequest};
 use policy::ClusterState;
 use proto::job::{JobKind, Task, VerifyRestore, VerifyRestoreOutcome};
-use proto::message::{Holdings, ReportBody, WalStanding};
+use proto::message::{Holdings, ReportBody, RepositoryAway, WalStanding};
 use proto::proof::{BrokenWal, Phase, Proof, ProofLevel, ProofRecovery};
-use proto::{BackupId, JobState, LineageId, Lsn, Outcome, SystemIdentifier, Timeline};
+use proto::{
+    Action, BackupId, Code, Failure, JobState, LineageId, Lsn, Outcome, SystemIdentifier, Timeline,
+};
 
 use crate::support::{
     Fleet, START, Work, Worker, backup_outcome, backup_request, eventually, orders, proof_of,
@@ -294,9 +296,7 @@ async fn a_backup_that_is_gone_from_its_repository_is_no_recovery_source() {
     // It had been looked before the backups were recorded, for all that is known.
     w1.holdings = held("file:///backups", 42, &[]);
     assert_eq!(reach(&pulse(&fleet, &mut w1, 59_000).await).0, Some(later));
-    // What is held elsewhere, or of another server, says nothing.
-    w1.holdings = held("file:///elsewhere", 42, &[]);
-    assert_eq!(reach(&pulse(&fleet, &mut w1, 5_000).await).0, Some(later));
+    // What is held of another server says nothing.
     w1.holdings = held("file:///backups", 43, &[]);
     assert_eq!(reach(&pulse(&fleet, &mut w1, 5_000).await).0, Some(later));
 
@@ -305,8 +305,7 @@ async fn a_backup_that_is_gone_from_its_repository_is_no_recovery_source() {
     assert_eq!(reach(&view), (Some(START), Some(START)));
     assert_eq!(view.backup.unwrap().id, first, "it is judged by what is left");
     let events = fleet.events("backups_gone").await;
-    let says =
-        format!("1 backup of orders no longer in file:///backups, or given up, {second} first");
+    let says = format!("1 backup of orders not in file:///backups, or given up, {second} first");
     assert_eq!(events.into_iter().map(|event| event.message).collect::<Vec<_>>(), [says]);
     w1.holdings = held("file:///backups", 42, &[]);
     let view = pulse(&fleet, &mut w1, 5_000).await;
@@ -335,6 +334,75 @@ async fn of_a_directory_only_the_worker_that_wrote_there_can_say_what_is_gone() 
         w1.holdings = vec![none];
         assert_eq!(reach(&pulse(&fleet, &mut w1, 5_000).await).0, None, "{repository}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_looks_elsewhere_has_what_it_finds_there() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    let backup = take_backup(&fleet, &mut w1, true).await;
+    prove(&fleet, &mut w1, backup, true).await;
+    let held = |backups: &[BackupId]| {
+        let (repository, server) = ("file:///elsewhere".to_owned(), SystemIdentifier(42));
+        vec![Holdings::new(orders(), repository, server, START, backups.to_vec())]
+    };
+    let mut w2 = Worker::new(&fleet, "w2").await;
+    w2.holdings = held(&[]);
+    assert_eq!(reach(&pulse(&fleet, &mut w2, 65_000).await).0, Some(START), "it never had it");
+    // The URL of its repository was changed: to one that is moved there, or to another one.
+    w1.holdings = held(&[backup]);
+    assert_eq!(reach(&pulse(&fleet, &mut w1, 5_000).await).0, Some(START));
+    w1.holdings = held(&[]);
+    let view = pulse(&fleet, &mut w1, 5_000).await;
+    assert_eq!((view.state, reach(&view)), (ClusterState::Broken, (None, None)));
+    assert!(view.reason.contains("none of its backups"), "{}", view.reason);
+    w1.holdings = held(&[backup]);
+    assert_eq!(reach(&pulse(&fleet, &mut w1, 5_000).await).0, Some(START));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_repository_that_is_gone_recovers_nothing_and_an_outage_takes_no_claim_away() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    let backup = take_backup(&fleet, &mut w1, true).await;
+    prove(&fleet, &mut w1, backup, true).await;
+    fleet.hand.advance(300_000);
+    let away = |code| {
+        let (place, failure) =
+            ("file:///backups".to_owned(), Failure::new(code, Action::Retry, "no"));
+        Some(RepositoryAway { place, since_ms: START, failure })
+    };
+    let told = async |worker: &mut Worker, away: Option<RepositoryAway>| {
+        worker.repository_away = away;
+        fleet.hand.advance(1_000);
+        let now_ms = fleet.clock.now_ms();
+        worker.pulse_with(Some(worker.offers())).await;
+        eventually("the offers are heard", || async {
+            let view = show(&fleet).await;
+            (view.seen_at_ms == Some(now_ms)).then_some(view)
+        })
+        .await
+    };
+    let view = told(&mut w1, away(Code::StoreUnavailable)).await;
+    assert_eq!((view.state, reach(&view).0), (ClusterState::AtRisk, Some(START)));
+    let says =
+        "nobody can look into its repository file:///backups since 5 min: STORE_UNAVAILABLE: no";
+    assert_eq!(view.reason, says);
+    let view = told(&mut w1, away(Code::RepositoryMissing)).await;
+    assert_eq!((view.state, reach(&view)), (ClusterState::Broken, (None, None)));
+    assert_eq!(
+        view.reason,
+        "it cannot be recovered: its repository file:///backups is gone since 5 min"
+    );
+    // Another host has a directory of that name.
+    let mut w2 = Worker::new(&fleet, "w2").await;
+    assert_eq!(told(&mut w2, None).await.state, ClusterState::Broken);
+    fleet.hand.advance(600_000);
+    assert_eq!(show(&fleet).await.state, ClusterState::Broken, "whoever said so is silent");
+    let view = told(&mut w1, None).await;
+    assert_eq!((view.state, reach(&view).0), (ClusterState::Proved, Some(START)));
+    told(&mut w2, away(Code::RepositoryMissing)).await;
+    assert_eq!(show(&fleet).await.state, ClusterState::Proved, "the one that wrote there finds it");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -16,8 +16,8 @@ use proto::envelope::{Credentials, Signed, SigningKey};
 use proto::job::{Backup, BackupOutcome, JobKind, Task};
 use proto::message::{
     Beacon, Claim, ClaimMessage, ClusterOffer, Control, Decline, DeclineReason, DenialReason,
-    Grant, Holdings, Nonce, Offers, Pulse, Report, ReportBody, RepositoryOffer, RunningAttempt,
-    SCHEMA, Slots, Spec, Ticket, WalStanding,
+    Grant, Holdings, Nonce, Offers, Pulse, Report, ReportBody, RepositoryAway, RepositoryOffer,
+    RunningAttempt, SCHEMA, Slots, Spec, Ticket, WalStanding,
 };
 use proto::topology::{self, TicketQueue};
 use proto::{
@@ -312,6 +312,8 @@ pub(crate) struct Worker {
     pub(crate) wal: Vec<WalStanding>,
     /// What they say of backups.
     pub(crate) holdings: Vec<Holdings>,
+    /// What its offers say of the repository.
+    pub(crate) repository_away: Option<RepositoryAway>,
     /// What its cluster shows.
     pub(crate) identifier: SystemIdentifier,
     pub(crate) every_ms: u32,
@@ -360,6 +362,7 @@ impl Worker {
             running: Vec::new(),
             wal: Vec::new(),
             holdings: Vec::new(),
+            repository_away: None,
             identifier: SystemIdentifier(42),
             every_ms: 1_000,
             seq: 0,
@@ -397,6 +400,7 @@ impl Worker {
                     remote: false,
                     problem: None,
                     archive: None,
+                    repository_away: self.repository_away.clone(),
                 })
                 .collect(),
             repositories: vec![RepositoryOffer {

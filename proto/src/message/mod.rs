@@ -15,7 +15,9 @@ use serde::{Deserialize, Serialize};
 pub use claim::{Claim, ClaimMessage, Decline, DeclineReason, Nonce};
 pub use control::{Beacon, Cancel, Control, Denial, DenialReason, Grant, Revoked, Spec};
 pub use holdings::Holdings;
-pub use pulse::{ClusterOffer, Offers, Pulse, RepositoryOffer, RunningAttempt, Slots};
+pub use pulse::{
+    ClusterOffer, Offers, Pulse, RepositoryAway, RepositoryOffer, RunningAttempt, Slots,
+};
 pub use report::{Report, ReportBody};
 pub use wal::{ArchiveSetup, WalAncestor, WalBacklog, WalConflict, WalStanding, WalWaiting};
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::{ArchiveSetup, Holdings, WalStanding};
-use crate::failure::Failure;
+use crate::failure::{Code, Failure};
 use crate::step::Progress;
 use crate::{AttemptId, BootId, ClusterName, JobKind, SiteName, SystemIdentifier, WorkerName};
 
@@ -109,6 +109,27 @@ pub struct ClusterOffer {
     /// How the server is set up to archive its WAL, when it could be asked; a standby has its primary's WAL.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub archive: Option<ArchiveSetup>,
+    /// That its repository could not be looked into for a while.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repository_away: Option<RepositoryAway>,
+}
+
+/// A repository that a worker does not find, or that does not let itself be looked into.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RepositoryAway {
+    /// Where it should be, without secrets.
+    pub place: String,
+    /// Since when; worker's clock, Unix milliseconds.
+    pub since_ms: i64,
+    /// How the looks ended.
+    pub failure: Failure,
+}
+
+impl RepositoryAway {
+    /// Whether its store answers and has none.
+    pub fn is_gone(&self) -> bool {
+        self.failure.code == Code::RepositoryMissing
+    }
 }
 
 /// A repository a worker can open.
