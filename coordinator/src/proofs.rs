@@ -3,7 +3,7 @@
 use policy::broken::{self, BrokenStretch, Replay};
 use policy::recoverable::{is_found_bad, is_proved, standing_failure};
 use policy::recovery_time::{Measured, Replayed};
-use policy::state::ProofFact;
+use policy::state::{ProofFact, ReplayedTo};
 use proto::BackupId;
 use proto::proof::{CheckOutcome, Proof, ProofLevel};
 
@@ -26,7 +26,10 @@ pub(crate) fn fact(row: &ProofRow) -> Option<ProofFact> {
         passed: proof.passed || fell_short,
         recovery_time_ms: proof.recovery_time_ms(),
         tables: proof.tables,
-        replayed_to: proof.recovery.as_ref().map(|recovery| recovery.reached_lsn),
+        replayed_to: proof
+            .recovery
+            .as_ref()
+            .map(|recovery| ReplayedTo { timeline: recovery.timeline, lsn: recovery.reached_lsn }),
     })
 }
 

@@ -64,14 +64,17 @@ pub fn is_found_bad(proofs: &[ProofFact]) -> bool {
 }
 
 /// The newest proof of a backup that found something wrong and stands. One of a lower level does not lift it; nor does one of the
-/// backup alone where the failure was seen in a copy that had replayed more, because that may be where it came from.
+/// backup alone where the failure was seen in a copy that had replayed more, because that may be where it came from, or along another
+/// timeline.
 pub fn standing_failure(proofs: &[ProofFact]) -> Option<&ProofFact> {
     let stands = |failed: &&ProofFact| {
         let lifts = |later: &ProofFact| {
             later.passed
                 && later.at_ms > failed.at_ms
                 && later.level >= failed.level
-                && later.replayed_to >= failed.replayed_to
+                && failed.replayed_to.is_none_or(|failed| {
+                    later.replayed_to.is_some_and(|later| later.includes(failed))
+                })
         };
         !failed.passed && !proofs.iter().any(lifts)
     };
@@ -113,6 +116,7 @@ mod tests {
     use proto::{LineageId, Lsn, Timeline};
 
     use super::*;
+    use crate::state::ReplayedTo;
 
     const SAFE_MS: i64 = 90_000;
 
@@ -137,16 +141,18 @@ mod tests {
     #[test]
     fn a_failure_after_replay_is_lifted_by_one_that_replays_as_much() {
         let l4 = ProofLevel::L4;
-        let replayed = |at_ms, to, passed| ProofFact {
-            replayed_to: Some(Lsn(to)),
+        let along = |timeline, at_ms, to, passed| ProofFact {
+            replayed_to: Some(ReplayedTo { timeline: Timeline(timeline), lsn: Lsn(to) }),
             ..proof(at_ms, l4, passed)
         };
+        let replayed = |at_ms, to, passed| along(1, at_ms, to, passed);
         let failed = [proof(1, l4, true), replayed(2, 500, false)];
         assert!(is_found_bad(&failed));
         let and = |later: ProofFact| is_found_bad(&[&failed[..], &[later]].concat());
         assert!(and(proof(3, ProofLevel::L5, true)), "it did not look behind the backup");
         assert!(and(replayed(3, 499, true)));
         assert!(!and(replayed(3, 500, true)));
+        assert!(and(along(2, 3, 900, true)), "it may have left that timeline before");
         assert!(!is_found_bad(&[proof(1, l4, false), replayed(2, 500, true)]));
     }
 
