@@ -1098,7 +1098,8 @@ pub enum RecoveryCommand {
     ///
     /// With the URL of a repository, read from there alone, by timeline; with the name of a cluster, what the coordinator has heard of
     /// it. A window begins where its oldest backup ends, and ends where the unbroken line of WAL does; anything between can be
-    /// recovered, and TO is when its last transaction ended. The exit code is 3 when there is a gap, or a file that cannot be read.
+    /// recovered, and TO is when its last transaction ended. The exit code is 3 when there is a gap, or a file that cannot be read;
+    /// of a cluster also where a proof could not replay WAL, and where `status` ends with 3 for it.
     Windows {
         /// The repository, `file:///path` or `s3://bucket/prefix`; or a cluster that the coordinator knows.
         #[arg(value_name = "URL|CLUSTER")]

@@ -61,11 +61,14 @@ impl Replay {
 impl BrokenStretch {
     /// Whether a recovery from a backup to where a server is has to replay this. Where nobody knows where the server is, it does.
     pub fn is_in_the_way(&self, backup: &BackupEnd, wal: Option<&WalStanding>) -> bool {
-        self.lineage == backup.lineage
-            && backup.start_lsn < self.to
-            && wal.is_none_or(|wal| {
-                wal.lineage == self.lineage && is_on_the_way(self.timeline, self.from, wal)
-            })
+        self.lineage == backup.lineage && backup.start_lsn < self.to && !self.is_abandoned(wal)
+    }
+
+    /// Whether it lies on a branch that the server left, as far as its archive tells.
+    pub fn is_abandoned(&self, wal: Option<&WalStanding>) -> bool {
+        wal.is_some_and(|wal| {
+            wal.lineage != self.lineage || !is_on_the_way(self.timeline, self.from, wal)
+        })
     }
 
     /// Whether a later recovery shows that it can be replayed. One that followed another timeline does where the archive

@@ -4,10 +4,12 @@
 use std::fmt::Write as _;
 
 use coordinator::api::types::{BackupView, ClusterView};
+use policy::ClusterState;
 use policy::broken::{BrokenStretch, in_the_way};
 use policy::reach::{BackupEnd, is_foreign, leads_on, recovery_point};
-use proto::message::WalStanding;
-use proto::{Action, BackupKind, ClusterName, Code, Failure};
+use policy::words::count;
+use proto::message::{WalAncestor, WalStanding};
+use proto::{Action, BackupId, BackupKind, ClusterName, Code, Failure};
 use serde::Serialize;
 use worker::archive::{Recoverable, Window, recoverable};
 
@@ -55,9 +57,66 @@ struct Known {
     cluster: ClusterName,
     /// Where to ask for all there is to know.
     repository: Option<String>,
+    /// Where the cluster stands,
+    state: ClusterState,
+    /// and why, a sentence without a period.
+    reason: String,
     windows: Vec<Window>,
     /// Why the newest window does not go on, a sentence without a period.
     trouble: Option<String>,
+    /// Archived WAL that proofs could not replay.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    broken_wal: Vec<Broken>,
+    /// Timelines that the server left. What is archived of them behind that is in no window here.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    left: Vec<WalAncestor>,
+}
+
+/// A stretch that could not be replayed.
+#[derive(Debug, Serialize)]
+struct Broken {
+    #[serde(flatten)]
+    stretch: BrokenStretch,
+    /// Windows of so many backups end before it.
+    in_the_way_of: u64,
+    /// It lies on a branch that the server left.
+    abandoned: bool,
+}
+
+impl Known {
+    fn of(view: ClusterView, ends: &[(BackupId, BackupEnd)]) -> Self {
+        let wal = view.wal.as_ref();
+        let broken = |stretch: &BrokenStretch| {
+            let in_its_way = ends.iter().filter(|(_, end)| stretch.is_in_the_way(end, wal));
+            Broken {
+                stretch: *stretch,
+                in_the_way_of: in_its_way.count() as u64,
+                abandoned: stretch.is_abandoned(wal),
+            }
+        };
+        Self {
+            trouble: wal.and_then(|wal| wal.gap).map(|gap| {
+                format!("WAL segment {gap} is missing: backups before it lead no further than their own end here")
+            }),
+            windows: known_windows(ends, wal, &view.broken_wal),
+            broken_wal: view.broken_wal.iter().map(broken).collect(),
+            left: wal.map(|wal| wal.ancestors.clone()).unwrap_or_default(),
+            cluster: view.name,
+            repository: view.repository_location,
+            state: view.state,
+            reason: view.reason,
+        }
+    }
+
+    /// As `status` ends for such a cluster, and where a window ends before its time.
+    fn exit(&self) -> Exit {
+        let ends_early = self.broken_wal.iter().any(|broken| broken.in_the_way_of > 0);
+        if self.trouble.is_some() || ends_early || self.state.is_finding() {
+            Exit::Findings
+        } else {
+            Exit::Ok
+        }
+    }
 }
 
 async fn by_coordinator(client: &Client, name: &str, format: Output) -> Result<Exit, Failure> {
@@ -67,26 +126,18 @@ async fn by_coordinator(client: &Client, name: &str, format: Output) -> Result<E
     let view: ClusterView = client.get(&format!("/v1/clusters/{name}")).await?;
     let backups: Vec<BackupView> =
         client.get(&format!("/v1/backups?cluster={name}&limit=1000")).await?;
-    let ends: Vec<(proto::BackupId, BackupEnd)> = backups.iter().filter_map(end).collect();
-    let wal = view.wal.as_ref();
-    let known = Known {
-        cluster: name,
-        repository: view.repository_location.clone(),
-        trouble: wal.and_then(|wal| wal.gap).map(|gap| {
-            format!("WAL segment {gap} is missing: backups before it lead no further than their own end here")
-        }),
-        windows: known_windows(&ends, wal, &view.broken_wal),
-    };
+    let ends: Vec<(BackupId, BackupEnd)> = backups.iter().filter_map(end).collect();
+    let known = Known::of(view, &ends);
     output::show(format, &known, said_of_known);
     let place = known.repository.as_deref().unwrap_or("URL");
     output::talk(&format!(
         "Told by what the coordinator has heard. Every timeline and gap: pgmuster recovery windows {place} --key FILE --cluster {}, where that is reached.",
         known.cluster
     ));
-    Ok(if known.trouble.is_some() { Exit::Findings } else { Exit::Ok })
+    Ok(known.exit())
 }
 
-fn end(view: &BackupView) -> Option<(proto::BackupId, BackupEnd)> {
+fn end(view: &BackupView) -> Option<(BackupId, BackupEnd)> {
     let facts = &view.facts;
     let end = BackupEnd {
         lineage: facts.lineage,
@@ -101,7 +152,7 @@ fn end(view: &BackupView) -> Option<(proto::BackupId, BackupEnd)> {
 
 /// One window along the archive for all backups from which it leads on, and one for each of the others: its own end.
 fn known_windows(
-    backups: &[(proto::BackupId, BackupEnd)],
+    backups: &[(BackupId, BackupEnd)],
     wal: Option<&WalStanding>,
     broken: &[BrokenStretch],
 ) -> Vec<Window> {
@@ -169,6 +220,30 @@ fn said_of_known(known: &Known) -> String {
     if let Some(trouble) = &known.trouble {
         let _ = write!(text, "\n{}: {trouble}.", known.cluster);
     }
+    for Broken { stretch, in_the_way_of, abandoned } in &known.broken_wal {
+        let BrokenStretch { timeline, from, to, at_ms, .. } = stretch;
+        let matters = match (in_the_way_of, abandoned) {
+            (_, true) => "its server left that branch".to_owned(),
+            (0, false) => "no backup that is there needs it".to_owned(),
+            (n, false) => format!("it is in the way of {}", count(*n, "backup")),
+        };
+        let _ = write!(
+            text,
+            "\n{}: WAL of timeline {timeline} from {from} to {to} could not be replayed in a proof at {}: {matters}.",
+            known.cluster,
+            output::time(*at_ms)
+        );
+    }
+    for WalAncestor { timeline, left_at } in &known.left {
+        let _ = write!(
+            text,
+            "\n{}: its server left timeline {timeline} at {left_at}: what was archived of it behind that is in no window here.",
+            known.cluster
+        );
+    }
+    if known.state.is_finding() {
+        let _ = write!(text, "\n{} is {}: {}.", known.cluster, known.state, known.reason);
+    }
     text
 }
 
@@ -221,25 +296,24 @@ fn said(all: &[Recoverable]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use proto::{BackupId, LineageId, Lsn, Timeline};
+    use proto::{LineageId, Lsn, Timeline};
 
     use super::*;
 
-    #[test]
-    fn a_coordinator_knows_the_window_along_the_archive_and_each_backup_before_it() {
-        let backup = |n: u8, stop: u64| {
-            let end = BackupEnd {
-                lineage: LineageId::mint(1, [1; 10]),
-                timeline: Timeline(1),
-                start_lsn: Lsn(stop - 1),
-                stop_lsn: Lsn(stop),
-                wal_to: Lsn(stop),
-                stopped_at_ms: i64::try_from(stop).unwrap() * 1_000,
-            };
-            (BackupId::mint(1, [n; 10]), end)
+    fn backup(n: u8, stop: u64) -> (BackupId, BackupEnd) {
+        let end = BackupEnd {
+            lineage: LineageId::mint(1, [1; 10]),
+            timeline: Timeline(1),
+            start_lsn: Lsn(stop - 1),
+            stop_lsn: Lsn(stop),
+            wal_to: Lsn(stop),
+            stopped_at_ms: i64::try_from(stop).unwrap() * 1_000,
         };
-        let backups = [backup(3, 30), backup(1, 10), backup(2, 20)];
-        let wal = WalStanding {
+        (BackupId::mint(1, [n; 10]), end)
+    }
+
+    fn wal() -> WalStanding {
+        WalStanding {
             cluster: "orders".parse().unwrap(),
             lineage: LineageId::mint(1, [1; 10]),
             at_ms: 50_000,
@@ -252,7 +326,64 @@ mod tests {
             waiting: None,
             gap: None,
             conflict: None,
+        }
+    }
+
+    fn known(state: ClusterState, wal: &WalStanding, broken: &[(u64, u64)]) -> Known {
+        let stretch = |(from, to): &(u64, u64)| BrokenStretch {
+            lineage: wal.lineage,
+            timeline: Timeline(1),
+            from: Lsn(*from),
+            to: Lsn(*to),
+            at_ms: 1_000,
         };
+        let view = serde_json::json!({
+            "name": "orders", "state": state, "reason": "why", "site": null, "worker": null, "labels": {},
+            "repository": null, "repository_location": null, "system_identifier": null,
+            "server_version_num": null, "paused": false, "registered_at_ms": 1, "seen_at_ms": null,
+            "wal": wal, "broken_wal": broken.iter().map(stretch).collect::<Vec<_>>(),
+            "backup": null, "open_jobs": [],
+        });
+        Known::of(serde_json::from_value(view).unwrap(), &[backup(2, 20), backup(3, 30)])
+    }
+
+    #[test]
+    fn wal_that_could_not_be_replayed_and_what_status_finds_end_with_findings() {
+        use ClusterState::{AtRisk, Broken, Proved, Unknown};
+        assert_eq!(known(Proved, &wal(), &[]).exit(), Exit::Ok);
+        for state in [AtRisk, Broken, Unknown] {
+            let known = known(state, &wal(), &[]);
+            assert_eq!(known.exit(), Exit::Findings);
+            assert!(said_of_known(&known).ends_with(&format!("\norders is {state}: why.")));
+        }
+        // The newest backup begins behind it, the one before does not.
+        let broken = known(Proved, &wal(), &[(22, 25)]);
+        assert_eq!((broken.exit(), broken.windows.len()), (Exit::Findings, 2));
+        let says =
+            "WAL of timeline 1 from 0/16 to 0/19 could not be replayed in a proof at 1970-01-01";
+        let said = said_of_known(&broken);
+        assert!(said.contains(says) && said.ends_with(": it is in the way of 1 backup."), "{said}");
+        let before = known(Proved, &wal(), &[(5, 10)]);
+        assert_eq!(before.exit(), Exit::Ok);
+        assert!(said_of_known(&before).ends_with("no backup that is there needs it."));
+    }
+
+    #[test]
+    fn what_the_server_left_behind_is_told() {
+        let left = WalAncestor { timeline: Timeline(1), left_at: Lsn(32) };
+        let promoted = WalStanding { timeline: Timeline(2), ancestors: vec![left], ..wal() };
+        let known = known(ClusterState::Proved, &promoted, &[(35, 38)]);
+        assert_eq!((known.exit(), known.windows.len()), (Exit::Ok, 1));
+        let said = said_of_known(&known);
+        assert!(said.contains(": its server left that branch.\n"), "{said}");
+        let says = "orders: its server left timeline 1 at 0/20: what was archived of it behind that is in no window here.";
+        assert!(said.ends_with(says), "{said}");
+    }
+
+    #[test]
+    fn a_coordinator_knows_the_window_along_the_archive_and_each_backup_before_it() {
+        let backups = [backup(3, 30), backup(1, 10), backup(2, 20)];
+        let wal = wal();
         let found = |wal: Option<&WalStanding>| -> Vec<(u64, u64, usize, Option<i64>)> {
             let windows = known_windows(&backups, wal, &[]);
             windows.iter().map(|one| (one.from.0, one.to.0, one.backups, one.to_at_ms)).collect()
