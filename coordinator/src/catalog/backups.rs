@@ -246,17 +246,19 @@ fn each_source() -> impl Iterator<Item = String> {
     (0..PROVED_MAX).map(move |n| nth(Shown::Proved, n)).chain(std::iter::once(nth(Shown::None, 0)))
 }
 
-/// Clusters that had backups, and whose repositories have none of them any more.
-pub(crate) async fn robbed(db: &mut AnyConnection) -> Result<HashSet<ClusterName>> {
-    let rows = sqlx::query(
+/// Clusters that had backups, and whose repositories have none of them any more; of all clusters, or of one.
+pub(crate) async fn robbed(db: &mut AnyConnection, cluster: &str) -> Result<HashSet<ClusterName>> {
+    let rows = sqlx::query(sqlx::AssertSqlSafe(text_of_robbed())).bind(cluster);
+    rows.fetch_all(db).await?.into_iter().map(|row| Row(row).parsed("name")).collect()
+}
+
+// Ends of two indexes; PostgreSQL would answer EXISTS by reading all backups.
+pub(super) fn text_of_robbed() -> String {
+    format!(
         "-- clusters_without_their_backups
-         SELECT name FROM clusters AS c
-         WHERE EXISTS (SELECT 1 FROM backups WHERE cluster = c.name)
-             AND NOT EXISTS (SELECT 1 FROM backups WHERE cluster = c.name AND gone_at_ms IS NULL)",
+         SELECT name FROM clusters AS c WHERE ($1 = '' OR c.name = $1) AND ({NEWEST}) IS NULL
+             AND (SELECT id FROM backups WHERE cluster = c.name ORDER BY stopped_at_ms DESC LIMIT 1) IS NOT NULL"
     )
-    .fetch_all(db)
-    .await?;
-    rows.into_iter().map(|row| Row(row).parsed("name")).collect()
 }
 
 /// Takes in which backups of a cluster its repository has. What was recorded before `seen_at_ms`, when it was looked, and is not
@@ -281,10 +283,10 @@ pub(crate) async fn held(
     let mut gone = Vec::new();
     for row in rows {
         let Backup { id, worker, outcome, .. } = Backup::from_row(&Row(row))?;
-        let is_shared = outcome.repository == holdings.repository
-            && !holdings.repository.starts_with("file:");
-        let is_of_it = outcome.system_identifier == holdings.system_identifier
-            && (worker == *by || is_shared);
+        let is_shared =
+            outcome.repository == holdings.repository && !holdings.repository.starts_with("file:");
+        let is_of_it =
+            outcome.system_identifier == holdings.system_identifier && (worker == *by || is_shared);
         if is_of_it && holdings.lack(id) {
             gone.push(id);
         }

@@ -18,9 +18,9 @@ use tokio::sync::Semaphore;
 
 use super::attempts::{self, Attempt, AttemptState};
 use super::backups::{self, ProofRow, Shown, Worth};
+use super::dialect::Dialect;
 use super::jobs::{self, Job};
 use super::workers::{self, Worker};
-use super::dialect::Dialect;
 use super::{Catalog, clusters, events, leader, migrations, outbox, pool, row, steps};
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -119,6 +119,7 @@ async fn every_case(server: Server) {
         a_part_of_a_cluster_is_nothing_to_recover_it_from,
         a_catalog_of_before_is_brought_to_this_version_and_judged,
         what_an_older_coordinator_records_counts_when_it_is_judged,
+        whose_backups_are_all_gone_is_asked_of_each_cluster,
     ];
     server.stop().await;
 }
@@ -862,13 +863,43 @@ async fn what_an_older_coordinator_records_counts_when_it_is_judged(url: &str) {
     }
 }
 
+/// PostgreSQL must not read all backups to say of a cluster whether it has any.
+async fn whose_backups_are_all_gone_is_asked_of_each_cluster(url: &str) {
+    let catalog = catalog(url).await;
+    for name in ["bills", "orders"] {
+        register(&catalog, name).await;
+    }
+    record(&catalog, 1..=2, &[]).await;
+    let robbed = async |of: &str| {
+        let mut db = catalog.read().await.unwrap();
+        let robbed = backups::robbed(&mut db, of).await.unwrap();
+        robbed.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    write(&catalog, "UPDATE backups SET gone_at_ms = 50 WHERE stopped_at_ms = 20").await;
+    assert!(robbed("").await.is_empty(), "one is left");
+    write(&catalog, "UPDATE backups SET gone_at_ms = 50").await;
+    assert_eq!(robbed("").await, ["orders"], "the other had none");
+    assert_eq!(robbed("orders").await, ["orders"]);
+    assert!(robbed("bills").await.is_empty());
+    if Dialect::of_url(url) == Some(Dialect::Postgres) {
+        let text = backups::text_of_robbed();
+        let (_, query) = text.split_once('\n').unwrap();
+        let plan = sqlx::query(sqlx::AssertSqlSafe(format!("EXPLAIN {query}"))).bind("");
+        let mut db = catalog.read().await.unwrap();
+        let rows = plan.fetch_all(&mut *db).await.unwrap().into_iter();
+        let plan: Vec<String> = rows.map(|row| row::Row(row).text("QUERY PLAN").unwrap()).collect();
+        assert!(!plan.iter().any(|step| step.contains("Join")), "{plan:#?}");
+    }
+}
+
 /// Whatever a look at the fleet reads of its backups is the end of an index.
 #[tokio::test]
 async fn no_look_at_the_fleet_goes_through_all_backups() {
     let server = Server::sqlite();
     let catalog = catalog(&server.fresh("plans").await).await;
     let mut db = catalog.read().await.unwrap();
-    for text in [backups::text_of_sources(), backups::text_of_proofs()] {
+    let texts = [backups::text_of_sources(), backups::text_of_proofs(), backups::text_of_robbed()];
+    for text in texts {
         let (_, query) = text.split_once('\n').unwrap();
         let plan = format!("EXPLAIN QUERY PLAN {query}");
         let rows = sqlx::query(sqlx::AssertSqlSafe(plan)).bind("").fetch_all(&mut *db).await;
@@ -879,6 +910,11 @@ async fn no_look_at_the_fleet_goes_through_all_backups() {
             step.starts_with("SCAN c ") || **step == "SCAN c" || step.contains("looked_at")
         };
         assert_eq!(scans.iter().filter(few).count(), scans.len(), "{steps:#?}");
+        // What is looked for in an index is more than whether a backup is gone.
+        let ends = steps.iter().filter(|step| step.starts_with("SEARCH ")).all(|step| {
+            ["(cluster=?", "(id=?", "(backup=?", "(name=?"].iter().any(|by| step.contains(by))
+        });
+        assert!(ends, "{steps:#?}");
     }
 }
 
