@@ -362,6 +362,24 @@ impl Repository {
         Ok(Backups { readable: backups(readable), lost })
     }
 
+    /// The backups of a lineage that are there and that nobody gave up, oldest first, for whoever knows which were committed: by the
+    /// names of what is there, in one listing. An attempt that was aborted at its end is among them, and one that cannot be read.
+    pub async fn held_by_name(&self, lineage: LineageId) -> Result<Vec<BackupId>, Error> {
+        let mut held = Vec::new();
+        for (attempt, names) in self.names_of_attempts(lineage).await? {
+            if !(has(&names, "verdict") && has(&names, "manifest")) {
+                continue;
+            }
+            let backup = attempt.into();
+            // Only wishes are read.
+            let ends: Vec<String> = wishes::forgets(&names).map(str::to_owned).collect();
+            if self.forgotten_by(lineage, backup, &ends).await?.is_none() {
+                held.push(backup);
+            }
+        }
+        Ok(held)
+    }
+
     /// An attempt that can be read, or a backup that is lost; `None` of one that was deleted, as every one is in the end.
     async fn found(
         &self,

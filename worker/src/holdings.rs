@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures::future::join_all;
 use proto::message::{Holdings, RepositoryAway};
 use proto::{Action, BackupId, BackupKind, ClusterName, Code, Failure, SystemIdentifier};
-use repository::{Backups, Error, Lost, Repository};
+use repository::Repository;
 use tokio::sync::Semaphore;
 
 use crate::away::Away;
@@ -122,11 +122,10 @@ async fn watch_one(shared: &Shared, cluster: &Cluster) {
         let is_known = matches!(looked, Ok(Some(_)));
         match looked {
             Ok(Some(holdings)) => shared.held.note(holdings),
-            Ok(None) => {}
             Err(failure) if !was_failing => {
                 tracing::warn!(cluster = %name, "Nobody knows which backups there are: {failure}");
             }
-            Err(_) => {}
+            Ok(None) | Err(_) => {}
         }
         tokio::time::sleep(if is_known { LOOK_EVERY } else { LOOK_SOON }).await;
     }
@@ -171,7 +170,7 @@ async fn look_at(
     Ok(holdings)
 }
 
-/// The backups of one server that can be restored, as far as one sees without restoring them.
+/// The backups of one server that are there and that nobody gave up, by their names: every worker looks every ten minutes.
 async fn look(
     repository: &Repository,
     cluster: &ClusterName,
@@ -181,18 +180,8 @@ async fn look(
     let mut there: Vec<BackupId> = Vec::new();
     for kind in [BackupKind::Physical, BackupKind::Logical] {
         for identity in repository.lineages_of(kind, cluster, server).await? {
-            let Backups { readable, lost } = repository.find_backups(identity.lineage).await?;
-            for summary in readable {
-                if let Some(backup) = summary.backup()
-                    && !repository.is_given_up(identity.lineage, &summary).await?
-                {
-                    there.push(backup);
-                }
-            }
-            // One that cannot be read now may be read later; of one without a manifest nothing is left.
-            let unread =
-                lost.into_iter().filter(|Lost { why, .. }| !matches!(why, Error::Missing { .. }));
-            there.extend(unread.map(|lost| lost.backup));
+            // Whether one can be read is not looked at: what cannot be read now may be read later.
+            there.extend(repository.held_by_name(identity.lineage).await?);
         }
     }
     Ok(Holdings::new(cluster.clone(), repository.describe(), server, at_ms, there))
@@ -202,9 +191,13 @@ async fn look(
 mod tests {
     use std::io;
 
+    use async_trait::async_trait;
+    use bytes::Bytes;
     use postgres::Environment;
     use proto::{AttemptId, LineageId, Lsn};
     use repository::store::directory::DirectoryStore;
+    use repository::store::layer::Layer;
+    use repository::store::{Store, StoreError};
     use repository::{
         Encryption, InitOptions, Intent, Source, SourceEntry, SourceFile, Wish, WriteOptions,
     };
@@ -276,6 +269,49 @@ mod tests {
         );
         let another = look(&repository, &cluster, SystemIdentifier(8)).await.unwrap();
         assert!(another.backups.is_empty(), "of another server");
+    }
+
+    /// Remembers what was read.
+    #[derive(Debug)]
+    struct Read {
+        inner: DirectoryStore,
+        keys: Mutex<Vec<String>>,
+    }
+
+    #[async_trait]
+    impl Layer for Read {
+        fn inner(&self) -> &dyn Store {
+            &self.inner
+        }
+        async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
+            self.keys.lock().unwrap().push(key.to_owned());
+            self.inner.get(key, limit_bytes).await
+        }
+    }
+
+    #[tokio::test]
+    async fn a_look_reads_no_object_of_a_backup_but_the_wish_to_give_it_up() {
+        let place = tempfile::tempdir().unwrap();
+        let inner = DirectoryStore::new(place.path().join("repository"));
+        let store = Arc::new(Read { inner, keys: Mutex::default() });
+        let options = InitOptions { encryption: Encryption::Off, now_ms: 1 };
+        let repository =
+            Repository::init(Arc::<Read>::clone(&store), options).await.unwrap().repository;
+        let cluster: ClusterName = "orders".parse().unwrap();
+        let identity = repository.find_or_mint_lineage(&cluster, SERVER, 1).await.unwrap();
+        let first = back_up(&repository, identity.lineage, 1).await;
+        let second = back_up(&repository, identity.lineage, 2).await;
+        let read = async || {
+            store.keys.lock().unwrap().clear();
+            let held = look(&repository, &cluster, SERVER).await.unwrap().backups;
+            let keys = store.keys.lock().unwrap();
+            (held, keys.iter().filter(|key| key.contains("/backups/")).cloned().collect::<Vec<_>>())
+        };
+        assert_eq!(read().await, (vec![first, second], vec![]));
+        let wish = Wish { by: "tester".into(), why: String::new(), at_ms: 9 };
+        repository.forget(identity.lineage, first, &wish).await.unwrap();
+        let (held, keys) = read().await;
+        assert_eq!((held, keys.len()), (vec![second], 1), "{keys:?}");
     }
 
     #[tokio::test]
