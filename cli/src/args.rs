@@ -351,11 +351,12 @@ pub struct Restore {
     /// Load only this database, and no roles. May be given several times.
     #[arg(long = "database", value_name = "NAME", requires = "into_server")]
     pub databases: Vec<proto::DatabaseName>,
-    /// Load only this schema of the one database. May be given several times.
+    /// Load only this schema of the one database, with all that is in it; it is made where it is missing. May be given several
+    /// times.
     #[arg(long = "schema", value_name = "NAME", requires = "databases")]
     pub schemas: Vec<String>,
-    /// Load only this table of the one database: its definition, defaults and rows, not its indexes, constraints and triggers.
-    /// May be given several times.
+    /// Load only this table of the one database, with rows, own sequences, indexes, constraints, triggers and partitions; its
+    /// schema is made where it is missing, and a foreign key to a table that is not there is left out. May be given several times.
     #[arg(long = "table", value_name = "NAME", requires = "databases")]
     pub tables: Vec<String>,
     /// Drop this database on the server first, whatever is in it. May be given several times.
@@ -364,8 +365,8 @@ pub struct Restore {
     /// Let everything belong to the role that loads, and grant nobody anything.
     #[arg(long, requires = "into_server")]
     pub no_owner: bool,
-    /// Sessions that load one database at once. A part of a dump, or a dump that an earlier version stored, needs room in the
-    /// directory of temporary files where it is more than one.
+    /// Sessions that load one database at once. A dump that an earlier version stored needs room in the directory of temporary
+    /// files where it is more than one.
     #[arg(long, value_name = "N", default_value_t = 1, requires = "into_server",
         value_parser = clap::value_parser!(u32).range(1..=64))]
     pub jobs: u32,

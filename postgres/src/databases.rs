@@ -95,23 +95,6 @@ impl Session {
         text.parse().map_err(|_| Error::Answer { what: what.to_owned(), answer: text })
     }
 
-    /// Relations of these schemas, or of these names, ten at most: what a restore of them would meet.
-    pub async fn relations_in_the_way(
-        &self,
-        schemas: &[String],
-        tables: &[String],
-    ) -> Result<Vec<String>, Error> {
-        let sql = "-- pgmuster: relations in the way\n\
-                   SELECT format('%I.%I', n.nspname, c.relname) FROM pg_class c \
-                   JOIN pg_namespace n ON n.oid = c.relnamespace \
-                   WHERE n.nspname NOT IN ('pg_catalog', 'information_schema', 'pg_toast') \
-                   AND n.nspname !~ '^pg_(toast_)?temp_' \
-                   AND ($1 = '{}'::text[] OR n.nspname::text = ANY ($1)) \
-                   AND ($2 = '{}'::text[] OR c.relname::text = ANY ($2)) ORDER BY 1 LIMIT 10";
-        let rows = self.query("look into the database", sql, &[&schemas, &tables]).await?;
-        Ok(rows.iter().map(|row| row.get(0)).collect())
-    }
-
     /// Names of user relations in this database, ten at most: whether there is something that a restore would meet.
     pub async fn some_relations(&self) -> Result<Vec<String>, Error> {
         let sql = "-- pgmuster: is the database empty\n\

@@ -42,6 +42,7 @@ pub mod snapshot;
 pub mod standby;
 pub mod table_files;
 pub mod target;
+mod there;
 pub mod tls;
 mod unfit;
 pub mod version;

@@ -16,6 +16,7 @@ async fn a_dump_is_ordered_taken_listed_and_loaded_into_another_server() -> anyh
     let setup = WorkerSetup::of("w1", "orders", cluster.url());
     fleet.start_worker(&WorkerSetup { loads_dumps: false, ..setup })?;
     cluster.run("CREATE DATABASE shop").await?;
+    cluster.run_in("shop", STOCK).await?;
 
     fleet.expect(&["backup", "orders", "--wait"])?;
     let dump = ["backup", "orders", "--engine", "pg_dump", "--exclude-database", "template*"];
@@ -75,11 +76,38 @@ async fn a_dump_is_ordered_taken_listed_and_loaded_into_another_server() -> anyh
     ensure!(done.contains("Loaded 1 database of"), "{done}");
     let rows = "SELECT count(*) FROM public.items";
     ensure!(other.number(rows).await? == cluster.number(rows).await?, "rows are missing");
+    // One table and its schema, into a database that is not there.
+    let table = [&load[..], &["--database", "shop", "--table", "sold"]].concat();
+    let plan = fleet.expect(&[&table[..], &["--plan"]].concat())?;
+    ensure!(
+        plan.contains("create database shop, and restore into it tables old \"stock\".sold"),
+        "{plan}"
+    );
+    ensure!(plan.contains("create schema old \"stock\""), "{plan}");
+    let left_out =
+        "foreign key old \"stock\".sold sold_article_fkey, for want of table old \"stock\".article";
+    ensure!(plan.contains(&format!("leave out {left_out}")), "{plan}");
+    let done = fleet.expect(&[&table[..], &["--jobs", "2"]].concat())?;
+    ensure!(done.contains(&format!("Left out: {left_out}")), "{done}");
+    other.run_in("shop", STOCK_IS_SOLD).await?;
     let password =
         fleet.run(&[&at[..], &["--into-server", "postgres://a:b@localhost/x"]].concat())?;
     ensure!(password.code() == 2 && password.stderr.contains("password"), "{password}");
     cluster.is_left_alone().await
 }
+
+const STOCK: &str = r#"
+    CREATE SCHEMA "old ""stock""";
+    CREATE TABLE "old ""stock""".article (id int PRIMARY KEY);
+    CREATE TABLE "old ""stock""".sold (id bigserial PRIMARY KEY, article int REFERENCES "old ""stock""".article);
+    INSERT INTO "old ""stock""".article VALUES (1);
+    INSERT INTO "old ""stock""".sold (article) SELECT 1 FROM generate_series(1, 100)"#;
+const STOCK_IS_SOLD: &str = r#"DO $$ BEGIN
+    ASSERT (SELECT count(*) FROM "old ""stock""".sold) = 100;
+    INSERT INTO "old ""stock""".sold (article) VALUES (2);
+    ASSERT (SELECT max(id) FROM "old ""stock""".sold) = 101;
+    ASSERT to_regclass('"old ""stock""".article') IS NULL;
+    END $$"#;
 
 const SHOP: &str = "
     CREATE TABLE public.sale (id bigint, at date, PRIMARY KEY (id, at)) PARTITION BY RANGE (at);

@@ -189,6 +189,150 @@ async fn pg18_databases_of_hostile_names_come_back_with_all_they_had() {
     Box::pin(hostile_names_come_back(18)).await;
 }
 
+const ODD_SCHEMA: &str = "it's \"odd\"";
+const ODD_TABLE: &str = "an \"item\" of";
+
+/// A schema in which a table has everything that a table can have.
+const PARTS: &str = r#"
+    CREATE SCHEMA "it's ""odd""";
+    COMMENT ON SCHEMA "it's ""odd""" IS 'of the shop';
+    GRANT USAGE ON SCHEMA "it's ""odd""" TO reader;
+    SET search_path = "it's ""odd""";
+    CREATE TYPE mood AS ENUM ('well', 'ill');
+    CREATE TABLE buyer (id int PRIMARY KEY, name text);
+    INSERT INTO buyer SELECT g, 'b' || g FROM generate_series(1, 5) g;
+    CREATE TABLE "an ""item"" of" (id bigserial PRIMARY KEY, buyer int NOT NULL REFERENCES buyer,
+        mood mood DEFAULT 'well', note text, part int GENERATED ALWAYS AS IDENTITY, CHECK (id > 0));
+    INSERT INTO "an ""item"" of" (buyer, note) SELECT g % 5 + 1, 'n' || g FROM generate_series(1, 200) g;
+    CREATE INDEX "by note" ON "an ""item"" of" (note);
+    COMMENT ON INDEX "by note" IS 'for searching';
+    COMMENT ON COLUMN "an ""item"" of".note IS 'free text';
+    GRANT SELECT ON "an ""item"" of" TO reader;
+    CREATE STATISTICS counted ON buyer, note FROM "an ""item"" of";
+    CREATE FUNCTION touch() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN NEW.note := ''touched''; RETURN NEW; END';
+    CREATE TRIGGER "is touched" BEFORE UPDATE ON "an ""item"" of" FOR EACH ROW EXECUTE FUNCTION touch();
+    CREATE VIEW public.notes AS SELECT note FROM "an ""item"" of";
+    CREATE TABLE public.needy (mood mood);
+    CREATE TABLE public.sale (id int, at date, PRIMARY KEY (id, at)) PARTITION BY RANGE (at);
+    CREATE TABLE public.sale_25 PARTITION OF public.sale FOR VALUES FROM ('2025-01-01') TO ('2026-01-01');
+    INSERT INTO public.sale SELECT g, '2025-12-01'::date + g % 30 FROM generate_series(1, 500) g;
+    SELECT lo_from_bytea(4711, 'x')"#;
+
+/// What must be the same of that table, and of its schema; and what refers to other tables.
+const TABLE_STATE: &str = r#"
+    SELECT concat_ws(E'\n',
+      (SELECT string_agg(t::text, '|' ORDER BY id) FROM "it's ""odd"""."an ""item"" of" t),
+      (SELECT string_agg(concat_ws(' ', attname, format_type(atttypid, -1), attnotnull, attidentity,
+          pg_get_expr(adbin, adrelid), col_description(c.oid, attnum),
+          pg_get_serial_sequence(c.oid::regclass::text, attname)), '|' ORDER BY attname)
+        FROM pg_attribute LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum WHERE attrelid = c.oid AND attnum > 0),
+      (SELECT string_agg(concat_ws(' ', schemaname, sequencename, last_value), '|' ORDER BY sequencename) FROM pg_sequences),
+      (SELECT string_agg(concat_ws(' ', pg_get_indexdef(indexrelid), obj_description(indexrelid, 'pg_class')), '|'
+        ORDER BY indexrelid::regclass::text) FROM pg_index WHERE indrelid = c.oid),
+      (SELECT string_agg(pg_get_constraintdef(oid), '|' ORDER BY conname) FROM pg_constraint WHERE conrelid = c.oid AND contype <> 'f'),
+      (SELECT string_agg(pg_get_triggerdef(oid), '|' ORDER BY tgname) FROM pg_trigger WHERE tgrelid = c.oid AND NOT tgisinternal),
+      (SELECT string_agg(pg_get_statisticsobjdef(oid), '|') FROM pg_statistic_ext WHERE stxrelid = c.oid),
+      c.relacl, n.nspacl, obj_description(n.oid, 'pg_namespace'))
+    FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace WHERE relname = 'an "item" of'"#;
+const KEYS: &str = "SELECT count(*) FROM pg_constraint WHERE contype = 'f'";
+const RELATIONS: &str = "SELECT string_agg(relname, ',' ORDER BY relname) FROM pg_class WHERE relkind IN ('r', 'v', 'p') \
+    AND relnamespace NOT IN ('pg_catalog'::regnamespace, 'information_schema'::regnamespace)";
+
+async fn a_part_comes_back_with_all_that_is_its_own(major: u32) {
+    let house = quick(major).await;
+    house.sql("CREATE ROLE reader").await;
+    house.sql("CREATE DATABASE \"the shop's\"").await;
+    run_sql(&at(&house.server, "the shop's"), PARTS).await;
+    let state = text(&at(&house.server, "the shop's"), TABLE_STATE).await;
+    assert!(state.contains("free text") && state.contains("of the shop"), "{state}");
+    dump(&house, &scope(&["the*"], &[])).await.unwrap();
+    let other = other_server(&house, "other").await;
+    let (url, shop) = (other.url("postgres"), at(&other, "the shop's"));
+    let there = "SELECT count(*) FROM pg_database WHERE datname = 'the shop''s'";
+    let part = |schemas: &[&str], tables: &[&str], jobs: u32| {
+        let owned = |list: &[&str]| list.iter().map(|&name| name.to_owned()).collect();
+        let (schemas, tables): (Vec<String>, Vec<String>) = (owned(schemas), owned(tables));
+        move |request: &mut LoadRequest| {
+            request.databases = vec!["the shop's".parse().unwrap()];
+            (request.schemas, request.tables, request.jobs) = (schemas, tables, jobs);
+        }
+    };
+
+    // What cannot be loaded leaves no database: without the role, and without a type that is not of its own schema.
+    for jobs in [1, 2] {
+        let failed = load_into(&house, &url, part(&[ODD_SCHEMA], &[], jobs)).await.unwrap_err();
+        assert!(failed.message.contains("role \"reader\" does not exist"), "{failed}");
+        assert!(failed.hint.contains("was removed again"), "{failed:?}");
+        assert_eq!(number(&url, there).await, 0);
+    }
+    let failed = load_into(&house, &url, part(&[], &["needy"], 1)).await.unwrap_err();
+    assert_eq!(failed.code, Code::RequestInvalid, "{failed}");
+    assert!(failed.message.ends_with("come along: type it's \"odd\".mood"), "{failed}");
+    assert_eq!(number(&url, there).await, 0);
+    run_sql(&url, "CREATE ROLE reader").await;
+
+    // A schema alone, into a new database.
+    for jobs in [1, 2] {
+        let done = load_into(&house, &url, part(&[ODD_SCHEMA], &[], jobs)).await.unwrap();
+        assert_eq!(text(&shop, TABLE_STATE).await, state, "{jobs} sessions");
+        assert_eq!(text(&shop, RELATIONS).await, format!("{ODD_TABLE},buyer"));
+        assert_eq!(number(&shop, KEYS).await, 1);
+        assert_eq!(done.left_out, ["large objects, which are of no schema and no table"]);
+        let refused = load_into(&house, &url, part(&[ODD_SCHEMA], &[], jobs)).await.unwrap_err();
+        assert_eq!(refused.code, Code::TargetNotEmpty, "{refused}");
+        run_sql(&url, "DROP DATABASE \"the shop's\"").await;
+    }
+
+    // A table alone, into a new database, into one that has nothing, and into one that has what its key refers to.
+    for (jobs, first) in
+        [(1, None), (2, None), (1, Some("")), (1, Some("buyer")), (2, Some("buyer"))]
+    {
+        if first.is_some() {
+            run_sql(&url, "CREATE DATABASE \"the shop's\"").await;
+        }
+        if first == Some("buyer") {
+            load_into(&house, &url, part(&[ODD_SCHEMA], &["buyer"], jobs)).await.unwrap();
+        }
+        let done = load_into(&house, &url, part(&[], &[ODD_TABLE], jobs)).await.unwrap();
+        let case = format!("{jobs} sessions, {first:?}: {:#?}", done.plan);
+        assert_eq!(text(&shop, TABLE_STATE).await, state, "{case}");
+        let is_told = done.left_out.iter().any(|what| {
+            what.starts_with("foreign key") && what.ends_with("want of table it's \"odd\".buyer")
+        });
+        let has_buyer = first == Some("buyer");
+        assert_eq!((number(&shop, KEYS).await == 1, !is_told), (has_buyer, has_buyer), "{case}");
+        let relations = if has_buyer { format!("{ODD_TABLE},buyer") } else { ODD_TABLE.to_owned() };
+        assert_eq!(text(&shop, RELATIONS).await, relations, "{case}");
+        let more = format!(
+            "INSERT INTO {} (buyer) VALUES (1) RETURNING id",
+            quote::qualified(ODD_SCHEMA, ODD_TABLE)
+        );
+        assert_eq!(number(&shop, &more).await, 201, "{case}");
+        let refused = load_into(&house, &url, part(&[], &[ODD_TABLE], jobs)).await.unwrap_err();
+        assert_eq!(refused.code, Code::TargetNotEmpty, "{refused}");
+        if jobs == 1 {
+            // A partitioned table is its partitions; only what is wanted is read of the dump.
+            let done = load_into(&house, &url, part(&["public"], &["sale"], 1)).await.unwrap();
+            assert_eq!(number(&shop, "SELECT count(*) FROM public.sale").await, 500, "{case}");
+            let read = format!("{} of ", done.size_bytes);
+            assert!(done.plan.iter().any(|line| line.contains(&read)), "{:#?}", done.plan);
+            let whole = format!("{read}{} bytes", done.size_bytes);
+            assert!(!done.plan.iter().any(|line| line.contains(&whole)), "{:#?}", done.plan);
+        }
+        run_sql(&url, "DROP DATABASE \"the shop's\"").await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pg15_a_schema_or_a_table_of_a_dump_comes_back_with_all_that_is_its_own() {
+    Box::pin(a_part_comes_back_with_all_that_is_its_own(15)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pg18_a_schema_or_a_table_of_a_dump_comes_back_with_all_that_is_its_own() {
+    Box::pin(a_part_comes_back_with_all_that_is_its_own(18)).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dump_that_is_not_whole_is_no_backup() {
     let house = quick(15).await;

@@ -83,5 +83,8 @@ fn told(done: &LoadOutcome) -> String {
     if !done.roles_kept.is_empty() {
         line.extend(["; left as they were: ", &done.roles_kept.join(", ")]);
     }
+    for what in &done.left_out {
+        line.extend(["\nLeft out: ", what]);
+    }
     line
 }

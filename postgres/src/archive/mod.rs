@@ -9,9 +9,11 @@
 //! Deliberately not here: writing such a thing, and what its statements mean. Who loads is `pg_restore`.
 
 mod cursor;
+mod part;
 mod phases;
 mod reader;
 
+pub use part::{Part, Settled};
 pub use phases::Phase;
 pub use reader::Reader;
 

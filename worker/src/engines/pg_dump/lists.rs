@@ -12,6 +12,7 @@ use repository::FileContent;
 use tempfile::NamedTempFile;
 
 /// The contents of an archive, and the bytes that say so.
+#[derive(Debug)]
 pub(super) struct Head {
     pub(super) contents: Contents,
     pub(super) bytes: Bytes,

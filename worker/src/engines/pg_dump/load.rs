@@ -21,14 +21,13 @@ use serde::Serialize;
 use super::children::feed;
 use super::lists::{Head, List, full, private_file};
 use super::parallel::Parallel;
+use super::part::{self, Piece};
 use super::{GLOBALS, read_text};
 use crate::context::JobContext;
 use crate::jobs::session_owner;
 
 /// What is kept of `pg_restore`'s output; it says nothing when all goes well.
 pub(super) const SAID_BYTES: usize = 64 << 10;
-/// What is looked at of a list of contents, whose first lines are about the dump as a whole.
-const LIST_BYTES: usize = 64 << 10;
 /// The database in which one is while others are dropped and made.
 const POSTGRES: &str = "postgres";
 /// The same, while that one is.
@@ -43,9 +42,9 @@ pub struct LoadRequest {
     pub bin_dirs: Vec<PathBuf>,
     /// Only these databases; all of them, and the roles before them, when empty.
     pub databases: Vec<DatabaseName>,
-    /// Only these schemas of the one database.
+    /// Only these schemas of the one database, with all that is in them.
     pub schemas: Vec<String>,
-    /// Only these tables of the one database: definition, defaults and rows.
+    /// Only these tables of the one database, in these schemas where some are named, with all that belongs to them.
     pub tables: Vec<String>,
     /// Databases that may be dropped on the server before they are restored.
     pub overwrite: Vec<DatabaseName>,
@@ -53,8 +52,8 @@ pub struct LoadRequest {
     pub no_owner: bool,
     /// Sessions at once.
     pub jobs: u32,
-    /// The directory of private files, which vanish by themselves: lists and contents; where several sessions load a part of a
-    /// dump, or a dump whose layout was not stored, all of it.
+    /// The directory of private files, which vanish by themselves: lists and contents; where several sessions load a dump whose
+    /// layout was not stored, all of it.
     pub scratch: PathBuf,
 }
 
@@ -71,25 +70,40 @@ pub(super) enum How {
     Replace,
 }
 
+/// One database of a plan.
+#[derive(Debug)]
+pub(super) struct Load {
+    pub(super) dump: DatabaseDump,
+    pub(super) how: How,
+    /// What is loaded of it, where that is not all.
+    pub(super) piece: Option<Piece>,
+}
+
 /// A plan; what it says is what [`load`] does.
 #[derive(Debug)]
 pub struct LoadPlan {
     clients: Clients,
     globals: Vec<String>,
-    loads: Vec<(DatabaseDump, How)>,
+    loads: Vec<Load>,
     /// For people, one line a step.
     pub lines: Vec<String>,
 }
 
 impl LoadPlan {
+    fn left_out(&self) -> impl Iterator<Item = String> {
+        let pieces = self.loads.iter().filter_map(|load| load.piece.as_ref());
+        pieces.flat_map(|piece| piece.left_out.iter().cloned())
+    }
+
     /// What is told when nothing but the plan was asked for.
     pub fn only(self, backup: &Backup) -> LoadOutcome {
         LoadOutcome {
             backup: backup.id(),
-            databases: self.loads.iter().map(|(dump, _)| dump.database.clone()).collect(),
+            databases: self.loads.iter().map(|load| load.dump.database.clone()).collect(),
             size_bytes: 0,
             roles_created: 0,
             roles_kept: Vec::new(),
+            left_out: self.left_out().collect(),
             planned_only: true,
             plan: self.lines,
         }
@@ -103,12 +117,14 @@ pub struct LoadOutcome {
     pub backup: proto::BackupId,
     /// Databases that were restored.
     pub databases: Vec<DatabaseName>,
-    /// Bytes of their dumps.
+    /// Bytes of their dumps, as far as they were read.
     pub size_bytes: u64,
     /// Roles that were created.
     pub roles_created: u64,
     /// Roles that were there and were left as they are.
     pub roles_kept: Vec<String>,
+    /// What was left out of what was named, and why.
+    pub left_out: Vec<String>,
     /// Only the plan was asked for.
     pub planned_only: bool,
     /// The plan.
@@ -168,15 +184,19 @@ pub async fn plan(
     let mut loads = Vec::new();
     for dump in dumps {
         let is_there = there.iter().any(|database| database.name == dump.database);
-        let how = how(cx, request, &dump, is_there).await?;
-        if is_part(request) {
-            cx.until_stopped(has_parts(backup, request, &clients, &dump)).await??;
-        }
-        let size = backup.file_content(dump.file.as_bytes()).await?.size_bytes();
-        lines.push(line(request, &dump, how, size));
-        loads.push((dump, how));
+        let (how, piece) = if is_part(request) {
+            let (how, piece) = part::choose(cx, backup, request, &dump, is_there).await?;
+            (how, Some(piece))
+        } else {
+            (how(cx, request, &dump, is_there).await?, None)
+        };
+        let load = Load { dump, how, piece };
+        let size = backup.file_content(load.dump.file.as_bytes()).await?.size_bytes();
+        lines.push(line(&load, size));
+        lines.extend(load.piece.iter().flat_map(|piece| piece.lines.iter().cloned()));
+        loads.push(load);
     }
-    if loads.iter().any(|(dump, _)| is_spooled(request, dump)) {
+    if loads.iter().any(|load| is_spooled(request, &load.dump)) {
         lines.push(format!(
             "put each dump into a private file below {} while it is restored by {} sessions",
             request.scratch.display(),
@@ -210,35 +230,6 @@ fn chosen(logical: &LogicalFacts, request: &LoadRequest) -> Result<Vec<DatabaseD
         );
     }
     Ok(dumps)
-}
-
-/// Makes sure that a dump has everything that was named: `pg_restore` takes what it does not find for nothing to be done.
-async fn has_parts(
-    backup: &Backup,
-    request: &LoadRequest,
-    clients: &Clients,
-    dump: &DatabaseDump,
-) -> Result<(), Failure> {
-    let schemas = request.schemas.iter().map(|name| ("schema", name));
-    let tables = request.tables.iter().map(|name| ("table", name));
-    for (kind, name) in schemas.chain(tables) {
-        let mut program = clients.pg_restore().arg("--list").arg(format!("--{kind}={name}"));
-        if kind == "table" {
-            let within = request.schemas.iter().map(|schema| format!("--schema={schema}"));
-            program = program.args(within);
-        }
-        let content = backup.file_content(dump.file.as_bytes()).await?;
-        let what = format!("database {}", dump.database);
-        let list = feed(&what, &program, content.stream(), LIST_BYTES).await?;
-        let is_entry = |line: &str| !line.is_empty() && !line.starts_with(';');
-        if !list.lines().any(is_entry) {
-            let what = format!("the dump of database {} has no {kind} {name}", dump.database);
-            let hint = "Nothing was changed. Names are as in the catalogue, without quotes; a table's is without its schema, \
-                        which --schema names.";
-            return Err(Failure::new(Code::RequestInvalid, Action::FixConfig, what).with_hint(hint));
-        }
-    }
-    Ok(())
 }
 
 fn is_part(request: &LoadRequest) -> bool {
@@ -277,51 +268,34 @@ async fn how(
 ) -> Result<How, Failure> {
     let name = &dump.database;
     if !is_there {
-        return Ok(if is_part(request) { How::CreatePlain } else { How::Create });
+        return Ok(How::Create);
     }
     if request.overwrite.contains(name) {
         return Ok(How::Replace);
     }
     let purpose = Purpose::ask(&session_owner(cx.spec.attempt));
     let session = connect(&request.target.with_database(name.as_str()), &purpose).await?;
-    let in_the_way = if is_part(request) {
-        session.relations_in_the_way(&request.schemas, &request.tables).await?
-    } else {
-        session.some_relations().await?
-    };
+    let in_the_way = session.some_relations().await?;
     session.close().await;
     if in_the_way.is_empty() {
         return Ok(How::Fill);
     }
     let what = in_the_way.join(", ");
-    let hint = if is_part(request) {
-        "Rename or drop them there, or restore the database under another server and move the rows."
-            .to_owned()
-    } else {
-        format!("Nothing was changed. To drop the database there first: --overwrite {name}.")
-    };
-    Err(Failure::new(
-        Code::TargetNotEmpty,
-        Action::FixConfig,
-        format!("database {name} on {} has {what}", request.target),
-    )
-    .with_hint(hint))
+    let message = format!("database {name} on {} has {what}", request.target);
+    Err(Failure::new(Code::TargetNotEmpty, Action::FixConfig, message).with_hint(format!(
+        "Nothing was changed. To drop the database there first: --overwrite {name}."
+    )))
 }
 
-fn line(request: &LoadRequest, dump: &DatabaseDump, how: How, size: u64) -> String {
-    let DatabaseDump { database, .. } = dump;
-    let what = match (&request.schemas[..], &request.tables[..]) {
-        ([], []) => format!("all of it, {size} bytes"),
-        ([], tables) => format!(
-            "tables {} with defaults and rows, without indexes, constraints and triggers",
-            tables.join(", ")
-        ),
-        (schemas, []) => format!("schemas {}", schemas.join(", ")),
-        (schemas, tables) => format!(
-            "tables {} of schemas {} with defaults and rows, without indexes, constraints and triggers",
-            tables.join(", "),
-            schemas.join(", ")
-        ),
+fn line(load: &Load, size: u64) -> String {
+    let Load { dump: DatabaseDump { database, layout, .. }, how, piece } = load;
+    let what = match piece {
+        None => format!("all of it, {size} bytes"),
+        Some(piece) => {
+            let parts = piece.parts(layout.as_ref(), size);
+            let bytes: u64 = parts.iter().map(|part| part.end - part.start).sum();
+            format!("{}, {bytes} of {size} bytes", piece.what)
+        }
     };
     match how {
         How::Create => format!("create database {database} as it was, and restore {what}"),
@@ -335,8 +309,8 @@ fn line(request: &LoadRequest, dump: &DatabaseDump, how: How, size: u64) -> Stri
     }
 }
 
-/// Does what the plan says. A database that fails is left as far as it came when it was created here, and untouched when it
-/// was there and one session restores.
+/// Does what the plan says. Of a database that fails: when it was created as it was, it is left as far as it came; when it was
+/// created for a part, it is removed again; when it was there and one session restores, it is untouched.
 pub async fn load(
     cx: &JobContext,
     backup: &Backup,
@@ -349,6 +323,7 @@ pub async fn load(
         size_bytes: 0,
         roles_created: 0,
         roles_kept: Vec::new(),
+        left_out: plan.left_out().collect(),
         planned_only: false,
         plan: plan.lines.clone(),
     };
@@ -360,11 +335,11 @@ pub async fn load(
         outcome.roles_kept = run.roles_kept;
         session.close().await;
     }
-    for (dump, how) in &plan.loads {
-        let step = format!("restore {}", dump.database);
-        let loading = one(cx, backup, request, &plan.clients, dump, *how, Afar::Read);
-        outcome.size_bytes += cx.step(&step, loading).await?.bytes;
-        outcome.databases.push(dump.database.clone());
+    for load in &plan.loads {
+        let database = &load.dump.database;
+        let loading = one(cx, backup, request, &plan.clients, load, Afar::Read);
+        outcome.size_bytes += cx.step(&format!("restore {database}"), loading).await?.bytes;
+        outcome.databases.push(database.clone());
     }
     Ok(outcome)
 }
@@ -381,7 +356,7 @@ pub(super) enum Afar {
 /// One database was restored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Loaded {
-    /// Of its dump.
+    /// Of its dump, as far as it was read.
     pub(super) bytes: u64,
     /// Materialised views that were left empty.
     pub(super) left_empty: usize,
@@ -393,11 +368,13 @@ pub(super) async fn one(
     backup: &Backup,
     request: &LoadRequest,
     clients: &Clients,
-    dump: &DatabaseDump,
-    how: How,
+    load: &Load,
     afar: Afar,
 ) -> Result<Loaded, Failure> {
-    let name = dump.database.as_str();
+    let Load { dump, how, .. } = load;
+    let (how, name) = (*how, dump.database.as_str());
+    let login = Login::new(&request.target, &application_name(&session_owner(cx.spec.attempt)))?;
+    let login = login.writing();
     // Nobody can drop the database that he is in.
     let session = if how == How::Replace && name == POSTGRES {
         let zero = std::time::Duration::ZERO;
@@ -421,12 +398,11 @@ pub(super) async fn one(
         session.run("create the database", &sql).await?;
     }
     session.close().await;
-    let login = Login::new(&request.target, &application_name(&session_owner(cx.spec.attempt)))?;
-    let login = login.writing();
     let create = matches!(how, How::Create | How::Replace);
     let loads_into = |database: &str| {
         let program = login.apply(clients.pg_restore()).args(["--exit-on-error", "--no-password"]);
-        narrowed(request, program.arg(format!("--dbname={}", libpq::database(database))))
+        let plain = ["--no-owner", "--no-privileges"].into_iter().filter(|_| request.no_owner);
+        program.args(plain).arg(format!("--dbname={}", libpq::database(database)))
     };
     let then = loads_into(name);
     let first = if create {
@@ -436,22 +412,43 @@ pub(super) async fn one(
     } else {
         then.clone()
     };
-    run(cx, backup, request, dump, (first, then), afar).await
+    let failure = match run(cx, backup, request, load, (first, then), afar).await {
+        Ok(loaded) => return Ok(loaded),
+        Err(failure) => failure,
+    };
+    let left = match how {
+        How::CreatePlain => removed(cx, request, name).await,
+        _ if failure.code != Code::StatementFailed => return Err(failure),
+        How::Create | How::Replace => {
+            format!("What was created half may be restored again with --overwrite {name}.")
+        }
+        How::Fill if request.jobs <= 1 => "Nothing of it was kept.".to_owned(),
+        How::Fill => {
+            "Several sessions load in several transactions: some of it may be there.".to_owned()
+        }
+    };
+    let hint = format!("{} {left}", failure.hint);
+    Err(failure.with_hint(hint.trim_start()))
 }
 
-/// The same program for what was asked for.
-fn narrowed(request: &LoadRequest, mut program: Program) -> Program {
-    if request.no_owner {
-        program = program.args(["--no-owner", "--no-privileges"]);
+/// Removes a database that was made for what could not be loaded into it, and says so.
+async fn removed(cx: &JobContext, request: &LoadRequest, name: &str) -> String {
+    let drop = format!("DROP DATABASE {} WITH (FORCE)", quote::identifier(name));
+    let dropping = async {
+        let session = maintenance(cx, request).await?;
+        let dropped = session.run("drop the database", &drop).await;
+        session.close().await;
+        Ok::<_, Failure>(dropped?)
+    };
+    match dropping.await {
+        Ok(()) => format!("Database {name}, which was made for it, was removed again."),
+        Err(failure) => format!("Database {name}, which was made for it, is left: {failure}."),
     }
-    let schemas = request.schemas.iter().map(|schema| format!("--schema={schema}"));
-    let tables = request.tables.iter().map(|table| format!("--table={table}"));
-    program.args(schemas).args(tables)
 }
 
 /// Whether a file of the whole dump is needed: `pg_restore` seeks in it for several sessions.
 fn is_spooled(request: &LoadRequest, dump: &DatabaseDump) -> bool {
-    request.jobs > 1 && (is_part(request) || dump.layout.is_none())
+    request.jobs > 1 && dump.layout.is_none()
 }
 
 /// Runs `pg_restore`: `first` for all of it or for what comes first, `then` for what comes behind.
@@ -459,44 +456,49 @@ async fn run(
     cx: &JobContext,
     backup: &Backup,
     request: &LoadRequest,
-    dump: &DatabaseDump,
+    Load { dump, piece, .. }: &Load,
     (first, then): (Program, Program),
     afar: Afar,
 ) -> Result<Loaded, Failure> {
     let content = backup.file_content(dump.file.as_bytes()).await?;
     let what = format!("database {}", dump.database);
-    let total = content.size_bytes();
+    let size = content.size_bytes();
+    let layout = dump.layout.as_ref();
+    let parts = piece.as_ref().map_or_else(|| vec![0..size], |piece| piece.parts(layout, size));
+    let total: u64 = parts.iter().map(|part| part.end - part.start).sum();
     let told = |done: u64| {
         let (step, unit) = ("restore".to_owned(), "bytes".to_owned());
         cx.progress(Progress { step, done, total: Some(total), unit });
     };
     let restoring = async {
-        let beside = dump.layout.as_ref().filter(|_| request.jobs > 1 && !is_part(request));
-        let head = match (beside, afar) {
-            (None, Afar::Read) => None,
-            (Some(_), _) | (_, Afar::Left) => Some(Head::read(&content).await?),
+        let beside = layout.filter(|_| request.jobs > 1);
+        let read = match (piece, beside, afar) {
+            (Some(_), _, _) | (None, None, Afar::Read) => None,
+            (None, Some(_), _) | (None, _, Afar::Left) => Some(Head::read(&content).await?),
         };
-        let leave = match (&head, afar) {
+        let head = piece.as_ref().map(|piece| &piece.head).or(read.as_ref());
+        let from_afar = match (head, afar) {
             (Some(head), Afar::Left) => head.contents.filled_from_afar(),
             (None, _) | (_, Afar::Read) => BTreeSet::new(),
         };
-        let left_empty = leave.len();
+        let left_empty = from_afar.len();
+        let leave = piece.as_ref().map_or(&from_afar, |piece| &piece.leave);
         let (jobs, scratch, what) = (request.jobs, request.scratch.as_path(), what.as_str());
-        if let (Some(layout), Some(head)) = (beside, &head) {
-            let (content, leave) = (&content, &leave);
+        if let (Some(layout), Some(head)) = (beside, head) {
+            let content = &content;
             let load = Parallel { what, content, head, layout, leave, jobs, scratch, first, then };
             Box::pin(load.load(told)).await?;
             return Ok(left_empty);
         }
         // It lives as long as the program.
-        let list = head.filter(|_| left_empty > 0).map(|head| {
+        let list = head.filter(|_| !leave.is_empty()).map(|head| {
             let entries = head.contents.entries.iter().map(|entry| entry.id);
             List::of(entries.filter(|id| !leave.contains(id)), scratch)
         });
         let list = list.transpose()?;
         let program = list.iter().fold(first, |program, list| list.apply(program));
         let mut done = 0;
-        let counted = content.stream().inspect(|piece| {
+        let counted = content.parts(&parts).inspect(|piece| {
             if let Ok(piece) = piece {
                 done += piece.len() as u64;
                 told(done);
@@ -506,7 +508,7 @@ async fn run(
             let mut counted = std::pin::pin!(counted);
             feed(what, &program, counted.as_mut(), SAID_BYTES).await?;
             // What is left when pg_restore has all that it needs was stored all the same, and is to be sound.
-            while !is_part(request)
+            while (piece.is_none() || layout.is_some())
                 && let Some(piece) = counted.next().await
             {
                 piece?;
@@ -523,8 +525,7 @@ async fn run(
         // What was there may have been changed before it was refused.
         Code::DumpFailed | Code::PermissionDenied => Failure { code: Code::StatementFailed, action: Action::FixConfig, ..failure }
             .with_hint(
-                "The lines are pg_restore's. Roles that the server lacks: restore the whole cluster, or add --no-owner. A \
-                 database that was created half may be restored again with --overwrite NAME.",
+                "The lines are pg_restore's. Roles that the server lacks: restore the whole cluster, or add --no-owner.",
             ),
         _ => failure,
     })?;

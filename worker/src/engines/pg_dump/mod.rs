@@ -12,6 +12,7 @@ mod failure;
 mod lists;
 mod load;
 mod parallel;
+mod part;
 mod rehearse;
 mod source;
 

@@ -11,7 +11,7 @@ use proto::backup::{DatabaseDump, LogicalFacts};
 use proto::{Action, Code, DatabaseName, Failure};
 use repository::Backup;
 
-use super::load::{Afar, How, LoadRequest, maintenance, one};
+use super::load::{Afar, How, Load, LoadRequest, maintenance, one};
 use crate::context::JobContext;
 
 /// What an empty server has, and a dump may have as well.
@@ -88,7 +88,8 @@ pub async fn rehearse(
             POSTGRES => How::Replace,
             _ => How::Create,
         };
-        let loading = one(cx, backup, &request, clients, dump, how, Afar::Left);
+        let load = Load { dump: dump.clone(), how, piece: None };
+        let loading = one(cx, backup, &request, clients, &load, Afar::Left);
         let loaded = cx.step(&format!("restore {}", dump.database), loading).await;
         views_left += loaded.map_err(|failure| judged(dump, failure))?.left_empty;
     }
