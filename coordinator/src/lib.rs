@@ -31,6 +31,7 @@ mod proofs;
 mod pulses;
 mod reaper;
 mod reports;
+mod restores;
 mod settle;
 mod term;
 mod wire;

@@ -68,7 +68,7 @@ pub(crate) fn measured(proof: &Proof) -> Option<Measured> {
         at_ms: proof.at_ms,
         restored_bytes: proof.size_bytes,
         restore_ms: took("restore"),
-        start_ms: took("start") + own_replay_ms + took("open"),
+        start_ms: Some(took("start") + own_replay_ms + took("open")),
         replayed,
     })
 }
@@ -326,7 +326,7 @@ mod tests {
             .collect();
         proof.size_bytes = 7;
         let found = measured(&proof).unwrap();
-        assert_eq!((found.restored_bytes, found.restore_ms, found.start_ms), (7, 20, 54_300));
+        assert_eq!((found.restored_bytes, found.restore_ms, found.start_ms), (7, 20, Some(54_300)));
         proof.recovery = Some(ProofRecovery {
             target: "the end of the WAL".to_owned(),
             timeline: Timeline(1),
@@ -336,7 +336,7 @@ mod tests {
             replayed_bytes: 8,
         });
         let found = measured(&proof).unwrap();
-        assert_eq!(found.start_ms, 50_300, "what it replayed is told apart");
+        assert_eq!(found.start_ms, Some(50_300), "what it replayed is told apart");
         assert_eq!(found.replayed, Some(Replayed { bytes: 8, duration_ms: 4_000 }));
         proof.level_reached = Some(L2);
         assert_eq!(measured(&proof), None, "it did not start");

@@ -1,5 +1,5 @@
-//! How long a recovery to the newest moment would take now, by what proofs of the cluster measured. Nothing is assumed: what
-//! was not measured is not known.
+//! How long a recovery to the newest moment would take now, by what proofs and restores of the cluster measured. Nothing is
+//! assumed: what was not measured is not known.
 //!
 //! A proof of a backup alone shows how fast files are restored and a server starts. How fast WAL comes out of the archive and is
 //! replayed shows only a recovery that went along it; the little WAL that a backup brings along says nothing of that.
@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::reach::{BackupEnd, wal_beyond};
 
-/// What one proof measured.
+/// What one proof measured, or one restore.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Measured {
     /// Of what: files are restored, a dump is loaded.
@@ -21,8 +21,9 @@ pub struct Measured {
     pub restored_bytes: u64,
     /// In how many milliseconds.
     pub restore_ms: u64,
-    /// Milliseconds for the start of the server and until it was open, with the replay of what the backup brought along.
-    pub start_ms: u64,
+    /// Milliseconds for the start of the server and until it was open, with the replay of what the backup brought along. `None`
+    /// of a restore, which does not measure that.
+    pub start_ms: Option<u64>,
     /// What was replayed out of the archive.
     pub replayed: Option<Replayed>,
 }
@@ -86,8 +87,8 @@ impl RecoveryTime {
     }
 }
 
-/// How long a recovery would take now that begins with a backup and goes along the WAL that leads on from it, by what proofs of
-/// the cluster measured. What was measured of the other kind of backup says nothing of this one.
+/// How long a recovery would take now that begins with a backup and goes along the WAL that leads on from it, by what was measured
+/// of the cluster. What was measured of the other kind of backup says nothing of this one.
 pub fn recovery_time(
     begins: &Begins,
     wal: Option<&WalStanding>,
@@ -95,32 +96,40 @@ pub fn recovery_time(
 ) -> Option<RecoveryTime> {
     let of_kind = measured.iter().filter(|one| one.kind == begins.kind);
     let of_kind: Vec<Measured> = of_kind.copied().collect();
-    let newest = of_kind.iter().max_by_key(|one| one.at_ms)?;
+    let (_, start) = newest_start(&of_kind)?;
     let mut wal_bytes = begins.end.map_or(0, |end| wal_beyond(&end, wal));
     // Where the replay was measured apart, the backup's own WAL is not in the time of the start.
-    if newest.replayed.is_some() {
+    if start.replayed.is_some() {
         wal_bytes += begins.end.map_or(0, |end| end.stop_lsn.0.saturating_sub(end.start_lsn.0));
     }
     put_together(&of_kind, Work { size_bytes: begins.size_bytes, wal_bytes })
 }
 
-/// Puts together what was measured: files as fast as the newest proof restored them, and WAL as fast as the recovery that
-/// replayed most of it, because a short one is mostly its own beginning. `None` when nothing was measured.
+/// Puts together what was measured: files as fast as they were restored last, the start as it was in the newest proof, and WAL as
+/// fast as the recovery that replayed most of it, because a short one is mostly its own beginning. `None` when a restore or a start
+/// was not measured.
 fn put_together(measured: &[Measured], work: Work) -> Option<RecoveryTime> {
     let restored = measured.iter().filter(|one| one.restored_bytes > 0);
     let newest = restored.max_by_key(|one| one.at_ms)?;
+    let (start_ms, _) = newest_start(measured)?;
     let replays = measured.iter().filter_map(|one| Some((one.replayed?, one.at_ms)));
     let most = replays.filter(|(replayed, _)| replayed.bytes > 0);
     let most = most.max_by_key(|(replayed, at_ms)| (replayed.bytes, *at_ms));
     Some(RecoveryTime {
         size_bytes: work.size_bytes,
         restore_ms: scaled(newest.restore_ms, newest.restored_bytes, work.size_bytes),
-        start_ms: newest.start_ms,
+        start_ms,
         wal_bytes: work.wal_bytes,
         replay_ms: most
             .map(|(replayed, _)| scaled(replayed.duration_ms, replayed.bytes, work.wal_bytes)),
         measured_at_ms: newest.at_ms,
     })
+}
+
+/// How long a server took to start when that was measured last, and by whom.
+fn newest_start(measured: &[Measured]) -> Option<(u64, &Measured)> {
+    let starts = measured.iter().filter_map(|one| Some((one.start_ms?, one)));
+    starts.max_by_key(|(_, one)| one.at_ms)
 }
 
 /// What took `ms` for `measured` bytes, for `bytes`. What took less than a millisecond counts as one.
@@ -142,7 +151,7 @@ mod tests {
             at_ms,
             restored_bytes: GIB,
             restore_ms: 10_000,
-            start_ms: 2_000,
+            start_ms: Some(2_000),
             replayed: None,
         }
     }
@@ -165,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn files_are_restored_as_fast_as_the_newest_proof_did() {
+    fn files_are_restored_as_fast_as_they_were_last() {
         let total = |measured: &[Measured], size| time(measured, size, 0).unwrap().total_ms();
         assert_eq!(total(&[measured(1)], GIB), Some(12_000));
         assert_eq!(total(&[measured(1)], 3 * GIB), Some(32_000));
@@ -190,6 +199,18 @@ mod tests {
         assert_eq!(found.replay_ms, Some(5_000), "better than nothing");
         let none = Measured { replayed: Some(replayed(0, 500)), ..measured(9) };
         assert_eq!(time(&[none], GIB, 10_000).unwrap().replay_ms, None);
+    }
+
+    #[test]
+    fn a_restore_measures_files_and_a_proof_the_start() {
+        let restore = |at_ms| Measured { restore_ms: 40_000, start_ms: None, ..measured(at_ms) };
+        assert_eq!(time(&[restore(1)], GIB, 0), None, "nobody knows how long it takes to start");
+        let found = |measured: &[Measured]| {
+            let found = time(measured, GIB, 0).unwrap();
+            (found.total_ms(), found.measured_at_ms)
+        };
+        assert_eq!(found(&[measured(1), restore(2)]), (Some(42_000), 2));
+        assert_eq!(found(&[restore(1), measured(2)]), (Some(12_000), 2));
     }
 
     #[test]
@@ -222,5 +243,7 @@ mod tests {
         let along = Measured { replayed: Some(replayed(GIB, 60_000)), ..measured(1) };
         assert_eq!(wal_bytes(&[along]), Some(2_000));
         assert_eq!(wal_bytes(&[along, measured(2)]), Some(0), "it is in the time of the start");
+        let restore = Measured { start_ms: None, ..measured(2) };
+        assert_eq!(wal_bytes(&[along, restore]), Some(2_000), "a restore measured no start");
     }
 }

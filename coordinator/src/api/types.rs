@@ -259,7 +259,7 @@ pub struct ClusterView {
     /// The same, if backups that nobody proved count as well.
     #[serde(default)]
     pub unproved_to_at_ms: Option<i64>,
-    /// How long a recovery to the newest moment would take now, as its proofs measured; absent before one did.
+    /// How long a recovery to the newest moment would take now, as its proofs and restores measured; absent before a proof did.
     #[serde(default)]
     pub recovery_time: Option<RecoveryTime>,
     /// How old its recovery point may be; absent where nothing is promised.

@@ -12,6 +12,9 @@ use super::Tx;
 use super::row::{Row, json, maybe_json, maybe_text};
 use crate::error::Result;
 
+/// Restores of one cluster that are looked at: the last ones may have found files in place.
+const RESTORED_MAX: i64 = 8;
+
 /// One row. Changed in memory and written back by [`update`] within the transaction that read it.
 #[derive(Debug, Clone)]
 pub(crate) struct Job {
@@ -342,6 +345,39 @@ pub(crate) async fn last_ended(db: &mut AnyConnection, kind: JobKind) -> Result<
     .fetch_all(db)
     .await?;
     rows.into_iter().map(|row| Job::from_row(&Row(row))).collect()
+}
+
+/// A restore that succeeded.
+#[derive(Debug)]
+pub(crate) struct Restored {
+    pub(crate) job: Job,
+    /// How long its attempt wrote files, by its worker's clock.
+    pub(crate) restore_ms: i64,
+}
+
+/// The newest restores of each cluster that succeeded and were more than a plan, newest first; only one cluster's when `cluster` is
+/// not empty.
+pub(crate) async fn restored(db: &mut AnyConnection, cluster: &str) -> Result<Vec<Restored>> {
+    let rows = sqlx::query(
+        "-- restored
+         SELECT * FROM (
+             SELECT j.*, s.ended_at_ms - s.started_at_ms AS restore_ms,
+                 ROW_NUMBER() OVER (PARTITION BY j.cluster ORDER BY j.id DESC) AS nth
+             FROM jobs AS j
+             JOIN attempts AS a ON a.job = j.id AND a.state = 'succeeded'
+             JOIN steps AS s ON s.attempt = a.id AND s.name = 'restore' AND s.failed = 0 AND s.ended_at_ms IS NOT NULL
+             WHERE j.state = 'succeeded' AND j.kind = 'restore' AND ($1 = '' OR j.cluster = $1)
+         ) AS restores WHERE nth <= $2 ORDER BY id DESC",
+    )
+    .bind(cluster)
+    .bind(RESTORED_MAX)
+    .fetch_all(db)
+    .await?;
+    let restored = rows.into_iter().map(|row| {
+        let row = Row(row);
+        Ok(Restored { job: Job::from_row(&row)?, restore_ms: row.number("restore_ms")? })
+    });
+    restored.collect()
 }
 
 /// How many unfinished jobs there are, by kind and state.

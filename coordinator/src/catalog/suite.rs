@@ -7,7 +7,10 @@ use std::sync::Arc;
 use postgres::binaries::Binaries;
 use postgres::instance::{Instance, InstanceOptions, StopMode};
 use proto::failure::{Action, Code, Failure};
-use proto::job::{Analyze, Backup, BackupOutcome, JobState, Lane, LogicalOutcome, PgDump, Task};
+use proto::job::{
+    Analyze, Backup, BackupOutcome, JobState, Lane, LogicalOutcome, PgDump, Restore, RestoreTarget,
+    Task,
+};
 use proto::message::ClusterOffer;
 use proto::proof::{BrokenWal, CheckOutcome, Proof, ProofCheck, ProofLevel};
 use proto::step::{Progress, Step};
@@ -114,6 +117,7 @@ async fn every_case(server: Server) {
         a_ticket_is_in_the_outbox_once,
         refusals_are_forgotten_by_worker,
         ready_jobs_come_oldest_first,
+        the_last_restores_of_each_cluster_are_found,
         a_cluster_is_recovered_from_few_of_its_backups,
         proofs_are_judged_by_what_they_say,
         a_part_of_a_cluster_is_nothing_to_recover_it_from,
@@ -490,6 +494,58 @@ async fn ready_jobs_come_oldest_first(url: &str) {
     assert!(jobs::ready(&mut db, Lane::Routine, false, 50).await.unwrap().is_empty());
     assert_eq!(jobs::next_due(&mut db, 50).await.unwrap(), Some(100));
     assert_eq!(jobs::next_due(&mut db, 100).await.unwrap(), None);
+}
+
+/// Those that succeeded and wrote files: no plan, and none of an attempt that was lost.
+async fn the_last_restores_of_each_cluster_are_found(url: &str) {
+    use AttemptState::{Lost, Succeeded};
+    let catalog = catalog(url).await;
+    let put = async |cluster: &str, n: i64, state: AttemptState, step: &str| {
+        let target =
+            RestoreTarget { root: "/restore".to_owned(), directory: "orders".parse().unwrap() };
+        let task = Task::Restore(Restore {
+            backup: None,
+            target,
+            plan_only: false,
+            delta: false,
+            recovery: None,
+            keep_archiving: false,
+        });
+        let cluster = cluster.parse().unwrap();
+        let mut job = new_job(&config(), cluster, task, Lane::Urgent, "ann", n);
+        job.state = JobState::Succeeded;
+        let step = Step {
+            number: 1,
+            name: step.to_owned(),
+            span_id: "00f067aa0ba902b7".to_owned(),
+            started_at_ms: 1_000,
+            ended_at_ms: Some(1_000 + n),
+            failed: false,
+            figures: BTreeMap::new(),
+        };
+        let (job, attempt, step) = (&job, &attempt_of(&job, state), &step);
+        let written = catalog.transact("test", |tx| {
+            Box::pin(async move {
+                jobs::insert(tx, job).await?;
+                attempts::insert(tx, attempt).await?;
+                steps::put(tx, attempt.id, 1, step).await
+            })
+        });
+        written.await.unwrap();
+    };
+    for n in 1..=10 {
+        put("orders", n * 10, Succeeded, "restore").await;
+    }
+    put("bills", 55, Succeeded, "restore").await;
+    put("orders", 200, Succeeded, "plan").await;
+    put("orders", 210, Lost, "restore").await;
+    let mut db = catalog.read().await.unwrap();
+    let mut took = async |cluster: &str| -> Vec<i64> {
+        let restored = jobs::restored(&mut db, cluster).await.unwrap();
+        restored.iter().map(|restored| restored.restore_ms).collect()
+    };
+    assert_eq!(took("").await, [100, 90, 80, 70, 60, 55, 50, 40, 30], "not all of the past");
+    assert_eq!(took("bills").await, [55]);
 }
 
 fn backup_row(n: u8, at_ms: i64) -> backups::Backup {

@@ -1,12 +1,17 @@
 //! What a cluster is judged by when its archive is not looked at, and when its newest backup is bad.
 
+use std::collections::BTreeMap;
+
 use coordinator::api::types::{ClusterView, StatusView, SubmitRequest};
 use policy::ClusterState;
-use proto::job::{JobKind, Task, VerifyRestore, VerifyRestoreOutcome};
+use proto::job::{
+    JobKind, Restore, RestoreOutcome, RestoreTarget, Task, VerifyRestore, VerifyRestoreOutcome,
+};
 use proto::message::{Holdings, ReportBody, RepositoryAway, WalStanding};
 use proto::proof::{BrokenWal, Phase, Proof, ProofLevel, ProofRecovery};
 use proto::{
-    Action, BackupId, Code, Failure, JobState, LineageId, Lsn, Outcome, SystemIdentifier, Timeline,
+    Action, ArchivedHeartbeats, BackupId, ClusterHeartbeat, Code, Failure, Heartbeat, JobState,
+    LineageId, Lsn, Outcome, Step, SystemIdentifier, Timeline,
 };
 
 use crate::support::{
@@ -132,11 +137,60 @@ async fn tell(fleet: &Fleet, worker: &mut Worker, work: &mut Work, proof: Proof)
 /// Orders a proof of its own, and tells how it ended.
 async fn prove_again(fleet: &Fleet, worker: &mut Worker, proof: Proof) {
     let (backup, level) = (Some(proof.backup), proof.level_asked);
-    let task = Task::VerifyRestore(VerifyRestore { backup, level, to: None });
+    let task = Task::VerifyRestore(VerifyRestore { backup, level, to: None, heartbeats: None });
     fleet.submit(&SubmitRequest::new(orders(), task)).await;
     let ticket = worker.any_ticket().await;
     let mut work = worker.take(&ticket).await;
     tell(fleet, worker, &mut work, proof).await;
+}
+
+/// Restores a backup of a thousand bytes in so many milliseconds; `reused` of them were in place.
+async fn restore(
+    fleet: &Fleet,
+    worker: &mut Worker,
+    backup: BackupId,
+    duration_ms: i64,
+    reused: u64,
+) {
+    let directory = "orders".parse().unwrap();
+    let task = Task::Restore(Restore {
+        backup: Some(backup),
+        target: RestoreTarget { root: "/restore".to_owned(), directory },
+        plan_only: false,
+        delta: false,
+        recovery: None,
+        keep_archiving: false,
+    });
+    fleet.submit(&SubmitRequest::new(orders(), task)).await;
+    let ticket = worker.any_ticket().await;
+    let mut work = worker.take(&ticket).await;
+    // Its clock is an hour ahead.
+    let started_at_ms = fleet.clock.now_ms() + 3_600_000;
+    let step = Step {
+        number: 1,
+        name: "restore".to_owned(),
+        span_id: "0123456789abcdef".to_owned(),
+        started_at_ms,
+        ended_at_ms: Some(started_at_ms + duration_ms),
+        failed: false,
+        figures: BTreeMap::new(),
+    };
+    let outcome = RestoreOutcome {
+        backup,
+        directory: "/restore/orders".to_owned(),
+        files: 1,
+        size_bytes: 1_000,
+        fetched_bytes: 1_000 - reused,
+        reused_bytes: reused,
+        stop_lsn: Lsn(1),
+        planned_only: false,
+        plan: vec![],
+        recovery: None,
+        archiving_stopped: false,
+    };
+    let outcome = Box::new(Outcome::Restore(outcome));
+    worker.end(&mut work, ReportBody::Succeeded { outcome, steps: vec![step] }).await;
+    fleet.until_state(work.spec.job, JobState::Succeeded).await;
 }
 
 fn reach(view: &ClusterView) -> (Option<i64>, Option<i64>) {
@@ -161,8 +215,18 @@ async fn only_a_proved_backup_is_something_to_recover_from() {
     let estimate = "pgmuster_recovery_time_estimate_seconds{cluster=\"orders\"}";
     assert_eq!(fleet.metric(estimate).await, Some(2.0));
 
+    // A restore of as many bytes takes longer, where people restore.
+    fleet.hand.advance(250);
+    restore(&fleet, &mut w1, first, 2_000, 0).await;
+    let view = show(&fleet).await;
+    assert_eq!(total_ms(&view), Some(2_150), "the proof measured how long a server takes to start");
+    // One that found files in place measures nothing, and hides nothing.
+    fleet.hand.advance(250);
+    restore(&fleet, &mut w1, first, 5, 999).await;
+    assert_eq!(total_ms(&show(&fleet).await), Some(2_150));
+
     // A newer one changes nothing before it is proved.
-    fleet.hand.advance(1_000);
+    fleet.hand.advance(500);
     let second = take_backup(&fleet, &mut w1, true).await;
     let view = show(&fleet).await;
     assert_eq!(reach(&view), (Some(START), Some(START + 1_000)));
@@ -181,6 +245,54 @@ async fn only_a_proved_backup_is_something_to_recover_from() {
     assert_eq!(reach(&view), (Some(START + 500), Some(START + 500)));
     assert_eq!(total_ms(&view), None, "nobody measured how fast WAL is replayed");
     assert_eq!(fleet.metric(estimate).await, None);
+}
+
+fn heartbeat(n: u64) -> Heartbeat {
+    Heartbeat {
+        system_identifier: SystemIdentifier(42),
+        timeline: Timeline(1),
+        transaction: 700 + n,
+        begun_lsn: Lsn(n),
+        ended_lsn: Lsn(n + 1),
+        begun_at_ms: START,
+        ended_at_ms: START + 1,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_proof_is_told_of_the_heartbeats_that_were_archived_and_of_no_others() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    take_backup(&fleet, &mut w1, false).await;
+    let stranger = Heartbeat { system_identifier: SystemIdentifier(43), ..heartbeat(4) };
+    let told = [heartbeat(3), heartbeat(7), heartbeat(8), stranger];
+    let of = |cluster: &str, heartbeat| ClusterHeartbeat {
+        cluster: cluster.parse().unwrap(),
+        heartbeat,
+    };
+    w1.heartbeats = told.map(|heartbeat| of("orders", heartbeat)).to_vec();
+    w1.heartbeats.push(of("not-served", heartbeat(5)));
+    // The archive is at 8. The same is told twice, as after a lost answer.
+    w1.wal = vec![standing(START)];
+    pulse(&fleet, &mut w1, 1).await;
+    let view = pulse(&fleet, &mut w1, 1).await;
+    assert_eq!(view.heartbeat_at_ms, Some(START));
+    // What an order claims to know is worth nothing.
+    let lineage = LineageId::mint(1, [9; 10]);
+    let claimed = ArchivedHeartbeats { lineage, known: vec![heartbeat(1)] };
+    let task = Task::VerifyRestore(VerifyRestore {
+        backup: None,
+        level: ProofLevel::L3,
+        to: None,
+        heartbeats: Some(claimed),
+    });
+    fleet.submit(&SubmitRequest::new(orders(), task)).await;
+    let ticket = w1.any_ticket().await;
+    let work = w1.take(&ticket).await;
+    let Task::VerifyRestore(task) = &work.spec.task else { unreachable!() };
+    let known = task.heartbeats.clone().unwrap();
+    assert_eq!(known.lineage, standing(START).lineage);
+    assert_eq!(known.known, [heartbeat(3), heartbeat(7)]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
