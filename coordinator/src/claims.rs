@@ -4,7 +4,7 @@
 //! signed by a worker this coordinator certified is not answered at all.
 
 use proto::envelope::{Certificate, Signed};
-use proto::job::JobState;
+use proto::job::{JobState, Task};
 use proto::message::{
     Claim, ClaimMessage, Control, Decline, DeclineReason, Denial, DenialReason, Grant, SCHEMA, Spec,
 };
@@ -12,8 +12,9 @@ use proto::{WorkerName, topology};
 use telemetry::TraceContext;
 
 use crate::catalog::attempts::{self, Attempt, AttemptState};
+use crate::catalog::clusters::Cluster;
 use crate::catalog::jobs::{self, Job};
-use crate::catalog::{Tx, clusters, leader, workers};
+use crate::catalog::{Tx, clusters, heartbeats, leader, workers};
 use crate::core::Core;
 use crate::error::{Error, Result};
 use crate::inbox::{Handled, refuse};
@@ -192,8 +193,8 @@ async fn grant(
         attempt: attempt.id,
         predecessor: attempt.predecessor,
         cluster: job.cluster.clone(),
-        system_identifier: cluster.and_then(|cluster| cluster.system_identifier),
-        task: job.task.clone(),
+        system_identifier: cluster.as_ref().and_then(|cluster| cluster.system_identifier),
+        task: completed(tx, &job.task, cluster.as_ref()).await?,
         deadline_ms: u64::try_from(job.deadline_ms).unwrap_or(0),
         traceparent: Some(TraceContext::of_attempt(job.id, attempt.id).to_string()),
     };
@@ -227,6 +228,20 @@ async fn grant(
     jobs::update(tx, job).await?;
     crate::catalog::outbox::remove(tx, attempt.id).await?;
     Ok(body)
+}
+
+/// A task with what is known only now: a proof is told which heartbeats of its cluster were archived.
+async fn completed(tx: &mut Tx<'_>, task: &Task, cluster: Option<&Cluster>) -> Result<Task> {
+    let Task::VerifyRestore(proof) = task else { return Ok(task.clone()) };
+    let mut proof = proof.clone();
+    proof.heartbeats = None;
+    if let Some(cluster) = cluster
+        && let (Some(wal), Some(server)) = (&cluster.wal, cluster.system_identifier)
+    {
+        let known = heartbeats::of(tx.db(), &cluster.name, server).await?;
+        proof.heartbeats = policy::heartbeats::archived(&known, wal);
+    }
+    Ok(Task::VerifyRestore(proof))
 }
 
 /// A worker gave a ticket back: the job is planned anew, with what the worker said in mind.

@@ -11,7 +11,7 @@ use proto::words::count;
 use crate::catalog::attempts::{self, Attempt, AttemptState};
 use crate::catalog::events::{self, Event};
 use crate::catalog::workers::{self, Life, Worker};
-use crate::catalog::{Tx, backups, clusters, jobs};
+use crate::catalog::{Tx, backups, clusters, heartbeats, jobs};
 use crate::claims::NotTheSender;
 use crate::core::Core;
 use crate::error::Result;
@@ -150,7 +150,8 @@ async fn announce(tx: &mut Tx<'_>, pulse: &Pulse, worker: &Worker, now_ms: i64) 
     for holdings in pulse.holdings.iter().filter(|holdings| served.contains(&&holdings.cluster)) {
         take_in(tx, pulse, holdings, now_ms).await?;
     }
-    Ok(())
+    let told = pulse.heartbeats.iter().filter(|told| served.contains(&&told.cluster));
+    heartbeats::hear(tx, &told.collect::<Vec<_>>(), now_ms).await
 }
 
 /// Which backups a repository has. A message takes a while, so what was recorded shortly before it was looked, by our clock, may

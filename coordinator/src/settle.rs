@@ -278,6 +278,7 @@ async fn follow_up(
         backup: Some(BackupId::from(attempt.id)),
         level,
         to: None,
+        heartbeats: None,
     });
     let mut next = new_job(config, job.cluster.clone(), task, job.lane, &job.requested_by, now_ms);
     next.follows = Some(job.id);

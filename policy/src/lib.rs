@@ -5,6 +5,7 @@
 
 pub mod broken;
 pub mod fleet;
+pub mod heartbeats;
 pub mod lease;
 pub mod placement;
 pub mod reach;

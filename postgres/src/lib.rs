@@ -21,6 +21,7 @@ pub mod databases;
 pub mod error;
 pub mod files;
 pub mod globals;
+pub mod heartbeat;
 pub mod identity;
 pub mod instance;
 pub mod libpq;

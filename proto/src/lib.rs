@@ -6,6 +6,7 @@
 pub mod backup;
 pub mod envelope;
 pub mod failure;
+pub mod heartbeat;
 pub mod id;
 pub mod job;
 pub mod lsn;
@@ -22,6 +23,7 @@ pub mod words;
 
 pub use backup::{BackupFacts, BackupKind};
 pub use failure::{Action, Code, Failure};
+pub use heartbeat::{ArchivedHeartbeats, ClusterHeartbeat, Heartbeat};
 pub use id::{AttemptId, BackupId, BootId, JobId, LineageId, RepositoryId};
 pub use job::{JobKind, JobState, Lane, Outcome, Placement, Task};
 pub use lsn::{Lsn, SystemIdentifier, Timeline};

@@ -123,6 +123,10 @@ pub struct Proof {
     /// Archived WAL on the way to that moment which could not be replayed. Then nothing is said against the backup alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub broken_wal: Option<BrokenWal>,
+    /// When the newest heartbeat that had to be there, and was, committed in the cluster; its clock, Unix milliseconds. Absent when
+    /// none had to be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub heartbeat_at_ms: Option<i64>,
 }
 
 /// Archived WAL that a restored server could not replay.
@@ -189,6 +193,7 @@ impl Proof {
             isolation: String::new(),
             recovery: None,
             broken_wal: None,
+            heartbeat_at_ms: None,
         }
     }
 

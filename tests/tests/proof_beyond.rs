@@ -113,6 +113,7 @@ async fn a_proof_goes_to_a_moment_and_says_when_wal_does_not_lead_there() -> any
     // All there is, which is two rows more. Now it is known how fast WAL is replayed.
     fleet.expect(&["verify", "orders", "--to", "latest", "--wait"])?;
     let latest = proof(&fleet)?;
+    ensure!(latest["heartbeat_at_ms"].is_null(), "nobody asked for heartbeats: {latest}");
     ensure!(latest["level_reached"] == "L4" && latest["rows"] == one + 2, "{latest}");
     ensure!(latest["recovery"]["last_commit"].as_str() > Some(moment.as_str()), "{latest}");
     let view = orders(&fleet)?;

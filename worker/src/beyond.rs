@@ -24,7 +24,9 @@ use crate::recovering::{self, FetchFrom, Fetching, Range, RecoveryPlan, Wanted};
 pub struct Beyond {
     /// How the server gets there, and where it must arrive.
     pub(crate) plan: RecoveryPlan,
-    /// What was asked for, for people.
+    /// What was asked for, or chosen.
+    pub(crate) to: RecoveryTarget,
+    /// The same for people.
     pub(crate) asked: String,
     /// Where the server will live. The socket lies there, too, so that whoever finds the room of a dead worker finds both.
     room: Option<SandboxRoom>,
@@ -103,7 +105,8 @@ impl Beyond {
             Fetching { program: recovering::this_program()?, from: FetchFrom::Service(socket) };
         let wanted = Wanted { backup, recovery: &recovery, ..wanted };
         let (pinned, plan) = recovering::plan(repository, wanted, &fetching, pin).await?;
-        Ok((pinned, Self { plan, asked, room: Some(room), _service: service }))
+        let (to, room) = (recovery.to, Some(room));
+        Ok((pinned, Self { plan, to, asked, room, _service: service }))
     }
 
     /// The same, as a sandbox is told.

@@ -242,7 +242,14 @@ pub struct ClusterConfig {
     /// Kinds of jobs for this cluster; all that the worker may do when absent.
     #[serde(default)]
     pub kinds: Option<Vec<JobKind>>,
+    /// Every so many seconds, 5 to 3600, the worker commits a transaction in it that changes nothing, so that proofs can ask a
+    /// restored server for it. None when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub heartbeat_s: Option<u32>,
 }
+
+/// Seconds between two heartbeats: fewer would be work, more would say little.
+const HEARTBEAT_S: std::ops::RangeInclusive<u32> = 5..=3_600;
 
 /// How the files of a cluster are read for a physical backup.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -351,6 +358,14 @@ impl WorkerConfig {
                 cluster.files != FilesConfig::Remote || cluster.data_directory.is_none(),
                 format!("clusters.{name}: data_directory has no meaning with files = \"remote\""),
             );
+            require(
+                cluster.heartbeat_s.is_none_or(|every| HEARTBEAT_S.contains(&every)),
+                format!(
+                    "clusters.{name}.heartbeat_s: {} to {}; without it there are no heartbeats",
+                    HEARTBEAT_S.start(),
+                    HEARTBEAT_S.end()
+                ),
+            );
         }
         problems
     }
@@ -442,11 +457,12 @@ mod tests {
     fn all_problems_are_told_at_once() {
         let broken = SAMPLE.replace("\"/var/tmp\"", "\"relative\"").replace(
             "repository = \"main\"",
-            "repository = \"mian\"\ndata_directory = \"/data\"\nfiles = \"remote\"",
+            "repository = \"mian\"\ndata_directory = \"/data\"\nfiles = \"remote\"\nheartbeat_s = 0",
         );
         let problems = toml::from_str::<WorkerConfig>(&broken).unwrap().problems();
-        assert_eq!(problems.len(), 3, "{problems:?}");
+        assert_eq!(problems.len(), 4, "{problems:?}");
         assert!(problems[1].contains("mian"));
         assert!(problems[2].contains("data_directory"));
+        assert!(problems[3].contains("heartbeat_s: 5 to 3600"));
     }
 }

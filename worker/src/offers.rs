@@ -6,7 +6,9 @@ use std::time::Duration;
 use futures::future::join_all;
 use postgres::binaries::Binaries;
 use postgres::{Purpose, connect_maintenance};
-use proto::message::{ArchiveSetup, ClusterOffer, Offers, RepositoryOffer, WalBacklog};
+use proto::message::{
+    ArchiveSetup, ClusterOffer, HeartbeatSetup, Offers, RepositoryOffer, WalBacklog,
+};
 use proto::{Action, Code, Failure, JobId};
 
 use crate::attempt::scrub_failure;
@@ -72,6 +74,10 @@ async fn look_at(shared: &Shared, cluster: &Cluster) -> ClusterOffer {
         problem: None,
         archive: None,
         repository_away: shared.held.away(&cluster.config.name),
+        heartbeat: cluster.config.heartbeat_s.map(|every_s| HeartbeatSetup {
+            every_s,
+            problem: shared.heartbeats.problem(&cluster.config.name),
+        }),
     };
     let asked = tokio::time::timeout(LOOK_MAX, async {
         let purpose = Purpose::ask(&JobId(shared.boot.0));
@@ -123,12 +129,9 @@ async fn backlog(directory: PathBuf) -> Option<WalBacklog> {
 
 /// An offer is stored and becomes the reason why a job waits; servers, drivers and poolers quote what they were given.
 fn scrubbed(mut offer: ClusterOffer) -> ClusterOffer {
-    if let Some(problem) = &mut offer.problem {
-        scrub_failure(problem);
-    }
-    if let Some(away) = &mut offer.repository_away {
-        scrub_failure(&mut away.failure);
-    }
+    let heartbeat = offer.heartbeat.iter_mut().filter_map(|heartbeat| heartbeat.problem.as_mut());
+    let away = offer.repository_away.iter_mut().map(|away| &mut away.failure);
+    offer.problem.iter_mut().chain(heartbeat).chain(away).for_each(scrub_failure);
     offer
 }
 
@@ -156,9 +159,10 @@ mod tests {
             server_version_num: None,
             files: false,
             remote: false,
-            problem: Some(problem),
+            problem: Some(problem.clone()),
             archive: None,
             repository_away,
+            heartbeat: Some(HeartbeatSetup { every_s: 60, problem: Some(problem) }),
         });
         let told = serde_json::to_string(&offer).unwrap();
         assert!(!told.contains("hunter2"), "{told}");

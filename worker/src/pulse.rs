@@ -53,6 +53,7 @@ pub(crate) async fn beat(shared: Arc<Shared>, stop: CancellationToken) {
         let with_offers = due || seq.is_multiple_of(REPEAT_OFFERS);
         let offered = shared.offered.borrow().clone();
         let wal = shared.standings.due(with_offers);
+        let heartbeats = shared.heartbeats.untold();
         let pulse = Pulse {
             schema: SCHEMA,
             worker: shared.config.name.clone(),
@@ -67,11 +68,13 @@ pub(crate) async fn beat(shared: Arc<Shared>, stop: CancellationToken) {
             offers: offered.filter(|_| with_offers),
             wal,
             holdings: shared.held.due(due),
+            heartbeats,
         };
         let body = shared.outbound.sign(&pulse);
         if !shared.outbound.pulse(format!("{}.{seq}", shared.boot), body).await {
             shared.standings.not_told(&pulse.wal);
             shared.held.not_told(&pulse.holdings);
+            shared.heartbeats.not_told(pulse.heartbeats);
             if with_offers {
                 shared.offers_due.store(true, Ordering::SeqCst);
             }

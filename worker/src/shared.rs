@@ -15,6 +15,7 @@ use crate::claims::Claims;
 use crate::clock;
 use crate::config::WorkerConfig;
 use crate::continuity::Standings;
+use crate::heartbeat::Heartbeats;
 use crate::holdings::Held;
 use crate::outbound::Outbound;
 use crate::places::Places;
@@ -50,6 +51,8 @@ pub(crate) struct Shared {
     pub(crate) standings: Standings,
     /// Which backups there are.
     pub(crate) held: Held,
+    /// The heartbeats it made.
+    pub(crate) heartbeats: Heartbeats,
     beacon_at_ms: AtomicI64,
     beacon_seen: Notify,
     epoch: AtomicU64,
@@ -83,6 +86,7 @@ impl Shared {
             offers_due: AtomicBool::new(true),
             standings: Standings::default(),
             held: Held::default(),
+            heartbeats: Heartbeats::default(),
             beacon_at_ms: AtomicI64::new(0),
             beacon_seen: Notify::new(),
             epoch: AtomicU64::new(0),

@@ -16,7 +16,7 @@ use crate::outbound::Outbound;
 use crate::places::Places;
 use crate::shared::Shared;
 use crate::spool::Spool;
-use crate::{clock, consume, continuity, control, holdings, pulse};
+use crate::{clock, consume, continuity, control, heartbeat, holdings, pulse};
 
 /// How long a draining worker lets running jobs go on before it hands them back.
 const DRAIN_MAX: Duration = Duration::from_secs(20);
@@ -101,6 +101,7 @@ impl Worker {
         parts.spawn(pulse::look_around(Arc::clone(&shared)));
         parts.spawn(continuity::watch(Arc::clone(&shared)));
         parts.spawn(holdings::watch(Arc::clone(&shared)));
+        parts.spawn(heartbeat::beat(Arc::clone(&shared)));
         parts.spawn(crate::jobs::clean_up_after_the_dead(Arc::clone(&shared)));
         let mut consumers = JoinSet::new();
         for queue in consume::queues(&shared) {

@@ -36,6 +36,7 @@ pub(crate) async fn alone(args: Backup, format: Output) -> Result<Exit, Failure>
         repository: None,
         labels: BTreeMap::new(),
         kinds: None,
+        heartbeat_s: None,
         files: FilesConfig::Auto,
     };
     let cluster = Cluster { config, target };

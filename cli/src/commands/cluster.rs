@@ -2,7 +2,7 @@
 
 use coordinator::api::types::ClusterView;
 use policy::recovery_time::RecoveryTime;
-use proto::message::WalStanding;
+use proto::message::{HeartbeatSetup, WalStanding};
 use proto::{ClusterName, Failure};
 
 use crate::args::{ClusterCommand, Output};
@@ -133,6 +133,9 @@ fn details(view: &ClusterView, now_ms: i64) -> String {
         let said = archiving::said(&view.name, setup, view.wal.as_ref().into(), now_ms);
         row("archiving", [said.what, said.cure].join(". ").trim_end_matches(['.', ' ']).to_owned());
     }
+    if let Some(setup) = &view.heartbeats {
+        row("heartbeat", heartbeats(setup, view.heartbeat_at_ms));
+    }
     if let Some(wal) = &view.wal {
         row("wal", archive(wal));
     }
@@ -182,6 +185,18 @@ fn recovery_phases(time: RecoveryTime) -> String {
 
 fn milliseconds(ms: u64) -> String {
     output::duration(i64::try_from(ms).unwrap_or(i64::MAX))
+}
+
+fn heartbeats(setup: &HeartbeatSetup, last_at_ms: Option<i64>) -> String {
+    let last =
+        last_at_ms.map_or("none yet".to_owned(), |at_ms| format!("last {}", output::time(at_ms)));
+    match &setup.problem {
+        None => format!("every {} s, {last}", setup.every_s),
+        Some(problem) => {
+            let cured = [problem.to_string(), problem.hint.clone()].join(". ");
+            format!("not made: {} ({last})", cured.trim_end_matches(['.', ' ']))
+        }
+    }
 }
 
 fn archive(wal: &WalStanding) -> String {

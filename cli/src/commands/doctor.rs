@@ -167,6 +167,9 @@ fn served(
     if let Some(setup) = &cluster.archive {
         findings.push(archives(&cluster.name, setup, wal.into(), now_ms));
     }
+    if let Some(problem) = cluster.heartbeat.as_ref().and_then(|setup| setup.problem.as_ref()) {
+        findings.push(bad(format!("heartbeats of {}", cluster.name), problem));
+    }
     findings
 }
 
@@ -310,6 +313,7 @@ mod tests {
             problem,
             archive,
             repository_away: None,
+            heartbeat: None,
         };
         let found = served("w1", &offer(None, Some(setup)), None, 1);
         let told: Vec<(&str, bool)> = found.iter().map(|f| (f.what.as_str(), f.good)).collect();

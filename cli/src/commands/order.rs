@@ -53,7 +53,12 @@ fn scope(args: &Backup) -> Result<Option<PgDump>, Failure> {
 pub(crate) async fn verify(client: &Client, args: Verify, format: Output) -> Result<Exit, Failure> {
     let to = args.to.as_deref().map(moment::of_proof).transpose()?;
     let usual = if to.is_some() { VerifyRestore::LEVEL_BEYOND_MAX } else { ProofLevel::L5 };
-    let task = VerifyRestore { backup: args.backup, level: args.level.unwrap_or(usual), to };
+    let task = VerifyRestore {
+        backup: args.backup,
+        level: args.level.unwrap_or(usual),
+        to,
+        heartbeats: None,
+    };
     task.check().map_err(|what| Failure::new(Code::RequestInvalid, Action::FixConfig, what))?;
     let task = Task::VerifyRestore(task);
     let request = SubmitRequest::new(args.cluster, task);

@@ -187,6 +187,7 @@ async fn look(args: &Up, connection: &str) -> Result<String, Failure> {
         repository: None,
         labels: BTreeMap::new(),
         kinds: None,
+        heartbeat_s: None,
     };
     let access = native::access(&Cluster { config, target }, &server, &session).await?;
     session.close().await;

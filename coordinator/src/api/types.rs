@@ -12,7 +12,7 @@ use policy::state::ClusterState;
 use proto::envelope::{Certificate, PublicKey, Signed};
 use proto::failure::Failure;
 use proto::job::{BackupOutcome, JobKind, JobState, Lane, Outcome, Task};
-use proto::message::{ArchiveSetup, Offers, WalStanding};
+use proto::message::{ArchiveSetup, HeartbeatSetup, Offers, WalStanding};
 use proto::proof::{Proof, ProofLevel};
 use proto::step::{Progress, Step};
 use proto::{
@@ -277,6 +277,12 @@ pub struct ClusterView {
     /// How its server is set up to archive, as its worker sees it now; absent while nobody knows.
     #[serde(default)]
     pub archive: Option<ArchiveSetup>,
+    /// The heartbeats that its worker makes in it; absent where it makes none.
+    #[serde(default)]
+    pub heartbeats: Option<HeartbeatSetup>,
+    /// When the newest of them was made, by its clock. Only where one cluster is shown.
+    #[serde(default)]
+    pub heartbeat_at_ms: Option<i64>,
     /// Its newest backup.
     pub backup: Option<BackupView>,
     /// Unfinished jobs.

@@ -12,6 +12,7 @@ pub(crate) mod backups;
 pub(crate) mod clusters;
 mod dialect;
 pub(crate) mod events;
+pub(crate) mod heartbeats;
 pub(crate) mod jobs;
 pub(crate) mod leader;
 pub(crate) mod outbox;

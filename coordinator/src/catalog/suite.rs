@@ -14,7 +14,9 @@ use proto::job::{
 use proto::message::ClusterOffer;
 use proto::proof::{BrokenWal, CheckOutcome, Proof, ProofCheck, ProofLevel};
 use proto::step::{Progress, Step};
-use proto::{AttemptId, JobId, LineageId, Lsn, SystemIdentifier, Timeline};
+use proto::{
+    AttemptId, ClusterHeartbeat, Heartbeat, JobId, LineageId, Lsn, SystemIdentifier, Timeline,
+};
 use secrecy::SecretString;
 use sqlx::migrate::Migrator;
 use tokio::sync::Semaphore;
@@ -24,7 +26,7 @@ use super::backups::{self, ProofRow, Shown, Worth};
 use super::dialect::Dialect;
 use super::jobs::{self, Job};
 use super::workers::{self, Worker};
-use super::{Catalog, clusters, events, leader, migrations, outbox, pool, row, steps};
+use super::{Catalog, clusters, events, heartbeats, leader, migrations, outbox, pool, row, steps};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::metrics::Metrics;
@@ -124,6 +126,7 @@ async fn every_case(server: Server) {
         a_catalog_of_before_is_brought_to_this_version_and_judged,
         what_an_older_coordinator_records_counts_when_it_is_judged,
         whose_backups_are_all_gone_is_asked_of_each_cluster,
+        heartbeats_are_kept_until_they_are_old_or_overwritten,
     ];
     server.stop().await;
 }
@@ -624,12 +627,71 @@ async fn register(catalog: &Catalog, name: &str) {
         problem: None,
         archive: None,
         repository_away: None,
+        heartbeat: None,
     };
     let (worker, site) = (&"w1".parse().unwrap(), &"fra1".parse().unwrap());
     catalog
         .transact("test", |tx| Box::pin(clusters::announce(tx, offer, None, worker, site, 1)))
         .await
         .unwrap();
+}
+
+/// All of a day, one an hour after that; and none that its server wrote over.
+async fn heartbeats_are_kept_until_they_are_old_or_overwritten(url: &str) {
+    const MINUTE_MS: i64 = 60_000;
+    let catalog = catalog(url).await;
+    let (orders, system) = ("orders".parse().unwrap(), SystemIdentifier(u64::MAX - 1));
+    let told = |n: u64, at_ms: i64| ClusterHeartbeat {
+        cluster: "orders".parse().unwrap(),
+        heartbeat: Heartbeat {
+            system_identifier: system,
+            timeline: Timeline(1),
+            transaction: 700 + n,
+            begun_lsn: Lsn(n * 100),
+            ended_lsn: Lsn(n * 100 + 50),
+            begun_at_ms: at_ms,
+            ended_at_ms: at_ms + 1,
+        },
+    };
+    let hear = async |told: &[(ClusterHeartbeat, i64)]| {
+        let told = told.to_vec();
+        let told = &told;
+        let heard = catalog.transact("test", move |tx| {
+            Box::pin(async move {
+                for (told, now_ms) in told {
+                    heartbeats::hear(tx, &[told], *now_ms).await?;
+                }
+                Ok(())
+            })
+        });
+        heard.await.unwrap();
+    };
+    let known = async || {
+        let mut db = catalog.read().await.unwrap();
+        let known = heartbeats::of(&mut db, &orders, system).await.unwrap();
+        let newest = heartbeats::newest(&mut db, &orders).await.unwrap();
+        assert_eq!(newest.as_ref(), known.last());
+        known
+    };
+    // Every ten minutes for 30 hours, and the last one twice.
+    let at = |n: i64| (told(n.unsigned_abs(), n * 10 * MINUTE_MS), n * 10 * MINUTE_MS);
+    let all: Vec<_> = (1..=180).map(at).chain([at(180)]).collect();
+    hear(&all).await;
+    let kept: Vec<u64> = known().await.iter().map(|one| one.transaction - 700).collect();
+    let hourly = [1, 6, 12, 18, 24, 30];
+    assert_eq!(kept[..6], hourly, "the first of each hour");
+    assert_eq!(kept[6..], (36..=180).collect::<Vec<u64>>()[..], "all of the last day");
+
+    // Its disks were set back by three hours: what it wrote since is written over.
+    let now_ms = 181 * 10 * MINUTE_MS;
+    let again = told(162, now_ms);
+    hear(&[(again.clone(), now_ms)]).await;
+    let kept = known().await;
+    assert_eq!(kept.last(), Some(&again.heartbeat));
+    assert_eq!(kept[kept.len() - 2].transaction, 861);
+    let mut db = catalog.read().await.unwrap();
+    let others = heartbeats::of(&mut db, &orders, SystemIdentifier(1)).await.unwrap();
+    assert!(others.is_empty(), "of another server");
 }
 
 /// Takes in a backup for each number, and the proofs.
@@ -1046,6 +1108,7 @@ mod lives {
             offers: None,
             wal: Vec::new(),
             holdings: Vec::new(),
+            heartbeats: Vec::new(),
         }
     }
 

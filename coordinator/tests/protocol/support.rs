@@ -21,8 +21,8 @@ use proto::message::{
 };
 use proto::topology::{self, TicketQueue};
 use proto::{
-    AttemptId, BackupId, BootId, ClusterName, Failure, JobId, JobState, Lane, LineageId, Lsn,
-    Outcome, Proof, ProofLevel, SiteName, SystemIdentifier, Timeline, WorkerName,
+    AttemptId, BackupId, BootId, ClusterHeartbeat, ClusterName, Failure, JobId, JobState, Lane,
+    LineageId, Lsn, Outcome, Proof, ProofLevel, SiteName, SystemIdentifier, Timeline, WorkerName,
 };
 use secrecy::SecretString;
 use serde::Serialize;
@@ -314,6 +314,8 @@ pub(crate) struct Worker {
     pub(crate) holdings: Vec<Holdings>,
     /// What its offers say of the repository.
     pub(crate) repository_away: Option<RepositoryAway>,
+    /// What they say of heartbeats.
+    pub(crate) heartbeats: Vec<ClusterHeartbeat>,
     /// What its cluster shows.
     pub(crate) identifier: SystemIdentifier,
     pub(crate) every_ms: u32,
@@ -363,6 +365,7 @@ impl Worker {
             wal: Vec::new(),
             holdings: Vec::new(),
             repository_away: None,
+            heartbeats: Vec::new(),
             identifier: SystemIdentifier(42),
             every_ms: 1_000,
             seq: 0,
@@ -401,6 +404,7 @@ impl Worker {
                     problem: None,
                     archive: None,
                     repository_away: self.repository_away.clone(),
+                    heartbeat: None,
                 })
                 .collect(),
             repositories: vec![RepositoryOffer {
@@ -434,6 +438,7 @@ impl Worker {
             offers,
             wal: self.wal.clone(),
             holdings: self.holdings.clone(),
+            heartbeats: self.heartbeats.clone(),
         };
         let body = serde_json::to_string(&self.credentials.sign(&pulse)).unwrap();
         self.say(topology::PULSE, "pulse", body).await;

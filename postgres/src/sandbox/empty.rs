@@ -109,7 +109,20 @@ impl Sandbox {
         phases.start = begun.elapsed();
         let replay_end = Lsn::INVALID;
         let went = None;
-        Ok(Self { server, room, major, role: superuser, replay_end, phases, isolation, went })
+        // Nothing was replayed.
+        let next_transaction = 0;
+        let role = superuser;
+        Ok(Self {
+            server,
+            room,
+            major,
+            role,
+            replay_end,
+            next_transaction,
+            phases,
+            isolation,
+            went,
+        })
     }
 
     /// A new empty directory in the room, for a tablespace.

@@ -363,6 +363,7 @@ pub struct Sandbox {
     major: u32,
     role: String,
     replay_end: Lsn,
+    next_transaction: u64,
     phases: BootPhases,
     isolation: Isolation,
     went: Option<Went>,
@@ -438,12 +439,27 @@ impl Sandbox {
         }
         let went = beyond.map(|beyond| boot.went(beyond, reached)).transpose()?;
         let major = binaries.major();
-        Ok(Self { server, room, major, role, replay_end: reached, phases, isolation, went })
+        Ok(Self {
+            server,
+            room,
+            major,
+            role,
+            replay_end: reached,
+            next_transaction: answer.next_transaction,
+            phases,
+            isolation,
+            went,
+        })
     }
 
     /// Where replay ended, as the server itself says; `0/0` of a server that was made empty.
     pub fn replay_end(&self) -> Lsn {
         self.replay_end
+    }
+
+    /// The first transaction that was not replayed: from here on it gave the numbers out itself.
+    pub fn next_transaction(&self) -> u64 {
+        self.next_transaction
     }
 
     /// What it said of the moment behind the end of its backup, where it was to go to one.
@@ -593,6 +609,7 @@ struct Answer {
     in_recovery: bool,
     replay_end: Option<Lsn>,
     system_identifier: SystemIdentifier,
+    next_transaction: u64,
 }
 
 enum AskError {
@@ -688,7 +705,9 @@ impl Boot<'_> {
             let (client, connection) = config.connect(NoTls).await?;
             let query = client.query_one(
                 "SELECT pg_catalog.pg_is_in_recovery(), pg_catalog.pg_last_wal_replay_lsn()::pg_catalog.text, \
-                 system_identifier::pg_catalog.text FROM pg_catalog.pg_control_system()",
+                 system_identifier::pg_catalog.text, \
+                 pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())::pg_catalog.text \
+                 FROM pg_catalog.pg_control_system()",
                 &[],
             );
             let row = tokio::select! {
@@ -698,19 +717,25 @@ impl Boot<'_> {
                     Ok(()) => return Ok(None),
                 },
             };
-            Ok(Some((row.try_get(0)?, row.try_get::<_, Option<String>>(1)?, row.try_get(2)?)))
+            Ok(Some((
+                row.try_get(0)?,
+                row.try_get::<_, Option<String>>(1)?,
+                row.try_get(2)?,
+                row.try_get(3)?,
+            )))
         };
         let row = tokio::time::timeout(CONNECT_TIMEOUT, work)
             .await
             .map_err(|_| AskError::Silent)?
             .map_err(told)?;
         let odd = || AskError::Other("it gave an unexpected answer".to_owned());
-        let (in_recovery, replay_end, identifier): (bool, Option<String>, String) =
+        let (in_recovery, replay_end, identifier, next): (bool, Option<String>, String, String) =
             row.ok_or_else(odd)?;
         Ok(Answer {
             in_recovery,
             replay_end: replay_end.and_then(|text| text.parse().ok()),
             system_identifier: identifier.parse().map_err(|_| odd())?,
+            next_transaction: next.parse().map_err(|_| odd())?,
         })
     }
 

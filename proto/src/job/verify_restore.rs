@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::proof::{Proof, ProofLevel};
-use crate::{BackupId, RecoveryTarget};
+use crate::{ArchivedHeartbeats, BackupId, RecoveryTarget};
 
 /// Parameters of a proof.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,6 +18,10 @@ pub struct VerifyRestore {
     /// still proves backups.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub to: Option<ProofTarget>,
+    /// Heartbeats of the cluster: a restored server must have those before its moment, and none behind it. The coordinator fills
+    /// them in when it gives the job out, and replaces whatever an order says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub heartbeats: Option<ArchivedHeartbeats>,
 }
 
 impl VerifyRestore {
@@ -68,7 +72,7 @@ mod tests {
 
     #[test]
     fn what_a_proof_beyond_its_backup_cannot_show_is_refused() {
-        let task = |level, to| VerifyRestore { backup: None, level, to };
+        let task = |level, to| VerifyRestore { backup: None, level, to, heartbeats: None };
         let latest = || Some(ProofTarget::At(RecoveryTarget::Latest));
         assert_eq!(task(ProofLevel::L5, None).check(), Ok(()));
         assert_eq!(task(ProofLevel::L4, latest()).check(), Ok(()));
@@ -85,7 +89,8 @@ mod tests {
 
     #[test]
     fn a_worker_that_knows_no_moment_still_reads_a_proof_without_one() {
-        let plain = VerifyRestore { backup: None, level: ProofLevel::L5, to: None };
+        let plain =
+            VerifyRestore { backup: None, level: ProofLevel::L5, to: None, heartbeats: None };
         assert_eq!(serde_json::to_string(&plain).unwrap(), r#"{"level":"L5"}"#);
         let random =
             VerifyRestore { to: Some(ProofTarget::Random), level: ProofLevel::L4, ..plain };

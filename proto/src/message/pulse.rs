@@ -1,4 +1,4 @@
-//! A worker's sign of life: one batched heartbeat for everything it runs.
+//! A worker's sign of life: one batched pulse for everything it runs.
 
 use std::collections::BTreeMap;
 
@@ -7,9 +7,12 @@ use serde::{Deserialize, Serialize};
 use super::{ArchiveSetup, Holdings, WalStanding};
 use crate::failure::{Code, Failure};
 use crate::step::Progress;
-use crate::{AttemptId, BootId, ClusterName, JobKind, SiteName, SystemIdentifier, WorkerName};
+use crate::{
+    AttemptId, BootId, ClusterHeartbeat, ClusterName, JobKind, SiteName, SystemIdentifier,
+    WorkerName,
+};
 
-/// One heartbeat. Signed by the worker.
+/// One pulse. Signed by the worker.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Pulse {
     /// [`SCHEMA`](super::SCHEMA).
@@ -41,6 +44,9 @@ pub struct Pulse {
     /// Which backups there are: those that changed, and all of them from time to time.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub holdings: Vec<Holdings>,
+    /// Heartbeats it made in its servers since the last pulse.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub heartbeats: Vec<ClusterHeartbeat>,
 }
 
 /// Room for more jobs.
@@ -112,6 +118,9 @@ pub struct ClusterOffer {
     /// That its repository could not be looked into for a while.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub repository_away: Option<RepositoryAway>,
+    /// The heartbeats that this worker makes in it; absent where it makes none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub heartbeat: Option<HeartbeatSetup>,
 }
 
 /// A repository that a worker does not find, or that does not let itself be looked into.
@@ -130,6 +139,16 @@ impl RepositoryAway {
     pub fn is_gone(&self) -> bool {
         self.failure.code == Code::RepositoryMissing
     }
+}
+
+/// The heartbeats that a worker makes in a server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeartbeatSetup {
+    /// How often, seconds.
+    pub every_s: u32,
+    /// Why the last one was not made, if it was not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<Failure>,
 }
 
 /// A repository a worker can open.

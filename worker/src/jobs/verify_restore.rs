@@ -12,7 +12,7 @@ use crate::config::WorkerConfig;
 use crate::context::JobContext;
 use crate::engines::native;
 use crate::places::Places;
-use crate::proving::{self, Workshop};
+use crate::proving::{self, Moment, Workshop};
 use crate::restoring;
 
 /// Runs a proof. One that found damage fails the job, and its record goes along.
@@ -93,7 +93,11 @@ async fn proof(
         processes: config.backup.processes,
     };
     let proved = async {
-        let proof = proving::prove_to(cx, &workshop, &backup, task.level, beyond.as_mut()).await?;
+        let heartbeats = task.heartbeats.as_ref();
+        let heartbeats = heartbeats.filter(|archived| archived.lineage == backup.lineage());
+        let heartbeats = heartbeats.map_or(&[][..], |archived| archived.known.as_slice());
+        let moment = Moment { beyond: beyond.as_mut(), heartbeats };
+        let proof = proving::prove_to(cx, &workshop, &backup, task.level, moment).await?;
         store(cx, &repository, credentials, &proof).await?;
         Ok(proof)
     };

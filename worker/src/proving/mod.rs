@@ -1,19 +1,24 @@
 //! Proving a backup: restore it where nothing can be harmed, boot it, ask it, measure everything, leave nothing behind.
 
 mod dump;
+mod heartbeat;
 
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use postgres::checks::{CheckOptions, CheckReport, Origin, run_checks};
 use postgres::process::Isolation;
 use postgres::sandbox::{Sandbox, SandboxOptions, SandboxRoom};
 use postgres::short_place::ShortPlace;
 use postgres::{Environment, Target};
 use proto::proof::{BrokenWal, CheckOutcome, Phase, ProofCheck, ProofRecovery};
+use proto::wal::History;
 use proto::words::count;
-use proto::{Action, BackupId, BackupKind, Code, Failure, Proof, ProofLevel, WorkerName};
+use proto::{
+    Action, BackupId, BackupKind, Code, Failure, Heartbeat, Proof, ProofLevel, WorkerName,
+};
 use repository::Backup;
 
 use crate::beyond::Beyond;
@@ -45,6 +50,7 @@ struct Findings {
     level_reached: Option<ProofLevel>,
     recovery: Option<ProofRecovery>,
     broken_wal: Option<BrokenWal>,
+    heartbeat_at_ms: Option<i64>,
 }
 
 impl Findings {
@@ -93,16 +99,25 @@ pub async fn prove(
     backup: &Backup,
     level: ProofLevel,
 ) -> Result<Proof, Failure> {
-    prove_to(cx, workshop, backup, level, None).await
+    prove_to(cx, workshop, backup, level, Moment { beyond: None, heartbeats: &[] }).await
 }
 
-/// The same, and where `beyond` names a moment behind the end of the backup, archived WAL is replayed to there.
+/// How far a copy is to go, and what is known of what it must have then.
+#[derive(Debug)]
+pub struct Moment<'a> {
+    /// A moment behind the end of the backup, to which archived WAL is replayed.
+    pub beyond: Option<&'a mut Beyond>,
+    /// Heartbeats of the cluster: the copy must have those before its moment, and none behind it.
+    pub heartbeats: &'a [Heartbeat],
+}
+
+/// The same, to a moment.
 pub async fn prove_to(
     cx: &JobContext,
     workshop: &Workshop<'_>,
     backup: &Backup,
     level: ProofLevel,
-    beyond: Option<&mut Beyond>,
+    moment: Moment<'_>,
 ) -> Result<Proof, Failure> {
     let mut findings = Findings {
         phases: Vec::new(),
@@ -113,8 +128,9 @@ pub async fn prove_to(
         level_reached: None,
         recovery: None,
         broken_wal: None,
+        heartbeat_at_ms: None,
     };
-    match climb(cx, workshop, backup, level, beyond, &mut findings).await {
+    match climb(cx, workshop, backup, level, moment, &mut findings).await {
         Err(failure) if !blames_the_backup(&failure) => return Err(failure),
         // It is in the findings already.
         Ok(()) | Err(_) => {}
@@ -147,6 +163,7 @@ pub async fn prove_to(
         isolation: findings.isolation,
         recovery: findings.recovery,
         broken_wal: findings.broken_wal,
+        heartbeat_at_ms: findings.heartbeat_at_ms,
         ..Proof::of(backup.id(), backup.lineage(), cluster, system_identifier, worker, level)
     })
 }
@@ -156,7 +173,7 @@ async fn climb(
     workshop: &Workshop<'_>,
     backup: &Backup,
     level: ProofLevel,
-    beyond: Option<&mut Beyond>,
+    moment: Moment<'_>,
     findings: &mut Findings,
 ) -> Result<(), Failure> {
     let started = Instant::now();
@@ -214,7 +231,7 @@ async fn climb(
     }
     match logical.zip(contents.as_ref()) {
         Some(dump) => dump::in_sandbox(cx, workshop, backup, level, dump, findings).await,
-        None => in_sandbox(cx, workshop, backup, level, beyond, findings).await,
+        None => in_sandbox(cx, workshop, backup, level, moment, findings).await,
     }
 }
 
@@ -230,9 +247,10 @@ async fn in_sandbox(
     workshop: &Workshop<'_>,
     backup: &Backup,
     level: ProofLevel,
-    mut beyond: Option<&mut Beyond>,
+    moment: Moment<'_>,
     findings: &mut Findings,
 ) -> Result<(), Failure> {
+    let Moment { mut beyond, heartbeats } = moment;
     let facts = backup.facts();
     let binaries = cx.until_stopped(programs::of(backup, &workshop.bin_dirs)).await??;
     let made = beyond.as_deref_mut().and_then(Beyond::take_room);
@@ -316,7 +334,20 @@ async fn in_sandbox(
     let target = Target::parse(&sandbox.url("postgres"), &Environment::default())?;
     let origin =
         Origin::Copy { system_identifier: facts.system_identifier, stop_lsn: facts.stop_lsn };
-    let report = look_into(cx, &target, level, origin, backup, findings).await;
+    let own = History { timeline: facts.timeline, entries: Vec::new() };
+    let restored = heartbeat::Restored {
+        system_identifier: facts.system_identifier,
+        history: beyond.map_or(&own, |beyond| beyond.plan.way.history()),
+        backup_end: facts.stop_lsn,
+        beyond: beyond.map(|beyond| (&beyond.to, beyond.asked.as_str())),
+        reached: sandbox.replay_end(),
+        next_transaction: sandbox.next_transaction(),
+    };
+    let seen = heartbeat::look(cx, &target, heartbeats, restored, findings);
+    let report = match Box::pin(seen).await {
+        Ok(()) => look_into(cx, &target, level, origin, backup, findings).await,
+        Err(failure) => Err(failure),
+    };
     let unfit = if depends_on_the_end(&report, level) { sandbox.unfit().await } else { None };
     let destroyed = cx_free_step(cx, sandbox).await;
     if let Some(error) = unfit {
@@ -425,8 +456,10 @@ pub fn sentence(proof: &Proof) -> String {
             ("+PITR", format!(" and replayed to {}{commit}", recovery.reached_lsn))
         }
     };
+    let heartbeat = proof.heartbeat_at_ms.and_then(|ms| Timestamp::from_millisecond(ms).ok());
+    let heartbeat = heartbeat.map_or(String::new(), |at| format!("; heartbeat of {at} seen"));
     let mut said = format!(
-        "{} is PROVED ({level}{moment}): restored{replayed} in {seconds} s, {}, {} {what}",
+        "{} is PROVED ({level}{moment}): restored{replayed} in {seconds} s, {}, {} {what}{heartbeat}",
         proof.cluster,
         count(proof.tables, "table"),
         count(proof.rows, "row")
