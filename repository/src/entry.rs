@@ -42,7 +42,8 @@ pub struct SourceEntry {
     pub content: Option<Bytes>,
     /// Bytes that may differ from what the predecessor has under this name, where somebody knows who was told of every write:
     /// ascending and apart. What the predecessor has of the rest is as good as what would be read. What lies behind the end that
-    /// the predecessor knows is read in any case.
+    /// the predecessor knows is read in any case. Writes that came after the predecessor was finished may be missing; whatever was
+    /// written before that is here, unless the predecessor was told of it.
     pub changes: Option<Vec<Range<u64>>>,
 }
 
@@ -151,8 +152,41 @@ pub(crate) struct Stamp {
     pub(crate) ctime_ns: i64,
     pub(crate) inode: u64,
     pub(crate) device: u64,
-    /// Changed so shortly before the scan that a later change might show the same times; or times and size show what was not read.
-    pub(crate) racy: bool,
+    pub(crate) belief: Belief,
+}
+
+/// What the next backup may conclude of a file that has the same times and the same size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Belief {
+    /// It is what was read.
+    Read,
+    /// Nothing: it changed so shortly before the scan that a later change might show the same times.
+    Racy,
+    /// Nothing: units were taken over unread, and the times may be those of a write of which nobody could tell yet.
+    Ahead,
+    /// It is what is stored, though units were taken over unread: of every write that the times stand for somebody has told. What is
+    /// written without being told of (hint bits) may differ, which is no fault.
+    Told,
+}
+
+impl Belief {
+    pub(crate) fn of_byte(byte: u8) -> Self {
+        match byte {
+            0 => Self::Read,
+            2 => Self::Ahead,
+            3 => Self::Told,
+            _ => Self::Racy,
+        }
+    }
+
+    pub(crate) fn byte(self) -> u8 {
+        match self {
+            Self::Read => 0,
+            Self::Racy => 1,
+            Self::Ahead => 2,
+            Self::Told => 3,
+        }
+    }
 }
 
 /// Where a file's units are.
@@ -263,7 +297,11 @@ impl SourceEntry {
             ctime_ns: self.ctime_ns,
             inode: self.inode,
             device: self.device,
-            racy: newest.saturating_add(RACY_NS) >= self.scanned_at_ns,
+            belief: if newest.saturating_add(RACY_NS) >= self.scanned_at_ns {
+                Belief::Racy
+            } else {
+                Belief::Read
+            },
         }
     }
 }
@@ -316,11 +354,20 @@ mod tests {
         let mut entry = SourceEntry::bytes("f", 0o600, "");
         entry.scanned_at_ns = 10_000_000_000;
         entry.mtime_ns = 7_999_999_999;
-        assert!(!entry.stamp().racy);
+        assert_eq!(entry.stamp().belief, Belief::Read);
         entry.ctime_ns = 8_000_000_000;
-        assert!(entry.stamp().racy);
+        assert_eq!(entry.stamp().belief, Belief::Racy);
         // A clock that runs ahead is no proof of age.
         entry.ctime_ns = i64::MAX;
-        assert!(entry.stamp().racy);
+        assert_eq!(entry.stamp().belief, Belief::Racy);
+    }
+
+    #[test]
+    fn a_belief_that_is_not_known_is_none() {
+        for byte in 0..=u8::MAX {
+            let belief = Belief::of_byte(byte);
+            assert_eq!(belief.byte(), if byte < 4 { byte } else { 1 });
+            assert_eq!(belief == Belief::Racy, !matches!(byte, 0 | 2 | 3));
+        }
     }
 }

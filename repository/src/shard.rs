@@ -8,7 +8,8 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use crate::entry::{
-    Body, Content, Entry, Extent, FileBody, Place, Stamp, check_path, check_target, path_order,
+    Belief, Body, Content, Entry, Extent, FileBody, Place, Stamp, check_path, check_target,
+    path_order,
 };
 use crate::limits::{
     FRAME_BYTES_MAX, HASH_BYTES, HASH_LENGTH, INLINE_UNITS, PACK_BYTES_MAX, PATH_BYTES_MAX,
@@ -208,14 +209,14 @@ pub(crate) fn encode_entries(entries: &[Entry]) -> (Vec<u8>, Vec<PackId>) {
 }
 
 fn encode_file(file: &FileBody, tables: &mut Tables, out: &mut Encoder) {
-    let Stamp { scanned_bytes, mtime_ns, ctime_ns, inode, device, racy } = file.stamp;
+    let Stamp { scanned_bytes, mtime_ns, ctime_ns, inode, device, belief } = file.stamp;
     out.number(file.size_bytes);
     out.number(scanned_bytes);
     out.signed(mtime_ns);
     out.signed(ctime_ns);
     out.number(inode);
     out.number(device);
-    out.byte(u8::from(racy));
+    out.byte(belief.byte());
     out.number(file.unit_bytes);
     match &file.content {
         Content::Inline(extents) => tables.extents(extents, out),
@@ -365,7 +366,7 @@ fn decode_file(
         ctime_ns: from.signed("ctime")?,
         inode: from.number("inode")?,
         device: from.number("device")?,
-        racy: from.byte("racy")? != 0,
+        belief: Belief::of_byte(from.byte("racy")?),
     };
     let unit_bytes = from.number_u32("unit size")?;
     if !unit_bytes.is_power_of_two() || !(UNIT_BYTES_MIN..=UNIT_BYTES_MAX).contains(&unit_bytes) {
@@ -440,7 +441,7 @@ mod tests {
             ctime_ns: 7,
             inode: 9,
             device: 1,
-            racy: true,
+            belief: Belief::Told,
         };
         let body = FileBody { size_bytes, stamp, unit_bytes: 8192, content };
         Entry { path: path.into(), mode: 0o600, body: Body::File(body) }

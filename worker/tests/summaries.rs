@@ -74,13 +74,9 @@ async fn by_whole_files(house: &House, why: &str) -> BackupOutcome {
     outcome
 }
 
-/// Gives a backup up, and deletes all that no other one needs.
-async fn delete(house: &House, backup: BackupId) {
-    let repository = house.reopened().await;
-    let lineage = repository.list_lineages().await.unwrap()[0].lineage;
-    let wish = Wish { by: "test".into(), why: "it is in the way".into(), at_ms: NOW_MS };
-    repository.forget(lineage, backup, &wish).await.unwrap();
-    let options = CollectOptions {
+/// Nobody waits for anything.
+fn collection() -> CollectOptions {
+    CollectOptions {
         by: "test".into(),
         now_ms: NOW_MS,
         grace_ms: 0,
@@ -88,7 +84,16 @@ async fn delete(house: &House, backup: BackupId) {
         pins_for_ms: 0,
         lists_for_ms: None,
         cancel: CancellationToken::new(),
-    };
+    }
+}
+
+/// Gives a backup up, and deletes all that no other one needs.
+async fn delete(house: &House, backup: BackupId) {
+    let repository = house.reopened().await;
+    let lineage = repository.list_lineages().await.unwrap()[0].lineage;
+    let wish = Wish { by: "test".into(), why: "it is in the way".into(), at_ms: NOW_MS };
+    repository.forget(lineage, backup, &wish).await.unwrap();
+    let options = collection();
     let plan = repository.plan_collection(lineage, &options).await.unwrap();
     assert!(plan.delete.packs > 0);
     plan.collect(&options).await.unwrap();
@@ -99,6 +104,18 @@ async fn delete(house: &House, backup: BackupId) {
 async fn file_of(house: &House, relation: &str) -> PathBuf {
     let sql = format!("SELECT pg_relation_filepath('{relation}')");
     house.server.data_directory().join(text(&house.server.url("postgres"), &sql).await)
+}
+
+/// Waits until a file was written so long ago that its times may be believed.
+async fn is_old(file: &Path) {
+    let is_old = async || {
+        #[expect(clippy::disallowed_methods, reason = "the clock that stamps files")]
+        let now = SystemTime::now();
+        let written = fs::metadata(file).unwrap().modified().unwrap();
+        let age = now.duration_since(written).unwrap_or_default();
+        (age > Duration::from_millis(2_500)).then_some(())
+    };
+    eventually("the file looks old", Duration::from_secs(30), is_old).await;
 }
 
 /// Restores a backup and starts it.
@@ -302,14 +319,7 @@ async fn what_was_written_between_start_and_listing_is_in_the_next_backup() {
         // Nobody asks how it goes, so nothing is listed yet. The page is on disk, its file has a time that looks old, and
         // the summaries are of what came before.
         house.sql("UPDATE public.orders SET note = 'between' WHERE id = 7; CHECKPOINT").await;
-        let is_old = async || {
-            #[expect(clippy::disallowed_methods, reason = "the clock that stamps files")]
-            let now = SystemTime::now();
-            let written = fs::metadata(&file).unwrap().modified().unwrap();
-            let age = now.duration_since(written).unwrap_or_default();
-            (age > Duration::from_millis(2_500)).then_some(())
-        };
-        eventually("the file looks old", Duration::from_secs(30), is_old).await;
+        is_old(&file).await;
         house.sql("CHECKPOINT").await;
         backup.await
     };
@@ -420,6 +430,41 @@ async fn a_hole_a_restart_or_a_right_that_is_missing_has_files_read_whole() {
     let (_running, url) = restored(&house, &sixth, "restored").await;
     let changed = "SELECT count(*) FROM public.orders WHERE note LIKE '%!!!!!'";
     assert_eq!(number(&url, changed).await, 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_restart_only_what_changed_lately_is_read() {
+    let mut house = House::new(MAJOR, summarizing(true)).await;
+    // Whoever counts rows writes to their pages.
+    house.config.backup.census_s = 0;
+    // Of many stretches.
+    let rows = "SELECT g AS id, repeat(md5(g::text), 30) AS t FROM generate_series(1, 40000) g";
+    house.sql(&format!("CREATE TABLE public.large AS {rows}")).await;
+    house.sql(DATA).await;
+    house.sql("VACUUM (FREEZE)").await;
+    house.sql("CHECKPOINT").await;
+    let (large, orders) =
+        (file_of(&house, "public.large").await, file_of(&house, "public.orders").await);
+    let first = house.back_up().await;
+    house.sql("UPDATE public.large SET t = t || '!' WHERE id IN (9, 20000); CHECKPOINT").await;
+    is_old(&large).await;
+    let second = by_summaries(&house, &house.cx(), &first).await;
+    house.sql("UPDATE public.orders SET note = 'late' WHERE id = 7; CHECKPOINT").await;
+    is_old(&orders).await;
+    let third = by_summaries(&house, &house.cx(), &second).await;
+    let size = |file: &Path| fs::metadata(file).unwrap().len();
+    let (large, orders) = (size(&large), size(&orders));
+    assert!(large > 30 << 20 && orders > 3 << 20, "{large} {orders}");
+
+    house.server.restart().await.unwrap();
+    let fourth = by_whole_files(&house, "was started after").await;
+    let read = read_of_files(&fourth);
+    assert!((orders..large).contains(&read), "{read} of {large} and {orders}: {fourth:?}");
+    assert!(read_of_files(&third) < orders, "{third:?}");
+    let (_running, url) = restored(&house, &fourth, "restored").await;
+    let changed = "SELECT (SELECT count(*) FROM public.large WHERE t LIKE '%!')
+                        + (SELECT count(*) FROM public.orders WHERE note = 'late')";
+    assert_eq!(number(&url, changed).await, 3);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -6,7 +6,7 @@ use std::sync::{Arc, LazyLock};
 use proto::{AttemptId, BackupFacts, LineageId, Lsn, RepositoryId, SystemIdentifier, Timeline};
 
 use crate::checkpoint::{Checkpoint, CheckpointHead};
-use crate::entry::{Body, Content, Entry, Extent, FileBody, Place, Stamp};
+use crate::entry::{Belief, Body, Content, Entry, Extent, FileBody, Place, Stamp};
 use crate::key::{KeyFile, Keys, MasterKey};
 use crate::manifest::{Counts, FORMAT, Head, Root, RootShard};
 use crate::pack::{
@@ -168,7 +168,7 @@ fn file(path: &str, size_bytes: u64, unit_bytes: u32, content: Content) -> Entry
         ctime_ns: 1_700_000_000_000_000_000,
         inode: 9,
         device: 1,
-        racy: true,
+        belief: Belief::Ahead,
     };
     let body = Body::File(FileBody { size_bytes, stamp, unit_bytes, content });
     Entry { path: path.into(), mode: 0o600, body }

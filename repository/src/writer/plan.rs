@@ -13,10 +13,12 @@ use super::Source;
 use super::assemble::{Event, Shape};
 use super::copy::{Job, Room, Stretch};
 use super::needed::Needed;
-use super::previous::{Known, Old, Walk};
+use super::previous::{Begun, Known, Old, Walk};
 use crate::checkpoint::Interrupted;
 use crate::detect::spread;
-use crate::entry::{Body, Content, Entry, FileBody, SourceEntry, SourceKind, Stamp, path_order};
+use crate::entry::{
+    Belief, Body, Content, Entry, FileBody, SourceEntry, SourceKind, Stamp, path_order,
+};
 use crate::error::Error;
 use crate::limits::{INLINE_UNITS, SHARD_UNITS, UNIT_BYTES_MAX, UNIT_BYTES_MIN};
 use crate::pack::PackId;
@@ -36,7 +38,7 @@ pub(super) struct Trust {
     /// Packs that nothing is taken over from.
     pub(super) spoilt: Arc<BTreeSet<PackId>>,
     /// What is in no backup and may be taken over where what is read is the same.
-    pub(super) interrupted: Option<Arc<Interrupted>>,
+    pub(super) interrupted: Vec<Arc<Interrupted>>,
 }
 
 impl Trust {
@@ -96,7 +98,7 @@ pub(super) struct Planner<'a> {
     pub(super) source: &'a dyn Source,
     pub(super) walk: Option<Walk>,
     /// Beside it.
-    begun: Option<Walk>,
+    begun: Vec<(Walk, Arc<Interrupted>)>,
     pub(super) trust: Trust,
     pub(super) stop: &'a Stop,
     pub(super) progress: &'a Progress,
@@ -117,7 +119,10 @@ impl<'a> Planner<'a> {
         stretches_max: usize,
     ) -> Self {
         let rooms = crossbeam_channel::bounded(stretches_max);
-        let begun = trust.interrupted.clone().map(|known| Walk::new(Known::Interrupted(known)));
+        let begun = trust.interrupted.iter().map(|interrupted| {
+            (Walk::new(Known::Interrupted(Arc::clone(interrupted))), Arc::clone(interrupted))
+        });
+        let begun = begun.collect();
         Self { source, walk, begun, trust, stop, progress, outlets, rooms, next: 0 }
     }
 
@@ -158,14 +163,17 @@ impl<'a> Planner<'a> {
         self.event(Event::Entry { entry, old, shape: Shape::Whole })
     }
 
-    /// What an interrupted backup had stored of a file.
-    fn begun(&mut self, path: &[u8]) -> Result<Option<Old>, Error> {
-        match (&mut self.begun, &self.trust.interrupted) {
-            (Some(walk), Some(interrupted)) if !interrupted.is_lost() => {
-                interrupted.told(walk.find(path, self.stop))
+    /// What interrupted backups had stored of a file.
+    fn begun(&mut self, path: &[u8]) -> Result<Vec<Begun>, Error> {
+        let mut found = Vec::new();
+        for (walk, by) in &mut self.begun {
+            if !by.is_lost()
+                && let Some(old) = by.told(walk.find(path, self.stop))?
+            {
+                found.push(Begun { old, by: Arc::clone(by) });
             }
-            _ => Ok(None),
         }
+        Ok(found)
     }
 
     fn file(&mut self, mut entry: SourceEntry, old: Option<Old>) -> Result<(), Error> {
@@ -173,15 +181,17 @@ impl<'a> Planner<'a> {
         let reread = self.trust.reread;
         let known = old.as_ref().and_then(Old::file);
         let may_skip = entry.content.is_none() && !self.trust.read_again.contains(&entry.path);
-        let trusted = may_skip && known.is_some_and(|file| self.may_trust(file, &stamp));
+        let same = known.filter(|file| may_skip && self.looks_the_same(file, stamp));
+        let believed = same.map(|file| file.stamp.belief);
+        let trusted = matches!(believed, Some(Belief::Read | Belief::Told));
         if !trusted {
             self.source.changed(&entry);
         }
-        let begun = self.begun(&entry.path)?;
+        let mut begun = self.begun(&entry.path)?;
         // Times and size say it all, where they may be believed.
         let goes_on = may_skip && !trusted && self.trust.changes && known.is_some();
         let told = entry.changes.take().filter(|_| goes_on);
-        let named = known.or(begun.as_ref().and_then(Old::file));
+        let named = known.or(begun.first().and_then(|begun| begun.old.file()));
         let unit_bytes = unit_bytes(&entry, named, told.is_some());
         let spared = |file| told.as_ref().is_some_and(|ranges| spare(ranges, &entry, file));
         if let Some(file) = known.filter(|file| trusted || spared(file)) {
@@ -195,7 +205,7 @@ impl<'a> Planner<'a> {
                 self.progress.add_files(1);
                 self.progress.add_bytes(file.size_bytes);
                 self.progress.add_skipped(file.size_bytes);
-                let stamp = if trusted { stamp } else { not_as_read(stamp) };
+                let stamp = not_as_read(stamp, believed);
                 let body = Body::File(FileBody { stamp, ..file.clone() });
                 let entry = Entry { path: entry.path, mode: entry.mode, body };
                 return self.event(Event::Entry { entry, old, shape: Shape::Whole });
@@ -207,9 +217,10 @@ impl<'a> Planner<'a> {
             if inline { Content::Inline(Vec::new()) } else { Content::Shards(Vec::new()) };
         let pieces = if inline { 1 } else { units.div_ceil(u64::from(SHARD_UNITS)) };
         // What is read to its end, because all of it is due, is what its times say.
-        let changes =
-            told.as_ref().filter(|_| !(0..pieces).all(|piece| reread.covers(&entry.path, piece)));
-        let stamp = if changes.is_some() { not_as_read(stamp) } else { stamp };
+        let all_due = (0..pieces).all(|piece| reread.covers(&entry.path, piece));
+        let changes = told.as_ref().filter(|_| !all_due);
+        let is_read = all_due || changes.is_none() && !trusted;
+        let stamp = if is_read { stamp } else { not_as_read(stamp, believed) };
         let body = Body::File(FileBody { size_bytes: 0, stamp, unit_bytes, content });
         let head = Entry { path: entry.path.clone(), mode: entry.mode, body };
         self.event(Event::Entry { entry: head, old: old.clone(), shape: Shape::Pieces(pieces) })?;
@@ -218,7 +229,8 @@ impl<'a> Planner<'a> {
         // Only units of the same size can be compared.
         let has_such_units =
             |old: &Old| old.file().is_some_and(|file| file.unit_bytes == unit_bytes);
-        let (comparable, begun) = (old.filter(has_such_units), begun.filter(has_such_units));
+        let comparable = old.filter(has_such_units);
+        begun.retain(|begun| has_such_units(&begun.old));
         for piece in 0..pieces {
             let start = piece * piece_bytes;
             let length = (entry.size_bytes - start).min(piece_bytes);
@@ -252,7 +264,7 @@ impl<'a> Planner<'a> {
                 begun: begun.clone(),
                 needed,
                 its_turn,
-                claims_unchanged: trusted,
+                claims_unchanged: believed == Some(Belief::Read),
                 read: None,
             };
             self.outlets.jobs.send(job).map_err(|_| Error::Cancelled)?;
@@ -274,7 +286,8 @@ impl<'a> Planner<'a> {
         let has_such_units =
             |old: &Old| old.file().is_some_and(|file| file.unit_bytes == unit_bytes);
         let comparable = old.cloned().filter(has_such_units);
-        let stored = self.begun(&entry.path)?.filter(has_such_units);
+        let mut stored = self.begun(&entry.path)?;
+        stored.retain(|begun| has_such_units(&begun.old));
         let shared = Arc::new(entry.clone());
         let (mut piece, mut begun, mut ended) = (0, false, false);
         let capacity = usize::try_from(piece_bytes).unwrap_or_default();
@@ -323,10 +336,10 @@ impl<'a> Planner<'a> {
     }
 
     /// Whether the file is what it was, as far as its inode tells.
-    fn may_trust(&self, known: &FileBody, stamp: &Stamp) -> bool {
+    fn looks_the_same(&self, known: &FileBody, stamp: Stamp) -> bool {
         self.trust.stamps
-            && known.stamp == *stamp
-            && !stamp.racy
+            && stamp == Stamp { belief: stamp.belief, ..known.stamp }
+            && stamp.belief != Belief::Racy
             // A file that was shorter than at its scan was changing.
             && known.size_bytes == known.stamp.scanned_bytes
     }
@@ -352,10 +365,18 @@ fn spare(ranges: &[Range<u64>], entry: &SourceEntry, known: &FileBody) -> bool {
         && ranges.iter().all(|range| range.is_empty() || range.start >= entry.size_bytes)
 }
 
-/// The stamp of a file of which not all was read: its times and size may tell of a write that the backup does not have. A
-/// backup that believed them would never have it.
-fn not_as_read(stamp: Stamp) -> Stamp {
-    Stamp { racy: true, ..stamp }
+/// The stamp of a file of which not all was read. `believed` is what the predecessor says of the same times and size, where it has them.
+///
+/// Where it has not, there was a write since, of which nobody may have told yet: a backup that believed the times would never have it.
+/// Where it could not believe them itself for that reason, this one was told of that write, and there was none after it.
+fn not_as_read(stamp: Stamp, believed: Option<Belief>) -> Stamp {
+    let belief = match (stamp.belief, believed) {
+        (Belief::Racy, _) => Belief::Racy,
+        (_, Some(Belief::Read)) => Belief::Read,
+        (_, Some(Belief::Ahead | Belief::Told)) => Belief::Told,
+        (_, Some(Belief::Racy) | None) => Belief::Ahead,
+    };
+    Stamp { belief, ..stamp }
 }
 
 /// The shard of the stretch of `length` bytes at `start`, if there was one of that length.

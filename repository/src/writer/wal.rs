@@ -5,7 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::assemble::ShardWriter;
 use super::stream::{PackStream, Uploads, joined};
-use crate::entry::{Body, Content, Entry, Extent, FileBody, Place, Stamp, check_path, push_extent};
+use crate::entry::{
+    Belief, Body, Content, Entry, Extent, FileBody, Place, Stamp, check_path, push_extent,
+};
 use crate::error::Error;
 use crate::limits::{FRAME_BYTES, SHARD_UNITS, UNIT_BYTES_MAX};
 use crate::manifest::RootShard;
@@ -121,7 +123,7 @@ pub(super) fn describe(
             ctime_ns: 0,
             inode: 0,
             device: 0,
-            racy: true,
+            belief: Belief::Racy,
         };
         let mut shards = Vec::new();
         for piece in pieces(&wal.extents) {
