@@ -1,7 +1,8 @@
 //! Which blocks of which tables and indexes changed, as WAL summaries tell it; put together from several of them.
 //!
-//! Only main forks. Free space maps are not logged at all. The log says that rows of a page stopped being visible to all, and not that
-//! the visibility map changed with it, so a map that was not read would hide rows from scans that believe it. Both are small.
+//! Only main forks. Free space maps are not logged at all. Of visibility maps not every change names its page: depending on the minor version not
+//! where a row's record clears a bit, and never yet where a truncation does without checksums. A map that was not read would show rows that are
+//! gone to scans that believe it. Both are small.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;

@@ -8,6 +8,7 @@ mod pages;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use house::{
@@ -17,6 +18,7 @@ use house::{
 use postgres::instance::{InstanceOptions, StopMode};
 use proto::backup::Reading;
 use proto::job::BackupOutcome;
+use proto::message::Spec;
 use proto::{BackupId, Lsn, ProofLevel};
 use repository::{CollectOptions, Wish};
 use rustix::process::{Pid, Signal, kill_process};
@@ -356,6 +358,157 @@ async fn hint_bits_that_no_log_tells_of_are_not_read_and_alarm_nobody() {
     }
     let (_running, url) = restored(&house, &before, "restored").await;
     assert_eq!(number(&url, "SELECT count(*) FROM public.hinted").await, 40_000);
+}
+
+/// Whoever truncates a table clears bits of the map's last page; without checksums no record names that page, nor does a summary.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_visibility_map_that_changed_without_a_word_in_the_log_is_read() {
+    let mut house = House::new(MAJOR, summarizing(false)).await;
+    house.config.backup.census_s = 0;
+    house
+        .sql(
+            "CREATE TABLE public.seen AS SELECT g AS id, repeat('v', 300) AS t FROM generate_series(1, 3000) g;
+             CREATE INDEX seen_id ON public.seen (id)",
+        )
+        .await;
+    house.sql("VACUUM (FREEZE) public.seen").await;
+    // Pages of which nothing is left are there, and all that is on them may be seen by everybody.
+    house.sql("DELETE FROM public.seen WHERE id > 100").await;
+    house.sql("VACUUM (FREEZE, TRUNCATE off) public.seen").await;
+    house.sql("VACUUM (FREEZE, TRUNCATE off) public.seen").await;
+    house.sql("CHECKPOINT").await;
+    let table = file_of(&house, "public.seen").await;
+    let map = PathBuf::from(format!("{}_vm", table.display()));
+    let before = fs::read(&map).unwrap();
+    let first = house.back_up().await;
+    house.sql("VACUUM public.seen").await;
+    house.sql("CHECKPOINT").await;
+    assert!(fs::metadata(&table).unwrap().len() < 10 * 8192, "vacuum has truncated it");
+    let now = fs::read(&map).unwrap();
+    assert_ne!(now, before, "and cleared bits");
+    let second = by_summaries(&house, &house.cx(), &first).await;
+    let copy = house.place.path().join("restored");
+    house.restore(&second, &copy).await;
+    let restored = map.strip_prefix(house.server.data_directory()).unwrap();
+    assert_eq!(fs::read(copy.join(restored)).unwrap(), now);
+
+    // Such bits would say of rows that come where others were that they are there for all, also when they are not.
+    let (_running, url) = start_plainly(&copy, MAJOR).await;
+    let rows =
+        "INSERT INTO public.seen SELECT g, repeat('v', 300) FROM generate_series(101, 3000) g";
+    run_sql(&url, rows).await;
+    run_sql(&url, "DELETE FROM public.seen WHERE id > 2000").await;
+    let by_index = "SET enable_seqscan = off; SET enable_bitmapscan = off";
+    let session = house::session(&url).await;
+    session.run("look by index", by_index).await.unwrap();
+    let row = session.one("look", "SELECT count(*) FROM public.seen WHERE id > 0", &[]).await;
+    assert_eq!(row.unwrap().get::<_, i64>(0), 2_000);
+    session.close().await;
+}
+
+/// What is stored and in no backup, by the checkpoints that tell of it.
+async fn left_behind(house: &House) -> u64 {
+    let repository = house.reopened().await;
+    let Some(found) = repository.list_lineages().await.unwrap().into_iter().next() else {
+        return 0;
+    };
+    // Whatever its age: the clock of these tests is not that of checkpoints.
+    let options = CollectOptions { grace_ms: i64::MAX, ..collection() };
+    let plan = repository.plan_collection(found.lineage, &options).await.unwrap();
+    plan.left_behind.bytes
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_killed_backup_by_pages_had_stored_is_in_the_next_one_page_by_page() {
+    let mut house = House::new(MAJOR, summarizing(true)).await;
+    house.config.backup.checkpoint_s = 0;
+    house.config.backup.processes = 1;
+    house.sql(DATA).await;
+    let rows = "SELECT g AS id, repeat(md5(g::text), 30) AS t FROM generate_series(1, 20000) g";
+    house.sql(&format!("CREATE TABLE public.large AS {rows}")).await;
+    house
+        .sql(
+            "CREATE TABLE public.shrinks AS SELECT g, repeat('s', 500) AS t FROM generate_series(1, 20000) g",
+        )
+        .await;
+    house.sql("VACUUM (FREEZE)").await;
+    house.sql("CHECKPOINT").await;
+    let witness = house.place.path().join("witness");
+    copy_of(&house.server.url("postgres"), MAJOR, &witness).await;
+    let first = house.back_up().await;
+
+    // Only the second backup sees some of this: pages that change once more, a table that goes, and one that becomes shorter.
+    let apart = "(SELECT string_agg(md5((g * 100 + n)::text), '') FROM generate_series(1, 30) n)";
+    let rows = format!("SELECT g AS id, {apart} AS t FROM generate_series(1, 20000) g");
+    house.sql(&format!("CREATE TABLE public.fresh AS {rows}")).await;
+    house
+        .sql(
+            "CREATE TABLE public.fleeting_one AS SELECT g FROM generate_series(1, 10000) g;
+             UPDATE public.large SET t = t || '!' WHERE id % 1000 = 7;
+             UPDATE public.shrinks SET t = upper(t) WHERE g > 15000;
+             UPDATE public.orders SET note = 'second' WHERE id % 10000 = 7; CHECKPOINT",
+        )
+        .await;
+    let go = house.place.path().join("go");
+    assert!(worker::failpoint::arm(&format!("stop_backup=hold:{}", go.display())));
+    let cx = house.cx();
+    let killed = {
+        let mut backup = Box::pin(house.back_up_as(&cx));
+        let stored = async {
+            let held = async || cx.steps().iter().any(|it| it.name == "stop_backup").then_some(());
+            eventually("all is copied", Duration::from_mins(1), held).await;
+            let told = async || Some(left_behind(&house).await).filter(|bytes| *bytes > 0);
+            eventually("a checkpoint tells of it", Duration::from_mins(1), told).await
+        };
+        tokio::select! {
+            ended = &mut backup => panic!("the backup ended before it was killed: {ended:?}"),
+            bytes = stored => bytes,
+        }
+    };
+    fs::write(&go, "").unwrap();
+    house::nothing_is_left_on(&house).await;
+
+    house
+        .sql(
+            "DROP TABLE public.fleeting_one;
+             UPDATE public.large SET t = t || '?' WHERE id % 2000 = 7 OR id % 3000 = 9;
+             DELETE FROM public.shrinks WHERE g > 100",
+        )
+        .await;
+    house.sql("VACUUM public.shrinks").await;
+    house.sql("INSERT INTO public.shrinks SELECT g, 'again' FROM generate_series(1, 5000) g").await;
+    house.sql("CHECKPOINT").await;
+    let cx = {
+        let spec = Spec { predecessor: Some(cx.spec.attempt), ..(*house.cx().spec).clone() };
+        JobContext::new(spec, Arc::new(|_| {}))
+    };
+    let third = by_summaries(&house, &cx, &first).await;
+    assert_eq!(third.compared_with, Some(first.backup));
+    let fresh = fs::metadata(file_of(&house, "public.fresh").await).unwrap().len();
+    assert!(third.taken_over_bytes >= fresh, "{fresh} bytes did not change: {third:?}");
+    assert!(third.stored_bytes < killed, "{killed} bytes were stored before: {third:?}");
+    delete(&house, first.backup).await;
+    assert_eq!(left_behind(&house).await, 0, "what is taken over is the backup's");
+
+    house.sql("CHECKPOINT; SELECT pg_switch_wal()").await;
+    house.server.stop(StopMode::Fast).await.unwrap();
+    let copy = house.place.path().join("restored");
+    house.restore(&third, &copy).await;
+    let wal = house.server.data_directory().join("pg_wal");
+    let command = format!("cp \"{}/%f\" \"%p\"", wal.display());
+    replay(&witness, MAJOR, third.stop_lsn, &command).await;
+    replay(&copy, MAJOR, third.stop_lsn, "false").await;
+    let compared = pages::same_pages(&copy, &witness);
+    assert!(compared.pages > 5_000 && compared.files > 300, "{compared:?}");
+    let (_running, url) = start_plainly(&copy, MAJOR).await;
+    for (query, wanted) in [
+        ("SELECT count(*) FROM public.fresh", 20_000),
+        ("SELECT count(*) FROM public.large WHERE t LIKE '%!?'", 10),
+        ("SELECT count(*) FROM public.shrinks", 5_100),
+        ("SELECT count(*) FROM public.orders WHERE note = 'second'", 5),
+    ] {
+        assert_eq!(number(&url, query).await, wanted, "{query}");
+    }
 }
 
 /// The process that summarizes.
