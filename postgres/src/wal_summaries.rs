@@ -25,11 +25,13 @@ use crate::target::Target;
 
 /// The first major version that has them.
 const FIRST_MAJOR: u32 = 17;
-/// The server holds WAL back for a backup that waits. Its summarizer looks every 30 seconds when it has nothing to do.
-const WAIT_MAX: Duration = Duration::from_mins(1);
+/// A summarizer that has not moved for so long is not waited for: it looks every 30 seconds when it has nothing to do.
+const STILL_MAX: Duration = Duration::from_mins(1);
+/// Nor is one that gets on and is not there after so long. Files can be read whole instead.
+const WAIT_MAX: Duration = Duration::from_mins(10);
 const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// Waiting and reading together: the WAL of the backup is not stored meanwhile, and files can be read whole instead.
-const ALL_MAX: Duration = Duration::from_mins(2);
+/// To tell what is in all summaries.
+const READ_MAX: Duration = Duration::from_mins(2);
 
 /// Why a backup does without.
 #[derive(Debug, thiserror::Error)]
@@ -54,7 +56,7 @@ pub enum Unusable {
         stop: Lsn,
     },
     /// There is more in them than is worth it.
-    #[error("the server did not tell what is in its summaries within {} s", ALL_MAX.as_secs())]
+    #[error("the server did not tell what is in its summaries within {} s", READ_MAX.as_secs())]
     Slow,
     /// As after a quiet time on a standby: both start from one checkpoint.
     #[error("the backup before ended at {stop}, behind {start}, where this one starts")]
@@ -73,6 +75,14 @@ pub enum Unusable {
         from: Lsn,
     },
     /// The last one does not come.
+    #[error("the server's WAL summarizer has not moved from {at} for {} s, and is needed at {needed}", STILL_MAX.as_secs())]
+    Still {
+        /// Where it is.
+        at: Lsn,
+        /// How far it had to get.
+        needed: Lsn,
+    },
+    /// It comes too late.
     #[error("the server's WAL summarizer was at {at} and not at {needed} after {} s", WAIT_MAX.as_secs())]
     Behind {
         /// How far it got.
@@ -172,8 +182,8 @@ impl Earlier {
     }
 }
 
-/// Reads what changed from `earlier` to the start of a backup. `history` is that of the timeline on which it started. May take a
-/// minute and more: call it beside the watch over the backup.
+/// Reads what changed from `earlier` to the start of a backup. `history` is that of the timeline on which it started. May take
+/// minutes: call it beside the watch over the backup, which stores the WAL meanwhile.
 pub async fn changed_blocks(
     target: &Target,
     job: &JobId,
@@ -181,7 +191,7 @@ pub async fn changed_blocks(
     earlier: &Earlier,
     history: &History,
 ) -> Result<(ChangedBlocks, SummariesUsed), Unusable> {
-    changed_within(ALL_MAX, target, job, started, earlier, history).await
+    changed_within(WAIT_MAX + READ_MAX, target, job, started, earlier, history).await
 }
 
 async fn changed_within(
@@ -193,7 +203,7 @@ async fn changed_within(
     history: &History,
 ) -> Result<(ChangedBlocks, SummariesUsed), Unusable> {
     let stretches = earlier.stretches(history, started.start_lsn)?;
-    let purpose = Purpose { statement_timeout: all_max, ..Purpose::ask(job) };
+    let purpose = Purpose { statement_timeout: READ_MAX, ..Purpose::ask(job) };
     let session = connect_maintenance(target, &purpose).await?;
     let asked = async {
         if session.identity().await?.started_at_ms != started.server.started_at_ms {
@@ -201,24 +211,66 @@ async fn changed_within(
         }
         let summaries = complete(&session, &stretches).await?;
         let mut blocks = ChangedBlocks::default();
-        for summary in &summaries {
-            read(&session, *summary, &mut blocks).await?;
-        }
+        let reading = async {
+            for summary in &summaries {
+                read(&session, *summary, &mut blocks).await?;
+            }
+            Ok(())
+        };
+        tokio::time::timeout(READ_MAX, reading).await.unwrap_or(Err(Unusable::Slow))?;
         let count = summaries.len() as u64;
         Ok((blocks, SummariesUsed { since: earlier.start, count }))
     };
-    let Ok(asked) = tokio::time::timeout(all_max, asked).await else { return Err(Unusable::Slow) };
+    let asked = tokio::time::timeout(all_max, asked).await;
+    let asked = asked.unwrap_or(Err(Unusable::Slow));
     let asked = asked.map_err(|error| or_not_allowed(error, &session));
     session.close().await;
     asked
 }
 
+/// Where the summarizer is.
+#[derive(Debug, Clone, Copy)]
+struct Summarizer {
+    /// The end of its last summary.
+    done: Lsn,
+    /// What it has read of the log.
+    at: Lsn,
+}
+
+/// How long it is waited for: as long as it gets on, within a bound.
+#[derive(Debug)]
+struct Patience {
+    began: Instant,
+    at: Lsn,
+    moved: Instant,
+}
+
+impl Patience {
+    fn new(at: Lsn, now: Instant) -> Self {
+        Self { began: now, at, moved: now }
+    }
+
+    fn with(&mut self, at: Lsn, needed: Lsn, now: Instant) -> Result<(), Unusable> {
+        if at > self.at {
+            (self.at, self.moved) = (at, now);
+        }
+        if now.duration_since(self.moved) >= STILL_MAX {
+            return Err(Unusable::Still { at, needed });
+        }
+        if now.duration_since(self.began) >= WAIT_MAX {
+            return Err(Unusable::Behind { at, needed });
+        }
+        Ok(())
+    }
+}
+
 /// The summaries of these stretches, without a hole. Waits for the last of them.
 async fn complete(session: &Session, stretches: &[Stretch]) -> Result<Vec<Summary>, Unusable> {
-    let give_up = Instant::now() + WAIT_MAX;
+    let mut state = summarizer(session).await?;
+    let mut patience = Patience::new(state.at, Instant::now());
     loop {
         // In this order: what the summarizer has done by then is on the list.
-        let at = summarized(session).await?;
+        let done = state.done;
         let all = available(session).await?;
         let mut wanted = Vec::new();
         let mut hole = None;
@@ -230,13 +282,14 @@ async fn complete(session: &Session, stretches: &[Stretch]) -> Result<Vec<Summar
         let Some((timeline, from)) = hole else { return Ok(wanted) };
         let needed = stretches.last().map_or(from, |last| last.to);
         // It never goes back to what it has passed.
-        if from < at || at >= needed {
+        if from < done || done >= needed {
             return Err(Unusable::Missing { timeline, from });
         }
-        if Instant::now() >= give_up {
-            return Err(Unusable::Behind { at, needed });
+        while state.done == done {
+            patience.with(state.at, needed, Instant::now())?;
+            tokio::time::sleep(LOOK_EVERY).await;
+            state = summarizer(session).await?;
         }
-        tokio::time::sleep(LOOK_EVERY).await;
     }
 }
 
@@ -263,16 +316,17 @@ impl Stretch {
 }
 
 /// How far the summarizer got.
-async fn summarized(session: &Session) -> Result<Lsn, Unusable> {
+async fn summarizer(session: &Session) -> Result<Summarizer, Unusable> {
     let what = "ask how far the WAL is summarized";
     let sql = "\
 -- pgmuster: the WAL summarizer
-SELECT current_setting('summarize_wal')::bool, summarized_lsn::text FROM pg_get_wal_summarizer_state()";
+SELECT current_setting('summarize_wal')::bool, summarized_lsn::text, greatest(summarized_lsn, pending_lsn)::text
+  FROM pg_get_wal_summarizer_state()";
     let row = session.one(what, sql, &[]).await?;
     if !row.get::<_, bool>(0) {
         return Err(Unusable::Off);
     }
-    Ok(position(what, row.get(1))?)
+    Ok(Summarizer { done: position(what, row.get(1))?, at: position(what, row.get(2))? })
 }
 
 async fn available(session: &Session) -> Result<Vec<Summary>, Error> {
@@ -339,10 +393,15 @@ fn or_not_allowed(error: Unusable, session: &Session) -> Unusable {
 
 #[cfg(test)]
 mod tests {
+    use proto::SystemIdentifier;
+    use proto::backup::Reading;
+
     use super::*;
     use crate::binaries::Binaries;
+    use crate::identity::ServerIdentity;
     use crate::instance::{Instance, InstanceOptions};
     use crate::target::Environment;
+    use crate::version::ServerVersion;
 
     #[tokio::test]
     async fn a_server_that_does_not_tell_in_time_is_asked_no_longer() {
@@ -409,6 +468,113 @@ mod tests {
             entries.iter().map(|(number, at)| format!("{number}\t{}\twhy", Lsn(*at))).collect();
         let history = History::parse(Timeline(target), &lines.join("\n")).unwrap();
         earlier.stretches(&history, Lsn(to))
+    }
+
+    #[test]
+    fn a_summarizer_that_gets_on_is_waited_for_within_a_bound() {
+        let began = Instant::now();
+        let at = |patience: &mut Patience, position, seconds| {
+            patience.with(Lsn(position), Lsn(900), began + Duration::from_secs(seconds))
+        };
+        let mut patience = Patience::new(Lsn(100), began);
+        at(&mut patience, 100, 59).unwrap();
+        // It has moved at the last moment, and once more much later.
+        at(&mut patience, 101, 60).unwrap();
+        at(&mut patience, 101, 119).unwrap();
+        let still = at(&mut patience, 101, 120).unwrap_err();
+        assert!(matches!(still, Unusable::Still { at: Lsn(101), needed: Lsn(900) }), "{still:?}");
+        assert!(still.to_string().contains("has not moved from 0/65 for 60 s"), "{still}");
+
+        let mut patience = Patience::new(Lsn(100), began);
+        for step in 1..20 {
+            at(&mut patience, 100 + step, step * 30).unwrap();
+        }
+        let late = at(&mut patience, 200, 600).unwrap_err();
+        assert!(matches!(late, Unusable::Behind { at: Lsn(200), needed: Lsn(900) }), "{late:?}");
+    }
+
+    /// A backup and the start of the next one, on a server of that version that was started then.
+    fn earlier(
+        major: u32,
+        started_at_ms: i64,
+        start: u64,
+        change: impl FnOnce(&mut BackupFacts),
+    ) -> Result<Earlier, Unusable> {
+        let reading = Reading {
+            server_started_at_ms: 5,
+            read_bytes: 0,
+            unread_bytes: 0,
+            summaries: None,
+            whole_files: None,
+        };
+        let mut facts = BackupFacts {
+            cluster: "c".parse().unwrap(),
+            system_identifier: SystemIdentifier(7),
+            server_version_num: 180_000,
+            catalog_version: 1,
+            block_size: 8192,
+            wal_segment_size: 16 << 20,
+            data_checksums: true,
+            timeline: Timeline(2),
+            start_lsn: Lsn(100),
+            stop_lsn: Lsn(150),
+            started_at_ms: 1,
+            stopped_at_ms: 2,
+            backup_label: String::new(),
+            tablespace_map: String::new(),
+            tablespaces: Vec::new(),
+            settings: Vec::new(),
+            census: None,
+            bad_pages: Vec::new(),
+            reading: Some(reading),
+            logical: None,
+        };
+        change(&mut facts);
+        let server = ServerIdentity {
+            version: ServerVersion(major * 10_000),
+            system_identifier: SystemIdentifier(7),
+            backend_pid: 1,
+            in_recovery: false,
+            data_directory: None,
+            socket_directories: Vec::new(),
+            port: 5432,
+            block_size: 8192,
+            relation_segment_size: 1 << 30,
+            wal_segment_size: 16 << 20,
+            data_checksums: true,
+            timeline: Timeline(2),
+            checkpoint_lsn: Lsn(start),
+            redo_lsn: Lsn(start),
+            started_at_ms,
+            database: "postgres".into(),
+            role: "postgres".into(),
+            may_replicate: true,
+            superuser: true,
+        };
+        let started = Started {
+            start_lsn: Lsn(start),
+            timeline: Timeline(2),
+            server,
+            slot_name: String::new(),
+            held_from: Lsn(start),
+        };
+        Earlier::of(Some(&facts), &started)
+    }
+
+    #[test]
+    fn changes_begin_with_the_start_of_a_backup_that_ended_before_on_the_same_running_server() {
+        let found = earlier(18, 5, 150, |_| ()).unwrap();
+        assert_eq!(found, Earlier { timeline: Timeline(2), start: Lsn(100), stop: Lsn(150) });
+        assert!(matches!(earlier(16, 5, 150, |_| ()), Err(Unusable::Version(16))));
+        let overlap = earlier(18, 5, 149, |_| ());
+        assert!(matches!(overlap, Err(Unusable::Overlap { stop: Lsn(150), start: Lsn(149) })));
+        for unfit in [
+            earlier(18, 6, 150, |_| ()),
+            earlier(18, 5, 150, |facts| facts.reading = None),
+            earlier(18, 5, 150, |facts| facts.system_identifier = SystemIdentifier(8)),
+        ] {
+            assert!(matches!(unfit, Err(Unusable::Unfit(_))), "{unfit:?}");
+        }
     }
 
     #[test]

@@ -586,6 +586,37 @@ async fn a_hole_a_restart_or_a_right_that_is_missing_has_files_read_whole() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn wal_is_stored_while_a_backup_waits_for_the_summarizer() {
+    let house = House::new(MAJOR, summarizing(true)).await;
+    house.sql(DATA).await;
+    let first = house.back_up().await;
+    house.sql("UPDATE public.orders SET note = 'before' WHERE id = 7").await;
+    let pid = summarizer(&house).await;
+    kill_process(pid, Signal::STOP).unwrap();
+    let cx = house.cx();
+    let meanwhile = async {
+        let asks = async || cx.steps().iter().any(|it| it.name == "summaries").then_some(());
+        eventually("the backup waits", Duration::from_mins(1), asks).await;
+        for segment in 1..=2 {
+            house.sql("INSERT INTO public.empty VALUES (1)").await;
+            let switch = "SELECT pg_switch_wal()::text";
+            let end = text(&house.server.url("postgres"), switch).await;
+            let held = format!(
+                "SELECT count(*) FROM pg_replication_slots WHERE active AND restart_lsn <= '{end}'"
+            );
+            let stored = async || (house.number(&held).await == 0).then_some(());
+            let what = format!("the server may let go of segment {segment}");
+            eventually(&what, Duration::from_secs(20), stored).await;
+        }
+        kill_process(pid, Signal::CONT).unwrap();
+    };
+    let (second, ()) = tokio::join!(Box::pin(by_summaries(&house, &cx, &first)), meanwhile);
+    assert!(second.wal_bytes >= 3 * (16 << 20), "{second:?}");
+    let (_running, url) = restored(&house, &second, "restored").await;
+    assert_eq!(number(&url, "SELECT count(*) FROM public.empty").await, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn after_a_restart_only_what_changed_lately_is_read() {
     let mut house = House::new(MAJOR, summarizing(true)).await;
     // Whoever counts rows writes to their pages.

@@ -4,7 +4,6 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use postgres::BackupSession;
 use postgres::changed_blocks::{ChangedBlocks, FileShape};
 use postgres::files::ServerFiles;
 use postgres::scan::{EntryKind, ScanEntry};
@@ -14,7 +13,7 @@ use proto::backup::{Reading, SummariesUsed};
 use proto::{Failure, Timeline};
 
 use super::begin::Ready;
-use super::hold::Hold;
+use super::kept::Kept;
 use crate::context::{JobContext, blocking};
 use crate::jobs::session_owner;
 use crate::places::Cluster;
@@ -40,21 +39,21 @@ impl PageChanges {
         Self { known: None, why_not: Some(why.into()) }
     }
 
-    /// Asks a server in backup mode, and watches over the backup meanwhile.
+    /// Asks a server in backup mode, and looks after the backup meanwhile.
     pub(super) async fn ask(
         cx: &JobContext,
         cluster: &Cluster,
         ready: &Ready,
-        (session, hold): (&BackupSession, &Hold),
+        kept: Kept<'_>,
         earlier: Earlier,
     ) -> Result<Self, Failure> {
+        let started = kept.session.started().clone();
         let asking = async {
-            let started = session.started();
             let history = history(&ready.files, started.timeline, earlier.timeline()).await?;
             let job = session_owner(cx.spec.attempt);
-            changed_blocks(&cluster.target, &job, started, &earlier, &history).await
+            changed_blocks(&cluster.target, &job, &started, &earlier, &history).await
         };
-        let watched = hold.beside(session, async { Ok(Box::pin(asking).await) });
+        let watched = kept.beside(|| (), async { Ok(Box::pin(asking).await) });
         let asked = tokio::select! {
             biased;
             () = cx.cancel.cancelled() => return Err(cx.stopped()),

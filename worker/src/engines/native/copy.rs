@@ -22,11 +22,10 @@ use proto::wal::Segment;
 use proto::{Action, BackupKind, Code, Failure, Lsn, Progress, Timeline};
 use repository::{BackupWriter, Repository, SourceEntry, SourceKind, WriteOptions, path_order};
 
-use tokio_util::sync::CancellationToken;
-
 use super::begin::{Ready, enter, read_control, ready, same_timeline, sessions};
 use super::changes::PageChanges;
-use super::hold::{Hold, LOOK_EVERY};
+use super::hold::Hold;
+use super::kept::Kept;
 use super::source::{BAD_PAGES_NAMED_MAX, DataDirectory, Found};
 use super::wal::WalCollector;
 use crate::clock;
@@ -152,9 +151,9 @@ async fn from_attempt(
     let changes = match earlier {
         Err(why) => PageChanges::unknown(why),
         Ok(earlier) => {
-            let beside = (&session, &hold);
+            let kept = Kept { session: &mut session, wal: &mut wal, hold: &hold };
             let asking = |step: StepHandle| async move {
-                let asked = PageChanges::ask(cx, request.cluster, ready, beside, earlier);
+                let asked = PageChanges::ask(cx, request.cluster, ready, kept, earlier);
                 let changes = Box::pin(asked).await?;
                 step.figure("summaries", changes.summaries());
                 Ok(changes)
@@ -167,10 +166,10 @@ async fn from_attempt(
     let mut copied = cx
         .step_with("copy", |step| {
             let (writer, progress) = (&mut writer, &*progress);
-            let kept = Kept { session: &mut session, wal: &mut wal, hold: &hold, progress };
+            let kept = Kept { session: &mut session, wal: &mut wal, hold: &hold };
             let before = Before { census: counted_before.as_ref(), changes: &changes };
             async move {
-                let copying = copy(cx, request, ready, writer, kept, before);
+                let copying = copy(cx, request, ready, (writer, progress), kept, before);
                 let copied = Box::pin(copying).await?;
                 let done = progress.snapshot();
                 step.figure("files", done.files);
@@ -307,14 +306,6 @@ struct Before<'a> {
     changes: &'a Arc<PageChanges>,
 }
 
-/// What is looked after while files are copied.
-struct Kept<'a> {
-    session: &'a mut BackupSession,
-    wal: &'a mut WalCollector,
-    hold: &'a Hold,
-    progress: &'a repository::Progress,
-}
-
 /// What the copy leaves for the rest.
 struct Copied {
     files: Arc<DataDirectory>,
@@ -362,7 +353,7 @@ async fn copy(
     cx: &JobContext,
     request: &BackupRequest<'_>,
     ready: &Ready,
-    writer: &mut BackupWriter,
+    (writer, progress): (&mut BackupWriter, &repository::Progress),
     kept: Kept<'_>,
     before: Before<'_>,
 ) -> Result<Copied, Failure> {
@@ -401,25 +392,25 @@ async fn copy(
     let roots = scanned.roots.clone();
     let entries = entries(scanned, control.block_size, scanned_at_ns, changes);
     let counted = {
-        let progress = kept.progress;
         let copying = async {
             writer.copy(files.clone(), entries).await.map_err(|error| stopped_or(cx, error))?;
             tables.end(progress.snapshot().silent_changes == 0);
             Ok(())
         };
-        // The watcher ends between two rounds, never inside one: a segment that was half stored would be stored and
-        // counted twice.
-        let copied = CancellationToken::new();
-        let work = async {
-            let done = tokio::try_join!(copying, count(cx, request, &tables));
-            copied.cancel();
-            done
+        let work = async { tokio::try_join!(copying, count(cx, request, &tables)) };
+        let tell = || {
+            let done = progress.snapshot().bytes;
+            cx.progress(Progress {
+                step: "copy".to_owned(),
+                done,
+                total: Some(total.max(done)),
+                unit: "bytes".to_owned(),
+            });
         };
-        let watching = watch(cx, kept, total, &copied);
         tokio::select! {
             biased;
             () = cx.cancel.cancelled() => return Err(cx.stopped()),
-            done = async { tokio::try_join!(work, watching) } => done?.0.1,
+            done = kept.beside(tell, work) => done?.1,
         }
     };
     let server_files = Arc::clone(&ready.files);
@@ -502,36 +493,6 @@ async fn same_tablespaces(
     let what = "a tablespace was created or dropped while the backup ran";
     Err(Failure::new(Code::DataDirectoryShape, Action::Retry, what)
         .with_hint("Nothing is to be done: the next attempt sees the tablespaces as they are now."))
-}
-
-/// Watches over the session until the files are copied; a failure ends the backup.
-async fn watch(
-    cx: &JobContext,
-    kept: Kept<'_>,
-    total: u64,
-    copied: &CancellationToken,
-) -> Result<(), Failure> {
-    let Kept { session, wal, hold, progress } = kept;
-    let mut ticks = tokio::time::interval(LOOK_EVERY);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        tokio::select! {
-            () = copied.cancelled() => return Ok(()),
-            _ = ticks.tick() => {}
-        }
-        let done = progress.snapshot().bytes;
-        cx.progress(Progress {
-            step: "copy".to_owned(),
-            done,
-            total: Some(total.max(done)),
-            unit: "bytes".to_owned(),
-        });
-        let standing = hold.look(session).await?;
-        // Segment by segment, so that a slow repository holds back as little WAL as it can.
-        while hold.beside(session, wal.store_one(standing.current_lsn)).await? {
-            session.advance(wal.stored_until()).await?;
-        }
-    }
 }
 
 /// Counts the rows of every table whose files changed, when the configuration wants it. Without a census the backup is as good, and its

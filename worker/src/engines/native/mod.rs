@@ -9,6 +9,7 @@ mod begin;
 mod changes;
 mod copy;
 mod hold;
+mod kept;
 mod rate;
 mod source;
 mod wal;
