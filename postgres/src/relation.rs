@@ -125,6 +125,11 @@ impl RelationReader {
         self.file.changed_at_ns()
     }
 
+    /// Bytes that came from the file so far, where they may be others than those that were asked for.
+    pub fn fetched_bytes(&self) -> Option<u64> {
+        self.file.fetched_bytes()
+    }
+
     /// Opens a file of a server, `size_bytes` long when it was listed. `None` when it is gone: its relation was dropped, and the
     /// WAL of the backup says so.
     pub fn open_in(

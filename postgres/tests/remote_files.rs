@@ -150,6 +150,14 @@ async fn what_is_read_over_connections_is_what_the_disk_has(major: u32) {
                 bytes.extend_from_slice(&buffer[..got]);
             }
             assert!(bytes == wanted, "{}", entry.path);
+            assert!(file.fetched_bytes().unwrap() >= entry.size, "{}", entry.path);
+            // Its second page: a small one comes whole, and once.
+            let file = reader.open(&entry.source, entry.size).unwrap().unwrap();
+            let got = file.read_full_at(&mut buffer[..8192], 8192).unwrap();
+            assert!(buffer[..got] == wanted[wanted.len().min(8192)..][..got], "{}", entry.path);
+            assert_eq!(got as u64, entry.size.saturating_sub(8192).min(8192), "{}", entry.path);
+            let fetched = if entry.size <= 512 << 10 { entry.size } else { 8192 };
+            assert_eq!(file.fetched_bytes(), Some(fetched), "{}", entry.path);
             compared += 1;
             large += u32::from(bytes.len() > 2 << 20);
         }

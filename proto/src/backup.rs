@@ -111,9 +111,10 @@ pub struct Reading {
     /// When the server was started, its clock, Unix milliseconds. What happens to files while a server is stopped, no WAL summary
     /// tells: the next backup uses them only if it meets the same start.
     pub server_started_at_ms: i64,
-    /// Bytes read from the source, WAL included.
+    /// Bytes that came from the source, WAL included. Over connections a small file comes whole when a page of it is wanted, so that
+    /// together with the next figure they may be more than there is.
     pub read_bytes: u64,
-    /// Bytes of files taken over from the backup before without being read. Of these no page was checked.
+    /// Bytes of files taken over from the backup before without being looked at. Of these no page was checked.
     pub unread_bytes: u64,
     /// The WAL summaries that told which pages changed: of files whose times or sizes are not what they were, only those were
     /// read. Absent where such files were read whole.

@@ -23,9 +23,10 @@ pub struct ProgressSnapshot {
     pub files: u64,
     /// Bytes of those files and parts of files.
     pub bytes: u64,
-    /// Bytes read from the source.
+    /// Bytes that came from the source, also those of a file that came whole when a part of it was wanted.
     pub bytes_read: u64,
-    /// Bytes that were not read because nothing about their file changed; in a restore, bytes that were right already.
+    /// Bytes of files, stretches and units that were taken over without being looked at, because nothing about them changed;
+    /// in a restore, bytes that were right already.
     pub bytes_skipped: u64,
     /// Bytes that were read although nothing said that they had changed, because it was their turn.
     pub bytes_reread: u64,

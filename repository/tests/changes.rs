@@ -4,14 +4,15 @@
 
 mod common;
 
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{Bench, DAY_MS, NOW_MS, SECOND, Tree, noise};
+use common::{Bench, DAY_MS, NOW_MS, SECOND, SharedTree, Tree, noise};
 use repository::{
     BackupSummary, CheckLevel, CheckOptions, Error, ProgressSnapshot, ScrubOptions, ScrubReport,
-    WriteOptions,
+    Source, SourceEntry, SourceFile, WriteOptions,
 };
 
 const PAGE: usize = 8192;
@@ -127,6 +128,50 @@ async fn only_what_changed_is_read_and_the_backup_is_whole() {
     let (third, _) = back_up(&bench, &tree, NOW_MS + 2, options()).await;
     assert_eq!(opened(&tree), [""; 0]);
     assert_eq!(bench.restore(&third).await, whole);
+}
+
+/// A tree whose small files come whole when they are opened.
+struct AtOnce(SharedTree);
+
+struct Whole(Box<dyn SourceFile>, u64);
+
+impl SourceFile for Whole {
+    fn read_at(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.read_at(offset, buffer)
+    }
+
+    fn fetched_bytes(&self) -> Option<u64> {
+        Some(self.1)
+    }
+}
+
+impl Source for AtOnce {
+    fn open(&self, entry: &SourceEntry) -> io::Result<Option<Box<dyn SourceFile>>> {
+        let file = self.0.open(entry)?;
+        let is_small = entry.size_bytes < 100_000;
+        Ok(file.map(|file| -> Box<dyn SourceFile> {
+            if is_small { Box::new(Whole(file, entry.size_bytes)) } else { file }
+        }))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_comes_though_nobody_wanted_it_counts_as_read() {
+    let bench = Bench::new().await;
+    let tree = Arc::new(tree());
+    back_up(&bench, &tree, NOW_MS, options()).await;
+    for path in ["large", "small"] {
+        tree.write(path, PAGE, b"told");
+        told(&tree, path, pages(&[1]));
+    }
+    let options = options();
+    let progress = Arc::clone(&options.progress);
+    let mut writer = bench.begin(NOW_MS + 1).await.write(options).unwrap();
+    let source = Arc::new(AtOnce(SharedTree(Arc::clone(&tree))));
+    writer.copy(source, tree.entries().into_iter().map(Ok)).await.unwrap();
+    let did = progress.snapshot();
+    assert_eq!(did.bytes_read, bytes(1) + bytes(5));
+    assert_eq!(did.bytes_skipped, LARGE as u64 - bytes(1) + bytes(4), "it was not looked at");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

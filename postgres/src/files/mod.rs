@@ -64,6 +64,11 @@ pub trait ServerFile: Debug + Send {
     fn changed_at_ns(&self) -> Option<(i64, i64)> {
         None
     }
+
+    /// Bytes that came from the file so far, where they may be others than those that were asked for.
+    fn fetched_bytes(&self) -> Option<u64> {
+        None
+    }
 }
 
 /// What a file system says of a name.

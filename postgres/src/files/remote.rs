@@ -12,6 +12,7 @@ use std::fmt;
 use std::io;
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -239,17 +240,18 @@ impl ServerFiles for RemoteFiles {
         let mut begin = None;
         // What was empty is not touched: pipes and sockets look like empty files, and a pipe would hold its reader.
         if size_bytes > 0 && size_bytes <= AT_ONCE_BYTES {
-            begin = self.shared.read(path, 0, usize::try_from(size_bytes).unwrap_or(READ_BYTES))?;
-            if begin.is_none() {
-                return Ok(None);
-            }
+            let wanted = usize::try_from(size_bytes).unwrap_or(READ_BYTES);
+            let Some(answer) = self.shared.read(path, 0, wanted)? else { return Ok(None) };
+            begin = Some(answer);
         } else if size_bytes > 0 && self.stat(path)?.is_none() {
             return Ok(None);
         }
+        let fetched = begin.as_ref().map_or(Ok(0), |answer| answer.bytes().map(<[u8]>::len))?;
         Ok(Some(Box::new(RemoteFile {
             shared: Arc::clone(&self.shared),
             path: path.to_owned(),
             begin: Mutex::new(begin),
+            fetched: AtomicU64::new(fetched as u64),
         })))
     }
 
@@ -334,18 +336,20 @@ struct RemoteFile {
     path: String,
     /// What was read when it was opened.
     begin: Mutex<Option<Answer>>,
+    /// Bytes that the server sent.
+    fetched: AtomicU64,
 }
 
 impl ServerFile for RemoteFile {
     fn read_full_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
         let mut filled = 0;
         // Once: a page that is read again is to be read.
-        if offset == 0
-            && let Some(answer) = lock(&self.begin).take()
-        {
+        if let Some(answer) = lock(&self.begin).take() {
             let bytes = answer.bytes()?;
-            filled = bytes.len().min(buffer.len());
-            buffer[..filled].copy_from_slice(&bytes[..filled]);
+            let rest = usize::try_from(offset).ok().and_then(|offset| bytes.get(offset..));
+            let rest = rest.unwrap_or_default();
+            filled = rest.len().min(buffer.len());
+            buffer[..filled].copy_from_slice(&rest[..filled]);
             if bytes.len() < answer.wanted {
                 return Ok(filled);
             }
@@ -356,6 +360,7 @@ impl ServerFile for RemoteFile {
             // A file that is gone has ended.
             let Some(answer) = answer else { break };
             let bytes = answer.bytes()?;
+            self.fetched.fetch_add(bytes.len() as u64, Ordering::Relaxed);
             let got = bytes.len().min(wanted);
             buffer[filled..filled + got].copy_from_slice(&bytes[..got]);
             filled += got;
@@ -364,6 +369,10 @@ impl ServerFile for RemoteFile {
             }
         }
         Ok(filled)
+    }
+
+    fn fetched_bytes(&self) -> Option<u64> {
+        Some(self.fetched.load(Ordering::Relaxed))
     }
 }
 

@@ -245,7 +245,6 @@ impl<'a> Copier<'a> {
             let start = self.filled;
             let got = read(file.as_mut(), job.start + done, &mut self.frame[start..start + wanted])
                 .map_err(failed)?;
-            self.progress.add_read(got as u64);
             let copied = self.waiting.back_mut().ok_or_else(misplaced)?;
             let mut keep = start;
             for at in (start..start + got).step_by(unit_bytes) {
@@ -292,6 +291,7 @@ impl<'a> Copier<'a> {
             if got < wanted {
                 break;
             }
+        self.progress.add_read(file.fetched_bytes().unwrap_or(done - unread));
         }
         self.progress.add_bytes(done);
         self.progress.add_taken_over(taken_over);

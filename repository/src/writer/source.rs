@@ -45,6 +45,12 @@ pub trait SourceFile: Send {
         None
     }
 
+    /// Bytes that came from where the file is so far, where they may be others than those that were asked for: all of a small file
+    /// when it was opened.
+    fn fetched_bytes(&self) -> Option<u64> {
+        None
+    }
+
     /// These bytes will be read next. A hint: more may be read, or less.
     fn advise(&mut self, offset: u64, length: u64) {
         let _ = (offset, length);

@@ -134,6 +134,10 @@ impl SourceFile for Plain {
     fn changed_at_ns(&self) -> Option<(i64, i64)> {
         self.file.changed_at_ns()
     }
+
+    fn fetched_bytes(&self) -> Option<u64> {
+        self.file.fetched_bytes()
+    }
 }
 
 struct Relation {
@@ -155,6 +159,10 @@ impl SourceFile for Relation {
 
     fn changed_at_ns(&self) -> Option<(i64, i64)> {
         self.reader.changed_at_ns()
+    }
+
+    fn fetched_bytes(&self) -> Option<u64> {
+        self.reader.fetched_bytes()
     }
 }
 
