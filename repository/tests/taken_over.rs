@@ -337,6 +337,51 @@ async fn of_a_backup_that_broke_off_in_the_middle_only_the_rest_is_stored() {
     house.is_right(&made, &tree).await;
 }
 
+/// A source that also waits at a file before.
+struct WaitsAt {
+    path: &'static [u8],
+    checkpoints: Checkpoints,
+    then: FailsAt,
+}
+
+impl Source for WaitsAt {
+    fn open(&self, entry: &SourceEntry) -> io::Result<Option<Box<dyn SourceFile>>> {
+        if entry.path == self.path {
+            self.checkpoints.wait();
+        }
+        self.then.open(entry)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_checkpoint_is_left_also_when_another_could_not_be_stored() {
+    let house = House::new().await;
+    let tree = tree();
+    tree.put("e", noise(5, 64 << 10), Some(8192));
+    house.store.refuse(Some("/checkpoint.2"));
+    let attempt = house.bench.begin(NOW_MS).await;
+    let id = attempt.id();
+    let mut writer = attempt.write(eager()).unwrap();
+    let source = WaitsAt {
+        path: b"b",
+        checkpoints: Checkpoints::of(&house, 2 * MIB).await,
+        then: FailsAt {
+            tree: SharedTree(Arc::clone(&tree)),
+            path: b"e",
+            checkpoints: Checkpoints::of(&house, 8 * MIB).await,
+        },
+    };
+    let ended = writer.copy(Arc::new(source), tree.entries().into_iter().map(Ok)).await;
+    assert!(matches!(ended, Err(Error::Source { .. })), "{ended:?}");
+    let left = house.checkpoints().await;
+    assert!(left.len() == 1 && !left[0].ends_with("/checkpoint.1"), "{left:?}");
+    house.store.refuse(None);
+    house.abort(id).await;
+    let made = house.back_up(&tree, NOW_MS + HOUR_MS).await;
+    assert!(made.taken_over >= 8 * MIB, "{}", made.taken_over);
+    house.is_right(&made, &tree).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_taken_over_is_read_and_never_believed_for_its_times() {
     let house = House::new().await;

@@ -103,6 +103,7 @@ struct Draft {
 impl Draft {
     async fn store(self, uploads: Arc<Uploads>) {
         let (attempt, number) = (self.attempt, self.number);
+        let last = uploads.last_checkpoint();
         match self.put(&uploads).await {
             Ok(()) => uploads.has_checkpoint(number),
             // The end has a cause, and whoever fills the packs knows it.
@@ -117,8 +118,9 @@ impl Draft {
                 return;
             }
         }
-        if number > 1 {
-            let before = layout::checkpoint(uploads.lineage, attempt, number - 1);
+        // Also those since the last one that are said not to have been stored: who knows.
+        for before in last.unwrap_or(1)..number {
+            let before = layout::checkpoint(uploads.lineage, attempt, before);
             // A collection takes what is left.
             if let Err(error) = uploads.store.delete(&before).await {
                 tracing::debug!("{before} stays until a collection: {error}");
@@ -128,10 +130,13 @@ impl Draft {
 
     async fn put(self, uploads: &Uploads) -> Result<(), Error> {
         let stored = uploads.once_stored(&self.first).await?;
-        let (number, attempt) = (self.number, self.attempt);
-        let checkpoint = self.checkpoint(uploads.keys.repository, uploads.lineage, &stored);
-        let key = layout::checkpoint(uploads.lineage, attempt, number);
-        uploads.store.put(&key, checkpoint.seal(&uploads.keys)?).await?;
+        let key = layout::checkpoint(uploads.lineage, self.attempt, self.number);
+        let (keys, lineage) = (Arc::clone(&uploads.keys), uploads.lineage);
+        let sealing = tokio::task::spawn_blocking(move || {
+            self.checkpoint(keys.repository, lineage, &stored).seal(&keys)
+        });
+        let gone = |gone| Err(Error::Bug(format!("sealing a checkpoint ended: {gone}")));
+        uploads.store.put(&key, sealing.await.unwrap_or_else(gone)?).await?;
         Ok(())
     }
 
