@@ -32,8 +32,8 @@ pub struct Attempt {
     /// Packs of which a check said that they are damaged: nothing in them is referred to.
     pub(crate) spoilt: Arc<BTreeSet<PackId>>,
     passed_over: Vec<PassedOver>,
-    /// What was stored before it and is in no backup.
-    pub(crate) interrupted: Option<Arc<Interrupted>>,
+    /// What was stored before it and is in no backup: by the attempt that got furthest, and by others.
+    pub(crate) interrupted: Vec<Arc<Interrupted>>,
     /// The place of the newest backup that was there when it began: see [`Verdict::order_ms`].
     pub(crate) newest_ms: Option<i64>,
 }
@@ -117,11 +117,12 @@ impl Repository {
                 let Candidates { interrupted, newest_ms, .. } =
                     self.candidates(lineage, &mut passed_over).await?;
                 let nothing = Doomed::default();
-                let chosen =
+                let mut chosen =
                     self.choose_interrupted(lineage, interrupted, &nothing, &spoilt).await?;
                 let condemned = self.condemned(lineage).await?;
                 let is_doomed = |pack: &PackId| condemned.packs.contains(&pack.to_string());
-                (None, chosen.filter(|chosen| !chosen.packs.keys().any(is_doomed)), newest_ms)
+                chosen.retain(|chosen| !chosen.packs.keys().any(is_doomed));
+                (None, chosen, newest_ms)
             }
             #[cfg(test)]
             Order::PredecessorBefore => {
@@ -134,7 +135,7 @@ impl Repository {
                         .filter(|backup| !is_doomed(backup, &condemned)),
                     None => None,
                 };
-                (chosen, None, newest_ms)
+                (chosen, Vec::new(), newest_ms)
             }
         };
         for PassedOver { backup, why } in &passed_over {
@@ -153,7 +154,7 @@ impl Repository {
                 "{avoided} packs of the predecessor were found damaged: what is in them is stored again",
             );
         }
-        if let Some(interrupted) = &interrupted {
+        for interrupted in &interrupted {
             tracing::info!(
                 "What attempt {} stored before it was interrupted is there: {} bytes in {} packs are not stored \
                  again where the files are still the same",
@@ -162,9 +163,8 @@ impl Repository {
                 interrupted.packs.len(),
             );
         }
-        let (repository, interrupted) = (self.clone(), interrupted.map(Arc::new));
         Ok(Attempt {
-            repository,
+            repository: self.clone(),
             lineage,
             intent,
             predecessor,
@@ -502,9 +502,10 @@ impl Attempt {
         self.predecessor.as_ref().map(Backup::id)
     }
 
-    /// The attempt that was interrupted before it, and of which it takes over what is still the same.
-    pub fn goes_on_from(&self) -> Option<AttemptId> {
-        self.interrupted.as_ref().map(|interrupted| interrupted.attempt)
+    /// The attempts that were interrupted before it, and of which it takes over what is still the same; the one that got furthest
+    /// first.
+    pub fn goes_on_from(&self) -> Vec<AttemptId> {
+        self.interrupted.iter().map(|interrupted| interrupted.attempt).collect()
     }
 
     /// Newer backups that could not be compared with, because they are damaged.

@@ -34,6 +34,8 @@ use crate::wire::{Decoder, Encoder, Malformed};
 
 /// Interrupted attempts that are looked at, the newest first: one that got far counts though a night of short ones followed.
 const INTERRUPTED_MAX: usize = 32;
+/// Of them, those that are taken over from at once: each is walked beside the new entries.
+const TAKEN_OVER_MAX: usize = 4;
 /// Checkpoints of one attempt that are tried. There are two when its writer died between putting one and deleting the other.
 const NUMBERS_MAX: usize = 3;
 
@@ -147,6 +149,19 @@ impl Interrupted {
         self.packs.values().map(|pack| pack.size_bytes).sum()
     }
 
+    /// The one that got furthest first, and of the others those that have what none before them has.
+    fn furthest_first(mut all: Vec<Self>) -> Vec<Self> {
+        all.sort_by_key(|one| Reverse(one.bytes()));
+        let mut chosen: Vec<Self> = Vec::new();
+        for one in all {
+            let is_new = |pack: &PackId| !chosen.iter().any(|other| other.packs.contains_key(pack));
+            if chosen.len() < TAKEN_OVER_MAX && one.packs.keys().any(is_new) {
+                chosen.push(one);
+            }
+        }
+        chosen
+    }
+
     pub(crate) fn is_lost(&self) -> bool {
         self.lost.load(Ordering::Relaxed)
     }
@@ -203,18 +218,18 @@ impl Repository {
         Ok(None)
     }
 
-    /// Of these attempts without a COMMIT, the one that stored the most that is there and may be referred to. To be called
-    /// after `condemned` was read, as for a predecessor: what a collector condemned since that look it spares for this
-    /// attempt, whose intent it sees.
+    /// Of these attempts without a COMMIT, the one that stored the most that is there and may be referred to, and others that stored
+    /// something else. To be called after `condemned` was read, as for a predecessor: what a collector condemned since that look
+    /// it spares for this attempt, whose intent it sees.
     pub(crate) async fn choose_interrupted(
         &self,
         lineage: LineageId,
         mut attempts: Vec<(AttemptId, Vec<u32>)>,
         condemned: &Doomed,
         spoilt: &BTreeSet<PackId>,
-    ) -> Result<Option<Interrupted>, Error> {
+    ) -> Result<Vec<Arc<Interrupted>>, Error> {
         if attempts.is_empty() || condemned.all {
-            return Ok(None);
+            return Ok(Vec::new());
         }
         let listed = self.list_packs(lineage).await?;
         let may_be_used = |record: &PackRecord| {
@@ -223,7 +238,7 @@ impl Repository {
                 && !condemned.packs.contains(&record.id.to_string())
         };
         attempts.sort_unstable_by(|a, b| b.cmp(a));
-        let mut best: Option<Interrupted> = None;
+        let mut chosen: Vec<Interrupted> = Vec::new();
         for (attempt, numbers) in attempts.into_iter().take(INTERRUPTED_MAX) {
             let Some(checkpoint) = self.last_checkpoint(lineage, attempt, &numbers).await? else {
                 continue;
@@ -238,12 +253,10 @@ impl Repository {
             let packs: HashMap<_, _> = records.map(|record| (record.id, record.clone())).collect();
             let reader = MetadataReader::new(self, lineage, Arc::clone(&checkpoint.packs));
             let (reader, lost) = (Arc::new(reader), AtomicBool::new(false));
-            let found = Interrupted { attempt, checkpoint, reader, packs, lost };
-            if found.bytes() > best.as_ref().map_or(0, Interrupted::bytes) {
-                best = Some(found);
-            }
+            chosen.push(Interrupted { attempt, checkpoint, reader, packs, lost });
+            chosen = Interrupted::furthest_first(chosen);
         }
-        Ok(best)
+        Ok(chosen.into_iter().map(Arc::new).collect())
     }
 }
 

@@ -325,7 +325,7 @@ async fn of_a_backup_that_broke_off_in_the_middle_only_the_rest_is_stored() {
     let tree = tree();
     // 5 MiB are in packs by then; of the second file two thirds, which stand in a shard of their own.
     let dead = house.ends_at(&tree, "c", 5 * MIB, NOW_MS).await;
-    assert_eq!(house.bench.begin(NOW_MS + 1).await.goes_on_from(), Some(dead));
+    assert_eq!(house.bench.begin(NOW_MS + 1).await.goes_on_from(), [dead]);
     let made = house.back_up(&tree, NOW_MS + HOUR_MS).await;
     assert_eq!((made.taken_over, made.summary.packs_reused), (5 * MIB, 5));
     let rest = TREE - 5 * MIB;
@@ -407,23 +407,53 @@ async fn what_is_taken_over_is_read_and_never_believed_for_its_times() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_several_interrupted_backups_the_one_that_got_furthest_counts_and_they_add_up() {
+async fn of_several_interrupted_backups_the_one_that_got_furthest_counts_first_and_they_add_up() {
     let house = House::new().await;
     let tree = tree();
     let far = house.ends_before_its_manifest(&tree, NOW_MS).await;
     // A later one gets less far than what it takes over.
     tree.write("a", 0, &noise(11, 3 << 20));
-    house.ends_at(&tree, "b", 2 * MIB, NOW_MS + 1000).await;
-    assert_eq!(house.bench.begin(NOW_MS + 1500).await.goes_on_from(), Some(far));
+    let short = house.ends_at(&tree, "b", 2 * MIB, NOW_MS + 1000).await;
+    assert_eq!(house.bench.begin(NOW_MS + 1500).await.goes_on_from(), [far, short]);
     // One that gets further has what it took over and what it stored.
     let further = house.ends_before_its_manifest(&tree, NOW_MS + 2000).await;
-    assert_eq!(house.bench.begin(NOW_MS + 2500).await.goes_on_from(), Some(further));
+    assert!(house.bench.begin(NOW_MS + 2500).await.goes_on_from().contains(&further));
     let made = house.back_up(&tree, NOW_MS + 3000).await;
     assert_eq!(made.taken_over, TREE);
     assert!(made.sent < SMALL, "{}", made.sent);
     house.is_right(&made, &tree).await;
     house.nothing_is_left(NOW_MS + 4 * DAY_MS).await;
     house.is_right(&made, &tree).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_shorter_attempt_stored_is_taken_over_beside_what_the_farther_one_had() {
+    let house = House::new().await;
+    let tree = tree();
+    let far = house.ends_before_its_manifest(&tree, NOW_MS).await;
+    // It stores the first file anew, takes over the second, and dies before the last.
+    tree.write("a", 0, &noise(11, 3 << 20));
+    let short = house.ends_at(&tree, "d", 2 * MIB, NOW_MS + 1000).await;
+    assert_eq!(house.bench.begin(NOW_MS + 1500).await.goes_on_from(), [far, short]);
+    // So does one that dies as well, and its checkpoint names what it has of both.
+    let other = house.bench.forked().await;
+    let made = house.back_up(&tree, NOW_MS + 2000).await;
+    assert!(made.taken_over >= TREE - MIB, "{} of {TREE}", made.taken_over);
+    assert!(made.sent < MIB + SMALL, "{}", made.sent);
+    house.is_right(&made, &tree).await;
+    house.nothing_is_left(NOW_MS + 4 * DAY_MS).await;
+    house.is_right(&made, &tree).await;
+
+    let attempt = other.begin(NOW_MS + 2000).await;
+    let id = attempt.id();
+    let mut writer = attempt.write(eager()).unwrap();
+    let source: Arc<dyn Source> = Arc::new(SharedTree(Arc::clone(&tree)));
+    writer.copy(Arc::clone(&source), tree.entries().into_iter().map(Ok)).await.unwrap();
+    drop(writer.finish(source, Vec::new(), facts()).await.unwrap());
+    other.repository.abort(other.lineage, id, "tester", "it died", NOW_MS).await.unwrap();
+    let (summary, taken_over) = next(&other, &tree, NOW_MS + 3000).await;
+    assert_eq!(taken_over, TREE);
+    is_sound(&other, &summary.unwrap(), &tree, "after three").await;
 }
 
 /// Streams of 20 MiB, the second of which breaks off at its end, when checkpoints tell of what was stored of both.
@@ -830,7 +860,7 @@ async fn nothing_that_is_wrong_with_what_is_left_harms_the_next_backup() {
         bench.repository.store().put(&key, checkpoint.clone().into()).await.unwrap();
         let intent = bench.intent(NEXT_MS);
         let begun = bench.repository.begin(lineage, intent).await.unwrap();
-        assert_eq!(begun.goes_on_from(), None, "{key}");
+        assert!(begun.goes_on_from().is_empty(), "{key}");
     }
 }
 
@@ -846,7 +876,7 @@ async fn what_is_left_and_cannot_be_read_stops_no_backup_and_no_collection() {
     let checkpoint = end_of(files(&house.bench, "/checkpoint.").remove(0));
     *house.store.unreadable.lock().unwrap() = vec![format!("{dead}/{checkpoint}")];
     let begun = house.bench.begin(NOW_MS + HOUR_MS).await;
-    assert_eq!(begun.goes_on_from(), None);
+    assert!(begun.goes_on_from().is_empty());
     house.abort(begun.id()).await;
     let options = collect_options(NOW_MS + HOUR_MS);
     house.repository().plan_collection(house.bench.lineage, &options).await.unwrap();
@@ -854,7 +884,7 @@ async fn what_is_left_and_cannot_be_read_stops_no_backup_and_no_collection() {
     // Its shards are asked for when the first file is.
     *house.store.unreadable.lock().unwrap() = metadata;
     let begun = house.bench.begin(NOW_MS + 2 * HOUR_MS).await;
-    assert_eq!(begun.goes_on_from(), Some(dead));
+    assert_eq!(begun.goes_on_from(), [dead]);
     house.abort(begun.id()).await;
     let made = house.back_up(&tree, NOW_MS + 2 * HOUR_MS).await;
     assert_eq!(made.taken_over, 0);

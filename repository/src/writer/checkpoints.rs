@@ -32,7 +32,7 @@ pub(super) struct Checkpoints {
     began: Instant,
     every: Duration,
     /// What it takes over is part of what it has.
-    interrupted: Option<Arc<Interrupted>>,
+    interrupted: Vec<Arc<Interrupted>>,
     last: Instant,
     last_bytes: u64,
     number: u32,
@@ -44,7 +44,7 @@ impl Checkpoints {
         attempt: AttemptId,
         began_at_ms: i64,
         every: Duration,
-        interrupted: Option<Arc<Interrupted>>,
+        interrupted: Vec<Arc<Interrupted>>,
     ) -> Self {
         let began = Instant::now();
         let (last, last_bytes, number) = (began, 0, 0);
@@ -97,7 +97,7 @@ struct Draft {
     at_ms: i64,
     shards: Vec<RootShard>,
     first: Vec<PackId>,
-    interrupted: Option<Arc<Interrupted>>,
+    interrupted: Vec<Arc<Interrupted>>,
 }
 
 impl Draft {
@@ -160,9 +160,9 @@ impl Draft {
                 shards.push(RootShard { first_path, shard: ShardRef { packs, ..shard } });
             }
         }
-        let taken_over = self.interrupted.as_ref().map(|interrupted| &interrupted.packs);
         let record = |pack: &PackId| {
-            stored.get(pack).or_else(|| taken_over.and_then(|packs| packs.get(pack)))
+            let taken_over = || self.interrupted.iter().find_map(|one| one.packs.get(pack));
+            stored.get(pack).or_else(taken_over)
         };
         let packs: Packs = reached
             .iter()

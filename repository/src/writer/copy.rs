@@ -10,10 +10,9 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender};
 
 use super::assemble::Event;
 use super::needed::Needed;
-use super::previous::{Old, OldUnit, OldUnits};
+use super::previous::{Begun, Old, OldUnit, OldUnits};
 use super::source::{InMemory, Source, SourceFile};
 use super::stream::{PackStream, Uploads};
-use crate::checkpoint::Interrupted;
 use crate::detect::{Detection, ZERO};
 use crate::entry::{Extent, Place, SourceEntry, push_extent};
 use crate::error::{Error, show};
@@ -33,8 +32,8 @@ pub(super) struct Job {
     pub(super) length: u64,
     /// The predecessor's file, when its units have the same size.
     pub(super) old: Option<Old>,
-    /// The same file in an interrupted backup, under the same condition.
-    pub(super) begun: Option<Old>,
+    /// The same file in interrupted backups, under the same condition.
+    pub(super) begun: Vec<Begun>,
     /// Units that differ from the predecessor's; all may where that is not known.
     pub(super) needed: Option<Needed>,
     /// The units that would have to be read if it were not its turn to be read whole; `None` where it is not.
@@ -100,7 +99,6 @@ pub(super) struct Copier<'a> {
     progress: &'a Progress,
     detection: Detection,
     spoilt: Arc<BTreeSet<PackId>>,
-    interrupted: Option<Arc<Interrupted>>,
     stream: PackStream,
     compressor: Compressor,
     events: &'a Sender<(u64, Event)>,
@@ -129,7 +127,6 @@ impl<'a> Copier<'a> {
         uploads: &'a Arc<Uploads>,
         detection: Detection,
         spoilt: Arc<BTreeSet<PackId>>,
-        interrupted: Option<Arc<Interrupted>>,
         level: i32,
         events: &'a Sender<(u64, Event)>,
     ) -> Result<Self, Error> {
@@ -145,7 +142,6 @@ impl<'a> Copier<'a> {
             progress: &uploads.progress,
             detection,
             spoilt,
-            interrupted,
             stream: PackStream::new(Arc::clone(uploads), ObjectType::Data),
             compressor,
             events,
@@ -200,8 +196,11 @@ impl<'a> Copier<'a> {
             None => None,
         };
         let known: Vec<OldUnit> = old.iter().flat_map(OldUnits::units).collect();
-        let begun = self.begun(job)?;
-        let stored: Vec<OldUnit> = begun.iter().flat_map(OldUnits::units).collect();
+        let mut stored = Vec::with_capacity(job.begun.len());
+        for begun in &job.begun {
+            stored.push((begun, begun.units(job.piece, self.stop)?));
+        }
+        let units = usize::try_from(job.length.div_ceil(u64::from(job.unit_bytes))).unwrap_or(0);
         let copied = Copied {
             seq: job.seq,
             extents: Vec::new(),
@@ -257,8 +256,8 @@ impl<'a> Copier<'a> {
                 {
                     reread += (end - at) as u64;
                 }
-                let same = known.get(number).filter(is_same);
-                let stored = stored.get(number).filter(is_same);
+                let unit = number;
+                let same = known.get(unit).filter(is_same);
                 number += 1;
                 changed += u64::from(same.is_none());
                 let here = same.filter(|unit| !unit.is_in(&self.spoilt));
@@ -267,9 +266,9 @@ impl<'a> Copier<'a> {
                     Some(unit) => unit.place,
                     None if hash == ZERO => None,
                     None => {
-                        let there = stored.and_then(|unit| unit.place).filter(|place| {
-                            let interrupted = self.interrupted.as_ref();
-                            interrupted.is_some_and(|by| by.packs.contains_key(&place.frame.pack))
+                        let there = stored.iter().find_map(|(begun, units)| {
+                            let place = units.get(unit).filter(is_same)?.place?;
+                            begun.has(place).then_some(place)
                         });
                         if there.is_some() {
                             taken_over += (end - at) as u64;
@@ -291,9 +290,9 @@ impl<'a> Copier<'a> {
             if got < wanted {
                 break;
             }
-        self.progress.add_read(file.fetched_bytes().unwrap_or(done - unread));
         }
         self.progress.add_bytes(done);
+        self.progress.add_read(file.fetched_bytes().unwrap_or(done - unread));
         self.progress.add_taken_over(taken_over);
         self.progress.add_reread(reread);
         self.progress.add_skipped(unread);
@@ -312,18 +311,6 @@ impl<'a> Copier<'a> {
             copied.unchanged.clone_from(&old.reference);
         }
         self.release()
-    }
-
-    /// What an interrupted backup had stored of the stretch.
-    fn begun(&self, job: &Job) -> Result<Option<OldUnits>, Error> {
-        match (&self.interrupted, &job.begun) {
-            (Some(interrupted), Some(begun))
-                if begun.tells_of(job.piece) && !interrupted.is_lost() =>
-            {
-                interrupted.told(begun.units(job.piece, self.stop))
-            }
-            _ => Ok(None),
-        }
     }
 
     /// The stretch that is being read.

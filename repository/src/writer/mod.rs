@@ -274,8 +274,14 @@ impl BackupWriter {
         let (reread, read_again) = (Reread::NOTHING, HashSet::new());
         // It is compared with nothing.
         let spoilt = Arc::default();
-        let trust =
-            Trust { stamps: false, changes: false, reread, read_again, spoilt, interrupted: None };
+        let trust = Trust {
+            stamps: false,
+            changes: false,
+            reread,
+            read_again,
+            spoilt,
+            interrupted: Vec::new(),
+        };
         let mut late = late;
         late.sort_by(|a, b| crate::entry::path_order(&a.path, &b.path));
         let late_names: Vec<String> =
@@ -337,7 +343,7 @@ impl BackupWriter {
         let added: HashMap<PackId, PackRecord> =
             records.into_iter().map(|record| (record.id, record)).collect();
         let old = self.attempt.predecessor.as_ref();
-        let interrupted = self.attempt.interrupted.as_ref();
+        let interrupted = &self.attempt.interrupted;
         let references =
             files.shards.iter().chain(&late.shards).chain(&wal).map(|root| &root.shard);
         let mut packs = HashMap::new();
@@ -345,7 +351,7 @@ impl BackupWriter {
             let record = added
                 .get(&id)
                 .or_else(|| old.and_then(|old| old.root.packs.get(&id)))
-                .or_else(|| interrupted.and_then(|interrupted| interrupted.packs.get(&id)))
+                .or_else(|| interrupted.iter().find_map(|interrupted| interrupted.packs.get(&id)))
                 .ok_or_else(|| Error::Bug(format!("pack {id} is needed and was never stored")))?;
             packs.insert(id, record.clone());
         }
@@ -467,7 +473,7 @@ fn run_threads(
         let mut running = Vec::with_capacity(threads.processes + 1);
         for n in 0..threads.processes {
             let (work, events) = (work.clone(), events.clone());
-            let (spoilt, interrupted) = (Arc::clone(&trust.spoilt), trust.interrupted.clone());
+            let spoilt = Arc::clone(&trust.spoilt);
             // The ends of the channels outlive the work: whoever finds nobody there must not be the first to tell of an end,
             // which then has no cause.
             let body = move || {
@@ -475,8 +481,7 @@ fn run_threads(
                     step_back(threads.nice);
                     let detection = Detection(uploads.keys.detection(threads.lineage));
                     let level = threads.level;
-                    Copier::new(source, uploads, detection, spoilt, interrupted, level, &events)?
-                        .run(&work)
+                    Copier::new(source, uploads, detection, spoilt, level, &events)?.run(&work)
                 });
             };
             running.push(spawn(scope, stop, format!("copy-{n}"), body));

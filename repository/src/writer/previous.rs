@@ -145,6 +145,29 @@ impl Old {
     }
 }
 
+/// A file that an interrupted backup had stored, as far as it had got.
+#[derive(Debug, Clone)]
+pub(super) struct Begun {
+    pub(super) old: Old,
+    pub(super) by: Arc<Interrupted>,
+}
+
+impl Begun {
+    /// What was stored of the `piece`-th stretch, as far as that is to be had.
+    pub(super) fn units(&self, piece: u64, stop: &Stop) -> Result<Vec<OldUnit>, Error> {
+        if self.by.is_lost() || !self.old.tells_of(piece) {
+            return Ok(Vec::new());
+        }
+        let units = self.by.told(self.old.units(piece, stop))?;
+        Ok(units.iter().flat_map(OldUnits::units).collect())
+    }
+
+    /// Whether a place of it may be referred to.
+    pub(super) fn has(&self, place: Place) -> bool {
+        self.by.packs.contains_key(&place.frame.pack)
+    }
+}
+
 /// What was known about a stretch of a file.
 #[derive(Debug)]
 pub(super) struct OldUnits {
