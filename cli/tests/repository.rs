@@ -192,7 +192,7 @@ fn a_repository_of_a_later_program_is_refused_by_every_command_and_stays_as_it_i
         let (mut before, mut after) = (BTreeMap::new(), BTreeMap::new());
         content(place.path(), &mut before);
         for command in commands {
-            let output = pgmuster(&[*command, &["--key", key.as_str()]].concat());
+            let output = pgmuster(&[command, &["--key", key.as_str()][..]].concat());
             refused(&output, 5, "REPOSITORY_VERSION");
             assert!(said(&output).contains(what), "{command:?}: {}", said(&output));
             assert!(said(&output).contains("at least as new"), "{command:?}: {}", said(&output));

@@ -46,6 +46,7 @@ mod tests {
             safe_at_ms: None,
             waiting: None,
             gap: None,
+            conflict: None,
         }
     }
 

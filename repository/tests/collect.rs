@@ -518,7 +518,9 @@ impl Meeting {
         reader.end();
         let mut met = Met { steps: collectors.each_ref().map(|by| by.steps), ..Met::default() };
         for ended in collectors.map(Acting::ended) {
-            assert!(ended.is_ok(), "{turns:?}: {ended:?}");
+            // What it was about to read the other one has deleted.
+            let was_slower = matches!(&ended, Err(Error::Missing { .. }));
+            assert!(ended.is_ok() || was_slower, "{turns:?}: {ended:?}");
         }
         let mut promised = vec![third];
         promised.extend(newer);

@@ -118,18 +118,19 @@ struct Crowd {
 }
 
 fn niceness() -> i32 {
-    getpriority_process(Some(gettid())).unwrap()
+    getpriority_process(Some(gettid())).expect("the nice value of a living thread")
 }
 
 impl Source for Crowd {
     fn open(&self, _: &SourceEntry) -> io::Result<Option<Box<dyn SourceFile>>> {
         let thread = std::thread::current();
-        let mut came = self.came.lock().unwrap();
-        came.insert(thread.name().unwrap().to_owned(), niceness());
+        let mut came = self.came.lock().expect("nobody panicked");
+        came.insert(thread.name().expect("the copier names its threads").to_owned(), niceness());
         self.more.notify_all();
-        let bound = Duration::from_secs(60);
+        let bound = Duration::from_mins(1);
         let too_few = |came: &mut BTreeMap<String, i32>| came.len() < self.awaited;
-        let (came, ended) = self.more.wait_timeout_while(came, bound, too_few).unwrap();
+        let (came, ended) =
+            self.more.wait_timeout_while(came, bound, too_few).expect("nobody panicked");
         assert!(!ended.timed_out(), "only {came:?} came");
         Ok(None)
     }

@@ -65,7 +65,7 @@ mod tests {
     fn heed(away: &mut Away, after_s: i64, looked: Result<(), Code>) -> Option<(Code, i64)> {
         let now = Seen::test(AT_MS + after_s * 1_000, after_s * 1_000);
         let failed = looked.map_err(failure);
-        let told = away.heed("s3://backups?region=x", failed.as_ref().map(|()| ()), now);
+        let told = away.heed("s3://backups?region=x", failed.as_ref().copied(), now);
         told.map(|told| {
             assert_eq!(told.place, "s3://backups");
             (told.failure.code, (told.since_ms - AT_MS) / 1_000)

@@ -545,10 +545,10 @@ async fn beside_the_source(major: u32) {
     assert!(settings(&quiet).contains("archive_mode = 'off'"));
     // On the timeline of its source it would write other WAL under the same names.
     let refused = world.restore(&loud, &["--keep-archiving"]);
-    let text = said(&refused);
-    assert_eq!(refused.status.code(), Some(2), "{text}");
-    assert!(text.contains("timeline of its source") && text.contains("--to latest"), "{text}");
-    assert!(!loud.exists(), "{text}");
+    let told = said(&refused);
+    assert_eq!(refused.status.code(), Some(2), "{told}");
+    assert!(told.contains("timeline of its source") && told.contains("--to latest"), "{told}");
+    assert!(!loud.exists(), "{told}");
     let done = world.restore(&loud, &["--to", "immediate", "--keep-archiving"]);
     assert!(!said(&done).contains("archives nothing"), "{}", said(&done));
     assert!(!settings(&loud).contains("archive_mode = 'off'"));

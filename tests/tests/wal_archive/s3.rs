@@ -19,7 +19,7 @@ struct Far {
 impl Far {
     async fn create() -> anyhow::Result<Self> {
         let far = Self { place: tempfile::tempdir()?, bucket: Bucket::create().await? };
-        let made = far.start(&["repo", "init", &far.url(), "--key", &far.key()])?.wait(SOON)?;
+        let made = Self::start(&["repo", "init", &far.url(), "--key", &far.key()])?.wait(SOON)?;
         ensure!(made.code() == 0, "{made}");
         Ok(far)
     }
@@ -50,7 +50,7 @@ impl Far {
         self.place.path().join("wal.sock").display().to_string()
     }
 
-    fn start(&self, words: &[&str]) -> anyhow::Result<Pgmuster> {
+    fn start(words: &[&str]) -> anyhow::Result<Pgmuster> {
         Pgmuster::start_with(words, |command| {
             command
                 .env("AWS_ACCESS_KEY_ID", bucket::ACCESS_KEY)
@@ -70,7 +70,7 @@ impl Far {
     fn serve(&self, proxy: &Proxy) -> anyhow::Result<Pgmuster> {
         let (url, key) = (self.url_through(proxy), self.key());
         let words = ["wal", "serve", &self.socket(), "--repository", &url, "--key", &key];
-        let mut service = self.start(&words)?;
+        let mut service = Self::start(&words)?;
         service.wait_for_line("Answers at", SOON)?;
         Ok(service)
     }

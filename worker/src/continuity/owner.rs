@@ -49,8 +49,13 @@ impl Owner {
         Ok(match own {
             Some(own) if own == there => Self::Server,
             Some(_) => Self::Another,
-            None if archived.is_none_or(|last| has_come_to(last, name)) => Self::Server,
-            None if repository.has_wal_conflict(lineage, name).await? => Self::Another,
+            None if archived.is_some_and(|last| has_come_to(last, name)) => Self::Server,
+            None if repository.has_wal_conflict(lineage, name).await? => match archived {
+                Some(_) => Self::Another,
+                // After a crash a server does not remember what it archived.
+                None => Self::Unclear,
+            },
+            None if archived.is_none() => Self::Server,
             None => Self::Unclear,
         })
     }

@@ -95,7 +95,8 @@ impl Surveys {
         let (found, took_ms) = task.await.unwrap_or_else(|error| {
             (Err(Failure::bug(format!("a survey ended badly: {error}"))), 0)
         });
-        self.ended = Some((now, took_ms));
+        // What a store took to fail says nothing of what a list costs.
+        self.ended = Some((now, if found.is_ok() { took_ms } else { 0 }));
         self.failure = found.as_ref().err().cloned();
         found.ok().map(|found| (found, known_to))
     }

@@ -464,7 +464,7 @@ async fn run(
     let what = format!("database {}", dump.database);
     let size = content.size_bytes();
     let layout = dump.layout.as_ref();
-    let parts = piece.as_ref().map_or_else(|| vec![0..size], |piece| piece.parts(layout, size));
+    let parts = piece.as_ref().map_or_else(|| part::whole(size), |piece| piece.parts(layout, size));
     let total: u64 = parts.iter().map(|part| part.end - part.start).sum();
     let told = |done: u64| {
         let (step, unit) = ("restore".to_owned(), "bytes".to_owned());

@@ -36,8 +36,8 @@ pub(super) struct Piece {
 impl Piece {
     /// Where in the file of the dump it is; all of the file where that was not stored.
     pub(super) fn parts(&self, layout: Option<&DumpLayout>, size: u64) -> Vec<Range<u64>> {
-        let Some(layout) = layout else { return vec![0..size] };
-        let mut parts = vec![0..layout.contents_bytes];
+        let Some(layout) = layout else { return whole(size) };
+        let mut parts = whole(layout.contents_bytes);
         let mut start = layout.contents_bytes;
         for (id, bytes) in &layout.blocks {
             let part = start..start.saturating_add(*bytes);
@@ -50,6 +50,11 @@ impl Piece {
         }
         parts
     }
+}
+
+/// All of so many bytes, in one part.
+pub(super) fn whole(bytes: u64) -> Vec<Range<u64>> {
+    std::iter::once(0..bytes).collect()
 }
 
 /// Finds out what is loaded of a dump into a database, which is there or not, and that it can be.
@@ -112,7 +117,7 @@ pub(super) async fn choose(
     let (lines, left_out) = lines(&settled, &kept, &head);
     let all = head.contents.entries.iter().map(|entry| entry.id);
     let leave = all.filter(|id| !settled.ids.contains(id)).collect();
-    Ok((how, Piece { leave, what, lines, left_out, head }))
+    Ok((how, Piece { head, leave, what, lines, left_out }))
 }
 
 /// What a plan says beside what was named; and what of that tells what is left out.
