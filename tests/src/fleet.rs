@@ -131,6 +131,16 @@ impl Fleet {
         Ok(path)
     }
 
+    /// The `archive_command` of a server that is `orders`: straight into the repository.
+    pub fn archive_command(&self) -> anyhow::Result<String> {
+        Ok(format!(
+            "'{}' wal push \"%p\" --new --repository '{}' --key '{}' --cluster orders",
+            services::pgmuster()?.display(),
+            self.repository_url(),
+            self.path("repository.key").display()
+        ))
+    }
+
     /// The repository, as commands take it.
     pub fn repository_url(&self) -> String {
         match &self.repository {

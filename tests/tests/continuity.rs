@@ -62,12 +62,7 @@ async fn what_is_recoverable_is_what_is_archived_and_an_archive_that_lies_is_fou
     .await?;
     let vhost = Vhost::create()?;
     let mut fleet = Fleet::prepare(&vhost.url(), "", Place::Directory)?;
-    let push = format!(
-        "'{}' wal push \"%p\" --new --repository '{}' --key '{}' --cluster orders",
-        services::pgmuster()?.display(),
-        fleet.repository_url(),
-        fleet.path("repository.key").display()
-    );
+    let push = fleet.archive_command()?;
     let lies = fleet.path("lies");
     archives_by(&server, &format!("test -e '{}' || {push}", lies.display())).await?;
     server.run("SELECT pg_switch_wal()").await?;
@@ -197,12 +192,7 @@ async fn a_clone_under_the_same_name_and_a_store_that_is_away_make_nothing_seem_
     let mut fleet = Fleet::prepare(&vhost.url(), "", Place::Directory)?;
     fleet.start_coordinator()?;
     fleet.start_worker(&WorkerSetup::of("w1", "orders", server.url()))?;
-    let push = format!(
-        "'{}' wal push \"%p\" --new --repository '{}' --key '{}' --cluster orders",
-        services::pgmuster()?.display(),
-        fleet.repository_url(),
-        fleet.path("repository.key").display()
-    );
+    let push = fleet.archive_command()?;
     archives_by(&server, &push).await?;
     fleet.expect(&["backup", "orders", "--wait"])?;
     fleet.expect(&["verify", "orders", "--level", "3", "--wait"])?;

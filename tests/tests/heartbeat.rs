@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use postgres::instance::InstanceOptions;
 use serde_json::Value;
-use tests::{Cluster, Fleet, Place, Vhost, WorkerSetup, eventually, eventually_async, services};
+use tests::{Cluster, Fleet, Place, Vhost, WorkerSetup, eventually, eventually_async};
 
 /// A heartbeat comes every five seconds, and archives are looked at as often.
 const LATER: Duration = Duration::from_mins(2);
@@ -46,12 +46,7 @@ async fn scene(major: u32, archive_timeout: &str) -> anyhow::Result<(Cluster, Fl
     .await?;
     let vhost = Vhost::create()?;
     let mut fleet = Fleet::prepare(&vhost.url(), "", Place::Directory)?;
-    let push = format!(
-        "'{}' wal push \"%p\" --new --repository '{}' --key '{}' --cluster orders",
-        services::pgmuster()?.display(),
-        fleet.repository_url(),
-        fleet.path("repository.key").display()
-    );
+    let push = fleet.archive_command()?;
     set(&server, "archive_command", &push).await?;
     // The worker finds an archive when it looks first.
     server.run("SELECT pg_switch_wal()").await?;
