@@ -22,6 +22,7 @@ pub async fn conforms(store: &dyn Store) {
     refuses_keys_that_are_none(store).await;
     first_create_wins(store).await;
     one_of_eight_creators_wins(store).await;
+    shows_nothing_of_what_is_staged(store).await;
     lists_by_prefix_in_order(store).await;
     finds_what_is_behind_a_key(store).await;
     lists_more_than_a_page(store).await;
@@ -193,6 +194,26 @@ pub async fn one_of_eight_creators_wins(store: &dyn Store) {
             "round {round}: not the winner's bytes"
         );
     }
+}
+
+/// What is staged is seen when it is put and not before, loses to what was put meanwhile, and is gone when it is dropped.
+pub async fn shows_nothing_of_what_is_staged(store: &dyn Store) {
+    let [key, taken, dropped] =
+        ["ours", "taken", "dropped"].map(|key| format!("contract/staged/{key}"));
+    let (ours, theirs) = (sample(1, 3 * MIB + 1), sample(2, 300));
+    let staged = store.stage(&key, ours.clone()).await.expect("stage");
+    let late = store.stage(&taken, ours.clone()).await.expect("stage");
+    drop(store.stage(&dropped, ours.clone()).await.expect("stage"));
+    assert_eq!(keys(store, "contract/staged/").await, [""; 0], "staged is not put");
+    store.put(&taken, theirs.clone()).await.expect("put");
+    let outcome = store.put_staged_if_absent(&taken, late).await;
+    assert_eq!(outcome.expect("create"), PutOutcome::Exists);
+    assert!(get(store, &taken).await == theirs, "the loser changed the object");
+    let outcome = store.put_staged_if_absent(&key, staged).await;
+    assert_eq!(outcome.expect("create"), PutOutcome::Created);
+    assert!(get(store, &key).await == ours, "not what was staged");
+    assert_eq!(keys(store, "contract/staged/").await, [key, taken]);
+    assert!(store.stage("contract/../staged", ours).await.is_err(), "this is no key");
 }
 
 /// A prefix is plain text; rows come in byte order with their sizes; directories are named once.

@@ -23,7 +23,7 @@ use bytes::Bytes;
 use rustix::fs::{Advice, AtFlags, CWD, Mode, OFlags, RenameFlags, fadvise};
 use rustix::io::Errno;
 
-use super::{KeyTest, Listed, PutOutcome, Store, StoreError, Upload, check_key};
+use super::{KeyTest, Listed, PutOutcome, Staged, Store, StoreError, Upload, check_key};
 use crate::{chance, room};
 
 /// Where unfinished objects are that must have a name. Not a valid key, so no object can be there.
@@ -243,6 +243,25 @@ impl Store for DirectoryStore {
         .await
     }
 
+    async fn stage(&self, key: &str, bytes: Bytes) -> Result<Staged, StoreError> {
+        check_key("put", key)?;
+        let written = self.blocking("put", key, move |store, _| store.write(&bytes).map(Written));
+        Ok(Staged::Written(written.await?))
+    }
+
+    async fn put_staged_if_absent(
+        &self,
+        key: &str,
+        staged: Staged,
+    ) -> Result<PutOutcome, StoreError> {
+        let written = match staged {
+            Staged::Held(bytes) => return self.put_if_absent(key, bytes).await,
+            Staged::Written(Written(temporary)) => temporary,
+        };
+        check_key("put", key)?;
+        self.blocking("put", key, move |store, key| store.link(&written, key)).await
+    }
+
     async fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError> {
         check_key("put", key)?;
         let temporary = self.blocking("put", key, |store, _| Temporary::create(store)).await?;
@@ -334,6 +353,10 @@ impl Store for DirectoryStore {
 const OWN_FILES: &str = "/proc/self/fd";
 /// What other users of the repository's directory may do with an object.
 const OBJECT_MODE: u32 = 0o640;
+
+/// The bytes of an object, durable, without its name.
+#[derive(Debug)]
+pub struct Written(Temporary);
 
 /// A file that is not an object yet, and disappears when it is dropped.
 #[derive(Debug)]

@@ -9,6 +9,8 @@ use super::{KeyTest, Listed, PutOutcome, Store, StoreError, Upload};
 
 /// What a layer changes; every verb that it does not write anew goes through as it is. Each layer is a [`Store`].
 ///
+/// What is staged is held in memory, so that it passes through `put_if_absent` of every layer.
+///
 /// One that counts or refuses calls of `list` has to say what `list_directories` and `has_behind` do: they do not pass through
 /// `list`.
 #[async_trait]

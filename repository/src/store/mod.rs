@@ -135,6 +135,15 @@ pub enum PutOutcome {
     Exists,
 }
 
+/// The bytes of an object that has no name yet: see [`Store::stage`].
+#[derive(Debug)]
+pub enum Staged {
+    /// In memory.
+    Held(Bytes),
+    /// In a file of a directory's, durable.
+    Written(directory::Written),
+}
+
 /// One row of a listing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listed {
@@ -180,6 +189,25 @@ pub trait Store: Send + Sync + std::fmt::Debug {
     /// error means that the outcome is unknown: the object may be there, or may still appear. Calling again is not
     /// asking again, since a second call takes the first one's object for somebody else's: read the object instead.
     async fn put_if_absent(&self, key: &str, bytes: Bytes) -> Result<PutOutcome, StoreError>;
+    /// Does of a [`Store::put_if_absent`] what decides nothing, for a writer whose objects have an order: several are staged at a
+    /// time, and then put one after the other. Nothing is visible, and what is dropped leaves nothing behind.
+    async fn stage(&self, key: &str, bytes: Bytes) -> Result<Staged, StoreError> {
+        check_key("put", key)?;
+        Ok(Staged::Held(bytes))
+    }
+    /// As [`Store::put_if_absent`], with what [`Store::stage`] of this store gave for this key.
+    async fn put_staged_if_absent(
+        &self,
+        key: &str,
+        staged: Staged,
+    ) -> Result<PutOutcome, StoreError> {
+        match staged {
+            Staged::Held(bytes) => self.put_if_absent(key, bytes).await,
+            Staged::Written(_) => {
+                Err(StoreError::Unsuitable { reason: format!("{key} was staged in another store") })
+            }
+        }
+    }
     /// Starts an object that is too large for one call.
     async fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError>;
     /// Every object whose key begins with the text `prefix`, sorted by key. Whole, or an error.

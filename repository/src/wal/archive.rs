@@ -16,7 +16,7 @@ use crate::layout;
 use crate::lineage::NOTES_IN_FLIGHT;
 use crate::pack::{self, Tail};
 use crate::repository::Repository;
-use crate::store::{PutOutcome, StoreError};
+use crate::store::{PutOutcome, Staged, StoreError};
 
 /// The largest history and label that is stored: they have a line for each promotion, and ten lines.
 const TEXT_BYTES_MAX: usize = 1 << 20;
@@ -34,12 +34,18 @@ pub enum WalStored {
 }
 
 /// A file of the log that was looked at and sealed for its place, and is not stored yet.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct SealedWal {
     lineage: LineageId,
     file: WalFileName,
     content: Bytes,
-    object: Bytes,
+    object: Staged,
+}
+
+impl SealedWal {
+    fn key(&self) -> String {
+        layout::wal(self.lineage) + &layout::wal_file(&self.file)
+    }
 }
 
 /// What it means that the archive has not got a segment.
@@ -83,15 +89,25 @@ impl Repository {
         self.check_writable()?;
         check(file, &content)?;
         let object = self.seal_archived(lineage, &layout::wal_file(file), content.clone()).await?;
-        Ok(SealedWal { lineage, file: *file, content, object })
+        Ok(SealedWal { lineage, file: *file, content, object: Staged::Held(object) })
+    }
+
+    /// Does what of the storing decides nothing: for a file that waits for the one before it.
+    pub async fn stage_sealed_wal(&self, sealed: SealedWal) -> Result<SealedWal, Error> {
+        let key = sealed.key();
+        let object = match sealed.object {
+            Staged::Held(bytes) => self.store.stage(&key, bytes).await?,
+            written @ Staged::Written(_) => written,
+        };
+        Ok(SealedWal { object, ..sealed })
     }
 
     /// The second half of [`Repository::store_wal`].
     pub async fn store_sealed_wal(&self, sealed: SealedWal) -> Result<WalStored, Error> {
+        let key = sealed.key();
         let SealedWal { lineage, file, content, object } = sealed;
         let place = layout::wal_file(&file);
-        let key = layout::wal(lineage) + &place;
-        let outcome = self.store.put_if_absent(&key, object).await;
+        let outcome = self.store.put_staged_if_absent(&key, object).await;
         match outcome {
             Ok(PutOutcome::Created) => return Ok(WalStored::Created),
             Ok(PutOutcome::Exists) | Err(_) => {}

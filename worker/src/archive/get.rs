@@ -1,11 +1,14 @@
 //! One file from the archive to where the server wants it.
 
+use std::fs::File;
 use std::io::{self, Write as _};
+use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use proto::{Action, Code, Failure, WalFileName};
 use repository::{Identity, Repository};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 use tempfile::NamedTempFile;
 
 use super::gap::Asked;
@@ -34,11 +37,24 @@ pub async fn get(
     until: Option<Until>,
 ) -> Result<Got, Failure> {
     let (identity, server) = recipient(repository, whose, to).await?;
-    let found = repository.fetch_wal(identity.lineage, file).await?;
+    let found = repository.fetch_wal(identity.lineage, file).await?.map(Found::from);
     let asked = Asked { repository, identity: &identity, file, to, server };
     match hand_over(asked, found, until).await? {
         Some(file) => put(file.into_temp_path(), to.to_owned()).await.map(|()| Got::Written),
         None => Ok(Got::NotThere),
+    }
+}
+
+/// What the archive has under the name of a file.
+pub(super) struct Found {
+    pub(super) content: Bytes,
+    /// The same, where somebody has written it already.
+    pub(super) written: Option<Written>,
+}
+
+impl From<Bytes> for Found {
+    fn from(content: Bytes) -> Self {
+        Self { content, written: None }
     }
 }
 
@@ -57,17 +73,19 @@ pub(super) async fn recipient(
 /// that there is none.
 pub(super) async fn hand_over(
     asked: Asked<'_>,
-    found: Option<Bytes>,
+    found: Option<Found>,
     until: Option<Until>,
 ) -> Result<Option<NamedTempFile>, Failure> {
     let Asked { repository, identity, file, to, server } = asked;
     asked.refuse_abandoned(found.is_some()).await?;
-    let content = match found {
-        Some(content) => content,
+    let Found { content, written } = match found {
+        Some(found) => found,
         None => match asked.why_missing().await? {
             None => return Ok(None),
             // A server may be archiving at this moment: what shows that the file is missing came after it.
-            Some(missing) => repository.fetch_wal(identity.lineage, file).await?.ok_or(missing)?,
+            Some(missing) => {
+                repository.fetch_wal(identity.lineage, file).await?.ok_or(missing)?.into()
+            }
         },
     };
     if let Some(name) = segment_of(file) {
@@ -85,12 +103,20 @@ pub(super) async fn hand_over(
     }
     let failed = unwritable(to);
     let directory = asked.directory();
-    let file = blocking(move || write(&directory, &content).map_err(failed)).await?;
+    let named = move || match written.map(|written| written.name(&directory)) {
+        Some(Ok(named)) => Ok(named),
+        Some(Err(_)) | None => write(&directory, &content),
+    };
+    let file = blocking(move || named().map_err(failed)).await?;
     failpoint::reached("wal_written").await;
     Ok(Some(file))
 }
 
-/// Puts a file that was fetched where the server wants it, and makes that durable.
+/// What the server calls a file that it asks for, until it gives it the name that it has in the log: from then on the name is durable.
+/// See `RestoreArchivedFile` and `KeepFileRestoredFromArchive` in PostgreSQL's `src/backend/access/transam/xlogarchive.c`.
+const MADE_DURABLE_BY_SERVER: [&str; 2] = ["RECOVERYXLOG", "RECOVERYHISTORY"];
+
+/// Puts a file that was fetched where the server wants it, and makes that durable unless the server does.
 pub(super) async fn put(
     file: impl AsRef<Path> + Send + 'static,
     to: PathBuf,
@@ -98,9 +124,13 @@ pub(super) async fn put(
     blocking(move || {
         let failed = unwritable(&to);
         let directory = to.parent().filter(|parent| !parent.as_os_str().is_empty());
+        let is_left = MADE_DURABLE_BY_SERVER.iter().any(|name| to.ends_with(name));
         let put = || {
             std::fs::rename(file.as_ref(), &to)?;
-            std::fs::File::open(directory.unwrap_or(Path::new(".")))?.sync_all()
+            if is_left {
+                return Ok(());
+            }
+            File::open(directory.unwrap_or(Path::new(".")))?.sync_all()
         };
         put().map_err(failed)
     })
@@ -116,13 +146,44 @@ fn unwritable(to: &Path) -> impl FnOnce(io::Error) -> Failure + use<> {
     }
 }
 
-/// A file beside the one that is wanted, whole and durable. When this process dies its server sweeps it, as one of its own
-/// that it was about to make a segment of.
+/// What a file beside the one that is wanted is called. When this process dies its server sweeps it, as one of its own that it was
+/// about to make a segment of.
+const PREFIX: &str = "xlogtemp.pgmuster-";
+/// Where a process finds its own open files, to give one of them a name.
+const OWN_FILES: &str = "/proc/self/fd";
+
+/// A file beside the one that is wanted, whole and durable.
 fn write(directory: &Path, content: &Bytes) -> io::Result<NamedTempFile> {
-    let mut file = tempfile::Builder::new().prefix("xlogtemp.pgmuster-").tempfile_in(directory)?;
+    let mut file = tempfile::Builder::new().prefix(PREFIX).tempfile_in(directory)?;
     file.write_all(content)?;
     file.as_file().sync_all()?;
     Ok(file)
+}
+
+/// A file that is whole and durable but for its name: it has none, and is gone with this process.
+#[derive(Debug)]
+pub(super) struct Written(File);
+
+impl Written {
+    /// Fails on file systems that know no files without a name, which some are: nothing is lost by that.
+    pub(super) fn write(directory: &Path, content: &Bytes) -> io::Result<Self> {
+        let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
+        let mode = Mode::RUSR | Mode::WUSR;
+        let mut file = File::from(rustix::fs::openat(CWD, directory, flags, mode)?);
+        file.write_all(content)?;
+        file.sync_all()?;
+        Ok(Self(file))
+    }
+
+    /// Gives it a name in the directory that it was written for.
+    fn name(self, directory: &Path) -> io::Result<NamedTempFile> {
+        let own = format!("{OWN_FILES}/{}", self.0.as_raw_fd());
+        let named = tempfile::Builder::new().prefix(PREFIX).make_in(directory, |path| {
+            Ok(rustix::fs::linkat(CWD, &own, CWD, path, AtFlags::SYMLINK_FOLLOW)?)
+        })?;
+        let (_, path) = named.into_parts();
+        Ok(NamedTempFile::from_parts(self.0, path))
+    }
 }
 
 #[cfg(test)]
@@ -251,6 +312,22 @@ mod tests {
         assert_eq!(asking.get("00000006.history").await, Ok(Got::NotThere));
         asking.archive_as("00000007.history", "1\t0/900000\tx\n").await;
         assert_eq!(asking.get("00000006.history").await, missing);
+    }
+
+    #[test]
+    fn what_was_written_ahead_has_no_name_before_it_is_handed_over() {
+        let place = tempfile::tempdir().unwrap();
+        let names = || std::fs::read_dir(place.path()).unwrap().count();
+        let content = Bytes::from(segment(1, MIB, 7));
+        drop(Written::write(place.path(), &content).unwrap());
+        let written = Written::write(place.path(), &content).unwrap();
+        assert_eq!(names(), 0);
+        let named = written.name(place.path()).unwrap();
+        assert!(named.path().file_name().unwrap().to_str().unwrap().starts_with(PREFIX));
+        assert!(std::fs::read(named.path()).unwrap() == content);
+        drop(named);
+        assert_eq!(names(), 0, "nobody took it");
+        Written::write(&place.path().join("no"), &content).unwrap_err();
     }
 
     #[tokio::test]

@@ -63,6 +63,12 @@ pub(super) async fn ready(
 }
 
 impl Ready {
+    /// Does what of the storing can be done before its turn has come.
+    pub(super) async fn stage(self, repository: &Repository) -> Result<Self, Failure> {
+        let sealed = repository.stage_sealed_wal(self.sealed).await?;
+        Ok(Self { sealed, ..self })
+    }
+
     /// Stores it. It is durable when this returns.
     pub(super) async fn store(self, repository: &Repository) -> Result<Pushed, Failure> {
         failpoint::reached("wal_store").await;

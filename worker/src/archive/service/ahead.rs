@@ -185,8 +185,9 @@ impl Ahead {
                     .with_hint("Run the service as the server's user.")
             };
             let stamp = Stamp::of(&path).await.map_err(unreadable)?;
-            let ready = push::ready(&source.repository, &source.whose, &path).await?;
+            let mut ready = push::ready(&source.repository, &source.whose, &path).await?;
             if let Some(before) = before {
+                ready = ready.stage(&source.repository).await?;
                 before.await?;
                 if tasks.are_closing() {
                     return Err(ends());

@@ -1,7 +1,8 @@
 //! Segments that are fetched before a recovery asks for them.
 //!
 //! A server that recovers asks for a segment, replays it, and asks for the next. Meanwhile the next ones are fetched, opened
-//! and kept in memory. Nothing but their content is: what it may be used for is looked at when the server asks.
+//! and kept, in memory and in files beside the one that the server wants, which have no name there and go with this process. Nothing but
+//! their content is: what it may be used for is looked at when the server asks.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -17,7 +18,9 @@ use repository::Repository;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
+use super::super::get::{Found, Written};
 use super::tasks::Tasks;
+use crate::context::blocking;
 
 /// Memory for segments that nobody has asked for yet.
 const MEMORY_MIB: usize = 64;
@@ -47,6 +50,8 @@ type Fetch = Shared<BoxFuture<'static, Option<Fetched>>>;
 #[derive(Debug, Clone)]
 struct Fetched {
     content: Bytes,
+    /// Whoever asks takes it.
+    written: Arc<Mutex<Option<Written>>>,
     _memory: Arc<OwnedSemaphorePermit>,
 }
 
@@ -63,9 +68,9 @@ impl ReadAhead {
         lineage: LineageId,
         file: &WalFileName,
         to: &Path,
-    ) -> Result<Option<Bytes>, Failure> {
+    ) -> Result<Option<Found>, Failure> {
         let WalFileName::Segment(name) = *file else {
-            return Ok(repository.fetch_wal(lineage, file).await?);
+            return Ok(repository.fetch_wal(lineage, file).await?.map(Found::from));
         };
         let line = (lineage, to.parent().unwrap_or(Path::new("/")).to_owned());
         let fetch = {
@@ -78,14 +83,17 @@ impl ReadAhead {
         };
         // One that is asked for for the first time may be the only one.
         let segments = if ahead.is_some() { SEGMENTS_MAX } else { 1 };
-        let content = match ahead {
-            Some(fetched) => Some(fetched.content),
-            None => repository.fetch_wal(lineage, file).await?,
+        let found = match ahead {
+            Some(Fetched { content, written, .. }) => {
+                let written = lock(&written).take();
+                Some(Found { content, written })
+            }
+            None => repository.fetch_wal(lineage, file).await?.map(Found::from),
         };
-        if let Some(content) = &content {
-            self.go_on(repository, line, name, content.len(), segments);
+        if let Some(found) = &found {
+            self.go_on(repository, line, name, found.content.len(), segments);
         }
-        Ok(content)
+        Ok(found)
     }
 
     /// Fetches the next segments, and drops what is not among them.
@@ -107,7 +115,7 @@ impl ReadAhead {
                 .take(segments)
                 .map(|segment| segment.name(size))
                 .collect();
-        let lineage = line.0;
+        let (lineage, directory) = line.clone();
         let mut lines = lock(&self.lines);
         let line = lines
             .entry(line)
@@ -120,7 +128,7 @@ impl ReadAhead {
             }
             let mib = size.div_ceil(1 << 20);
             let Ok(memory) = Arc::clone(&self.memory).try_acquire_many_owned(mib) else { break };
-            let fetch = begin(&self.tasks, repository, lineage, name, memory);
+            let fetch = begin(&self.tasks, repository, lineage, name, directory.clone(), memory);
             line.fetches.insert(name, fetch);
         }
     }
@@ -136,6 +144,7 @@ fn begin(
     repository: &Arc<Repository>,
     lineage: LineageId,
     name: SegmentName,
+    directory: PathBuf,
     memory: OwnedSemaphorePermit,
 ) -> Fetch {
     let repository = Arc::clone(repository);
@@ -147,7 +156,11 @@ fn begin(
             tracing::debug!("{name} could not be fetched ahead: {error}");
             None
         })?;
-        Some(Fetched { content, _memory: Arc::new(memory) })
+        let bytes = content.clone();
+        // Where it cannot be done ahead it is done when the server asks, who hears what is wrong then.
+        let written = blocking(move || Ok(Written::write(&directory, &bytes).ok())).await;
+        let written = Arc::new(Mutex::new(written.unwrap_or_default()));
+        Some(Fetched { content, written, _memory: Arc::new(memory) })
     });
     async move { fetching.await.ok().flatten().flatten() }.boxed().shared()
 }

@@ -381,6 +381,7 @@ async fn a_recovery_finds_the_next_segments_fetched_and_the_end_of_the_log_as_it
             let what = format!("{} is fetched ahead", number + 1);
             eventually(&what, || scene.fetched(number + 1) > 0).await;
         }
+        assert_eq!(scene.others(), ["RECOVERYXLOG"], "what lies ready has no name");
     }
     assert!((1..=6).all(|number| scene.fetched(number) == 1));
     // That there is none is not remembered.
