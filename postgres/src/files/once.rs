@@ -96,6 +96,10 @@ impl OnceFile {
         }
         if self.drops.get() {
             let (asked, end) = (buffer.len(), offset.saturating_add(buffer.len() as u64));
+            if (offset..end).contains(&along.offset) {
+                // What was taken along is older than what this read gives out.
+                along.left = 0..0;
+            }
             let more = self.more(offset, end);
             if more > 0 {
                 along.left = 0..0;
@@ -306,6 +310,13 @@ mod tests {
         assert!(bytes.iter().all(|byte| *byte == 255), "a page as it was");
         let goes_on = file.along.borrow().offset;
         assert!(goes_on == 4 * 8192 || !file.drops.get(), "{goes_on}");
+
+        // So is what was taken along, once a read has passed over it.
+        changed.write_all_at(&[254; 8192], 4 * 8192).unwrap();
+        let mut over = vec![0; 5 * 8192];
+        file.read_full_at(&mut over, 0).unwrap();
+        file.read_full_at(&mut bytes[..8192], 4 * 8192).unwrap();
+        assert!(over[4 * 8192..] == bytes[..8192] && bytes[0] == 254, "a page as it was");
 
         // A file that became shorter ends where it does now.
         changed.set_len(100_000).unwrap();
