@@ -495,6 +495,12 @@ fn of_store(error: &StoreError) -> (Code, Action, &'static str) {
             Action::FixConfig,
             "Write file:///path for a directory, or s3://bucket/prefix.",
         ),
+        // With the bucket, every repository in it is gone.
+        StoreError::NoStore { .. } => (
+            Code::RepositoryMissing,
+            Action::FixConfig,
+            "Check the repository's URL. A bucket that was deleted takes along all that was in it: create it, and the repository with `pgmuster repo init`.",
+        ),
         StoreError::Unsuitable { .. } => {
             (Code::StoreUnsuitable, Action::FixConfig, "Use a store with the named property.")
         }

@@ -115,6 +115,12 @@ pub enum StoreError {
         #[source]
         source: Cause,
     },
+    /// The store is reached and has no such place: its bucket does not exist, or does not any more.
+    #[error("find the store: {reason}")]
+    NoStore {
+        /// Which, and what to do.
+        reason: String,
+    },
     /// The store's configuration cannot work.
     #[error("use the store: {reason}")]
     Unsuitable {

@@ -1,12 +1,15 @@
 //! S3 as it is on a bad day: answers that are lost, late, cut or wrong, with the real server behind a proxy. What is
 //! checked is always both: what the caller was told, and what is in the bucket.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use proto::{Code, Failure};
 use repository::store::contract::sample;
 use repository::store::s3::{S3Options, S3Store};
 use repository::store::{PutOutcome, Store, StoreError};
+use repository::{Encryption, InitOptions, Repository};
 
 use crate::lab::{bucket, client, endpoint, impatient, open};
 use crate::proxy::{Canned, Fault, Proxy, refusal};
@@ -573,12 +576,38 @@ async fn refusals_are_told_apart() {
     assert!(cause(&refused).contains("right to list the bucket"), "{refused:?}");
 
     let (error, text) = told(refusal(404, "NoSuchBucket")).await;
-    assert!(matches!(error, StoreError::Unsuitable { .. }) && text.contains("create it"), "{text}");
+    assert!(matches!(error, StoreError::NoStore { .. }) && text.contains("create it"), "{text}");
 
     let (_, text) =
         told(Canned { status: 502, headers: &[], body: "<html>\n bad gateway</html>".to_owned() })
             .await;
     assert!(text.contains("HTTP 502"), "{text}");
+}
+
+/// Whoever looks for a repository is told that it is gone when the store says that its bucket is, and only then: what may not be
+/// read, or does not answer, may be there.
+#[tokio::test]
+async fn a_repository_goes_with_its_bucket_and_not_with_the_right_to_read_it() {
+    let lab = lab("gone").await;
+    let options = InitOptions { encryption: Encryption::Off, now_ms: 1 };
+    Repository::init(Arc::new(lab.direct.clone()), options).await.expect("make a repository");
+    let store: Arc<dyn Store> = Arc::new(lab.store.clone());
+    let opened = async || {
+        let opened = Repository::open(Arc::clone(&store), None).await;
+        opened.map(drop).map_err(|error| Failure::from(error).code)
+    };
+    assert_eq!(opened().await, Ok(()));
+    for (status, code, told) in [
+        (404, "NoSuchBucket", Code::RepositoryMissing),
+        (404, "NoSuchKey", Code::RepositoryMissing),
+        (403, "AccessDenied", Code::StoreForbidden),
+        (404, "NoSuchWebsite", Code::StoreUnavailable),
+    ] {
+        lab.proxy.inject("GET", "", usize::MAX, Fault::Answer(refusal(status, code)));
+        assert_eq!(opened().await, Err(told), "{code}");
+        lab.proxy.forgive();
+    }
+    assert_eq!(opened().await, Ok(()));
 }
 
 /// The 404 of some other web server, or of a proxy that lost its way, does not make an object missing.

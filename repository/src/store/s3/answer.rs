@@ -115,7 +115,7 @@ impl Answer {
             return StoreError::Full { key, source: self.into() };
         }
         match (self.status, self.code.as_str()) {
-            (404, "NoSuchBucket") => StoreError::Unsuitable {
+            (404, "NoSuchBucket") => StoreError::NoStore {
                 reason: format!(
                     "there is no bucket {bucket}; create it, or correct the URL of the repository: {self}"
                 ),
