@@ -525,6 +525,7 @@ mod tests {
             problem: Some(Failure::new(Code::ServerUnreachable, Action::Retry, text)),
             archive: None,
             repository_away: None,
+            repository_look: None,
             heartbeat: None,
         };
         let offers = Offers {

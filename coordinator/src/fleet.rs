@@ -25,6 +25,9 @@ use crate::error::Result;
 use crate::metrics::{ClusterMoment, Moment};
 use crate::{proofs, restores};
 
+/// For so long a worker that is silent still has the word about its directory: it may be restarting.
+const WRITER_SILENT_MS: i64 = 600_000;
+
 /// A cluster with everything that is known of it.
 struct Known {
     cluster: Cluster,
@@ -157,33 +160,63 @@ fn offered(cluster: &Cluster, workers: &[Worker], now_ms: i64) -> Option<Cluster
     offers.clusters.iter().find(|offer| offer.name == cluster.name).cloned()
 }
 
-/// That nobody finds the repository of a cluster, as its workers said last: one that finds it is enough. Of a directory only the
-/// worker counts that wrote its newest backup there, because another host may have one of that name.
+/// That nobody finds the repository of a cluster, as its workers said last. What a worker says weighs as much as it can see:
+///
+/// - One that lives and finds the repository outweighs all that do not, and nothing else does. It finds it where its last look found
+///   the lineage of the backup, or any at all, if it took that backup; a bucket, which is the same for all, also where it does not
+///   know yet whose backups are meant. Who has not looked, cannot, or is of a version that does not tell, finds nothing.
+/// - Of a directory another host may have one of that name, or none. The worker that took the backup there has the word while it is
+///   heard of, and for as long after that as an outage is nobody's news. When it is silent for longer, whoever lives is asked; but
+///   what it said was gone is gone, because nobody who sees that place has found it since.
+/// - Of a bucket the living have the word, and what one says is gone, is.
+/// - When nobody lives, what was said last stands.
 fn repository_away(
     cluster: &Cluster,
     backup: Option<&Backup>,
     workers: &[Worker],
     now_ms: i64,
 ) -> Option<RepositoryAway> {
-    let wrote = |worker: &Worker| {
-        backup.is_some_and(|backup| {
-            backup.worker == worker.name && backup.outcome.repository.starts_with("file:")
-        })
-    };
-    let mut said = Vec::new();
+    let mut all = Vec::new();
     for worker in workers {
         let offers = worker.offers.iter().flat_map(|offers| &offers.clusters);
-        for offer in offers.filter(|offer| offer.name == cluster.name) {
-            if wrote(worker) {
-                return offer.repository_away.clone();
-            }
-            said.push((worker.is_alive(now_ms), offer.repository_away.as_ref()));
+        all.extend(offers.filter(|offer| offer.name == cluster.name).map(|offer| (worker, offer)));
+    }
+    let anybody_lives = all.iter().any(|(worker, _)| worker.is_alive(now_ms));
+    let heard: Vec<_> =
+        all.iter().filter(|(worker, _)| worker.is_alive(now_ms) || !anybody_lives).collect();
+    if heard.iter().any(|(worker, offer)| finds(worker, offer, backup)) {
+        return None;
+    }
+    if let Some((writer, offer)) = all.iter().find(|(worker, _)| wrote(worker, backup))
+        && backup.is_some_and(is_in_a_directory)
+    {
+        let away = offer.repository_away.as_ref();
+        let is_heard = writer.is_heard(now_ms, WRITER_SILENT_MS) || !anybody_lives;
+        if is_heard || away.is_some_and(RepositoryAway::is_gone) {
+            return away.cloned();
         }
     }
-    let anybody_lives = said.iter().any(|(is_alive, _)| *is_alive);
-    let heard = said.into_iter().filter(|(is_alive, _)| *is_alive || !anybody_lives);
-    let away: Option<Vec<&RepositoryAway>> = heard.map(|(_, away)| away).collect();
-    away?.into_iter().max_by_key(|away| away.since_ms).cloned()
+    let away = heard.into_iter().filter_map(|(_, offer)| offer.repository_away.as_ref());
+    away.max_by_key(|away| (away.is_gone(), away.since_ms)).cloned()
+}
+
+/// Whether what a worker says it found is the repository of the backup that a cluster is judged by.
+fn finds(worker: &Worker, offer: &ClusterOffer, backup: Option<&Backup>) -> bool {
+    let Some(RepositoryLook::Found { lineages }) = &offer.repository_look else { return false };
+    let Some(backup) = backup else { return true };
+    wrote(worker, Some(backup))
+        || match lineages {
+            Some(lineages) => lineages.contains(&backup.outcome.lineage),
+            None => !is_in_a_directory(backup),
+        }
+}
+
+fn wrote(worker: &Worker, backup: Option<&Backup>) -> bool {
+    backup.is_some_and(|backup| backup.worker == worker.name)
+}
+
+fn is_in_a_directory(backup: &Backup) -> bool {
+    backup.outcome.repository.starts_with("file:")
 }
 
 /// What policy judges by.

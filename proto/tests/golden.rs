@@ -18,8 +18,8 @@ use proto::job::{
 use proto::message::{
     ArchiveSetup, Beacon, Cancel, Claim, ClaimMessage, ClusterOffer, Control, Decline,
     DeclineReason, Denial, DenialReason, Grant, HeartbeatSetup, Holdings, Nonce, Offers, Pulse,
-    Report, ReportBody, RepositoryAway, RepositoryOffer, Revoked, RunningAttempt, Slots, Spec,
-    Ticket, WalAncestor, WalBacklog, WalConflict, WalStanding, WalWaiting,
+    Report, ReportBody, RepositoryAway, RepositoryLook, RepositoryOffer, Revoked, RunningAttempt,
+    Slots, Spec, Ticket, WalAncestor, WalBacklog, WalConflict, WalStanding, WalWaiting,
 };
 use proto::proof::{BrokenWal, CheckOutcome, Phase, ProofCheck};
 use proto::{
@@ -501,6 +501,7 @@ fn the_conversation() {
                     problem: Some(failure()),
                     archive: None,
                     repository_away: None,
+                    repository_look: None,
                     heartbeat: None,
                 }],
                 repositories: vec![RepositoryOffer {
@@ -658,6 +659,7 @@ fn an_offer_says_how_files_are_read_how_wal_is_archived_and_that_a_repository_is
         problem: None,
         archive: None,
         repository_away: None,
+        repository_look: None,
         heartbeat: None,
     };
     golden("offer.remote", &offer);
@@ -676,6 +678,15 @@ fn an_offer_says_how_files_are_read_how_wal_is_archived_and_that_a_repository_is
             .with_hint("Check the repository's URL."),
     };
     golden("offer.repository_away", &ClusterOffer { repository_away: Some(away), ..offer.clone() });
+    let found = |lineages| Some(RepositoryLook::Found { lineages });
+    for (name, repository_look) in [
+        ("offer.repository_not_yet", Some(RepositoryLook::NotYet)),
+        ("offer.repository_found", found(Some(vec![LineageId::mint(1, [3; 10])]))),
+        ("offer.repository_found_for_nobody", found(None)),
+        ("offer.repository_failed", Some(RepositoryLook::Failed)),
+    ] {
+        golden(name, &ClusterOffer { repository_look, ..offer.clone() });
+    }
     let heartbeat = Some(HeartbeatSetup { every_s: 60, problem: Some(failure()) });
     golden("offer.heartbeat", &ClusterOffer { heartbeat, remote: false, ..offer });
 }

@@ -14,13 +14,14 @@ const SILENT_MS: i64 = 600_000;
 #[derive(Debug, Default)]
 pub(crate) struct Away {
     since: Option<Seen>,
-    /// The same since every one of them was told that there is no repository.
+    /// The same since one of them was told that there is no repository.
     missing_since: Option<Seen>,
     told: Option<RepositoryAway>,
 }
 
 impl Away {
-    /// Takes in how a look ended, and says what is to be told. What was told stays the same for as long as it is so.
+    /// Takes in how a look ended, and says what is to be told. What was told stays the same for as long as it is so, and until a
+    /// look succeeds it only becomes worse: that a store does not answer is no sign that what was gone from it is there again.
     pub(crate) fn heed(
         &mut self,
         place: &str,
@@ -31,17 +32,17 @@ impl Away {
             *self = Self::default();
             return None;
         };
-        let since = *self.since.get_or_insert(now);
-        let missing_since = (failure.code == Code::RepositoryMissing)
-            .then(|| *self.missing_since.get_or_insert(now));
-        self.missing_since = missing_since;
-        let (since, patience_ms) = match missing_since {
-            Some(since) => (since, MISSING_MS),
-            None => (since, SILENT_MS),
+        let mut since = *self.since.get_or_insert(now);
+        let mut patience_ms = SILENT_MS;
+        if failure.code == Code::RepositoryMissing {
+            since = *self.missing_since.get_or_insert(now);
+            patience_ms = MISSING_MS;
+        }
+        let is_news = match &self.told {
+            Some(told) => !told.is_gone() && told.failure.code != failure.code,
+            None => true,
         };
-        if since.age_ms(now) < patience_ms {
-            self.told = None;
-        } else if self.told.as_ref().is_none_or(|told| told.failure.code != failure.code) {
+        if is_news && since.age_ms(now) >= patience_ms {
             let place = place.split('?').next().unwrap_or_default().to_owned();
             let since_ms = since.at_ms_by(now);
             self.told = Some(RepositoryAway { place, since_ms, failure: failure.clone() });
@@ -86,10 +87,16 @@ mod tests {
         assert_eq!(look(200, Err(StoreUnavailable)), None);
         assert_eq!(look(700, Err(StoreUnavailable)), None);
         assert_eq!(look(800, Err(StoreUnavailable)), Some((StoreUnavailable, 200)));
-        // The store answers again, and has lost it.
-        assert_eq!(look(830, Err(RepositoryMissing)), None);
+        // The store answers again, and has lost it: what is told becomes worse when that is certain, and does not rest meanwhile.
+        assert_eq!(look(830, Err(RepositoryMissing)), Some((StoreUnavailable, 200)));
         assert_eq!(look(860, Err(RepositoryMissing)), Some((RepositoryMissing, 830)));
-        assert_eq!(look(890, Err(StoreUnavailable)), Some((StoreUnavailable, 200)));
+        assert_eq!(look(890, Err(StoreUnavailable)), Some((RepositoryMissing, 830)), "still gone");
+        assert_eq!(look(9_000, Err(StoreUnavailable)), Some((RepositoryMissing, 830)));
+        assert_eq!(look(9_030, Ok(())), None, "somebody has seen it");
+        // An outage between two looks that miss it is no look that finds it.
+        assert_eq!(look(9_060, Err(RepositoryMissing)), None);
+        assert_eq!(look(9_090, Err(StoreUnavailable)), None);
+        assert_eq!(look(9_120, Err(RepositoryMissing)), Some((RepositoryMissing, 9_060)));
     }
 
     #[test]

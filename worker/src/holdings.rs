@@ -6,8 +6,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::future::join_all;
-use proto::message::{Holdings, RepositoryAway};
-use proto::{Action, BackupId, BackupKind, ClusterName, Code, Failure, SystemIdentifier};
+use proto::message::{Holdings, RepositoryAway, RepositoryLook};
+use proto::{
+    Action, BackupId, BackupKind, ClusterName, Code, Failure, LineageId, SystemIdentifier,
+};
 use repository::Repository;
 use tokio::sync::Semaphore;
 
@@ -33,6 +35,8 @@ pub(crate) struct Held {
     seen: Mutex<BTreeMap<ClusterName, Seen>>,
     /// Whose repository is not there.
     away: Mutex<BTreeMap<ClusterName, RepositoryAway>>,
+    /// How the last look for each ended.
+    looked: Mutex<BTreeMap<ClusterName, RepositoryLook>>,
     /// Who may look.
     looks: Arc<Semaphore>,
 }
@@ -46,7 +50,8 @@ struct Seen {
 impl Default for Held {
     fn default() -> Self {
         let looks = Arc::new(Semaphore::new(LOOKS_MAX));
-        Self { seen: Mutex::default(), away: Mutex::default(), looks }
+        let (seen, away, looked) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Self { seen, away, looked, looks }
     }
 }
 
@@ -67,6 +72,17 @@ impl Held {
     /// Whether the repository of a cluster is not there, as it was looked last.
     pub(crate) fn away(&self, cluster: &ClusterName) -> Option<RepositoryAway> {
         self.away.lock().unwrap_or_else(PoisonError::into_inner).get(cluster).cloned()
+    }
+
+    fn note_look(&self, cluster: &ClusterName, look: RepositoryLook) {
+        let mut looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
+        looked.insert(cluster.clone(), look);
+    }
+
+    /// How the last look for a cluster ended.
+    pub(crate) fn last_look(&self, cluster: &ClusterName) -> RepositoryLook {
+        let looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
+        looked.get(cluster).cloned().unwrap_or(RepositoryLook::NotYet)
     }
 
     /// What is to be told now; to a coordinator that is `new`, everything, a part with each pulse. It counts as told.
@@ -118,10 +134,11 @@ async fn watch_one(shared: &Shared, cluster: &Cluster) {
         let looked = look_in_time(shared, place, name, known).await;
         let told = away.heed(&place.config.url, looked.as_ref().map(|_| ()), clock::Seen::now());
         shared.held.note_away(name, told);
+        shared.held.note_look(name, shown(&looked));
         let was_failing = std::mem::replace(&mut is_failing, looked.is_err());
         let is_known = matches!(looked, Ok(Some(_)));
         match looked {
-            Ok(Some(holdings)) => shared.held.note(holdings),
+            Ok(Some(Looked { holdings, .. })) => shared.held.note(holdings),
             Err(failure) if !was_failing => {
                 tracing::warn!(cluster = %name, "Nobody knows which backups there are: {failure}");
             }
@@ -131,13 +148,29 @@ async fn watch_one(shared: &Shared, cluster: &Cluster) {
     }
 }
 
+/// What a look into a repository found of a cluster.
+struct Looked {
+    lineages: Vec<LineageId>,
+    holdings: Holdings,
+}
+
+/// How a look ended, as it is told.
+fn shown(looked: &Result<Option<Looked>, Failure>) -> RepositoryLook {
+    match looked {
+        Ok(looked) => RepositoryLook::Found {
+            lineages: looked.as_ref().map(|looked| looked.lineages.clone()),
+        },
+        Err(_) => RepositoryLook::Failed,
+    }
+}
+
 /// Without a server, whether there is a repository.
 async fn look_in_time(
     shared: &Shared,
     place: &RepositoryPlace,
     cluster: &ClusterName,
     server: Option<SystemIdentifier>,
-) -> Result<Option<Holdings>, Failure> {
+) -> Result<Option<Looked>, Failure> {
     let _one_of_few = shared.held.looks.acquire().await;
     let looked = async {
         // Anew: of a store that is no longer mounted nothing is said.
@@ -161,13 +194,13 @@ async fn look_at(
     repository: &Repository,
     cluster: &ClusterName,
     server: SystemIdentifier,
-) -> Result<Holdings, Failure> {
-    let holdings = look(repository, cluster, server).await?;
+) -> Result<Looked, Failure> {
+    let looked = look(repository, cluster, server).await?;
     if place.open().await?.id() != repository.id() {
         let message = "another repository came to its place meanwhile";
         return Err(Failure::new(Code::StoreUnavailable, Action::Retry, message));
     }
-    Ok(holdings)
+    Ok(looked)
 }
 
 /// The backups of one server that are there and that nobody gave up, by their names: every worker looks every ten minutes.
@@ -175,16 +208,18 @@ async fn look(
     repository: &Repository,
     cluster: &ClusterName,
     server: SystemIdentifier,
-) -> Result<Holdings, Failure> {
+) -> Result<Looked, Failure> {
     let at_ms = clock::now_ms();
-    let mut there: Vec<BackupId> = Vec::new();
+    let (mut lineages, mut there) = (Vec::new(), Vec::<BackupId>::new());
     for kind in [BackupKind::Physical, BackupKind::Logical] {
         for identity in repository.lineages_of(kind, cluster, server).await? {
             // Whether one can be read is not looked at: what cannot be read now may be read later.
             there.extend(repository.held_by_name(identity.lineage).await?);
+            lineages.push(identity.lineage);
         }
     }
-    Ok(Holdings::new(cluster.clone(), repository.describe(), server, at_ms, there))
+    let holdings = Holdings::new(cluster.clone(), repository.describe(), server, at_ms, there);
+    Ok(Looked { lineages, holdings })
 }
 
 #[cfg(test)]
@@ -244,7 +279,7 @@ mod tests {
         let cluster: ClusterName = "orders".parse().unwrap();
         let identity = repository.find_or_mint_lineage(&cluster, SERVER, 1).await.unwrap();
         let lineage = identity.lineage;
-        let held = async || look(&repository, &cluster, SERVER).await.unwrap().backups;
+        let held = async || look(&repository, &cluster, SERVER).await.unwrap().holdings.backups;
         assert!(held().await.is_empty());
         let mut backups = Vec::new();
         for n in 1..=4 {
@@ -268,7 +303,7 @@ mod tests {
             "what is unreadable may be read later"
         );
         let another = look(&repository, &cluster, SystemIdentifier(8)).await.unwrap();
-        assert!(another.backups.is_empty(), "of another server");
+        assert!(another.holdings.backups.is_empty(), "of another server");
     }
 
     /// Remembers what was read.
@@ -303,7 +338,7 @@ mod tests {
         let second = back_up(&repository, identity.lineage, 2).await;
         let read = async || {
             store.keys.lock().unwrap().clear();
-            let held = look(&repository, &cluster, SERVER).await.unwrap().backups;
+            let held = look(&repository, &cluster, SERVER).await.unwrap().holdings.backups;
             let keys = store.keys.lock().unwrap();
             (held, keys.iter().filter(|key| key.contains("/backups/")).cloned().collect::<Vec<_>>())
         };
@@ -338,7 +373,7 @@ mod tests {
         let backup = back_up(&repository, identity.lineage, 1).await;
         let held = async || {
             let looked = look_at(site, &repository, &cluster, SERVER).await;
-            looked.map(|holdings| holdings.backups).map_err(|failure| failure.code)
+            looked.map(|looked| looked.holdings.backups).map_err(|failure| failure.code)
         };
         assert_eq!(held().await, Ok(vec![backup]));
         // The empty directory on which it was mounted.

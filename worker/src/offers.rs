@@ -74,6 +74,7 @@ async fn look_at(shared: &Shared, cluster: &Cluster) -> ClusterOffer {
         problem: None,
         archive: None,
         repository_away: shared.held.away(&cluster.config.name),
+        repository_look: Some(shared.held.last_look(&cluster.config.name)),
         heartbeat: cluster.config.heartbeat_s.map(|every_s| HeartbeatSetup {
             every_s,
             problem: shared.heartbeats.problem(&cluster.config.name),
@@ -162,6 +163,7 @@ mod tests {
             problem: Some(problem.clone()),
             archive: None,
             repository_away,
+            repository_look: None,
             heartbeat: Some(HeartbeatSetup { every_s: 60, problem: Some(problem) }),
         });
         let told = serde_json::to_string(&offer).unwrap();

@@ -313,6 +313,7 @@ mod tests {
             problem,
             archive,
             repository_away: None,
+            repository_look: None,
             heartbeat: None,
         };
         let found = served("w1", &offer(None, Some(setup)), None, 1);

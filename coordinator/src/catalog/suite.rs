@@ -627,6 +627,7 @@ async fn register(catalog: &Catalog, name: &str) {
         problem: None,
         archive: None,
         repository_away: None,
+        repository_look: None,
         heartbeat: None,
     };
     let (worker, site) = (&"w1".parse().unwrap(), &"fra1".parse().unwrap());

@@ -1,7 +1,7 @@
 //! Workers: who they are, which life they are in, what they offer, when they were last heard.
 
 use proto::envelope::Certificate;
-use proto::message::{Offers, Pulse};
+use proto::message::{Offers, Pulse, RepositoryAway, RepositoryLook};
 use proto::{BootId, SiteName, WorkerName};
 use sqlx::AnyConnection;
 
@@ -110,15 +110,39 @@ impl Worker {
         self.routine_free = pulse.slots.routine_free;
         self.draining = pulse.draining;
         if let Some(offers) = &pulse.offers {
-            self.offers = Some(offers.clone());
+            let before = self.offers.replace(offers.clone());
+            self.keep_gone(before.as_ref());
         }
         life
     }
 
+    /// A repository that it said was gone is gone until a look of it succeeds, also when it began anew meanwhile: who has not
+    /// looked yet, or cannot, has not seen it.
+    fn keep_gone(&mut self, before: Option<&Offers>) {
+        let before = before.map_or(&[][..], |offers| &offers.clusters);
+        for offer in self.offers.iter_mut().flat_map(|offers| &mut offers.clusters) {
+            let sees_nothing = match offer.repository_look {
+                Some(RepositoryLook::NotYet | RepositoryLook::Failed) => true,
+                Some(RepositoryLook::Found { .. }) | None => false,
+            };
+            let gone = before.iter().find(|before| before.name == offer.name);
+            let gone = gone.and_then(|before| before.repository_away.as_ref());
+            if let Some(gone) = gone.filter(|gone| sees_nothing && gone.is_gone())
+                && !offer.repository_away.as_ref().is_some_and(RepositoryAway::is_gone)
+            {
+                offer.repository_away = Some(gone.clone());
+            }
+        }
+    }
+
     /// Whether its pulses come: three in a row may be missed.
     pub(crate) fn is_alive(&self, now_ms: i64) -> bool {
-        let patience_ms = self.every_ms.max(1_000).saturating_mul(3);
-        self.seen_at_ms.is_some_and(|seen| now_ms.saturating_sub(seen) <= patience_ms)
+        self.is_heard(now_ms, self.every_ms.max(1_000).saturating_mul(3))
+    }
+
+    /// Whether one came within the last `ms`.
+    pub(crate) fn is_heard(&self, now_ms: i64, ms: i64) -> bool {
+        self.seen_at_ms.is_some_and(|seen| now_ms.saturating_sub(seen) <= ms)
     }
 
     fn from_row(row: &Row) -> Result<Self> {

@@ -36,7 +36,7 @@ fn standing(at_ms: i64) -> WalStanding {
     }
 }
 
-async fn show(fleet: &Fleet) -> ClusterView {
+pub(crate) async fn show(fleet: &Fleet) -> ClusterView {
     fleet.get("/v1/clusters/orders").await
 }
 
@@ -57,7 +57,11 @@ async fn take_backup(fleet: &Fleet, worker: &mut Worker, verify: bool) -> Backup
     back_up(fleet, worker, SubmitRequest { verify, ..backup_request() }, "file:///backups").await
 }
 
-async fn take_backup_into(fleet: &Fleet, worker: &mut Worker, repository: &str) -> BackupId {
+pub(crate) async fn take_backup_into(
+    fleet: &Fleet,
+    worker: &mut Worker,
+    repository: &str,
+) -> BackupId {
     back_up(fleet, worker, backup_request(), repository).await
 }
 
@@ -135,7 +139,7 @@ async fn tell(fleet: &Fleet, worker: &mut Worker, work: &mut Work, proof: Proof)
 }
 
 /// Orders a proof of its own, and tells how it ended.
-async fn prove_again(fleet: &Fleet, worker: &mut Worker, proof: Proof) {
+pub(crate) async fn prove_again(fleet: &Fleet, worker: &mut Worker, proof: Proof) {
     let (backup, level) = (Some(proof.backup), proof.level_asked);
     let task = Task::VerifyRestore(VerifyRestore { backup, level, to: None, heartbeats: None });
     fleet.submit(&SubmitRequest::new(orders(), task)).await;
@@ -193,7 +197,7 @@ async fn restore(
     fleet.until_state(work.spec.job, JobState::Succeeded).await;
 }
 
-fn reach(view: &ClusterView) -> (Option<i64>, Option<i64>) {
+pub(crate) fn reach(view: &ClusterView) -> (Option<i64>, Option<i64>) {
     (view.recoverable_to_at_ms, view.unproved_to_at_ms)
 }
 
@@ -510,7 +514,7 @@ async fn a_repository_that_is_gone_recovers_nothing_and_an_outage_takes_no_claim
     let mut w2 = Worker::new(&fleet, "w2").await;
     assert_eq!(told(&mut w2, None).await.state, ClusterState::Broken);
     fleet.hand.advance(600_000);
-    assert_eq!(show(&fleet).await.state, ClusterState::Broken, "whoever said so is silent");
+    assert_eq!(show(&fleet).await.state, ClusterState::Broken, "nobody lives: that was said last");
     let view = told(&mut w1, None).await;
     assert_eq!((view.state, reach(&view).0), (ClusterState::Proved, Some(START)));
     told(&mut w2, away(Code::RepositoryMissing)).await;

@@ -10,6 +10,7 @@
 mod api;
 mod archive;
 mod attempts;
+mod away;
 mod orders;
 mod several;
 mod silence;

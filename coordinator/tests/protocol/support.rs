@@ -16,8 +16,8 @@ use proto::envelope::{Credentials, Signed, SigningKey};
 use proto::job::{Backup, BackupOutcome, JobKind, Task};
 use proto::message::{
     Beacon, Claim, ClaimMessage, ClusterOffer, Control, Decline, DeclineReason, DenialReason,
-    Grant, Holdings, Nonce, Offers, Pulse, Report, ReportBody, RepositoryAway, RepositoryOffer,
-    RunningAttempt, SCHEMA, Slots, Spec, Ticket, WalStanding,
+    Grant, Holdings, Nonce, Offers, Pulse, Report, ReportBody, RepositoryAway, RepositoryLook,
+    RepositoryOffer, RunningAttempt, SCHEMA, Slots, Spec, Ticket, WalStanding,
 };
 use proto::topology::{self, TicketQueue};
 use proto::{
@@ -314,6 +314,7 @@ pub(crate) struct Worker {
     pub(crate) holdings: Vec<Holdings>,
     /// What its offers say of the repository.
     pub(crate) repository_away: Option<RepositoryAway>,
+    pub(crate) repository_look: Option<RepositoryLook>,
     /// What they say of heartbeats.
     pub(crate) heartbeats: Vec<ClusterHeartbeat>,
     /// What its cluster shows.
@@ -365,6 +366,7 @@ impl Worker {
             wal: Vec::new(),
             holdings: Vec::new(),
             repository_away: None,
+            repository_look: None,
             heartbeats: Vec::new(),
             identifier: SystemIdentifier(42),
             every_ms: 1_000,
@@ -404,6 +406,7 @@ impl Worker {
                     problem: None,
                     archive: None,
                     repository_away: self.repository_away.clone(),
+                    repository_look: self.repository_look.clone(),
                     heartbeat: None,
                 })
                 .collect(),

@@ -16,8 +16,8 @@ pub use claim::{Claim, ClaimMessage, Decline, DeclineReason, Nonce};
 pub use control::{Beacon, Cancel, Control, Denial, DenialReason, Grant, Revoked, Spec};
 pub use holdings::Holdings;
 pub use pulse::{
-    ClusterOffer, HeartbeatSetup, Offers, Pulse, RepositoryAway, RepositoryOffer, RunningAttempt,
-    Slots,
+    ClusterOffer, HeartbeatSetup, Offers, Pulse, RepositoryAway, RepositoryLook, RepositoryOffer,
+    RunningAttempt, Slots,
 };
 pub use report::{Report, ReportBody};
 pub use wal::{ArchiveSetup, WalAncestor, WalBacklog, WalConflict, WalStanding, WalWaiting};

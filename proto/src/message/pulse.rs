@@ -8,8 +8,8 @@ use super::{ArchiveSetup, Holdings, WalStanding};
 use crate::failure::{Code, Failure};
 use crate::step::Progress;
 use crate::{
-    AttemptId, BootId, ClusterHeartbeat, ClusterName, JobKind, SiteName, SystemIdentifier,
-    WorkerName,
+    AttemptId, BootId, ClusterHeartbeat, ClusterName, JobKind, LineageId, SiteName,
+    SystemIdentifier, WorkerName,
 };
 
 /// One pulse. Signed by the worker.
@@ -118,6 +118,9 @@ pub struct ClusterOffer {
     /// That its repository could not be looked into for a while.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub repository_away: Option<RepositoryAway>,
+    /// How the last look into its repository ended; absent from programs that do not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repository_look: Option<RepositoryLook>,
     /// The heartbeats that this worker makes in it; absent where it makes none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub heartbeat: Option<HeartbeatSetup>,
@@ -139,6 +142,23 @@ impl RepositoryAway {
     pub fn is_gone(&self) -> bool {
         self.failure.code == Code::RepositoryMissing
     }
+}
+
+/// How a worker's last look into the repository of a cluster ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RepositoryLook {
+    /// None has ended yet.
+    NotYet,
+    /// There is one.
+    Found {
+        /// Those of the cluster in it, which no other repository has but its copies; absent while its server has not said who it
+        /// is.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        lineages: Option<Vec<LineageId>>,
+    },
+    /// It failed; [`RepositoryAway`] tells how, when that lasts.
+    Failed,
 }
 
 /// The heartbeats that a worker makes in a server.
