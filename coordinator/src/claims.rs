@@ -198,8 +198,11 @@ async fn grant(
         deadline_ms: u64::try_from(job.deadline_ms).unwrap_or(0),
         traceparent: Some(TraceContext::of_attempt(job.id, attempt.id).to_string()),
     };
-    let spec = serde_json::to_value(&spec)
-        .map_err(|source| Error::Stored { column: "task", source: Box::new(source) })?;
+    let spec = serde_json::to_value(&spec).map_err(|source| Error::Stored {
+        column: "task",
+        row: job.id.to_string(),
+        source: Box::new(source),
+    })?;
     let grant = Control::Grant(Box::new(Grant {
         schema: SCHEMA,
         attempt: attempt.id,

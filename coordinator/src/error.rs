@@ -21,10 +21,12 @@ pub enum Error {
     #[error("use this URL as a catalog: it must begin with sqlite: or postgres:")]
     CatalogUrl,
     /// A stored value is not what this program wrote.
-    #[error("read column {column} of the catalog")]
+    #[error("read column {column} of {row} in the catalog")]
     Stored {
         /// The column.
         column: &'static str,
+        /// The id or the name of its row, where that can be read.
+        row: String,
         /// Why not.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,

@@ -301,8 +301,10 @@ mod tests {
         }
         // What can never be written must not hold up the others: the first dead letter.
         assert_eq!(delivery.message_id, "refused");
-        let unreadable =
-            || async { Err(Error::Stored { column: "task", source: "it is no task".into() }) };
+        let unreadable = || async {
+            let (row, source) = ("one".to_owned(), "it is no task".into());
+            Err(Error::Stored { column: "task", row, source })
+        };
         settle(&core, delivery, &over, Duration::ZERO, unreadable).await.unwrap();
         let letter = dead.next().await.unwrap();
         assert_eq!(letter.message_id, "refused");

@@ -9,8 +9,8 @@ use proto::proof::{CheckOutcome, Proof, ProofLevel};
 
 use crate::catalog::backups::{self, Backup, ProofRow, Shown, Worth};
 use crate::catalog::clusters;
-use crate::catalog::{Catalog, Tx, jobs};
-use crate::error::Result;
+use crate::catalog::{Catalog, Tx, TxFuture, jobs};
+use crate::error::{Error, Result};
 
 /// What a proof shows of its backup. One that fell short only because something could not be looked at, by no fault of the backup,
 /// shows what it did reach, and so does one that archived WAL ended; when that is nothing, it shows nothing.
@@ -158,41 +158,90 @@ pub(crate) async fn take_in(
     clusters::wal_is_broken(tx, cluster, &broken).await
 }
 
-/// Judges what an earlier program recorded: before this one, or as the leader beside it. Repeated, it finds nothing to do.
+/// Judges what an earlier program recorded: before this one, or as the leader beside it. Repeated, it finds nothing to do but what
+/// cannot be read: that is told, counts for nothing, and is in the way of nothing else.
 pub(crate) async fn judge_former(catalog: &Catalog) -> Result<()> {
-    let some_backups = async || {
-        catalog
-            .transact("judge_former", |tx| {
-                Box::pin(async move {
-                    let some = backups::unjudged(tx.db()).await?;
-                    let is_over = some.is_empty();
-                    for Backup { id, job, outcome, .. } in some {
-                        let job = jobs::get(tx.db(), job).await?;
-                        let worth = Worth::of(&outcome, job.as_ref().map(|job| &job.task));
-                        backups::weigh(tx, id, worth).await?;
-                        judge(tx, id).await?;
-                    }
-                    Ok(is_over)
-                })
-            })
-            .await
-    };
-    while !some_backups().await? {}
-    let some_proofs = async || {
-        catalog
-            .transact("take_in_former", |tx| {
-                Box::pin(async move {
-                    let some = backups::not_taken_in(tx.db()).await?;
-                    for (row, cluster) in &some {
-                        take_in(tx, row, cluster, row.proof.at_ms).await?;
-                    }
-                    Ok(some.is_empty())
-                })
-            })
-            .await
-    };
-    while !some_proofs().await? {}
+    for (record, why) in judge_readable(catalog).await? {
+        let why = telemetry::redact::scrub_error(&why);
+        tracing::warn!(
+            record,
+            "Record {record} of the catalog counts for nothing: failed to {why}"
+        );
+    }
     Ok(())
+}
+
+/// The same; the ids of what cannot be read are returned.
+pub(crate) async fn judge_readable(catalog: &Catalog) -> Result<Vec<(String, Error)>> {
+    let mut unread = Vec::new();
+    let mut after = String::new();
+    loop {
+        let some = backups::unjudged(&mut *catalog.read().await?, &after).await?;
+        let one: ForOne = |tx, id| Box::pin(judge_one(tx, id));
+        unread.append(&mut each(catalog, "judge_former", &some, one).await?);
+        let Some(last) = some.into_iter().next_back() else { break };
+        after = last;
+    }
+    let mut after = (i64::MIN, String::new());
+    loop {
+        let some = backups::not_taken_in(&mut *catalog.read().await?, &after).await?;
+        let ids: Vec<String> = some.iter().map(|(_, id)| id.clone()).collect();
+        let one: ForOne = |tx, id| Box::pin(take_in_one(tx, id));
+        unread.append(&mut each(catalog, "take_in_former", &ids, one).await?);
+        let Some(last) = some.into_iter().next_back() else { break };
+        after = last;
+    }
+    Ok(unread)
+}
+
+type ForOne = for<'t, 'e> fn(&'t mut Tx<'e>, &'t str) -> TxFuture<'t, ()>;
+
+/// Does it for each of these records, in one transaction where all can be read; else each alone, and those that cannot are returned.
+async fn each(
+    catalog: &Catalog,
+    name: &'static str,
+    ids: &[String],
+    one: ForOne,
+) -> Result<Vec<(String, Error)>> {
+    let all_of = async |ids: &[String]| {
+        catalog
+            .transact(name, move |tx| {
+                Box::pin(async move {
+                    for id in ids {
+                        one(tx, id).await?;
+                    }
+                    Ok(())
+                })
+            })
+            .await
+    };
+    let mut unread = Vec::new();
+    match all_of(ids).await {
+        Err(Error::Stored { .. }) => {}
+        done => return done.map(|()| unread),
+    }
+    for id in ids {
+        match all_of(std::slice::from_ref(id)).await {
+            Err(error @ Error::Stored { .. }) => unread.push((id.clone(), error)),
+            done => done?,
+        }
+    }
+    Ok(unread)
+}
+
+async fn judge_one(tx: &mut Tx<'_>, id: &str) -> Result<()> {
+    let Some(Backup { id, job, outcome, .. }) = backups::by_text(tx.db(), id).await? else {
+        return Ok(());
+    };
+    let job = jobs::get(tx.db(), job).await?;
+    let worth = Worth::of(&outcome, job.as_ref().map(|job| &job.task));
+    backups::weigh(tx, id, worth).await?;
+    judge(tx, id).await
+}
+
+async fn take_in_one(tx: &mut Tx<'_>, id: &str) -> Result<()> {
+    let Some((row, cluster)) = backups::proof_by_text(tx.db(), id).await? else { return Ok(()) };
+    take_in(tx, &row, &cluster, row.proof.at_ms).await
 }
 
 #[cfg(test)]

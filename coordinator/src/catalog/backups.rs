@@ -169,14 +169,7 @@ pub(crate) async fn list(db: &mut AnyConnection, cluster: &str, limit: i64) -> R
 }
 
 pub(crate) async fn get(db: &mut AnyConnection, id: BackupId) -> Result<Option<Backup>> {
-    let row = sqlx::query(
-        "-- get_backup
-         SELECT * FROM backups WHERE id = $1",
-    )
-    .bind(id.to_string())
-    .fetch_optional(db)
-    .await?;
-    row.map(|row| Backup::from_row(&Row(row))).transpose()
+    by_text(db, &id.to_string()).await
 }
 
 /// The backup that each cluster is judged by: its newest physical one, or its newest logical one where it has no other. Only one
@@ -373,16 +366,29 @@ pub(crate) async fn weigh(tx: &mut Tx<'_>, id: BackupId, worth: Worth) -> Result
     Ok(())
 }
 
-/// Some of the backups that an earlier program recorded and nobody has judged since.
-pub(crate) async fn unjudged(db: &mut AnyConnection) -> Result<Vec<Backup>> {
+/// The ids of some backups that an earlier program recorded and nobody has judged since, in their order, behind `after`.
+pub(crate) async fn unjudged(db: &mut AnyConnection, after: &str) -> Result<Vec<String>> {
     let rows = sqlx::query(
         "-- backups_not_judged
-         SELECT * FROM backups WHERE judged = 0 ORDER BY id LIMIT $1",
+         SELECT id FROM backups WHERE judged = 0 AND id > $1 ORDER BY id LIMIT $2",
     )
+    .bind(after)
     .bind(JUDGED_AT_ONCE)
     .fetch_all(db)
     .await?;
-    rows.into_iter().map(|row| Backup::from_row(&Row(row))).collect()
+    rows.into_iter().map(|row| Row(row).text("id")).collect()
+}
+
+/// One of them, by its id as it stands there.
+pub(crate) async fn by_text(db: &mut AnyConnection, id: &str) -> Result<Option<Backup>> {
+    let row = sqlx::query(
+        "-- get_backup
+         SELECT * FROM backups WHERE id = $1",
+    )
+    .bind(id)
+    .fetch_optional(db)
+    .await?;
+    row.map(|row| Backup::from_row(&Row(row))).transpose()
 }
 
 /// A proof as it was reported.
@@ -423,20 +429,41 @@ pub(crate) async fn put_proof(
     Ok(())
 }
 
-/// Some of the proofs that an earlier program recorded and nobody has taken in since, oldest first, with their clusters.
-pub(crate) async fn not_taken_in(db: &mut AnyConnection) -> Result<Vec<(ProofRow, ClusterName)>> {
+/// Where a proof stands among those that nobody has taken in: when it was made, and its id.
+pub(crate) type ProofPlace = (i64, String);
+
+/// Some of the proofs that an earlier program recorded and nobody has taken in since, oldest first, behind `after`.
+pub(crate) async fn not_taken_in(
+    db: &mut AnyConnection,
+    after: &ProofPlace,
+) -> Result<Vec<ProofPlace>> {
     let rows = sqlx::query(
         "-- proofs_not_taken_in
-         SELECT * FROM proofs WHERE taken_in = 0 ORDER BY at_ms, id LIMIT $1",
+         SELECT at_ms, id FROM proofs
+         WHERE taken_in = 0 AND at_ms >= $1 AND (at_ms > $1 OR id > $2) ORDER BY at_ms, id LIMIT $3",
     )
+    .bind(after.0)
+    .bind(after.1.as_str())
     .bind(JUDGED_AT_ONCE)
     .fetch_all(db)
     .await?;
-    let rows = rows.into_iter().map(|row| {
-        let row = Row(row);
-        Ok((ProofRow::from_row(&row)?, row.parsed("cluster")?))
-    });
-    rows.collect()
+    let place = |row: Row| Ok((row.number("at_ms")?, row.text("id")?));
+    rows.into_iter().map(|row| place(Row(row))).collect()
+}
+
+/// One of them with its cluster, by its id as it stands there.
+pub(crate) async fn proof_by_text(
+    db: &mut AnyConnection,
+    id: &str,
+) -> Result<Option<(ProofRow, ClusterName)>> {
+    let row = sqlx::query(
+        "-- get_proof
+         SELECT * FROM proofs WHERE id = $1",
+    )
+    .bind(id)
+    .fetch_optional(db)
+    .await?;
+    row.map(Row).map(|row| Ok((ProofRow::from_row(&row)?, row.parsed("cluster")?))).transpose()
 }
 
 /// Newest first; every cluster's and every backup's when those are empty.

@@ -109,8 +109,7 @@ pub(crate) fn lane(row: &Row) -> Result<Lane> {
 
 fn by_name<T: DeserializeOwned>(row: &Row, column: &'static str) -> Result<T> {
     let name = serde_json::Value::String(row.text(column)?);
-    serde_json::from_value(name)
-        .map_err(|source| crate::Error::Stored { column, source: Box::new(source) })
+    serde_json::from_value(name).map_err(|source| row.stored(column, source))
 }
 
 fn small(number: i64) -> u32 {

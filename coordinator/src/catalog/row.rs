@@ -17,28 +17,34 @@ impl From<sqlx::Error> for Error {
     }
 }
 
-fn stored(column: &'static str, source: impl std::error::Error + Send + Sync + 'static) -> Error {
-    Error::Stored { column, source: Box::new(source) }
-}
-
 /// A row whose columns are read by name into the types of the program.
 pub(crate) struct Row(pub(crate) AnyRow);
 
 impl Row {
+    pub(super) fn stored(
+        &self,
+        column: &'static str,
+        source: impl std::error::Error + Send + Sync + 'static,
+    ) -> Error {
+        let called = ["id", "name"].iter().find_map(|key| self.0.try_get(*key).ok());
+        let row = called.unwrap_or_else(|| "a row".to_owned());
+        Error::Stored { column, row, source: Box::new(source) }
+    }
+
     pub(crate) fn text(&self, column: &'static str) -> Result<String> {
-        self.0.try_get(column).map_err(|source| stored(column, source))
+        self.0.try_get(column).map_err(|source| self.stored(column, source))
     }
 
     pub(crate) fn maybe_text(&self, column: &'static str) -> Result<Option<String>> {
-        self.0.try_get(column).map_err(|source| stored(column, source))
+        self.0.try_get(column).map_err(|source| self.stored(column, source))
     }
 
     pub(crate) fn number(&self, column: &'static str) -> Result<i64> {
-        self.0.try_get(column).map_err(|source| stored(column, source))
+        self.0.try_get(column).map_err(|source| self.stored(column, source))
     }
 
     pub(crate) fn maybe_number(&self, column: &'static str) -> Result<Option<i64>> {
-        self.0.try_get(column).map_err(|source| stored(column, source))
+        self.0.try_get(column).map_err(|source| self.stored(column, source))
     }
 
     pub(crate) fn flag(&self, column: &'static str) -> Result<bool> {
@@ -50,7 +56,7 @@ impl Row {
         T: FromStr,
         T::Err: std::error::Error + Send + Sync + 'static,
     {
-        self.text(column)?.parse().map_err(|source: T::Err| stored(column, source))
+        self.text(column)?.parse().map_err(|source: T::Err| self.stored(column, source))
     }
 
     pub(crate) fn maybe_parsed<T>(&self, column: &'static str) -> Result<Option<T>>
@@ -59,11 +65,13 @@ impl Row {
         T::Err: std::error::Error + Send + Sync + 'static,
     {
         let text = self.maybe_text(column)?;
-        text.map(|text| text.parse()).transpose().map_err(|source: T::Err| stored(column, source))
+        text.map(|text| text.parse())
+            .transpose()
+            .map_err(|source: T::Err| self.stored(column, source))
     }
 
     pub(crate) fn json<T: DeserializeOwned>(&self, column: &'static str) -> Result<T> {
-        serde_json::from_str(&self.text(column)?).map_err(|source| stored(column, source))
+        serde_json::from_str(&self.text(column)?).map_err(|source| self.stored(column, source))
     }
 
     pub(crate) fn maybe_json<T: DeserializeOwned>(
@@ -73,7 +81,7 @@ impl Row {
         let text = self.maybe_text(column)?;
         text.map(|text| serde_json::from_str(&text))
             .transpose()
-            .map_err(|source| stored(column, source))
+            .map_err(|source| self.stored(column, source))
     }
 }
 

@@ -125,6 +125,7 @@ async fn every_case(server: Server) {
         a_part_of_a_cluster_is_nothing_to_recover_it_from,
         a_catalog_of_before_is_brought_to_this_version_and_judged,
         what_an_older_coordinator_records_counts_when_it_is_judged,
+        a_record_that_cannot_be_read_is_told_and_in_the_way_of_no_other,
         whose_backups_are_all_gone_is_asked_of_each_cluster,
         heartbeats_are_kept_until_they_are_old_or_overwritten,
     ];
@@ -979,6 +980,45 @@ async fn what_an_older_coordinator_records_counts_when_it_is_judged(url: &str) {
         let broken: Vec<(Lsn, Lsn)> =
             cluster.broken_wal.iter().map(|stretch| (stretch.from, stretch.to)).collect();
         assert_eq!(broken, [(Lsn(5), Lsn(6))]);
+    }
+}
+
+async fn a_record_that_cannot_be_read_is_told_and_in_the_way_of_no_other(url: &str) {
+    let catalog = catalog(url).await;
+    register(&catalog, "orders").await;
+    for n in 1..=5 {
+        put_as_before(&catalog, &backup_row(n, i64::from(n) * 10)).await;
+    }
+    // The third has two proofs, of which one cannot be read: what that says of it nobody knows.
+    let proofs = [(1, 100), (3, 100), (3, 200), (4, 300), (5, 400)];
+    let proofs = proofs.map(|(n, at_ms)| proof_row(n, at_ms, true));
+    for row in &proofs {
+        put_proof_as_before(&catalog, row).await;
+    }
+    let (backup, unread) = (backup_row(2, 20).id, proofs[1].id);
+    for text in [
+        format!("UPDATE backups SET outcome = '{{\"backup\":' WHERE id = '{backup}'"),
+        format!("UPDATE proofs SET record = '' WHERE id = '{unread}'"),
+    ] {
+        write(&catalog, &text).await;
+    }
+    catalog.close().await;
+
+    let catalog = self::catalog(url).await;
+    let wanted = [(50, Shown::Proved), (40, Shown::Proved), (10, Shown::Proved)];
+    for _ in 0..2 {
+        assert_eq!(sources(&catalog).await, wanted);
+        let left_out = proofs::judge_readable(&catalog).await.unwrap();
+        let ids: Vec<&str> = left_out.iter().map(|(id, _)| id.as_str()).collect();
+        let third = backup_row(3, 30).id.to_string();
+        let (backup, unread, later) =
+            (backup.to_string(), unread.to_string(), proofs[2].id.to_string());
+        assert_eq!(ids, [&backup, &third, &unread, &later]);
+        let told: Vec<String> = left_out.iter().map(|(_, why)| why.to_string()).collect();
+        let says =
+            |column: &str, row: &str| format!("read column {column} of {row} in the catalog");
+        let why = says("record", &unread);
+        assert_eq!(told, [says("outcome", &backup), why.clone(), why.clone(), why]);
     }
 }
 
