@@ -759,8 +759,8 @@ pub enum RepoCommand {
     ///
     /// The target is empty, or an earlier copy of the same repository. Every pack is held against its digest on the way, and a
     /// backup is there only when all of it is. What is there is not sent again; what is missing there is. A backup that
-    /// cannot be copied is named, and the others are copied. The WAL archive comes along, the oldest first. Safe beside backups
-    /// and collections on both sides.
+    /// cannot be copied is named, and the others are copied. The WAL archive comes along, the oldest first. The source keeps word
+    /// of its copies, which `pgmuster backups show` tells. Safe beside backups and collections on both sides.
     Copy(RepoCopy),
 }
 

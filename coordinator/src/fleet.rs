@@ -8,9 +8,10 @@ use policy::reach::BackupEnd;
 use policy::recoverable::{Reach, RecoveryPoint, Source};
 use policy::recovery_time::{Begins, Measured, RecoveryTime, recovery_time};
 use policy::state::{BackupFact, ClusterFacts, Judgement, Objectives, judge_cluster};
+use proto::copies::BackupCopy;
 use proto::failure::{Action, Code, Failure};
 use proto::job::{JobKind, JobState, Task};
-use proto::message::{ClusterOffer, RepositoryAway};
+use proto::message::{ClusterOffer, RepositoryAway, RepositoryLook};
 use proto::{BackupId, BackupKind, ClusterName, Heartbeat};
 
 use crate::api::types::{BackupView, ClusterView, ProofView, StatusView};
@@ -374,8 +375,16 @@ pub(crate) fn backup_view(backup: Backup, proof: Option<ProofRow>) -> BackupView
         worker: backup.worker,
         facts: backup.outcome,
         gone_at_ms: backup.gone_at_ms,
+        copies: newest_of_each_place(backup.copies),
         proof: proof.map(proof_view),
     }
+}
+
+/// Several repositories may know of copies in one place: whoever saw it last is right.
+fn newest_of_each_place(mut copies: Vec<BackupCopy>) -> Vec<BackupCopy> {
+    copies.sort_by(|a, b| a.place.cmp(&b.place).then(b.checked_at_ms.cmp(&a.checked_at_ms)));
+    copies.dedup_by(|later, first| later.place == first.place);
+    copies
 }
 
 /// A proof as it is shown.

@@ -11,7 +11,7 @@ use proto::words::count;
 use crate::catalog::attempts::{self, Attempt, AttemptState};
 use crate::catalog::events::{self, Event};
 use crate::catalog::workers::{self, Life, Worker};
-use crate::catalog::{Tx, backups, clusters, heartbeats, jobs};
+use crate::catalog::{Tx, backups, clusters, copies, heartbeats, jobs};
 use crate::claims::NotTheSender;
 use crate::core::Core;
 use crate::error::Result;
@@ -154,11 +154,12 @@ async fn announce(tx: &mut Tx<'_>, pulse: &Pulse, worker: &Worker, now_ms: i64) 
     heartbeats::hear(tx, &told.collect::<Vec<_>>(), now_ms).await
 }
 
-/// Which backups a repository has. A message takes a while, so what was recorded shortly before it was looked, by our clock, may
-/// have come after.
+/// Which backups a repository has, and which copies of them it knows. A message takes a while, so what was recorded shortly before
+/// it was looked, by our clock, may have come after.
 async fn take_in(tx: &mut Tx<'_>, pulse: &Pulse, holdings: &Holdings, now_ms: i64) -> Result<()> {
     let age_ms = pulse.at_ms.saturating_sub(holdings.at_ms).max(0);
     let seen_at_ms = now_ms.saturating_sub(age_ms).saturating_sub(ON_ITS_WAY_MS);
+    copies::told(tx, holdings).await?;
     let gone = backups::held(tx, holdings, &pulse.worker, seen_at_ms, now_ms).await?;
     let Some(first) = gone.first() else { return Ok(()) };
     let (cluster, repository) = (&holdings.cluster, &holdings.repository);

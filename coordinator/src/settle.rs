@@ -251,6 +251,7 @@ async fn record(
                 outcome: facts,
                 shown: Shown::None,
                 gone_at_ms: None,
+                copies: Vec::new(),
             };
             backups::put(tx, &backup, now_ms).await
         }

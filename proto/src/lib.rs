@@ -4,6 +4,7 @@
 //! passes it in.
 
 pub mod backup;
+pub mod copies;
 pub mod envelope;
 pub mod failure;
 pub mod heartbeat;

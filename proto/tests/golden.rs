@@ -8,6 +8,7 @@ use std::fmt::Debug;
 use std::path::PathBuf;
 
 use proto::backup::SkippedDatabase;
+use proto::copies::{CopiedBackup, Copies};
 use proto::envelope::{Certificate, SigningKey};
 use proto::job::{
     Analyze, AnalyzeOutcome, Backup, BackupOutcome, EnableWal, EnableWalOutcome, LogicalOutcome,
@@ -25,7 +26,7 @@ use proto::proof::{BrokenWal, CheckOutcome, Phase, ProofCheck};
 use proto::{
     Action, ArchivedHeartbeats, AttemptId, BackupId, BootId, ClusterHeartbeat, Code, Failure,
     Heartbeat, JobId, JobKind, Lane, LineageId, Lsn, Outcome, Progress, Proof, ProofLevel,
-    Recovery, RecoveryTarget, Step, SystemIdentifier, TargetAction, Task, Timeline,
+    Recovery, RecoveryTarget, RepositoryId, Step, SystemIdentifier, TargetAction, Task, Timeline,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -614,8 +615,21 @@ fn what_was_added_for_what_is_proved() {
         at_ms: 1_700_000_000_000,
         backups: vec![backup_id()],
         from,
+        copies: None,
     };
     golden("holdings", &holdings);
+    let copied = CopiedBackup {
+        backup: backup_id(),
+        copied_at_ms: 1_700_000_000_000,
+        checked_at_ms: 1_700_086_400_000,
+    };
+    let copies = Copies {
+        place: "s3://second/prefix?region=eu-north-1".to_owned(),
+        repository: RepositoryId::mint(1_700_000_000_000, [5; 10]),
+        by: "ops@desk".to_owned(),
+        backups: vec![copied],
+    };
+    golden("holdings.copies", &holdings.with_copies(vec![copies]));
     let outcome = BackupOutcome { holds_to_ms: Some(1), ..backup_outcome() };
     golden("outcome.backup.holds_to", &Outcome::Backup(outcome));
     let logical = LogicalOutcome {

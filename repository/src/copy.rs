@@ -4,7 +4,8 @@
 //! At the source it is a reader, with a pin for each backup. At the target it is a writer and keeps the writer's order:
 //! intent, lists of condemned packs, packs, manifest, verdict. Names are what a writer must never use twice; a copy has no
 //! choice, so it stores nothing under a name that is on a list. What is there is not stored again: a copy that was
-//! interrupted is taken up by the next one. Wishes and proofs stay where they were made: they say nothing of the other bytes.
+//! interrupted is taken up by the next one. Wishes and proofs stay where they were made: they say nothing of the other bytes. So
+//! does the word of other copies; of this one it is left at the source (`copies`).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::attempt::Doomed;
 use crate::collect::Amount;
+use crate::copies::Found;
 use crate::error::Error;
 use crate::key::Keys;
 use crate::limits::{MANIFEST_BYTES_MAX, NOTE_BYTES_MAX, PART_BYTES};
@@ -88,6 +90,8 @@ pub struct Mirror {
     lineages: HashSet<LineageId>,
     /// Packs of the target with their bytes, as they were listed last and sent since.
     packs: HashMap<LineageId, BTreeMap<PackId, u64>>,
+    /// What the source has not been told of yet.
+    pub(crate) untold: BTreeMap<LineageId, BTreeMap<BackupId, Found>>,
 }
 
 impl Repository {
@@ -133,6 +137,7 @@ impl Repository {
             sound: HashSet::new(),
             lineages: HashSet::new(),
             packs: HashMap::new(),
+            untold: BTreeMap::new(),
         })
     }
 
@@ -227,7 +232,7 @@ impl Mirror {
     }
 
     /// Copies one backup. Idempotent; what an interrupted copy left is taken up. An error of the source's objects concerns this
-    /// backup only: others may be copied.
+    /// backup only: others may be copied. The source is told by [`Mirror::leave_word`].
     pub async fn copy(
         &mut self,
         lineage: LineageId,
@@ -238,6 +243,10 @@ impl Mirror {
         let pinned = self.source.open_pinned(lineage, backup, &pin).await?;
         let copied = self.copy_opened(&pinned, options).await;
         pinned.release().await;
+        if let Ok(CopySummary { outcome, .. }) = copied {
+            let found = Found { outcome, at_ms: options.now_ms };
+            self.untold.entry(lineage).or_default().insert(backup, found);
+        }
         copied
     }
 

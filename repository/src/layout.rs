@@ -2,6 +2,7 @@
 
 use proto::{AttemptId, BackupId, LineageId, Timeline, WalFileName};
 
+use crate::hex;
 use crate::pack::PackId;
 
 pub(crate) const CONFIG: &str = "config";
@@ -77,6 +78,17 @@ pub(crate) fn pins(lineage: LineageId) -> String {
 /// The pin of one reader of a backup.
 pub(crate) fn pin(lineage: LineageId, backup: BackupId, name: &str) -> String {
     format!("{LINEAGES}{lineage}/pins/{backup}/{name}")
+}
+
+/// Where it is said which copies there are.
+pub(crate) fn copies(lineage: LineageId) -> String {
+    format!("{LINEAGES}{lineage}/copies/")
+}
+
+/// What is said of the copies in one place: by a digest, because a place has characters that no key has.
+pub(crate) fn copies_in(lineage: LineageId, place: &str) -> String {
+    let digest = blake3::derive_key("pgmuster repository v1: place of copies", place.as_bytes());
+    format!("{LINEAGES}{lineage}/copies/{}", hex::encode(&digest[..16]))
 }
 
 /// Where the lists of condemned packs are.

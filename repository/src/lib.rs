@@ -15,6 +15,7 @@ mod checkpoint;
 mod collect;
 mod config;
 mod content;
+mod copies;
 mod copy;
 mod crypto;
 mod detect;

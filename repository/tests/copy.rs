@@ -7,20 +7,21 @@ mod interrupted;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use common::{Bench, DAY_MS, NOW_MS, Tree, collect_options, copy_options, noise};
 use interrupted::{Interrupted, Turn};
+use proto::copies::{CopiedBackup, Copies};
 use proto::{BackupId, LineageId};
 use repository::store::directory::DirectoryStore;
 use repository::store::layer::Layer;
 use repository::store::probe::{Capabilities, probe};
 use repository::store::{Listed, Store, StoreError};
 use repository::{
-    BackupSummary, CollectOptions, Collected, CopyOutcome, CopySummary, Error, Mirror, Reason,
-    Repository, Unlock, Wish,
+    BackupSummary, CheckLevel, CollectOptions, Collected, CopyOutcome, CopySummary, Error, Mirror,
+    Reason, Repository, ScrubOptions, ScrubReport, Unlock, Wish,
 };
 
 fn wish(at_ms: i64) -> Wish {
@@ -400,6 +401,101 @@ async fn a_cancelled_copy_ends_cleanly_and_what_was_deleted_at_the_target_stays_
     }
     assert_eq!(target.list_backups(lineage).await.unwrap().len(), 1);
     assert!(is_whole(&target, lineage, second.backup).await);
+}
+
+/// A store into whose notes of copies nobody may write for a while.
+#[derive(Debug)]
+struct Unheard {
+    inner: DirectoryStore,
+    refuses: AtomicBool,
+}
+
+#[async_trait]
+impl Layer for Unheard {
+    fn inner(&self) -> &dyn Store {
+        &self.inner
+    }
+    async fn put(&self, key: &str, bytes: Bytes) -> Result<(), StoreError> {
+        if key.contains("/copies/") && self.refuses.load(Ordering::SeqCst) {
+            let (operation, source) = ("write", "it may only be read".into());
+            return Err(StoreError::Forbidden { operation, key: key.to_owned(), source });
+        }
+        self.inner.put(key, bytes).await
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_source_is_told_of_its_copies_and_of_what_became_of_them() {
+    let directory = tempfile::tempdir().unwrap();
+    let inner = DirectoryStore::new(directory.path().join("repository"));
+    let store = Arc::new(Unheard { inner, refuses: AtomicBool::new(true) });
+    let bench = Bench::over(directory, Arc::<Unheard>::clone(&store)).await;
+    let lineage = bench.lineage;
+    let [first, second] = two(&bench, &tree()).await.map(|summary| summary.backup);
+    let place = tempfile::tempdir().unwrap();
+    let copy = async |now_ms| {
+        let mut mirror = mirror(&bench, at(place.path())).await.unwrap();
+        mirror.copy_lineage(lineage).await.unwrap();
+        for backup in [first, second] {
+            mirror.copy(lineage, backup, &copy_options(now_ms)).await.unwrap();
+        }
+        mirror
+    };
+    let told = async || bench.repository.copies(lineage).await.unwrap();
+    let copies = |backups: &[(BackupId, i64, i64)]| {
+        let copied = |&(backup, copied_at_ms, checked_at_ms)| CopiedBackup {
+            backup,
+            copied_at_ms,
+            checked_at_ms,
+        };
+        let (repository, by) = (bench.repository.id(), "copier".to_owned());
+        let place = format!("file://{}", place.path().display());
+        vec![Copies { place, repository, by, backups: backups.iter().map(copied).collect() }]
+    };
+    let (t1, t2, t3, t4) = (NOW_MS + 5_000, NOW_MS + 6_000, NOW_MS + 7_000, NOW_MS + 8_000);
+
+    let mut made = copy(t1).await;
+    assert!(made.leave_word(&copy_options(t1)).await.is_err(), "it may not be written to");
+    store.refuses.store(false, Ordering::SeqCst);
+    assert_eq!(told().await, []);
+    made.leave_word(&copy_options(t1)).await.unwrap();
+    assert_eq!(told().await, copies(&[(first, t1, t1), (second, t1, t1)]), "it was kept");
+    copy(t2).await.leave_word(&copy_options(t2)).await.unwrap();
+    assert_eq!(told().await, copies(&[(first, t1, t2), (second, t1, t2)]), "looked after");
+
+    let target = open(&bench, place.path()).await;
+    assert_eq!(target.copies(lineage).await.unwrap(), [], "the copy knows of none");
+    let options = ScrubOptions::new(CheckLevel::Manifest, t2);
+    let mut report = ScrubReport::default();
+    bench.repository.scrub(&options, &mut report).await.unwrap();
+    assert!(report.is_sound() && report.foreign.is_empty(), "{report:?}");
+
+    // Word that cannot be believed says nothing, is found, and is written anew.
+    let word = bench.store_path().join(format!("lineages/{lineage}/copies"));
+    let word = common::files_below(&word).remove(0);
+    std::fs::write(&word, "{}\n").unwrap();
+    assert_eq!(told().await, []);
+    let mut report = ScrubReport::default();
+    bench.repository.scrub(&options, &mut report).await.unwrap();
+    assert!(report.damaged.iter().any(|damage| damage.object.contains("/copies/")), "{report:?}");
+    copy(t3).await.leave_word(&copy_options(t3)).await.unwrap();
+    assert_eq!(told().await, copies(&[(first, t1, t3), (second, t1, t3)]), "the copy knows when");
+
+    // What was given up there is not claimed, nor what the source itself has no more.
+    target.forget(lineage, first, &wish(NOW_MS)).await.unwrap();
+    copy(t4).await.leave_word(&copy_options(t4)).await.unwrap();
+    assert_eq!(told().await, copies(&[(second, t1, t4)]));
+    target.remember(lineage, first, &wish(NOW_MS)).await.unwrap();
+    copy(t4).await.leave_word(&copy_options(t4)).await.unwrap();
+    assert_eq!(told().await, copies(&[(first, t1, t4), (second, t1, t4)]));
+    bench.repository.forget(lineage, first, &wish(NOW_MS)).await.unwrap();
+    let collect = collecting(NOW_MS + 2 * DAY_MS);
+    let plan = bench.repository.plan_collection(lineage, &collect).await.unwrap();
+    plan.collect(&collect).await.unwrap();
+    let mut mirror = mirror(&bench, at(place.path())).await.unwrap();
+    mirror.copy(lineage, second, &copy_options(t4)).await.unwrap();
+    mirror.leave_word(&copy_options(t4)).await.unwrap();
+    assert_eq!(told().await, copies(&[(second, t1, t4)]));
 }
 
 /// A store with as much room as it is told to have.

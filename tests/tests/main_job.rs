@@ -3,8 +3,9 @@
 
 use anyhow::{Context as _, ensure};
 use postgres::instance::InstanceOptions;
-use tests::fleet::text;
-use tests::{Bucket, Cluster, Fleet, Place, Vhost, WorkerSetup};
+use serde_json::Value;
+use tests::fleet::{SOON, text};
+use tests::{Bucket, Cluster, Fleet, Place, Vhost, WorkerSetup, eventually};
 
 /// Ordered, queued, taken, stored, restored, proved.
 async fn story(catalog: &str, major: u32) -> anyhow::Result<()> {
@@ -59,7 +60,7 @@ async fn story(catalog: &str, major: u32) -> anyhow::Result<()> {
 }
 
 /// The older backup can be given up, the newest cannot; a plan of the collection says what will become of it.
-fn giving_up(fleet: &Fleet, backups: &serde_json::Value) -> anyhow::Result<()> {
+fn giving_up(fleet: &Fleet, backups: &Value) -> anyhow::Result<()> {
     let (key, url) = (fleet.path("repository.key"), fleet.repository_url());
     let id = |row: usize| backups[row]["id"].as_str().unwrap_or_default().to_owned();
     let delete = |backup: &str| fleet.run(&["repo", "delete", &url, backup, "--key", text(&key)?]);
@@ -96,6 +97,64 @@ fn disaster(fleet: &Fleet, major: u32) -> anyhow::Result<()> {
     let again = fleet.run(&arguments)?;
     ensure!(again.code() == 5, "a restore over a restored directory is refused: {again}");
     ensure!(again.stderr.contains("TARGET_NOT_EMPTY"), "{again}");
+    Ok(())
+}
+
+/// Copied by hand, with the repository and its key: the coordinator learns it from the repository, by way of the worker.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_made_by_hand_is_shown_with_its_backup() -> anyhow::Result<()> {
+    let vhost = Vhost::create()?;
+    let cluster = Cluster::start(15, InstanceOptions::default()).await?;
+    let mut fleet = Fleet::prepare(&vhost.url(), "", Place::Directory)?;
+    fleet.start_coordinator()?;
+    let setup = WorkerSetup::of("w1", "orders", cluster.url());
+    fleet.start_worker(&setup)?;
+    fleet.expect(&["backup", "orders", "--wait"])?;
+    let backups = fleet.json(&["backups", "list", "orders", "-o", "json"])?;
+    let id = backups[0]["id"].as_str().context("a backup has an id")?.to_owned();
+    let shown = fleet.expect(&["backups", "show", &id])?;
+    ensure!(!shown.contains("copied at"), "{shown}");
+
+    let (key, url) = (fleet.path("repository.key"), fleet.repository_url());
+    let place = format!("file://{}", text(&fleet.path("copy"))?);
+    let copy = ["repo", "copy", &url, "--key", text(&key)?, &place];
+    let copied = fleet.expect(&copy)?;
+    ensure!(copied.contains("copied"), "{copied}");
+    let listed = fleet.json(&["repo", "list", &url, "--key", text(&key)?, "-o", "json"])?;
+    ensure!(listed[0]["copies"][0]["place"] == place, "{listed}");
+    // A worker looks when it begins, and every ten minutes.
+    let known = |fleet: &mut Fleet, of: &str, is_there: &dyn Fn(&Value) -> bool| {
+        fleet.worker("w1")?.kill()?;
+        fleet.start_worker(&setup)?;
+        let shown = eventually(of, SOON, || {
+            let shown = fleet.json(&["backups", "show", &id, "-o", "json"])?;
+            Ok(is_there(&shown["copies"]).then(|| shown["copies"][0].clone()))
+        });
+        shown.with_context(|| fleet.said())
+    };
+    let first = known(&mut fleet, "the copy to be shown", &|copies| copies[0].is_object())?;
+    ensure!(first["place"] == place && first["told_by"] == url, "{first}");
+    ensure!(first["repository"].is_string() && first["by"].is_string(), "{first}");
+    ensure!(first["copied_at_ms"] == first["checked_at_ms"], "{first}");
+    let shown = fleet.expect(&["backups", "show", &id])?;
+    ensure!(shown.contains(&format!("  copy         {place}, repository ")), "{shown}");
+    ensure!(shown.contains("copied at 20"), "{shown}");
+
+    // Looked after once more.
+    ensure!(fleet.expect(&copy)?.contains("was there"), "it is copied");
+    let later = |copies: &Value| copies[0]["checked_at_ms"] != first["checked_at_ms"];
+    let second = known(&mut fleet, "the copy to be looked after", &later)?;
+    ensure!(second["copied_at_ms"] == first["copied_at_ms"], "{first} {second}");
+    let check = fleet.expect(&["repo", "check", &url, "--key", text(&key)?])?;
+    ensure!(!check.contains("copies/"), "{check}");
+
+    // Whoever gives it up there is heard by the next copy.
+    fleet.expect(&["backup", "orders", "--wait"])?;
+    fleet.expect(&copy)?;
+    fleet.expect(&["repo", "delete", &place, &id, "--key", text(&key)?])?;
+    ensure!(fleet.expect(&copy)?.contains("was given up there"), "it is given up");
+    let none = |copies: &Value| copies.is_null();
+    known(&mut fleet, "the copy not to be claimed any more", &none)?;
     Ok(())
 }
 

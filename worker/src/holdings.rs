@@ -93,7 +93,7 @@ impl Held {
         }
         let (mut due, mut backups) = (Vec::new(), 0);
         for seen in seen.values_mut().filter(|seen| !seen.is_told) {
-            backups += seen.holdings.backups.len();
+            backups += seen.holdings.told();
             if backups > TOLD_AT_ONCE_MAX && !due.is_empty() {
                 break;
             }
@@ -210,15 +210,17 @@ async fn look(
     server: SystemIdentifier,
 ) -> Result<Looked, Failure> {
     let at_ms = clock::now_ms();
-    let (mut lineages, mut there) = (Vec::new(), Vec::<BackupId>::new());
+    let (mut lineages, mut there, mut copies) = (Vec::new(), Vec::<BackupId>::new(), Vec::new());
     for kind in [BackupKind::Physical, BackupKind::Logical] {
         for identity in repository.lineages_of(kind, cluster, server).await? {
             // Whether one can be read is not looked at: what cannot be read now may be read later.
             there.extend(repository.held_by_name(identity.lineage).await?);
+            copies.append(&mut repository.copies(identity.lineage).await?);
             lineages.push(identity.lineage);
         }
     }
     let holdings = Holdings::new(cluster.clone(), repository.describe(), server, at_ms, there);
+    let holdings = holdings.with_copies(copies);
     Ok(Looked { lineages, holdings })
 }
 

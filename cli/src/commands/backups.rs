@@ -183,6 +183,11 @@ fn details(backup: &BackupView) -> String {
             lines.push(format!("  not in it    {}: {}", skipped.database, skipped.why));
         }
     }
+    for copy in &backup.copies {
+        let (copied, checked) = (output::time(copy.copied_at_ms), output::time(copy.checked_at_ms));
+        lines.push(format!("  copy         {}, repository {}", copy.place, copy.repository));
+        lines.push(format!("    copied at {copied}, all of it there at {checked}, by {}", copy.by));
+    }
     if let Some(proof) = &backup.proof {
         lines.push(format!("  proof        {}", worker::proving::sentence(&proof.record)));
         for check in &proof.record.checks {
@@ -220,5 +225,25 @@ mod tests {
         assert!(text.lines().any(|shown| shown == line), "{text}");
         let text = shown(include_str!("../../../proto/tests/golden/outcome.backup.json"));
         assert!(!text.contains("read again"), "{text}");
+    }
+
+    #[test]
+    fn copies_are_shown_with_their_places_and_how_old_the_word_of_them_is() {
+        let outcome: Value =
+            serde_json::from_str(include_str!("../../../proto/tests/golden/outcome.backup.json"))
+                .unwrap();
+        let copy = json!({
+            "place": "s3://second/prefix?region=eu-north-1", "repository": "018bcfe5-6800-7101-8101-020202020202",
+            "by": "ops@desk", "copied_at_ms": 0, "checked_at_ms": 86_400_000, "told_by": "s3://first/prefix",
+        });
+        let view = json!({
+            "id": outcome["backup"]["backup"], "cluster": "orders", "job": "018bcfe5-6800-7101-8101-010101010101",
+            "worker": "w1", "facts": outcome["backup"], "proof": null, "copies": [copy],
+        });
+        let text = details(&serde_json::from_value(view).unwrap());
+        let said = "  copy         s3://second/prefix?region=eu-north-1, repository \
+                    018bcfe5-6800-7101-8101-020202020202\n    copied at 1970-01-01T00:00:00Z, all of it there at \
+                    1970-01-02T00:00:00Z, by ops@desk";
+        assert!(text.contains(said), "{text}");
     }
 }

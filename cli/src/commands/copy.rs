@@ -124,7 +124,12 @@ pub(crate) async fn run(args: RepoCopy, format: Output) -> Result<Exit, Failure>
             break;
         }
         let options = CopyOptions { now_ms: environment::now_ms(), ..options.clone() };
-        rows.push(Row::Backup(copy(&mut mirror, lineage, row, &options).await));
+        let row = copy(&mut mirror, lineage, row, &options).await;
+        // A first copy takes long, and may be killed. What fails is tried again.
+        if row.outcome == Some(CopyOutcome::Copied) {
+            let _ = mirror.leave_word(&options).await;
+        }
+        rows.push(Row::Backup(row));
     }
     // After the backups, so that what a collection there would delete is known.
     for identity in archives {
@@ -133,6 +138,7 @@ pub(crate) async fn run(args: RepoCopy, format: Output) -> Result<Exit, Failure>
         }
         rows.extend(copy_wal(&mut mirror, &identity, &options).await.map(Row::Wal));
     }
+    let word = mirror.leave_word(&options).await;
     interrupted.abort();
     shown.abort();
     output::show(format, &rows, |rows| table(rows));
@@ -143,6 +149,12 @@ pub(crate) async fn run(args: RepoCopy, format: Output) -> Result<Exit, Failure>
             Row::Wal(row) => format!("Not all of the WAL of {} is copied:", row.cluster),
         });
         output::failure(failure);
+    }
+    if let Err(error) = word {
+        let (from, why) = (source.describe(), chain(&error));
+        output::talk(&format!(
+            "{from} was not told of its copies, so `pgmuster backups show` does not show them as they are now: failed to {why}"
+        ));
     }
     for (lineage, why) in &unreadable {
         output::talk(&format!("Lineage {lineage} is not copied: failed to {}", chain(why)));

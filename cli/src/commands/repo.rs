@@ -5,6 +5,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 use async_trait::async_trait;
+use proto::copies::BackupCopy;
 use proto::failure::chain;
 use proto::near::did_you_mean;
 use proto::{Action, BackupId, BackupKind, ClusterName, Code, Failure, LineageId};
@@ -33,6 +34,8 @@ struct Row {
     /// Bytes that it added to the repository.
     stored_bytes: Option<u64>,
     proofs: u32,
+    /// Copies of it that it knows of.
+    copies: Vec<BackupCopy>,
     /// `given up` or `held`.
     wish: Option<&'static str>,
 }
@@ -79,6 +82,7 @@ pub(crate) async fn run(command: RepoCommand, format: Output) -> Result<Exit, Fa
                         row.size_bytes.map_or_else(String::new, output::bytes),
                         row.stored_bytes.map_or_else(String::new, output::bytes),
                         row.proofs.to_string(),
+                        row.copies.len().to_string(),
                         row.wish.unwrap_or_default().to_owned(),
                     ]
                 };
@@ -91,6 +95,7 @@ pub(crate) async fn run(command: RepoCommand, format: Output) -> Result<Exit, Fa
                     "SIZE",
                     "STORED",
                     "PROOFS",
+                    "COPIES",
                     "WISH",
                 ];
                 output::table(&head, rows.iter().map(row).collect())
@@ -415,6 +420,12 @@ async fn list(repository: &Repository) -> Result<(Vec<Row>, Vec<String>), Failur
     }
     for identity in lineages.readable {
         let backups = repository.find_backups(identity.lineage).await?;
+        let told = repository.copies(identity.lineage).await?;
+        let place = repository.describe();
+        let copies_of = |backup: Option<BackupId>| {
+            let copies = told.iter().flat_map(|copies| copies.each(&place));
+            copies.filter(|(of, _)| Some(*of) == backup).map(|(_, copy)| copy).collect()
+        };
         for Lost { backup, why } in backups.lost {
             let (cluster, why) = (&identity.cluster, chain(&why));
             unreadable
@@ -432,6 +443,7 @@ async fn list(repository: &Repository) -> Result<(Vec<Row>, Vec<String>), Failur
                 size_bytes: counts.map(|counts| counts.bytes),
                 stored_bytes: counts.map(|counts| counts.stored_bytes),
                 proofs: summary.proofs,
+                copies: copies_of(summary.backup()),
                 wish: match (summary.held, summary.forgotten) {
                     (true, _) => Some("held"),
                     (false, true) => Some("given up"),

@@ -9,6 +9,7 @@ use policy::broken::BrokenStretch;
 use policy::fleet::Counted;
 use policy::recovery_time::RecoveryTime;
 use policy::state::ClusterState;
+use proto::copies::BackupCopy;
 use proto::envelope::{Certificate, PublicKey, Signed};
 use proto::failure::Failure;
 use proto::job::{BackupOutcome, JobKind, JobState, Lane, Outcome, Task};
@@ -305,6 +306,9 @@ pub struct BackupView {
     /// Since when it is known that its repository has it no more, or that somebody gave it up.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gone_at_ms: Option<i64>,
+    /// Where copies of it are, as those who copied it left word in its repository.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub copies: Vec<BackupCopy>,
     /// Its newest proof.
     pub proof: Option<ProofView>,
 }

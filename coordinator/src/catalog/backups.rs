@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use proto::copies::BackupCopy;
 use proto::job::{BackupOutcome, Task};
 use proto::message::Holdings;
 use proto::proof::Proof;
@@ -16,7 +17,7 @@ use crate::error::Result;
 /// before WAL that is broken.
 const PROVED_MAX: usize = 3;
 /// Ids in one statement.
-const IDS_MAX: usize = 500;
+pub(super) const IDS_MAX: usize = 500;
 /// Backups, or proofs, that are judged anew in one transaction.
 const JUDGED_AT_ONCE: i64 = 200;
 
@@ -117,6 +118,8 @@ pub(crate) struct Backup {
     pub(crate) worth: Worth,
     /// Since when it is known that its repository has it no more.
     pub(crate) gone_at_ms: Option<i64>,
+    /// Where copies of it are, as repositories say that have it.
+    pub(crate) copies: Vec<BackupCopy>,
 }
 
 impl Backup {
@@ -130,6 +133,7 @@ impl Backup {
             shown: row.parsed("shown")?,
             worth: Worth::of_number(row.number("worth")?),
             gone_at_ms: row.maybe_number("gone_at_ms")?,
+            copies: row.maybe_json("copies")?.unwrap_or_default(),
         })
     }
 }
@@ -308,7 +312,7 @@ pub(crate) async fn held(
 }
 
 /// Places of parameters for these values, from `$first` on.
-fn places<T>(first: usize, values: &[T]) -> String {
+pub(super) fn places<T>(first: usize, values: &[T]) -> String {
     let places = (first..first + values.len()).map(|n| format!("${n}"));
     places.collect::<Vec<_>>().join(", ")
 }

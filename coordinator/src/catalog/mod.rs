@@ -10,6 +10,7 @@
 pub(crate) mod attempts;
 pub(crate) mod backups;
 pub(crate) mod clusters;
+pub(crate) mod copies;
 mod dialect;
 pub(crate) mod events;
 pub(crate) mod heartbeats;

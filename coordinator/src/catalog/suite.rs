@@ -6,16 +6,18 @@ use std::sync::Arc;
 
 use postgres::binaries::Binaries;
 use postgres::instance::{Instance, InstanceOptions, StopMode};
+use proto::copies::{BackupCopy, CopiedBackup, Copies};
 use proto::failure::{Action, Code, Failure};
 use proto::job::{
     Analyze, Backup, BackupOutcome, JobState, Lane, LogicalOutcome, PgDump, Restore, RestoreTarget,
     Task,
 };
-use proto::message::ClusterOffer;
+use proto::message::{ClusterOffer, Holdings};
 use proto::proof::{BrokenWal, CheckOutcome, Proof, ProofCheck, ProofLevel};
 use proto::step::{Progress, Step};
 use proto::{
-    AttemptId, ClusterHeartbeat, Heartbeat, JobId, LineageId, Lsn, SystemIdentifier, Timeline,
+    AttemptId, BackupId, ClusterHeartbeat, Heartbeat, JobId, LineageId, Lsn, RepositoryId,
+    SystemIdentifier, Timeline,
 };
 use secrecy::SecretString;
 use sqlx::migrate::Migrator;
@@ -127,6 +129,7 @@ async fn every_case(server: Server) {
         what_an_older_coordinator_records_counts_when_it_is_judged,
         a_record_that_cannot_be_read_is_told_and_in_the_way_of_no_other,
         whose_backups_are_all_gone_is_asked_of_each_cluster,
+        copies_of_a_backup_are_as_its_repository_said_last,
         heartbeats_are_kept_until_they_are_old_or_overwritten,
     ];
     server.stop().await;
@@ -589,6 +592,7 @@ fn backup_row(n: u8, at_ms: i64) -> backups::Backup {
         shown: Shown::None,
         worth: Worth::Whole,
         gone_at_ms: None,
+        copies: Vec::new(),
     }
 }
 
@@ -1020,6 +1024,49 @@ async fn a_record_that_cannot_be_read_is_told_and_in_the_way_of_no_other(url: &s
         let why = says("record", &unread);
         assert_eq!(told, [says("outcome", &backup), why.clone(), why.clone(), why]);
     }
+}
+
+async fn copies_of_a_backup_are_as_its_repository_said_last(url: &str) {
+    let catalog = catalog(url).await;
+    register(&catalog, "orders").await;
+    record(&catalog, 1..=2, &[]).await;
+    let [first, second] = [1, 2].map(|n| backup_row(n, 1).id);
+    let copies = |place: &str, of: &[BackupId], checked_at_ms| {
+        let copied = |backup| CopiedBackup { backup, copied_at_ms: 5, checked_at_ms };
+        let (place, by) = (place.to_owned(), "ops@desk".to_owned());
+        let backups = of.iter().copied().map(copied).collect();
+        Copies { place, repository: RepositoryId::mint(1, [1; 10]), by, backups }
+    };
+    let hold = async |repository: &str, copies: Option<Vec<Copies>>| {
+        let there = vec![first, second];
+        let (cluster, server) = ("orders".parse().unwrap(), SystemIdentifier(42));
+        let holdings = Holdings::new(cluster, repository.to_owned(), server, 1, there);
+        let holdings = copies.into_iter().fold(holdings, Holdings::with_copies);
+        let told = &holdings;
+        catalog.transact("test", |tx| Box::pin(super::copies::told(tx, told))).await.unwrap();
+        let mut db = catalog.read().await.unwrap();
+        let mut rows = backups::list(&mut db, "orders", 10).await.unwrap();
+        rows.reverse();
+        let of = |row: &backups::Backup| -> Vec<(String, i64, String)> {
+            let copy =
+                |copy: &BackupCopy| (copy.place.clone(), copy.checked_at_ms, copy.told_by.clone());
+            row.copies.iter().map(copy).collect()
+        };
+        [of(&rows[0]), of(&rows[1])]
+    };
+    let says = |place: &str, at_ms, by: &str| (place.to_owned(), at_ms, by.to_owned());
+    let (a, b) = ("s3://a", "s3://b");
+    assert_eq!(hold(a, None).await, [vec![], vec![]]);
+    let word = vec![copies(b, &[first, second], 10), copies("s3://c", &[second], 11)];
+    let known = [vec![says(b, 10, a)], vec![says(b, 10, a), says("s3://c", 11, a)]];
+    assert_eq!(hold(a, Some(word)).await, known);
+    assert_eq!(hold(a, None).await, known, "an earlier version tells of none");
+    // A worker serves the copy, and that knows of the first as a copy.
+    let both = hold(b, Some(vec![copies(a, &[first], 12)])).await;
+    assert_eq!(both, [vec![says(b, 10, a), says(a, 12, b)], known[1].clone()]);
+    // One was given up there, the other was looked after again.
+    let left = hold(a, Some(vec![copies(b, &[second], 20)])).await;
+    assert_eq!(left, [vec![says(a, 12, b)], vec![says(b, 20, a)]]);
 }
 
 /// PostgreSQL must not read all backups to say of a cluster whether it has any.

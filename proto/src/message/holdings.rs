@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::copies::Copies;
 use crate::{BackupId, ClusterName, SystemIdentifier};
 
 /// The backups that are there. One that was recorded before and is not among them is gone.
@@ -20,6 +21,9 @@ pub struct Holdings {
     /// Nothing is said of backups whose id is lower: there are more than are told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<BackupId>,
+    /// Copies of them in other places, as far as their repository knows; absent from programs that do not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copies: Option<Vec<Copies>>,
 }
 
 impl Holdings {
@@ -38,7 +42,24 @@ impl Holdings {
         let too_many = backups.len().saturating_sub(Self::BACKUPS_MAX);
         backups.drain(..too_many);
         let from = backups.first().copied().filter(|_| too_many > 0);
-        Self { cluster, repository, system_identifier, at_ms, backups, from }
+        Self { cluster, repository, system_identifier, at_ms, backups, from, copies: None }
+    }
+
+    /// The same with those of these copies that are of a backup which is told.
+    #[must_use]
+    pub fn with_copies(mut self, mut copies: Vec<Copies>) -> Self {
+        for place in &mut copies {
+            place.backups.retain(|copied| self.backups.binary_search(&copied.backup).is_ok());
+        }
+        copies.retain(|place| !place.backups.is_empty());
+        self.copies = Some(copies);
+        self
+    }
+
+    /// How much is told, in backups.
+    pub fn told(&self) -> usize {
+        let copied = self.copies.iter().flatten().map(|place| place.backups.len());
+        self.backups.len() + copied.sum::<usize>()
     }
 
     /// Whether a backup that was there before is gone.
@@ -50,6 +71,8 @@ impl Holdings {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::RepositoryId;
+    use crate::copies::CopiedBackup;
 
     #[test]
     fn of_too_many_backups_the_oldest_are_left_in_peace() {
@@ -65,5 +88,24 @@ mod tests {
         assert_eq!(many.backups.len(), Holdings::BACKUPS_MAX);
         assert!(!many.lack(id(1)) && !many.lack(id(5)) && !many.lack(id(6)));
         assert!(many.lack(id(Holdings::BACKUPS_MAX + 6)));
+    }
+
+    #[test]
+    fn copies_are_told_of_the_backups_that_are() {
+        let id = |n: u64| BackupId::mint(n, [1; 10]);
+        let copied = |n| CopiedBackup { backup: id(n), copied_at_ms: 1, checked_at_ms: 2 };
+        let copies = |place: &str, of: &[u64]| Copies {
+            place: place.to_owned(),
+            repository: RepositoryId::mint(1, [2; 10]),
+            by: "ops@desk".to_owned(),
+            backups: of.iter().copied().map(copied).collect(),
+        };
+        let repository = "file:///backups".to_owned();
+        let there = vec![id(2), id(3)];
+        let of =
+            Holdings::new("orders".parse().unwrap(), repository, SystemIdentifier(1), 1, there);
+        assert_eq!((of.told(), &of.copies), (2, &None));
+        let of = of.with_copies(vec![copies("s3://a", &[1, 2, 3, 4]), copies("s3://b", &[1])]);
+        assert_eq!((of.told(), of.copies), (4, Some(vec![copies("s3://a", &[2, 3])])));
     }
 }

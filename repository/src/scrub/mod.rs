@@ -176,6 +176,8 @@ struct Found {
     wal: BTreeMap<String, u64>,
     /// Notes that say below which segment WAL may have been deleted, and their sizes.
     floors: BTreeMap<String, u64>,
+    /// Notes of copies, by their last names, and their sizes.
+    copies: BTreeMap<String, u64>,
 }
 
 impl Repository {
@@ -249,6 +251,9 @@ impl Repository {
                 }
                 Part::Floor(place) => {
                     found.floors.insert(place, size_bytes);
+                }
+                Part::Copies(name) => {
+                    found.copies.insert(name, size_bytes);
                 }
                 Part::Pin => {}
             }

@@ -34,6 +34,8 @@ pub(super) enum Part {
     Wal(String),
     /// What says before which segment WAL may have been deleted, by its name below the archive.
     Floor(String),
+    /// Word of copies in one place, by its last name.
+    Copies(String),
     /// A pin, which comes and goes.
     Pin,
 }
@@ -83,6 +85,7 @@ fn part(lineage: LineageId, key: &str, rest: &str) -> Option<Part> {
             wal::Place::Floor(..) => Some(Part::Floor(rest.to_owned())),
             _ => Some(Part::Wal(rest.to_owned())),
         },
+        "copies" => hex::decode::<16>(rest).is_some().then(|| Part::Copies(rest.to_owned())),
         "pins" => Some(Part::Pin),
         _ => None,
     }
@@ -168,6 +171,9 @@ mod tests {
             let floor = of(&format!("wal/{place}"));
             assert_eq!(floor, Name::Of(lineage, Part::Floor(place)));
         }
+        let copies = layout::copies_in(lineage, "s3://second/place");
+        let last = copies.rsplit_once('/').unwrap().1.to_owned();
+        assert_eq!(parse(&copies), Name::Of(lineage, Part::Copies(last)));
         assert_eq!(of("pins/a/b"), Name::Of(lineage, Part::Pin));
     }
 
@@ -187,6 +193,8 @@ mod tests {
             format!("packs/ab/{id}.bak"),
             "gc/run/other".to_owned(),
             "damaged/x".to_owned(),
+            "copies/x".to_owned(),
+            format!("copies/{id}/x"),
             "wal/000000010000000000000001".to_owned(),
             "wal/1/000000010000000000000001".to_owned(),
             "x/y".to_owned(),

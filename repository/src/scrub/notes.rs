@@ -1,6 +1,7 @@
 //! The notes that nothing but a check reads once they are written: intents of what has ended, wishes, proofs, lists of
-//! collectors, marks.
+//! collectors, marks, word of copies.
 
+use proto::copies::Copies;
 use proto::envelope::Signed;
 use proto::{AttemptId, Proof};
 
@@ -54,6 +55,14 @@ impl Survey<'_> {
             let key = layout::wal(self.lineage) + place;
             if let Some(wrong) = self.note::<Floor>(&key, *size).await?.err() {
                 blame(self.faults, key, wrong);
+            }
+        }
+        for (name, size) in &self.found.copies {
+            let key = layout::copies(self.lineage) + name;
+            if let Some(wrong) = self.note::<Copies>(&key, *size).await?.err() {
+                let what =
+                    format!("{wrong}; it tells people of copies, and the next copy writes it anew");
+                blame(self.faults, key, what);
             }
         }
         for pack in &self.found.marks {

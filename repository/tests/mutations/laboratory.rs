@@ -11,6 +11,9 @@ use bytes::Bytes;
 use proto::envelope::{Certificate, Credentials, SigningKey};
 use proto::proof::ProofLevel;
 use proto::{BackupId, LineageId, Proof, SystemIdentifier, WalFileName};
+use repository::store::Store;
+use repository::store::directory::DirectoryStore;
+use repository::store::probe::Capabilities;
 use repository::{
     Aborted, BackupSummary, Change, CollectOptions, Collected, KeyFile, Keyring, Source,
     SourceEntry, Unlock, Wish, WriteOptions,
@@ -165,6 +168,7 @@ pub(crate) async fn build() -> Laboratory {
         let proof = proof(bench.lineage, backup, at_ms);
         repository.add_proof(bench.lineage, backup, proof).await.unwrap();
     }
+    leave_word(&bench, third.backup).await;
     leave_a_collection(&bench).await;
 
     let other = Bench::new().await;
@@ -207,6 +211,8 @@ fn class(key: &str, bytes: &[u8], committed: bool, forgotten: bool, needed: bool
         "manifest" => Class::Manifest { committed, forgotten },
         "forget" => Class::Wish,
         _ if name.starts_with("hold.") || name.starts_with("release.") => Class::Wish,
+        // As little rests on it.
+        _ if key.contains("/copies/") => Class::Wish,
         _ if key.contains("/wal/floor/") => Class::Floor,
         _ if key.contains("/wal/") => Class::Archived,
         "condemned" => Class::Condemned,
@@ -315,6 +321,19 @@ async fn billing(bench: &Bench) -> Bench {
     let identity = bench.repository.find_or_mint_lineage(&cluster, system, NOW_MS).await.unwrap();
     billing.lineage = identity.lineage;
     billing
+}
+
+/// Word of a copy in another place.
+async fn leave_word(bench: &Bench, backup: BackupId) {
+    let place = tempfile::tempdir().unwrap();
+    let store = Arc::new(DirectoryStore::new(place.path().join("copy")));
+    let unlock = Unlock::KeyFile(&bench.key);
+    let found = async |_: &dyn Store| Ok(Capabilities::default());
+    let mut mirror = bench.repository.mirror(store, unlock, false, found).await.unwrap();
+    mirror.copy_lineage(bench.lineage).await.unwrap();
+    let options = common::copy_options(NOW_MS);
+    mirror.copy(bench.lineage, backup, &options).await.unwrap();
+    mirror.leave_word(&options).await.unwrap();
 }
 
 /// A list of condemned packs whose collector died.
