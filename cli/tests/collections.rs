@@ -15,7 +15,7 @@ use repository::{
     Encryption, InitOptions, Intent, Repository, Source, SourceEntry, SourceFile, Wish,
     WriteOptions,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const DAY_MS: i64 = 24 * 3_600_000;
 
@@ -387,7 +387,13 @@ async fn a_copy_is_made_taken_up_and_repeated_and_names_what_is_damaged() {
     let again = ends(&place.repo("copy", &[&copy]), 0);
     assert!(line(&again, place.backups[0]).contains("was there"), "{again}");
     let listed = |name| json(&place.at(name, "list", &["-o", "json"]), 0);
-    assert_eq!(listed("copy"), listed("main"));
+    // They are the same backups, and each side tells of the copies that were made of it.
+    let (mut here, there) = (listed("main"), listed("copy"));
+    for (row, copied) in here.as_array_mut().unwrap().iter_mut().zip(there.as_array().unwrap()) {
+        let copies = std::mem::replace(&mut row["copies"], copied["copies"].clone());
+        assert_eq!((&copies[0]["place"], &copied["copies"]), (&copy.clone().into(), &json!([])));
+    }
+    assert_eq!(here, there);
 
     // A fourth backup whose content is damaged: named, not copied, and the exit code says so.
     let main = place.directory.path().join("main");

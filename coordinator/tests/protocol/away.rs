@@ -3,7 +3,7 @@
 use coordinator::api::types::ClusterView;
 use policy::ClusterState::{Broken, Proved};
 use proto::message::{RepositoryAway, RepositoryLook};
-use proto::{Action, Code, Failure, LineageId, ProofLevel};
+use proto::{Action, Code, Failure, LineageId, Proof, ProofLevel};
 
 use crate::archive::{prove_again, reach, show, take_backup_into};
 use crate::support::{Fleet, START, Worker, eventually, proof_of};
@@ -45,7 +45,8 @@ async fn two_workers(repository: &str) -> (Fleet, Worker, Worker) {
     let mut w1 = Worker::new(&fleet, "w1").await;
     w1.every_ms = 60_000;
     let backup = take_backup_into(&fleet, &mut w1, repository).await;
-    prove_again(&fleet, &mut w1, proof_of(backup, ProofLevel::L4).reached()).await;
+    let proof = proof_of(backup, ProofLevel::L4).reached();
+    prove_again(&fleet, &mut w1, Proof { at_ms: START, ..proof }).await;
     let mut w2 = Worker::new(&fleet, "w2").await;
     w2.every_ms = 60_000;
     (fleet, w1, w2)
