@@ -10,7 +10,8 @@
     reason = "helpers of tests: what cannot be set up has failed"
 )]
 
-#[path = "../common/mod.rs"]
+#[path = "../suite/common/mod.rs"]
+#[expect(dead_code, reason = "the suite uses the rest of it")]
 mod common;
 mod laboratory;
 mod mutate;

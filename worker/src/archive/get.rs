@@ -181,7 +181,7 @@ impl Written {
         let named = tempfile::Builder::new().prefix(PREFIX).make_in(directory, |path| {
             Ok(rustix::fs::linkat(CWD, &own, CWD, path, AtFlags::SYMLINK_FOLLOW)?)
         })?;
-        let (_, path) = named.into_parts();
+        let ((), path) = named.into_parts();
         Ok(NamedTempFile::from_parts(self.0, path))
     }
 }

@@ -1,15 +1,13 @@
 //! The WAL archive: what is stored once comes back as it was or not at all, and what is there is told exactly.
 #![expect(clippy::unwrap_used, reason = "a test")]
 
-mod common;
-
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::common::{Bench, NOW_MS, noise};
 use async_trait::async_trait;
 use bytes::Bytes;
-use common::{Bench, NOW_MS, noise};
 use proto::wal::{History, Segment, WalFileName};
 use proto::{Code, Failure, Lsn, SystemIdentifier, Timeline};
 use repository::store::directory::DirectoryStore;

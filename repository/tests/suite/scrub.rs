@@ -3,16 +3,14 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests: what cannot be set up has failed")]
 
-mod common;
-
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::common::{self, Bench, DAY_MS, NOW_MS, SharedTree, Tree, noise};
 use async_trait::async_trait;
 use bytes::Bytes;
-use common::{Bench, DAY_MS, NOW_MS, SharedTree, Tree, noise};
 use proto::{Action, Code, Failure};
 use repository::store::directory::DirectoryStore;
 use repository::store::layer::Layer;

@@ -2,20 +2,17 @@
 //! collects garbage meanwhile and whatever of it is damaged.
 #![expect(clippy::unwrap_used, reason = "a test")]
 
-mod common;
-mod interrupted;
-
 use std::io::{self, Read};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use crate::common::{self, Bench, DAY_MS, NOW_MS, SharedTree, Tree, collect_options, facts, noise};
+use crate::interrupted::{Interrupted, Turn};
 use async_trait::async_trait;
 use bytes::Bytes;
-use common::{Bench, DAY_MS, NOW_MS, SharedTree, Tree, collect_options, facts, noise};
 use futures::TryStreamExt as _;
-use interrupted::{Interrupted, Turn};
 use proto::{AttemptId, LineageId, SystemIdentifier};
 use repository::store::directory::DirectoryStore;
 use repository::store::layer::Layer;

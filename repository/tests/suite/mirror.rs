@@ -1,17 +1,14 @@
 //! A copy that finds something at its target: damage, somebody else's proof, another copy at work, an end that was put to it.
 #![expect(clippy::unwrap_used, reason = "a test")]
 
-mod common;
-mod interrupted;
-
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::common::{self, Bench, NOW_MS, Tree, copy_options, noise};
+use crate::interrupted::{Interrupted, Turn};
 use bytes::Bytes;
-use common::{Bench, NOW_MS, Tree, copy_options, noise};
-use interrupted::{Interrupted, Turn};
 use proto::BackupId;
 use repository::store::Store;
 use repository::store::directory::DirectoryStore;

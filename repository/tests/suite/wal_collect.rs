@@ -2,20 +2,15 @@
 //! never taken for the end of the log.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
-mod common;
-mod interrupted;
-#[path = "store/lab.rs"]
-#[expect(dead_code, reason = "the tests of the store need more of it")]
-mod lab;
-
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
+use crate::common::{self, Bench, DAY_MS, NOW_MS, collect_options, segment, wal_name};
+use crate::interrupted::{Interrupted, Turn};
+use crate::lab;
 use async_trait::async_trait;
 use bytes::Bytes;
-use common::{Bench, DAY_MS, NOW_MS, collect_options, segment, wal_name};
-use interrupted::{Interrupted, Turn};
 use proto::Timeline;
 use proto::wal::{SegmentName, WalFileName};
 use repository::store::layer::Layer;

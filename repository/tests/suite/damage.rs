@@ -2,12 +2,10 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests: what cannot be set up has failed")]
 
-mod common;
-
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use common::{Bench, NOW_MS, Node, Tree, noise};
+use crate::common::{self, Bench, NOW_MS, Node, Tree, noise};
 use proto::{Action, BackupId, Code, Failure};
 use repository::store::Store;
 use repository::store::directory::DirectoryStore;

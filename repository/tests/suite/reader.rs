@@ -3,8 +3,6 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
@@ -13,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use common::{NOW_MS, Node, SharedTree, Tree, noise};
+use crate::common::{self, NOW_MS, Node, SharedTree, Tree, noise};
 use proto::{AttemptId, LineageId, SystemIdentifier};
 use repository::store::Store;
 use repository::store::directory::DirectoryStore;

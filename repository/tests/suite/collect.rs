@@ -1,17 +1,15 @@
 //! Forgetting and collecting, with the production code: what is wanted stays, whoever is interrupted wherever.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test")]
 
-mod common;
-mod interrupted;
-mod stepped;
-
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
+use crate::common::{self, Bench, DAY_MS, NOW_MS, Tree, collect_options, noise};
+use crate::interrupted::{Interrupted, Turn};
+use crate::lab;
+use crate::stepped::{Acting, Memory, alone};
 use async_trait::async_trait;
 use bytes::Bytes;
-use common::{Bench, DAY_MS, NOW_MS, Tree, collect_options, noise};
-use interrupted::{Interrupted, Turn};
 use proto::{BackupId, LineageId};
 use repository::store::layer::Layer;
 use repository::store::{PutOutcome, Store, StoreError, Upload};
@@ -19,7 +17,6 @@ use repository::{
     BackupSummary, CheckOptions, CollectOptions, CollectPlan, Collected, Error, Pin, Reason,
     Repository, RestoreOptions, RestoreTarget, Wish, WriteOptions,
 };
-use stepped::{Acting, Memory, alone};
 
 fn wish(at_ms: i64) -> Wish {
     Wish { by: "tester".into(), why: "to see it go".into(), at_ms }
@@ -886,10 +883,6 @@ async fn a_reader_that_may_not_write_restores_without_a_pin_and_says_so() {
     assert!(common::restore(&pinned).await.unwrap().len() > tree.expected().len());
     pinned.release().await;
 }
-
-#[path = "store/lab.rs"]
-#[expect(dead_code, reason = "the tests of the store need more of it")]
-mod lab;
 
 /// The same on S3: forged wishes, an open backup, a collector that dies at each of its calls and another that finishes, a
 /// reader with its pin.

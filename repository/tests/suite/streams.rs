@@ -2,13 +2,11 @@
 
 #![expect(clippy::unwrap_used, reason = "a test says what it expects")]
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::io::{self, Read};
 use std::sync::Arc;
 
-use common::{Bench, NOW_MS, facts, noise};
+use crate::common::{Bench, NOW_MS, facts, noise};
 use futures::TryStreamExt as _;
 use proto::{AttemptId, BackupKind, LineageId, SystemIdentifier};
 use repository::{

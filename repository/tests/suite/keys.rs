@@ -3,16 +3,13 @@
 
 #![expect(clippy::unwrap_used, reason = "a test")]
 
-mod common;
-#[expect(dead_code, reason = "another test binary uses the rest of it")]
-mod stepped;
-
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
-use common::{Bench, NOW_MS, Tree, noise};
+use crate::common::{self, Bench, NOW_MS, Tree, noise};
+use crate::stepped::{Memory, alone};
 use proto::{Code, Failure};
 use repository::store::Store;
 use repository::store::directory::DirectoryStore;
@@ -21,7 +18,6 @@ use repository::{
     NewRecipient, Repository, Slot, Unlock,
 };
 use secrecy::SecretString;
-use stepped::{Memory, alone};
 
 const CHEAP: GuessCost = GuessCost { memory_kib: 64, passes: 1, lanes: 1 };
 

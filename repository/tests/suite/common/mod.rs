@@ -2,7 +2,7 @@
 //!
 //! Nothing here stands in for the repository: stores are real directories, and what is restored is read from disk.
 
-#![expect(dead_code, unreachable_pub, reason = "each test binary uses another part of this")]
+#![expect(unreachable_pub, reason = "what tests share")]
 #![expect(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
 #![expect(
     clippy::cast_possible_truncation,

@@ -7,13 +7,11 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests: what cannot be set up has failed")]
 
-mod common;
-
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::common::{self, Bench, NOW_MS, Node, Tree, dumps, noise};
 use bytes::Bytes;
-use common::{Bench, NOW_MS, Node, Tree, dumps, noise};
 use futures::TryStreamExt as _;
 use proto::BackupKind;
 use repository::store::Store;

@@ -2,14 +2,12 @@
 //! only for somebody who says that he is alone.
 #![expect(clippy::unwrap_used, reason = "a test")]
 
-mod common;
-
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::common::{NOW_MS, SharedTree, Tree, facts, noise, restore};
 use async_trait::async_trait;
 use bytes::Bytes;
-use common::{NOW_MS, SharedTree, Tree, facts, noise, restore};
 use proto::{AttemptId, Code, Failure, LineageId, SystemIdentifier};
 use repository::store::directory::DirectoryStore;
 use repository::store::layer::Layer;

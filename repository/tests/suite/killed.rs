@@ -4,11 +4,6 @@
 //! backup that was not committed, and the next one succeeds; in the end nothing is left behind.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test")]
 
-mod common;
-#[expect(dead_code, reason = "another test binary uses the rest of it")]
-#[path = "store/lab.rs"]
-mod lab;
-
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::os::unix::process::ExitStatusExt as _;
@@ -18,9 +13,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
+use crate::common::{self, DAY_MS, NOW_MS, Node, Tree, look, noise};
+use crate::lab;
 use async_trait::async_trait;
 use bytes::Bytes;
-use common::{DAY_MS, NOW_MS, Node, Tree, look, noise};
 use proto::wal::Segment;
 use proto::{AttemptId, BackupId, LineageId, SystemIdentifier, Timeline, WalFileName};
 use repository::store::layer::Layer;
@@ -277,7 +273,7 @@ enum End {
 /// Runs this very test as the process that dies.
 fn run(orders: &Orders, test: &str) -> End {
     let done = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", test, "--nocapture"])
+        .args(["--exact", &format!("killed::{test}"), "--nocapture"])
         .env(ORDERS, serde_json::to_string(orders).unwrap())
         .output()
         .unwrap();

@@ -1,15 +1,13 @@
 //! Attempts, verdicts, keys and crashes: who may commit, and what is left when somebody does not.
 
-mod common;
-
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::common::{self, Bench, NOW_MS, SharedTree, Tree, facts, noise};
 use async_trait::async_trait;
 use bytes::Bytes;
-use common::{Bench, NOW_MS, SharedTree, Tree, facts, noise};
 use proto::{Code, Failure, SystemIdentifier};
 use repository::store::directory::DirectoryStore;
 use repository::store::layer::Layer;

@@ -2,14 +2,12 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-mod common;
-
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{Bench, DAY_MS, NOW_MS, SECOND, SharedTree, Tree, noise};
+use crate::common::{self, Bench, DAY_MS, NOW_MS, SECOND, SharedTree, Tree, noise};
 use repository::{
     BackupSummary, CheckLevel, CheckOptions, Error, ProgressSnapshot, ScrubOptions, ScrubReport,
     Source, SourceEntry, SourceFile, WriteOptions,

@@ -2,17 +2,14 @@
 //! for ever.
 #![expect(clippy::unwrap_used, reason = "a test")]
 
-mod common;
-mod interrupted;
-
 use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use crate::common::{Bench, DAY_MS, NOW_MS, Tree, collect_options, noise};
+use crate::interrupted::{Interrupted, Turn};
 use async_trait::async_trait;
 use bytes::Bytes;
-use common::{Bench, DAY_MS, NOW_MS, Tree, collect_options, noise};
-use interrupted::{Interrupted, Turn};
 use proto::{BackupId, LineageId};
 use repository::store::directory::DirectoryStore;
 use repository::store::layer::Layer;

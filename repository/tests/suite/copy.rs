@@ -1,18 +1,16 @@
 //! Copies in a second store: the same objects, the verdict last, whoever is interrupted wherever, whatever is damaged.
 #![expect(clippy::unwrap_used, reason = "a test")]
 
-mod common;
-mod interrupted;
-
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
+use crate::common::{self, Bench, DAY_MS, NOW_MS, Tree, collect_options, copy_options, noise};
+use crate::interrupted::{Interrupted, Turn};
+use crate::lab;
 use async_trait::async_trait;
 use bytes::Bytes;
-use common::{Bench, DAY_MS, NOW_MS, Tree, collect_options, copy_options, noise};
-use interrupted::{Interrupted, Turn};
 use proto::copies::{CopiedBackup, Copies};
 use proto::{BackupId, LineageId};
 use repository::store::directory::DirectoryStore;
@@ -606,10 +604,6 @@ async fn a_copy_of_what_is_there_lists_its_packs_once_and_repairs_all_the_same()
     assert_eq!((sent, counted(&store.packs), counted(&store.identities)), (1, 1, 1));
     assert!(objects(target.path()) == whole);
 }
-
-#[path = "store/lab.rs"]
-#[expect(dead_code, reason = "the tests of the store need more of it")]
-mod lab;
 
 /// From a directory into S3, from there into another place in S3, and back into a directory: the same objects, also after a
 /// copy in S3 died and lost a pack.

@@ -3,8 +3,6 @@
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
-mod common;
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::ops::Range;
@@ -14,9 +12,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::common::{Bench, NOW_MS, Node, Tree, look, noise};
 use async_trait::async_trait;
 use bytes::Bytes;
-use common::{Bench, NOW_MS, Node, Tree, look, noise};
 use proto::Code;
 use repository::store::directory::DirectoryStore;
 use repository::store::layer::Layer;

@@ -2,18 +2,17 @@
 //! wherever, whatever is damaged.
 #![expect(clippy::unwrap_used, reason = "a test")]
 
-mod common;
-mod interrupted;
-
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use crate::common::{
+    self, Bench, DAY_MS, NOW_MS, collect_options, copy_options, segment, wal_name,
+};
+use crate::interrupted::{Interrupted, Turn};
 use async_trait::async_trait;
 use bytes::Bytes;
-use common::{Bench, DAY_MS, NOW_MS, collect_options, copy_options, segment, wal_name};
-use interrupted::{Interrupted, Turn};
 use repository::store::directory::DirectoryStore;
 use repository::store::layer::Layer;
 use repository::store::probe::Capabilities;

@@ -1,14 +1,12 @@
 //! What goes in comes out: odd trees, odd files, files that change while they are read, second backups.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
-use common::{Bench, DAY_MS, NOW_MS, Node, SECOND, Tree, noise};
+use crate::common::{self, Bench, DAY_MS, NOW_MS, Node, SECOND, Tree, noise};
 use repository::{RestoreOptions, RestoreTarget, Source, SourceEntry, SourceFile, WriteOptions};
 use rustix::process::getpriority_process;
 use rustix::thread::gettid;
