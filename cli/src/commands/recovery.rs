@@ -32,6 +32,11 @@ pub(crate) async fn run(
         (true, Some(opener)) => {
             let repository = Named { url: place, opener }.open().await?;
             let all = recoverable(&repository, cluster.as_ref()).await?;
+            if let (Some(cluster), true) = (&cluster, all.is_empty()) {
+                let message = format!("{} has no cluster {cluster}", repository.describe());
+                return Err(Failure::new(Code::ClusterUnknown, Action::FixConfig, message)
+                    .with_hint("List what there is with `pgmuster repo list`."));
+            }
             output::show(format, &all, |all| said(all));
             Ok(if all.iter().all(Recoverable::is_whole) { Exit::Ok } else { Exit::Findings })
         }

@@ -32,6 +32,9 @@ const UPLOADS: &str = ".uploads";
 /// soon.
 const REMEMBERED_BYTES: u64 = 1 << 20;
 
+/// How often a directory is made whose parent is not there, or not there any more.
+const MAKING_TRIES: u32 = 3;
+
 /// A [`Store`] below one directory.
 #[derive(Debug, Clone)]
 pub struct DirectoryStore {
@@ -70,12 +73,17 @@ impl DirectoryStore {
     /// Creates the missing directories above `path` and syncs each one's parent, once: also of one that is there, because
     /// whoever is creating it may not have come to that.
     fn create_parents(&self, path: &Path) -> io::Result<()> {
+        self.create_parents_within(path, MAKING_TRIES)
+    }
+
+    fn create_parents_within(&self, path: &Path, tries: u32) -> io::Result<()> {
         let Some(parent) = path.parent() else { return Ok(()) };
         let known = || self.durable.lock().unwrap_or_else(PoisonError::into_inner);
         match fs::create_dir(parent) {
-            Err(error) if error.kind() == ErrorKind::NotFound => {
+            // Somebody may remove what was just made; and where nobody can make anything, as in /proc, that is said, too.
+            Err(error) if error.kind() == ErrorKind::NotFound && tries > 0 => {
                 self.create_parents(parent)?;
-                return self.create_parents(path);
+                return self.create_parents_within(path, tries - 1);
             }
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {
                 // What the repository itself lies in may be closed to us, and is older.
@@ -637,6 +645,13 @@ mod tests {
         let forbidden = io::Error::from(ErrorKind::PermissionDenied);
         unless_forbidden(Err(forbidden)).unwrap();
         unless_forbidden(Err(ErrorKind::StorageFull.into())).unwrap_err();
+    }
+
+    #[tokio::test]
+    async fn where_no_directory_can_be_made_that_is_said() {
+        let store = DirectoryStore::new("/proc/repository");
+        let outcome = store.put_if_absent("config", Bytes::new()).await;
+        assert!(outcome.is_err(), "{outcome:?}");
     }
 
     /// Bytes of a file that are in memory.
