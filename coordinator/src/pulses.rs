@@ -9,6 +9,7 @@ use proto::topology;
 use proto::words::count;
 
 use crate::catalog::attempts::{self, Attempt, AttemptState};
+use crate::catalog::clusters::Cluster;
 use crate::catalog::events::{self, Event};
 use crate::catalog::workers::{self, Life, Worker};
 use crate::catalog::{Tx, backups, clusters, copies, heartbeats, jobs};
@@ -144,14 +145,28 @@ async fn announce(tx: &mut Tx<'_>, pulse: &Pulse, worker: &Worker, now_ms: i64) 
         }
         jobs::forget_refusals(tx, &pulse.worker).await?;
     }
+    let mut stand: Vec<Cluster> = Vec::new();
     for standing in pulse.wal.iter().filter(|standing| served.contains(&&standing.cluster)) {
-        clusters::archive_stands(tx, standing, pulse.at_ms, now_ms).await?;
+        stand.extend(clusters::archive_stands(tx, standing, pulse.at_ms, now_ms).await?);
     }
     for holdings in pulse.holdings.iter().filter(|holdings| served.contains(&&holdings.cluster)) {
         take_in(tx, pulse, holdings, now_ms).await?;
     }
     let told = pulse.heartbeats.iter().filter(|told| served.contains(&&told.cluster));
-    heartbeats::hear(tx, &told.collect::<Vec<_>>(), now_ms).await
+    let told: Vec<_> = told.collect();
+    heartbeats::hear(tx, &told, now_ms).await?;
+    // The archive of a busy server has them before they are told.
+    for name in told.iter().map(|told| &told.cluster) {
+        if !stand.iter().any(|cluster| cluster.name == *name) {
+            stand.extend(clusters::get(tx.db(), name).await?);
+        }
+    }
+    for cluster in &stand {
+        if let (Some(server), Some(wal)) = (cluster.system_identifier, &cluster.wal) {
+            heartbeats::stand(tx, server, wal).await?;
+        }
+    }
+    Ok(())
 }
 
 /// Which backups a repository has, and which copies of them it knows. A message takes a while, so what was recorded shortly before

@@ -52,6 +52,16 @@ impl Replay {
         wal.lineage != self.lineage || is_on_the_way(self.timeline, self.to, wal)
     }
 
+    /// Whether what it replayed is still there, as far as the end of the archive tells: what an archive has lost since, nobody
+    /// replays again. What the backup brought along is there whatever the archive has.
+    pub(crate) fn is_still_there(&self, end: &BackupEnd, wal: &WalStanding) -> bool {
+        let is_brought = self.timeline == end.timeline && self.to <= end.wal_to;
+        let is_lost = wal.lineage == self.lineage
+            && wal.timeline == self.timeline
+            && self.to > wal.archived_to;
+        is_brought || !is_lost
+    }
+
     /// Whether it needed the stretch.
     pub(crate) fn goes_through(&self, stretch: &BrokenStretch) -> bool {
         self.lineage == stretch.lineage && self.from < stretch.to && self.to > stretch.from

@@ -96,7 +96,7 @@ fn point_of(source: &Source, wal: Option<&WalStanding>, broken: &[BrokenStretch]
         return RecoveryPoint { at_ms: source.recovers_to_ms, leads_on: false };
     };
     let counts = |replay: &&Replay| {
-        wal.is_none_or(|wal| replay.is_past_of(wal))
+        wal.is_none_or(|wal| replay.is_past_of(wal) && replay.is_still_there(end, wal))
             && !broken.iter().any(|stretch| replay.goes_through(stretch))
     };
     let seen = source.replays.iter().filter(counts).filter_map(|replay| replay.last_commit_ms);
@@ -289,6 +289,27 @@ mod tests {
         assert_eq!(reach(1, 440), Some(ends(4_000)), "the server left before that");
         assert_eq!(reach(2, 440), Some(ends(4_400)));
         assert_eq!(reach(3, 440), Some(ends(4_000)), "a branch that is not the server's");
+    }
+
+    #[test]
+    fn what_was_replayed_does_not_count_when_the_archive_has_lost_it() {
+        let lost = |to| WalStanding { archived_to: Lsn(to), safe_at_ms: None, ..wal() };
+        let seen = replayed(&source(400), 1, 600);
+        let reach = |source: &Source, wal: &WalStanding| point(&[source.clone()], Some(wal));
+        assert_eq!(reach(&seen, &lost(600)), Some(reaches(6_000)));
+        assert_eq!(reach(&seen, &lost(599)), Some(reaches(4_000)), "its end was deleted");
+        // The end of what a backup brought along is not the archive's.
+        let brought = |wal_to| {
+            let end = seen.end.map(|end| BackupEnd { wal_to: Lsn(wal_to), ..end });
+            Source { end, ..seen.clone() }
+        };
+        assert_eq!(reach(&brought(600), &lost(500)), Some(reaches(6_000)));
+        assert_eq!(reach(&brought(599), &lost(500)), Some(reaches(4_000)));
+        // A server was promoted, and its archive has nothing of the new timeline yet.
+        let ancestors = vec![WalAncestor { timeline: Timeline(1), left_at: Lsn(620) }];
+        let promoted = WalStanding { timeline: Timeline(2), ancestors, ..lost(600) };
+        let on_the_way = replayed(&source(400), 1, 610);
+        assert_eq!(reach(&on_the_way, &promoted), Some(reaches(6_100)));
     }
 
     #[test]

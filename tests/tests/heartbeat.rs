@@ -87,8 +87,8 @@ fn await_archived(fleet: &Fleet, since_ms: i64) -> anyhow::Result<()> {
     .with_context(|| format!("{:?}\n{}", orders(fleet), fleet.said()))
 }
 
-/// Stops archiving, waits until everybody knows how far it came, and takes the last two segments out of the archive. Gives where
-/// they were, and what they are.
+/// Stops archiving, waits until everybody knows how far it came, takes the last two segments out of the archive, and waits until
+/// that is seen. Gives where they were, and what they are.
 async fn lose_the_end(server: &Cluster, fleet: &Fleet) -> anyhow::Result<Vec<(PathBuf, Vec<u8>)>> {
     let (since, _) = moment(server).await?;
     set(server, "archive_command", "false").await?;
@@ -114,6 +114,12 @@ async fn lose_the_end(server: &Cluster, fleet: &Fleet) -> anyhow::Result<Vec<(Pa
         std::fs::remove_file(&segment)?;
         lost.push((segment, content));
     }
+    let first =
+        lost.last().and_then(|(path, _)| path.file_name()?.to_str()).context("a segment")?;
+    eventually("the loss to be seen", LATER, || {
+        Ok((orders(fleet)?["wal"]["waiting"]["segment"] == first).then_some(()))
+    })
+    .with_context(|| format!("{:?}\n{}", orders(fleet), fleet.said()))?;
     Ok(lost)
 }
 
@@ -124,6 +130,7 @@ async fn what_is_lost_is_missed(server: &Cluster, fleet: &Fleet) -> anyhow::Resu
     fleet.expect(&to_latest)?;
     let latest = proof(fleet)?;
     ensure!(latest["heartbeat_at_ms"].is_i64(), "{latest}");
+    // However often the archive is looked at before the proof is made: it was seen to have had more.
     let lost = lose_the_end(server, fleet).await?;
     let done = fleet.run(&to_latest)?;
     let said = done.to_string();

@@ -149,18 +149,19 @@ pub(crate) async fn seen(tx: &mut Tx<'_>, names: &[&ClusterName], now_ms: i64) -
     Ok(())
 }
 
-/// Writes how the archive of a cluster stands, as a worker told at `told_at_ms` by its clock, unless more is known.
+/// Writes how the archive of a cluster stands, as a worker told at `told_at_ms` by its clock, unless more is known. Gives the cluster
+/// as it is then.
 pub(crate) async fn archive_stands(
     tx: &mut Tx<'_>,
     told: &WalStanding,
     told_at_ms: i64,
     now_ms: i64,
-) -> Result<()> {
-    let Some(cluster) = get(tx.db(), &told.cluster).await? else { return Ok(()) };
+) -> Result<Option<Cluster>> {
+    let Some(cluster) = get(tx.db(), &told.cluster).await? else { return Ok(None) };
     let silence_max_ms = Objectives::default().archive_silence_max_ms;
     let before = cluster.wal.as_ref();
     let Some(standing) = standing::hear(before, told, told_at_ms, now_ms, silence_max_ms) else {
-        return Ok(());
+        return Ok(None);
     };
     sqlx::query(
         "-- archive_stands
@@ -170,7 +171,7 @@ pub(crate) async fn archive_stands(
     .bind(json(&standing))
     .execute(tx.db())
     .await?;
-    Ok(())
+    Ok(Some(Cluster { wal: Some(standing), ..cluster }))
 }
 
 /// Writes which archived WAL of a cluster proofs could not replay.

@@ -3,6 +3,8 @@
 
 use std::collections::BTreeSet;
 
+use policy::heartbeats::{Known, reached};
+use proto::message::WalStanding;
 use proto::{ClusterHeartbeat, ClusterName, Heartbeat, Lsn, SystemIdentifier};
 use sqlx::AnyConnection;
 
@@ -31,19 +33,21 @@ pub(crate) async fn hear(tx: &mut Tx<'_>, told: &[&ClusterHeartbeat], now_ms: i6
 }
 
 /// What a server had written at the place of a heartbeat and behind it before, by its own clock, is forgotten: the server was set
-/// back, as to a snapshot of its disks, and writes its log once more.
+/// back, as to a snapshot of its disks, and writes its log once more. So is what lies before that place and has a number that was
+/// given out there or later: a server numbers its transactions in the order of its log.
 async fn forget_overwritten(tx: &mut Tx<'_>, told: &ClusterHeartbeat) -> Result<()> {
     let ClusterHeartbeat { cluster, heartbeat } = told;
     sqlx::query(
         "-- forget_overwritten_heartbeats
          DELETE FROM heartbeats WHERE cluster = $1 AND system_identifier = $2 AND timeline = $3
-             AND ended_lsn > $4 AND ended_at_ms < $5",
+             AND ended_at_ms < $5 AND (ended_lsn > $4 OR transaction_number >= $6)",
     )
     .bind(cluster.as_str())
     .bind(heartbeat.system_identifier.to_string())
     .bind(i64::from(heartbeat.timeline.0))
     .bind(position(heartbeat.begun_lsn))
     .bind(heartbeat.begun_at_ms)
+    .bind(number(heartbeat.transaction))
     .execute(tx.db())
     .await?;
     Ok(())
@@ -69,7 +73,7 @@ async fn put(tx: &mut Tx<'_>, told: &ClusterHeartbeat, now_ms: i64) -> Result<()
     .bind(heartbeat.system_identifier.to_string())
     .bind(i64::from(heartbeat.timeline.0))
     .bind(position(heartbeat.ended_lsn))
-    .bind(i64::try_from(heartbeat.transaction).unwrap_or(i64::MAX))
+    .bind(number(heartbeat.transaction))
     .bind(heartbeat.ended_at_ms)
     .bind(now_ms)
     .bind(i64::from(landmark.is_none()))
@@ -94,21 +98,61 @@ async fn forget_old(tx: &mut Tx<'_>, cluster: &ClusterName, now_ms: i64) -> Resu
     Ok(())
 }
 
+/// Holds those of a cluster against how its archive stands, as far as that is newer. What was heard before its server was seen, and lies
+/// behind where that was then, is not in its log any more: it was set back. What the archive has it was seen to have.
+pub(crate) async fn stand(
+    tx: &mut Tx<'_>,
+    server: SystemIdentifier,
+    wal: &WalStanding,
+) -> Result<()> {
+    sqlx::query(
+        "-- forget_heartbeats_ahead
+         DELETE FROM heartbeats WHERE cluster = $1 AND system_identifier = $2 AND timeline = $3
+             AND ended_lsn > $4 AND heard_at_ms < $5",
+    )
+    .bind(wal.cluster.as_str())
+    .bind(server.to_string())
+    .bind(i64::from(wal.timeline.0))
+    .bind(position(wal.server_lsn))
+    .bind(wal.at_ms)
+    .execute(tx.db())
+    .await?;
+    for (timeline, to) in reached(wal) {
+        sqlx::query(
+            "-- heartbeats_archived
+             UPDATE heartbeats SET archived_in = $1 WHERE cluster = $2 AND system_identifier = $3 AND timeline = $4
+                 AND ended_lsn > $5 AND ended_lsn <= $6 AND archived_in IS NULL",
+        )
+        .bind(wal.lineage.to_string())
+        .bind(wal.cluster.as_str())
+        .bind(server.to_string())
+        .bind(i64::from(timeline.0))
+        .bind(position(wal.line_from))
+        .bind(position(to))
+        .execute(tx.db())
+        .await?;
+    }
+    Ok(())
+}
+
 /// Those of a cluster, in the order in which they were heard.
 pub(crate) async fn of(
     db: &mut AnyConnection,
     cluster: &ClusterName,
     server: SystemIdentifier,
-) -> Result<Vec<Heartbeat>> {
+) -> Result<Vec<Known>> {
     let rows = sqlx::query(
         "-- heartbeats_of
-         SELECT record FROM heartbeats WHERE cluster = $1 AND system_identifier = $2 ORDER BY heard_at_ms, ended_lsn",
+         SELECT record, archived_in FROM heartbeats WHERE cluster = $1 AND system_identifier = $2 ORDER BY heard_at_ms, ended_lsn",
     )
     .bind(cluster.as_str())
     .bind(server.to_string())
     .fetch_all(db)
     .await?;
-    rows.into_iter().map(|row| Row(row).json("record")).collect()
+    let known = rows.into_iter().map(Row).map(|row| {
+        Ok(Known { heartbeat: row.json("record")?, archived_in: row.maybe_parsed("archived_in")? })
+    });
+    known.collect()
 }
 
 /// The one of a cluster that was heard last.
@@ -127,5 +171,9 @@ pub(crate) async fn newest(
 }
 
 fn position(lsn: Lsn) -> i64 {
-    i64::try_from(lsn.0).unwrap_or(i64::MAX)
+    number(lsn.0)
+}
+
+fn number(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
 }

@@ -12,7 +12,7 @@ use proto::job::{
     Analyze, Backup, BackupOutcome, JobState, Lane, LogicalOutcome, PgDump, Restore, RestoreTarget,
     Task,
 };
-use proto::message::{ClusterOffer, Holdings};
+use proto::message::{ClusterOffer, Holdings, WalAncestor, WalStanding};
 use proto::proof::{BrokenWal, CheckOutcome, Proof, ProofCheck, ProofLevel};
 use proto::step::{Progress, Step};
 use proto::{
@@ -131,6 +131,7 @@ async fn every_case(server: Server) {
         whose_backups_are_all_gone_is_asked_of_each_cluster,
         copies_of_a_backup_are_as_its_repository_said_last,
         heartbeats_are_kept_until_they_are_old_or_overwritten,
+        heartbeats_are_held_against_where_their_server_and_its_archive_are,
     ];
     server.stop().await;
 }
@@ -675,6 +676,7 @@ async fn heartbeats_are_kept_until_they_are_old_or_overwritten(url: &str) {
     let known = async || {
         let mut db = catalog.read().await.unwrap();
         let known = heartbeats::of(&mut db, &orders, system).await.unwrap();
+        let known: Vec<Heartbeat> = known.iter().map(|known| known.heartbeat).collect();
         let newest = heartbeats::newest(&mut db, &orders).await.unwrap();
         assert_eq!(newest.as_ref(), known.last());
         known
@@ -698,6 +700,96 @@ async fn heartbeats_are_kept_until_they_are_old_or_overwritten(url: &str) {
     let mut db = catalog.read().await.unwrap();
     let others = heartbeats::of(&mut db, &orders, SystemIdentifier(1)).await.unwrap();
     assert!(others.is_empty(), "of another server");
+    drop(db);
+
+    // They were set back by an hour once more, and by now it has written more than it had: what it gave a higher number before is
+    // not there any more.
+    let later_ms = now_ms + MINUTE_MS;
+    let mut after = told(163, later_ms);
+    after.heartbeat.transaction = 860;
+    hear(&[(after.clone(), later_ms)]).await;
+    let numbers: Vec<u64> = known().await.iter().map(|one| one.transaction).collect();
+    assert_eq!(numbers[numbers.len() - 2..], [859, 860]);
+}
+
+/// What an archive was seen to have is remembered, and what a server does not have any more is not.
+async fn heartbeats_are_held_against_where_their_server_and_its_archive_are(url: &str) {
+    let catalog = catalog(url).await;
+    let (orders, system) = ("orders".parse().unwrap(), SystemIdentifier(u64::MAX - 1));
+    let lineage = |n: u8| LineageId::mint(1, [n; 10]);
+    // Each is heard at its position; the last one of timeline 1 is behind where it was left.
+    let all = [(1, 100), (1, 300), (1, 450), (2, 500), (2, 600), (2, 700)];
+    let told = all.map(|(timeline, at)| ClusterHeartbeat {
+        cluster: "orders".parse().unwrap(),
+        heartbeat: Heartbeat {
+            system_identifier: system,
+            timeline: Timeline(timeline),
+            transaction: at,
+            begun_lsn: Lsn(at - 10),
+            ended_lsn: Lsn(at),
+            begun_at_ms: 1,
+            ended_at_ms: 1,
+        },
+    });
+    let told = &told;
+    let heard = catalog.transact("test", |tx| {
+        Box::pin(async move {
+            for told in told {
+                let at_ms = i64::try_from(told.heartbeat.transaction).unwrap();
+                heartbeats::hear(tx, &[told], at_ms).await?;
+            }
+            Ok(())
+        })
+    });
+    heard.await.unwrap();
+    let wal = |at_ms: i64, server: u64, archived_to: u64| WalStanding {
+        cluster: "orders".parse().unwrap(),
+        lineage: lineage(1),
+        at_ms,
+        timeline: Timeline(2),
+        ancestors: vec![WalAncestor { timeline: Timeline(1), left_at: Lsn(400) }],
+        server_lsn: Lsn(server),
+        line_from: Lsn(200),
+        archived_to: Lsn(archived_to),
+        safe_at_ms: None,
+        waiting: None,
+        gap: None,
+        conflict: None,
+    };
+    // Those that are left, and whether each is known to have been archived in the first lineage.
+    let after = async |wal: WalStanding| -> Vec<(u64, bool)> {
+        let wal = &wal;
+        let stood =
+            catalog.transact("test", move |tx| Box::pin(heartbeats::stand(tx, system, wal)));
+        stood.await.unwrap();
+        let mut db = catalog.read().await.unwrap();
+        let known = heartbeats::of(&mut db, &orders, system).await.unwrap();
+        let is_archived = |known: &policy::heartbeats::Known| match known.archived_in {
+            Some(archived_in) => {
+                assert_eq!(archived_in, lineage(1));
+                true
+            }
+            None => false,
+        };
+        known.iter().map(|known| (known.heartbeat.transaction, is_archived(known))).collect()
+    };
+    let nothing = |(_, at)| (at, false);
+    let foreign = wal(1_000, 900, 901);
+    assert_eq!(after(foreign).await, all.map(nothing), "it has what the server did not write");
+    let marked = |archived: &'static [u64], left: usize| {
+        all[..left].iter().map(|(_, at)| (*at, archived.contains(at))).collect::<Vec<_>>()
+    };
+    let seen = after(wal(1_000, 900, 599)).await;
+    assert_eq!(seen, marked(&[300, 500], 6), "on the way, and behind where its line begins");
+    assert_eq!(after(wal(1_000, 900, 600)).await, marked(&[300, 500, 600], 6));
+    // It has lost its end, and another repository is used.
+    assert_eq!(after(wal(1_000, 900, 300)).await, marked(&[300, 500, 600], 6));
+    let elsewhere = WalStanding { lineage: lineage(2), ..wal(1_000, 900, 650) };
+    assert_eq!(after(elsewhere).await, marked(&[300, 500, 600], 6));
+    // The server is seen behind heartbeats: those that were heard since may have been made since.
+    assert_eq!(after(wal(600, 550, 500)).await, marked(&[300, 500, 600], 6));
+    assert_eq!(after(wal(700, 550, 500)).await.len(), 5);
+    assert_eq!(after(wal(1_000, 550, 500)).await, marked(&[300, 500], 4));
 }
 
 /// Takes in a backup for each number, and the proofs.

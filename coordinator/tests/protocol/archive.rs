@@ -267,7 +267,7 @@ fn heartbeat(n: u64) -> Heartbeat {
 async fn a_proof_is_told_of_the_heartbeats_that_were_archived_and_of_no_others() {
     let fleet = Fleet::new().await;
     let mut w1 = Worker::new(&fleet, "w1").await;
-    take_backup(&fleet, &mut w1, false).await;
+    let backup = take_backup(&fleet, &mut w1, false).await;
     let stranger = Heartbeat { system_identifier: SystemIdentifier(43), ..heartbeat(4) };
     let told = [heartbeat(3), heartbeat(7), heartbeat(8), stranger];
     let of = |cluster: &str, heartbeat| ClusterHeartbeat {
@@ -284,19 +284,57 @@ async fn a_proof_is_told_of_the_heartbeats_that_were_archived_and_of_no_others()
     // What an order claims to know is worth nothing.
     let lineage = LineageId::mint(1, [9; 10]);
     let claimed = ArchivedHeartbeats { lineage, known: vec![heartbeat(1)] };
-    let task = Task::VerifyRestore(VerifyRestore {
-        backup: None,
-        level: ProofLevel::L3,
-        to: None,
-        heartbeats: Some(claimed),
-    });
-    fleet.submit(&SubmitRequest::new(orders(), task)).await;
-    let ticket = w1.any_ticket().await;
-    let work = w1.take(&ticket).await;
-    let Task::VerifyRestore(task) = &work.spec.task else { unreachable!() };
-    let known = task.heartbeats.clone().unwrap();
+    let known = asked_for(&fleet, &mut w1, backup, Some(claimed)).await.unwrap();
     assert_eq!(known.lineage, standing(START).lineage);
     assert_eq!(known.known, [heartbeat(3), heartbeat(7)]);
+}
+
+/// Which heartbeats a proof is told of that is ordered now. It passes.
+async fn asked_for(
+    fleet: &Fleet,
+    worker: &mut Worker,
+    backup: BackupId,
+    heartbeats: Option<ArchivedHeartbeats>,
+) -> Option<ArchivedHeartbeats> {
+    let level = ProofLevel::L3;
+    let task = VerifyRestore { backup: Some(backup), level, to: None, heartbeats };
+    let task = Task::VerifyRestore(task);
+    fleet.submit(&SubmitRequest::new(orders(), task)).await;
+    let ticket = worker.any_ticket().await;
+    let mut work = worker.take(&ticket).await;
+    let Task::VerifyRestore(task) = work.spec.task.clone() else { unreachable!() };
+    let proof = Proof { at_ms: fleet.clock.now_ms(), ..proof_of(backup, level) };
+    tell(fleet, worker, &mut work, proof).await;
+    task.heartbeats
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_heartbeat_that_was_archived_is_asked_for_until_its_server_does_not_have_it() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    let backup = take_backup(&fleet, &mut w1, false).await;
+    let of = |heartbeat| ClusterHeartbeat { cluster: orders(), heartbeat };
+    w1.wal = vec![standing(START)];
+    pulse(&fleet, &mut w1, 1).await;
+    // The archive has them before they are told, but for the last one.
+    w1.heartbeats = [3, 5, 7, 8].map(|n| of(heartbeat(n))).to_vec();
+    w1.wal.clear();
+    pulse(&fleet, &mut w1, 1).await;
+    w1.heartbeats.clear();
+    let seen = |at_ms, server, archived_to| {
+        let (server_lsn, archived_to) = (Lsn(server), Lsn(archived_to));
+        vec![WalStanding { server_lsn, archived_to, safe_at_ms: None, ..standing(at_ms) }]
+    };
+    // Its end is deleted, and the worker sees that.
+    w1.wal = seen(START + 1, 9, 4);
+    assert_eq!(pulse(&fleet, &mut w1, 1).await.wal.unwrap().archived_to, Lsn(4));
+    let known = asked_for(&fleet, &mut w1, backup, None).await.unwrap();
+    assert_eq!(known.known, [3, 5, 7].map(heartbeat));
+    // The server is set back to a snapshot of its disks.
+    w1.wal = seen(START + 2, 7, 4);
+    pulse(&fleet, &mut w1, 1).await;
+    let known = asked_for(&fleet, &mut w1, backup, None).await.unwrap();
+    assert_eq!(known.known, [3, 5].map(heartbeat));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
