@@ -37,6 +37,10 @@ const SURVEY_IN_DOUBT: Duration = Duration::from_mins(5);
 const SURVEY_EVERY: Duration = Duration::from_secs(30);
 const SURVEY_FILES: u64 = 2_500;
 const SURVEY_EVERY_MAX: Duration = Duration::from_hours(1);
+/// Segments of its own that a server still has, of which one look asks whether the archive has the same,
+const LOOK_BACK_EACH: u64 = 16;
+/// and all together.
+const LOOK_BACK_MAX: u64 = 256;
 /// How long a new timeline may take to show itself in the archive before that is told.
 const NEW_TIMELINE_MS: i64 = 60_000;
 
@@ -93,8 +97,25 @@ struct Known {
     own_to: Lsn,
     /// What the line ends before, though the archive has something of that name.
     held: Option<Held>,
+    /// What the server went past though the archive has another one's, and what shows that: the line begins behind it.
+    passed_over: Option<(Segment, Owner)>,
+    /// Whether what the server still has was held against the archive.
+    back: Back,
     /// Segments of this timeline of which other content was refused, when the archive was listed last.
     refused: Vec<SegmentName>,
+}
+
+/// How far the segments that a server still has were held against the archive, from the newest one down.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Back {
+    #[default]
+    Begins,
+    /// Down to this one, and so many may follow.
+    At {
+        number: u64,
+        left: u64,
+    },
+    Over,
 }
 
 /// A segment that is not the server's own, as far as is known.
@@ -173,6 +194,11 @@ impl Follower {
             let writes = Segment::containing(position.lsn, line.timeline, line.segment_size);
             known.behind = Some((writes, *now));
             known.commits.forget();
+            // What the server writes from here on is not what was seen to be its own.
+            known.own_to = known.own_to.min(writes.start(line.segment_size));
+        }
+        if known.behind.is_some() && known.has_caught_up(repository, server).await? {
+            known.behind = None;
         }
         if known.behind.is_none() {
             known.go_on(repository, server).await?;
@@ -181,6 +207,9 @@ impl Follower {
         if known.behind.is_none() && line.is_rooted {
             let behind = if is_idle(line).await { line.to } else { position.lsn };
             known.commits.note(*now, &position.snapshot, behind);
+        }
+        if known.behind.is_none() && known.held.is_none() && matches!(known.back, Back::At { .. }) {
+            return Ok(Looked::Later);
         }
         Ok(known.standing(&self.cluster, position, *now))
     }
@@ -225,6 +254,13 @@ impl Known {
                 self.held = None;
             }
         }
+        if let (Some(line), Some((over, _))) = (&mut self.line, self.passed_over) {
+            if (line.from..line.to).contains(&over.start(line.segment_size)) {
+                line.begin_behind(over);
+            } else {
+                self.passed_over = None;
+            }
+        }
         let line = self.line.as_ref();
         // What the server did not write may be gone.
         if line.is_none_or(|line| Some(line.to) < to) {
@@ -250,17 +286,99 @@ impl Known {
         Ok(())
     }
 
+    /// Whether a server that the archive was ahead of has written all that is there, and whose that is shows again by the newest
+    /// segment: its own, or one that holds the line.
+    async fn has_caught_up(
+        &self,
+        repository: &Repository,
+        server: &Server,
+    ) -> Result<bool, Failure> {
+        let Some(line) = &self.line else { return Ok(false) };
+        if line.to > server.position.lsn {
+            return Ok(false);
+        }
+        let Some(number) = line.next().number.checked_sub(1) else { return Ok(false) };
+        let newest = Segment { timeline: line.timeline, number };
+        let owner = owner(repository, server, line, newest).await?;
+        Ok(owner == Owner::Server || owner.is_another())
+    }
+
     /// Goes on along the segments that came since, as far as they are the server's own.
     async fn go_on(&mut self, repository: &Repository, server: &Server) -> Result<(), Failure> {
+        if let (Some(line), Some((over, owner))) = (&self.line, self.passed_over) {
+            let name = over.name(line.segment_size);
+            if !owner.still_differs(repository, line.lineage, name).await? {
+                // The next list shows what is there now.
+                (self.passed_over, self.has_more) = (None, true);
+            }
+        }
         if let (Some(line), Some(held)) = (&self.line, self.held) {
-            let owner = owner(repository, server, line, held.segment).await?;
+            let owner = again(repository, server, line, held).await?;
             self.held = owner.is_in_the_way().then_some(Held { owner, ..held });
-            if self.held.is_some() {
+            if self.held.is_some() && !self.pass_over(repository, server).await? {
                 return Ok(());
             }
         }
         self.walk(repository, server.seen).await?;
-        self.hold_back(repository, server).await
+        self.hold_back(repository, server).await?;
+        self.look_back(repository, server).await
+    }
+
+    /// Begins the line behind the segment that holds it, when the server has gone on and the archive has what it wrote next: then
+    /// that one is missing, whatever the archive has of its name. `false` while it has not.
+    async fn pass_over(
+        &mut self,
+        repository: &Repository,
+        server: &Server,
+    ) -> Result<bool, Failure> {
+        let (Some(line), Some(held)) = (&mut self.line, self.held) else { return Ok(true) };
+        let next = held.segment.next();
+        let is_filled = self.passed.since(next.end(line.segment_size)).is_some();
+        if !matches!(held.owner, Owner::Differs(_))
+            || !is_filled
+            || owner(repository, server, line, next).await? != Owner::Server
+        {
+            return Ok(false);
+        }
+        line.begin_behind(held.segment);
+        (self.own_to, self.held, self.missing) = (line.to, None, None);
+        self.passed_over = Some((held.segment, held.owner));
+        Ok(true)
+    }
+
+    /// Holds what the server still has of its own against the archive, once, a few segments with each look. The newest one vouches for
+    /// those before it as long as the server passes over none; nobody who has just begun to look knows whether it did.
+    async fn look_back(&mut self, repository: &Repository, server: &Server) -> Result<(), Failure> {
+        let (Some(line), None) = (&mut self.line, self.held) else { return Ok(()) };
+        let (from, left) = match self.back {
+            Back::Over => return Ok(()),
+            Back::Begins => (line.next().number, LOOK_BACK_MAX),
+            Back::At { number, left } => (number, left),
+        };
+        let Some(pg_wal) = &server.pg_wal else {
+            self.back = Back::Begins;
+            return Ok(());
+        };
+        let left_at = line.ancestors.last().map_or(Lsn(0), |ancestor| ancestor.left_at);
+        let first = Segment::containing(line.from.max(left_at), line.timeline, line.segment_size);
+        let until = from.saturating_sub(LOOK_BACK_EACH).max(first.number);
+        for number in (until..from).rev() {
+            let segment = Segment { timeline: line.timeline, number };
+            if !pg_wal.join(segment.name(line.segment_size).to_string()).exists() {
+                self.back = Back::Over;
+                return Ok(());
+            }
+            let owner = owner(repository, server, line, segment).await?;
+            if matches!(owner, Owner::Differs(_)) {
+                line.begin_behind(segment);
+                (self.passed_over, self.back) = (Some((segment, owner)), Back::Over);
+                return Ok(());
+            }
+        }
+        let left = left.saturating_sub(from.saturating_sub(until));
+        let is_over = until <= first.number || left == 0;
+        self.back = if is_over { Back::Over } else { Back::At { number: until, left } };
+        Ok(())
     }
 
     /// Goes on along the names that came since.
@@ -332,7 +450,7 @@ impl Known {
             is_foreign,
         };
         if let Some(Held { segment, owner, .. }) = self.held {
-            return (owner == Owner::Another).then(|| conflict(segment, true));
+            return owner.is_another().then(|| conflict(segment, true));
         }
         let refused = self.refused.iter().filter_map(|name| name.segment(line.segment_size));
         let newest = refused
@@ -383,6 +501,20 @@ impl Known {
 fn usual_pause(files: u64) -> Duration {
     let lists = u32::try_from(files.div_ceil(SURVEY_FILES)).unwrap_or(u32::MAX);
     SURVEY_EVERY.saturating_mul(lists.max(1)).min(SURVEY_EVERY_MAX)
+}
+
+/// Whose the segment is that holds the line, as it is now.
+async fn again(
+    repository: &Repository,
+    server: &Server,
+    line: &Line,
+    held: Held,
+) -> Result<Owner, Failure> {
+    let name = held.segment.name(line.segment_size);
+    if held.owner.still_differs(repository, line.lineage, name).await? {
+        return Ok(held.owner);
+    }
+    owner(repository, server, line, held.segment).await
 }
 
 /// Whose a segment of the line is.
@@ -619,6 +751,142 @@ mod tests {
         // Had it been its own, it would say so a moment later.
         story.archived = Some(WalFileName::Segment(name(4)));
         assert_eq!(line(&story.seen(5_000, 5 * MIB).await), (1, 5));
+    }
+
+    #[tokio::test]
+    async fn a_server_that_remembers_nothing_it_archived_vouches_for_nothing_where_another_was_refused()
+     {
+        let mut story = Story::new(1, 3).await;
+        assert_eq!(line(&story.seen(0, 4 * MIB).await), (1, 4));
+        story.hand_over_of(4, 1).await.unwrap();
+        story.hand_over_of(4, 0).await.unwrap_err();
+        // As after a crash: it says nothing.
+        let unclear = story.seen(5_000, 5 * MIB).await;
+        assert_eq!((line(&unclear), conflict(&unclear)), ((1, 4), None));
+        assert_eq!(waiting(&unclear), Some((name(4).to_string(), 1)));
+        story.archived = Some(WalFileName::Segment(name(3)));
+        assert_eq!(conflict(&story.seen(5_000, 5 * MIB).await), Some((4, true)));
+    }
+
+    #[tokio::test]
+    async fn an_archive_that_was_ahead_counts_again_once_the_newest_is_the_servers_own() {
+        for has_files in [true, false] {
+            let mut story = Story::new(1, 3).await;
+            let own_to = |story: &mut Story, number| {
+                if has_files {
+                    story.has_files(1..=number);
+                } else {
+                    story.archived = Some(WalFileName::Segment(name(number)));
+                }
+            };
+            own_to(&mut story, 3);
+            story.seen(0, 4 * MIB + 9).await;
+            story.hand_over_of(4, 1).await.unwrap();
+            let ahead = story.seen(31_000, 4 * MIB + 99).await;
+            assert!(ahead.archived_to > ahead.server_lsn);
+            // It is deleted, and the server's own comes, before anybody lists that.
+            story.lose(&format!("/00000001/{}", name(4))).await;
+            story.hand_over_of(4, 0).await.unwrap();
+            own_to(&mut story, 4);
+            let again = story.seen(5_000, 5 * MIB).await;
+            assert_eq!((line(&again), waiting(&again)), ((1, 5), None), "{has_files}");
+            assert_eq!(again.safe_at_ms, Some(story.now_ms));
+        }
+        // While the other one's is there, it holds the line.
+        let mut story = Story::new(1, 3).await;
+        story.has_files(1..=4);
+        story.seen(0, 4 * MIB + 9).await;
+        story.hand_over_of(4, 1).await.unwrap();
+        story.seen(31_000, 4 * MIB + 99).await;
+        let held = story.seen(5_000, 5 * MIB).await;
+        assert_eq!((line(&held), conflict(&held)), ((1, 4), Some((4, true))));
+        assert_eq!((waiting(&held), held.safe_at_ms), (Some((name(4).to_string(), 1)), None));
+    }
+
+    #[tokio::test]
+    async fn a_server_that_was_set_back_and_wrote_on_beyond_vouches_for_nothing_of_before() {
+        let mut story = Story::new(1, 5).await;
+        story.has_files(1..=5);
+        assert_eq!(line(&story.seen(0, 6 * MIB).await), (1, 6));
+        story.seen(5_000, 3 * MIB + 100).await;
+        for number in 3..=5 {
+            let path = story.pg_wal.clone().unwrap().join(name(number).to_string());
+            std::fs::write(path, vec![9; 1 << 20]).unwrap();
+        }
+        let beyond = story.seen(5_000, 6 * MIB).await;
+        assert_eq!((line(&beyond), beyond.safe_at_ms), ((1, 3), None));
+        assert_eq!(conflict(&beyond), Some((3, true)));
+    }
+
+    #[tokio::test]
+    async fn a_segment_that_the_server_passed_over_is_missing_whatever_is_there_of_its_name() {
+        for starts_later in [false, true] {
+            let mut story = Story::new(1, 3).await;
+            story.has_files(1..=4);
+            if !starts_later {
+                story.seen(0, 4 * MIB).await;
+            }
+            story.hand_over_of(4, 1).await.unwrap();
+            let own = story.pg_wal.clone().unwrap().join(name(4).to_string());
+            if !starts_later {
+                assert_eq!(conflict(&story.seen(5_000, 5 * MIB).await), Some((4, true)));
+                // The server is told that its own is archived, and takes the file for a later segment.
+                story.archived = Some(WalFileName::Segment(name(4)));
+                std::fs::remove_file(&own).unwrap();
+                let held = story.seen(5_000, 5 * MIB).await;
+                assert_eq!((line(&held), conflict(&held)), ((1, 4), Some((4, true))));
+            }
+            // It goes on archiving behind that.
+            for number in [5, 6] {
+                story.archive(1, number).await;
+            }
+            story.has_files(5..=6);
+            story.archived = Some(WalFileName::Segment(name(6)));
+            for _ in 0..2 {
+                let over = story.seen(60_000, 7 * MIB).await;
+                assert_eq!((line(&over), over.gap), ((5, 7), Some(name(4))), "{starts_later}");
+                assert_eq!((waiting(&over), conflict(&over)), (None, None));
+                assert_eq!(over.safe_at_ms, Some(story.now_ms));
+                drop(std::fs::remove_file(&own));
+            }
+            story.lose(&format!("/00000001/{}", name(4))).await;
+            story.hand_over_of(4, 0).await.unwrap();
+            let whole = story.seen(60_000, 7 * MIB).await;
+            assert_eq!((line(&whole), whole.gap), ((1, 7), None));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_segment_that_the_archive_went_past_is_a_gap_for_whoever_starts_to_look_too() {
+        for starts_later in [false, true] {
+            let mut story = Story::new(1, 3).await;
+            story.has_files(1..=5);
+            if !starts_later {
+                assert_eq!(line(&story.seen(0, 4 * MIB).await), (1, 4));
+            }
+            // The server keeps segment 4 and does not hand it over.
+            story.archive(1, 5).await;
+            if !starts_later {
+                let waits = story.seen(5_000, 6 * MIB).await;
+                assert_eq!(waiting(&waits), Some((name(4).to_string(), 2)));
+            }
+            let gap = story.seen(60_000, 6 * MIB).await;
+            assert_eq!((line(&gap), gap.gap, waiting(&gap)), ((5, 6), Some(name(4)), None));
+        }
+    }
+
+    #[tokio::test]
+    async fn whoever_starts_to_look_holds_a_long_row_of_segments_against_the_archive() {
+        let mut story = Story::new(1, 3).await;
+        story.hand_over_of(4, 1).await.unwrap();
+        for number in 5..=30 {
+            story.archive(1, number).await;
+        }
+        story.has_files(3..=30);
+        let first = story.look_well(0, 31 * MIB).await;
+        assert!(matches!(first, Ok(Looked::Later)), "not all at once: {first:?}");
+        let over = story.seen(5_000, 31 * MIB).await;
+        assert_eq!((line(&over), over.gap), ((5, 31), Some(name(4))));
     }
 
     #[tokio::test]

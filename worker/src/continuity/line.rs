@@ -81,6 +81,13 @@ impl Line {
         Segment::containing(self.to, self.timeline, self.segment_size)
     }
 
+    /// Leaves out a segment, and what lies before it: it is not there, whatever is there of its name.
+    pub(super) fn begin_behind(&mut self, segment: Segment) {
+        self.from = segment.end(self.segment_size);
+        self.to = self.to.max(self.from);
+        self.missing = Some(segment);
+    }
+
     /// Whether it may turn out before long that more is archived than the line shows.
     pub(super) fn is_doubtful(&self) -> bool {
         self.missing.is_some() || (self.timeline.0 > 1 && self.ancestors.is_empty())

@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::future::join_all;
-use postgres::{Purpose, ServerIdentity, connect_maintenance};
+use postgres::{Purpose, connect_maintenance};
 use proto::message::WalStanding;
 use proto::{Action, ClusterName, Code, Failure, JobId};
 use repository::Repository;
@@ -173,7 +173,7 @@ impl Watcher<'_> {
             let prepared = self.follower.prepare(&repository, clock::Seen::now()).await;
             self.or_let_go(&repository, prepared).await?;
         }
-        let Some((server, identity)) = self.ask(shared).await? else {
+        let Some((server, major)) = self.ask(shared).await? else {
             if self.follower.follows() {
                 let name = &self.cluster.config.name;
                 tracing::info!(cluster = %name, "The server is a standby now, or archives nothing any more");
@@ -182,15 +182,15 @@ impl Watcher<'_> {
             return Ok(Looked::Nothing);
         };
         let repository = self.place.kept().await?;
-        let until = server.position.lsn;
-        let is_idle = async |line: &Line| tail::is_idle(self.cluster, identity, line, until).await;
+        let (until, pg_wal) = (server.position.lsn, server.pg_wal.clone());
+        let is_idle = async |line: &Line| tail::is_idle(pg_wal, major, line, until).await;
         let few = &shared.standings.surveys;
         let looked = self.follower.follow(&repository, few, &server, is_idle).await;
         self.or_let_go(&repository, looked).await
     }
 
-    /// `None` when there is nothing to follow: a standby, or a server that archives nothing.
-    async fn ask(&self, shared: &Shared) -> Result<Option<(Server, ServerIdentity)>, Failure> {
+    /// The server, with its major version. `None` when there is nothing to follow: a standby, or a server that archives nothing.
+    async fn ask(&self, shared: &Shared) -> Result<Option<(Server, u32)>, Failure> {
         let purpose = Purpose::ask(&JobId(shared.boot.0));
         let session = connect_maintenance(&self.cluster.target, &purpose).await?;
         let seen = clock::Seen::now();
@@ -198,12 +198,12 @@ impl Watcher<'_> {
         let Some(position) = position else { return Ok(None) };
         let identity = session.identity().await?;
         session.close().await;
-        let (config, of) = (self.cluster.config.clone(), identity.clone());
-        let directory = blocking(move || native::data_directory(&config, &of)).await;
+        let (system_identifier, major) = (identity.system_identifier, identity.version.major());
+        let config = self.cluster.config.clone();
+        let directory = blocking(move || Ok(native::live_directory(&config, &identity))).await?;
         // Without its files, its word has to do.
-        let pg_wal = directory.ok().map(|directory| directory.join("pg_wal"));
-        let system_identifier = identity.system_identifier;
-        Ok(Some((Server { seen, system_identifier, position, pg_wal }, identity)))
+        let pg_wal = directory.map(|directory| directory.join("pg_wal"));
+        Ok(Some((Server { seen, system_identifier, position, pg_wal }, major)))
     }
 
     /// After an error the repository is opened anew: the one at this place may be another by now.

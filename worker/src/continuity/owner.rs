@@ -20,7 +20,11 @@ pub(super) enum Owner {
     Nobody,
     /// The server that is followed wrote it.
     Server,
-    /// Another one did.
+    /// Nothing speaks against the server, and nothing for it.
+    Presumed,
+    /// Another one did: this is not what the server's own file has.
+    Differs(WalDigest),
+    /// Another one did, as the server's own was refused.
     Another,
     /// The server has not said yet that it archived it, or it cannot be read.
     Unclear,
@@ -48,30 +52,55 @@ impl Owner {
         };
         Ok(match own {
             Some(own) if own == there => Self::Server,
-            Some(_) => Self::Another,
+            Some(_) => Self::Differs(there),
             None if archived.is_some_and(|last| has_come_to(last, name)) => Self::Server,
             None if repository.has_wal_conflict(lineage, name).await? => match archived {
                 Some(_) => Self::Another,
                 // After a crash a server does not remember what it archived.
                 None => Self::Unclear,
             },
-            None if archived.is_none() => Self::Server,
+            None if archived.is_none() => Self::Presumed,
             None => Self::Unclear,
         })
     }
 
     /// Whether what is there ends the line of what the server wrote.
     pub(super) fn is_in_the_way(self) -> bool {
-        matches!(self, Self::Another | Self::Unclear)
+        self.is_another() || self == Self::Unclear
+    }
+
+    /// Whether another server's content is there.
+    pub(super) fn is_another(self) -> bool {
+        matches!(self, Self::Another | Self::Differs(_))
+    }
+
+    /// Whether it still is what was seen to differ from the server's own. Of that the server's word says nothing: it says the same of
+    /// a segment that it was made to pass over.
+    pub(super) async fn still_differs(
+        self,
+        repository: &Repository,
+        lineage: LineageId,
+        name: SegmentName,
+    ) -> Result<bool, Failure> {
+        let Self::Differs(seen) = self else { return Ok(false) };
+        match repository.wal_digest(lineage, name).await {
+            Ok(there) => Ok(there == Some(seen)),
+            Err(Error::Damaged { .. }) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
     }
 }
 
 /// Of the server's own file. `None` when it is not there, also when the server takes it for a later segment meanwhile.
 fn digest(path: &Path) -> Option<WalDigest> {
-    let file = File::open(path).ok()?;
+    digest_as(&File::open(path).ok()?, path)
+}
+
+/// Of a file that was opened, if it still has its name when it has been read.
+fn digest_as(file: &File, path: &Path) -> Option<WalDigest> {
     let which = |file: &Metadata| (file.dev(), file.ino());
     let opened = which(&file.metadata().ok()?);
-    let digest = WalDigest::read(&file).ok()?;
+    let digest = WalDigest::read(file).ok()?;
     let now = std::fs::metadata(path).ok()?;
     (which(&now) == opened).then_some(digest)
 }
@@ -91,6 +120,24 @@ fn has_come_to(last: WalFileName, name: SegmentName) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_that_the_server_took_for_another_segment_meanwhile_says_nothing() {
+        let place = tempfile::tempdir().unwrap();
+        let (path, later) = (place.path().join("4"), place.path().join("9"));
+        std::fs::write(&path, "four").unwrap();
+        let opened = || File::open(&path).unwrap();
+        let four = WalDigest::read(&b"four"[..]).unwrap();
+        assert_eq!(digest_as(&opened(), &path), Some(four));
+        let file = opened();
+        std::fs::rename(&path, &later).unwrap();
+        assert_eq!(digest_as(&file, &path), None);
+        assert_eq!(digest(&path), None);
+        std::fs::write(&path, "four").unwrap();
+        let file = File::open(&later).unwrap();
+        assert_eq!(digest_as(&file, &path), None, "it is another file");
+        assert_eq!(digest(&path), Some(four));
+    }
 
     #[test]
     fn a_server_says_how_far_it_has_archived() {

@@ -127,3 +127,41 @@ async fn survey(repository: &Repository, asked: &Asked) -> Result<Found, Failure
         files: archive.objects + FILES_OF_A_TIMELINE * archive.timelines.len() as u64,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(ms: i64) -> Seen {
+        Seen::test(ms, ms)
+    }
+
+    /// After one that took a minute.
+    async fn after(found: Result<Found, Failure>) -> Surveys {
+        let task = tokio::spawn(async { (found, 60_000) });
+        let ended = async {
+            while !task.is_finished() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_mins(1), ended).await.unwrap();
+        let running = Running { task: AbortOnDropHandle::new(task), known_to: Lsn(7) };
+        let mut surveys = Surveys { running: Some(running), ..Surveys::default() };
+        let known_to = surveys.ended(at(0)).await.map(|(_, known_to)| known_to);
+        assert_eq!(known_to, surveys.failure.is_none().then_some(Lsn(7)));
+        surveys
+    }
+
+    #[tokio::test]
+    async fn a_long_list_is_paid_for_with_a_rest_and_a_failure_is_not() {
+        let soon = Duration::from_secs(30);
+        let listed = after(Ok(Found::default())).await;
+        assert!(!listed.may_begin(soon, at(20 * 60_000 - 1)));
+        assert!(listed.may_begin(soon, at(20 * 60_000)));
+        let away = Failure::new(Code::StoreUnavailable, Action::Retry, "it is away");
+        let failed = after(Err(away)).await;
+        assert!(failed.failure.is_some());
+        assert!(!failed.may_begin(soon, at(29_999)));
+        assert!(failed.may_begin(soon, at(30_000)));
+    }
+}

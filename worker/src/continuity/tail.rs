@@ -4,47 +4,38 @@
 //! take its last transaction for lost.
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use postgres::relation::read_full_at;
-use postgres::{ServerIdentity, wal_moments};
+use postgres::wal_moments;
 use proto::Lsn;
 use proto::wal::Segment;
 
 use super::line::Line;
 use crate::context::blocking;
-use crate::engines::native;
-use crate::places::Cluster;
 
 /// The longest part that is looked at. A server that wrote more is not idle.
 const BYTES_MAX: u64 = 64 << 10;
 /// The largest pages of a log.
 const PAGE_BYTES_MAX: u64 = 64 << 10;
 
-/// Whether it is certain that no transaction ended between the end of the archive's line and `until`.
-pub(super) async fn is_idle(
-    cluster: &Cluster,
-    server: ServerIdentity,
-    line: &Line,
-    until: Lsn,
-) -> bool {
+/// Whether it is certain that no transaction ended between the end of the archive's line and `until`. `pg_wal` is where the server
+/// keeps its segments, if that is at hand; `major` its version.
+pub(super) async fn is_idle(pg_wal: Option<PathBuf>, major: u32, line: &Line, until: Lsn) -> bool {
     // An archive that is ahead says nothing of what this server wrote.
     let Some(written) = until.0.checked_sub(line.to.0) else { return false };
     if written == 0 || written > BYTES_MAX {
         return written == 0;
     }
-    let config = cluster.config.clone();
-    let (next, segment_size) = (line.next(), line.segment_size);
-    let look = blocking(move || {
-        let directory = native::data_directory(&config, &server)?;
-        Ok(holds_no_end(&directory, next, segment_size, until, server.version.major()))
-    });
     // Without the files it is not known.
-    look.await.unwrap_or(false)
+    let Some(pg_wal) = pg_wal else { return false };
+    let (next, segment_size) = (line.next(), line.segment_size);
+    let look = move || Ok(holds_no_end(&pg_wal, next, segment_size, until, major));
+    blocking(look).await.unwrap_or(false)
 }
 
 fn holds_no_end(
-    data_directory: &Path,
+    pg_wal: &Path,
     segment: Segment,
     segment_size: u32,
     until: Lsn,
@@ -53,7 +44,7 @@ fn holds_no_end(
     let start = segment.start(segment_size);
     let length = until.0.saturating_sub(start.0).next_multiple_of(PAGE_BYTES_MAX);
     let look = || {
-        let path = data_directory.join("pg_wal").join(segment.file_name(segment_size));
+        let path = pg_wal.join(segment.file_name(segment_size));
         let mut bytes = vec![0; usize::try_from(length.min(u64::from(segment_size))).ok()?];
         let read = read_full_at(&File::open(path).ok()?, &mut bytes, 0).ok()?;
         bytes.truncate(read);

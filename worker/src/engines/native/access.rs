@@ -1,16 +1,20 @@
 //! How the files of a server are reached: by this process itself where it can, else over connections where the role may.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use postgres::control_file::ControlFile;
 use postgres::files::require_remote_rights;
+use postgres::occupied::LOCK_FILE;
 use postgres::{ServerIdentity, Session};
 use proto::{Action, Code, Failure};
 
 use crate::config::{ClusterConfig, FilesConfig};
 use crate::context::blocking;
 use crate::places::Cluster;
+
+/// A server that began to start may take as long as this to say that it did.
+const STARTING_MAX_S: i64 = 60;
 
 /// How a server's files are read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -100,4 +104,54 @@ pub(crate) fn data_directory(
         ));
     }
     Ok(directory)
+}
+
+/// The directory in which a server runs now, as this process sees it; `None` where it is not at hand. A clone, and a primary of
+/// before a failover, have the system identifier too: so the directory must be in use by a server that started when this one did, and
+/// be where this one is. A checkpoint since `server` was asked makes it seem another one, until it is asked again.
+pub(crate) fn live_directory(cluster: &ClusterConfig, server: &ServerIdentity) -> Option<PathBuf> {
+    let directory = data_directory(cluster, server).ok()?;
+    let lock = std::fs::read_to_string(directory.join(LOCK_FILE)).ok()?;
+    let control = ControlFile::read(&directory).ok()?;
+    let is_there = control.checkpoint == server.checkpoint_lsn
+        && is_its_lock(&lock, server.data_directory.as_deref(), server.started_at_ms, server.port);
+    is_there.then_some(directory)
+}
+
+/// Whether what a server wrote into its lock file fits what one says of itself: its directory, when it was started, and its port.
+fn is_its_lock(lock: &str, directory: Option<&Path>, started_at_ms: i64, port: u16) -> bool {
+    let lines: Vec<&str> = lock.lines().map(str::trim).collect();
+    let [_, place, began_s, at_port, ..] = lines[..] else { return false };
+    let (Ok(began_s), Ok(at_port)) = (began_s.parse::<i64>(), at_port.parse::<u16>()) else {
+        return false;
+    };
+    let took_s = started_at_ms.div_euclid(1_000).saturating_sub(began_s);
+    directory.is_none_or(|directory| directory == Path::new(place))
+        && (0..=STARTING_MAX_S).contains(&took_s)
+        && at_port == port
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_file_fits_the_server_that_wrote_it_and_no_other() {
+        let lock = "4711\n/srv/pg\n1700000000\n5432\n/run/postgresql\nlocalhost\n 42 7\nready   \n";
+        let fits = |place: Option<&str>, started_at_ms, port| {
+            is_its_lock(lock, place.map(Path::new), started_at_ms, port)
+        };
+        let place = Some("/srv/pg");
+        for started_at_ms in [1_700_000_000_000, 1_700_000_000_999, 1_700_000_060_000] {
+            assert!(fits(place, started_at_ms, 5432), "{started_at_ms}");
+        }
+        assert!(fits(None, 1_700_000_000_500, 5432), "the role may not see where it is");
+        assert!(!fits(place, 1_699_999_999_999, 5432), "it was started before");
+        assert!(!fits(place, 1_700_000_061_000, 5432), "it was started later");
+        assert!(!fits(place, 1_700_000_000_500, 5433));
+        assert!(!fits(Some("/srv/clone"), 1_700_000_000_500, 5432));
+        for other in ["", "4711\n/srv/pg\n1700000000\n", "-4711\n/srv/pg\n1\n0\n\n"] {
+            assert!(!is_its_lock(other, Some(Path::new("/srv/pg")), 1_700_000_000_500, 5432));
+        }
+    }
 }

@@ -18,8 +18,8 @@ use std::path::PathBuf;
 
 use crate::config::WorkerConfig;
 
-pub(crate) use access::data_directory;
 pub use access::{Access, access};
+pub(crate) use access::{data_directory, live_directory};
 pub(super) use begin::refuse_stale;
 pub(super) use copy::at_most;
 pub(crate) use copy::processes;
