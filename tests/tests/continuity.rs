@@ -4,11 +4,15 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
+use postgres::binaries::Binaries;
 use postgres::instance::InstanceOptions;
+use postgres::{Environment, Purpose, Target, connect};
 use serde_json::Value;
+use tests::fleet::text;
 use tests::{
     Cluster, Fleet, Pgmuster, Place, Vhost, WorkerSetup, eventually, eventually_async, services,
 };
+use tokio_util::sync::CancellationToken;
 
 /// Archives are looked at every few seconds, and judged after half a minute.
 const LATER: Duration = Duration::from_mins(2);
@@ -162,6 +166,161 @@ async fn what_is_recoverable_is_what_is_archived_and_an_archive_that_lies_is_fou
     .with_context(|| format!("{:?}\n{}", orders(&fleet), fleet.said()))?;
     eventually("a backup behind it", LATER, || Ok((fleet.backups()? > backups).then_some(())))
         .with_context(|| fleet.said())
+}
+
+/// One row at a time, each with the moment of its statement, some hundred a second until there is an end.
+const WORK: &str = "DO $$ BEGIN WHILE NOT EXISTS (SELECT FROM public.ends) LOOP
+    INSERT INTO public.moments (at_ms, note)
+        VALUES ((extract(epoch FROM clock_timestamp()) * 1000)::int8, repeat('x', 400));
+    COMMIT;
+    PERFORM pg_sleep(0.002);
+    END LOOP; END $$";
+
+/// When the worker asked the server where it is, by the server's clock and log.
+fn looks(server: &Cluster) -> anyhow::Result<Vec<i64>> {
+    let log = std::fs::read_to_string(server.server.log_path())?;
+    let asked = log.lines().filter(|line| line.contains("-- pgmuster: wal position"));
+    let at_ms = asked.map(|line| {
+        let at = line.split(' ').next().unwrap_or_default();
+        at.replace('.', "").parse().with_context(|| line.to_owned())
+    });
+    at_ms.collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_said_to_be_recoverable_is_what_a_restore_brings_back() -> anyhow::Result<()> {
+    /// What is promised.
+    const FINE_MS: i64 = 5_000;
+    let settings = [
+        ("archive_mode", "on"),
+        ("archive_command", "false"),
+        ("autovacuum", "off"),
+        ("log_statement", "all"),
+        ("log_line_prefix", "%n "),
+    ];
+    let options = InstanceOptions {
+        wal_segment_size_mb: Some(1),
+        settings: settings.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec(),
+        ..InstanceOptions::default()
+    };
+    let server = Cluster::start(18, options).await?;
+    let tables =
+        "CREATE TABLE public.moments (id int8 GENERATED ALWAYS AS IDENTITY, at_ms int8, note text);
+         CREATE TABLE public.ends (id int)";
+    server.run(tables).await?;
+    let vhost = Vhost::create()?;
+    let mut fleet = Fleet::prepare(&vhost.url(), "", Place::Directory)?;
+    fleet.backup_behind_gaps = false;
+    let push = fleet.archive_command()?;
+    let stops = fleet.path("stops");
+    archives_by(&server, &format!("test ! -e '{}' && {push}", stops.display())).await?;
+    fleet.start_coordinator()?;
+    fleet.start_worker(&WorkerSetup::of("w1", "orders", server.url()))?;
+    fleet.expect(&["backup", "orders", "--wait"])?;
+    fleet.expect(&["verify", "orders", "--level", "3", "--wait"])?;
+
+    // It works on and on; in the middle of that its archive stops.
+    let story = async {
+        let begun_ms = now_ms(&server).await?;
+        eventually_async("the recovery point to move on with the work", LATER, async || {
+            let point = orders(&fleet)?["recoverable_to_at_ms"].as_i64();
+            Ok((point > Some(begun_ms + 2 * FINE_MS)).then_some(()))
+        })
+        .await?;
+        let since = server.text("SELECT clock_timestamp()::text").await?;
+        std::fs::write(&stops, "")?;
+        let sql = format!(
+            "SELECT COALESCE(max(last_failed_wal), '') FROM pg_stat_archiver WHERE last_failed_time > '{since}'"
+        );
+        eventually_async("the archive to stand still", LATER, async || {
+            let failed = server.text(&sql).await?;
+            Ok((orders(&fleet)?["wal"]["waiting"]["segment"] == failed).then_some(()))
+        })
+        .await
+    };
+    let story = async {
+        let told = story.await;
+        server.run("INSERT INTO public.ends VALUES (1)").await?;
+        told
+    };
+    let (worked, told) = tokio::join!(server.run(WORK), story);
+    told.with_context(|| format!("{:?}\n{}", orders(&fleet), fleet.said()))?;
+    worked?;
+    let point = recoverable_to(&fleet)?;
+
+    // The truth: what comes back of it.
+    let into = fleet.path("restore/truth");
+    let restore = ["restore", "orders", "--into", text(&into)?, "--to", "latest"];
+    fleet.expect(&[&restore[..], &["--start", "--port", "5433", "--wait"]].concat())?;
+    let there = Target::parse(&server.url().replace(":5432/", ":5433/"), &Environment::default())?;
+    let purpose = Purpose {
+        application_name: "story".to_owned(),
+        read_only: true,
+        statement_timeout: Duration::ZERO,
+        lock_timeout: Duration::ZERO,
+    };
+    let session = connect(&there, &purpose).await?;
+    let query = "SELECT max(id), count(*) FROM public.moments";
+    let newest = session.one("look", query, &[]).await?;
+    session.close().await;
+    let (newest, rows): (i64, i64) = (newest.get(0), newest.get(1));
+    let binaries = Binaries::at(&services::postgres_bin(18)?).await?;
+    let stop = binaries.program("pg_ctl")?.args(["stop", "-s", "-w", "-m", "immediate", "-D"]);
+    stop.arg(&into).run(LATER, &CancellationToken::new()).await?;
+    ensure!(newest == rows, "of the rows up to {newest} there are {rows}");
+
+    // A row's moment is before its commit, and behind the commit of the row before it.
+    let moment = async |id: i64| -> anyhow::Result<i64> {
+        let query = format!("SELECT at_ms FROM public.moments WHERE id = {id}");
+        server.number(&query).await.with_context(|| format!("row {id}"))
+    };
+    let (back_ms, lost_ms) = (moment(newest).await?, moment(newest + 2).await?);
+    ensure!(point < lost_ms, "{} ms too much are promised", point - lost_ms);
+    // Between two looks nobody knows what commits.
+    let looks = looks(&server)?;
+    let next = looks.partition_point(|look_ms| *look_ms <= back_ms);
+    let (before, after) = (looks.get(next.wrapping_sub(1)), looks.get(next));
+    let pause_ms = after.context("a look")? - before.context("a look")?;
+    let fine_ms = FINE_MS.max(pause_ms) + 1_000;
+    ensure!(back_ms - point <= fine_ms, "{} ms too little are promised", back_ms - point);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clones_directory_says_nothing_of_what_the_server_archived() -> anyhow::Result<()> {
+    let settings = [("archive_mode", "on"), ("archive_command", "true"), ("autovacuum", "off")];
+    let options = InstanceOptions {
+        wal_segment_size_mb: Some(1),
+        settings: settings.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec(),
+        ..InstanceOptions::default()
+    };
+    let mut server = Cluster::start(15, options).await?;
+    let clone = server.fork(&settings).await?;
+    let vhost = Vhost::create()?;
+    let mut fleet = Fleet::prepare(&vhost.url(), "", Place::Directory)?;
+    fleet.start_coordinator()?;
+    let push = fleet.archive_command()?;
+    archives_by(&server, &push).await?;
+    server.run("SELECT pg_switch_wal()").await?;
+    let directory = format!("data_directory = \"{}\"", clone.server.data_directory().display());
+    let setup = WorkerSetup::of("w1", "orders", server.url());
+    fleet.start_worker(&WorkerSetup { cluster_lines: &directory, ..setup })?;
+    // Each fills a segment of one name with content of its own.
+    let segment = writes(&server).await?;
+    while writes(&clone).await? <= segment {
+        clone.run("SELECT pg_switch_wal()").await?;
+    }
+    server.run("SELECT pg_switch_wal()").await?;
+    has_archived(&server, &segment).await?;
+    eventually_async("the server's own segment to count", LATER, async || {
+        let wal = orders(&fleet)?["wal"].clone();
+        ensure!(wal["conflict"].is_null(), "the clone's is held against it: {wal}");
+        let Some(to) = wal["archived_to"].as_str() else { return Ok(None) };
+        let last = format!("SELECT pg_walfile_name('{to}'::pg_lsn)");
+        Ok((server.text(&last).await? >= segment).then_some(()))
+    })
+    .await
+    .with_context(|| format!("{:?}\n{}", orders(&fleet), fleet.said()))
 }
 
 /// Which segment the server writes, as something in it shows.
