@@ -164,8 +164,9 @@ fn offered(cluster: &Cluster, workers: &[Worker], now_ms: i64) -> Option<Cluster
 /// That nobody finds the repository of a cluster, as its workers said last. What a worker says weighs as much as it can see:
 ///
 /// - One that lives and finds the repository outweighs all that do not, and nothing else does. It finds it where its last look found
-///   the lineage of the backup, or any at all, if it took that backup; a bucket, which is the same for all, also where it does not
-///   know yet whose backups are meant. Who has not looked, cannot, or is of a version that does not tell, finds nothing.
+///   the lineage of the backup; where it does not know yet whose backups are meant, also if it looked into the same place, and that is a
+///   bucket, which is the same for all, or it took the backup there. Who has not looked, cannot, or is of a version that does not
+///   tell, finds nothing.
 /// - Of a directory another host may have one of that name, or none. The worker that took the backup there has the word while it is
 ///   heard of, and for as long after that as an outage is nobody's news. When it is silent for longer, whoever lives is asked; but
 ///   what it said was gone is gone, because nobody who sees that place has found it since.
@@ -205,11 +206,18 @@ fn repository_away(
 fn finds(worker: &Worker, offer: &ClusterOffer, backup: Option<&Backup>) -> bool {
     let Some(RepositoryLook::Found { lineages }) = &offer.repository_look else { return false };
     let Some(backup) = backup else { return true };
-    wrote(worker, Some(backup))
-        || match lineages {
-            Some(lineages) => lineages.contains(&backup.outcome.lineage),
-            None => !is_in_a_directory(backup),
-        }
+    if let Some(lineages) = lineages {
+        return lineages.contains(&backup.outcome.lineage);
+    }
+    offer.repository.as_deref().is_some_and(|url| is_place_of(url, backup))
+        && (wrote(worker, Some(backup)) || !is_in_a_directory(backup))
+}
+
+/// Whether a URL leads to where a backup is; how the store is reached is no part of where it is.
+fn is_place_of(url: &str, backup: &Backup) -> bool {
+    let place =
+        |url: &str| url.split('?').next().unwrap_or_default().trim_end_matches('/').to_owned();
+    place(url) == place(&backup.outcome.repository)
 }
 
 fn wrote(worker: &Worker, backup: Option<&Backup>) -> bool {

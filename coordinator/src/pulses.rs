@@ -163,7 +163,9 @@ async fn announce(tx: &mut Tx<'_>, pulse: &Pulse, worker: &Worker, now_ms: i64) 
     }
     for cluster in &stand {
         if let (Some(server), Some(wal)) = (cluster.system_identifier, &cluster.wal) {
-            heartbeats::stand(tx, server, wal).await?;
+            // The message that told where the server is may have waited on its way.
+            let seen_at_ms = wal.at_ms.saturating_sub(ON_ITS_WAY_MS);
+            heartbeats::stand(tx, server, wal, seen_at_ms).await?;
         }
     }
     Ok(())

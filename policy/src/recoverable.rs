@@ -295,7 +295,8 @@ mod tests {
     fn what_was_replayed_does_not_count_when_the_archive_has_lost_it() {
         let lost = |to| WalStanding { archived_to: Lsn(to), safe_at_ms: None, ..wal() };
         let seen = replayed(&source(400), 1, 600);
-        let reach = |source: &Source, wal: &WalStanding| point(&[source.clone()], Some(wal));
+        let reach =
+            |source: &Source, wal: &WalStanding| point(std::slice::from_ref(source), Some(wal));
         assert_eq!(reach(&seen, &lost(600)), Some(reaches(6_000)));
         assert_eq!(reach(&seen, &lost(599)), Some(reaches(4_000)), "its end was deleted");
         // The end of what a backup brought along is not the archive's.

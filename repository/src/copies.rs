@@ -17,6 +17,15 @@ use crate::{layout, note};
 /// Backups of which one note tells, the newest: a note is small.
 const TOLD_MAX: usize = 4_096;
 
+/// Places of which a lineage's notes tell: it is sent around with what else is known of a cluster.
+const PLACES_MAX: usize = 16;
+/// The longest name of a place, and of who copied there, for the same reason.
+const NAME_BYTES_MAX: usize = 1_024;
+
+fn is_short(copies: &Copies) -> bool {
+    copies.place.len() <= NAME_BYTES_MAX && copies.by.len() <= NAME_BYTES_MAX
+}
+
 /// What a copy found of one backup.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Found {
@@ -29,9 +38,9 @@ impl Repository {
     /// Where copies of a lineage's backups are, as far as somebody left word. What cannot be read is told in the log.
     pub async fn copies(&self, lineage: LineageId) -> Result<Vec<Copies>, Error> {
         let mut found = Vec::new();
-        for object in self.store.list(&layout::copies(lineage)).await? {
+        for object in self.store.list(&layout::copies(lineage)).await?.iter().take(PLACES_MAX) {
             match self.read_note::<Copies>(&object.key).await {
-                Ok(copies) => found.extend(copies),
+                Ok(copies) => found.extend(copies.filter(is_short)),
                 Err(error) => {
                     let error = self.of_one_object(error).await?;
                     tracing::warn!("{} says nothing: failed to {}", object.key, chain(&error));
@@ -68,6 +77,8 @@ impl Mirror {
             former => former?,
         };
         let is_first = former.is_none();
+        // Another repository may have come to that place, and knows nothing of what the one before had.
+        let former = former.filter(|former| former.repository == repository);
         let former = former.into_iter().flat_map(|former| former.backups);
         let mut told: BTreeMap<BackupId, CopiedBackup> =
             former.map(|copied| (copied.backup, copied)).collect();

@@ -98,12 +98,14 @@ async fn forget_old(tx: &mut Tx<'_>, cluster: &ClusterName, now_ms: i64) -> Resu
     Ok(())
 }
 
-/// Holds those of a cluster against how its archive stands, as far as that is newer. What was heard before its server was seen, and lies
-/// behind where that was then, is not in its log any more: it was set back. What the archive has it was seen to have.
+/// Holds those of a cluster against how its archive stands, as far as that is newer. What was heard before its server was seen,
+/// `seen_at_ms` by our clock or later, and lies behind where that was then, is not in its log any more: it was set back. What the archive
+/// has it was seen to have.
 pub(crate) async fn stand(
     tx: &mut Tx<'_>,
     server: SystemIdentifier,
     wal: &WalStanding,
+    seen_at_ms: i64,
 ) -> Result<()> {
     sqlx::query(
         "-- forget_heartbeats_ahead
@@ -114,7 +116,7 @@ pub(crate) async fn stand(
     .bind(server.to_string())
     .bind(i64::from(wal.timeline.0))
     .bind(position(wal.server_lsn))
-    .bind(wal.at_ms)
+    .bind(seen_at_ms)
     .execute(tx.db())
     .await?;
     for (timeline, to) in reached(wal) {

@@ -759,8 +759,8 @@ async fn heartbeats_are_held_against_where_their_server_and_its_archive_are(url:
     // Those that are left, and whether each is known to have been archived in the first lineage.
     let after = async |wal: WalStanding| -> Vec<(u64, bool)> {
         let wal = &wal;
-        let stood =
-            catalog.transact("test", move |tx| Box::pin(heartbeats::stand(tx, system, wal)));
+        let stood = catalog
+            .transact("test", move |tx| Box::pin(heartbeats::stand(tx, system, wal, wal.at_ms)));
         stood.await.unwrap();
         let mut db = catalog.read().await.unwrap();
         let known = heartbeats::of(&mut db, &orders, system).await.unwrap();

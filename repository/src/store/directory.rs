@@ -253,8 +253,12 @@ impl Store for DirectoryStore {
 
     async fn stage(&self, key: &str, bytes: Bytes) -> Result<Staged, StoreError> {
         check_key("put", key)?;
-        let written = self.blocking("put", key, move |store, _| store.write(&bytes).map(Written));
-        Ok(Staged::Written(written.await?))
+        let written = self.blocking("put", key, move |store, _| {
+            let written = store.write(&bytes)?;
+            // One with a name would stay behind when this process dies.
+            Ok(if written.name.is_some() { Err(bytes) } else { Ok(Written(written)) })
+        });
+        Ok(written.await?.map_or_else(Staged::Held, Staged::Written))
     }
 
     async fn put_staged_if_absent(

@@ -37,10 +37,10 @@ const SURVEY_IN_DOUBT: Duration = Duration::from_mins(5);
 const SURVEY_EVERY: Duration = Duration::from_secs(30);
 const SURVEY_FILES: u64 = 2_500;
 const SURVEY_EVERY_MAX: Duration = Duration::from_hours(1);
-/// Segments of its own that a server still has, of which one look asks whether the archive has the same,
-const LOOK_BACK_EACH: u64 = 16;
-/// and all together.
-const LOOK_BACK_MAX: u64 = 256;
+/// Bytes of its own that a server still has, of which one look asks whether the archive has the same: a look is short,
+const LOOK_BACK_BYTES_EACH: u64 = 256 << 20;
+/// and all together: while they are asked for, nothing is told.
+const LOOK_BACK_BYTES_MAX: u64 = 1 << 30;
 /// How long a new timeline may take to show itself in the archive before that is told.
 const NEW_TIMELINE_MS: i64 = 60_000;
 
@@ -208,7 +208,8 @@ impl Follower {
             let behind = if is_idle(line).await { line.to } else { position.lsn };
             known.commits.note(*now, &position.snapshot, behind);
         }
-        if known.behind.is_none() && known.held.is_none() && matches!(known.back, Back::At { .. }) {
+        let looks_back = server.pg_wal.is_some() && matches!(known.back, Back::At { .. });
+        if known.behind.is_none() && known.held.is_none() && looks_back {
             return Ok(Looked::Later);
         }
         Ok(known.standing(&self.cluster, position, *now))
@@ -352,16 +353,16 @@ impl Known {
         let (Some(line), None) = (&mut self.line, self.held) else { return Ok(()) };
         let (from, left) = match self.back {
             Back::Over => return Ok(()),
-            Back::Begins => (line.next().number, LOOK_BACK_MAX),
+            Back::Begins => (line.next().number, u64::MAX),
             Back::At { number, left } => (number, left),
         };
-        let Some(pg_wal) = &server.pg_wal else {
-            self.back = Back::Begins;
-            return Ok(());
-        };
+        let Some(pg_wal) = &server.pg_wal else { return Ok(()) };
         let left_at = line.ancestors.last().map_or(Lsn(0), |ancestor| ancestor.left_at);
         let first = Segment::containing(line.from.max(left_at), line.timeline, line.segment_size);
-        let until = from.saturating_sub(LOOK_BACK_EACH).max(first.number);
+        let segments = |bytes: u64| (bytes / u64::from(line.segment_size).max(1)).max(1);
+        let left = left.min(segments(LOOK_BACK_BYTES_MAX));
+        let each = segments(LOOK_BACK_BYTES_EACH).min(left);
+        let until = from.saturating_sub(each).max(first.number);
         for number in (until..from).rev() {
             let segment = Segment { timeline: line.timeline, number };
             if !pg_wal.join(segment.name(line.segment_size).to_string()).exists() {
@@ -374,10 +375,13 @@ impl Known {
                 (self.passed_over, self.back) = (Some((segment, owner)), Back::Over);
                 return Ok(());
             }
+            // A look that takes too long is given up, and the next one goes on from here.
+            self.back = Back::At { number, left: left.saturating_sub(from - number) };
         }
         let left = left.saturating_sub(from.saturating_sub(until));
-        let is_over = until <= first.number || left == 0;
-        self.back = if is_over { Back::Over } else { Back::At { number: until, left } };
+        if until <= first.number || left == 0 {
+            self.back = Back::Over;
+        }
         Ok(())
     }
 

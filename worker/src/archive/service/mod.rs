@@ -43,7 +43,7 @@ use self::tasks::Tasks;
 use self::words::{Answer, Question};
 use super::Until;
 use super::gap::Asked;
-use super::get;
+use super::get::{self, Found};
 use super::lineage::Whose;
 
 /// Where a server that this program starts finds its service: its `restore_command` is the same without it.
@@ -279,7 +279,18 @@ impl Archives {
         let (identity, server) = get::recipient(repository, whose, to).await?;
         let found = self.readahead.fetch(repository, identity.lineage, file, to).await?;
         let asked = Asked { repository, identity: &identity, file, to, server };
-        Ok(match get::hand_over(asked, found, until).await? {
+        let content = found.as_ref().map(|found| found.content.clone());
+        let handed = match get::hand_over(asked, found, until).await {
+            // What lies ready for later may have taken the last room.
+            Err(failure)
+                if failure.code == Code::TargetUnwritable
+                    && self.readahead.forget(identity.lineage, to) =>
+            {
+                get::hand_over(asked, content.map(Found::from), until).await
+            }
+            handed => handed,
+        };
+        Ok(match handed? {
             Some(file) => (Answer::Fetched { file: file.path().to_owned() }, Some(file)),
             None => (Answer::NotThere, None),
         })

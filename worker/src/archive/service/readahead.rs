@@ -133,6 +133,12 @@ impl ReadAhead {
         }
     }
 
+    /// Drops what was fetched for a server, and says whether there was something.
+    pub(super) fn forget(&self, lineage: LineageId, to: &Path) -> bool {
+        let line = (lineage, to.parent().unwrap_or(Path::new("/")).to_owned());
+        lock(&self.lines).remove(&line).is_some_and(|line| !line.fetches.is_empty())
+    }
+
     /// Forgets what no recovery asks for any more.
     pub(super) fn sweep(&self) {
         lock(&self.lines).retain(|_, line| line.asked_at.elapsed() < KEPT);
