@@ -209,15 +209,18 @@ fn finds(worker: &Worker, offer: &ClusterOffer, backup: Option<&Backup>) -> bool
     if let Some(lineages) = lineages {
         return lineages.contains(&backup.outcome.lineage);
     }
-    offer.repository.as_deref().is_some_and(|url| is_place_of(url, backup))
+    is_in_place_of(worker, offer, backup)
         && (wrote(worker, Some(backup)) || !is_in_a_directory(backup))
 }
 
-/// Whether a URL leads to where a backup is; how the store is reached is no part of where it is.
-fn is_place_of(url: &str, backup: &Backup) -> bool {
+/// Whether the repository that a worker has for a cluster is where a backup is; how it is reached is no part of that.
+fn is_in_place_of(worker: &Worker, offer: &ClusterOffer, backup: &Backup) -> bool {
     let place =
         |url: &str| url.split('?').next().unwrap_or_default().trim_end_matches('/').to_owned();
-    place(url) == place(&backup.outcome.repository)
+    let mut repositories = worker.offers.iter().flat_map(|offers| &offers.repositories);
+    repositories
+        .find(|repository| Some(&repository.name) == offer.repository.as_ref())
+        .is_some_and(|found| place(&found.location) == place(&backup.outcome.repository))
 }
 
 fn wrote(worker: &Worker, backup: Option<&Backup>) -> bool {

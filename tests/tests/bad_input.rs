@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use postgres::instance::InstanceOptions;
 use tests::fleet::text;
-use tests::{Cluster, Finished, Fleet, Pgmuster, Place, Pooler, Vhost, WorkerSetup};
+use tests::{Cluster, Finished, Fleet, Pgmuster, Place, Pooler, Vhost, WorkerSetup, eventually};
 
 const LATER: Duration = Duration::from_mins(1);
 
@@ -198,8 +198,11 @@ async fn a_pooler_before_the_server_is_refused_and_leaves_nothing() -> anyhow::R
     // It knows before it begins: the job is not given out, and whoever waits for it is told why.
     fleet.worker("w1")?.kill()?;
     fleet.start_worker(&setup)?;
-    let doctor = fleet.run(&["doctor"])?;
-    ensure!(doctor.code() == 3 && doctor.stdout.contains("POOLER_DETECTED"), "{doctor}");
+    eventually("the new worker to tell what it found", LATER, || {
+        let doctor = fleet.run(&["doctor"])?;
+        ensure!(doctor.code() == 3 && doctor.stdout.contains("POOLER_DETECTED"), "{doctor}");
+        Ok(Some(()))
+    })?;
     let mut command = fleet.start(&["backup", "orders", "--wait"])?;
     let told = command.wait_for_line("POOLER_DETECTED", LATER).with_context(|| fleet.said())?;
     ensure!(told.contains("worker w1 cannot use orders"), "{told}");

@@ -334,6 +334,10 @@ async fn a_heartbeat_that_was_archived_is_asked_for_until_its_server_does_not_ha
     w1.wal = seen(START + 2, 7, 4);
     pulse(&fleet, &mut w1, 1).await;
     let known = asked_for(&fleet, &mut w1, backup, None).await.unwrap();
+    assert_eq!(known.known, [3, 5, 7].map(heartbeat), "what tells that may have been on its way");
+    w1.wal = seen(START + 70_000, 7, 4);
+    pulse(&fleet, &mut w1, 70_000).await;
+    let known = asked_for(&fleet, &mut w1, backup, None).await.unwrap();
     assert_eq!(known.known, [3, 5].map(heartbeat));
 }
 

@@ -49,6 +49,7 @@ async fn two_workers(repository: &str) -> (Fleet, Worker, Worker) {
     prove_again(&fleet, &mut w1, Proof { at_ms: START, ..proof }).await;
     let mut w2 = Worker::new(&fleet, "w2").await;
     w2.every_ms = 60_000;
+    (w1.location, w2.location) = (repository.to_owned(), repository.to_owned());
     (fleet, w1, w2)
 }
 
@@ -73,6 +74,12 @@ async fn a_bucket_that_one_says_is_gone_is_gone_until_somebody_finds_it() {
         looked(&mut w2, Some(RepositoryLook::NotYet));
         assert_eq!(tell(&fleet, &mut w2, 1_000).await.state, Broken);
     }
+    // A bucket of another name says nothing of this one.
+    w2.location = "s3://others?region=eu".to_owned();
+    looked(&mut w2, Some(RepositoryLook::Found { lineages: None }));
+    assert_eq!(tell(&fleet, &mut w2, 1_000).await.state, Broken);
+    w2.location = "s3://backups/?region=eu".to_owned();
+    assert_eq!(tell(&fleet, &mut w2, 1_000).await.state, Proved);
     // The other way round, and the one that took the backup is long silent.
     looked(&mut w1, found(1));
     assert_eq!(tell(&fleet, &mut w1, 1_000).await.state, Proved);

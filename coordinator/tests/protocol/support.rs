@@ -315,6 +315,8 @@ pub(crate) struct Worker {
     /// What its offers say of the repository.
     pub(crate) repository_away: Option<RepositoryAway>,
     pub(crate) repository_look: Option<RepositoryLook>,
+    /// Where its repository is.
+    pub(crate) location: String,
     /// What they say of heartbeats.
     pub(crate) heartbeats: Vec<ClusterHeartbeat>,
     /// What its cluster shows.
@@ -367,6 +369,7 @@ impl Worker {
             holdings: Vec::new(),
             repository_away: None,
             repository_look: None,
+            location: "file:///backups".to_owned(),
             heartbeats: Vec::new(),
             identifier: SystemIdentifier(42),
             every_ms: 1_000,
@@ -412,7 +415,7 @@ impl Worker {
                 .collect(),
             repositories: vec![RepositoryOffer {
                 name: "main".to_owned(),
-                location: "file:///backups".to_owned(),
+                location: self.location.clone(),
             }],
             restore_roots: vec!["/restore".to_owned()],
             postgres_majors: vec![15],

@@ -177,7 +177,7 @@ async fn a_missing_bucket_is_named_by_every_verb_that_reads() {
     .into_iter()
     .enumerate()
     {
-        let Some(StoreError::Unsuitable { reason }) = refusal else { panic!("{at}: {refusal:?}") };
+        let Some(StoreError::NoStore { reason }) = refusal else { panic!("{at}: {refusal:?}") };
         assert!(reason.contains(&options.bucket) && reason.contains("create it"), "{at}: {reason}");
     }
 }

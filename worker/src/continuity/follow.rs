@@ -37,10 +37,11 @@ const SURVEY_IN_DOUBT: Duration = Duration::from_mins(5);
 const SURVEY_EVERY: Duration = Duration::from_secs(30);
 const SURVEY_FILES: u64 = 2_500;
 const SURVEY_EVERY_MAX: Duration = Duration::from_hours(1);
-/// Bytes of its own that a server still has, of which one look asks whether the archive has the same: a look is short,
-const LOOK_BACK_BYTES_EACH: u64 = 256 << 20;
+/// Segments of its own that a server still has, and bytes of them, of which one look asks whether the archive has the same: a look is
+/// short;
+const LOOK_BACK_EACH: (u64, u64) = (16, 256 << 20);
 /// and all together: while they are asked for, nothing is told.
-const LOOK_BACK_BYTES_MAX: u64 = 1 << 30;
+const LOOK_BACK_MAX: (u64, u64) = (64, 1 << 30);
 /// How long a new timeline may take to show itself in the archive before that is told.
 const NEW_TIMELINE_MS: i64 = 60_000;
 
@@ -359,9 +360,11 @@ impl Known {
         let Some(pg_wal) = &server.pg_wal else { return Ok(()) };
         let left_at = line.ancestors.last().map_or(Lsn(0), |ancestor| ancestor.left_at);
         let first = Segment::containing(line.from.max(left_at), line.timeline, line.segment_size);
-        let segments = |bytes: u64| (bytes / u64::from(line.segment_size).max(1)).max(1);
-        let left = left.min(segments(LOOK_BACK_BYTES_MAX));
-        let each = segments(LOOK_BACK_BYTES_EACH).min(left);
+        let within = |(segments, bytes): (u64, u64)| {
+            segments.min(bytes / u64::from(line.segment_size).max(1)).max(1)
+        };
+        let left = left.min(within(LOOK_BACK_MAX));
+        let each = within(LOOK_BACK_EACH).min(left);
         let until = from.saturating_sub(each).max(first.number);
         for number in (until..from).rev() {
             let segment = Segment { timeline: line.timeline, number };
