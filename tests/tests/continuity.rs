@@ -38,6 +38,15 @@ async fn commit(server: &Cluster) -> anyhow::Result<i64> {
     now_ms(server).await
 }
 
+fn of_small_segments(settings: &[(&str, &str)]) -> InstanceOptions {
+    let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+    InstanceOptions {
+        wal_segment_size_mb: Some(1),
+        settings: settings.iter().map(owned).collect(),
+        ..InstanceOptions::default()
+    }
+}
+
 async fn archives_by(server: &Cluster, command: &str) -> anyhow::Result<()> {
     let command = command.replace('\'', "''");
     server.run(&format!("ALTER SYSTEM SET archive_command = '{command}'")).await?;
@@ -194,11 +203,7 @@ async fn what_is_said_to_be_recoverable_is_what_a_restore_brings_back() -> anyho
         ("log_statement", "all"),
         ("log_line_prefix", "%n "),
     ];
-    let options = InstanceOptions {
-        wal_segment_size_mb: Some(1),
-        settings: settings.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec(),
-        ..InstanceOptions::default()
-    };
+    let options = of_small_segments(&settings);
     let server = Cluster::start(18, options).await?;
     let tables =
         "CREATE TABLE public.moments (id int8 GENERATED ALWAYS AS IDENTITY, at_ms int8, note text);
@@ -290,11 +295,7 @@ async fn what_is_said_to_be_recoverable_is_what_a_restore_brings_back() -> anyho
 #[tokio::test(flavor = "multi_thread")]
 async fn a_clones_directory_says_nothing_of_what_the_server_archived() -> anyhow::Result<()> {
     let settings = [("archive_mode", "on"), ("archive_command", "true"), ("autovacuum", "off")];
-    let options = InstanceOptions {
-        wal_segment_size_mb: Some(1),
-        settings: settings.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec(),
-        ..InstanceOptions::default()
-    };
+    let options = of_small_segments(&settings);
     let mut server = Cluster::start(15, options).await?;
     let clone = server.fork(&settings).await?;
     let vhost = Vhost::create()?;
@@ -341,11 +342,7 @@ async fn has_archived(server: &Cluster, segment: &str) -> anyhow::Result<()> {
 async fn a_clone_under_the_same_name_and_a_store_that_is_away_make_nothing_seem_safe()
 -> anyhow::Result<()> {
     let settings = [("archive_mode", "on"), ("archive_command", "true"), ("autovacuum", "off")];
-    let options = InstanceOptions {
-        wal_segment_size_mb: Some(1),
-        settings: settings.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec(),
-        ..InstanceOptions::default()
-    };
+    let options = of_small_segments(&settings);
     let mut server = Cluster::start(15, options).await?;
     let clone = server.fork(&settings).await?;
     let vhost = Vhost::create()?;

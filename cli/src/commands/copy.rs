@@ -1,7 +1,7 @@
 //! `repo copy`: backups into a second repository, which the same key opens.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use proto::failure::chain;
 use proto::{Action, BackupId, ClusterName, Code, Failure, LineageId};
@@ -20,6 +20,8 @@ use crate::{environment, follow, output};
 
 /// Files that a failure names.
 const NAMED_MAX: usize = 5;
+/// How often a copy that goes on leaves word of what it has copied.
+const WORD_EVERY: Duration = Duration::from_mins(1);
 
 /// A line of what is told.
 #[derive(Debug, Serialize)]
@@ -119,15 +121,17 @@ pub(crate) async fn run(args: RepoCopy, format: Output) -> Result<Exit, Failure>
     });
     let shown = tokio::spawn(show_progress(Arc::clone(&options.progress)));
     let mut rows: Vec<Row> = lost.into_iter().map(Row::Backup).collect();
+    let mut told = Instant::now();
     for (lineage, row) in wanted {
         if options.cancel.is_cancelled() {
             break;
         }
         let options = CopyOptions { now_ms: environment::now_ms(), ..options.clone() };
         let row = copy(&mut mirror, lineage, row, &options).await;
-        // A first copy takes long, and may be killed. What fails is tried again.
-        if row.outcome == Some(CopyOutcome::Copied) {
+        // A first copy takes long, and may be killed; each word lists the lineage. What fails is tried again.
+        if row.outcome == Some(CopyOutcome::Copied) && told.elapsed() >= WORD_EVERY {
             let _ = mirror.leave_word(&options).await;
+            told = Instant::now();
         }
         rows.push(Row::Backup(row));
     }

@@ -15,7 +15,7 @@ use worker::archive::{Recoverable, Window, recoverable};
 
 use crate::args::{Output, RecoveryCommand};
 use crate::client::Client;
-use crate::commands::repo::Named;
+use crate::commands::repo::{Named, no_cluster};
 use crate::exit::Exit;
 use crate::opener::Opener;
 use crate::output;
@@ -34,8 +34,7 @@ pub(crate) async fn run(
             let all = recoverable(&repository, cluster.as_ref()).await?;
             if let (Some(cluster), true) = (&cluster, all.is_empty()) {
                 let message = format!("{} has no cluster {cluster}", repository.describe());
-                return Err(Failure::new(Code::ClusterUnknown, Action::FixConfig, message)
-                    .with_hint("List what there is with `pgmuster repo list`."));
+                return Err(no_cluster(message));
             }
             output::show(format, &all, |all| said(all));
             Ok(if all.iter().all(Recoverable::is_whole) { Exit::Ok } else { Exit::Findings })

@@ -266,11 +266,16 @@ pub(crate) async fn lineages(
             };
             let message =
                 format!("{} has no cluster {cluster}{known}{meant}", repository.describe());
-            Err(Failure::new(Code::ClusterUnknown, Action::FixConfig, message)
-                .with_hint("List what there is with `pgmuster repo list`."))
+            Err(no_cluster(message))
         }
         _ => Ok(lineages),
     }
+}
+
+/// That a repository does not have the cluster that somebody named.
+pub(super) fn no_cluster(message: String) -> Failure {
+    Failure::new(Code::ClusterUnknown, Action::FixConfig, message)
+        .with_hint("List what there is with `pgmuster repo list`.")
 }
 
 /// Gives up what stands in the way of every collection, in whichever lineage it is.

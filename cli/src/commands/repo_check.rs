@@ -11,7 +11,7 @@ use proto::{Action, Code, Failure};
 use repository::{CheckLevel, Damage, Progress, ScrubOptions, ScrubReport, ScrubbedLineage};
 use serde::Serialize;
 
-use super::repo::{open, who};
+use super::repo::{no_cluster, open, who};
 use crate::args::{Depth, Output, RepoCheck};
 use crate::exit::Exit;
 use crate::{environment, follow, output};
@@ -72,9 +72,7 @@ pub(crate) async fn run(args: RepoCheck, format: Output) -> Result<Exit, Failure
     if let (Ok(()), true, Some(cluster)) = (&ended, report.lineages.is_empty(), &args.cluster)
         && report.is_sound()
     {
-        let message = format!("{} has no cluster {cluster}", repository.describe());
-        return Err(Failure::new(Code::ClusterUnknown, Action::FixConfig, message)
-            .with_hint("List what there is with `pgmuster repo list`."));
+        return Err(no_cluster(format!("{} has no cluster {cluster}", repository.describe())));
     }
     let slice = args.slice.to_string();
     // What was found is told also when the check did not get to its end.
