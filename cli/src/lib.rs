@@ -19,10 +19,11 @@ use std::time::Duration;
 
 use clap::Parser as _;
 use proto::{Action, Code, Failure};
+use tokio::runtime::Builder;
 
 pub use exit::Exit;
 
-use crate::args::{Cli, Command};
+use crate::args::{Cli, Command, WalCommand};
 
 /// How long the last spans may take on their way out.
 const LAST_SPANS_MAX: Duration = Duration::from_secs(3);
@@ -33,7 +34,7 @@ const STACK_BYTES: usize = 8 << 20;
 
 /// Runs the program with the arguments of this process.
 pub fn main() -> Exit {
-    if commands::may_be_a_question(words()) {
+    if commands::may_be_a_question(words()) && !commands::is_surely_no_question(words()) {
         return answered();
     }
     parsed().and_then(started).unwrap_or_else(|failed| failed)
@@ -67,9 +68,7 @@ fn answered() -> Exit {
                 }
                 None => tell.send(Heard::Another(Box::new(cli))),
             },
-            Err(exit) if exit == Exit::Ok || commands::is_surely_no_question(words()) => {
-                tell.send(Heard::Ended(Ok(exit)))
-            }
+            Err(Exit::Ok) => tell.send(Heard::Ended(Ok(Exit::Ok))),
             Err(exit) => tell.send(Heard::Ended(Err(exit))),
         };
     });
@@ -102,7 +101,12 @@ enum Heard {
 }
 
 fn started(cli: Cli) -> Result<Exit, Exit> {
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    // A server starts `wal push` for each segment, which asks a service and waits: threads would be most of its work.
+    let mut builder = match &cli.command {
+        Command::Wal(WalCommand::Push(_) | WalCommand::Get(_)) => Builder::new_current_thread(),
+        _ => Builder::new_multi_thread(),
+    };
+    let runtime = match builder.enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
             output::talk(&format!("error: failed to start: {error}"));

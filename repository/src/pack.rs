@@ -32,6 +32,7 @@ const UNDIGESTED_BYTES: usize = 32 + 8;
 /// The number of the table, which is no frame.
 pub(crate) const TABLE_NUMBER: u32 = u32::MAX;
 const TABLE_ROW_BYTES: usize = 9;
+const TOO_LARGE: &str = "a frame is larger than the format allows";
 
 /// What a container holds, and so which class of key opens it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -290,29 +291,39 @@ impl PackCipher {
         out: &mut Vec<u8>,
     ) -> Result<(), &'static str> {
         if frame.raw_bytes > FRAME_BYTES_MAX {
-            return Err("a frame is larger than the format allows");
+            return Err(TOO_LARGE);
         }
-        let raw_bytes = frame.raw_bytes as usize;
+        // Reused buffers are large enough already; only a larger frame is cleared first.
+        out.resize(frame.raw_bytes as usize, 0);
+        self.open_to(frame, stored, unpacker, out)
+    }
+
+    /// As [`PackCipher::open`], into room that is as long as the frame's content.
+    fn open_to(
+        &self,
+        frame: &FrameRef,
+        stored: &mut [u8],
+        unpacker: &mut zstd::bulk::Decompressor<'_>,
+        out: &mut [u8],
+    ) -> Result<(), &'static str> {
+        if frame.raw_bytes > FRAME_BYTES_MAX {
+            return Err(TOO_LARGE);
+        }
         let bound_to = self.bound_to(frame.number, frame.codec, frame.raw_bytes);
         let opened = crypto::open_with(&self.key, Self::nonce(frame.number), &bound_to, stored)
             .ok_or("a frame was changed, or is not the one the manifest means")?;
-        match frame.codec {
+        let length = match frame.codec {
             Codec::Raw => {
-                out.clear();
-                out.extend_from_slice(opened);
-            }
-            Codec::Zstd => {
-                // Reused buffers are large enough already; only a larger frame is cleared first.
-                if out.len() < raw_bytes {
-                    out.resize(raw_bytes, 0);
+                if let Some(room) = out.get_mut(..opened.len()) {
+                    room.copy_from_slice(opened);
                 }
-                let unpacked = unpacker
-                    .decompress_to_buffer(opened, &mut out[..raw_bytes])
-                    .map_err(|_| "a frame cannot be decompressed")?;
-                out.truncate(unpacked);
+                opened.len()
             }
-        }
-        if out.len() == raw_bytes {
+            Codec::Zstd => unpacker
+                .decompress_to_buffer(opened, out)
+                .map_err(|_| "a frame cannot be decompressed")?,
+        };
+        if length == out.len() && length == frame.raw_bytes as usize {
             Ok(())
         } else {
             Err("a frame has another length than the manifest says")
@@ -588,43 +599,76 @@ pub(crate) fn cipher_of(
         .ok_or("its key does not open: the header was changed")
 }
 
+/// A whole container in memory whose digest, header and table were checked.
+pub(crate) struct Whole {
+    cipher: PackCipher,
+    frames: Vec<FrameRef>,
+    bytes: Vec<u8>,
+    unpacker: zstd::bulk::Decompressor<'static>,
+}
+
+impl Whole {
+    pub(crate) fn check(
+        keys: &Keys,
+        lineage: LineageId,
+        kind: ObjectType,
+        id: [u8; 16],
+        mut bytes: Vec<u8>,
+        content_limit: usize,
+    ) -> Result<Self, &'static str> {
+        let tail = Tail::parse(&bytes)?;
+        let digested = bytes.len() - UNDIGESTED_BYTES;
+        if *blake3::hash(&bytes[..digested]).as_bytes() != tail.digest {
+            return Err("its bytes do not have the digest in its trailer");
+        }
+        let cipher = cipher_of(keys, lineage, kind, id, &bytes)?;
+        let size_bytes = bytes.len() as u64;
+        let table_end = bytes.len() - TAIL_BYTES;
+        let table_start = table_end
+            .checked_sub(tail.table_bytes as usize)
+            .ok_or("its trailer contradicts itself")?;
+        let frames =
+            tail.frames(&cipher, PackId(id), size_bytes, &mut bytes[table_start..table_end])?;
+        let total: u64 = frames.iter().map(|frame| u64::from(frame.raw_bytes)).sum();
+        if total > content_limit as u64 {
+            return Err("it is larger than the format allows");
+        }
+        let unpacker = zstd::bulk::Decompressor::new().map_err(|_| "zstd cannot be started")?;
+        Ok(Self { cipher, frames, bytes, unpacker })
+    }
+
+    /// How long the content of each frame is, in their order.
+    pub(crate) fn lengths(&self) -> Vec<usize> {
+        self.frames.iter().map(|frame| frame.raw_bytes as usize).collect()
+    }
+
+    /// Opens a frame, once, into room that is as long as its content.
+    pub(crate) fn open(&mut self, number: usize, out: &mut [u8]) -> Result<(), &'static str> {
+        let lies_outside = "a frame lies outside";
+        let frame = self.frames.get(number).ok_or(lies_outside)?;
+        let start = usize::try_from(frame.offset).map_err(|_| lies_outside)?;
+        let stored =
+            self.bytes.get_mut(start..start + frame.stored_bytes as usize).ok_or(lies_outside)?;
+        self.cipher.open_to(frame, stored, &mut self.unpacker, out)
+    }
+}
+
 /// A whole small container (a manifest) in memory: checks digest, header, table, and opens every frame in order.
 pub(crate) fn open_whole(
     keys: &Keys,
     lineage: LineageId,
     kind: ObjectType,
     id: [u8; 16],
-    mut bytes: Vec<u8>,
+    bytes: Vec<u8>,
     content_limit: usize,
 ) -> Result<Vec<Vec<u8>>, &'static str> {
-    let tail = Tail::parse(&bytes)?;
-    let digested = bytes.len() - UNDIGESTED_BYTES;
-    if *blake3::hash(&bytes[..digested]).as_bytes() != tail.digest {
-        return Err("its bytes do not have the digest in its trailer");
-    }
-    let cipher = cipher_of(keys, lineage, kind, id, &bytes)?;
-    let size_bytes = bytes.len() as u64;
-    let table_end = bytes.len() - TAIL_BYTES;
-    let table_start =
-        table_end.checked_sub(tail.table_bytes as usize).ok_or("its trailer contradicts itself")?;
-    let frames =
-        tail.frames(&cipher, PackId(id), size_bytes, &mut bytes[table_start..table_end])?;
-    let total: u64 = frames.iter().map(|frame| u64::from(frame.raw_bytes)).sum();
-    if total > content_limit as u64 {
-        return Err("it is larger than the format allows");
-    }
-    let mut unpacker = zstd::bulk::Decompressor::new().map_err(|_| "zstd cannot be started")?;
-    let mut contents = Vec::with_capacity(frames.len());
-    for frame in &frames {
-        let start = usize::try_from(frame.offset).map_err(|_| "a frame lies outside")?;
-        let stored = bytes
-            .get_mut(start..start + frame.stored_bytes as usize)
-            .ok_or("a frame lies outside")?;
-        let mut out = Vec::new();
-        cipher.open(frame, stored, &mut unpacker, &mut out)?;
-        contents.push(out);
-    }
-    Ok(contents)
+    let mut whole = Whole::check(keys, lineage, kind, id, bytes, content_limit)?;
+    let lengths = whole.lengths();
+    let open = |(number, length)| {
+        let mut content = vec![0; length];
+        whole.open(number, &mut content).map(|()| content)
+    };
+    lengths.into_iter().enumerate().map(open).collect()
 }
 
 /// The digest of a whole container's bytes, as its trailer and the manifest hold it.

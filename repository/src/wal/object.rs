@@ -1,5 +1,6 @@
 //! The bytes of one file of the archive: a container of its own, bound to the place it lies at.
 
+use std::cell::Cell;
 use std::io;
 
 use bytes::Bytes;
@@ -10,7 +11,7 @@ use crate::error::Error;
 use crate::key::Keys;
 use crate::limits::TAG_BYTES;
 use crate::pack::{
-    self, Codec, Compressor, FrameRef, HEADER_BYTES, ObjectType, PackBuilder, PackId,
+    self, Codec, Compressor, FrameRef, HEADER_BYTES, ObjectType, PackBuilder, PackId, Whole,
 };
 
 /// What [`object_id`] derives with.
@@ -19,6 +20,7 @@ const ID_CONTEXT: &str = "pgmuster repository v1: place of an archived WAL file"
 const FRAME_BYTES: usize = 4 << 20;
 /// The head: length and digest of the content.
 pub(crate) const HEAD_BYTES: usize = 8 + 32;
+const NO_HEAD: &str = "it does not begin with a head";
 /// zstd's level, as for files.
 const LEVEL: i32 = 3;
 /// The largest content a reader accepts: a segment.
@@ -27,6 +29,11 @@ pub(crate) const CONTENT_BYTES_MAX: u64 = SEGMENT_BYTES_MAX as u64;
 pub(crate) const OBJECT_BYTES_MAX: u64 = CONTENT_BYTES_MAX + (1 << 20);
 /// How many bytes of an object tell what its content is.
 pub(crate) const HEAD_END: u64 = (HEADER_BYTES + HEAD_BYTES + TAG_BYTES) as u64;
+
+thread_local! {
+    /// The compressor of this thread's last segment. Its tables are megabytes, and fresh memory is what costs.
+    static COMPRESSOR: Cell<Option<Compressor>> = const { Cell::new(None) };
+}
 
 /// What the head of an object says of its content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,18 +88,25 @@ pub(crate) fn seal(
     place: &str,
     content: &[u8],
 ) -> Result<Bytes, Error> {
-    let mut compressor = Compressor::new(LEVEL)
-        .map_err(|error| Error::Bug(format!("zstd at level {LEVEL}: {error}")))?;
+    let mut kept = COMPRESSOR.take();
+    let compressor = match &mut kept {
+        Some(compressor) => compressor,
+        None => kept.insert(
+            Compressor::new(LEVEL)
+                .map_err(|error| Error::Bug(format!("zstd at level {LEVEL}: {error}")))?,
+        ),
+    };
     let mut builder = PackBuilder::new(keys, lineage, ObjectType::Archive, object_id(place))?;
     builder.append(&Head::of(content).encode(), None)?;
     // Content and object together are what this takes: a segment may have a gigabyte.
     let mut sealed = Vec::new();
     for frame in content.chunks(FRAME_BYTES) {
-        builder.append(frame, Some(&mut compressor))?;
+        builder.append(frame, Some(compressor))?;
         if let Some(part) = builder.take_part() {
             sealed.extend_from_slice(&part);
         }
     }
+    COMPRESSOR.set(kept);
     let (last, _) = builder.finish()?;
     if sealed.is_empty() {
         return Ok(last);
@@ -110,15 +124,20 @@ pub(crate) fn open(
 ) -> Result<Vec<u8>, &'static str> {
     let id = object_id(place);
     let limit = usize::try_from(CONTENT_BYTES_MAX).unwrap_or(usize::MAX) + HEAD_BYTES;
-    let frames = pack::open_whole(keys, lineage, ObjectType::Archive, id, object, limit)?;
-    let mut frames = frames.into_iter();
-    let head = frames
-        .next()
-        .and_then(|head| Head::decode(&head))
-        .ok_or("it does not begin with a head")?;
-    let mut content = frames.next().unwrap_or_default();
-    for frame in frames {
-        content.extend_from_slice(&frame);
+    let mut whole = Whole::check(keys, lineage, ObjectType::Archive, id, object, limit)?;
+    let lengths = whole.lengths();
+    let mut head = [0; HEAD_BYTES];
+    if lengths.first() != Some(&HEAD_BYTES) {
+        return Err(NO_HEAD);
+    }
+    whole.open(0, &mut head)?;
+    let head = Head::decode(&head).ok_or(NO_HEAD)?;
+    let mut content = vec![0; lengths[1..].iter().sum()];
+    let mut room = content.as_mut_slice();
+    for (number, length) in lengths.into_iter().enumerate().skip(1) {
+        let (frame, rest) = room.split_at_mut(length);
+        whole.open(number, frame)?;
+        room = rest;
     }
     if Head::of(&content) == head {
         Ok(content)
@@ -151,7 +170,7 @@ pub(crate) fn head(
     let mut unpacker = zstd::bulk::Decompressor::new().map_err(|_| "zstd cannot be started")?;
     let mut head = Vec::new();
     cipher.open(&frame, &mut stored, &mut unpacker, &mut head)?;
-    Head::decode(&head).ok_or("it does not begin with a head")
+    Head::decode(&head).ok_or(NO_HEAD)
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 //! an outcome is told to the server, and for how long it is tried, is the command line's affair.
 
 mod branch;
+mod buffers;
 mod calling;
 mod gap;
 mod get;

@@ -8,7 +8,7 @@ use proto::{Action, Code, Failure, WalFileName};
 use repository::{Identity, Repository, SealedWal, WalStored};
 
 use super::lineage::Whose;
-use super::{refused, segment_of, server_of, verify};
+use super::{buffers, refused, segment_of, server_of, verify};
 use crate::context::blocking;
 use crate::failpoint;
 
@@ -99,9 +99,8 @@ async fn read(path: &Path) -> Result<Bytes, Failure> {
                 let what = format!("{size} bytes, and a segment has at most {limit}");
                 return Err(std::io::Error::new(std::io::ErrorKind::FileTooLarge, what));
             }
-            let mut content = Vec::with_capacity(usize::try_from(size).unwrap_or(0));
-            std::io::Read::read_to_end(&mut std::io::Read::take(file, limit + 1), &mut content)?;
-            Ok(content.into())
+            let bytes = std::io::Read::take(file, limit + 1);
+            buffers::read(bytes, usize::try_from(size).unwrap_or(0))
         };
         read().map_err(|error| {
             let what = format!("failed to read {}: {error}", path.display());

@@ -41,10 +41,10 @@ pub use self::ask::{Asking, Heard};
 use self::readahead::ReadAhead;
 use self::tasks::Tasks;
 use self::words::{Answer, Question};
-use super::Until;
 use super::gap::Asked;
 use super::get::{self, Found};
 use super::lineage::Whose;
+use super::{Until, buffers};
 
 /// Where a server that this program starts finds its service: its `restore_command` is the same without it.
 pub const SOCKET_VARIABLE: &str = "PGMUSTER_WAL_SOCKET";
@@ -141,6 +141,7 @@ async fn serve(listener: UnixListener, archives: Arc<Archives>, stop: Cancellati
             _ = sweep.tick() => {
                 archives.readahead.sweep();
                 archives.ahead.sweep();
+                buffers::sweep();
                 continue;
             }
             next = next(&listener, &room) => next,
