@@ -9,6 +9,7 @@ use bytes::Bytes;
 use futures::StreamExt;
 use futures::future::join_all;
 
+use super::probe::Capabilities;
 use super::{KeyTest, Listed, PutOutcome, Store, StoreError};
 
 const MIB: usize = 1024 * 1024;
@@ -201,9 +202,11 @@ pub async fn shows_nothing_of_what_is_staged(store: &dyn Store) {
     let [key, taken, dropped] =
         ["ours", "taken", "dropped"].map(|key| format!("contract/staged/{key}"));
     let (ours, theirs) = (sample(1, 3 * MIB + 1), sample(2, 300));
-    let staged = store.stage(&key, ours.clone()).await.expect("stage");
-    let late = store.stage(&taken, ours.clone()).await.expect("stage");
-    drop(store.stage(&dropped, ours.clone()).await.expect("stage"));
+    let found = Capabilities { completes_if_absent: true, ..Capabilities::default() };
+    let stage = async |key| store.stage(key, ours.clone(), &found).await.expect("stage");
+    let staged = stage(&key).await;
+    let late = stage(&taken).await;
+    drop(stage(&dropped).await);
     assert_eq!(keys(store, "contract/staged/").await, [""; 0], "staged is not put");
     store.put(&taken, theirs.clone()).await.expect("put");
     let outcome = store.put_staged_if_absent(&taken, late).await;
@@ -213,7 +216,7 @@ pub async fn shows_nothing_of_what_is_staged(store: &dyn Store) {
     assert_eq!(outcome.expect("create"), PutOutcome::Created);
     assert!(get(store, &key).await == ours, "not what was staged");
     assert_eq!(keys(store, "contract/staged/").await, [key, taken]);
-    assert!(store.stage("contract/../staged", ours).await.is_err(), "this is no key");
+    assert!(store.stage("contract/../staged", ours, &found).await.is_err(), "this is no key");
 }
 
 /// A prefix is plain text; rows come in byte order with their sizes; directories are named once.

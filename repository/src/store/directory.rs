@@ -23,7 +23,10 @@ use bytes::Bytes;
 use rustix::fs::{Advice, AtFlags, CWD, Mode, OFlags, RenameFlags, fadvise};
 use rustix::io::Errno;
 
-use super::{KeyTest, Listed, PutOutcome, Staged, Store, StoreError, Upload, check_key};
+use super::probe::Capabilities;
+use super::{
+    KeyTest, Listed, PutOutcome, Staged, Store, StoreError, Upload, check_key, staged_elsewhere,
+};
 use crate::{chance, room};
 
 /// Where unfinished objects are that must have a name. Not a valid key, so no object can be there.
@@ -251,7 +254,7 @@ impl Store for DirectoryStore {
         .await
     }
 
-    async fn stage(&self, key: &str, bytes: Bytes) -> Result<Staged, StoreError> {
+    async fn stage(&self, key: &str, bytes: Bytes, _: &Capabilities) -> Result<Staged, StoreError> {
         check_key("put", key)?;
         let written = self.blocking("put", key, move |store, _| {
             let written = store.write(&bytes)?;
@@ -267,8 +270,9 @@ impl Store for DirectoryStore {
         staged: Staged,
     ) -> Result<PutOutcome, StoreError> {
         let written = match staged {
-            Staged::Held(bytes) => return self.put_if_absent(key, bytes).await,
             Staged::Written(Written(temporary)) => temporary,
+            Staged::Held(bytes) => return self.put_if_absent(key, bytes).await,
+            Staged::Sent(_) => return Err(staged_elsewhere(key)),
         };
         check_key("put", key)?;
         self.blocking("put", key, move |store, key| store.link(&written, key)).await

@@ -19,6 +19,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use secrecy::SecretString;
 
+use self::probe::Capabilities;
+
 /// Opens the store behind a URL: `file:///path` or `s3://bucket/prefix`. Nothing is created or probed.
 pub async fn open(url: &str, credentials: &Credentials) -> Result<Arc<dyn Store>, StoreError> {
     match url.split_once("://") {
@@ -148,6 +150,8 @@ pub enum Staged {
     Held(Bytes),
     /// In a file of a directory's, durable.
     Written(directory::Written),
+    /// With an S3 server, as an upload.
+    Sent(s3::Sent),
 }
 
 /// One row of a listing.
@@ -196,8 +200,15 @@ pub trait Store: Send + Sync + std::fmt::Debug {
     /// asking again, since a second call takes the first one's object for somebody else's: read the object instead.
     async fn put_if_absent(&self, key: &str, bytes: Bytes) -> Result<PutOutcome, StoreError>;
     /// Does of a [`Store::put_if_absent`] what decides nothing, for a writer whose objects have an order: several are staged at a
-    /// time, and then put one after the other. Nothing is visible, and what is dropped leaves nothing behind.
-    async fn stage(&self, key: &str, bytes: Bytes) -> Result<Staged, StoreError> {
+    /// time, and then put one after the other. Nothing is visible, and what is dropped leaves nothing behind that
+    /// [`Store::uploads`] would not show. A store that decides only what it was `found` to decide does nothing else.
+    async fn stage(
+        &self,
+        key: &str,
+        bytes: Bytes,
+        found: &Capabilities,
+    ) -> Result<Staged, StoreError> {
+        let _ = found;
         check_key("put", key)?;
         Ok(Staged::Held(bytes))
     }
@@ -209,9 +220,7 @@ pub trait Store: Send + Sync + std::fmt::Debug {
     ) -> Result<PutOutcome, StoreError> {
         match staged {
             Staged::Held(bytes) => self.put_if_absent(key, bytes).await,
-            Staged::Written(_) => {
-                Err(StoreError::Unsuitable { reason: format!("{key} was staged in another store") })
-            }
+            Staged::Written(_) | Staged::Sent(_) => Err(staged_elsewhere(key)),
         }
     }
     /// Starts an object that is too large for one call.
@@ -255,6 +264,10 @@ pub trait Store: Send + Sync + std::fmt::Debug {
     /// Ends uploads that nobody completes. Returns how many there were. Only uploads whose key is in `keys` (those of
     /// dead attempts) are touched.
     async fn abort_uploads(&self, keys: &[String]) -> Result<usize, StoreError>;
+}
+
+fn staged_elsewhere(key: &str) -> StoreError {
+    StoreError::Unsuitable { reason: format!("{key} was staged in another store") }
 }
 
 /// Whether a key is of the kind described at [`Store`].

@@ -8,7 +8,7 @@ use futures::future::join_all;
 use serde::{Deserialize, Serialize};
 
 use super::single::SingleWriter;
-use super::{PutOutcome, Store, StoreError};
+use super::{PutOutcome, Staged, Store, StoreError};
 use crate::{chance, hex};
 
 /// Creators in one race.
@@ -16,6 +16,9 @@ const RACERS: u8 = 8;
 
 /// Races that must each have exactly one winner.
 const RACES: u8 = 3;
+
+/// So much that a store stages it.
+const STAGED_BYTES: usize = 1 << 20;
 
 /// The least part of an upload that is not its last.
 const PART_BYTES: usize = 5 * 1024 * 1024;
@@ -25,7 +28,7 @@ const PART_BYTES: usize = 5 * 1024 * 1024;
 /// repository keeps it in its config; what is absent there was not seen.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-#[expect(clippy::struct_excessive_bools, reason = "four independent findings, each with a name")]
+#[expect(clippy::struct_excessive_bools, reason = "independent findings, each with a name")]
 pub struct Capabilities {
     /// Races of eight creators that had exactly one winner: all that were run; none for a single writer.
     pub races_with_one_winner: u8,
@@ -37,6 +40,8 @@ pub struct Capabilities {
     pub deletes: bool,
     /// Unfinished uploads can be found by key and ended. False for a directory, which needs no such sweep.
     pub ends_uploads: bool,
+    /// Of two that were staged for one key, the first that is put wins. Where this was not seen, nothing is sent before its turn.
+    pub completes_if_absent: bool,
 }
 
 /// Tries the store below a name of its own, and cleans up whatever the outcome.
@@ -64,6 +69,8 @@ async fn attempt(store: &dyn Store, below: &str, races: u8) -> Result<Capabiliti
     one_creator_wins(store, below, races).await?;
     reads_ranges(store, below).await?;
     let ends_uploads = uploads(store, below).await?;
+    // Nothing but speed hangs on it.
+    let completes_if_absent = stages(store, below).await.unwrap_or(false);
 
     let key = format!("{below}/listed");
     let is_listed = async || {
@@ -84,6 +91,7 @@ async fn attempt(store: &dyn Store, below: &str, races: u8) -> Result<Capabiliti
         list_after_delete,
         deletes,
         ends_uploads,
+        completes_if_absent,
     })
 }
 
@@ -177,6 +185,22 @@ async fn uploads(store: &dyn Store, below: &str) -> Result<bool, StoreError> {
     };
     upload.abort().await?;
     ended
+}
+
+/// Whether what is staged second for a key loses, and changes nothing.
+async fn stages(store: &dyn Store, below: &str) -> Result<bool, StoreError> {
+    let key = format!("{below}/staged");
+    let tried = Capabilities { completes_if_absent: true, ..Capabilities::default() };
+    let [first, second] = [1, 2].map(|byte| Bytes::from(vec![byte; STAGED_BYTES]));
+    let ours = store.stage(&key, first.clone(), &tried).await?;
+    let theirs = store.stage(&key, second, &tried).await?;
+    let is_ahead = !matches!(ours, Staged::Held(_));
+    let outcomes = [
+        store.put_staged_if_absent(&key, ours).await?,
+        store.put_staged_if_absent(&key, theirs).await?,
+    ];
+    let kept = store.get(&key, STAGED_BYTES as u64).await?;
+    Ok(is_ahead && outcomes == [PutOutcome::Created, PutOutcome::Exists] && kept == first)
 }
 
 /// Deletes what the probe wrote; where deleting is forbidden, what it wrote stays.
@@ -351,6 +375,7 @@ mod tests {
                 list_after_delete: true,
                 deletes: true,
                 ends_uploads: false,
+                completes_if_absent: true,
             }
         );
         assert_eq!(store.list("").await.unwrap(), []);
@@ -395,6 +420,10 @@ mod tests {
             assert_eq!(found.as_ref().is_ok(), is_suitable, "{fault:?}: {found:?}");
             if let Ok(found) = found {
                 assert_eq!(found.races_with_one_winner, 0, "{fault:?}");
+                assert!(
+                    !found.completes_if_absent,
+                    "{fault:?}: nothing may be sent before its turn"
+                );
             }
             assert_eq!(store.inner.list("").await.unwrap(), [], "{fault:?} left objects");
         }

@@ -16,6 +16,7 @@ use crate::layout;
 use crate::lineage::NOTES_IN_FLIGHT;
 use crate::pack::{self, Tail};
 use crate::repository::Repository;
+use crate::store::probe::Capabilities;
 use crate::store::{PutOutcome, Staged, StoreError};
 
 /// The largest history and label that is stored: they have a line for each promotion, and ten lines.
@@ -96,8 +97,11 @@ impl Repository {
     pub async fn stage_sealed_wal(&self, sealed: SealedWal) -> Result<SealedWal, Error> {
         let key = sealed.key();
         let object = match sealed.object {
-            Staged::Held(bytes) => self.store.stage(&key, bytes).await?,
-            written @ Staged::Written(_) => written,
+            Staged::Held(bytes) => {
+                let nothing = Capabilities::default();
+                self.store.stage(&key, bytes, self.probed().unwrap_or(&nothing)).await?
+            }
+            staged => staged,
         };
         Ok(SealedWal { object, ..sealed })
     }

@@ -6,6 +6,7 @@ use std::io;
 use bytes::Bytes;
 use proto::LineageId;
 use proto::wal::SEGMENT_BYTES_MAX;
+use zstd::zstd_safe::{CParameter, Strategy};
 
 use crate::error::Error;
 use crate::key::Keys;
@@ -21,8 +22,16 @@ const FRAME_BYTES: usize = 4 << 20;
 /// The head: length and digest of the content.
 pub(crate) const HEAD_BYTES: usize = 8 + 32;
 const NO_HEAD: &str = "it does not begin with a head";
-/// zstd's level, as for files.
+/// zstd's level where [`TUNED`] says nothing else.
 const LEVEL: i32 = 3;
+/// What zstd does differently with WAL than its level says: on ten kinds of WAL it is as small, in half the time (ADR 0036).
+const TUNED: [CParameter; 4] = [
+    CParameter::Strategy(Strategy::ZSTD_fast),
+    CParameter::HashLog(14),
+    CParameter::MinMatch(5),
+    // The frame is authenticated as a whole, and its length is known.
+    CParameter::ChecksumFlag(false),
+];
 /// The largest content a reader accepts: a segment.
 pub(crate) const CONTENT_BYTES_MAX: u64 = SEGMENT_BYTES_MAX as u64;
 /// The largest object a reader accepts: such content that does not shrink, and what is around it.
@@ -81,6 +90,12 @@ pub(crate) fn object_id(place: &str) -> [u8; 16] {
     id
 }
 
+fn compressor() -> io::Result<Compressor> {
+    let mut compressor = Compressor::new(LEVEL)?;
+    TUNED.into_iter().try_for_each(|parameter| compressor.set_parameter(parameter))?;
+    Ok(compressor)
+}
+
 /// Compresses and seals.
 pub(crate) fn seal(
     keys: &Keys,
@@ -92,8 +107,7 @@ pub(crate) fn seal(
     let compressor = match &mut kept {
         Some(compressor) => compressor,
         None => kept.insert(
-            Compressor::new(LEVEL)
-                .map_err(|error| Error::Bug(format!("zstd at level {LEVEL}: {error}")))?,
+            compressor().map_err(|error| Error::Bug(format!("zstd cannot be set up: {error}")))?,
         ),
     };
     let mut builder = PackBuilder::new(keys, lineage, ObjectType::Archive, object_id(place))?;

@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use proto::{Code, Failure};
 use repository::store::contract::sample;
+use repository::store::probe::Capabilities;
 use repository::store::s3::{S3Options, S3Store};
-use repository::store::{PutOutcome, Store, StoreError};
+use repository::store::{PutOutcome, Staged, Store, StoreError};
 use repository::{Encryption, InitOptions, Repository};
 
 use crate::lab::{bucket, client, endpoint, impatient, open};
@@ -267,6 +268,60 @@ async fn another_range_than_asked_for_is_refused() {
         assert_eq!(got, "2345");
     }
     assert!(lab.proxy.is_spent());
+}
+
+// Staged: sent before its turn, and put by completing the upload where there is nothing.
+
+async fn stage(lab: &Lab, key: &str) -> Staged {
+    let found = Capabilities { completes_if_absent: true, ..Capabilities::default() };
+    let staged = lab.store.stage(key, sample(1, MIB), &found).await.expect("stage");
+    assert!(matches!(staged, Staged::Sent(_)), "{staged:?}");
+    staged
+}
+
+#[tokio::test]
+async fn what_was_staged_is_ours_or_somebody_elses_whatever_is_heard_of_it() {
+    let lab = lab("staged").await;
+    for (at, fault) in [
+        Fault::LoseAnswer,
+        Fault::CarryOutAndAnswer(refusal(500, "InternalError")),
+        Fault::CarryOutAndAnswer(refusal(412, "PreconditionFailed")),
+        Fault::CarryOutAndAnswer(Canned { status: 200, headers: &[], body: String::new() }),
+        Fault::Answer(refusal(409, "ConditionalRequestConflict")),
+        Fault::Answer(refusal(503, "SlowDown")),
+        Fault::CutRequest(100),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let (ours, theirs) = (format!("ours-{at}"), format!("theirs-{at}"));
+        let (staged, late) = (stage(&lab, &ours).await, stage(&lab, &theirs).await);
+        lab.direct.put(&theirs, sample(2, MIB)).await.expect("put");
+        lab.proxy.inject("POST", "uploadId=", 1, fault.clone());
+        let outcome = lab.store.put_staged_if_absent(&ours, staged).await;
+        assert_eq!(outcome.expect("put"), PutOutcome::Created, "{fault:?}");
+        assert!(lab.direct.get(&ours, 1 << 30).await.expect("get") == sample(1, MIB), "{fault:?}");
+        lab.proxy.inject("POST", "uploadId=", 1, fault.clone());
+        let outcome = lab.store.put_staged_if_absent(&theirs, late).await;
+        assert_eq!(outcome.expect("put"), PutOutcome::Exists, "{fault:?}");
+        assert!(lab.direct.get(&theirs, 1 << 30).await.expect("get") == sample(2, MIB));
+    }
+    assert!(lab.proxy.is_spent());
+    assert_eq!(lab.uploads_in_progress().await, 0);
+}
+
+#[tokio::test]
+async fn what_was_staged_and_ended_by_somebody_is_not_there_and_not_said_to_be() {
+    let lab = lab("ended").await;
+    let staged = stage(&lab, "wal").await;
+    assert_eq!(lab.direct.abort_uploads(&["wal".to_owned()]).await.expect("abort"), 1);
+    let put = lab.store.put_staged_if_absent("wal", staged).await;
+    assert!(matches!(put, Err(StoreError::Unavailable { .. })), "{put:?}");
+    assert!(matches!(lab.direct.size("wal").await, Err(StoreError::NotFound { .. })));
+
+    let staged = stage(&lab, "wal").await;
+    let elsewhere = lab.store.put_staged_if_absent("other", staged).await;
+    assert!(matches!(elsewhere, Err(StoreError::Unsuitable { .. })), "{elsewhere:?}");
 }
 
 // Uploads.

@@ -52,6 +52,7 @@ async fn s3_passes_the_probe_and_is_left_clean() {
             list_after_delete: true,
             deletes: true,
             ends_uploads: true,
+            completes_if_absent: true,
         }
     );
     assert_eq!(store.list("").await.expect("list"), []);

@@ -8,7 +8,7 @@ use proto::{AttemptId, SystemIdentifier};
 use repository::store::contract;
 use repository::store::probe::probe;
 use repository::store::s3::{Checksums, S3Options, S3Store};
-use repository::store::{Store, StoreError};
+use repository::store::{PutOutcome, Staged, Store, StoreError};
 use repository::{
     Amount, CollectOptions, Collected, Encryption, Error, InitOptions, Intent, Repository, Source,
     WriteOptions,
@@ -72,6 +72,48 @@ async fn a_store_that_ignores_the_condition_is_found_out() {
     let found = probe(&open(&options).await).await;
     let Err(StoreError::Unsuitable { reason }) = &found else { panic!("{found:?}") };
     assert!(reason.contains("ignores the condition of a write"), "{reason}");
+}
+
+/// What decides between puts may decide nothing between uploads: then nothing is sent before its turn.
+#[tokio::test]
+async fn a_store_that_ignores_the_condition_of_an_upload_gets_no_upload_of_wal() {
+    let (proxy, options, _direct) = proxied("ignores-late").await;
+    let store = open(&options).await;
+    proxy.inject("POST", "uploadId=", usize::MAX, Fault::IgnoreCondition);
+    let found = probe(&store).await.expect("all else is as it should be");
+    assert!(!found.completes_if_absent);
+    proxy.forgive();
+    let staged = store.stage("x", contract::sample(1, 1 << 20), &found).await.expect("stage");
+    assert!(matches!(staged, Staged::Held(_)), "{staged:?}");
+    assert!(probe(&store).await.expect("probe").completes_if_absent);
+}
+
+/// An upload of a file that came into the archive by other means is dead; one of a file that is not there may be on its way.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_collection_ends_the_uploads_of_what_is_archived() {
+    let options = bucket("archived").await;
+    let direct = open(&options).await;
+    let store: Arc<dyn Store> = Arc::new(direct.clone());
+    let found = probe(&direct).await.expect("probe");
+    let init = InitOptions { encryption: Encryption::KeyFile, now_ms: NOW_MS };
+    let repository = Repository::init(store, init).await.expect("a repository").repository;
+    let cluster = "orders".parse().expect("a name");
+    let identity = repository.find_or_mint_lineage(&cluster, SystemIdentifier(7), NOW_MS).await;
+    let lineage = identity.expect("a lineage").lineage;
+    let [there, coming] = ["000000010000000000000001", "000000010000000000000002"]
+        .map(|name| format!("lineages/{lineage}/wal/00000001/{name}"));
+    let bytes = contract::sample(1, 1 << 20);
+    let dead = direct.stage(&there, bytes.clone(), &found).await.expect("stage");
+    let living = direct.stage(&coming, bytes.clone(), &found).await.expect("stage");
+    direct.put(&there, bytes.clone()).await.expect("put");
+    let options = CollectOptions { now_ms: NOW_MS, ..CollectOptions::default() };
+    let plan = repository.plan_collection(lineage, &options).await.expect("plan");
+    plan.collect(&options).await.expect("collect");
+    assert_eq!(direct.uploads("").await.expect("uploads"), [coming.clone()]);
+    direct.put_staged_if_absent(&there, dead).await.expect_err("its upload was ended");
+    let outcome = direct.put_staged_if_absent(&coming, living).await.expect("put");
+    assert_eq!(outcome, PutOutcome::Created);
+    assert!(direct.get(&coming, 1 << 20).await.expect("get") == bytes);
 }
 
 /// Asking again makes no room.

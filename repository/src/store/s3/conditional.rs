@@ -12,7 +12,7 @@ use super::{Pauses, S3Store, WRITE_ID, write_id};
 use crate::store::{PutOutcome, Store, StoreError};
 
 /// Whose object stands under a key.
-enum Owner {
+pub(super) enum Owner {
     Nobody,
     Ours,
     Somebody,
@@ -39,7 +39,7 @@ pub(super) async fn put_if_absent(
             return Err(answer.into_error("create", key, &store.inner.bucket));
         }
         unheard |= answer.may_have_happened();
-        match owner(store, key, &write_id, bytes.len()).await {
+        match owner(store, key, &write_id, bytes.len() as u64).await {
             Ok(Owner::Ours) => return Ok(PutOutcome::Created),
             Ok(Owner::Somebody) => return Ok(PutOutcome::Exists),
             Ok(Owner::Unmarked) => return unmarked(store, key, &bytes, unheard).await,
@@ -73,14 +73,19 @@ async fn put_once(store: &S3Store, key: &str, bytes: Bytes, write_id: &str) -> R
         .map_err(|error| Answer::of(&error))
 }
 
-async fn owner(store: &S3Store, key: &str, write_id: &str, size: usize) -> Result<Owner, Answer> {
+pub(super) async fn owner(
+    store: &S3Store,
+    key: &str,
+    write_id: &str,
+    size: u64,
+) -> Result<Owner, Answer> {
     let head = match store.head(key).await {
         Ok(head) => head,
         Err(answer) if answer.looks_missing() => return Ok(Owner::Nobody),
         Err(answer) => return Err(answer),
     };
     let same_size =
-        head.content_length().and_then(|length| usize::try_from(length).ok()) == Some(size);
+        head.content_length().and_then(|length| u64::try_from(length).ok()) == Some(size);
     Ok(match head.metadata().and_then(|metadata| metadata.get(WRITE_ID)) {
         Some(found) if found == write_id && same_size => Owner::Ours,
         Some(_) => Owner::Somebody,

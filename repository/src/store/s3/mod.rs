@@ -37,7 +37,11 @@ use tokio::sync::Semaphore;
 
 use self::answer::{Answer, chain};
 pub use self::options::{Checksums, Limits, S3Credentials, S3Options};
-use crate::store::{KeyTest, Listed, PutOutcome, Store, StoreError, Upload, check_key};
+pub use self::upload::Sent;
+use crate::store::probe::Capabilities;
+use crate::store::{
+    KeyTest, Listed, PutOutcome, Staged, Store, StoreError, Upload, check_key, staged_elsewhere,
+};
 use crate::{chance, hex};
 
 /// Where a write id stands in an object's user metadata.
@@ -52,6 +56,9 @@ const DIRECTORY_BUCKET: &str = "--x-s3";
 /// The verbs that find out whether an object is there.
 const READ: &str = "read";
 const SIZE: &str = "find the size of";
+
+/// What is shorter is as soon put as an upload of it is completed.
+const STAGED_BYTES_MIN: usize = 256 << 10;
 
 /// How often a body is asked for that breaks off, or that is not the one asked for.
 const BODY_ATTEMPTS: u32 = 3;
@@ -468,6 +475,31 @@ impl Store for S3Store {
     async fn put_if_absent(&self, key: &str, bytes: Bytes) -> Result<PutOutcome, StoreError> {
         check_key("create", key)?;
         conditional::put_if_absent(self, key, bytes).await
+    }
+
+    async fn stage(
+        &self,
+        key: &str,
+        bytes: Bytes,
+        found: &Capabilities,
+    ) -> Result<Staged, StoreError> {
+        check_key("create", key)?;
+        if !found.completes_if_absent || bytes.len() < STAGED_BYTES_MIN {
+            return Ok(Staged::Held(bytes));
+        }
+        Ok(Staged::Sent(Sent::send(self, key, bytes).await?))
+    }
+
+    async fn put_staged_if_absent(
+        &self,
+        key: &str,
+        staged: Staged,
+    ) -> Result<PutOutcome, StoreError> {
+        match staged {
+            Staged::Sent(sent) if sent.is_for(key) => sent.put_if_absent().await,
+            Staged::Held(bytes) => self.put_if_absent(key, bytes).await,
+            Staged::Sent(_) | Staged::Written(_) => Err(staged_elsewhere(key)),
+        }
     }
 
     async fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError> {

@@ -1,9 +1,10 @@
 //! An object that is sent in parts: a few at a time, so memory stays flat, and complete only when the store says so or
 //! the object itself proves it.
 
-use async_trait::async_trait;
+use std::fmt;
 use std::sync::Arc;
 
+use async_trait::async_trait;
 use aws_sdk_s3::primitives::ByteStream;
 use aws_sdk_s3::types::{CompletedMultipartUpload, CompletedPart};
 use bytes::Bytes;
@@ -11,8 +12,9 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::answer::Answer;
+use super::conditional::{self, Owner};
 use super::{NO_SUCH_UPLOAD, Pauses, S3Store, WRITE_ID, write_id};
-use crate::store::{Store, StoreError, Upload};
+use crate::store::{PutOutcome, Store, StoreError, Upload};
 
 /// Parts of one upload on their way at the same time.
 const PARTS_IN_FLIGHT: usize = 4;
@@ -31,6 +33,15 @@ enum State {
     Ended,
     /// Nothing: a part is missing, because it failed or because its caller did not wait for it.
     Broken(&'static str),
+}
+
+/// Where an upload may become an object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// Wherever its key is, in the place of another one too.
+    Any,
+    /// Only where there is none.
+    Absent,
 }
 
 pub(super) struct S3Upload {
@@ -143,20 +154,7 @@ impl S3Upload {
         }
     }
 
-    /// Asks the object itself whether it is what we uploaded.
-    async fn is_there(&self) -> Result<bool, Answer> {
-        let head = match self.store.head(&self.key).await {
-            Ok(head) => head,
-            Err(answer) if answer.looks_missing() => return Ok(false),
-            Err(answer) => return Err(answer),
-        };
-        let written_by = head.metadata().and_then(|metadata| metadata.get(WRITE_ID));
-        Ok(written_by == Some(&self.write_id)
-            && head.content_length().and_then(|length| u64::try_from(length).ok())
-                == Some(self.size))
-    }
-
-    async fn complete_once(&self, upload_id: &str) -> Result<bool, Answer> {
+    async fn complete_once(&self, upload_id: &str, place: Place) -> Result<bool, Answer> {
         let store = &self.store;
         let parts = CompletedMultipartUpload::builder().set_parts(Some(self.done.clone())).build();
         // Joining the parts may take the store longer than a plain answer.
@@ -174,6 +172,7 @@ impl S3Upload {
             .key(store.full_key(&self.key))
             .upload_id(upload_id)
             .multipart_upload(parts)
+            .set_if_none_match((place == Place::Absent).then(|| "*".to_owned()))
             .customize()
             .config_override(patience)
             .send()
@@ -183,17 +182,26 @@ impl S3Upload {
             .map_err(|error| Answer::of(&error))
     }
 
-    async fn complete_parts(&mut self, upload_id: &str) -> Result<(), StoreError> {
+    async fn complete_parts(
+        &mut self,
+        upload_id: &str,
+        place: Place,
+    ) -> Result<PutOutcome, StoreError> {
         self.settle_to(0).await?;
         self.done.sort_unstable_by_key(CompletedPart::part_number);
         let deadline = Instant::now() + self.store.inner.limits.settle;
         let mut pauses = Pauses::new(&self.store.inner.limits);
+        // Whether an attempt may have made the object although we did not hear so.
+        let mut unheard = false;
         loop {
-            let answer = match self.complete_once(upload_id).await {
-                Ok(true) => return Ok(()),
+            let answer = match self.complete_once(upload_id, place).await {
+                Ok(true) => return Ok(PutOutcome::Created),
                 Ok(false) => None,
                 Err(answer) => Some(answer),
             };
+            unheard |= answer.as_ref().is_none_or(Answer::may_have_happened);
+            let is_taken =
+                place == Place::Absent && answer.as_ref().is_some_and(Answer::is_precondition);
             let failed = |answer: Option<Answer>| match answer {
                 Some(answer) if answer.code == NO_SUCH_UPLOAD => {
                     self.refused(format!("somebody else ended the upload: {answer}"))
@@ -205,13 +213,15 @@ impl S3Upload {
                 None => true,
                 // Gone: completed by a request whose answer we did not hear, or ended by somebody else.
                 Some(answer) if answer.code == NO_SUCH_UPLOAD => false,
-                Some(answer) if answer.passes() => true,
+                Some(answer) if answer.passes() || is_taken => true,
                 Some(_) => return Err(failed(answer)),
             };
-            match self.is_there().await {
-                Ok(true) => return Ok(()),
-                Ok(false) if !again => return Err(failed(answer)),
-                Ok(false) => {}
+            match conditional::owner(&self.store, &self.key, &self.write_id, self.size).await {
+                Ok(Owner::Ours) => return Ok(PutOutcome::Created),
+                Ok(Owner::Somebody) if is_taken => return Ok(PutOutcome::Exists),
+                Ok(Owner::Unmarked) if is_taken && !unheard => return Ok(PutOutcome::Exists),
+                Ok(_) if !again => return Err(failed(answer)),
+                Ok(_) => {}
                 Err(asked) if asked.passes() => {}
                 Err(asked) => return Err(failed(Some(asked))),
             }
@@ -220,6 +230,82 @@ impl S3Upload {
             }
             pauses.pause().await;
         }
+    }
+
+    /// Completes it, and ends what else was begun under its key.
+    async fn complete_at(&mut self, place: Place) -> Result<PutOutcome, StoreError> {
+        if let State::Broken(why) = self.state {
+            return Err(self.refused(why));
+        }
+        let upload_id = self.upload_id.clone().ok_or_else(|| self.refused("nothing was sent"))?;
+        let outcome = self.complete_parts(&upload_id, place).await?;
+        if outcome == PutOutcome::Created {
+            self.upload_id = None;
+        }
+        // The object is there; what else was begun under its key costs money and nothing more.
+        if std::mem::take(&mut self.unheard)
+            && let Err(error) = sweep(&self.store, &self.key).await
+        {
+            tracing::warn!("An upload of {} may have been left behind: {error}", self.key);
+        }
+        Ok(outcome)
+    }
+
+    /// Sends a part that may be the last one.
+    async fn send_part(&mut self, bytes: Bytes) -> Result<(), StoreError> {
+        self.state = State::Broken("a part of it was given up");
+        let upload_id = self.start().await?;
+        self.settle_to(PARTS_IN_FLIGHT - 1).await?;
+        // Beside this upload's own: the memory of a part is given back when the part has arrived, not before.
+        let memory = Arc::clone(&self.store.inner.parts);
+        let permit =
+            memory.acquire_owned().await.map_err(|error| self.refused(error.to_string()))?;
+        let (store, key) = (self.store.clone(), self.key.clone());
+        self.parts += 1;
+        self.size += bytes.len() as u64;
+        let number = self.parts;
+        self.state = if bytes.len() < PART_BYTES_MIN { State::Ended } else { State::Open };
+        self.in_flight.spawn(async move {
+            let sent = send(&store, &key, &upload_id, number, bytes).await;
+            drop(permit);
+            sent
+        });
+        Ok(())
+    }
+}
+
+/// An object that was sent and has no name yet: an upload of one part.
+pub struct Sent(Box<S3Upload>);
+
+impl fmt::Debug for Sent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Sent({})", self.0.key)
+    }
+}
+
+impl Sent {
+    /// Returns when all of it has arrived.
+    pub(super) async fn send(store: &S3Store, key: &str, bytes: Bytes) -> Result<Self, StoreError> {
+        let mut upload = Box::new(S3Upload::new(store.clone(), key));
+        upload.send_part(bytes).await?;
+        upload.settle_to(0).await?;
+        Ok(Self(upload))
+    }
+
+    pub(super) fn is_for(&self, key: &str) -> bool {
+        self.0.key == key
+    }
+
+    /// As [`Store::put_if_absent`].
+    pub(super) async fn put_if_absent(mut self) -> Result<PutOutcome, StoreError> {
+        let outcome = self.0.complete_at(Place::Absent).await?;
+        if outcome == PutOutcome::Exists {
+            let key = self.0.key.clone();
+            if let Err(error) = self.0.abort().await {
+                tracing::debug!(key, %error, "left an upload behind");
+            }
+        }
+        Ok(outcome)
     }
 }
 
@@ -237,50 +323,21 @@ impl Upload for S3Upload {
         if bytes.is_empty() && self.parts > 0 {
             return Ok(());
         }
-        let after = if bytes.len() < PART_BYTES_MIN { State::Ended } else { State::Open };
-        self.parts += 1;
-        self.size += bytes.len() as u64;
-        if self.parts == 1 && bytes.len() < PART_BYTES_MIN {
+        if self.parts == 0 && bytes.len() < PART_BYTES_MIN {
+            self.parts = 1;
             self.held = Some(bytes);
-            self.state = after;
+            self.state = State::Ended;
             return Ok(());
         }
-        self.state = State::Broken("a part of it was given up");
-        let upload_id = self.start().await?;
-        self.settle_to(PARTS_IN_FLIGHT - 1).await?;
-        // Beside this upload's own: the memory of a part is given back when the part has arrived, not before.
-        let memory = Arc::clone(&self.store.inner.parts);
-        let permit =
-            memory.acquire_owned().await.map_err(|error| self.refused(error.to_string()))?;
-        let store = self.store.clone();
-        let key = self.key.clone();
-        let number = self.parts;
-        self.in_flight.spawn(async move {
-            let sent = send(&store, &key, &upload_id, number, bytes).await;
-            drop(permit);
-            sent
-        });
-        self.state = after;
-        Ok(())
+        self.send_part(bytes).await
     }
 
     async fn complete(mut self: Box<Self>) -> Result<(), StoreError> {
-        if let State::Broken(why) = self.state {
-            return Err(self.refused(why));
-        }
-        let Some(upload_id) = self.upload_id.clone() else {
+        if self.upload_id.is_none() && !matches!(self.state, State::Broken(_)) {
             let whole = self.held.take().unwrap_or_default();
             return self.store.put(&self.key, whole).await;
-        };
-        self.complete_parts(&upload_id).await?;
-        self.upload_id = None;
-        // The object is there; what else was begun under its key costs money and nothing more.
-        if std::mem::take(&mut self.unheard)
-            && let Err(error) = sweep(&self.store, &self.key).await
-        {
-            tracing::warn!("An upload of {} may have been left behind: {error}", self.key);
         }
-        Ok(())
+        self.complete_at(Place::Any).await.map(|_| ())
     }
 
     async fn abort(mut self: Box<Self>) -> Result<(), StoreError> {
