@@ -24,6 +24,8 @@ pub(crate) struct Client {
     base: String,
     place: String,
     token: Option<SecretString>,
+    /// The coordinator would refuse nearly everything.
+    lacks_token: bool,
 }
 
 impl Client {
@@ -45,7 +47,8 @@ impl Client {
     pub(crate) fn over_socket(path: &Path) -> Result<Self, Failure> {
         let http = builder().unix_socket(path).build().map_err(|error| bug(&error))?;
         let place = path.display().to_string();
-        Ok(Self { http, base: "http://coordinator".to_owned(), place, token: None })
+        let base = "http://coordinator".to_owned();
+        Ok(Self { http, base, place, token: None, lacks_token: false })
     }
 
     fn over_http(url: &str, token_file: Option<&Path>) -> Result<Self, Failure> {
@@ -72,17 +75,13 @@ impl Client {
                 "Use an https:// URL.",
             ));
         }
-        let Some(token_file) = token_file else {
-            return Err(refuse(
-                format!("a coordinator reached by URL ({url}) asks for a token"),
-                "Give --token-file FILE.",
-            ));
-        };
-        let reference = proto::SecretRef::File(token_file.display().to_string());
         let http = builder().build().map_err(|error| bug(&error))?;
         let base = url.trim_end_matches('/').to_owned();
-        let token = Some(crate::secrets::resolve(&reference)?);
-        Ok(Self { http, place: base.clone(), base, token })
+        let token = token_file.map(|file| {
+            crate::secrets::resolve(&proto::SecretRef::File(file.display().to_string()))
+        });
+        let (token, lacks_token) = (token.transpose()?, token_file.is_none());
+        Ok(Self { http, place: base.clone(), base, token, lacks_token })
     }
 
     /// Asks for something.
@@ -108,6 +107,17 @@ impl Client {
         self.send(self.http.post(format!("{}{path}", self.base)).json(body), REQUEST_MAX).await
     }
 
+    /// Orders something that carries its own right to be done.
+    pub(crate) async fn post_with_own_right<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, Failure> {
+        let request = self.http.post(format!("{}{path}", self.base)).json(body);
+        let (status, body) = self.exchange(request, REQUEST_MAX).await?;
+        understood(status, &body)
+    }
+
     /// Asks the coordinator how it is. It says so also when it is not well, with status 503.
     pub(crate) async fn health(&self) -> Result<HealthView, Failure> {
         let request = self.http.get(format!("{}/healthz", self.base));
@@ -123,6 +133,11 @@ impl Client {
         request: reqwest::RequestBuilder,
         limit: Duration,
     ) -> Result<T, Failure> {
+        if self.lacks_token {
+            let what = format!("a coordinator reached by URL ({}) asks for a token", self.place);
+            return Err(Failure::new(Code::ConfigInvalid, Action::FixConfig, what)
+                .with_hint("Give --token-file FILE."));
+        }
         let (status, body) = self.exchange(request, limit).await?;
         understood(status, &body)
     }

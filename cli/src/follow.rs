@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use coordinator::api::types::JobView;
 use indicatif::{ProgressBar, ProgressStyle};
-use proto::job::{BackupOutcome, EnableWalOutcome, JobState, Outcome};
+use proto::job::{BackupOutcome, EnableWalOutcome, JobState, Outcome, RestoreOutcome};
 use proto::{ClusterName, Failure, JobId};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -167,6 +167,7 @@ pub(crate) fn ended(view: &JobView) -> Exit {
             Exit::Findings
         }
         (Exit::Ok, Some(Outcome::Backup(done))) => found(done),
+        (Exit::Ok, Some(Outcome::Restore(done))) => restored(done),
         (exit, _) => exit,
     }
 }
@@ -174,6 +175,12 @@ pub(crate) fn ended(view: &JobView) -> Exit {
 /// The exit code of a backup that was taken.
 pub(crate) fn found(done: &BackupOutcome) -> Exit {
     if done.bad_pages > 0 { Exit::Findings } else { Exit::Ok }
+}
+
+/// The exit code of a restore that was done.
+pub(crate) fn restored(done: &RestoreOutcome) -> Exit {
+    let reached = done.recovery.as_ref().and_then(|recovery| recovery.reached.as_ref());
+    if reached.is_some_and(|reached| reached.stays_down) { Exit::Findings } else { Exit::Ok }
 }
 
 /// Resolves at Ctrl-C or SIGTERM. Listens from the call on, not only from the first poll.

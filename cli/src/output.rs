@@ -1,6 +1,7 @@
 //! The only place that writes to standard output (what was asked for) and standard error (talk about it).
 
 use std::io::{IsTerminal as _, Write as _};
+use std::time::Duration;
 
 use comfy_table::{ContentArrangement, Table, presets};
 use proto::Failure;
@@ -19,6 +20,19 @@ pub(crate) fn data(text: &str) {
 /// Says something about the work.
 pub(crate) fn talk(text: &str) {
     let _ = writeln!(std::io::stderr().lock(), "{text}");
+}
+
+/// How long nobody wonders why nothing happens.
+const SLOW: Duration = Duration::from_secs(5);
+
+/// Does something that is soon done as a rule, and says what it is when it takes long.
+pub(crate) async fn told_when_slow<T>(what: &str, work: impl Future<Output = T>) -> T {
+    let mut work = std::pin::pin!(work);
+    if let Ok(done) = tokio::time::timeout(SLOW, &mut work).await {
+        return done;
+    }
+    talk(&format!("Still {what}"));
+    work.await
 }
 
 /// Prints a value as JSON, or as people read it.
@@ -84,6 +98,16 @@ pub(crate) fn restored(done: &proto::job::RestoreOutcome) -> String {
 
 /// Where a restored server is, or will be when it is started.
 pub(crate) fn recovered(done: &proto::job::RestoreOutcome) -> String {
+    let apart = done.settings_apart.as_ref().map_or(String::new(), |place| {
+        format!(
+            "; it has no postgresql.conf: the source had its settings elsewhere, and they are in {place}. Put them where a server \
+             looks for them, or name them with -c config_file=…"
+        )
+    });
+    where_it_is(done) + &apart
+}
+
+fn where_it_is(done: &proto::job::RestoreOutcome) -> String {
     let Some(recovery) = &done.recovery else {
         let silent = if done.archiving_stopped {
             " and archives nothing (archive_mode in postgresql.auto.conf)"

@@ -320,6 +320,7 @@ fn outcomes_of_every_kind() {
             plan: vec![],
             recovery: None,
             archiving_stopped: false,
+            settings_apart: None,
         }),
         Outcome::Analyze(AnalyzeOutcome {
             databases: 1,
@@ -368,6 +369,7 @@ fn outcomes_of_every_kind() {
         timeline: Timeline(11),
         evidence: "recovery stopping before commit of transaction 740".to_owned(),
         duration_ms: 2_345,
+        stays_down: false,
     };
     let recovery = RecoveryOutcome {
         target: "2026-11-27T08:30:00Z".to_owned(),

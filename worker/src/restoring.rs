@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use postgres::recovery::RecoverySettings;
+use postgres::scan::EXTERNAL_ROOT;
 use proto::failure::chain;
 use proto::job::RestoreOutcome;
 use proto::words::{count, grouped};
@@ -336,13 +337,18 @@ pub(crate) async fn locate(
         return Ok(newest);
     }
     let whose = cluster.map_or(String::new(), |cluster| format!(" of {cluster}"));
-    let (what, hint) = match kind {
-        BackupKind::Physical => ("committed", "Take one: pgmuster backup CLUSTER."),
-        BackupKind::Logical => {
-            ("committed logical", "Take one: pgmuster backup CLUSTER --engine pg_dump.")
-        }
+    let (what, engine) = match kind {
+        BackupKind::Physical => ("committed", ""),
+        BackupKind::Logical => ("committed logical", " --engine pg_dump"),
     };
-    Err(unknown(format!("{place} holds no {what} backup{whose}"), hint))
+    // Whoever names one may have lost everything else, and the name may be a slip.
+    let hint = match cluster {
+        Some(name) => format!(
+            "pgmuster repo list URL says whose backups there are; pgmuster backup {name}{engine} takes one."
+        ),
+        None => format!("Take one: pgmuster backup CLUSTER{engine}."),
+    };
+    Err(unknown(format!("{place} holds no {what} backup{whose}"), &hint))
 }
 
 /// Says what a restore would do, and whether it could. Touches nothing, but reads whatever may be used again.
@@ -426,11 +432,19 @@ pub async fn restore(
             private(&destination.data_directory)?;
             drop(lock);
             let outcome = outcome(backup, destination, done.files, done.bytes, done.fetched_bytes);
-            Ok(RestoreOutcome { reused_bytes: done.reused_bytes, ..outcome })
+            let settings_apart = settings_apart(&destination.data_directory);
+            Ok(RestoreOutcome { reused_bytes: done.reused_bytes, settings_apart, ..outcome })
         }
         Err(_) if cx.cancel.is_cancelled() => Err(cx.stopped()),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Where the settings are of a server that has none in its data directory, as Debian's packages make them.
+fn settings_apart(directory: &Path) -> Option<String> {
+    let apart = directory.join(EXTERNAL_ROOT);
+    let is_without = !directory.join("postgresql.conf").exists();
+    (is_without && apart.is_dir()).then(|| apart.display().to_string())
 }
 
 /// A server refuses a data directory that others may enter.
@@ -462,6 +476,7 @@ fn outcome(
         plan: Vec::new(),
         recovery: None,
         archiving_stopped: destination.stops_archiving(backup.facts()),
+        settings_apart: None,
     }
 }
 

@@ -334,8 +334,10 @@ async fn a_cluster_whose_settings_lie_in_etc_comes_back_with_them() {
 
     // The settings came along; whoever restores says what moved.
     let directory = house.place.path().join("restored");
-    house.restore(&outcome, &directory).await;
+    let (_, restored) = house.restore_and_tell(&outcome, &directory).await;
     assert!(!directory.join("postgresql.conf").exists());
+    let apart = restored.settings_apart.expect("a server there lacks its settings");
+    assert_eq!(Path::new(&apart), directory.join(EXTERNAL_ROOT));
     let kept = PathBuf::from(format!("{}/{EXTERNAL_ROOT}{}", directory.display(), etc.display()));
     assert_eq!(fs::read_to_string(kept.join("postgresql.conf")).unwrap(), settings);
     let sockets = house::sockets();

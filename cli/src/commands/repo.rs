@@ -300,7 +300,10 @@ pub(crate) struct Named {
 impl Named {
     /// Opens it with what was typed and, for S3, the standard AWS credentials.
     pub(crate) async fn open(&self) -> Result<Repository, Failure> {
-        Ok(Repository::open_with(open_store(&self.url).await?, self.opener.unlock()).await?)
+        let store = open_store(&self.url).await?;
+        let what = format!("opening {}", store.describe());
+        let opened = Repository::open_with(store, self.opener.unlock());
+        Ok(output::told_when_slow(&what, opened).await?)
     }
 }
 
@@ -337,11 +340,15 @@ pub(crate) async fn init(
         refuse_existing(path)?;
     }
     let store = open_store(url).await?;
-    let found = if single_writer {
-        store::probe::probe_for_a_single_writer(std::sync::Arc::clone(&store)).await
-    } else {
-        store::probe::probe(store.as_ref()).await
+    let probed = async {
+        if single_writer {
+            store::probe::probe_for_a_single_writer(std::sync::Arc::clone(&store)).await
+        } else {
+            store::probe::probe(store.as_ref()).await
+        }
     };
+    let what = format!("finding out what {} can do", store.describe());
+    let found = output::told_when_slow(&what, probed).await;
     let found = found.map_err(repository::Error::from)?;
     tracing::info!(?found, "Probed {}", store.describe());
     let options = InitOptions { encryption: Encryption::KeyFile, now_ms: environment::now_ms() };

@@ -132,7 +132,7 @@ pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failu
             output::recovered(done)
         )
     });
-    Ok(Exit::Ok)
+    Ok(follow::restored(&done))
 }
 
 /// Restores, and has the server brought to where it shall be when that was asked for.

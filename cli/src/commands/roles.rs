@@ -94,7 +94,7 @@ async fn enroll(
         worker: Some(config.name.clone()),
         site: Some(config.site.clone()),
     };
-    let answer: EnrolResponse = client.post("/v1/workers/enrol", &request).await?;
+    let answer: EnrolResponse = client.post_with_own_right("/v1/workers/enrol", &request).await?;
     let state_dir = config.state_dir.as_std_path();
     identity::store(state_dir, &seed, answer.certificate, answer.coordinator_key)
 }

@@ -191,6 +191,7 @@ async fn restore(
         plan: vec![],
         recovery: None,
         archiving_stopped: false,
+        settings_apart: None,
     };
     let outcome = Box::new(Outcome::Restore(outcome));
     worker.end(&mut work, ReportBody::Succeeded { outcome, steps: vec![step] }).await;

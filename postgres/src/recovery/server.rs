@@ -66,6 +66,8 @@ pub struct Expected {
 pub struct Recovered {
     /// What it does now.
     pub state: String,
+    /// It was to run on and does not, because it has no settings of its own.
+    pub stays_down: bool,
     /// The end of what it replayed.
     pub lsn: Lsn,
     /// The last commit that it replayed.
@@ -142,12 +144,14 @@ impl RecoveryServer<'_> {
             (false, TargetAction::Pause) => "paused at the target".to_owned(),
             (false, TargetAction::Shutdown) => "shut down at the target".to_owned(),
         };
-        if opens && self.has_settings() {
-            self.open().await?;
-        } else if opens {
+        let stays_down = opens && !self.has_settings();
+        if stays_down {
             state.push_str(", stopped: it has no postgresql.conf to run by");
+        } else if opens {
+            self.open().await?;
+            state.extend(self.listens());
         }
-        Ok(Recovered { state, duration, ..arrived })
+        Ok(Recovered { state, stays_down, duration, ..arrived })
     }
 
     fn has_settings(&self) -> bool {
@@ -318,6 +322,7 @@ impl RecoveryServer<'_> {
         let evidence = said.stopped.unwrap_or_else(|| format!("replayed all WAL, to {reached}"));
         Ok(Recovered {
             state: String::new(),
+            stays_down: false,
             lsn: reached,
             last_commit,
             timeline: expected.timeline,
@@ -457,6 +462,16 @@ SELECT pg_catalog.pg_is_in_recovery(),
             }
             other => other,
         })
+    }
+
+    /// Where the server that was opened can be reached, to be put behind its state.
+    fn listens(&self) -> Option<String> {
+        let text = std::fs::read_to_string(self.directory.join("postmaster.pid")).ok()?;
+        // Lines: pid, data directory, start time, port, socket directory, address.
+        let mut lines = text.lines().map(str::trim).skip(3);
+        let port = lines.next()?;
+        let places: Vec<&str> = lines.take(2).filter(|place| !place.is_empty()).collect();
+        (!places.is_empty()).then(|| format!(", listens at {} port {port}", places.join(" and ")))
     }
 
     /// What to make of a server that ended by itself.

@@ -128,6 +128,10 @@ pub struct RestoreOutcome {
     /// A server that runs there archives nothing, though the source did.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub archiving_stopped: bool,
+    /// Where the settings files are that the source had outside of its data directory, `postgresql.conf` among them: no server
+    /// starts before it finds them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub settings_apart: Option<String>,
 }
 
 /// What a restore that goes beyond its backup knows of its way, and what its server was seen to do.
@@ -167,6 +171,9 @@ pub struct Reached {
     pub evidence: String,
     /// From the start of the server until it was there.
     pub duration_ms: u64,
+    /// It was to run on and does not, because it has no settings of its own.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stays_down: bool,
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]

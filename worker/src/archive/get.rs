@@ -6,6 +6,8 @@ use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
+use postgres::wal_moments::SegmentMoments;
+use proto::wal::SegmentName;
 use proto::{Action, Code, Failure, WalFileName};
 use repository::{Identity, Repository};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags};
@@ -48,13 +50,39 @@ pub async fn get(
 /// What the archive has under the name of a file.
 pub(super) struct Found {
     pub(super) content: Bytes,
-    /// The same, where somebody has written it already.
-    pub(super) written: Option<Written>,
+    /// What was done with it already.
+    pub(super) prepared: Prepared,
+}
+
+/// What can be done with a segment before a server asks for it.
+#[derive(Debug, Default)]
+pub(super) struct Prepared {
+    /// It lies beside the one that the server wanted.
+    written: Option<Written>,
+    said: Option<SegmentMoments>,
+}
+
+impl Prepared {
+    /// Does what can be done for the server whose log is in `directory`. What cannot is done when it asks, and it hears what is
+    /// wrong then.
+    pub(super) async fn of(directory: &Path, name: SegmentName, content: &Bytes) -> Self {
+        let server = server_of(&directory.join(name.to_string())).await.ok().flatten();
+        let segment = server.and_then(|server| Some((name.segment(server.segment_size)?, server)));
+        let said = match segment {
+            Some((segment, server)) => {
+                tablespaces::look(segment, content.clone(), None, server).await.ok()
+            }
+            None => None,
+        };
+        let (directory, content) = (directory.to_owned(), content.clone());
+        let written = blocking(move || Ok(Written::write(&directory, &content).ok())).await;
+        Self { written: written.unwrap_or_default(), said }
+    }
 }
 
 impl From<Bytes> for Found {
     fn from(content: Bytes) -> Self {
-        Self { content, written: None }
+        Self { content, prepared: Prepared::default() }
     }
 }
 
@@ -78,7 +106,7 @@ pub(super) async fn hand_over(
 ) -> Result<Option<NamedTempFile>, Failure> {
     let Asked { repository, identity, file, to, server } = asked;
     asked.refuse_abandoned(found.is_some()).await?;
-    let Found { content, written } = match found {
+    let Found { content, prepared: Prepared { written, said } } = match found {
         Some(found) => found,
         None => match asked.why_missing().await? {
             None => return Ok(None),
@@ -99,7 +127,8 @@ pub(super) async fn hand_over(
         && let Some(segment) = name.segment(server.segment_size)
     {
         let lineage = identity.lineage;
-        tablespaces::protect(repository, lineage, segment, &content, server, to, until).await?;
+        tablespaces::protect(repository, lineage, segment, &content, said, server, to, until)
+            .await?;
     }
     let failed = unwritable(to);
     let directory = asked.directory();
@@ -162,11 +191,11 @@ fn write(directory: &Path, content: &Bytes) -> io::Result<NamedTempFile> {
 
 /// A file that is whole and durable but for its name: it has none, and is gone with this process.
 #[derive(Debug)]
-pub(super) struct Written(File);
+struct Written(File);
 
 impl Written {
     /// Fails on file systems that know no files without a name, which some are: nothing is lost by that.
-    pub(super) fn write(directory: &Path, content: &Bytes) -> io::Result<Self> {
+    fn write(directory: &Path, content: &Bytes) -> io::Result<Self> {
         let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
         let mode = Mode::RUSR | Mode::WUSR;
         let mut file = File::from(rustix::fs::openat(CWD, directory, flags, mode)?);

@@ -92,18 +92,23 @@ impl FromStr for Until {
     }
 }
 
-/// Refuses a segment whose replay would remove files that the server which asks did not write. `to` is where it wants the segment;
-/// nothing behind `until` will be replayed.
+/// Refuses a segment whose replay would remove files that the server which asks did not write. `said` is what the segment says of
+/// itself, where that is known; `to` is where the server wants it; nothing behind `until` will be replayed.
+#[expect(clippy::too_many_arguments, reason = "each is what one sentence above is about")]
 pub(super) async fn protect(
     repository: &Repository,
     lineage: LineageId,
     segment: Segment,
     content: &Bytes,
+    said: Option<SegmentMoments>,
     server: Server,
     to: &Path,
     until: Option<Until>,
 ) -> Result<(), Failure> {
-    let mut said = look(segment, content.clone(), None, server).await?;
+    let mut said = match said {
+        Some(said) => said,
+        None => look(segment, content.clone(), None, server).await?,
+    };
     if said.may_make_one_more {
         let next = WalFileName::Segment(segment.next().name(server.segment_size));
         // Without it, the record cannot be replayed either.
@@ -134,7 +139,8 @@ pub(super) async fn protect(
     .await
 }
 
-async fn look(
+/// What a segment says of itself to the server that will replay it, as far as it says it without the next one.
+pub(super) async fn look(
     segment: Segment,
     content: Bytes,
     next: Option<Bytes>,

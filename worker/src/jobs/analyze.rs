@@ -2,6 +2,7 @@
 
 use maintenance::analyze::{self, AnalyzeOptions};
 use proto::Failure;
+use proto::words::count;
 use proto::job::{Analyze, AnalyzeOutcome};
 
 use super::databases::Maintained;
@@ -50,6 +51,9 @@ pub(crate) async fn run(
             outcome.analyzed += done.analyzed;
             outcome.skipped.extend(done.skipped);
         }
+    }
+    if task.plan_only && outcome.plan.is_empty() {
+        outcome.plan.push(format!("nothing to analyze in {}", count(outcome.databases, "database")));
     }
     maintained.close().await;
     Ok(maintenance::told::analyze(outcome))

@@ -98,6 +98,7 @@ impl Starter {
         };
         let reached = Reached {
             state: recovered.state,
+            stays_down: recovered.stays_down,
             lsn: recovered.lsn,
             last_commit: recovered.last_commit,
             timeline: recovered.timeline,

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use postgres::binaries::Binaries;
 use postgres::instance::{Instance, InstanceOptions};
 use postgres::{Environment, Purpose, Target, connect};
-use proto::job::{self, BackupOutcome};
+use proto::job::{self, BackupOutcome, RestoreOutcome};
 use proto::message::Spec;
 use proto::{AttemptId, Failure, JobId, Lsn, ProofLevel, Task};
 use repository::store::directory::DirectoryStore;
@@ -227,11 +227,20 @@ impl House {
 
     /// Restores a backup with the repository and its key alone.
     pub(crate) async fn restore(&self, outcome: &BackupOutcome, directory: &Path) -> Destination {
+        self.restore_and_tell(outcome, directory).await.0
+    }
+
+    /// The same, with what is told of it.
+    pub(crate) async fn restore_and_tell(
+        &self,
+        outcome: &BackupOutcome,
+        directory: &Path,
+    ) -> (Destination, RestoreOutcome) {
         let repository = self.reopened().await;
         let backup = restoring::find(&repository, None, None, Some(outcome.backup)).await.unwrap();
         let destination = Destination::below(directory, backup.facts());
-        restoring::restore(&self.cx(), &backup, &destination, 2).await.unwrap();
-        destination
+        let done = restoring::restore(&self.cx(), &backup, &destination, 2).await.unwrap();
+        (destination, done)
     }
 
     pub(crate) async fn sql(&self, statements: &str) {

@@ -2,7 +2,7 @@
 //!
 //! A server that recovers asks for a segment, replays it, and asks for the next. Meanwhile the next ones are fetched, opened
 //! and kept, in memory and in files beside the one that the server wants, which have no name there and go with this process. Nothing but
-//! their content is: what it may be used for is looked at when the server asks.
+//! their content is, and what it says: what it may be used for is looked at when the server asks.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -18,9 +18,8 @@ use repository::Repository;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
-use super::super::get::{Found, Written};
+use super::super::get::{Found, Prepared};
 use super::tasks::Tasks;
-use crate::context::blocking;
 
 /// Memory for segments that nobody has asked for yet.
 const MEMORY_MIB: usize = 64;
@@ -51,7 +50,7 @@ type Fetch = Shared<BoxFuture<'static, Option<Fetched>>>;
 struct Fetched {
     content: Bytes,
     /// Whoever asks takes it.
-    written: Arc<Mutex<Option<Written>>>,
+    prepared: Arc<Mutex<Prepared>>,
     _memory: Arc<OwnedSemaphorePermit>,
 }
 
@@ -84,9 +83,9 @@ impl ReadAhead {
         // One that is asked for for the first time may be the only one.
         let segments = if ahead.is_some() { SEGMENTS_MAX } else { 1 };
         let found = match ahead {
-            Some(Fetched { content, written, .. }) => {
-                let written = lock(&written).take();
-                Some(Found { content, written })
+            Some(Fetched { content, prepared, .. }) => {
+                let prepared = std::mem::take(&mut *lock(&prepared));
+                Some(Found { content, prepared })
             }
             None => repository.fetch_wal(lineage, file).await?.map(Found::from),
         };
@@ -162,11 +161,8 @@ fn begin(
             tracing::debug!("{name} could not be fetched ahead: {error}");
             None
         })?;
-        let bytes = content.clone();
-        // Where it cannot be done ahead it is done when the server asks, who hears what is wrong then.
-        let written = blocking(move || Ok(Written::write(&directory, &bytes).ok())).await;
-        let written = Arc::new(Mutex::new(written.unwrap_or_default()));
-        Some(Fetched { content, written, _memory: Arc::new(memory) })
+        let prepared = Arc::new(Mutex::new(Prepared::of(&directory, name, &content).await));
+        Some(Fetched { content, prepared, _memory: Arc::new(memory) })
     });
     async move { fetching.await.ok().flatten().flatten() }.boxed().shared()
 }
