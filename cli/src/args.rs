@@ -326,6 +326,10 @@ pub struct Restore {
     /// Believe what memory has of the files in DIR. Without it their disk is read, which may not have kept what it was given.
     #[arg(long, requires_all = ["delta", "repository"])]
     pub believe_cache: bool,
+    /// Threads that fetch, unpack and write [default: one a processor].
+    #[arg(long, value_name = "N", requires = "repository", conflicts_with = "into_server",
+        value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub processes: Option<u32>,
     /// Only say what would be done.
     #[arg(long)]
     pub plan: bool,

@@ -92,11 +92,12 @@ pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failu
     let destination = given.complete(backup.facts());
     let cx = context(&cluster, nominal());
     let interrupted = stopped_by_signals(&cx);
+    let processes = args.processes.unwrap_or_else(every_core);
     let done = if args.plan {
-        restoring::plan(&cx, &backup, &destination, 0).await
+        restoring::plan(&cx, &backup, &destination, processes).await
     } else {
         let shown = tokio::spawn(show_progress(cx.clone()));
-        let done = restore(&cx, &backup, &destination, recovery.as_ref(), named).await;
+        let done = restore(&cx, &backup, &destination, processes, recovery.as_ref(), named).await;
         shown.abort();
         done
     };
@@ -135,11 +136,18 @@ pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failu
     Ok(follow::restored(&done))
 }
 
+/// Whoever restores by hand waits for it, and the server that it is for does not run.
+fn every_core() -> u32 {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    u32::try_from(cores).unwrap_or(1)
+}
+
 /// Restores, and has the server brought to where it shall be when that was asked for.
 async fn restore(
     cx: &JobContext,
     backup: &Backup,
     destination: &Destination,
+    processes: u32,
     recovery: Option<&RecoveryPlan>,
     archive: Arc<dyn OpenArchive>,
 ) -> Result<RestoreOutcome, Failure> {
@@ -151,7 +159,7 @@ async fn restore(
         }
         None => None,
     };
-    let done = restoring::restore(cx, backup, destination, 0).await?;
+    let done = restoring::restore(cx, backup, destination, processes).await?;
     match starter {
         Some(starter) => starter.start(cx, destination, done).await,
         None => Ok(done),

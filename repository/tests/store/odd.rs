@@ -19,6 +19,18 @@ use crate::common::{NOW_MS, SharedTree, Tree, facts, noise};
 use crate::lab::{bucket, impatient, open};
 use crate::proxy::{Fault, Proxy, refusal};
 
+fn collecting() -> CollectOptions {
+    CollectOptions {
+        by: "a test".into(),
+        now_ms: NOW_MS,
+        grace_ms: 0,
+        patience_ms: None,
+        pins_for_ms: 0,
+        lists_for_ms: None,
+        cancel: CancellationToken::new(),
+    }
+}
+
 async fn proxied(test: &str) -> (Proxy, S3Options, S3Store) {
     let mut options = bucket(test).await;
     options.limits = impatient();
@@ -106,10 +118,10 @@ async fn a_collection_ends_the_uploads_of_what_is_archived() {
     let dead = direct.stage(&there, bytes.clone(), &found).await.expect("stage");
     let living = direct.stage(&coming, bytes.clone(), &found).await.expect("stage");
     direct.put(&there, bytes.clone()).await.expect("put");
-    let options = CollectOptions { now_ms: NOW_MS, ..CollectOptions::default() };
+    let options = collecting();
     let plan = repository.plan_collection(lineage, &options).await.expect("plan");
     plan.collect(&options).await.expect("collect");
-    assert_eq!(direct.uploads("").await.expect("uploads"), [coming.clone()]);
+    assert_eq!(direct.uploads("").await.expect("uploads"), std::slice::from_ref(&coming));
     direct.put_staged_if_absent(&there, dead).await.expect_err("its upload was ended");
     let outcome = direct.put_staged_if_absent(&coming, living).await.expect("put");
     assert_eq!(outcome, PutOutcome::Created);
@@ -263,15 +275,7 @@ async fn a_collector_that_may_not_delete_reclaims_nothing_and_makes_no_storm() {
         repository.abort(lineage, attempt, "worker-1", "a test", NOW_MS).await.expect("abort");
     }
     let collect = async || {
-        let options = CollectOptions {
-            by: "a test".into(),
-            now_ms: NOW_MS,
-            grace_ms: 0,
-            patience_ms: None,
-            pins_for_ms: 0,
-            lists_for_ms: None,
-            cancel: CancellationToken::new(),
-        };
+        let options = collecting();
         let plan = repository.plan_collection(lineage, &options).await.expect("plan");
         assert_eq!((plan.delete.packs, plan.keep), (16, Amount::default()));
         plan.collect(&options).await

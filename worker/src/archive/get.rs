@@ -281,7 +281,7 @@ mod tests {
         }
 
         async fn archive(&self, name: &str) {
-            let segment_name: proto::wal::SegmentName = name.parse().unwrap();
+            let segment_name: SegmentName = name.parse().unwrap();
             let start = segment_name.segment(1 << 20).unwrap().start(1 << 20).0;
             self.archive_as(name, segment(segment_name.timeline.0, start, 7)).await;
         }

@@ -2,8 +2,8 @@
 
 use maintenance::analyze::{self, AnalyzeOptions};
 use proto::Failure;
-use proto::words::count;
 use proto::job::{Analyze, AnalyzeOutcome};
+use proto::words::count;
 
 use super::databases::Maintained;
 use crate::context::JobContext;
@@ -53,7 +53,9 @@ pub(crate) async fn run(
         }
     }
     if task.plan_only && outcome.plan.is_empty() {
-        outcome.plan.push(format!("nothing to analyze in {}", count(outcome.databases, "database")));
+        outcome
+            .plan
+            .push(format!("nothing to analyze in {}", count(outcome.databases, "database")));
     }
     maintained.close().await;
     Ok(maintenance::told::analyze(outcome))
