@@ -120,6 +120,7 @@ impl Client {
 
     /// Asks the coordinator how it is. It says so also when it is not well, with status 503.
     pub(crate) async fn health(&self) -> Result<HealthView, Failure> {
+        self.check_token()?;
         let request = self.http.get(format!("{}/healthz", self.base));
         let (status, body) = self.exchange(request, REQUEST_MAX).await?;
         match serde_json::from_slice(&body) {
@@ -128,16 +129,21 @@ impl Client {
         }
     }
 
+    fn check_token(&self) -> Result<(), Failure> {
+        if !self.lacks_token {
+            return Ok(());
+        }
+        let what = format!("a coordinator reached by URL ({}) asks for a token", self.place);
+        Err(Failure::new(Code::ConfigInvalid, Action::FixConfig, what)
+            .with_hint("Give --token-file FILE."))
+    }
+
     async fn send<T: DeserializeOwned>(
         &self,
         request: reqwest::RequestBuilder,
         limit: Duration,
     ) -> Result<T, Failure> {
-        if self.lacks_token {
-            let what = format!("a coordinator reached by URL ({}) asks for a token", self.place);
-            return Err(Failure::new(Code::ConfigInvalid, Action::FixConfig, what)
-                .with_hint("Give --token-file FILE."));
-        }
+        self.check_token()?;
         let (status, body) = self.exchange(request, limit).await?;
         understood(status, &body)
     }

@@ -17,7 +17,7 @@ use worker::places::Places;
 
 use crate::client::Client;
 use crate::commands::{init_repository, write_secret};
-use crate::{configs, environment, identity, secrets};
+use crate::{configs, identity, secrets};
 
 /// The kernel's limit on the path of a Unix socket.
 const SOCKET_PATH_MAX: usize = 107;
@@ -102,7 +102,7 @@ async fn make_repository(home: &Path) -> Result<bool, Failure> {
 async fn start_coordinator(home: &Path, socket: &Path, broker: Broker) -> Result<Handle, Failure> {
     let key = home.join("signing.key");
     if !key.exists() {
-        write_secret(&key, identity::seed_text(&environment::random()).as_bytes())?;
+        write_secret(&key, identity::seed_text(&repository::random()).as_bytes())?;
     }
     let catalog = format!("sqlite:{}", home.join("catalog.sqlite").display());
     let config = toml::toml! {
@@ -177,7 +177,7 @@ async fn start_worker(
     config.insert("clusters".to_owned(), vec![toml::Value::from(cluster)].into());
     let config: WorkerConfig = configs::parse(&config.to_string()).map_err(Failure::bug)?;
 
-    let key = SigningKey::from_seed(&environment::random());
+    let key = SigningKey::from_seed(&repository::random());
     let certificate = handle.certify(&config.name, &config.site, key.public());
     let credentials = Credentials::new(key, certificate, handle.public_key())
         .map_err(|error| Failure::bug(format!("failed to {error}")))?;

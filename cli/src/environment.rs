@@ -43,15 +43,3 @@ pub(crate) fn for_fetching() -> Vec<(String, String)> {
     };
     std::env::vars().filter(|(name, _)| wanted(name)).collect()
 }
-
-/// Bytes nobody can guess, from the kernel.
-pub(crate) fn random<const N: usize>() -> [u8; N] {
-    let mut bytes = [0; N];
-    let mut filled = 0;
-    while filled < N {
-        filled +=
-            rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty())
-                .expect("the kernel's random numbers need no permission and no memory");
-    }
-    bytes
-}

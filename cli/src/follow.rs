@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use coordinator::api::types::JobView;
 use indicatif::{ProgressBar, ProgressStyle};
 use proto::job::{BackupOutcome, EnableWalOutcome, JobState, Outcome, RestoreOutcome};
-use proto::{ClusterName, Failure, JobId};
+use proto::{ClusterName, Failure, JobId, Task};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::args::{Output, Waiting};
@@ -263,6 +263,23 @@ fn archives(cluster: &ClusterName, done: &EnableWalOutcome) -> String {
     }
 }
 
+/// Whether maintenance was only to be planned.
+fn is_plan(task: &Task) -> bool {
+    match task {
+        Task::Analyze(task) => task.plan_only,
+        Task::Vacuum(task) => task.plan_only,
+        _ => false,
+    }
+}
+
+/// The plan of maintenance.
+fn planned(plan: &[String], cluster: &ClusterName, databases: u64) -> String {
+    if plan.is_empty() {
+        return format!("Nothing to do in {} of {cluster}", output::count(databases, "database"));
+    }
+    plan.join("\n")
+}
+
 /// A job's result in one line.
 pub(crate) fn result_line(view: &JobView) -> String {
     let took_ms = view.started_at_ms.zip(view.ended_at_ms).map_or(0, |(start, end)| end - start);
@@ -285,8 +302,8 @@ pub(crate) fn result_line(view: &JobView) -> String {
             output::recovered(done),
             output::not_taken(done)
         ),
-        (JobState::Succeeded, Some(Outcome::Analyze(done))) if !done.plan.is_empty() => {
-            done.plan.join("\n")
+        (JobState::Succeeded, Some(Outcome::Analyze(done))) if is_plan(&view.task) => {
+            planned(&done.plan, &view.cluster, done.databases)
         }
         (JobState::Succeeded, Some(Outcome::Analyze(done))) => format!(
             "Analyzed {} in {} of {} in {took}, {} skipped",
@@ -295,8 +312,8 @@ pub(crate) fn result_line(view: &JobView) -> String {
             view.cluster,
             done.skipped.len()
         ),
-        (JobState::Succeeded, Some(Outcome::Vacuum(done))) if !done.plan.is_empty() => {
-            done.plan.join("\n")
+        (JobState::Succeeded, Some(Outcome::Vacuum(done))) if is_plan(&view.task) => {
+            planned(&done.plan, &view.cluster, done.databases)
         }
         (JobState::Succeeded, Some(Outcome::Vacuum(done))) => format!(
             "Vacuumed {} in {} of {} in {took}, {} skipped",

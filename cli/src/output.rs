@@ -98,13 +98,14 @@ pub(crate) fn restored(done: &proto::job::RestoreOutcome) -> String {
 
 /// Where a restored server is, or will be when it is started.
 pub(crate) fn recovered(done: &proto::job::RestoreOutcome) -> String {
-    let apart = done.settings_apart.as_ref().map_or(String::new(), |place| {
-        format!(
-            "; it has no postgresql.conf: the source had its settings elsewhere, and they are in {place}. Put them where a server \
-             looks for them, or name them with -c config_file=…"
-        )
-    });
-    where_it_is(done) + &apart
+    let Some(settings) = &done.settings_apart else { return where_it_is(done) };
+    let directory = &done.directory;
+    format!(
+        "{}. It has no postgresql.conf: the source had its settings elsewhere, and they are in {settings}. They name the source's \
+         directories, so a server that is started with them needs -c data_directory={directory} as well, and -c hba_file and \
+         -c ident_file",
+        where_it_is(done)
+    )
 }
 
 fn where_it_is(done: &proto::job::RestoreOutcome) -> String {
@@ -165,6 +166,29 @@ pub(crate) fn ago(now_ms: i64, then_ms: Option<i64>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_restore_without_settings_says_where_they_are_and_that_they_name_the_source() {
+        let mut done = proto::job::RestoreOutcome {
+            backup: proto::BackupId::from(proto::AttemptId::mint(1, [1; 10])),
+            directory: "/restored".to_owned(),
+            files: 1,
+            size_bytes: 1,
+            fetched_bytes: 1,
+            reused_bytes: 0,
+            stop_lsn: proto::Lsn(0x0100_0028),
+            planned_only: false,
+            plan: vec![],
+            recovery: None,
+            archiving_stopped: false,
+            settings_apart: None,
+        };
+        assert_eq!(recovered(&done), "a server started there recovers to 0/1000028");
+        done.settings_apart = Some("/restored/pgmuster_external".to_owned());
+        let said = recovered(&done);
+        assert!(said.contains("in /restored/pgmuster_external"), "{said}");
+        assert!(said.contains("-c data_directory=/restored "), "{said}");
+    }
 
     #[test]
     fn columns_begin_at_the_edge_and_are_two_spaces_apart() {

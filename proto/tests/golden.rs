@@ -381,6 +381,22 @@ fn outcomes_of_every_kind() {
         reached: Some(reached),
     };
     golden("outcome.restore.moment", &recovery);
+    let reached = recovery.reached.clone().map(|reached| Reached { stays_down: true, ..reached });
+    let down = RestoreOutcome {
+        backup: backup_id(),
+        directory: "/srv/restore/orders/drill".to_owned(),
+        files: 1_000,
+        size_bytes: 31_000_000,
+        fetched_bytes: 4_000_000,
+        reused_bytes: 0,
+        stop_lsn: Lsn(0x0200_0100),
+        planned_only: false,
+        plan: vec![],
+        recovery: Some(RecoveryOutcome { reached, ..recovery }),
+        archiving_stopped: false,
+        settings_apart: Some("/srv/restore/orders/drill/pgmuster_external".to_owned()),
+    };
+    golden("outcome.restore.down", &down);
 }
 
 #[test]

@@ -59,6 +59,7 @@ mod wishes;
 mod writer;
 
 pub use attempt::{Aborted, Attempt, PassedOver};
+pub use chance::random;
 pub use check::{CheckOptions, DecryptReport, Inventory};
 pub use collect::{Amount, CollectOptions, CollectPlan, CollectSummary, Collected, LeftList, Open};
 pub use content::{FileContent, StoredFile};

@@ -23,7 +23,7 @@ impl Repository {
             match self.store.size(&key).await {
                 Ok(_) => dead.push(key),
                 Err(StoreError::NotFound { .. }) => {}
-                Err(error) => return Err(error.into()),
+                Err(error) => tracing::debug!(key, %error, "its upload is not looked at"),
             }
         }
         if !of_attempts.is_empty() {

@@ -4,7 +4,7 @@ use std::sync::LazyLock;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use proto::message::Nonce;
-use rustix::rand::{GetRandomFlags, getrandom};
+pub(crate) use repository::random;
 
 /// Unix time in milliseconds.
 pub(crate) fn now_ms() -> i64 {
@@ -42,17 +42,6 @@ impl Seen {
     pub(crate) fn test(at_ms: i64, steady_ms: i64) -> Self {
         Self { at_ms, steady_ms }
     }
-}
-
-/// Bytes nobody can guess, from the kernel.
-pub(crate) fn random<const N: usize>() -> [u8; N] {
-    let mut bytes = [0; N];
-    let mut filled = 0;
-    while filled < N {
-        filled += getrandom(&mut bytes[filled..], GetRandomFlags::empty())
-            .expect("the kernel's random numbers need no permission and no memory");
-    }
-    bytes
 }
 
 /// A fresh nonce for a claim.

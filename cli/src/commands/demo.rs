@@ -262,7 +262,7 @@ fn unwritable(path: &Path, error: &std::io::Error) -> Failure {
 async fn session(server: &Instance) -> Result<Session, Failure> {
     let target = Target::parse(&server.url("postgres"), &Environment::default())?;
     let now_ms = u64::try_from(environment::now_ms()).unwrap_or(0);
-    let job = JobId::mint(now_ms, environment::random());
+    let job = JobId::mint(now_ms, repository::random());
     let mut purpose = Purpose::work(&job, STEP_MAX, STEP_MAX);
     "pgmuster demo".clone_into(&mut purpose.application_name);
     Ok(connect(&target, &purpose).await?)

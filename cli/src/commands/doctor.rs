@@ -240,7 +240,7 @@ async fn configuration(path: &Path, findings: &mut Vec<Finding>) {
         });
     }
     let now_ms = u64::try_from(environment::now_ms()).unwrap_or(0);
-    let purpose = Purpose::ask(&JobId::mint(now_ms, environment::random()));
+    let purpose = Purpose::ask(&JobId::mint(now_ms, repository::random()));
     for cluster in places.clusters() {
         let what = format!("cluster {}", cluster.config.name);
         let mut archiver = None;

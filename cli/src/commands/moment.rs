@@ -29,7 +29,7 @@ pub(crate) fn wanted(args: &Restore) -> Result<Option<Recovery>, Failure> {
             {
                 let what = format!("{time} is yet to come: it is {} here", now.timestamp());
                 return Err(invalid(what).with_hint(
-                    "--to latest replays all that is archived. A time without a zone is of this machine's.",
+                    "If this machine's clock is wrong, set it. A time without a zone is of this machine's; --to latest replays all that is archived.",
                 ));
             }
             target

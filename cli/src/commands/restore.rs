@@ -190,8 +190,8 @@ pub(super) fn context(cluster: &proto::ClusterName, task: Task) -> JobContext {
     let now_ms = u64::try_from(environment::now_ms()).unwrap_or(0);
     let spec = Spec {
         schema: SCHEMA,
-        job: JobId::mint(now_ms, environment::random()),
-        attempt: AttemptId::mint(now_ms, environment::random()),
+        job: JobId::mint(now_ms, repository::random()),
+        attempt: AttemptId::mint(now_ms, repository::random()),
         predecessor: None,
         cluster: cluster.clone(),
         system_identifier: None,

@@ -87,7 +87,7 @@ async fn enroll(
     config: &WorkerConfig,
     token: &SecretString,
 ) -> Result<(), Failure> {
-    let seed = environment::random();
+    let seed = repository::random();
     let request = EnrolRequest {
         token: token.expose_secret().to_owned(),
         public_key: SigningKey::from_seed(&seed).public(),

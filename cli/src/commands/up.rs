@@ -172,7 +172,7 @@ async fn announced(whole: &Embedded, cluster: &proto::ClusterName) -> Result<(),
 async fn look(args: &Up, connection: &str) -> Result<String, Failure> {
     let target = Target::parse(connection, &Environment::of_process())?;
     let now_ms = u64::try_from(environment::now_ms()).unwrap_or(0);
-    let purpose = Purpose::ask(&JobId::mint(now_ms, environment::random()));
+    let purpose = Purpose::ask(&JobId::mint(now_ms, repository::random()));
     let session = connect_maintenance(&target, &purpose).await?;
     let server = session.identity().await?;
     let config = ClusterConfig {

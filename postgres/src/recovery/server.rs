@@ -138,18 +138,21 @@ impl RecoveryServer<'_> {
         self.stop(&mut alone.running, Signal::INT).await?;
         drop(alone);
         let opens = expected.standby || expected.action != TargetAction::Shutdown;
+        let stays_down = opens && !self.has_settings();
         let mut state = match (expected.standby, expected.action) {
+            _ if stays_down => {
+                "stopped where it had to arrive, because it has no postgresql.conf to run by"
+                    .to_owned()
+            }
             (true, _) => "following the archive as a standby".to_owned(),
             (false, TargetAction::Promote) => format!("open on timeline {}", arrived.timeline),
             (false, TargetAction::Pause) => "paused at the target".to_owned(),
             (false, TargetAction::Shutdown) => "shut down at the target".to_owned(),
         };
-        let stays_down = opens && !self.has_settings();
-        if stays_down {
-            state.push_str(", stopped: it has no postgresql.conf to run by");
-        } else if opens {
+        if opens && !stays_down {
             self.open().await?;
-            state.extend(self.listens());
+            let pid_file = std::fs::read_to_string(self.directory.join("postmaster.pid"));
+            state.extend(pid_file.ok().as_deref().and_then(listens));
         }
         Ok(Recovered { state, stays_down, duration, ..arrived })
     }
@@ -464,16 +467,6 @@ SELECT pg_catalog.pg_is_in_recovery(),
         })
     }
 
-    /// Where the server that was opened can be reached, to be put behind its state.
-    fn listens(&self) -> Option<String> {
-        let text = std::fs::read_to_string(self.directory.join("postmaster.pid")).ok()?;
-        // Lines: pid, data directory, start time, port, socket directory, address.
-        let mut lines = text.lines().map(str::trim).skip(3);
-        let port = lines.next()?;
-        let places: Vec<&str> = lines.take(2).filter(|place| !place.is_empty()).collect();
-        (!places.is_empty()).then(|| format!(", listens at {} port {port}", places.join(" and ")))
-    }
-
     /// What to make of a server that ended by itself.
     fn ended(&self, expected: &Expected, how: &str) -> Error {
         if let Some(Unfit { what, evidence }) =
@@ -493,4 +486,29 @@ SELECT pg_catalog.pg_is_in_recovery(),
 /// Why a server ended, as the last such line of its log has it.
 fn fatal_line(log: &str) -> Option<&str> {
     log.lines().rev().find_map(|line| Some(line.split_once("FATAL:")?.1.trim()))
+}
+
+/// Where a server can be reached, as its `postmaster.pid` says, to be put behind its state.
+fn listens(pid_file: &str) -> Option<String> {
+    // Lines: pid, data directory, start time, port, socket directory, address.
+    let mut lines = pid_file.lines().map(str::trim).skip(3);
+    let port = lines.next()?;
+    let places: Vec<&str> = lines.take(2).filter(|place| !place.is_empty()).collect();
+    (!places.is_empty()).then(|| format!(", listens at {} port {port}", places.join(" and ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_says_where_it_can_be_reached() {
+        let file = |places: &str| format!("7\n/data\n1700000000\n5433\n{places}\n 1 2\nready  \n");
+        let both = listens(&file("/run/postgresql\nlocalhost"));
+        assert_eq!(both.as_deref(), Some(", listens at /run/postgresql and localhost port 5433"));
+        let socket = listens(&file("/run/postgresql\n"));
+        assert_eq!(socket.as_deref(), Some(", listens at /run/postgresql port 5433"));
+        assert_eq!(listens(&file("\n")), None);
+        assert_eq!(listens("7\n/data\n"), None);
+    }
 }

@@ -202,7 +202,8 @@ pub async fn shows_nothing_of_what_is_staged(store: &dyn Store) {
     let [key, taken, dropped] =
         ["ours", "taken", "dropped"].map(|key| format!("contract/staged/{key}"));
     let (ours, theirs) = (sample(1, 3 * MIB + 1), sample(2, 300));
-    let found = Capabilities { completes_if_absent: true, ..Capabilities::default() };
+    let found =
+        Capabilities { completes_if_absent: true, ends_uploads: true, ..Capabilities::default() };
     let stage = async |key| store.stage(key, ours.clone(), &found).await.expect("stage");
     let staged = stage(&key).await;
     let late = stage(&taken).await;

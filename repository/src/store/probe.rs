@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures::future::join_all;
+use futures::future::{join, join_all};
 use serde::{Deserialize, Serialize};
 
 use super::single::SingleWriter;
@@ -17,8 +17,8 @@ const RACERS: u8 = 8;
 /// Races that must each have exactly one winner.
 const RACES: u8 = 3;
 
-/// So much that a store stages it.
-const STAGED_BYTES: usize = 1 << 20;
+/// So much that a store sends it before its turn.
+const STAGED_BYTES: usize = 256 << 10;
 
 /// The least part of an upload that is not its last.
 const PART_BYTES: usize = 5 * 1024 * 1024;
@@ -40,7 +40,8 @@ pub struct Capabilities {
     pub deletes: bool,
     /// Unfinished uploads can be found by key and ended. False for a directory, which needs no such sweep.
     pub ends_uploads: bool,
-    /// Of two that were staged for one key, the first that is put wins. Where this was not seen, nothing is sent before its turn.
+    /// Races of objects that were sent before their turn with others had exactly one winner. Where this was not seen, nothing is
+    /// sent before its turn; false for a directory, where nothing has to be.
     pub completes_if_absent: bool,
 }
 
@@ -70,7 +71,11 @@ async fn attempt(store: &dyn Store, below: &str, races: u8) -> Result<Capabiliti
     reads_ranges(store, below).await?;
     let ends_uploads = uploads(store, below).await?;
     // Nothing but speed hangs on it.
-    let completes_if_absent = stages(store, below).await.unwrap_or(false);
+    let completes_if_absent = ends_uploads
+        && stages(store, below, races).await.unwrap_or_else(|error| {
+            tracing::warn!("WAL will not be sent to {} before its turn: {error}", store.describe());
+            false
+        });
 
     let key = format!("{below}/listed");
     let is_listed = async || {
@@ -187,20 +192,36 @@ async fn uploads(store: &dyn Store, below: &str) -> Result<bool, StoreError> {
     ended
 }
 
-/// Whether what is staged second for a key loses, and changes nothing.
-async fn stages(store: &dyn Store, below: &str) -> Result<bool, StoreError> {
-    let key = format!("{below}/staged");
-    let tried = Capabilities { completes_if_absent: true, ..Capabilities::default() };
-    let [first, second] = [1, 2].map(|byte| Bytes::from(vec![byte; STAGED_BYTES]));
-    let ours = store.stage(&key, first.clone(), &tried).await?;
-    let theirs = store.stage(&key, second, &tried).await?;
-    let is_ahead = !matches!(ours, Staged::Held(_));
-    let outcomes = [
-        store.put_staged_if_absent(&key, ours).await?,
-        store.put_staged_if_absent(&key, theirs).await?,
-    ];
-    let kept = store.get(&key, STAGED_BYTES as u64).await?;
-    Ok(is_ahead && outcomes == [PutOutcome::Created, PutOutcome::Exists] && kept == first)
+/// Whether of objects that were sent before their turn and of others, put at the same time, exactly one wins. False where nothing
+/// is sent before its turn.
+async fn stages(store: &dyn Store, below: &str, races: u8) -> Result<bool, StoreError> {
+    let tried =
+        Capabilities { completes_if_absent: true, ends_uploads: true, ..Capabilities::default() };
+    for race in 0..races {
+        let key = format!("{below}/staged.{race}");
+        let object = |racer| Bytes::from(vec![racer; STAGED_BYTES]);
+        let mut staged = Vec::new();
+        for racer in 0..RACERS / 2 {
+            staged.push(store.stage(&key, object(racer), &tried).await?);
+        }
+        if !staged.iter().all(|staged| matches!(staged, Staged::Sent(_))) {
+            return Ok(false);
+        }
+        let staged = staged.into_iter().map(|staged| store.put_staged_if_absent(&key, staged));
+        let others = (RACERS / 2..RACERS).map(|racer| store.put_if_absent(&key, object(racer)));
+        let mut winners = Vec::new();
+        let (staged, others) = join(join_all(staged), join_all(others)).await;
+        for (racer, outcome) in (0..RACERS).zip(staged.into_iter().chain(others)) {
+            if outcome? == PutOutcome::Created {
+                winners.push(racer);
+            }
+        }
+        let [winner] = winners[..] else { return Ok(false) };
+        if store.get(&key, STAGED_BYTES as u64).await? != object(winner) {
+            return Ok(false);
+        }
+    }
+    Ok(races > 0)
 }
 
 /// Deletes what the probe wrote; where deleting is forbidden, what it wrote stays.
@@ -375,7 +396,7 @@ mod tests {
                 list_after_delete: true,
                 deletes: true,
                 ends_uploads: false,
-                completes_if_absent: true,
+                completes_if_absent: false,
             }
         );
         assert_eq!(store.list("").await.unwrap(), []);

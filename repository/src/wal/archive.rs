@@ -44,6 +44,13 @@ pub struct SealedWal {
 }
 
 impl SealedWal {
+    /// Gives up what was staged of it.
+    pub async fn discard(self) {
+        if let Staged::Sent(sent) = self.object {
+            sent.discard().await;
+        }
+    }
+
     fn key(&self) -> String {
         layout::wal(self.lineage) + &layout::wal_file(&self.file)
     }
@@ -93,17 +100,23 @@ impl Repository {
         Ok(SealedWal { lineage, file: *file, content, object: Staged::Held(object) })
     }
 
-    /// Does what of the storing decides nothing: for a file that waits for the one before it.
-    pub async fn stage_sealed_wal(&self, sealed: SealedWal) -> Result<SealedWal, Error> {
+    /// Does what of the storing decides nothing, as far as it can be done: for a file that waits for the one before it.
+    pub async fn stage_sealed_wal(&self, sealed: SealedWal) -> SealedWal {
         let key = sealed.key();
         let object = match sealed.object {
             Staged::Held(bytes) => {
                 let nothing = Capabilities::default();
-                self.store.stage(&key, bytes, self.probed().unwrap_or(&nothing)).await?
+                let found = self.probed().unwrap_or(&nothing);
+                let staged = self.store.stage(&key, bytes.clone(), found).await;
+                // It can be put when its turn has come, and is told then if it cannot.
+                staged.unwrap_or_else(|error| {
+                    tracing::debug!(key, %error, "not stored before its turn");
+                    Staged::Held(bytes)
+                })
             }
             staged => staged,
         };
-        Ok(SealedWal { object, ..sealed })
+        SealedWal { object, ..sealed }
     }
 
     /// The second half of [`Repository::store_wal`].

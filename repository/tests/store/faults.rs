@@ -273,7 +273,8 @@ async fn another_range_than_asked_for_is_refused() {
 // Staged: sent before its turn, and put by completing the upload where there is nothing.
 
 async fn stage(lab: &Lab, key: &str) -> Staged {
-    let found = Capabilities { completes_if_absent: true, ..Capabilities::default() };
+    let found =
+        Capabilities { completes_if_absent: true, ends_uploads: true, ..Capabilities::default() };
     let staged = lab.store.stage(key, sample(1, MIB), &found).await.expect("stage");
     assert!(matches!(staged, Staged::Sent(_)), "{staged:?}");
     staged
@@ -296,7 +297,7 @@ async fn what_was_staged_is_ours_or_somebody_elses_whatever_is_heard_of_it() {
     {
         let (ours, theirs) = (format!("ours-{at}"), format!("theirs-{at}"));
         let (staged, late) = (stage(&lab, &ours).await, stage(&lab, &theirs).await);
-        lab.direct.put(&theirs, sample(2, MIB)).await.expect("put");
+        lab.direct.put_if_absent(&theirs, sample(2, MIB)).await.expect("put");
         lab.proxy.inject("POST", "uploadId=", 1, fault.clone());
         let outcome = lab.store.put_staged_if_absent(&ours, staged).await;
         assert_eq!(outcome.expect("put"), PutOutcome::Created, "{fault:?}");

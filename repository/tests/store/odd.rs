@@ -3,15 +3,16 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use bytes::Bytes;
 use futures::{StreamExt as _, stream};
-use proto::{AttemptId, SystemIdentifier};
+use proto::{AttemptId, SystemIdentifier, WalFileName};
 use repository::store::contract;
 use repository::store::probe::probe;
 use repository::store::s3::{Checksums, S3Options, S3Store};
 use repository::store::{PutOutcome, Staged, Store, StoreError};
 use repository::{
     Amount, CollectOptions, Collected, Encryption, Error, InitOptions, Intent, Repository, Source,
-    WriteOptions,
+    WalStored, WriteOptions,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -100,6 +101,47 @@ async fn a_store_that_ignores_the_condition_of_an_upload_gets_no_upload_of_wal()
     assert!(probe(&store).await.expect("probe").completes_if_absent);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_segment_that_waits_for_its_turn_is_with_the_server_already() {
+    let options = bucket("turn").await;
+    let direct = open(&options).await;
+    let found = probe(&direct).await.expect("probe");
+    let store: Arc<dyn Store> = Arc::new(direct.clone());
+    let init = InitOptions { encryption: Encryption::KeyFile, now_ms: NOW_MS };
+    let new = Repository::prepare(store, init).expect("prepare");
+    let repository = new.create(Some(found)).await.expect("a repository");
+    let cluster = "orders".parse().expect("a name");
+    let identity = repository.find_or_mint_lineage(&cluster, SystemIdentifier(7), NOW_MS).await;
+    let lineage = identity.expect("a lineage").lineage;
+    let file: WalFileName = "000000010000000000000001".parse().expect("a name");
+    let [content, other] = [1, 2].map(|seed| contract::sample(seed, 1 << 20));
+    let stage = async |content: &Bytes| {
+        let sealed = repository.seal_wal(lineage, &file, content.clone()).await.expect("seal");
+        repository.stage_sealed_wal(sealed).await
+    };
+    let uploads = async || direct.uploads("").await.expect("uploads").len();
+    let staged = stage(&content).await;
+    assert_eq!(uploads().await, 1);
+    assert_eq!(repository.fetch_wal(lineage, &file).await.expect("fetch"), None, "not its turn");
+    let stored = repository.store_sealed_wal(staged).await.expect("store");
+    assert_eq!(stored, WalStored::Created);
+    let stored = repository.store_sealed_wal(stage(&content).await).await.expect("store");
+    assert_eq!(stored, WalStored::AlreadyThere);
+    let refused = repository.store_sealed_wal(stage(&other).await).await;
+    assert!(matches!(refused, Err(Error::WalConflict { .. })), "{refused:?}");
+    assert!(repository.fetch_wal(lineage, &file).await.expect("fetch") == Some(content.clone()));
+    stage(&content).await.discard().await;
+    assert_eq!(uploads().await, 0, "nothing is left");
+    // What is only dropped is ended behind its back, as long as the process lives.
+    drop(stage(&content).await);
+    for _ in 0..1000 {
+        if uploads().await == 0 {
+            return;
+        }
+    }
+    panic!("what was dropped is still there");
+}
+
 /// An upload of a file that came into the archive by other means is dead; one of a file that is not there may be on its way.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_collection_ends_the_uploads_of_what_is_archived() {
@@ -117,12 +159,13 @@ async fn a_collection_ends_the_uploads_of_what_is_archived() {
     let bytes = contract::sample(1, 1 << 20);
     let dead = direct.stage(&there, bytes.clone(), &found).await.expect("stage");
     let living = direct.stage(&coming, bytes.clone(), &found).await.expect("stage");
-    direct.put(&there, bytes.clone()).await.expect("put");
+    direct.put_if_absent(&there, bytes.clone()).await.expect("put");
     let options = collecting();
     let plan = repository.plan_collection(lineage, &options).await.expect("plan");
     plan.collect(&options).await.expect("collect");
     assert_eq!(direct.uploads("").await.expect("uploads"), std::slice::from_ref(&coming));
-    direct.put_staged_if_absent(&there, dead).await.expect_err("its upload was ended");
+    let outcome = direct.put_staged_if_absent(&there, dead).await;
+    assert_eq!(outcome.expect("it is known who was first"), PutOutcome::Exists);
     let outcome = direct.put_staged_if_absent(&coming, living).await.expect("put");
     assert_eq!(outcome, PutOutcome::Created);
     assert!(direct.get(&coming, 1 << 20).await.expect("get") == bytes);

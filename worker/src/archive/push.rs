@@ -64,9 +64,14 @@ pub(super) async fn ready(
 
 impl Ready {
     /// Does what of the storing can be done before its turn has come.
-    pub(super) async fn stage(self, repository: &Repository) -> Result<Self, Failure> {
-        let sealed = repository.stage_sealed_wal(self.sealed).await?;
-        Ok(Self { sealed, ..self })
+    pub(super) async fn stage(self, repository: &Repository) -> Self {
+        let sealed = repository.stage_sealed_wal(self.sealed).await;
+        Self { sealed, ..self }
+    }
+
+    /// Leaves nothing of it behind.
+    pub(super) async fn discard(self) {
+        self.sealed.discard().await;
     }
 
     /// Stores it. It is durable when this returns.

@@ -3,7 +3,6 @@
 use maintenance::analyze::{self, AnalyzeOptions};
 use proto::Failure;
 use proto::job::{Analyze, AnalyzeOutcome};
-use proto::words::count;
 
 use super::databases::Maintained;
 use crate::context::JobContext;
@@ -51,11 +50,6 @@ pub(crate) async fn run(
             outcome.analyzed += done.analyzed;
             outcome.skipped.extend(done.skipped);
         }
-    }
-    if task.plan_only && outcome.plan.is_empty() {
-        outcome
-            .plan
-            .push(format!("nothing to analyze in {}", count(outcome.databases, "database")));
     }
     maintained.close().await;
     Ok(maintenance::told::analyze(outcome))

@@ -3,7 +3,6 @@
 use maintenance::analyze;
 use maintenance::vacuum::{self, PlanOptions};
 use proto::job::{Vacuum, VacuumOutcome};
-use proto::words::count;
 use proto::{Action, Code, Failure};
 
 use super::databases::Maintained;
@@ -58,9 +57,6 @@ pub(crate) async fn run(
             outcome.vacuumed.extend(done.vacuumed);
             outcome.skipped.extend(done.skipped);
         }
-    }
-    if task.plan_only && outcome.plan.is_empty() {
-        outcome.plan.push(format!("nothing to vacuum in {}", count(outcome.databases, "database")));
     }
     maintained.close().await;
     Ok(maintenance::told::vacuum(outcome))

@@ -92,7 +92,8 @@ impl Answer {
 
     /// Whether a condition of the request did not hold.
     pub(super) fn is_precondition(&self) -> bool {
-        self.status == 412
+        // The completion of an upload may begin to answer before it knows.
+        self.status == 412 || self.code == "PreconditionFailed"
     }
 
     /// Whether the object is missing, as far as an answer without a body (to HEAD) can tell: it may be the bucket, or no

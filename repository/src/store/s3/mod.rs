@@ -484,7 +484,8 @@ impl Store for S3Store {
         found: &Capabilities,
     ) -> Result<Staged, StoreError> {
         check_key("create", key)?;
-        if !found.completes_if_absent || bytes.len() < STAGED_BYTES_MIN {
+        let may_stage = found.completes_if_absent && found.ends_uploads;
+        if !may_stage || bytes.len() < STAGED_BYTES_MIN {
             return Ok(Staged::Held(bytes));
         }
         Ok(Staged::Sent(Sent::send(self, key, bytes).await?))

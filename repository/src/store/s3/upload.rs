@@ -200,8 +200,11 @@ impl S3Upload {
                 Err(answer) => Some(answer),
             };
             unheard |= answer.as_ref().is_none_or(Answer::may_have_happened);
-            let is_taken =
-                place == Place::Absent && answer.as_ref().is_some_and(Answer::is_precondition);
+            // Where somebody's object is there, it does not matter any more who ended the upload.
+            let is_taken = place == Place::Absent
+                && answer.as_ref().is_some_and(|answer| {
+                    answer.is_precondition() || answer.code == NO_SUCH_UPLOAD
+                });
             let failed = |answer: Option<Answer>| match answer {
                 Some(answer) if answer.code == NO_SUCH_UPLOAD => {
                     self.refused(format!("somebody else ended the upload: {answer}"))
@@ -287,9 +290,20 @@ impl Sent {
     /// Returns when all of it has arrived.
     pub(super) async fn send(store: &S3Store, key: &str, bytes: Bytes) -> Result<Self, StoreError> {
         let mut upload = Box::new(S3Upload::new(store.clone(), key));
-        upload.send_part(bytes).await?;
+        let sent = upload.send_part(bytes).await;
+        // Others may send the same at this moment: what was begun without our hearing of it is left to a collection.
+        upload.unheard = false;
+        sent?;
         upload.settle_to(0).await?;
         Ok(Self(upload))
+    }
+
+    /// Ends the upload.
+    pub(crate) async fn discard(self) {
+        let key = self.0.key.clone();
+        if let Err(error) = self.0.abort().await {
+            tracing::debug!(key, %error, "left an upload behind");
+        }
     }
 
     pub(super) fn is_for(&self, key: &str) -> bool {
@@ -300,10 +314,7 @@ impl Sent {
     pub(super) async fn put_if_absent(mut self) -> Result<PutOutcome, StoreError> {
         let outcome = self.0.complete_at(Place::Absent).await?;
         if outcome == PutOutcome::Exists {
-            let key = self.0.key.clone();
-            if let Err(error) = self.0.abort().await {
-                tracing::debug!(key, %error, "left an upload behind");
-            }
+            self.discard().await;
         }
         Ok(outcome)
     }

@@ -187,10 +187,13 @@ impl Ahead {
             let stamp = Stamp::of(&path).await.map_err(unreadable)?;
             let mut ready = push::ready(&source.repository, &source.whose, &path).await?;
             if let Some(before) = before {
-                ready = ready.stage(&source.repository).await?;
-                before.await?;
-                if tasks.are_closing() {
-                    return Err(ends());
+                ready = ready.stage(&source.repository).await;
+                let before = before.await;
+                let goes_on =
+                    before.and_then(|_| if tasks.are_closing() { Err(ends()) } else { Ok(()) });
+                if let Err(failure) = goes_on {
+                    ready.discard().await;
+                    return Err(failure);
                 }
             }
             let pushed = ready.store(&source.repository).await?;
