@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use jiff::SignedDuration;
 use proto::job::ProofTarget;
 use proto::{Action, Code, Failure, Recovery, RecoveryTarget, SecretRef, TargetAction, Timeline};
 use worker::recovering::{self, FetchFrom, Fetching};
@@ -10,30 +9,15 @@ use worker::recovering::{self, FetchFrom, Fetching};
 use crate::args::{AtTarget, OpenerArgs, Restore};
 use crate::environment;
 
-/// What lies so little ahead may have been, by the clock of the server that wrote it.
-const CLOCKS_APART_MAX: SignedDuration = SignedDuration::from_mins(5);
-
 /// What was typed, with the clock and the zone of whoever typed it.
 pub(crate) fn wanted(args: &Restore) -> Result<Option<Recovery>, Failure> {
     let invalid = |what: String| Failure::new(Code::RequestInvalid, Action::FixConfig, what);
     let moment = &args.moment;
     let target = match &moment.to {
-        Some(text) => {
-            let now = environment::now();
-            let target = RecoveryTarget::read(text, &now).map_err(|error| {
-                invalid(format!("failed to {error}"))
-                    .with_hint("pgmuster help restore lists the ways to write a moment.")
-            })?;
-            if let RecoveryTarget::Time(time) = &target
-                && time.duration_since(now.timestamp()) > CLOCKS_APART_MAX
-            {
-                let what = format!("{time} is yet to come: it is {} here", now.timestamp());
-                return Err(invalid(what).with_hint(
-                    "If this machine's clock is wrong, set it. A time without a zone is of this machine's; --to latest replays all that is archived.",
-                ));
-            }
-            target
-        }
+        Some(text) => RecoveryTarget::read(text, &environment::now()).map_err(|error| {
+            invalid(format!("failed to {error}"))
+                .with_hint("pgmuster help restore lists the ways to write a moment.")
+        })?,
         None if moment.standby => RecoveryTarget::Latest,
         None => {
             proto::check_archiving(moment.keep_archiving, false).map_err(|what| {
