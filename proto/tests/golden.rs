@@ -305,23 +305,24 @@ fn outcomes_of_every_kind() {
         table: "public.\"Odd\"".to_owned(),
         reason: "locked".to_owned(),
     };
+    let restored = RestoreOutcome {
+        backup: backup_id(),
+        directory: "/srv/restore/orders/drill".to_owned(),
+        files: 1_000,
+        size_bytes: 31_000_000,
+        fetched_bytes: 4_000_000,
+        reused_bytes: 0,
+        stop_lsn: Lsn(0x0200_0100),
+        planned_only: false,
+        plan: vec![],
+        recovery: None,
+        archiving_stopped: false,
+        settings_apart: None,
+    };
     let outcomes = [
         Outcome::Backup(backup_outcome()),
         Outcome::VerifyRestore(VerifyRestoreOutcome { proof: proof() }),
-        Outcome::Restore(RestoreOutcome {
-            backup: backup_id(),
-            directory: "/srv/restore/orders/drill".to_owned(),
-            files: 1_000,
-            size_bytes: 31_000_000,
-            fetched_bytes: 4_000_000,
-            reused_bytes: 0,
-            stop_lsn: Lsn(0x0200_0100),
-            planned_only: false,
-            plan: vec![],
-            recovery: None,
-            archiving_stopped: false,
-            settings_apart: None,
-        }),
+        Outcome::Restore(restored.clone()),
         Outcome::Analyze(AnalyzeOutcome {
             databases: 1,
             analyzed: 12,
@@ -383,18 +384,9 @@ fn outcomes_of_every_kind() {
     golden("outcome.restore.moment", &recovery);
     let reached = recovery.reached.clone().map(|reached| Reached { stays_down: true, ..reached });
     let down = RestoreOutcome {
-        backup: backup_id(),
-        directory: "/srv/restore/orders/drill".to_owned(),
-        files: 1_000,
-        size_bytes: 31_000_000,
-        fetched_bytes: 4_000_000,
-        reused_bytes: 0,
-        stop_lsn: Lsn(0x0200_0100),
-        planned_only: false,
-        plan: vec![],
         recovery: Some(RecoveryOutcome { reached, ..recovery }),
-        archiving_stopped: false,
         settings_apart: Some("/srv/restore/orders/drill/pgmuster_external".to_owned()),
+        ..restored
     };
     golden("outcome.restore.down", &down);
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use futures::{StreamExt as _, stream};
-use proto::{AttemptId, SystemIdentifier, WalFileName};
+use proto::{AttemptId, LineageId, SystemIdentifier, WalFileName};
 use repository::store::contract;
 use repository::store::probe::{Capabilities, probe};
 use repository::store::s3::{Checksums, S3Options, S3Store};
@@ -23,6 +23,17 @@ use crate::proxy::{Fault, Proxy, refusal};
 /// What a probe finds of a store that decides between uploads, which the one of the tests does while nobody races.
 fn decides_between_uploads() -> Capabilities {
     Capabilities { completes_if_absent: true, ends_uploads: true, ..Capabilities::default() }
+}
+
+/// A new repository, with what a probe found of its store, and a lineage in it.
+async fn a_lineage(store: Arc<dyn Store>, found: Option<Capabilities>) -> (Repository, LineageId) {
+    let init = InitOptions { encryption: Encryption::KeyFile, now_ms: NOW_MS };
+    let new = Repository::prepare(store, init).expect("prepare");
+    let repository = new.create(found).await.expect("a repository");
+    let cluster = "orders".parse().expect("a name");
+    let identity = repository.find_or_mint_lineage(&cluster, SystemIdentifier(7), NOW_MS).await;
+    let lineage = identity.expect("a lineage").lineage;
+    (repository, lineage)
 }
 
 fn collecting() -> CollectOptions {
@@ -111,12 +122,7 @@ async fn a_segment_that_waits_for_its_turn_is_with_the_server_already() {
     let direct = open(&options).await;
     let found = decides_between_uploads();
     let store: Arc<dyn Store> = Arc::new(direct.clone());
-    let init = InitOptions { encryption: Encryption::KeyFile, now_ms: NOW_MS };
-    let new = Repository::prepare(store, init).expect("prepare");
-    let repository = new.create(Some(found)).await.expect("a repository");
-    let cluster = "orders".parse().expect("a name");
-    let identity = repository.find_or_mint_lineage(&cluster, SystemIdentifier(7), NOW_MS).await;
-    let lineage = identity.expect("a lineage").lineage;
+    let (repository, lineage) = a_lineage(store, Some(found)).await;
     let file: WalFileName = "000000010000000000000001".parse().expect("a name");
     let [content, other] = [1, 2].map(|seed| contract::sample(seed, 1 << 20));
     let stage = async |content: &Bytes| {
@@ -153,11 +159,7 @@ async fn a_collection_ends_the_uploads_of_what_is_archived() {
     let direct = open(&options).await;
     let store: Arc<dyn Store> = Arc::new(direct.clone());
     let found = decides_between_uploads();
-    let init = InitOptions { encryption: Encryption::KeyFile, now_ms: NOW_MS };
-    let repository = Repository::init(store, init).await.expect("a repository").repository;
-    let cluster = "orders".parse().expect("a name");
-    let identity = repository.find_or_mint_lineage(&cluster, SystemIdentifier(7), NOW_MS).await;
-    let lineage = identity.expect("a lineage").lineage;
+    let (repository, lineage) = a_lineage(store, None).await;
     let [there, coming] = ["000000010000000000000001", "000000010000000000000002"]
         .map(|name| format!("lineages/{lineage}/wal/00000001/{name}"));
     let bytes = contract::sample(1, 1 << 20);
@@ -301,13 +303,7 @@ async fn more_than_a_thousand_keys_come_in_pages() {
 async fn a_collector_that_may_not_delete_reclaims_nothing_and_makes_no_storm() {
     let (proxy, options, direct) = proxied("undeletable").await;
     let store: Arc<dyn Store> = Arc::new(open(&options).await);
-    let init = InitOptions { encryption: Encryption::KeyFile, now_ms: NOW_MS };
-    let repository = Repository::init(store, init).await.expect("a repository").repository;
-    let identity = repository
-        .find_or_mint_lineage(&"orders".parse().expect("a name"), SystemIdentifier(7), NOW_MS)
-        .await
-        .expect("a lineage");
-    let lineage = identity.lineage;
+    let (repository, lineage) = a_lineage(store, None).await;
     // Attempts that ended in ABORT: everything they stored is garbage.
     for n in 0..8 {
         let attempt = AttemptId::mint(NOW_MS.unsigned_abs(), [n; 10]);
