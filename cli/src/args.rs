@@ -41,6 +41,15 @@ pub struct Cli {
     pub log: Option<String>,
 }
 
+/// `pgmuster wal …` as a server's settings have it, without the options of every command. A server starts it for each segment, and all
+/// the other commands are most of what there is to be made ready for reading.
+#[derive(Debug, Parser)]
+pub struct ServersCall {
+    /// What the server wants.
+    #[command(subcommand)]
+    pub command: WalCommand,
+}
+
 /// How to print.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Output {

@@ -15,6 +15,7 @@ mod opener;
 mod output;
 mod secrets;
 
+use std::ops::ControlFlow;
 use std::time::Duration;
 
 use clap::Parser as _;
@@ -23,7 +24,8 @@ use tokio::runtime::Builder;
 
 pub use exit::Exit;
 
-use crate::args::{Cli, Command, WalCommand};
+use crate::args::{Cli, Command, Output, ServersCall, WalCommand};
+use crate::commands::Before;
 
 /// How long the last spans may take on their way out.
 const LAST_SPANS_MAX: Duration = Duration::from_secs(3);
@@ -46,10 +48,26 @@ fn words() -> impl Iterator<Item = String> {
 
 /// What was typed; when it is no command, the code to end with, after it was said.
 fn parsed() -> Result<Cli, Exit> {
-    Cli::try_parse().map_err(|error| {
+    servers_call().map_or_else(Cli::try_parse, Ok).map_err(|error| {
         // Nobody is left to tell when this fails.
         let _ = error.print();
         if error.use_stderr() { Exit::Usage } else { Exit::Ok }
+    })
+}
+
+/// What a server's settings call, if it is that and nothing more.
+fn servers_call() -> Option<Cli> {
+    let mut words = std::env::args_os().skip(1).peekable();
+    if words.peek()? != "wal" {
+        return None;
+    }
+    let ServersCall { command } = ServersCall::try_parse_from(words).ok()?;
+    Some(Cli {
+        command: Command::Wal(command),
+        output: Output::Table,
+        coordinator: None,
+        token_file: None,
+        log: environment::variable("PGMUSTER_LOG"),
     })
 }
 
@@ -101,6 +119,10 @@ enum Heard {
 }
 
 fn started(cli: Cli) -> Result<Exit, Exit> {
+    let before = match commands::at_once(&cli) {
+        ControlFlow::Break(exit) => return Ok(exit),
+        ControlFlow::Continue(before) => before,
+    };
     // A server starts `wal push` for each segment, which asks a service and waits: threads would be most of its work.
     let mut builder = match &cli.command {
         Command::Wal(WalCommand::Push(_) | WalCommand::Get(_)) => Builder::new_current_thread(),
@@ -113,10 +135,10 @@ fn started(cli: Cli) -> Result<Exit, Exit> {
             return Err(Exit::Failed);
         }
     };
-    runtime.block_on(run(cli))
+    runtime.block_on(run(cli, before))
 }
 
-async fn run(cli: Cli) -> Result<Exit, Exit> {
+async fn run(cli: Cli, before: Before) -> Result<Exit, Exit> {
     let ended = match become_user::become_owner(&cli).await {
         Err(failure) => Err(failure),
         Ok(()) => match telemetry::init(&telemetry_options(&cli)) {
@@ -126,7 +148,7 @@ async fn run(cli: Cli) -> Result<Exit, Exit> {
                     .with_hint("Look at --log and at the OTEL_ variables of the environment."))
             }
             Ok(guard) => {
-                let ended = Box::pin(commands::run(cli)).await;
+                let ended = Box::pin(commands::run(cli, before)).await;
                 guard.shutdown(LAST_SPANS_MAX).await;
                 ended
             }

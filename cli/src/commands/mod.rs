@@ -25,7 +25,7 @@ mod wal;
 
 pub(crate) use repo::{init as init_repository, write_secret};
 pub(crate) use up::sockets;
-pub(crate) use wal::{is_surely_no_question, limit, may_be_a_question};
+pub(crate) use wal::{Before, at_once, is_surely_no_question, limit, may_be_a_question};
 
 use proto::Failure;
 
@@ -33,8 +33,8 @@ use crate::args::{Cli, Command};
 use crate::client::Client;
 use crate::exit::Exit;
 
-/// Runs what was typed.
-pub(crate) async fn run(cli: Cli) -> Result<Exit, Failure> {
+/// Runs what was typed, and goes on from what was done before there was a runtime.
+pub(crate) async fn run(cli: Cli, before: Before) -> Result<Exit, Failure> {
     let format = cli.output;
     let client = || Client::new(cli.coordinator.as_deref(), cli.token_file.as_deref());
     match cli.command {
@@ -60,7 +60,7 @@ pub(crate) async fn run(cli: Cli) -> Result<Exit, Failure> {
         Command::Backups(command) => backups::run(client, command, format).await,
         Command::Job(command) => job::run(&client()?, command, format).await,
         Command::Repo(command) => repo::run(command, format).await,
-        Command::Wal(command) => wal::run(command).await,
+        Command::Wal(command) => wal::run(command, before).await,
         Command::Recovery(command) => recovery::run(client, command, format).await,
         Command::Doctor(args) => doctor::run(client(), &args, format).await,
         Command::Config(command) => config::run(&command, format),

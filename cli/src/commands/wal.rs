@@ -1,10 +1,13 @@
 //! `wal …`: what a server calls for each file of its log. Quiet when all is well, because it speaks into the server's log.
 
+use std::cell::Cell;
+use std::convert::Infallible;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use proto::{Action, Code, Failure};
+use proto::{Action, Code, Failure, LineageId};
 use repository::{Repository, WalStored};
 use worker::archive::service::{self, Asking, Heard, Service};
 use worker::archive::{self, Got, Whose, patiently};
@@ -25,78 +28,119 @@ const SILENCE_MAX: Duration = Duration::from_mins(1);
 /// What makes a server a standby.
 const STANDBY_SIGNAL: &str = "standby.signal";
 
+/// Variables by which a call does more than to ask: it logs, exports, or fails on purpose.
+const MORE_THAN_A_QUESTION: [&str; 4] = [
+    "PGMUSTER_LOG",
+    FAILPOINT,
+    "OTEL_EXPORTER_OTLP_ENDPOINT",
+    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+];
+const FAILPOINT: &str = "PGMUSTER_FAILPOINT";
+
+/// What came before there was a runtime.
+pub(crate) struct Before {
+    began: Instant,
+    /// What a service said, if it was asked. It is not asked twice.
+    heard: Cell<Option<Heard<Infallible>>>,
+}
+
+/// Asks the service, where there is one, and ends with its answer. A server starts this program for each segment and waits, in a
+/// recovery with the one process that replays: whatever else is made ready first is most of the work.
+pub(crate) fn at_once(cli: &Cli) -> ControlFlow<Exit, Before> {
+    let began = Instant::now();
+    let asked = match &cli.command {
+        _ if MORE_THAN_A_QUESTION.iter().any(|name| environment::variable(name).is_some()) => None,
+        Command::Wal(WalCommand::Push(args)) => push_at_once(args, began),
+        Command::Wal(WalCommand::Get(args)) => get_at_once(args, began),
+        _ => None,
+    };
+    let heard = match asked {
+        Some(Heard::Answer(Ok(exit))) => return ControlFlow::Break(exit),
+        Some(Heard::Answer(Err(failure))) => Some(Heard::Answer(Err(failure))),
+        Some(Heard::Nobody(why)) => Some(Heard::Nobody(why)),
+        None => None,
+    };
+    ControlFlow::Continue(Before { began, heard: Cell::new(heard) })
+}
+
+fn push_at_once(args: &WalPush, began: Instant) -> Option<Heard<Exit>> {
+    let archive = Archive::to_push(args, began).ok()?;
+    let heard = archive.asking()?.to_store(&args.path);
+    Some(heard.map(|(lineage, stored)| pushed(args, lineage, stored)))
+}
+
+fn get_at_once(args: &WalGet, began: Instant) -> Option<Heard<Exit>> {
+    let archive = Archive::to_get(args, began).ok()?;
+    Some(archive.asking()?.for_file(&args.file, &args.path, args.until).map(exit_of))
+}
+
 /// `wal …`.
-pub(crate) async fn run(command: WalCommand) -> Result<Exit, Failure> {
-    if let Some(text) = environment::variable("PGMUSTER_FAILPOINT") {
+pub(crate) async fn run(command: WalCommand, before: Before) -> Result<Exit, Failure> {
+    if let Some(text) = environment::variable(FAILPOINT) {
         let armed = failpoint::arm(&text);
         tracing::warn!(armed, "This will fail on purpose: PGMUSTER_FAILPOINT={text}");
     }
     match command {
-        WalCommand::Push(args) => push(&args).await,
-        WalCommand::Get(args) => get(&args).await,
+        WalCommand::Push(args) => push(&args, before).await,
+        WalCommand::Get(args) => get(&args, before).await,
         WalCommand::Serve(args) => serve(args).await,
     }
 }
 
-async fn push(args: &WalPush) -> Result<Exit, Failure> {
-    let limit = Duration::from_secs(args.deadline.into());
-    let mut archive = Archive::of(&args.archive, args.archive.socket.clone(), limit)?;
-    if args.new {
-        archive.whose = match archive.whose {
-            Whose::Cluster(cluster) => Whose::New(cluster),
-            whose => whose,
+async fn push(args: &WalPush, before: Before) -> Result<Exit, Failure> {
+    let archive = Archive::to_push(args, before.began)?;
+    let (lineage, stored) = patiently(archive.left(), async || {
+        let away = match archive.ask(&before, |asking| asking.to_store(&args.path)) {
+            Heard::Answer(answer) => return answer,
+            Heard::Nobody(why) => why,
         };
-    }
-    let (lineage, stored) = patiently(limit, async || {
-        let mut away = None;
-        if let Some(asking) = archive.asking() {
-            match asking.to_store(&args.path).await {
-                Heard::Answer(answer) => return answer,
-                Heard::Nobody(why) => away = why,
-            }
-        }
         let repository = archive.open(away).await?;
         let pushed = archive::push(&repository, &archive.whose, &args.path).await?;
         Ok((pushed.identity.lineage, pushed.stored))
     })
     .await?;
+    Ok(pushed(args, lineage, stored))
+}
+
+fn pushed(args: &WalPush, lineage: LineageId, stored: WalStored) -> Exit {
     if stored == WalStored::AlreadyThere {
         output::talk(&format!(
             "{} was archived before, with the same content, in lineage {lineage}",
             args.path.display()
         ));
     }
-    Ok(Exit::Ok)
+    Exit::Ok
 }
 
-async fn get(args: &WalGet) -> Result<Exit, Failure> {
+async fn get(args: &WalGet, before: Before) -> Result<Exit, Failure> {
     let got = async {
-        let socket = args.archive.socket.clone();
-        let socket =
-            socket.or_else(|| environment::variable(service::SOCKET_VARIABLE).map(PathBuf::from));
-        let archive = Archive::of(&args.archive, socket, within(args))?;
-        patiently(within(args), async || {
-            let mut away = None;
-            if let Some(asking) = archive.asking() {
-                match asking.for_file(&args.file, &args.path, args.until).await {
-                    Heard::Answer(answer) => return answer,
-                    Heard::Nobody(why) => away = why,
-                }
-            }
+        let archive = Archive::to_get(args, before.began)?;
+        patiently(archive.left(), async || {
+            let ask = |asking: Asking<'_>| asking.for_file(&args.file, &args.path, args.until);
+            let away = match archive.ask(&before, ask) {
+                Heard::Answer(answer) => return answer,
+                Heard::Nobody(why) => why,
+            };
             let repository = archive.open(away).await?;
             archive::get(&repository, &archive.whose, &args.file, &args.path, args.until).await
         })
         .await
     };
     match got.await {
-        Ok(Got::Written) => Ok(Exit::Ok),
-        Ok(Got::NotThere) => Ok(Exit::Failed),
+        Ok(got) => Ok(exit_of(got)),
         Err(failure) if follows(args) => {
             output::failure(&failure);
             output::talk("A standby asks again: this is told as if there were no such file.");
             Ok(Exit::Failed)
         }
         Err(failure) => Err(failure),
+    }
+}
+
+fn exit_of(got: Got) -> Exit {
+    match got {
+        Got::Written => Exit::Ok,
+        Got::NotThere => Exit::Failed,
     }
 }
 
@@ -132,10 +176,34 @@ struct Archive<'a> {
     socket: Option<PathBuf>,
     /// How long a silent service is waited for.
     patience: Duration,
+    /// When whatever is not done is told.
+    deadline: Instant,
 }
 
 impl<'a> Archive<'a> {
-    fn of(args: &'a WalArchive, socket: Option<PathBuf>, limit: Duration) -> Result<Self, Failure> {
+    fn to_push(args: &'a WalPush, began: Instant) -> Result<Self, Failure> {
+        let limit = Duration::from_secs(args.deadline.into());
+        let archive = Self::of(&args.archive, args.archive.socket.clone(), began, limit)?;
+        let whose = match archive.whose {
+            Whose::Cluster(cluster) if args.new => Whose::New(cluster),
+            whose => whose,
+        };
+        Ok(Self { whose, ..archive })
+    }
+
+    fn to_get(args: &'a WalGet, began: Instant) -> Result<Self, Failure> {
+        let socket = args.archive.socket.clone();
+        let socket =
+            socket.or_else(|| environment::variable(service::SOCKET_VARIABLE).map(PathBuf::from));
+        Self::of(&args.archive, socket, began, within(args))
+    }
+
+    fn of(
+        args: &'a WalArchive,
+        socket: Option<PathBuf>,
+        began: Instant,
+        limit: Duration,
+    ) -> Result<Self, Failure> {
         let whose = match (&args.whose.cluster, args.whose.lineage) {
             (Some(cluster), None) => Whose::Cluster(cluster.clone()),
             (None, Some(lineage)) => Whose::Lineage(lineage),
@@ -143,7 +211,7 @@ impl<'a> Archive<'a> {
         };
         // Who can do the work himself does not wait to the end.
         let patience = if args.repository.is_some() { (limit / 2).min(SILENCE_MAX) } else { limit };
-        Ok(Self { args, whose, socket, patience })
+        Ok(Self { args, whose, socket, patience, deadline: began + limit })
     }
 
     fn asking(&self) -> Option<Asking<'_>> {
@@ -151,8 +219,20 @@ impl<'a> Archive<'a> {
             socket: self.socket.as_deref()?,
             whose: &self.whose,
             repository: self.args.repository.as_deref(),
-            within: self.patience,
+            within: self.patience.min(self.left()),
         })
+    }
+
+    fn left(&self) -> Duration {
+        self.deadline.saturating_duration_since(Instant::now())
+    }
+
+    /// What a service says, or said before.
+    fn ask<T>(&self, before: &Before, ask: impl FnOnce(Asking<'_>) -> Heard<T>) -> Heard<T> {
+        match before.heard.take() {
+            Some(heard) => heard.map(|never| match never {}),
+            None => self.asking().map_or(Heard::Nobody(None), ask),
+        }
     }
 
     /// Opens the repository to do the work here, because a service did not; `away` says why, where that is known.

@@ -11,7 +11,7 @@
 
 use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
+use std::io::{self, ErrorKind, Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, fchown};
@@ -27,6 +27,7 @@ use super::probe::Capabilities;
 use super::{
     KeyTest, Listed, PutOutcome, Staged, Store, StoreError, Upload, check_key, staged_elsewhere,
 };
+use crate::pieces::write_in_pieces;
 use crate::{chance, room};
 
 /// Where unfinished objects are that must have a name. Not a valid key, so no object can be there.
@@ -140,7 +141,7 @@ impl DirectoryStore {
 
     fn write(&self, bytes: &[u8]) -> io::Result<Temporary> {
         let mut temporary = Temporary::create(self)?;
-        temporary.file.write_all(bytes)?;
+        write_in_pieces(&mut temporary.file, bytes)?;
         temporary.settle()?;
         Ok(temporary)
     }
@@ -520,7 +521,7 @@ impl DirectoryUpload {
 impl Upload for DirectoryUpload {
     async fn part(&mut self, bytes: Bytes) -> Result<(), StoreError> {
         self.step(move |_, _, mut temporary| {
-            temporary.file.write_all(&bytes)?;
+            write_in_pieces(&mut temporary.file, &bytes)?;
             Ok((Some(temporary), ()))
         })
         .await

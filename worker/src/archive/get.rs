@@ -1,15 +1,16 @@
 //! One file from the archive to where the server wants it.
 
 use std::fs::File;
-use std::io::{self, Write as _};
+use std::io;
 use std::os::fd::AsRawFd as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use bytes::Bytes;
+use futures::future::{BoxFuture, OptionFuture};
 use postgres::wal_moments::SegmentMoments;
 use proto::wal::SegmentName;
 use proto::{Action, Code, Failure, WalFileName};
-use repository::{Identity, Repository};
+use repository::{Identity, Repository, write_in_pieces};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 use tempfile::NamedTempFile;
 
@@ -42,7 +43,10 @@ pub async fn get(
     let found = repository.fetch_wal(identity.lineage, file).await?.map(Found::from);
     let asked = Asked { repository, identity: &identity, file, to, server };
     match hand_over(asked, found, until).await? {
-        Some(file) => put(file.into_temp_path(), to.to_owned()).await.map(|()| Got::Written),
+        Some(file) => {
+            let (file, to) = (file.into_temp_path(), to.to_owned());
+            blocking(move || put(file, &to)).await.map(|()| Got::Written)
+        }
         None => Ok(Got::NotThere),
     }
 }
@@ -52,6 +56,8 @@ pub(super) struct Found {
     pub(super) content: Bytes,
     /// What was done with it already.
     pub(super) prepared: Prepared,
+    /// The segment behind it, where that is fetched anyway.
+    pub(super) next: Option<BoxFuture<'static, Option<Bytes>>>,
 }
 
 /// What can be done with a segment before a server asks for it.
@@ -82,7 +88,7 @@ impl Prepared {
 
 impl From<Bytes> for Found {
     fn from(content: Bytes) -> Self {
-        Self { content, prepared: Prepared::default() }
+        Self { content, prepared: Prepared::default(), next: None }
     }
 }
 
@@ -106,7 +112,7 @@ pub(super) async fn hand_over(
 ) -> Result<Option<NamedTempFile>, Failure> {
     let Asked { repository, identity, file, to, server } = asked;
     asked.refuse_abandoned(found.is_some()).await?;
-    let Found { content, prepared: Prepared { written, said } } = match found {
+    let Found { content, prepared: Prepared { written, said }, next } = match found {
         Some(found) => found,
         None => match asked.why_missing().await? {
             None => return Ok(None),
@@ -126,9 +132,14 @@ pub(super) async fn hand_over(
     if let (Some(server), WalFileName::Segment(name)) = (server, file)
         && let Some(segment) = name.segment(server.segment_size)
     {
-        let lineage = identity.lineage;
-        tablespaces::protect(repository, lineage, segment, &content, said, server, to, until)
-            .await?;
+        let next = async {
+            if let Some(content) = OptionFuture::from(next).await.flatten() {
+                return Ok(Some(content));
+            }
+            let next = WalFileName::Segment(segment.next().name(server.segment_size));
+            Ok(repository.fetch_wal(identity.lineage, &next).await?)
+        };
+        tablespaces::protect(segment, &content, said, next, server, to, until).await?;
     }
     let failed = unwritable(to);
     let directory = asked.directory();
@@ -146,24 +157,17 @@ pub(super) async fn hand_over(
 const MADE_DURABLE_BY_SERVER: [&str; 2] = ["RECOVERYXLOG", "RECOVERYHISTORY"];
 
 /// Puts a file that was fetched where the server wants it, and makes that durable unless the server does.
-pub(super) async fn put(
-    file: impl AsRef<Path> + Send + 'static,
-    to: PathBuf,
-) -> Result<(), Failure> {
-    blocking(move || {
-        let failed = unwritable(&to);
-        let directory = to.parent().filter(|parent| !parent.as_os_str().is_empty());
-        let is_left = MADE_DURABLE_BY_SERVER.iter().any(|name| to.ends_with(name));
-        let put = || {
-            std::fs::rename(file.as_ref(), &to)?;
-            if is_left {
-                return Ok(());
-            }
-            File::open(directory.unwrap_or(Path::new(".")))?.sync_all()
-        };
-        put().map_err(failed)
-    })
-    .await
+pub(super) fn put(file: impl AsRef<Path>, to: &Path) -> Result<(), Failure> {
+    let directory = to.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let is_left = MADE_DURABLE_BY_SERVER.iter().any(|name| to.ends_with(name));
+    let put = || {
+        std::fs::rename(file.as_ref(), to)?;
+        if is_left {
+            return Ok(());
+        }
+        File::open(directory.unwrap_or(Path::new(".")))?.sync_all()
+    };
+    put().map_err(unwritable(to))
 }
 
 fn unwritable(to: &Path) -> impl FnOnce(io::Error) -> Failure + use<> {
@@ -184,7 +188,7 @@ const OWN_FILES: &str = "/proc/self/fd";
 /// A file beside the one that is wanted, whole and durable.
 fn write(directory: &Path, content: &Bytes) -> io::Result<NamedTempFile> {
     let mut file = tempfile::Builder::new().prefix(PREFIX).tempfile_in(directory)?;
-    file.write_all(content)?;
+    write_in_pieces(&mut file, content)?;
     file.as_file().sync_all()?;
     Ok(file)
 }
@@ -199,7 +203,7 @@ impl Written {
         let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
         let mode = Mode::RUSR | Mode::WUSR;
         let mut file = File::from(rustix::fs::openat(CWD, directory, flags, mode)?);
-        file.write_all(content)?;
+        write_in_pieces(&mut file, content)?;
         file.sync_all()?;
         Ok(Self(file))
     }

@@ -35,7 +35,7 @@ pub async fn patiently<T>(
 }
 
 fn too_late(limit: Duration) -> Failure {
-    let what = format!("there was no answer within {} seconds", limit.as_secs());
+    let what = format!("there was no answer within {} seconds", limit.as_secs_f64().ceil());
     Failure::new(Code::DeadlineExceeded, Action::Retry, what)
         .with_hint("Look at the store and the way to it; --deadline gives more time.")
 }

@@ -16,8 +16,7 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use postgres::wal::{Segment, SegmentHeader};
 use postgres::wal_moments::{self, Moment, NewTablespace, SegmentMoments};
-use proto::{Action, Code, Failure, LineageId, Lsn, WalFileName};
-use repository::Repository;
+use proto::{Action, Code, Failure, Lsn};
 use serde::{Deserialize, Serialize};
 
 use super::{Server, data_directory};
@@ -93,14 +92,13 @@ impl FromStr for Until {
 }
 
 /// Refuses a segment whose replay would remove files that the server which asks did not write. `said` is what the segment says of
-/// itself, where that is known; `to` is where the server wants it; nothing behind `until` will be replayed.
-#[expect(clippy::too_many_arguments, reason = "each is what one sentence above is about")]
+/// itself, where that is known; `next` has the one behind it, if there is one; `to` is where the server wants it; nothing behind `until`
+/// will be replayed.
 pub(super) async fn protect(
-    repository: &Repository,
-    lineage: LineageId,
     segment: Segment,
     content: &Bytes,
     said: Option<SegmentMoments>,
+    next: impl Future<Output = Result<Option<Bytes>, Failure>>,
     server: Server,
     to: &Path,
     until: Option<Until>,
@@ -109,12 +107,11 @@ pub(super) async fn protect(
         Some(said) => said,
         None => look(segment, content.clone(), None, server).await?,
     };
-    if said.may_make_one_more {
-        let next = WalFileName::Segment(segment.next().name(server.segment_size));
-        // Without it, the record cannot be replayed either.
-        if let Some(next) = repository.fetch_wal(lineage, &next).await? {
-            said = look(segment, content.clone(), Some(next), server).await?;
-        }
+    // Without the next one, the record cannot be replayed either.
+    if said.may_make_one_more
+        && let Some(next) = next.await?
+    {
+        said = look(segment, content.clone(), Some(next), server).await?;
     }
     let SegmentMoments { moments, tablespaces, .. } = &mut said;
     tablespaces.retain(|space| until.is_none_or(|until| !until.comes_before(space, moments)));

@@ -1,12 +1,13 @@
-//! The side that asks.
+//! The side that asks. It has nothing else to do meanwhile, and a server waits for it: no runtime, no thread.
 
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use proto::{Failure, LineageId, WalFileName};
 use repository::WalStored;
-use tokio::net::UnixStream;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::super::Until;
 use super::super::get::{self, Got};
@@ -35,12 +36,22 @@ pub enum Heard<T> {
     Nobody(Option<Failure>),
 }
 
+impl<T> Heard<T> {
+    /// What is made of a good answer.
+    pub fn map<U>(self, make: impl FnOnce(T) -> U) -> Heard<U> {
+        match self {
+            Self::Answer(answer) => Heard::Answer(answer.map(make)),
+            Self::Nobody(why) => Heard::Nobody(why),
+        }
+    }
+}
+
 impl Asking<'_> {
     /// Has a file stored, as [`push`](fn@super::super::push) would.
-    pub async fn to_store(&self, path: &Path) -> Heard<(LineageId, WalStored)> {
+    pub fn to_store(&self, path: &Path) -> Heard<(LineageId, WalStored)> {
         let Some(path) = absolute(path) else { return Heard::Nobody(None) };
         let (whose, repository) = (self.whose.clone(), self.repository.map(str::to_owned));
-        match self.ask(Question::Store { whose, repository, path }).await {
+        match self.ask(&Question::Store { whose, repository, path }) {
             Some((Answer::Stored { lineage, stored }, _)) => Heard::Answer(Ok((lineage, stored))),
             answer => heard(answer),
         }
@@ -48,19 +59,14 @@ impl Asking<'_> {
 
     /// Has a file fetched, as [`get`](fn@super::super::get) would, and puts it to `to`: that is not done by the service, which would not know
     /// whether anybody still waits for it.
-    pub async fn for_file(
-        &self,
-        file: &WalFileName,
-        to: &Path,
-        until: Option<Until>,
-    ) -> Heard<Got> {
+    pub fn for_file(&self, file: &WalFileName, to: &Path, until: Option<Until>) -> Heard<Got> {
         let Some(to) = absolute(to) else { return Heard::Nobody(None) };
         let (whose, repository) = (self.whose.clone(), self.repository.map(str::to_owned));
         let file = file.to_string();
         let question = Question::Fetch { whose, repository, file, to: to.clone(), until };
-        match self.ask(question).await {
+        match self.ask(&question) {
             Some((Answer::Fetched { file }, held)) => {
-                let put = get::put(file, to).await;
+                let put = get::put(file, &to);
                 // As long as it is held, the service keeps the file for us.
                 drop(held);
                 Heard::Answer(put.map(|()| Got::Written))
@@ -71,32 +77,39 @@ impl Asking<'_> {
     }
 
     /// The answer, and the connection that it came over.
-    async fn ask(&self, question: Question) -> Option<(Answer, UnixStream)> {
-        let asked = async {
-            let mut stream = UnixStream::connect(self.socket).await?;
+    fn ask(&self, question: &Question) -> Option<(Answer, UnixStream)> {
+        let asked = || {
+            let deadline = Instant::now() + self.within;
+            let mut stream = connected(self.socket)?;
             if !words::is_of_this_user(&stream)? {
                 return Err(io::Error::new(
                     io::ErrorKind::PermissionDenied,
                     "it is another user's",
                 ));
             }
-            words::say(&mut stream, question).await?;
-            let answer = words::hear::<Answer>(&mut stream).await?;
+            let answer = words::exchange(&mut stream, question, deadline)?;
             Ok((answer, stream))
         };
-        let heard = tokio::time::timeout(self.within, asked).await;
-        match heard.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
-            Ok(answer) => Some(answer),
-            Err(error) => {
+        asked()
+            .inspect_err(|error| {
                 use io::ErrorKind::{ConnectionRefused, NotFound};
                 if !matches!(error.kind(), NotFound | ConnectionRefused) {
                     let socket = self.socket.display();
                     tracing::warn!("The WAL service at {socket} did not answer: {error}");
                 }
-                None
-            }
-        }
+            })
+            .ok()
     }
+}
+
+/// Connects if that can be done at once: who has no room for one more to wait is as good as away.
+fn connected(socket: &Path) -> io::Result<UnixStream> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let fd = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&fd, &SocketAddrUnix::new(socket)?)?;
+    let stream = UnixStream::from(fd);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
 }
 
 fn heard<T>(answer: Option<(Answer, UnixStream)>) -> Heard<T> {

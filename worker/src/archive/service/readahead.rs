@@ -83,19 +83,21 @@ impl ReadAhead {
         // One that is asked for for the first time may be the only one.
         let segments = if ahead.is_some() { SEGMENTS_MAX } else { 1 };
         let found = match ahead {
-            Some(Fetched { content, prepared, .. }) => {
+            Some(Fetched { content, prepared, _memory: memory }) => {
+                // It has its reader, and another one takes its place.
+                drop(memory);
                 let prepared = std::mem::take(&mut *lock(&prepared));
-                Some(Found { content, prepared })
+                Some(Found { content, prepared, next: None })
             }
             None => repository.fetch_wal(lineage, file).await?.map(Found::from),
         };
-        if let Some(found) = &found {
-            self.go_on(repository, line, name, found.content.len(), segments);
-        }
-        Ok(found)
+        let Some(found) = found else { return Ok(None) };
+        let next = self.go_on(repository, line, name, found.content.len(), segments);
+        let content = async |next: Fetch| next.await.map(|fetched| fetched.content);
+        Ok(Some(Found { next: next.map(|next| content(next).boxed()), ..found }))
     }
 
-    /// Fetches the next segments, and drops what is not among them.
+    /// Fetches the next segments, and drops what is not among them. Gives the first of them.
     fn go_on(
         &self,
         repository: &Arc<Repository>,
@@ -103,12 +105,9 @@ impl ReadAhead {
         name: SegmentName,
         bytes: usize,
         segments: usize,
-    ) {
-        let Some((size, segment)) =
-            u32::try_from(bytes).ok().and_then(|size| Some((size, name.segment(size)?)))
-        else {
-            return;
-        };
+    ) -> Option<Fetch> {
+        let size = u32::try_from(bytes).ok()?;
+        let segment = name.segment(size)?;
         let wanted: Vec<SegmentName> =
             std::iter::successors(Some(segment.next()), |segment| Some(segment.next()))
                 .take(segments)
@@ -130,6 +129,7 @@ impl ReadAhead {
             let fetch = begin(&self.tasks, repository, lineage, name, directory.clone(), memory);
             line.fetches.insert(name, fetch);
         }
+        line.fetches.get(&segment.next().name(size)).cloned()
     }
 
     /// Drops what was fetched for a server, and says whether there was something.

@@ -15,7 +15,7 @@ use repository::{Encryption, InitOptions, KeyFile, Repository, WalStored};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::words::{self, Answer, Question};
 use super::{Archives, Asking, Heard, OpenArchive, Service, another_repository};
@@ -146,7 +146,8 @@ impl Scene {
     }
 
     async fn push_as(&self, file: &str) -> Result<WalStored, Code> {
-        let heard = asking(&self.socket(), &whose(), None).to_store(&self.path(file)).await;
+        let (socket, path) = (self.socket(), self.path(file));
+        let heard = beside(move || asking(&socket, &whose(), None).to_store(&path)).await;
         answer(heard).map(|(_, stored)| stored).map_err(|failure| failure.code)
     }
 
@@ -167,13 +168,15 @@ impl Scene {
     /// The same, beside what else is asked.
     fn begin(&self, number: u64) -> JoinHandle<Result<(LineageId, WalStored), Failure>> {
         let (socket, path) = (self.socket(), self.path(&name(number)));
-        tokio::spawn(async move { answer(asking(&socket, &whose(), None).to_store(&path).await) })
+        spawn_blocking(move || answer(asking(&socket, &whose(), None).to_store(&path)))
     }
 
     async fn get(&self, number: u64) -> Result<Got, Code> {
         let file: WalFileName = name(number).parse().unwrap();
         let to = self.path("RECOVERYXLOG");
-        let heard = asking(&self.socket(), &whose(), None).for_file(&file, &to, None).await;
+        let socket = self.socket();
+        let ask = move || asking(&socket, &whose(), None).for_file(&file, &to, None);
+        let heard = beside(ask).await;
         answer(heard).map_err(|failure| failure.code)
     }
 
@@ -189,6 +192,11 @@ impl Scene {
 
 fn asking<'a>(socket: &'a Path, whose: &'a Whose, repository: Option<&'a str>) -> Asking<'a> {
     Asking { socket, whose, repository, within: SOON }
+}
+
+/// Asks beside the service: whoever asks waits and does nothing else.
+async fn beside<T: Send + 'static>(ask: impl FnOnce() -> T + Send + 'static) -> T {
+    spawn_blocking(ask).await.unwrap()
 }
 
 fn answer<T: std::fmt::Debug>(heard: Heard<T>) -> Result<T, Failure> {
@@ -260,7 +268,8 @@ async fn only_a_cluster_that_is_written_down_or_said_to_be_new_begins_a_lineage(
     (1..=2).for_each(|number| scene.fill(number));
     let push = async |whose: Whose| {
         let (socket, path) = (scene.socket(), scene.path(&name(1)));
-        answer(asking(&socket, &whose, None).to_store(&path).await).map(|(_, stored)| stored)
+        let heard = beside(move || asking(&socket, &whose, None).to_store(&path)).await;
+        answer(heard).map(|(_, stored)| stored)
     };
     let cluster = |name: &str| Whose::Cluster(name.parse().unwrap());
     let refused = push(cluster("orders")).await.unwrap_err();
@@ -457,18 +466,24 @@ async fn a_file_is_put_into_its_place_only_by_somebody_who_still_waits_for_it() 
 async fn a_service_of_another_repository_and_one_that_is_silent_are_none() {
     let scene = Scene::new().await;
     scene.fill(1);
-    let (socket, path, whose) = (scene.socket(), scene.path(&name(1)), whose());
-    let other = asking(&socket, &whose, Some("theirs")).to_store(&path).await;
+    let to_store = async |socket: PathBuf, repository, within| {
+        let path = scene.path(&name(1));
+        let ask = move || {
+            let whose = whose();
+            Asking { within, ..asking(&socket, &whose, repository) }.to_store(&path)
+        };
+        beside(ask).await
+    };
+    let other = to_store(scene.socket(), Some("theirs"), SOON).await;
     let Heard::Nobody(Some(failure)) = other else { panic!("{other:?}") };
     assert_eq!(failure.code, Code::ConfigInvalid);
     assert!(scene.stored().is_empty());
-    let same = asking(&socket, &whose, Some("ours")).to_store(&path).await;
+    let same = to_store(scene.socket(), Some("ours"), SOON).await;
     assert!(matches!(same, Heard::Answer(Ok(_))), "{same:?}");
 
     let dumb = scene.place.path().join("dumb.sock");
     let _listener = tokio::net::UnixListener::bind(&dumb).unwrap();
-    let within = Duration::from_millis(100);
-    let silence = Asking { within, ..asking(&dumb, &whose, None) }.to_store(&path).await;
+    let silence = to_store(dumb, None, Duration::from_millis(100)).await;
     assert!(matches!(silence, Heard::Nobody(None)), "{silence:?}");
 }
 
@@ -503,8 +518,7 @@ async fn a_socket_has_one_service_and_a_dead_one_is_replaced() {
     assert_eq!(scene.push(1).await, Ok(WalStored::Created));
     scene.service.stop().await;
     assert!(!socket.exists());
-    let path: &Path = &scene.place.path().join("data/pg_wal").join(name(1));
-    let whose = whose();
-    let heard = asking(&socket, &whose, None).to_store(path).await;
+    let path = scene.place.path().join("data/pg_wal").join(name(1));
+    let heard = beside(move || asking(&socket, &whose(), None).to_store(&path)).await;
     assert!(matches!(heard, Heard::Nobody(None)), "{heard:?}");
 }

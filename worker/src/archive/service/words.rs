@@ -1,9 +1,14 @@
 //! What is asked and answered: one line of JSON each. The asker keeps his side open until he has what he wanted: when it is
 //! closed, nobody waits any more.
 
-use std::io;
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::time::Instant;
 
+use super::super::Until;
+use super::super::lineage::Whose;
 use proto::{Failure, LineageId};
 use repository::WalStored;
 use serde::de::DeserializeOwned;
@@ -11,10 +16,6 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{
     AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, BufReader,
 };
-use tokio::net::UnixStream;
-
-use super::super::Until;
-use super::super::lineage::Whose;
 
 /// The longest line: paths are short, and sentences too.
 const LINE_BYTES_MAX: u64 = 64 << 10;
@@ -85,19 +86,49 @@ mod stored {
 }
 
 /// Whether this user, or root, is at the other end.
-pub(super) fn is_of_this_user(stream: &UnixStream) -> io::Result<bool> {
-    let uid = stream.peer_cred()?.uid();
-    Ok(uid == 0 || uid == rustix::process::geteuid().as_raw())
+pub(super) fn is_of_this_user(stream: impl AsFd) -> io::Result<bool> {
+    let uid = rustix::net::sockopt::socket_peercred(stream)?.uid;
+    Ok(uid.is_root() || uid == rustix::process::geteuid())
 }
 
 pub(super) async fn say(
     to: &mut (impl AsyncWrite + Unpin),
     words: impl Serialize,
 ) -> io::Result<()> {
-    let mut line = serde_json::to_vec(&words)?;
+    let line = line(&words)?;
     drop(words);
-    line.push(b'\n');
     to.write_all(&line).await
+}
+
+fn line(words: &impl Serialize) -> io::Result<Vec<u8>> {
+    let mut line = serde_json::to_vec(words)?;
+    line.push(b'\n');
+    Ok(line)
+}
+
+/// One line there and one back, by a thread that has nothing else to do until `deadline`.
+pub(super) fn exchange<T: DeserializeOwned>(
+    stream: &mut UnixStream,
+    words: &impl Serialize,
+    deadline: Instant,
+) -> io::Result<T> {
+    let left = || {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() { Err(io::Error::from(io::ErrorKind::TimedOut)) } else { Ok(Some(left)) }
+    };
+    stream.set_write_timeout(left()?)?;
+    stream.write_all(&line(words)?)?;
+    let (mut answer, mut piece) = (Vec::new(), [0; 1024]);
+    while !answer.ends_with(b"\n") && (answer.len() as u64) < LINE_BYTES_MAX {
+        stream.set_read_timeout(left()?)?;
+        match stream.read(&mut piece) {
+            Ok(0) => break,
+            Ok(count) => answer.extend_from_slice(&piece[..count]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    understood(&answer)
 }
 
 /// One line. What is no line of ours is [`io::ErrorKind::InvalidData`]; that nothing came is
@@ -107,10 +138,14 @@ pub(super) async fn hear<T: DeserializeOwned>(
 ) -> io::Result<T> {
     let mut line = Vec::new();
     BufReader::new(from.take(LINE_BYTES_MAX)).read_until(b'\n', &mut line).await?;
+    understood(&line)
+}
+
+fn understood<T: DeserializeOwned>(line: &[u8]) -> io::Result<T> {
     if line.is_empty() {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
-    serde_json::from_slice(&line).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+    serde_json::from_slice(line).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
 /// Waits until the other side has closed, or says something that it should not.
