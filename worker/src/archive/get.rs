@@ -225,6 +225,7 @@ mod tests {
     use std::sync::{Arc, Mutex};
 
     use async_trait::async_trait;
+    use futures::FutureExt as _;
     use proto::SystemIdentifier;
     use repository::store::directory::DirectoryStore;
     use repository::store::layer::Layer;
@@ -345,6 +346,52 @@ mod tests {
         assert_eq!(asking.get("00000006.history").await, Ok(Got::NotThere));
         asking.archive_as("00000007.history", "1\t0/900000\tx\n").await;
         assert_eq!(asking.get("00000006.history").await, missing);
+    }
+
+    /// A segment in which one record goes on from before and ends 8 bytes before the end, where another begins.
+    fn going_on(start: u64) -> Vec<u8> {
+        const PAGE: usize = 8192;
+        let mut bytes = segment(1, start, 7);
+        let mut rest = bytes.len() - 40 - (bytes.len() / PAGE - 1) * 24 - 8;
+        for (number, page) in bytes.chunks_exact_mut(PAGE).enumerate() {
+            let (flags, header) = if number == 0 { (3_u16, 40) } else { (1, 24) };
+            page[2..4].copy_from_slice(&flags.to_ne_bytes());
+            page[8..16].copy_from_slice(&(start + (number * PAGE) as u64).to_ne_bytes());
+            page[16..20].copy_from_slice(&u32::try_from(rest).unwrap().to_ne_bytes());
+            rest = rest.saturating_sub(PAGE - header);
+        }
+        let length = bytes.len();
+        bytes[length - 8..length - 4].copy_from_slice(&60_u32.to_ne_bytes());
+        bytes
+    }
+
+    #[tokio::test]
+    async fn what_goes_on_in_the_next_segment_is_read_in_the_one_that_is_on_its_way() {
+        let asking = Asking::new().await;
+        let (repository, identity, to) = (&asking.repository, &asking.identity, &*asking.to());
+        let [name, next] = ["000000010000000000000004", "000000010000000000000005"];
+        asking.archive_as(name, going_on(4 * MIB)).await;
+        let server = Server {
+            system_identifier: SystemIdentifier(7),
+            segment_size: 1 << 20,
+            catalog_version: 1,
+            timeline: proto::Timeline(1),
+            major: Some(15),
+        };
+        let file = &name.parse().unwrap();
+        let hand_over = async |next: Option<Vec<u8>>| {
+            let asked = Asked { repository, identity, file, to, server: Some(server) };
+            let found = Found {
+                next: next.map(|next| std::future::ready(Some(next.into())).boxed()),
+                ..Bytes::from(going_on(4 * MIB)).into()
+            };
+            super::hand_over(asked, Some(found), None).await.map(|file| file.is_some())
+        };
+        assert!(hand_over(None).await.unwrap(), "there is no next one");
+        let key = format!("lineages/{}/wal/00000001/{next}", identity.lineage);
+        asking.store.inner.put(&key, Bytes::from_static(b"not a segment")).await.unwrap();
+        assert_eq!(hand_over(None).await.unwrap_err().code, Code::ObjectDamaged);
+        assert!(hand_over(Some(segment(1, 5 * MIB, 7))).await.unwrap(), "nobody asked the archive");
     }
 
     #[test]

@@ -409,6 +409,26 @@ async fn a_recovery_finds_the_next_segments_fetched_and_the_end_of_the_log_as_it
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_segment_behind_one_is_on_its_way_once() {
+    let scene = Scene::new().await;
+    for number in 1..=3 {
+        scene.fill(number);
+        scene.push(number).await.unwrap();
+    }
+    scene.store.fetched.lock().unwrap().clear();
+    let repository = Arc::new(scene.opens.open(whose(), None).await.unwrap());
+    let identity = whose().find(&repository, None).await.unwrap();
+    let (lineage, to) = (identity.lineage, scene.path("RECOVERYXLOG"));
+    for number in 1..=2 {
+        let file = name(number).parse().unwrap();
+        let found = scene.archives.readahead.fetch(&repository, lineage, &file, &to).await;
+        let next = found.unwrap().unwrap().next.unwrap().await.unwrap();
+        assert!(next == segment(1, (number + 1) << 20, 7), "{number}");
+    }
+    assert!((1..=3).all(|number| scene.fetched(number) == 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_repository_that_went_away_is_opened_anew() {
     let scene = Scene::new().await;
     let (repository, away) =
