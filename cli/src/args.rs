@@ -141,8 +141,14 @@ pub struct Up {
     #[arg(long)]
     pub once: bool,
     /// How far to prove: 1 present, 2 readable, 3 restored and consistent, 4 the server's own checks, 5 same content.
-    #[arg(long, default_value = "5", value_name = "N")]
+    #[arg(long, default_value = "5", value_name = "N", value_parser = level_without_a_file)]
     pub level: ProofLevel,
+}
+
+/// Assertions stand in a worker's configuration, and what `up` runs has no file for them.
+fn level_without_a_file(text: &str) -> Result<ProofLevel, String> {
+    let level = text.parse().ok().filter(|level| *level < ProofLevel::L6);
+    level.ok_or_else(|| "1 to 5; assertions need a worker with a configuration file".to_owned())
 }
 
 /// `demo`.
@@ -249,7 +255,7 @@ pub struct Backup {
     /// Do not dump databases of this name. May be given several times.
     #[arg(long = "exclude-database", value_name = "PATTERN")]
     pub exclude_databases: Vec<proto::job::DatabasePattern>,
-    /// Prove the backup afterwards, at this level: 1 to 5, see `pgmuster help verify`.
+    /// Prove the backup afterwards, at this level: 1 to 6, see `pgmuster help verify`.
     #[arg(long, value_name = "N", conflicts_with = "server")]
     pub verify: Option<ProofLevel>,
     /// Take it here, without a coordinator, from this server: `postgres://user@host/postgres`, `host=… user=…` or `service=…`;
@@ -297,8 +303,8 @@ pub struct Verify {
     /// The backup [default: the newest].
     #[arg(long, value_name = "ID")]
     pub backup: Option<BackupId>,
-    /// How far to go: 1 present, 2 readable, 3 restored and consistent, 4 the server's own checks, 5 same content
-    /// [default: 5, with --to 4].
+    /// How far to go: 1 present, 2 readable, 3 restored and consistent, 4 the server's own checks, 5 same content, 6 what the
+    /// worker's configuration asserts holds [default: 5, with --to 4].
     #[arg(long, value_name = "N")]
     pub level: Option<ProofLevel>,
     /// Replay archived WAL beyond the backup to this moment: a time with its zone, a position, `latest`, or `random` for a
@@ -972,6 +978,15 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn assertions_are_asked_where_a_file_has_them() {
+        let given = |line: &str| Cli::try_parse_from(line.split(' '));
+        given("pgmuster verify orders --level 6").unwrap();
+        given("pgmuster up --level 5").unwrap();
+        let refused = given("pgmuster up --level 6").unwrap_err().to_string();
+        assert!(refused.contains("1 to 5; assertions need a worker"), "{refused}");
     }
 }
 

@@ -12,7 +12,7 @@ use policy::placement::{Candidate, Class, Need, Placed, Served, class_of, place,
 use proto::job::{JobState, Lane, Task};
 use proto::message::{SCHEMA, Slots, Ticket};
 use proto::topology::{self, TicketQueue};
-use proto::{ClusterName, WorkerName};
+use proto::{ClusterName, ProofLevel, WorkerName};
 use telemetry::TraceContext;
 use tokio_util::sync::CancellationToken;
 
@@ -181,6 +181,7 @@ pub(crate) fn candidate(worker: &Worker, granted: &[Attempt], now_ms: i64) -> Ca
                 cluster: offer.name.clone(),
                 files: offer.files,
                 remote: offer.remote,
+                assertions: offer.assertions,
                 // It becomes the reason that is stored with a job, whatever an older worker has left in it.
                 problem: offer
                     .problem
@@ -264,6 +265,7 @@ fn placed(situation: &Situation, job: &Job) -> Placed {
             home: cluster.and_then(|cluster| cluster.site.as_ref()),
             repository: cluster.and_then(|cluster| cluster.repository.as_deref()),
             files: reads_files(&job.task),
+            assertions: matches!(&job.task, Task::VerifyRestore(proof) if proof.level >= ProofLevel::L6),
             restore_root,
             only: job.only_worker.as_ref(),
             rather_not: job.rather_not.as_ref(),
@@ -527,6 +529,7 @@ mod tests {
             repository_away: None,
             repository_look: None,
             heartbeat: None,
+            assertions: false,
         };
         let offers = Offers {
             version: "0".to_owned(),

@@ -465,7 +465,7 @@ fn cluster_moment(known: &Known) -> ClusterMoment {
         contact_s: known.cluster.seen_at_ms.unwrap_or(0) / 1_000,
         backup_s: facts.map_or(0, |facts| facts.stopped_at_ms / 1_000),
         proof_s: proof.map_or(0, |row| row.proof.at_ms / 1_000),
-        proof_level: proof.map_or(0, |row| i64::from(row.proof.level_asked.number())),
+        proof_level: proof.map_or(0, |row| i64::from(row.proof.asked().number())),
         size_bytes: facts.map_or(0, |facts| number(facts.size_bytes)),
         stored_bytes: facts.map_or(0, |facts| number(facts.stored_bytes)),
         eligible_workers: known.eligible_workers,

@@ -78,7 +78,7 @@ async fn gaps(core: &Core) -> Result<Vec<Gap>> {
             let lineage = wal.map(|wal| wal.lineage.to_string()).unwrap_or_default();
             let key = format!("gap/{}/{lineage}/{timeline}/{from}/{turn}", cluster.name);
             let of_it = proofs.iter().filter(|row| row.proof.backup == *id);
-            let proof = of_it.map(|row| row.proof.level_asked).max();
+            let proof = of_it.map(|row| row.proof.asked()).max();
             gaps.push(Gap { cluster: cluster.name, key, proof });
         }
     }

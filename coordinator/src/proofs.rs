@@ -5,7 +5,7 @@ use policy::recoverable::{is_found_bad, is_proved, standing_failure};
 use policy::recovery_time::{Measured, Replayed};
 use policy::state::{ProofFact, ReplayedTo};
 use proto::BackupId;
-use proto::proof::{CheckOutcome, Proof, ProofLevel};
+use proto::proof::{Proof, ProofLevel};
 
 use crate::catalog::backups::{self, Backup, ProofRow, Shown, Worth};
 use crate::catalog::clusters;
@@ -16,10 +16,9 @@ use crate::error::{Error, Result};
 /// shows what it did reach, and so does one that archived WAL ended; when that is nothing, it shows nothing.
 pub(crate) fn fact(row: &ProofRow) -> Option<ProofFact> {
     let proof = &row.proof;
-    let found_wrong = proof.checks.iter().any(|check| check.outcome == CheckOutcome::Failed);
-    let could_not_look = !proof.passed && !found_wrong && !proof.checks.is_empty();
+    let could_not_look = !proof.passed && !proof.found_wrong() && !proof.checks.is_empty();
     let fell_short = could_not_look || (!proof.passed && proof.broken_wal.is_some());
-    let level = if fell_short { proof.level_reached? } else { proof.level_asked };
+    let level = if fell_short { proof.level()? } else { proof.asked() };
     Some(ProofFact {
         at_ms: proof.at_ms,
         level,
@@ -246,7 +245,7 @@ async fn take_in_one(tx: &mut Tx<'_>, id: &str) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use proto::proof::{BrokenWal, Phase, ProofCheck, ProofRecovery};
+    use proto::proof::{BrokenWal, CheckOutcome, Phase, ProofAssertion, ProofCheck, ProofRecovery};
     use proto::{AttemptId, JobId, LineageId, Lsn, SystemIdentifier, Timeline};
 
     use super::*;
@@ -279,6 +278,30 @@ mod tests {
         assert_eq!(shows(&row(L5, Some(L4), Skipped)), Some((L4, true)), "no right to count");
         assert_eq!(shows(&row(L5, Some(L4), Failed)), Some((L5, false)), "it counted, and wrong");
         assert_eq!(shows(&row(L2, None, Skipped)), None);
+    }
+
+    #[test]
+    fn an_assertion_that_does_not_hold_fails_a_proof_of_its_level() {
+        use ProofLevel::{L5, L6};
+        let asserted = |outcome| {
+            let mut row = row(L5, Some(L5), CheckOutcome::Passed);
+            let (name, database) = ("a".to_owned(), "shop".parse().unwrap());
+            let answer = String::new();
+            let assertion = ProofAssertion { name, database, outcome, answer, duration_ms: 1 };
+            row.proof.assertions = Some(vec![assertion]);
+            row.proof.passed = outcome == CheckOutcome::Passed;
+            row
+        };
+        let shows = |row: &ProofRow| fact(row).map(|fact| (fact.level, fact.passed));
+        assert_eq!(shows(&asserted(CheckOutcome::Passed)), Some((L6, true)));
+        assert_eq!(
+            shows(&asserted(CheckOutcome::Skipped)),
+            Some((L5, true)),
+            "a library is missing"
+        );
+        let failed = asserted(CheckOutcome::Failed);
+        assert_eq!(shows(&failed), Some((L6, false)));
+        assert_eq!(shown(&[failed]), Shown::Bad);
     }
 
     #[test]

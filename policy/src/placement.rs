@@ -65,6 +65,8 @@ pub struct Need<'a> {
     pub repository: Option<&'a str>,
     /// Whether the cluster's files have to be read: a logical backup needs none.
     pub files: bool,
+    /// Whether what a worker's configuration asserts of the cluster is asked for.
+    pub assertions: bool,
     /// The restore root that is asked for.
     pub restore_root: Option<&'a str>,
     /// The only worker that will do, when somebody asked for one.
@@ -107,6 +109,8 @@ pub struct Served {
     pub files: bool,
     /// Whether it reads them over connections to the server.
     pub remote: bool,
+    /// Whether its configuration asserts something of the cluster's content.
+    pub assertions: bool,
     /// Why it can do nothing for it, as it found when it looked last: code and message of the failure.
     pub problem: Option<String>,
 }
@@ -122,6 +126,10 @@ impl Candidate {
 
     fn reads_remotely(&self, cluster: &ClusterName) -> bool {
         self.clusters.iter().any(|served| served.cluster == *cluster && served.remote)
+    }
+
+    fn has_assertions_of(&self, cluster: &ClusterName) -> bool {
+        self.clusters.iter().any(|served| served.cluster == *cluster && served.assertions)
     }
 
     fn reaches(&self, need: &Need<'_>) -> bool {
@@ -187,7 +195,9 @@ pub fn place(need: &Need<'_>, workers: &[Candidate]) -> Placed {
         }
         (Placement::Site, None) => format!("no worker has announced a repository for {cluster}"),
     };
-    let conditions: [Condition<'_>; 7] = [
+    // Where nobody has any, whoever gets the job says so and what to do.
+    let asserted = need.assertions && workers.iter().any(|w| w.has_assertions_of(cluster));
+    let conditions: [Condition<'_>; 8] = [
         (
             Box::new(|w| need.only.is_none_or(|only| w.worker == *only)),
             need.only.map_or_else(
@@ -197,6 +207,10 @@ pub fn place(need: &Need<'_>, workers: &[Candidate]) -> Placed {
         ),
         (Box::new(|w| w.reaches(need)), what_is_missing),
         (Box::new(|w| !need.files || w.reads_files_of(cluster)), unread(need, workers)),
+        (
+            Box::new(|w| !asserted || w.has_assertions_of(cluster)),
+            format!("no worker that could do it has the assertions of {cluster}"),
+        ),
         (
             Box::new(|w| w.has_root(need)),
             format!("no worker may restore below {}", need.restore_root.unwrap_or_default()),
@@ -322,6 +336,7 @@ mod tests {
                 cluster: "orders".parse().unwrap(),
                 files: true,
                 remote: false,
+                assertions: false,
                 problem: None,
             }],
             repositories: vec!["main".to_owned()],
@@ -334,6 +349,7 @@ mod tests {
         home: Option<SiteName>,
         repository: Option<&'static str>,
         files: bool,
+        assertions: bool,
         root: Option<&'static str>,
         only: Option<WorkerName>,
         rather_not: Option<WorkerName>,
@@ -347,6 +363,7 @@ mod tests {
                 home: Some("fra1".parse().unwrap()),
                 repository: Some("main"),
                 files: kind == JobKind::Backup,
+                assertions: false,
                 root: None,
                 only: None,
                 rather_not: None,
@@ -363,6 +380,7 @@ mod tests {
                     home: self.home.as_ref(),
                     repository: self.repository,
                     files: self.files,
+                    assertions: self.assertions,
                     restore_root: self.root,
                     only: self.only.as_ref(),
                     rather_not: self.rather_not.as_ref(),
@@ -402,6 +420,24 @@ mod tests {
         assert_eq!(ask.queue(std::slice::from_ref(&blind)), nobody);
         ask.files = false;
         let Placed::Queue { .. } = ask.place(&[blind]) else { panic!("it can be dumped") };
+    }
+
+    #[test]
+    fn assertions_are_asked_where_they_stand() {
+        let (mut w1, w2) = (worker("w1", "fra1"), worker("w2", "fra1"));
+        let mut ask = Ask::new(JobKind::VerifyRestore);
+        ask.assertions = true;
+        let both = |w1: &Candidate| [w1.clone(), w2.clone()];
+        assert_eq!(ask.queue(&both(&w1)), "site.fra1.routine", "whoever gets it says what to do");
+        w1.clusters[0].assertions = true;
+        assert_eq!(ask.queue(&both(&w1)), "worker.w1.routine");
+        w1.alive = false;
+        assert_eq!(ask.queue(&both(&w1)), "worker w1 is silent");
+        ask.assertions = false;
+        assert_eq!(ask.queue(&both(&w1)), "site.fra1.routine");
+        (ask.assertions, ask.only) = (true, Some("w2".parse().unwrap()));
+        let nobody = "no worker that could do it has the assertions of orders";
+        assert_eq!(ask.queue(&both(&w1)), nobody);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use postgres::census::{CensusOptions, finish_census, take_census};
-use postgres::checks::{CheckOptions, CheckReport, Origin, run_checks};
+use postgres::checks::{Assertion, CheckOptions, CheckReport, Origin, run_checks};
 use postgres::instance::StopMode;
 use postgres::table_files::TableFiles;
 use postgres::wal::Segment;
@@ -44,6 +44,7 @@ servers::on_each_major! {
     without_amcheck_the_proof_says_so,
     code_of_an_index_that_finds_nothing_is_no_damage,
     a_server_that_dies_in_the_checks_is_a_finding,
+    assertions_are_asked_read_only_within_their_time,
 }
 
 const PAGE: u64 = 8192;
@@ -108,6 +109,7 @@ impl Backup {
                 stop_lsn: self.stop_lsn,
             },
             census: Some(&self.census),
+            assertions: &[],
             every_row_in_indexes: false,
             deadline: Some(Instant::now() + Duration::from_mins(2)),
             cancel: CancellationToken::new(),
@@ -398,6 +400,93 @@ async fn a_row_missing_in_an_index_is_found_when_asked(major: u32) {
     );
 }
 
+fn assertion(name: &str, sql: &str) -> Assertion {
+    Assertion {
+        name: name.to_owned(),
+        database: "postgres".parse().unwrap(),
+        sql: sql.to_owned(),
+        within: Duration::from_secs(30),
+    }
+}
+
+async fn assertions_are_asked_read_only_within_their_time(major: u32) {
+    let server = filled(major).await;
+    server
+        .run(
+            "postgres",
+            &["CREATE FUNCTION public.writes() RETURNS boolean LANGUAGE sql AS \
+                 'INSERT INTO public.orders (id) VALUES (0) RETURNING true'"],
+        )
+        .await;
+    let backup = back_up(&server).await;
+    let holds = assertion("holds", "SELECT count(*) = 5000 FROM public.orders; -- all");
+    let elsewhere = Assertion {
+        database: "second".parse().unwrap(),
+        ..assertion("elsewhere", "SELECT max(id) = 42 FROM public.t")
+    };
+    let sound = [holds.clone(), elsewhere.clone()];
+    let options = CheckOptions { level: ProofLevel::L6, assertions: &sound, ..backup.options() };
+    let report = backup.check_with(&server, &options).await;
+    assert_eq!(report.level_reached(), Some(ProofLevel::L6), "{:#?}", report.checks);
+    let told = report.assertions.iter().find(|asked| asked.name == "elsewhere").unwrap();
+    assert_eq!((told.answer.as_str(), told.database.as_str()), ("true", "second"));
+    // Whoever asks for less is not told of them, and nothing that was asked is no L6.
+    let less = CheckOptions { level: ProofLevel::L5, ..options.clone() };
+    assert_healthy(&backup.check_with(&server, &less).await);
+    let none = CheckOptions { assertions: &[], ..options.clone() };
+    assert_healthy(&backup.check_with(&server, &none).await);
+
+    let late = |name: &str, sql: &str| Assertion {
+        within: Duration::from_millis(100),
+        ..assertion(name, sql)
+    };
+    let nowhere =
+        Assertion { database: "nowhere".parse().unwrap(), ..assertion("nowhere", "SELECT true") };
+    let wrong = [
+        (assertion("false", "SELECT count(*) = 4 FROM public.orders"), "false"),
+        (assertion("null", "SELECT NULL::boolean"), "NULL"),
+        (assertion("no_row", "SELECT true FROM public.orders WHERE id < 0"), "no row"),
+        (assertion("rows", "SELECT true FROM public.orders"), "more than one row"),
+        (assertion("number", "SELECT 1"), "its column is of type int4, not boolean"),
+        (assertion("columns", "SELECT true, true"), "it has 2 columns, not one"),
+        (assertion("parameter", "SELECT $1::boolean"), "it has parameters"),
+        (assertion("two", "SELECT true; SELECT true"), "cannot insert multiple commands"),
+        (assertion("leaves", "COMMIT"), "it has 0 columns"),
+        (assertion("errs", "SELECT 1 / (id - id) = 0 FROM public.orders"), "division by zero"),
+        (assertion("unqualified", "SELECT count(*) > 0 FROM orders"), "does not exist"),
+        (
+            assertion("deletes", "DELETE FROM public.orders WHERE id = 1 RETURNING true"),
+            "cannot execute DELETE in a read-only transaction",
+        ),
+        (
+            assertion("writes", "SELECT public.writes()"),
+            "cannot execute INSERT in a read-only transaction",
+        ),
+        (
+            assertion(
+                "lets_itself_write",
+                "SELECT set_config('transaction_read_only', 'off', false) = 'off'",
+            ),
+            "transaction read-write mode must be set before any query",
+        ),
+        (late("late", "SELECT pg_sleep(60) IS NOT NULL"), "no answer within 100ms"),
+        (nowhere, "database \"nowhere\" does not exist"),
+    ];
+    let mut asked: Vec<Assertion> = wrong.iter().map(|(assertion, _)| assertion.clone()).collect();
+    asked.extend([holds, elsewhere]);
+    let options = CheckOptions { assertions: &asked, ..options };
+    let report = backup.check_with(&server, &options).await;
+    assert_eq!(report.level_reached(), Some(ProofLevel::L5), "{:#?}", report.checks);
+    assert!(report.saw_damage);
+    for (assertion, why) in &wrong {
+        let told = report.assertions.iter().find(|asked| asked.name == assertion.name).unwrap();
+        let failed = told.outcome == CheckOutcome::Failed && told.answer.contains(why);
+        assert!(failed, "{why}: {told:?}");
+    }
+    assert_eq!(report.assertions.len(), wrong.len() + 2, "{:#?}", report.assertions);
+    assert_eq!(server.number("SELECT count(*) FROM public.orders").await, 5000);
+}
+
 async fn event_triggers_do_not_fire(major: u32) {
     let server = filled(major).await;
     server
@@ -468,7 +557,12 @@ async fn a_missing_library_is_no_damage(major: u32) {
         )
         .await;
     let backup = back_up(&server).await;
-    let report = backup.check(&server).await;
+    let asked = [assertion("sound", "SELECT true"), assertion("lost", "SELECT public.lost() = 1")];
+    let options = CheckOptions { level: ProofLevel::L6, assertions: &asked, ..backup.options() };
+    let report = backup.check_with(&server, &options).await;
+    let told = report.assertions.iter().map(|asked| asked.outcome);
+    assert!(told.eq([CheckOutcome::Passed, CheckOutcome::Skipped]), "{:?}", report.assertions);
+    assert!(!report.saw_damage, "{:#?}", report.checks);
     let (libraries, detail) = outcome(&report, "extensions_load");
     assert!(
         libraries == CheckOutcome::Skipped && detail.contains("not_installed_here"),

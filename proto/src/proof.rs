@@ -7,7 +7,8 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    BackupId, BackupKind, ClusterName, LineageId, Lsn, SystemIdentifier, Timeline, WorkerName,
+    BackupId, BackupKind, ClusterName, DatabaseName, LineageId, Lsn, SystemIdentifier, Timeline,
+    WorkerName,
 };
 
 /// How much a proof shows. Each level includes the ones before it.
@@ -23,13 +24,16 @@ pub enum ProofLevel {
     L4,
     /// The content equals what was recorded when the backup was taken.
     L5,
+    /// What the worker's configuration asserts of the cluster's content holds. It stands in orders and jobs, which earlier
+    /// programs refuse; in records it is [`Proof::assertions`], which they pass over.
+    L6,
 }
 
 impl ProofLevel {
     /// Every level, lowest first.
-    pub const ALL: [Self; 5] = [Self::L1, Self::L2, Self::L3, Self::L4, Self::L5];
+    pub const ALL: [Self; 6] = [Self::L1, Self::L2, Self::L3, Self::L4, Self::L5, Self::L6];
 
-    /// 1 to 5.
+    /// 1 to 6.
     pub fn number(self) -> u8 {
         match self {
             Self::L1 => 1,
@@ -37,6 +41,7 @@ impl ProofLevel {
             Self::L3 => 3,
             Self::L4 => 4,
             Self::L5 => 5,
+            Self::L6 => 6,
         }
     }
 
@@ -54,7 +59,7 @@ impl fmt::Display for ProofLevel {
 
 /// A text that is no proof level.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("read {0:?} as a proof level: 1 to 5")]
+#[error("read {0:?} as a proof level: 1 to 6")]
 pub struct ProofLevelError(String);
 
 impl FromStr for ProofLevel {
@@ -88,11 +93,11 @@ pub struct Proof {
     pub worker: WorkerName,
     /// Worker's clock at the end.
     pub at_ms: i64,
-    /// The level that was asked for.
+    /// The level that was asked for, L5 at most: see [`Proof::asked`].
     pub level_asked: ProofLevel,
-    /// The highest level all of whose checks passed; `None` when not even L1 did.
+    /// The highest level all of whose checks passed, L5 at most: see [`Proof::level`]; `None` when not even L1 did.
     pub level_reached: Option<ProofLevel>,
-    /// Whether the level asked for was reached.
+    /// Whether the level asked for was reached, L6 as well.
     pub passed: bool,
     /// `server_version_num` of the server that booted; absent below L3.
     #[serde(default)]
@@ -127,6 +132,9 @@ pub struct Proof {
     /// none had to be.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub heartbeat_at_ms: Option<i64>,
+    /// What was asserted, and what came of it, where L6 was asked for: none when the proof did not come that far.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub assertions: Option<Vec<ProofAssertion>>,
 }
 
 /// Archived WAL that a restored server could not replay.
@@ -178,7 +186,7 @@ impl Proof {
             system_identifier,
             worker,
             at_ms: 0,
-            level_asked,
+            level_asked: level_asked.min(ProofLevel::L5),
             level_reached: None,
             passed: false,
             server_version_num: None,
@@ -194,7 +202,30 @@ impl Proof {
             recovery: None,
             broken_wal: None,
             heartbeat_at_ms: None,
+            assertions: (level_asked == ProofLevel::L6).then(Vec::new),
         }
+    }
+
+    /// The level that was asked for.
+    pub fn asked(&self) -> ProofLevel {
+        if self.assertions.is_some() { ProofLevel::L6 } else { self.level_asked }
+    }
+
+    /// The highest level all of whose checks passed; `None` when not even L1 did.
+    pub fn level(&self) -> Option<ProofLevel> {
+        let assertions = self.assertions.as_deref().unwrap_or_default();
+        let hold = assertions.iter().all(|assertion| assertion.outcome == CheckOutcome::Passed);
+        match self.level_reached {
+            Some(ProofLevel::L5) if hold && !assertions.is_empty() => Some(ProofLevel::L6),
+            reached => reached,
+        }
+    }
+
+    /// Whether something was seen to be wrong.
+    pub fn found_wrong(&self) -> bool {
+        let assertions = self.assertions.iter().flatten().map(|assertion| assertion.outcome);
+        let mut outcomes = self.checks.iter().map(|check| check.outcome).chain(assertions);
+        outcomes.any(|outcome| outcome == CheckOutcome::Failed)
     }
 
     /// The same when that level was reached.
@@ -231,6 +262,21 @@ pub struct ProofCheck {
     pub outcome: CheckOutcome,
     /// Numbers and names, for people.
     pub detail: String,
+}
+
+/// An assertion of the worker's configuration, asked of the restored server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProofAssertion {
+    /// What the configuration calls it.
+    pub name: String,
+    /// Where it was asked.
+    pub database: DatabaseName,
+    /// Whether it holds.
+    pub outcome: CheckOutcome,
+    /// `true`, or what came instead, for people.
+    pub answer: String,
+    /// How long that took.
+    pub duration_ms: u64,
 }
 
 /// How a check ended.

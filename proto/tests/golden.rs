@@ -22,7 +22,7 @@ use proto::message::{
     Report, ReportBody, RepositoryAway, RepositoryLook, RepositoryOffer, Revoked, RunningAttempt,
     Slots, Spec, Ticket, WalAncestor, WalBacklog, WalConflict, WalStanding, WalWaiting,
 };
-use proto::proof::{BrokenWal, CheckOutcome, Phase, ProofCheck};
+use proto::proof::{BrokenWal, CheckOutcome, Phase, ProofAssertion, ProofCheck};
 use proto::{
     Action, ArchivedHeartbeats, AttemptId, BackupId, BootId, ClusterHeartbeat, Code, Failure,
     Heartbeat, JobId, JobKind, Lane, LineageId, Lsn, Outcome, Progress, Proof, ProofLevel,
@@ -514,6 +514,7 @@ fn the_conversation() {
                     repository_away: None,
                     repository_look: None,
                     heartbeat: None,
+                    assertions: false,
                 }],
                 repositories: vec![RepositoryOffer {
                     name: "main".to_owned(),
@@ -616,6 +617,28 @@ fn a_proof_is_told_which_heartbeats_there_were_and_tells_which_it_saw() {
 }
 
 #[test]
+fn a_proof_of_what_a_worker_asserts() {
+    let level = ProofLevel::L6;
+    let task = VerifyRestore { backup: Some(backup_id()), level, to: None, heartbeats: None };
+    golden("spec.verify_restore.assertions", &spec(Task::VerifyRestore(task)));
+    let assertion = |name: &str, outcome, answer: &str, duration_ms| ProofAssertion {
+        name: name.to_owned(),
+        database: "shop".parse().unwrap(),
+        outcome,
+        answer: answer.to_owned(),
+        duration_ms,
+    };
+    let holds = assertion("orders-are-whole", CheckOutcome::Passed, "true", 120);
+    let fails = assertion("sums_match", CheckOutcome::Failed, "false", 1_300);
+    let asked = |assertions| Proof { assertions: Some(assertions), ..proof() };
+    let sound = asked(vec![holds.clone()]);
+    assert_eq!((sound.asked(), sound.level()), (level, Some(level)));
+    let failed = Proof { passed: false, ..asked(vec![holds, fails]) };
+    assert_eq!((failed.level(), failed.found_wrong()), (Some(ProofLevel::L5), true));
+    golden("proof.assertions", &failed);
+}
+
+#[test]
 fn what_was_added_for_what_is_proved() {
     let from = Some(BackupId::mint(1_699_000_000_000, [7; 10]));
     let holdings = Holdings {
@@ -685,6 +708,7 @@ fn an_offer_says_how_files_are_read_how_wal_is_archived_and_that_a_repository_is
         repository_away: None,
         repository_look: None,
         heartbeat: None,
+        assertions: false,
     };
     golden("offer.remote", &offer);
     let archive = Some(ArchiveSetup {
@@ -712,7 +736,8 @@ fn an_offer_says_how_files_are_read_how_wal_is_archived_and_that_a_repository_is
         golden(name, &ClusterOffer { repository_look, ..offer.clone() });
     }
     let heartbeat = Some(HeartbeatSetup { every_s: 60, problem: Some(failure()) });
-    golden("offer.heartbeat", &ClusterOffer { heartbeat, remote: false, ..offer });
+    golden("offer.heartbeat", &ClusterOffer { heartbeat, remote: false, ..offer.clone() });
+    golden("offer.assertions", &ClusterOffer { assertions: true, remote: false, ..offer });
 }
 
 #[test]

@@ -11,7 +11,6 @@
 
 use proto::envelope::Signed;
 use proto::failure::chain;
-use proto::proof::CheckOutcome;
 use proto::{AttemptId, BackupId, LineageId, Proof, ProofLevel};
 
 use crate::attempt::is_doomed;
@@ -335,7 +334,7 @@ impl Repository {
                     continue;
                 };
                 // One that could not look says nothing against an earlier one.
-                if proof.checks.iter().any(|check| check.outcome == CheckOutcome::Failed) {
+                if proof.found_wrong() {
                     proved = false;
                 } else if proof.level_reached >= Some(ProofLevel::L3) {
                     proved = true;

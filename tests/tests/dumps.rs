@@ -50,6 +50,13 @@ async fn a_dump_is_ordered_taken_listed_and_loaded_into_another_server() -> anyh
     ensure!(fleet.sandboxes()?.is_empty(), "a sandbox was made: {:?}", fleet.sandboxes()?);
     let read = fleet.expect(&[&verify[..], &["2"]].concat())?;
     ensure!(read.contains("passed L2"), "{read}");
+    let refused = fleet.run(&["verify", "orders", "--level", "6", "--wait"])?;
+    ensure!(
+        refused.code() == 2 && refused.stderr.contains("asserts nothing of orders"),
+        "{refused}"
+    );
+    ensure!(refused.stderr.contains("[[clusters.assertions]]"), "{refused}");
+    ensure!(fleet.sandboxes()?.is_empty(), "a sandbox was made: {:?}", fleet.sandboxes()?);
 
     let (key, url) = (fleet.path("repository.key"), fleet.repository_url());
     let (key, server) = (text(&key)?, other.url());
@@ -109,6 +116,13 @@ const STOCK_IS_SOLD: &str = r#"DO $$ BEGIN
     ASSERT to_regclass('"old ""stock""".article') IS NULL;
     END $$"#;
 
+const SALES_ARE_THERE: &str = r#"
+    [[clusters.assertions]]
+    name = "sales-are-there"
+    database = "shop"
+    sql = "SELECT count(*) = 5000 FROM public.sale"
+    "#;
+
 const SHOP: &str = "
     CREATE TABLE public.sale (id bigint, at date, PRIMARY KEY (id, at)) PARTITION BY RANGE (at);
     CREATE TABLE public.sale_25 PARTITION OF public.sale FOR VALUES FROM ('2025-01-01') TO ('2026-01-01');
@@ -125,17 +139,23 @@ async fn a_dump_that_was_ordered_with_its_proof_is_loaded_counted_and_shown() ->
     let cluster = Cluster::start(15, InstanceOptions::default()).await?;
     let mut fleet = Fleet::prepare(&vhost.url(), "", Place::Directory)?;
     fleet.start_coordinator()?;
-    fleet.start_worker(&WorkerSetup::of("w1", "orders", cluster.url()))?;
+    let mut setup = WorkerSetup::of("w1", "orders", cluster.url());
+    setup.cluster_lines = SALES_ARE_THERE;
+    fleet.start_worker(&setup)?;
+    // It could prove as well, and has no assertions of the cluster.
+    let nobody = WorkerSetup { clusters: Vec::new(), ..WorkerSetup::of("w2", "", String::new()) };
+    fleet.start_worker(&nobody)?;
     cluster.run("CREATE ROLE reader").await?;
     for name in ["shop", "an \"odd\" name"] {
         cluster.run(&format!("CREATE DATABASE {}", postgres::quote::identifier(name))).await?;
         cluster.run_in(name, SHOP).await?;
     }
 
-    let dump = ["backup", "orders", "--engine", "pg_dump", "--verify", "5", "--wait"];
+    let dump = ["backup", "orders", "--engine", "pg_dump", "--verify", "6", "--wait"];
     let told = fleet.expect(&dump)?;
     ensure!(told.contains("Dumped 4 databases of orders"), "{told}\n{}", fleet.said());
-    ensure!(told.contains("orders is PROVED (L5)"), "{told}\n{}", fleet.said());
+    ensure!(told.contains("orders is PROVED (L6)"), "{told}\n{}", fleet.said());
+    ensure!(told.contains("1 assertion holds"), "{told}");
     ensure!(
         told.contains("a dump, which says nothing of the server's own files and WAL"),
         "{told}"
@@ -148,9 +168,10 @@ async fn a_dump_that_was_ordered_with_its_proof_is_loaded_counted_and_shown() ->
     let backups = fleet.json(&["backups", "list", "orders", "-o", "json"])?;
     let id = backups[0]["id"].as_str().unwrap_or_default().to_owned();
     let shown = fleet.expect(&["backups", "show", &id])?;
-    for check in ["contents", "restored", "row_counts"] {
+    for check in ["contents", "restored", "row_counts", "L6 sales-are-there"] {
         ensure!(shown.contains(check), "{check}: {shown}");
     }
+    ensure!(shown.contains("passed: true in shop, after 0."), "{shown}");
     let looked = fleet.expect(&["verify", "orders", "--level", "2", "--wait"])?;
     ensure!(looked.contains(&format!("backup {id} of orders passed L2")), "{looked}");
 

@@ -7,8 +7,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use camino::Utf8PathBuf;
+use postgres::checks::Assertion;
 use proto::job::RATE_LIMIT_MIN_BYTES;
-use proto::{ClusterName, Failure, JobKind, SecretRef, SiteName, WorkerName};
+use proto::{ClusterName, DatabaseName, Failure, JobKind, SecretRef, SiteName, WorkerName};
 use serde::{Deserialize, Serialize};
 
 /// Everything in `worker.toml`.
@@ -246,7 +247,56 @@ pub struct ClusterConfig {
     /// restored server for it. None when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub heartbeat_s: Option<u32>,
+    /// What must be true of its content in a proof of level 6. Queries stand here and nowhere else: none travels with a job.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub assertions: Vec<AssertionConfig>,
 }
+
+impl ClusterConfig {
+    /// What must be true of a restored server of this cluster.
+    pub fn assertions(&self) -> Vec<Assertion> {
+        let assertions = self.assertions.iter().map(|assertion| Assertion {
+            name: assertion.name.clone(),
+            database: assertion.database.clone(),
+            sql: assertion.sql.clone(),
+            within: Duration::from_secs(assertion.within_s.into()),
+        });
+        assertions.collect()
+    }
+}
+
+/// A query that must answer true on a restored server.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AssertionConfig {
+    /// What it is called in proofs: 1 to 40 letters, digits, `-` and `_`, unique in the cluster.
+    pub name: String,
+    /// The database in which it is asked.
+    pub database: DatabaseName,
+    /// One query that answers with exactly one row of one boolean column. It runs as a superuser of the sandbox's server, in a
+    /// transaction that is read-only and rolled back, with `search_path = pg_catalog`: tables are written with their schema.
+    pub sql: String,
+    /// How long it may take, 1 to 86400 seconds.
+    #[serde(default = "AssertionConfig::within_s")]
+    pub within_s: u32,
+}
+
+impl AssertionConfig {
+    /// Five minutes.
+    fn within_s() -> u32 {
+        300
+    }
+
+    fn is_named(&self) -> bool {
+        let allowed = |b: u8| b.is_ascii_alphanumeric() || b"-_".contains(&b);
+        (1..=40).contains(&self.name.len()) && self.name.bytes().all(allowed)
+    }
+}
+
+/// Assertions of one cluster: a proof tells of each.
+const ASSERTIONS_MAX: usize = 100;
+/// Seconds that one assertion may take.
+const WITHIN_S: std::ops::RangeInclusive<u32> = 1..=86_400;
 
 /// Seconds between two heartbeats: fewer would be work, more would say little.
 const HEARTBEAT_S: std::ops::RangeInclusive<u32> = 5..=3_600;
@@ -366,6 +416,28 @@ impl WorkerConfig {
                     HEARTBEAT_S.end()
                 ),
             );
+            require(
+                cluster.assertions.len() <= ASSERTIONS_MAX,
+                format!("clusters.{name}.assertions: at most {ASSERTIONS_MAX}"),
+            );
+            let mut asserted = BTreeSet::new();
+            for assertion in &cluster.assertions {
+                let called = &assertion.name;
+                let place = format!("clusters.{name}.assertions");
+                require(
+                    assertion.is_named(),
+                    format!("{place}: {called:?}: a name is 1 to 40 letters, digits, - and _"),
+                );
+                require(asserted.insert(called), format!("{place}: {called:?} is there twice"));
+                require(
+                    !assertion.sql.trim().is_empty(),
+                    format!("{place}: {called:?}: sql is empty"),
+                );
+                require(
+                    WITHIN_S.contains(&assertion.within_s),
+                    format!("{place}: {called:?}: within_s: 1 to 86400"),
+                );
+            }
         }
         problems
     }
@@ -451,6 +523,36 @@ mod tests {
         }
         let config: WorkerConfig = toml::from_str(SAMPLE).unwrap();
         assert_eq!(config.backup.reread_within(), Duration::from_hours(720));
+    }
+
+    #[test]
+    fn assertions_have_a_name_a_database_and_a_query() {
+        let parse = |assertions: &str| {
+            let given = SAMPLE.replace("kinds =", &format!("assertions = [{assertions}]\nkinds ="));
+            toml::from_str::<WorkerConfig>(&given)
+        };
+        let one = r#"{ name = "Rows_are-there", database = "shop", sql = "SELECT true" }"#;
+        let config = parse(one).unwrap();
+        assert_eq!(config.problems(), Vec::<String>::new());
+        let asserted = config.clusters[0].assertions();
+        assert_eq!(asserted[0].within, Duration::from_mins(5));
+        assert!(parse(&one.replace("sql", "query = 1, sql")).is_err());
+        assert!(parse(&one.replace("shop", "")).is_err());
+        let wrong = [
+            one.to_owned(),
+            one.replace("Rows_are-there", "a b").replace("SELECT true", " \\n"),
+            one.replace("sql", "within_s = 0, sql"),
+        ];
+        let problems = parse(&wrong.join(", ")).unwrap().problems();
+        let told = ["a name is 1 to 40", "sql is empty", "is there twice", "within_s: 1 to 86400"];
+        assert_eq!(problems.len(), told.len(), "{problems:?}");
+        for (problem, what) in problems.iter().zip(told) {
+            assert!(problem.starts_with("clusters.orders.assertions: "), "{problem}");
+            assert!(problem.contains(what), "{problem}: {what}");
+        }
+        let many: Vec<String> =
+            (0..=ASSERTIONS_MAX).map(|n| one.replace("Rows_are-there", &format!("a{n}"))).collect();
+        assert_eq!(parse(&many.join(", ")).unwrap().problems().len(), 1);
     }
 
     #[test]

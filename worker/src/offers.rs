@@ -79,6 +79,7 @@ async fn look_at(shared: &Shared, cluster: &Cluster) -> ClusterOffer {
             every_s,
             problem: shared.heartbeats.problem(&cluster.config.name),
         }),
+        assertions: !cluster.config.assertions.is_empty(),
     };
     let asked = tokio::time::timeout(LOOK_MAX, async {
         let purpose = Purpose::ask(&JobId(shared.boot.0));
@@ -165,6 +166,7 @@ mod tests {
             repository_away,
             repository_look: None,
             heartbeat: Some(HeartbeatSetup { every_s: 60, problem: Some(problem) }),
+            assertions: false,
         });
         let told = serde_json::to_string(&offer).unwrap();
         assert!(!told.contains("hunter2"), "{told}");

@@ -197,6 +197,7 @@ mod tests {
             directory: &directory,
             bin_dirs: others.to_vec(),
             processes: 1,
+            assertions: Vec::new(),
         };
         let proof = Box::pin(prove(&cx, &workshop, &backup, ProofLevel::L3)).await.unwrap_err();
         assert_eq!((proof.code, &proof.message), (refused.code, &refused.message));

@@ -22,6 +22,7 @@ use proto::message::Spec;
 use proto::{Action, BackupId, Code, Failure, ProofLevel};
 use repository::Outcome;
 use worker::context::JobContext;
+use worker::proving;
 use worker::restoring::{self, Destination};
 
 async fn restores_and_is_proved(major: u32) {
@@ -61,6 +62,39 @@ async fn a_backup_of_15_restores_and_is_proved() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backup_of_18_restores_and_is_proved() {
     restores_and_is_proved(18).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_asserted_of_a_cluster_is_asked_of_its_restored_copy() {
+    let mut house =
+        House::new(15, InstanceOptions { fsync: false, ..InstanceOptions::default() }).await;
+    house.sql(DATA).await;
+    house.back_up().await;
+    // It is the copy that is asked.
+    house.sql("DELETE FROM public.orders").await;
+    house.assert_of_postgres(&[("all-there", "SELECT count(*) = 50000 FROM public.orders")]);
+    let proof = house.prove(ProofLevel::L6).await;
+    assert!(proof.passed, "{:#?}", proof.checks);
+    assert_eq!(proof.level(), Some(ProofLevel::L6));
+    let sentence = proving::sentence(&proof);
+    assert!(sentence.contains("PROVED (L6)") && sentence.contains("match, 1 assertion holds"));
+
+    house.assert_of_postgres(&[
+        ("all-there", "SELECT count(*) = 50000 FROM public.orders"),
+        ("none", "SELECT count(*) = 0 FROM public.orders"),
+        ("writes", "DELETE FROM public.orders WHERE id = 1 RETURNING true"),
+        ("tells", "SELECT 'password=hunter2'::int = 1"),
+        ("late", "SELECT pg_sleep(60) IS NULL"),
+    ]);
+    let proof = house.prove(ProofLevel::L6).await;
+    assert_eq!((proof.passed, proof.level()), (false, Some(ProofLevel::L5)));
+    assert_eq!(house::unmet(&proof), ["none", "writes", "tells", "late"]);
+    let failure = proving::shortfall(&proof).unwrap();
+    assert_eq!((failure.code, failure.action), (Code::ProofFailed, Action::FixData));
+    for why in ["reached L5 of L6", "false", "read-only transaction", "no answer within 1s"] {
+        assert!(failure.message.contains(why), "{why}: {failure}");
+    }
+    assert!(!format!("{proof:?}").contains("hunter2"), "{proof:#?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -125,6 +125,29 @@ async fn pg18_all_of_a_dump_is_loaded_and_counted_and_none_of_it_acts() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_asserted_of_a_cluster_is_asked_of_its_loaded_dump() {
+    let mut house = quick(15).await;
+    house.sql(DATA).await;
+    let outcome = dump(&house, &scope(&["postgres"], &[])).await.unwrap();
+    house.sql("DELETE FROM public.orders").await;
+    house.assert_of_postgres(&[("all-there", "SELECT count(*) = 50000 FROM public.orders")]);
+    let proof = prove(&house, &outcome, ProofLevel::L6).await.unwrap();
+    assert!(proof.passed, "{:#?}", proof.checks);
+    assert_eq!(proof.level(), Some(ProofLevel::L6));
+
+    house.assert_of_postgres(&[
+        ("all-there", "SELECT count(*) = 50000 FROM public.orders"),
+        ("none", "SELECT count(*) = 0 FROM public.orders"),
+        ("errs", "SELECT 1 / (id - id) = 0 FROM public.orders"),
+        ("writes", "DELETE FROM public.orders WHERE id = 1 RETURNING true"),
+        ("late", "SELECT pg_sleep(60) IS NULL"),
+    ]);
+    let proof = prove(&house, &outcome, ProofLevel::L6).await.unwrap();
+    assert_eq!((proof.passed, proof.level()), (false, Some(ProofLevel::L5)));
+    assert_eq!(house::unmet(&proof), ["none", "errs", "writes", "late"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_damaged_frame_of_a_dump_fails_its_proof() {
     let house = quick(15).await;
     // Longer than the stretch of which a table of contents is the beginning.

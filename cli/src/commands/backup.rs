@@ -37,6 +37,7 @@ pub(crate) async fn alone(args: Backup, format: Output) -> Result<Exit, Failure>
         labels: BTreeMap::new(),
         kinds: None,
         heartbeat_s: None,
+        assertions: Vec::new(),
         files: FilesConfig::Auto,
     };
     let cluster = Cluster { config, target };

@@ -1,5 +1,7 @@
 //! `backups …`: what the coordinator knows of backups, and wishes for one, which only its repository and key can take.
 
+use std::time::Duration;
+
 use coordinator::api::types::BackupView;
 use proto::near::did_you_mean;
 use proto::{Action, BackupId, Code, Failure};
@@ -116,8 +118,7 @@ fn table(backups: &[BackupView]) -> String {
                 (Some(at_ms), _) => format!("gone {}", output::ago(now_ms, Some(at_ms))),
                 (None, None) => "-".to_owned(),
                 (None, Some(proof)) => {
-                    let level =
-                        proof.level_reached.map_or("none".to_owned(), |level| level.to_string());
+                    let level = proof.level().map_or("none".to_owned(), |level| level.to_string());
                     let verdict = if proof.passed { "passed" } else { "FAILED" };
                     format!("{level} {verdict} {}", output::ago(now_ms, Some(proof.at_ms)))
                 }
@@ -195,6 +196,16 @@ fn details(backup: &BackupView) -> String {
             lines.push(format!(
                 "    {} {:<22} {outcome}: {}",
                 check.level, check.name, check.detail
+            ));
+        }
+        for asked in proof.record.assertions.iter().flatten() {
+            let outcome = format!("{:?}", asked.outcome).to_lowercase();
+            lines.push(format!(
+                "    L6 {:<22} {outcome}: {} in {}, after {:.2} s",
+                asked.name,
+                asked.answer,
+                asked.database,
+                Duration::from_millis(asked.duration_ms).as_secs_f64()
             ));
         }
     }

@@ -48,8 +48,7 @@ pub(crate) fn table(clusters: &[ClusterView], now_ms: i64) -> String {
             proof.map_or_else(
                 || "-".to_owned(),
                 |proof| {
-                    let level =
-                        proof.level_reached.map_or("none".to_owned(), |level| level.to_string());
+                    let level = proof.level().map_or("none".to_owned(), |level| level.to_string());
                     format!("{level} {}", output::ago(now_ms, Some(proof.at_ms)))
                 },
             ),

@@ -315,6 +315,7 @@ mod tests {
             repository_away: None,
             repository_look: None,
             heartbeat: None,
+            assertions: false,
         };
         let found = served("w1", &offer(None, Some(setup)), None, 1);
         let told: Vec<(&str, bool)> = found.iter().map(|f| (f.what.as_str(), f.good)).collect();

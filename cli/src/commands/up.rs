@@ -188,6 +188,7 @@ async fn look(args: &Up, connection: &str) -> Result<String, Failure> {
         labels: BTreeMap::new(),
         kinds: None,
         heartbeat_s: None,
+        assertions: Vec::new(),
     };
     let access = native::access(&Cluster { config, target }, &server, &session).await?;
     session.close().await;

@@ -635,6 +635,7 @@ async fn register(catalog: &Catalog, name: &str) {
         repository_away: None,
         repository_look: None,
         heartbeat: None,
+        assertions: false,
     };
     let (worker, site) = (&"w1".parse().unwrap(), &"fra1".parse().unwrap());
     catalog

@@ -411,6 +411,7 @@ impl Worker {
                     repository_away: self.repository_away.clone(),
                     repository_look: self.repository_look.clone(),
                     heartbeat: None,
+                    assertions: false,
                 })
                 .collect(),
             repositories: vec![RepositoryOffer {

@@ -52,11 +52,17 @@ impl Findings {
     }
 }
 
-/// Whether an error says that this machine lacks a library or function, which is no fault of the backup.
+/// Whether an error says that this machine lacks a library, a function or a locale, which is no fault of the backup.
+pub(super) fn is_environment(error: &Error) -> bool {
+    let lacks_function = |code: &str| matches!(code, "0A000" | "42883");
+    lacks_something_here(error) || error.state().is_some_and(|state| lacks_function(state.code()))
+}
+
+/// Whether an error says that this machine lacks a library or a locale.
 ///
 /// A missing library and a missing file of a relation have the same SQLSTATE; the text, which is in English in our
 /// sessions, tells them apart.
-pub(super) fn is_environment(error: &Error) -> bool {
+pub(super) fn lacks_something_here(error: &Error) -> bool {
     let lacks_library = || {
         let text = proto::failure::chain(error);
         text.contains("could not access file") || text.contains("could not load library")
@@ -65,7 +71,7 @@ pub(super) fn is_environment(error: &Error) -> bool {
         "58P01" => lacks_library(),
         // The system's locales, without which no session gets into the database.
         "XX000" => proto::failure::chain(error).contains("locale is incompatible"),
-        code => matches!(code, "0A000" | "42883"),
+        _ => false,
     })
 }
 
@@ -88,7 +94,7 @@ pub(super) fn is_lost(error: &Error) -> bool {
 
 /// Whether an error says that something ran out: disk, memory, files, connections (class 53). Damaged data can ask for too
 /// much as well, so it fails the check; by itself it shows no damage.
-fn is_shortage(error: &Error) -> bool {
+pub(super) fn is_shortage(error: &Error) -> bool {
     error.state().is_some_and(|state| state.code().starts_with("53"))
 }
 

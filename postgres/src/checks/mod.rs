@@ -1,10 +1,11 @@
 //! The checks of a proof, run on the restored server in its sandbox: did it reach the stop position (L3), do the server's
-//! own checks pass (L4), is the content what the census says (L5). Of a server that a dump was loaded into, what has a meaning
+//! own checks pass (L4), is the content what the census says (L5), does what the user asserts hold (L6). Of a server that a dump was loaded into, what has a meaning
 //! there: its pages, its positions and its transactions are its own and not the backup's.
 //!
 //! For restored copies only: it reads every table, creates extensions and disables event triggers. What it finds wrong
 //! is in the report; an error means that the checks could not be run. Starts, stops and restores nothing.
 
+mod assertions;
 mod compare;
 mod findings;
 mod own;
@@ -14,7 +15,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use proto::backup::Census;
-use proto::proof::{CheckOutcome, ProofCheck, ProofLevel};
+use proto::proof::{CheckOutcome, ProofAssertion, ProofCheck, ProofLevel};
 use proto::{JobId, Lsn, SystemIdentifier};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -23,6 +24,8 @@ use crate::connect::{Purpose, connect_maintenance};
 use crate::error::Error;
 use crate::target::Target;
 use crate::version::ServerVersion;
+use assertions::Asked;
+pub use assertions::Assertion;
 use findings::{CHECKS, Findings, conclude};
 use read::Content;
 
@@ -48,12 +51,14 @@ const NOT_OF_A_DUMP: [&str; 4] = ["stop_position", "system_identifier", "page_ch
 pub struct CheckOptions<'a> {
     /// For which job.
     pub job: JobId,
-    /// How far: L3, L4 or L5. Lower levels need no server; they count as L3 here.
+    /// How far: L3 to L6. Lower levels need no server; they count as L3 here.
     pub level: ProofLevel,
     /// What the server was made of.
     pub origin: Origin,
     /// What the content looked like when the backup was taken.
     pub census: Option<&'a Census>,
+    /// What must be true for L6.
+    pub assertions: &'a [Assertion],
     /// Also look up every row in every B-tree index (`heapallindexed`): finds missing entries, costs a second reading.
     pub every_row_in_indexes: bool,
     /// When to give up.
@@ -67,6 +72,8 @@ pub struct CheckOptions<'a> {
 pub struct CheckReport {
     /// Each check, in the order of their levels.
     pub checks: Vec<ProofCheck>,
+    /// Each assertion that was asked.
+    pub assertions: Vec<ProofAssertion>,
     /// `server_version_num` of the restored server.
     pub server_version_num: u32,
     /// The system identifier it tells.
@@ -81,7 +88,7 @@ pub struct CheckReport {
     pub tables_exact: u64,
     /// Tables whose rows were compared within bounds.
     pub tables_bounded: u64,
-    /// Whether damage was seen. False when all that failed was asked of a server that was gone, or follows from that: then
+    /// Whether damage, or an assertion that does not hold, was seen. False when all that failed was asked of a server that was gone, or follows from that: then
     /// what ended the server decides whether the backup is to blame.
     pub saw_damage: bool,
 }
@@ -89,7 +96,7 @@ pub struct CheckReport {
 impl CheckReport {
     /// The highest level from L3 on at which, and below which, nothing failed and what makes the level was really looked
     /// at: for L4 that every table was read, for L5 that the rows of at least one table could be compared, unless
-    /// the census has none. Any other check that could not look (no amcheck installed, no page checksums in the cluster)
+    /// the census has none, for L6 that every assertion, and at least one, could be asked. Any other check that could not look (no amcheck installed, no page checksums in the cluster)
     /// does not lower the level; it is in the report.
     pub fn level_reached(&self) -> Option<ProofLevel> {
         let sound = |level: ProofLevel, essential: &str| {
@@ -105,9 +112,12 @@ impl CheckReport {
             (ProofLevel::L4, "tables_readable"),
             (ProofLevel::L5, "row_counts"),
         ];
-        steps
-            .into_iter()
-            .take_while(|(level, essential)| sound(*level, essential))
+        let sound = steps.into_iter().map(|(level, essential)| (level, sound(level, essential)));
+        let holds = |asked: &ProofAssertion| asked.outcome == CheckOutcome::Passed;
+        let hold = !self.assertions.is_empty() && self.assertions.iter().all(holds);
+        sound
+            .chain([(ProofLevel::L6, hold)])
+            .take_while(|(_, is_sound)| *is_sound)
             .last()
             .map(|(level, _)| level)
     }
@@ -129,6 +139,7 @@ pub async fn run_checks(target: &Target, options: &CheckOptions<'_>) -> Result<C
         checksums: identity.data_checksums,
         findings: BTreeMap::new(),
         databases: HashMap::new(),
+        asked: Vec::new(),
     };
     let mut reached_lsn = None;
     if let Origin::Copy { system_identifier, stop_lsn } = options.origin {
@@ -143,6 +154,9 @@ pub async fn run_checks(target: &Target, options: &CheckOptions<'_>) -> Result<C
     }
     if options.level >= ProofLevel::L5 {
         run.compare().await?;
+    }
+    if options.level >= ProofLevel::L6 {
+        run.ask_assertions().await?;
     }
     session.close().await;
     Ok(run.report(identity.system_identifier, reached_lsn))
@@ -160,6 +174,7 @@ struct Run<'a> {
     findings: BTreeMap<&'static str, Findings>,
     /// `None` for a database that could not be read.
     databases: HashMap<String, Option<Content>>,
+    asked: Vec<Asked>,
 }
 
 impl Run<'_> {
@@ -185,7 +200,8 @@ impl Run<'_> {
             rows: counts().flatten().sum(),
             tables_exact: exact as u64,
             tables_bounded: (drifts.len() - exact) as u64,
-            saw_damage: self.findings.values().any(Findings::saw_damage),
+            saw_damage: self.findings.values().any(Findings::saw_damage)
+                || self.asked.iter().any(|asked| asked.saw_false),
             checks: CHECKS
                 .iter()
                 .filter(|(_, level, _)| *level <= self.options.level)
@@ -194,6 +210,7 @@ impl Run<'_> {
                     conclude(name, *level, what, self.findings.get(name), self.checksums)
                 })
                 .collect(),
+            assertions: self.asked.into_iter().map(|asked| asked.told).collect(),
         }
     }
 }
@@ -209,6 +226,7 @@ mod tests {
             level: ProofLevel::L4,
             origin: Origin::Copy { system_identifier: SystemIdentifier(1), stop_lsn: Lsn(1) },
             census: None,
+            assertions: &[],
             every_row_in_indexes: false,
             deadline: None,
             cancel: CancellationToken::new(),
@@ -230,6 +248,7 @@ mod tests {
             checksums: true,
             findings: BTreeMap::new(),
             databases: HashMap::new(),
+            asked: Vec::new(),
         };
         let saw = |run: &Run<'_>| run.findings.values().any(Findings::saw_damage);
         run.outcome("tables_readable", "a", Ok(())).unwrap();

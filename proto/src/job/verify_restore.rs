@@ -41,7 +41,7 @@ impl VerifyRestore {
         }
         if self.level > Self::LEVEL_BEYOND_MAX {
             return Err(
-                "level 5 compares with what was counted when the backup was taken, and so cannot go beyond it: choose level 3 or 4",
+                "levels 5 and 6 are of the content when the backup was taken, and so cannot go beyond it: choose level 3 or 4",
             );
         }
         Ok(())
@@ -80,6 +80,7 @@ mod tests {
         let at_end = Some(ProofTarget::At(RecoveryTarget::Immediate));
         for wrong in [
             task(ProofLevel::L5, latest()),
+            task(ProofLevel::L6, latest()),
             task(ProofLevel::L2, latest()),
             task(ProofLevel::L4, at_end),
         ] {

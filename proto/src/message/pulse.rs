@@ -124,6 +124,9 @@ pub struct ClusterOffer {
     /// The heartbeats that this worker makes in it; absent where it makes none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub heartbeat: Option<HeartbeatSetup>,
+    /// Whether the worker's configuration asserts something of its content; what it says stays there.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub assertions: bool,
 }
 
 /// A repository that a worker does not find, or that does not let itself be looked into.

@@ -1,14 +1,15 @@
 //! Proves a backup and stores the signed record with it.
 
+use postgres::checks::Assertion;
 use proto::envelope::Credentials;
 use proto::job::{VerifyRestore, VerifyRestoreOutcome};
-use proto::{Action, Code, Failure, Outcome, Proof, ProofLevel};
+use proto::{Action, ClusterName, Code, Failure, Outcome, Proof, ProofLevel};
 use repository::{Pin, Repository};
 
 use crate::attempt::Ended;
 use crate::beyond::{Beyond, Whom};
 use crate::clock;
-use crate::config::WorkerConfig;
+use crate::config::{ClusterConfig, WorkerConfig};
 use crate::context::JobContext;
 use crate::engines::native;
 use crate::places::Places;
@@ -44,6 +45,11 @@ async fn proof(
     task: &VerifyRestore,
 ) -> Result<Proof, Failure> {
     task.check().map_err(|what| Failure::new(Code::RequestInvalid, Action::FixConfig, what))?;
+    let assertions = if task.level >= ProofLevel::L6 {
+        assertions_of(config, &cx.spec.cluster)?
+    } else {
+        Vec::new()
+    };
     let (repository, backup, mut beyond) = cx
         .step("find", async {
             let repository = places.repository_for(&cx.spec.cluster).await?;
@@ -91,6 +97,7 @@ async fn proof(
         directory: config.sandbox.directory.as_std_path(),
         bin_dirs: native::bin_dirs(config),
         processes: config.backup.processes,
+        assertions,
     };
     let proved = async {
         let heartbeats = task.heartbeats.as_ref();
@@ -104,6 +111,20 @@ async fn proof(
     let proved = proved.await;
     backup.release().await;
     proved
+}
+
+/// What this worker's configuration asserts of the cluster: there is nothing else that L6 could ask.
+fn assertions_of(config: &WorkerConfig, cluster: &ClusterName) -> Result<Vec<Assertion>, Failure> {
+    let assertions = config.cluster(cluster).map(ClusterConfig::assertions).unwrap_or_default();
+    if assertions.is_empty() {
+        let worker = &config.name;
+        let what = format!("the configuration of worker {worker} asserts nothing of {cluster}");
+        return Err(Failure::new(Code::RequestInvalid, Action::FixConfig, what).with_hint(
+            "Level 6 asks what the worker's configuration has under [[clusters.assertions]] of the cluster (docs/concepts.md): write \
+             assertions there and restart the worker, or ask for --level 5.",
+        ));
+    }
+    Ok(assertions)
 }
 
 /// The record goes beside the backup, also when it is a bad one: it must not be forgotten that this backup failed.

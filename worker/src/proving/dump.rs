@@ -110,6 +110,7 @@ pub(super) async fn in_sandbox(
         findings.level_reached = Some(reached.min(level));
     }
     findings.checks.extend(report.checks.iter().cloned());
+    findings.assertions.clone_from(&report.assertions);
     findings.report = Some(report);
     destroyed
 }
@@ -156,7 +157,7 @@ async fn in_server(
     loaded?;
     findings.level_reached = Some(ProofLevel::L3);
 
-    look_into(cx, &target, level, Origin::Dump, backup, findings).await
+    look_into(cx, workshop, &target, level, Origin::Dump, backup, findings).await
 }
 
 /// Refuses to begin what would not fit: the databases as large as they were, and beside them the largest dump of which a file is

@@ -8,12 +8,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use postgres::checks::{CheckOptions, CheckReport, Origin, run_checks};
+use postgres::checks::{Assertion, CheckOptions, CheckReport, Origin, run_checks};
 use postgres::process::Isolation;
 use postgres::sandbox::{Sandbox, SandboxOptions, SandboxRoom};
 use postgres::short_place::ShortPlace;
 use postgres::{Environment, Target};
-use proto::proof::{BrokenWal, CheckOutcome, Phase, ProofCheck, ProofRecovery};
+use proto::proof::{BrokenWal, CheckOutcome, Phase, ProofAssertion, ProofCheck, ProofRecovery};
 use proto::wal::History;
 use proto::words::count;
 use proto::{
@@ -38,12 +38,15 @@ pub struct Workshop<'a> {
     pub bin_dirs: Vec<std::path::PathBuf>,
     /// Threads that decompress; 0 means half the cores.
     pub processes: u32,
+    /// What must be true of what was restored, for L6.
+    pub assertions: Vec<Assertion>,
 }
 
 /// What was found, in the making.
 struct Findings {
     phases: Vec<Phase>,
     checks: Vec<ProofCheck>,
+    assertions: Vec<ProofAssertion>,
     size_bytes: u64,
     report: Option<CheckReport>,
     isolation: String,
@@ -122,6 +125,7 @@ pub async fn prove_to(
     let mut findings = Findings {
         phases: Vec::new(),
         checks: Vec::new(),
+        assertions: Vec::new(),
         size_bytes: backup.counts().bytes,
         report: None,
         isolation: String::new(),
@@ -139,6 +143,9 @@ pub async fn prove_to(
     for check in &mut findings.checks {
         check.detail = telemetry::scrub(&check.detail).into_owned();
     }
+    for assertion in &mut findings.assertions {
+        assertion.answer = telemetry::scrub(&assertion.answer).into_owned();
+    }
     let facts = backup.facts();
     let report = findings.report.as_ref();
     // The server that a dump was loaded into has an identifier of its own.
@@ -149,7 +156,7 @@ pub async fn prove_to(
     Ok(Proof {
         kind: facts.kind(),
         at_ms: clock::now_ms(),
-        level_reached: findings.level_reached,
+        level_reached: findings.level_reached.map(|reached| reached.min(ProofLevel::L5)),
         passed: findings.level_reached >= Some(level),
         server_version_num: report.map(|r| r.server_version_num),
         reached_lsn: report.and_then(|r| r.reached_lsn),
@@ -164,6 +171,7 @@ pub async fn prove_to(
         recovery: findings.recovery,
         broken_wal: findings.broken_wal,
         heartbeat_at_ms: findings.heartbeat_at_ms,
+        assertions: (level == ProofLevel::L6).then_some(findings.assertions),
         ..Proof::of(backup.id(), backup.lineage(), cluster, system_identifier, worker, level)
     })
 }
@@ -345,7 +353,7 @@ async fn in_sandbox(
     };
     let seen = heartbeat::look(cx, &target, heartbeats, restored, findings);
     let report = match Box::pin(seen).await {
-        Ok(()) => look_into(cx, &target, level, origin, backup, findings).await,
+        Ok(()) => look_into(cx, workshop, &target, level, origin, backup, findings).await,
         Err(failure) => Err(failure),
     };
     let unfit = if depends_on_the_end(&report, level) { sandbox.unfit().await } else { None };
@@ -358,6 +366,7 @@ async fn in_sandbox(
         findings.level_reached = Some(reached.min(level));
     }
     findings.checks.extend(report.checks.iter().cloned());
+    findings.assertions.clone_from(&report.assertions);
     findings.report = Some(report);
     destroyed
 }
@@ -396,9 +405,19 @@ pub fn shortfall(proof: &Proof) -> Option<Failure> {
     }
     let failed: Vec<&ProofCheck> =
         proof.checks.iter().filter(|check| check.outcome == CheckOutcome::Failed).collect();
-    let reached = proof.level_reached.map_or("nothing".to_owned(), |level| level.to_string());
-    let asked = proof.level_asked;
+    let reached = proof.level().map_or("nothing".to_owned(), |level| level.to_string());
+    let asked = proof.asked();
     let backup: BackupId = proof.backup;
+    if failed.is_empty()
+        && let Some(what) = unmet(proof)
+    {
+        let message =
+            format!("backup {backup} of {} reached {reached} of {asked}: {what}", proof.cluster);
+        return Some(Failure::new(Code::ProofFailed, Action::FixData, message).with_hint(
+            "Ask the cluster itself: what is wrong there was backed up as it was. Where it is right there, take a new backup at once; \
+             where the assertion is wrong, correct it in the worker's configuration.",
+        ));
+    }
     Some(match failed.first() {
         Some(first) => Failure::new(
             Code::ProofFailed,
@@ -426,14 +445,22 @@ pub fn shortfall(proof: &Proof) -> Option<Failure> {
     })
 }
 
+/// The assertions that do not hold, with what each answered; `None` when all do.
+fn unmet(proof: &Proof) -> Option<String> {
+    let asked = proof.assertions.iter().flatten();
+    let unmet: Vec<String> = asked
+        .filter(|assertion| assertion.outcome == CheckOutcome::Failed)
+        .map(|assertion| format!("{} ({})", assertion.name, assertion.answer))
+        .collect();
+    let (noun, verb) = if unmet.len() == 1 { ("assertion", "does") } else { ("assertions", "do") };
+    (!unmet.is_empty()).then(|| format!("{noun} {} {verb} not hold", unmet.join(", ")))
+}
+
 /// One sentence for people: what was proved, how long it took, how much there was.
 pub fn sentence(proof: &Proof) -> String {
-    let level = proof.level_reached.map_or("nothing".to_owned(), |level| level.to_string());
+    let level = proof.level().map_or("nothing".to_owned(), |level| level.to_string());
     if !proof.passed {
-        return format!(
-            "{} is NOT proved: it reached {level} of {}",
-            proof.cluster, proof.level_asked
-        );
+        return format!("{} is NOT proved: it reached {level} of {}", proof.cluster, proof.asked());
     }
     if proof.level_reached < Some(ProofLevel::L3) {
         let (cluster, backup) = (&proof.cluster, proof.backup);
@@ -458,8 +485,13 @@ pub fn sentence(proof: &Proof) -> String {
     };
     let heartbeat = proof.heartbeat_at_ms.and_then(|ms| Timestamp::from_millisecond(ms).ok());
     let heartbeat = heartbeat.map_or(String::new(), |at| format!("; heartbeat of {at} seen"));
+    let asserted = match proof.assertions.as_deref().unwrap_or_default() {
+        [] => String::new(),
+        [_] => ", 1 assertion holds".to_owned(),
+        several => format!(", {} assertions hold", several.len()),
+    };
     let mut said = format!(
-        "{} is PROVED ({level}{moment}): restored{replayed} in {seconds} s, {}, {} {what}{heartbeat}",
+        "{} is PROVED ({level}{moment}): restored{replayed} in {seconds} s, {}, {} {what}{asserted}{heartbeat}",
         proof.cluster,
         count(proof.tables, "table"),
         count(proof.rows, "row")
@@ -470,9 +502,10 @@ pub fn sentence(proof: &Proof) -> String {
     said
 }
 
-/// L4 and L5: looks into what runs in a sandbox.
+/// L4 to L6: looks into what runs in a sandbox.
 async fn look_into(
     cx: &JobContext,
+    workshop: &Workshop<'_>,
     target: &Target,
     level: ProofLevel,
     origin: Origin,
@@ -487,6 +520,7 @@ async fn look_into(
                 level,
                 origin,
                 census: backup.facts().census.as_ref(),
+                assertions: &workshop.assertions,
                 every_row_in_indexes: true,
                 deadline: None,
                 cancel: cx.cancel.clone(),
@@ -545,6 +579,7 @@ mod tests {
                 tables_exact: 0,
                 tables_bounded: 0,
                 saw_damage,
+                assertions: Vec::new(),
             })
         };
         let (passed, failed) = (CheckOutcome::Passed, CheckOutcome::Failed);

@@ -15,6 +15,7 @@ use postgres::instance::{Instance, InstanceOptions};
 use postgres::{Environment, Purpose, Target, connect};
 use proto::job::{self, BackupOutcome, RestoreOutcome};
 use proto::message::Spec;
+use proto::proof::CheckOutcome;
 use proto::{AttemptId, Failure, JobId, Lsn, ProofLevel, Task};
 use repository::store::directory::DirectoryStore;
 use repository::store::layer::Layer;
@@ -22,7 +23,7 @@ use repository::store::{Store, StoreError, Upload};
 use repository::{Backup, Encryption, InitOptions, KeyFile, Repository, store};
 use rustix::process::Signal;
 use tempfile::TempDir;
-use worker::config::{FilesConfig, WorkerConfig};
+use worker::config::{AssertionConfig, FilesConfig, WorkerConfig};
 use worker::context::JobContext;
 use worker::engines::native::{BackupRequest, back_up};
 use worker::places::Places;
@@ -37,6 +38,13 @@ pub(crate) fn bin_dir(major: u32) -> PathBuf {
     let dir = std::env::var(&name);
     dir.unwrap_or_else(|_| panic!("{name} is not set: run ./tests/run, which starts the services"))
         .into()
+}
+
+/// The names of the assertions that do not hold.
+pub(crate) fn unmet(proof: &proto::Proof) -> Vec<&str> {
+    let asked = proof.assertions.iter().flatten();
+    let failed = asked.filter(|assertion| assertion.outcome == CheckOutcome::Failed);
+    failed.map(|assertion| assertion.name.as_str()).collect()
 }
 
 /// A server with data, an empty repository, and everything a worker would have resolved.
@@ -106,6 +114,18 @@ impl House {
     pub(crate) fn read_over_connections(&mut self) {
         self.config.clusters[0].files = FilesConfig::Remote;
         self.places = places_of(&self.config);
+    }
+
+    /// Asserts this of the database `postgres` in proofs, each within a second.
+    pub(crate) fn assert_of_postgres(&mut self, assertions: &[(&str, &str)]) {
+        let asserted = assertions.iter().map(|(name, sql)| AssertionConfig {
+            name: (*name).to_owned(),
+            database: "postgres".parse().unwrap(),
+            sql: (*sql).to_owned(),
+            within_s: 1,
+        });
+        self.config.clusters[0].assertions = asserted.collect();
+        assert_eq!(self.config.problems(), Vec::<String>::new());
     }
 
     pub(crate) fn read_locally(&mut self) {
@@ -213,6 +233,7 @@ impl House {
             directory: &sandbox,
             bin_dirs: vec![bin_dir(backup.facts().server_version_num / 10_000)],
             processes: 2,
+            assertions: self.config.clusters[0].assertions(),
         };
         let proof = Box::pin(proving::prove(cx, &workshop, backup, level)).await;
         let left: Vec<_> = std::fs::read_dir(&sandbox)
