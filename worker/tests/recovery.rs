@@ -8,11 +8,14 @@ mod branches;
 mod house;
 
 use std::collections::BTreeSet;
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use house::{House, bin_dir, caught_up, copy_of, eventually, number, run_sql, session, text};
+use house::{
+    House, LARGE_PAGES, bin_dir, caught_up, copy_of, eventually, number, run_sql, session, text,
+};
 use postgres::binaries::Binaries;
 use postgres::control_file::ControlFile;
 use postgres::instance::{InstanceOptions, StopMode};
@@ -38,7 +41,8 @@ struct Point {
 /// The servers that were, the moments that were, and the archive.
 struct World {
     house: House,
-    major: u32,
+    /// Of PostgreSQL.
+    build: String,
     key: PathBuf,
     /// Where the server is that is written to, if not where the first one was.
     port: Option<u16>,
@@ -53,7 +57,7 @@ fn pgmuster() -> String {
 }
 
 impl World {
-    async fn new(major: u32, segment_mib: u32) -> Self {
+    async fn new(build: impl Display, segment_mib: u32) -> Self {
         let settings = [
             ("autovacuum", "off"),
             ("wal_level", "replica"),
@@ -71,7 +75,7 @@ impl World {
             settings: settings.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec(),
             ..InstanceOptions::default()
         };
-        let mut house = House::new(major, options).await;
+        let mut house = House::new(&build, options).await;
         let key = house.place.path().join("repository.key");
         std::fs::write(&key, &house.key_file).unwrap();
         let archive = format!(
@@ -83,7 +87,8 @@ impl World {
         house.server.set(&[("archive_command", &archive)]).unwrap();
         house.sql("SELECT pg_reload_conf()").await;
         house.sql(TABLE).await;
-        Self { house, major, key, port: None, rows: BTreeSet::new(), next: 1 }
+        let build = build.to_string();
+        Self { house, build, key, port: None, rows: BTreeSet::new(), next: 1 }
     }
 
     fn url(&self) -> String {
@@ -137,7 +142,7 @@ impl World {
     /// `pgmuster restore --repository`, with the arguments of a case.
     fn restore(&self, into: &Path, arguments: &[&str]) -> Output {
         let url = format!("file://{}/repository", self.house.place.path().display());
-        let bin = bin_dir(self.major);
+        let bin = bin_dir(&self.build);
         let path = format!("{}:/usr/local/bin:/usr/bin:/bin", bin.display());
         Command::new(pgmuster())
             .args(["restore", "--repository", &url, "--key", self.key.to_str().unwrap(), "--into"])
@@ -154,7 +159,7 @@ impl World {
         let done = self.restore(&into, &[arguments, &["--start"]].concat());
         assert!(done.status.success(), "{arguments:?}: {}", said(&done));
         let rows = self.rows_now().await;
-        stop(self.major, &into, "immediate").await;
+        stop(&self.build, &into, "immediate").await;
         std::fs::remove_dir_all(&into).unwrap();
         rows
     }
@@ -188,7 +193,7 @@ impl World {
     /// A standby that has replayed everything so far, and streams no more. It will be found where the server is now.
     async fn lagging_standby(&self, name: &str) -> PathBuf {
         let directory = self.house.place.path().join(name);
-        copy_of(&self.url(), self.major, &directory).await;
+        copy_of(&self.url(), self.house.server.binaries().major(), &directory).await;
         std::fs::write(directory.join("standby.signal"), "").unwrap();
         let sockets = text(&self.url(), "SELECT current_setting('unix_socket_directories')").await;
         let settings = directory.join("postgresql.auto.conf");
@@ -196,9 +201,9 @@ impl World {
         let set = |lines: &str| std::fs::write(&settings, format!("{before}{lines}")).unwrap();
         let own = "recovery_target_name = ''\nrestore_command = ''\n";
         set(&format!("{own}primary_conninfo = 'host={sockets} user=postgres'\nport = 5433\n"));
-        start(self.major, &directory).await;
+        start(&self.build, &directory).await;
         caught_up(&self.url(), &self.url().replace(":5432/", ":5433/")).await;
-        stop(self.major, &directory, "fast").await;
+        stop(&self.build, &directory, "fast").await;
         set(own);
         directory
     }
@@ -258,17 +263,17 @@ fn said(output: &Output) -> String {
     format!("{}\n{}{}", output.status, text(&output.stdout), text(&output.stderr))
 }
 
-async fn stop(major: u32, directory: &Path, mode: &str) {
-    pg_ctl(major, directory, &["stop", "-m", mode]).await;
+async fn stop(build: impl Display, directory: &Path, mode: &str) {
+    pg_ctl(build, directory, &["stop", "-m", mode]).await;
 }
 
-async fn start(major: u32, directory: &Path) {
+async fn start(build: impl Display, directory: &Path) {
     let log = directory.join("start.log");
-    pg_ctl(major, directory, &["start", "-l", log.to_str().unwrap()]).await;
+    pg_ctl(build, directory, &["start", "-l", log.to_str().unwrap()]).await;
 }
 
-async fn pg_ctl(major: u32, directory: &Path, arguments: &[&str]) {
-    let binaries = Binaries::at(&bin_dir(major)).await.unwrap();
+async fn pg_ctl(build: impl Display, directory: &Path, arguments: &[&str]) {
+    let binaries = Binaries::at(&bin_dir(build)).await.unwrap();
     let program = binaries.program("pg_ctl").unwrap().args(arguments).args(["-s", "-w", "-D"]);
     let ended = program.arg(directory).run(Duration::from_mins(1), &CancellationToken::new()).await;
     ended.unwrap();
@@ -489,6 +494,41 @@ async fn pg15_recovers_to_every_moment_of_three_timelines_and_to_no_other() {
 #[tokio::test(flavor = "multi_thread")]
 async fn pg18_recovers_to_every_moment_of_three_timelines_and_to_no_other() {
     Box::pin(every_moment(18)).await;
+}
+
+/// The WAL of a server that writes it in pages of 64 KiB, over two timelines.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_wal_of_large_pages_is_archived_and_replayed_to_every_kind_of_moment() {
+    let mut world = World::new(LARGE_PAGES, 1).await;
+    world.house.back_up().await;
+    let mut first = Vec::new();
+    for _ in 0..4 {
+        first.push(world.step().await);
+        // A record over many pages.
+        world.house.sql("SELECT pg_logical_emit_message(true, 'large', repeat('w', 300000))").await;
+    }
+    world.archived().await;
+    world.house.server.stop(StopMode::Fast).await.unwrap();
+
+    let place = world.succeed("second", &["--to", &format!("name:{}", first[2].name)], 2).await;
+    assert_eq!(world.rows, first[2].rows);
+    let second = [world.step().await, world.step().await];
+    world.archived().await;
+    stop(LARGE_PAGES, &place, "fast").await;
+
+    let xid = format!("xid:{}", first[0].xid);
+    let cases: [(&[&str], &BTreeSet<i64>); 5] = [
+        (&["latest"], &second[1].rows),
+        (&[&second[0].time], &second[0].rows),
+        (&[&first[1].lsn.to_string()], &first[1].rows),
+        (&[&xid, "--before"], &first[0].rows_before),
+        (&["latest", "--timeline", "1"], &first[3].rows),
+    ];
+    for (number, (arguments, rows)) in cases.into_iter().enumerate() {
+        let words = [&["--to"], arguments].concat();
+        let found = world.rows_at(&format!("case-{number}"), &words).await;
+        assert_eq!(found, *rows, "{words:?}");
+    }
 }
 
 /// A tablespace that came after the backup, on the host on which its server still runs. Segments have the usual size.

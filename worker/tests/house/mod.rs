@@ -4,6 +4,7 @@
 
 pub(crate) mod dumps;
 
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,8 +33,12 @@ use worker::restoring::{self, Destination};
 
 pub(crate) const NOW_MS: i64 = 1_790_000_000_000;
 
-pub(crate) fn bin_dir(major: u32) -> PathBuf {
-    let name = format!("PGMUSTER_TEST_PG_BIN_{major}");
+/// PostgreSQL for sizes of which there are no packages: `tests/large-pages` says which.
+pub(crate) const LARGE_PAGES: &str = "LARGE_PAGES";
+
+/// The programs of a major version, or of an unusual build.
+pub(crate) fn bin_dir(build: impl Display) -> PathBuf {
+    let name = format!("PGMUSTER_TEST_PG_BIN_{build}");
     #[expect(clippy::disallowed_methods, reason = "where the services of the suite are")]
     let dir = std::env::var(&name);
     dir.unwrap_or_else(|_| panic!("{name} is not set: run ./tests/run, which starts the services"))
@@ -59,9 +64,9 @@ pub(crate) struct House {
 }
 
 impl House {
-    pub(crate) async fn new(major: u32, options: InstanceOptions) -> Self {
+    pub(crate) async fn new(build: impl Display, options: InstanceOptions) -> Self {
         let place = tempfile::tempdir().unwrap();
-        let binaries = Binaries::at(&bin_dir(major)).await.unwrap();
+        let binaries = Binaries::at(&bin_dir(build)).await.unwrap();
         let mut server =
             Instance::create(&binaries, &place.path().join("pg"), options).await.unwrap();
         server.start().await.unwrap();
@@ -231,7 +236,11 @@ impl House {
         let workshop = Workshop {
             worker: "w1".parse().unwrap(),
             directory: &sandbox,
-            bin_dirs: vec![bin_dir(backup.facts().server_version_num / 10_000)],
+            // Where these are of other sizes than the server's own, they are passed over.
+            bin_dirs: vec![
+                bin_dir(backup.facts().server_version_num / 10_000),
+                self.server.binaries().directory().to_owned(),
+            ],
             processes: 2,
             assertions: self.config.clusters[0].assertions(),
         };
@@ -394,7 +403,7 @@ pub(crate) fn sockets() -> TempDir {
 /// Starts a restored directory as an administrator would. The socket's directory lives as long as the server.
 pub(crate) async fn start_plainly(
     directory: &Path,
-    major: u32,
+    build: impl Display,
 ) -> ((postgres::process::Running, TempDir), String) {
     let sockets = sockets();
     let of_sockets = format!("unix_socket_directories={}", sockets.path().display());
@@ -403,18 +412,18 @@ pub(crate) async fn start_plainly(
         ["-D", directory, "-c", &of_sockets, "-c", "listen_addresses=", "-c", "fsync=off"];
     let url = format!("postgres://postgres@/postgres?host={}", sockets.path().display());
     let log = sockets.path().join("log");
-    let running = serve(major, &arguments.map(str::to_owned), &log, &url).await;
+    let running = serve(build, &arguments.map(str::to_owned), &log, &url).await;
     ((running, sockets), url)
 }
 
 /// Starts a server and waits until it answers at `url`.
 pub(crate) async fn serve(
-    major: u32,
+    build: impl Display,
     arguments: &[String],
     log: &Path,
     url: &str,
 ) -> postgres::process::Running {
-    let running = spawn(major, "postgres", arguments, log).await;
+    let running = spawn(build, "postgres", arguments, log).await;
     let target = Target::parse(url, &Environment::default()).unwrap();
     let purpose = Purpose::ask(&JobId::mint(1, [1; 10]));
     let answers = async || connect(&target, &purpose).await.ok().map(drop);
@@ -425,12 +434,12 @@ pub(crate) async fn serve(
 
 /// Starts a program of PostgreSQL that ends with the value returned.
 pub(crate) async fn spawn(
-    major: u32,
+    build: impl Display,
     program: &str,
     arguments: &[String],
     log: &Path,
 ) -> postgres::process::Running {
-    let binaries = Binaries::at(&bin_dir(major)).await.unwrap();
+    let binaries = Binaries::at(&bin_dir(build)).await.unwrap();
     let log = std::fs::File::options().append(true).create(true).open(log).unwrap();
     binaries.program(program).unwrap().args(arguments).spawn(log).await.unwrap()
 }
@@ -512,7 +521,7 @@ pub(crate) async fn copy_of(upstream: &str, major: u32, directory: &Path) {
 
 /// Replays a data directory to the same record and no further, opens it, and shuts it down, so that everything is on disk.
 /// Nobody connects: a query prunes pages.
-pub(crate) async fn replay(directory: &Path, major: u32, end: Lsn, restore_command: &str) {
+pub(crate) async fn replay(directory: &Path, build: impl Display, end: Lsn, restore_command: &str) {
     std::fs::write(directory.join("recovery.signal"), "").unwrap();
     let (sockets, end) = (sockets(), format!("recovery_target_lsn={end}"));
     let command = format!("restore_command={restore_command}");
@@ -528,7 +537,7 @@ pub(crate) async fn replay(directory: &Path, major: u32, end: Lsn, restore_comma
     ];
     let log = sockets.path().join("log");
     let arguments = standby_arguments(directory, sockets.path(), &settings);
-    let mut running = spawn(major, "postgres", &arguments, &log).await;
+    let mut running = spawn(build, "postgres", &arguments, &log).await;
     let said = || std::fs::read_to_string(&log).unwrap();
     let open = async || {
         let text = said();
