@@ -360,8 +360,9 @@ pub struct Restore {
     /// Where its passphrase is: `file:/path`, `env:NAME`, `exec:/program`, or `-` for a line of standard input.
     #[arg(long, value_name = "REFERENCE", requires = "repository", group = "restore_opener")]
     pub passphrase: Option<String>,
-    /// Put a tablespace elsewhere: its OID and the new directory. May be given several times.
-    #[arg(long, value_name = "OID=DIR", requires = "repository", value_parser = tablespace)]
+    /// Put a tablespace elsewhere: its OID and the new directory, without `--repository` below a restore root as DIR is [default:
+    /// `DIR-tablespaces/OID`]. May be given several times.
+    #[arg(long, value_name = "OID=DIR", value_parser = tablespace)]
     pub tablespace: Vec<(u32, PathBuf)>,
     /// Load a logical backup into this server: `postgres://user@host/postgres`, `host=… user=…` or `service=…`; the password
     /// belongs into `.pgpass`. Roles and tablespaces come first; what is there is left as it is.

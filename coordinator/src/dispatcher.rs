@@ -4,7 +4,7 @@
 //! Tickets go out only toward room that a worker announced; what has to wait gets the reason. The outbox is emptied
 //! afterwards, one confirmed message at a time; a crash in between repeats a ticket, which is harmless.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 
 use broker::{Declaration, Publish, Published};
@@ -253,9 +253,9 @@ fn reads_files(task: &Task) -> bool {
 
 fn placed(situation: &Situation, job: &Job) -> Placed {
     let cluster = situation.clusters.get(&job.cluster);
-    let restore_root = match &job.task {
-        Task::Restore(restore) => Some(restore.target.root.as_str()),
-        _ => None,
+    let restore_roots = match &job.task {
+        Task::Restore(restore) => restore.roots().collect(),
+        _ => BTreeSet::new(),
     };
     place(
         &Need {
@@ -266,7 +266,7 @@ fn placed(situation: &Situation, job: &Job) -> Placed {
             repository: cluster.and_then(|cluster| cluster.repository.as_deref()),
             files: reads_files(&job.task),
             assertions: matches!(&job.task, Task::VerifyRestore(proof) if proof.level >= ProofLevel::L6),
-            restore_root,
+            restore_roots,
             only: job.only_worker.as_ref(),
             rather_not: job.rather_not.as_ref(),
             refused: &job.refused,

@@ -249,7 +249,7 @@ fn check(request: &SubmitRequest, key: Option<&str>) -> Result<()> {
     if let Task::Restore(restore) = &request.task
         && let Err(what) = restore.check()
     {
-        return invalid(what.to_owned());
+        return invalid(what);
     }
     if let Task::Vacuum(vacuum) = &request.task
         && (vacuum.bloat_ratio_min < 1.0 || !vacuum.bloat_ratio_min.is_finite())

@@ -67,8 +67,8 @@ pub struct Need<'a> {
     pub files: bool,
     /// Whether what a worker's configuration asserts of the cluster is asked for.
     pub assertions: bool,
-    /// The restore root that is asked for.
-    pub restore_root: Option<&'a str>,
+    /// The restore roots that are asked for.
+    pub restore_roots: BTreeSet<&'a str>,
     /// The only worker that will do, when somebody asked for one.
     pub only: Option<&'a WorkerName>,
     /// A worker to be avoided while there is another one.
@@ -144,8 +144,8 @@ impl Candidate {
         }
     }
 
-    fn has_root(&self, need: &Need<'_>) -> bool {
-        need.restore_root.is_none_or(|root| self.restore_roots.iter().any(|r| r == root))
+    fn has_roots(&self, need: &Need<'_>) -> bool {
+        need.restore_roots.iter().all(|root| self.restore_roots.iter().any(|r| r == root))
     }
 
     /// How many more jobs of this lane it could start now.
@@ -197,6 +197,7 @@ pub fn place(need: &Need<'_>, workers: &[Candidate]) -> Placed {
     };
     // Where nobody has any, whoever gets the job says so and what to do.
     let asserted = need.assertions && workers.iter().any(|w| w.has_assertions_of(cluster));
+    let roots: Vec<&str> = need.restore_roots.iter().copied().collect();
     let conditions: [Condition<'_>; 8] = [
         (
             Box::new(|w| need.only.is_none_or(|only| w.worker == *only)),
@@ -212,8 +213,8 @@ pub fn place(need: &Need<'_>, workers: &[Candidate]) -> Placed {
             format!("no worker that could do it has the assertions of {cluster}"),
         ),
         (
-            Box::new(|w| w.has_root(need)),
-            format!("no worker may restore below {}", need.restore_root.unwrap_or_default()),
+            Box::new(|w| w.has_roots(need)),
+            format!("no worker may restore below {}", list(&roots, 3)),
         ),
         (
             Box::new(|w| w.kinds.contains(&need.kind)),
@@ -350,7 +351,7 @@ mod tests {
         repository: Option<&'static str>,
         files: bool,
         assertions: bool,
-        root: Option<&'static str>,
+        roots: &'static [&'static str],
         only: Option<WorkerName>,
         rather_not: Option<WorkerName>,
         refused: BTreeSet<WorkerName>,
@@ -364,7 +365,7 @@ mod tests {
                 repository: Some("main"),
                 files: kind == JobKind::Backup,
                 assertions: false,
-                root: None,
+                roots: &[],
                 only: None,
                 rather_not: None,
                 refused: BTreeSet::new(),
@@ -381,7 +382,7 @@ mod tests {
                     repository: self.repository,
                     files: self.files,
                     assertions: self.assertions,
-                    restore_root: self.root,
+                    restore_roots: self.roots.iter().copied().collect(),
                     only: self.only.as_ref(),
                     rather_not: self.rather_not.as_ref(),
                     refused: &self.refused,
@@ -536,11 +537,20 @@ mod tests {
             "no worker has announced a repository for orders"
         );
         let mut restore = Ask::new(JobKind::Restore);
-        restore.root = Some("/elsewhere");
+        restore.roots = &["/elsewhere"];
         assert_eq!(
             restore.queue(&[worker("w1", "fra1")]),
             "no worker may restore below /elsewhere"
         );
+        // Tablespaces may need others; the files of one restore go to one host.
+        restore.roots = &["/elsewhere", "/restore"];
+        let there = with(|w| w.restore_roots = vec!["/elsewhere".to_owned()]);
+        assert_eq!(
+            restore.queue(&[&[worker("w2", "fra1")][..], &there].concat()),
+            "no worker may restore below /elsewhere and /restore"
+        );
+        let both = with(|w| w.restore_roots.push("/elsewhere".to_owned()));
+        assert_eq!(restore.queue(&both), "site.fra1.routine");
         let mut only = Ask::new(JobKind::Backup);
         only.only = Some("w9".parse().unwrap());
         assert_eq!(only.queue(&[worker("w1", "fra1")]), "worker w9 has not announced itself");

@@ -162,14 +162,7 @@ fn specs_of_every_kind() {
             to: None,
             heartbeats: None,
         }),
-        Task::Restore(Restore {
-            backup: None,
-            target,
-            plan_only: true,
-            delta: false,
-            recovery: None,
-            keep_archiving: false,
-        }),
+        Task::Restore(Restore { plan_only: true, ..Restore::at(target) }),
         Task::Analyze(Analyze {
             databases: Some(vec!["shop \"x\"".parse().unwrap()]),
             ..Analyze::default()
@@ -183,15 +176,15 @@ fn specs_of_every_kind() {
         golden(&format!("spec.{kind}"), &spec(task));
     }
     let target = RestoreTarget { root: "/".to_owned(), directory: "data".parse().unwrap() };
-    let delta = Restore {
-        backup: Some(backup_id()),
-        target: target.clone(),
-        plan_only: false,
-        delta: true,
-        recovery: None,
-        keep_archiving: false,
-    };
+    let plain = Restore::at(target);
+    let delta = Restore { backup: Some(backup_id()), delta: true, ..plain.clone() };
     golden("spec.restore.delta", &spec(Task::Restore(delta)));
+    let tablespaces = [(16_390, "/srv/fast", "orders/shelf"), (24_577, "/srv/restore", "heap")];
+    let tablespaces = tablespaces.map(|(oid, root, directory)| {
+        (oid, RestoreTarget { root: root.to_owned(), directory: directory.parse().unwrap() })
+    });
+    let placed = Restore { tablespaces: tablespaces.into(), ..plain.clone() };
+    golden("spec.restore.tablespaces", &spec(Task::Restore(placed)));
     let to = RecoveryTarget::Time("2026-11-27T08:30:00.123456Z".parse().unwrap());
     let recovery = Recovery {
         timeline: Some(Timeline(10)),
@@ -200,14 +193,7 @@ fn specs_of_every_kind() {
         start: true,
         ..Recovery::to(to)
     };
-    let moment = Restore {
-        backup: None,
-        target,
-        plan_only: false,
-        delta: false,
-        recovery: Some(recovery),
-        keep_archiving: false,
-    };
+    let moment = Restore { recovery: Some(recovery), ..plain };
     golden("spec.restore.moment", &spec(Task::Restore(moment.clone())));
     let recovery = moment.recovery.map(|recovery| Recovery { port: Some(5433), ..recovery });
     golden("spec.restore.port", &spec(Task::Restore(Restore { recovery, ..moment })));

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use postgres::binaries::Binaries;
 use postgres::instance::InstanceOptions;
 use postgres::{Environment, Purpose, Target, connect};
@@ -294,8 +294,17 @@ async fn a_moment_that_is_ordered_is_reached_though_the_worker_dies_on_the_way()
 -> anyhow::Result<()> {
     let (server, _vhost, mut fleet) = archiving(&["orders"]).await?;
     let space = tempfile::tempdir()?;
-    let place = space.path().display();
-    server.run(&format!("CREATE TABLESPACE shelf LOCATION '{place}'")).await?;
+    let mut oids = Vec::new();
+    for name in ["shelf", "rack"] {
+        let place = space.path().join(name);
+        std::fs::create_dir(&place)?;
+        let place = place.display();
+        server.run(&format!("CREATE TABLESPACE {name} LOCATION '{place}'")).await?;
+        let oid = format!("SELECT oid::text FROM pg_tablespace WHERE spcname = '{name}'");
+        oids.push(server.text(&oid).await?);
+    }
+    let [shelf, rack] = &oids[..] else { bail!("{oids:?}") };
+    server.run("CREATE TABLE public.racked TABLESPACE rack AS SELECT 1 AS n").await?;
     server.run("CREATE TABLE public.shelved TABLESPACE shelf AS SELECT 1 AS n").await?;
     let first = WorkerSetup::of("w1", "orders", server.url());
     fleet.start_worker(&first)?;
@@ -319,11 +328,12 @@ async fn a_moment_that_is_ordered_is_reached_though_the_worker_dies_on_the_way()
     arrived(&record["recovery"], &moment)?;
     fleet.worker("w2")?.kill()?;
 
-    // A restore is bound to its host: its worker dies with it, comes back and goes on.
-    let into = fleet.path("restore/moment");
+    // A restore is bound to its host: its worker dies with it, comes back and goes on. One tablespace goes where the order says.
+    let (into, own) = (fleet.path("restore/moment"), fleet.path("restore/own/shelf"));
+    let asked = format!("{shelf}={}", own.display());
     let order = [
         &["restore", "orders", "--on", "w1", "--into", text(&into)?, "--to", &moment][..],
-        &["--start", "--port", "5433"],
+        &["--tablespace", &asked, "--start", "--port", "5433"],
     ]
     .concat();
     let job = dies(&mut fleet, &first, "restore", &order)?;
@@ -342,20 +352,92 @@ async fn a_moment_that_is_ordered_is_reached_though_the_worker_dies_on_the_way()
     let session = connect(&there, &purpose).await?;
     let query = "SELECT count(*) FROM public.parts WHERE id = 1";
     let rows: i64 = session.one("look", query, &[]).await?.get(0);
-    let query = "SELECT (SELECT max(n) FROM public.shelved), oid::text, pg_tablespace_location(oid) \
-                 FROM pg_tablespace WHERE spcname = 'shelf'";
-    let shelf = session.one("look", query, &[]).await?;
-    let (newest, oid, place): (i32, String, String) = (shelf.get(0), shelf.get(1), shelf.get(2));
+    let query = "SELECT (SELECT max(n) FROM public.shelved), (SELECT max(n) FROM public.racked)";
+    let newest = session.one("look", query, &[]).await?;
+    let newest: [i32; 2] = [newest.get(0), newest.get(1)];
+    let place = async |oid: &str| -> anyhow::Result<String> {
+        let query = format!("SELECT pg_tablespace_location({oid})");
+        Ok(session.one("look", &query, &[]).await?.get(0))
+    };
+    let places = [place(shelf).await?, place(rack).await?];
     session.close().await;
     let binaries = Binaries::at(&services::postgres_bin(15)?).await?;
     let stop = binaries.program("pg_ctl")?.args(["stop", "-s", "-w", "-m", "immediate", "-D"]);
     stop.arg(&into).run(LATER, &CancellationToken::new()).await?;
     ensure!(rows == 2, "{rows} rows");
-    // A tablespace goes beside the directory, not to where the source still has it.
-    let beside = fleet.path("restore/moment-tablespaces").join(oid);
-    ensure!(newest == 2 && Path::new(&place) == beside.canonicalize()?, "{newest} at {place}");
+    // The other goes beside the directory, not to where the source still has it.
+    let beside = fleet.path("restore/moment-tablespaces").join(rack);
+    let expected = [own.canonicalize()?, beside.canonicalize()?];
+    ensure!(
+        newest == [2, 1] && places.each_ref().map(Path::new) == expected,
+        "{newest:?} {places:?}"
+    );
     ensure!(!into.join("pgmuster-restore-incomplete").exists());
     // What the dead left is gone, and nothing of theirs runs.
     ensure!(fleet.sandboxes()?.is_empty(), "{:?}", fleet.sandboxes()?);
+    server.is_left_alone().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_order_places_tablespaces_below_restore_roots_and_nowhere_else() -> anyhow::Result<()> {
+    let (server, _vhost, mut fleet) = archiving(&["orders"]).await?;
+    let space = tempfile::tempdir()?;
+    let place = space.path().display();
+    server.run(&format!("CREATE TABLESPACE shelf LOCATION '{place}'")).await?;
+    let oid = server.text("SELECT oid::text FROM pg_tablespace WHERE spcname = 'shelf'").await?;
+    server.run("CREATE TABLE public.shelved TABLESPACE shelf AS SELECT 1 AS n").await?;
+    fleet.start_worker(&WorkerSetup::of("w1", "orders", server.url()))?;
+    fleet.expect(&["backup", "orders", "--wait"])?;
+    let (into, own) = (fleet.path("restore/placed"), fleet.path("restore/own/shelf"));
+    let restore = |asked: &[String]| -> anyhow::Result<Vec<String>> {
+        let mut order: Vec<String> =
+            ["restore", "orders", "--wait", "--into", text(&into)?].map(str::to_owned).to_vec();
+        for asked in asked {
+            order.extend(["--tablespace".to_owned(), asked.clone()]);
+        }
+        Ok(order)
+    };
+    let to = |path: &Path| format!("{oid}={}", path.display());
+
+    for (asked, code, words) in [
+        (
+            vec![to(&fleet.path("elsewhere"))],
+            "TARGET_OUTSIDE_ROOTS",
+            "elsewhere is below no restore root",
+        ),
+        (vec![to(&into.join("pg_tblspc/1"))], "REQUEST_INVALID", "would go to"),
+        (vec![to(&own), to(&own.join("in"))], "REQUEST_INVALID", "twice"),
+        (
+            vec![format!("99={}", own.display())],
+            "REQUEST_INVALID",
+            &format!("has no tablespace 99; it has {oid} ({place})"),
+        ),
+    ] {
+        let order = restore(&asked)?;
+        let order: Vec<&str> = order.iter().map(String::as_str).collect();
+        let done = fleet.run(&order)?;
+        let said = done.to_string();
+        ensure!(done.code() != 0 && said.contains(code), "{asked:?}: {said}");
+        ensure!(said.contains(words), "{asked:?}: {said}");
+        ensure!(!into.exists() && !own.exists(), "{asked:?} wrote something");
+    }
+
+    let order = restore(&[to(&own)])?;
+    let mut order: Vec<&str> = order.iter().map(String::as_str).collect();
+    order.push("--plan");
+    let plan = fleet.expect(&order)?;
+    let line = format!("put tablespace {oid} into {}", own.display());
+    ensure!(plan.contains(&line) && !into.exists(), "{line}: {plan}");
+    order.pop();
+    fleet.expect(&order)?;
+    let link = std::fs::read_link(into.join("pg_tblspc").join(&oid))?;
+    ensure!(link == own.canonicalize()?, "{}", link.display());
+    ensure!(
+        std::fs::read_dir(&own)?.next().is_some()
+            && !fleet.path("restore/placed-tablespaces").exists()
+    );
+    // Mended where it is.
+    order.push("--delta");
+    fleet.expect(&order)?;
     server.is_left_alone().await
 }

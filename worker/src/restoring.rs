@@ -36,6 +36,8 @@ const FOREIGN_NAMED_MAX: usize = 100;
 /// What a copy is kept from, as a recovery says it, too.
 pub(crate) const STOPS_ARCHIVING: &str =
     "set archive_mode = off, so that the copy does not write into the source's archive";
+/// Tablespaces that are named where one is asked for that the backup does not have.
+const TABLESPACES_NAMED_MAX: usize = 20;
 /// How often the progress of a restore is told.
 const TELL_EVERY: Duration = Duration::from_millis(500);
 
@@ -83,6 +85,28 @@ impl Destination {
             self.tablespaces.entry(space.oid).or_insert_with(place);
         }
         self
+    }
+
+    /// Refuses a place for a tablespace that the backup does not have: most likely its OID is another one.
+    fn check(&self, backup: &Backup) -> Result<(), Failure> {
+        let known = &backup.facts().tablespaces;
+        let is_known = |oid: &u32| known.iter().any(|space| space.oid == *oid);
+        let Some(unknown) = self.tablespaces.keys().find(|oid| !is_known(oid)) else {
+            return Ok(());
+        };
+        let names = known.iter().take(TABLESPACES_NAMED_MAX);
+        let mut names: Vec<String> =
+            names.map(|space| format!("{} ({})", space.oid, space.location)).collect();
+        match known.len() - names.len() {
+            _ if known.is_empty() => names.push("none".to_owned()),
+            0 => {}
+            more => names.push(format!("{more} more")),
+        }
+        let id = backup.id();
+        let what = format!("backup {id} has no tablespace {unknown}; it has {}", names.join(", "));
+        Err(Failure::new(Code::RequestInvalid, Action::FixConfig, what).with_hint(
+            "Give the OIDs of this backup's tablespaces: with --plan a restore names them and where each goes.",
+        ))
     }
 
     /// Whether a server that runs there is kept from archiving, though the source did.
@@ -358,6 +382,7 @@ pub async fn plan(
     destination: &Destination,
     processes: u32,
 ) -> Result<RestoreOutcome, Failure> {
+    destination.check(backup)?;
     let existing = reuse::examine(destination, backup.facts().system_identifier)?;
     let plan = backup.restore_plan(destination.target(existing, backup.facts())).await?;
     let (files, size_bytes) = (plan.files, plan.bytes);
@@ -396,6 +421,7 @@ pub async fn restore(
     destination: &Destination,
     processes: u32,
 ) -> Result<RestoreOutcome, Failure> {
+    destination.check(backup)?;
     // A person who restores to where another restore is running wants to be told at once.
     if cx.spec.predecessor.is_some() {
         let waits = || {

@@ -197,14 +197,7 @@ async fn after_start(
         root: restore_root.display().to_string(),
         directory: directory.parse().expect("it is a relative path"),
     };
-    let task = Task::Restore(Restore {
-        backup: None,
-        target,
-        plan_only: false,
-        delta: false,
-        recovery: None,
-        keep_archiving: false,
-    });
+    let task = Task::Restore(Restore::at(target));
     let order = SubmitRequest::new(name.clone(), task);
     let job: JobView = whole.client.post("/v1/jobs", &order).await?;
     let job = follow::wait(&whole.client, job.id, STEP_MAX, true).await?;

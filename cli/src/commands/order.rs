@@ -1,6 +1,7 @@
 //! Orders: backup, verify, maintain, restore through the queue.
 
-use std::path::{Component, Path};
+use std::collections::BTreeMap;
+use std::path::{Component, Path, PathBuf};
 
 use coordinator::api::types::{ClusterView, JobView, SubmitRequest, WorkerView};
 use proto::job::{self, Analyze, PgDump, RestoreTarget, Vacuum, VerifyRestore};
@@ -117,15 +118,24 @@ pub(crate) async fn restore(
     let recovery = moment::wanted(&args)?;
     let workers: Vec<WorkerView> = client.get("/v1/workers").await?;
     let into = args.into.as_deref().ok_or_else(|| Failure::bug("clap asks for a directory"))?;
-    let (worker, target) = place(&workers, into, args.on.as_ref())?;
+    let Placed { worker, target, tablespaces } =
+        place(&workers, into, &args.tablespace, args.on.as_ref())?;
     let cluster = args.cluster.ok_or_else(|| {
         Failure::new(Code::RequestInvalid, Action::FixConfig, "no cluster was named")
             .with_hint("Write pgmuster restore CLUSTER --into DIR.")
     })?;
     let plan_only = args.plan;
-    let (backup, delta, keep_archiving) = (args.backup, args.delta, args.moment.keep_archiving);
-    let task =
-        Task::Restore(job::Restore { backup, target, plan_only, delta, recovery, keep_archiving });
+    let restore = job::Restore {
+        backup: args.backup,
+        target,
+        plan_only,
+        delta: args.delta,
+        recovery,
+        keep_archiving: args.moment.keep_archiving,
+        tablespaces,
+    };
+    restore.check().map_err(|what| Failure::new(Code::RequestInvalid, Action::FixConfig, what))?;
+    let task = Task::Restore(restore);
     let request =
         SubmitRequest { worker: Some(worker), ..SubmitRequest::new(cluster.clone(), task) };
     let view: JobView = client.post("/v1/jobs", &request).await?;
@@ -139,42 +149,83 @@ pub(crate) async fn restore(
     Ok(ended)
 }
 
-/// Which worker restores into a directory: one with a restore root above it.
+/// Who restores, and to where.
+#[derive(Debug)]
+struct Placed {
+    worker: WorkerName,
+    target: RestoreTarget,
+    tablespaces: BTreeMap<u32, RestoreTarget>,
+}
+
+/// Which worker restores into a directory: one with restore roots above it and above what was said of tablespaces.
 fn place(
     workers: &[WorkerView],
     into: &Path,
+    tablespaces: &[(u32, PathBuf)],
     on: Option<&WorkerName>,
-) -> Result<(WorkerName, RestoreTarget), Failure> {
-    let plain = into.is_absolute()
-        && into.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
-    if !plain {
-        let message = format!("{} is not an absolute path without . and ..", into.display());
-        return Err(Failure::new(Code::RequestInvalid, Action::FixConfig, message)
-            .with_hint("Give the whole path of the directory on the worker's host."));
+) -> Result<Placed, Failure> {
+    let every = [into].into_iter().chain(tablespaces.iter().map(|(_, place)| place.as_path()));
+    for path in every {
+        plain(path)?;
     }
-    let mut roots = Vec::new();
+    let (mut roots, mut outside) = (Vec::new(), into);
     for worker in workers.iter().filter(|w| w.alive && on.is_none_or(|on| w.name == *on)) {
-        for root in worker.offers.iter().flat_map(|offers| &offers.restore_roots) {
-            roots.push(format!("{root} on {}", worker.name));
-            let Some(below) = into.strip_prefix(root).ok().and_then(Path::to_str) else { continue };
-            if below.is_empty() {
-                continue;
-            }
-            let directory = below.parse().map_err(|error| {
-                Failure::new(Code::RequestInvalid, Action::FixConfig, format!("failed to {error}"))
-                    .with_hint("Choose a plainer name for the directory.")
-            })?;
-            let target = RestoreTarget { root: root.clone(), directory };
-            return Ok((worker.name.clone(), target));
+        let own = worker.offers.as_ref().map_or(&[][..], |offers| &offers.restore_roots);
+        roots.extend(own.iter().map(|root| format!("{root} on {}", worker.name)));
+        let Some(target) = below(own, into)? else { continue };
+        let mut places = BTreeMap::new();
+        for (oid, path) in tablespaces {
+            match below(own, path)? {
+                Some(place) => places.insert(*oid, place),
+                None => {
+                    outside = path;
+                    break;
+                }
+            };
+        }
+        if places.len() == tablespaces.len() {
+            return Ok(Placed { worker: worker.name.clone(), target, tablespaces: places });
         }
     }
     let roots = if roots.is_empty() { "none".to_owned() } else { roots.join(", ") };
+    let worker = if outside == into {
+        "a living worker"
+    } else {
+        "a worker that has one above the directory"
+    };
     Err(Failure::new(
         Code::TargetOutsideRoots,
         Action::FixConfig,
-        format!("{} is below no restore root of a living worker", into.display()),
+        format!("{} is below no restore root of {worker}", outside.display()),
     )
     .with_hint(format!("Restore roots are: {roots}. A worker's are in its allow.restore_roots.")))
+}
+
+fn plain(path: &Path) -> Result<(), Failure> {
+    let is_plain = path.is_absolute()
+        && path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+    if is_plain {
+        return Ok(());
+    }
+    let message = format!("{} is not an absolute path without . and ..", path.display());
+    Err(Failure::new(Code::RequestInvalid, Action::FixConfig, message)
+        .with_hint("Give the whole path of the directory on the worker's host."))
+}
+
+/// A directory as jobs name it, when it lies below one of the roots.
+fn below(roots: &[String], path: &Path) -> Result<Option<RestoreTarget>, Failure> {
+    for root in roots {
+        let Some(below) = path.strip_prefix(root).ok().and_then(Path::to_str) else { continue };
+        if below.is_empty() {
+            continue;
+        }
+        let directory = below.parse().map_err(|error| {
+            Failure::new(Code::RequestInvalid, Action::FixConfig, format!("failed to {error}"))
+                .with_hint("Choose a plainer name for the directory.")
+        })?;
+        return Ok(Some(RestoreTarget { root: root.clone(), directory }));
+    }
+    Ok(None)
 }
 
 #[cfg(test)]
@@ -189,6 +240,53 @@ mod tests {
         let cli = Cli::try_parse_from(line.split_whitespace()).unwrap();
         let Command::Backup(args) = cli.command else { panic!("{line}") };
         task(&args).unwrap()
+    }
+
+    /// A living worker as it announces itself.
+    fn worker(name: &str, roots: &[&str]) -> WorkerView {
+        let offers = serde_json::json!({
+            "version": "1.0.0", "kinds": ["restore"], "clusters": [], "repositories": [],
+            "restore_roots": roots, "postgres_majors": [15],
+        });
+        WorkerView {
+            name: name.parse().unwrap(),
+            site: "here".parse().unwrap(),
+            alive: true,
+            draining: false,
+            boot: None,
+            seen_at_ms: None,
+            urgent_free: 1,
+            routine_free: 1,
+            running: Vec::new(),
+            offers: Some(serde_json::from_value(offers).unwrap()),
+        }
+    }
+
+    #[test]
+    fn all_of_a_restore_goes_below_roots_of_one_worker() {
+        let workers = [worker("w1", &["/srv/restore"]), worker("w2", &["/srv/restore", "/fast"])];
+        let place = |into: &str, spaces: &[(u32, &str)]| {
+            let spaces: Vec<_> = spaces.iter().map(|(oid, at)| (*oid, PathBuf::from(at))).collect();
+            place(&workers, Path::new(into), &spaces, None)
+        };
+        assert_eq!(place("/srv/restore/a", &[]).unwrap().worker.as_str(), "w1");
+        let spaces = [(7, "/srv/restore/a-7"), (8, "/fast/a/8")];
+        let placed = place("/srv/restore/a", &spaces).unwrap();
+        assert_eq!(placed.worker.as_str(), "w2");
+        assert_eq!(placed.target.directory.as_str(), "a");
+        let fast = &placed.tablespaces[&8];
+        assert_eq!((fast.root.as_str(), fast.directory.as_str()), ("/fast", "a/8"));
+        assert_eq!(placed.tablespaces.len(), 2);
+        for (path, code) in [
+            ("/elsewhere/8", Code::TargetOutsideRoots),
+            ("/fast", Code::TargetOutsideRoots),
+            ("/fast/../etc", Code::RequestInvalid),
+            ("/fast/a b", Code::RequestInvalid),
+        ] {
+            let refused = place("/srv/restore/a", &[(7, "/fast/7"), (8, path)]).unwrap_err();
+            assert_eq!(refused.code, code, "{path}: {refused}");
+            assert!(refused.message.contains(path.trim_start_matches("/fast/")), "{refused}");
+        }
     }
 
     #[test]

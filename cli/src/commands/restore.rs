@@ -1,5 +1,6 @@
 //! `restore --repository`: with the repository and its key, and nothing else.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,6 +30,11 @@ pub(crate) fn check(args: &Restore) -> Result<(), Failure> {
         ("--no-owner", args.no_owner),
         ("--jobs", args.jobs > 1),
     ];
+    let mut oids = BTreeSet::new();
+    if let Some((oid, _)) = args.tablespace.iter().find(|(oid, _)| !oids.insert(oid)) {
+        let what = format!("--tablespace names {oid} twice");
+        return Err(Failure::new(Code::RequestInvalid, Action::FixConfig, what));
+    }
     match given.iter().find(|(_, given)| *given && args.into_server.is_none()) {
         None => Ok(()),
         Some((option, _)) => {
@@ -172,17 +178,7 @@ pub(super) fn nominal() -> Task {
         root: "/".to_owned(),
         directory: "restore".parse().expect("it is a relative path"),
     };
-    let (backup, recovery) = (None, None);
-    let (plan_only, delta) = (false, false);
-    let keep_archiving = false;
-    Task::Restore(proto::job::Restore {
-        backup,
-        target,
-        plan_only,
-        delta,
-        recovery,
-        keep_archiving,
-    })
+    Task::Restore(proto::job::Restore::at(target))
 }
 
 /// A context for work that no coordinator knows of.

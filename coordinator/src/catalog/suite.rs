@@ -511,14 +511,7 @@ async fn the_last_restores_of_each_cluster_are_found(url: &str) {
     let put = async |cluster: &str, n: i64, state: AttemptState, step: &str| {
         let target =
             RestoreTarget { root: "/restore".to_owned(), directory: "orders".parse().unwrap() };
-        let task = Task::Restore(Restore {
-            backup: None,
-            target,
-            plan_only: false,
-            delta: false,
-            recovery: None,
-            keep_archiving: false,
-        });
+        let task = Task::Restore(Restore::at(target));
         let cluster = cluster.parse().unwrap();
         let mut job = new_job(&config(), cluster, task, Lane::Urgent, "ann", n);
         job.state = JobState::Succeeded;

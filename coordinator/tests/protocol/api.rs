@@ -228,6 +228,24 @@ async fn what_is_refused_is_told_as_a_failure() {
             400,
             Code::RequestInvalid,
         ),
+        (
+            "POST",
+            "/v1/jobs",
+            order(
+                r#"{"cluster":"orders","task":{"restore":{"target":{"root":"/r","directory":"d"},"tablespaces":{"7":{"root":"/r","directory":"d/7"}}}}}"#,
+            ),
+            400,
+            Code::RequestInvalid,
+        ),
+        (
+            "POST",
+            "/v1/jobs",
+            order(
+                r#"{"cluster":"orders","task":{"restore":{"target":{"root":"/r","directory":"d"},"tablespaces":{"7":{"root":"/r","directory":"../7"}}}}}"#,
+            ),
+            400,
+            Code::RequestInvalid,
+        ),
     ];
     for (method, path, body, status, code) in table {
         let (seen, failure) = fleet.refused(method, path, body.clone()).await;

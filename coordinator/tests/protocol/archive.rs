@@ -157,14 +157,8 @@ async fn restore(
     reused: u64,
 ) {
     let directory = "orders".parse().unwrap();
-    let task = Task::Restore(Restore {
-        backup: Some(backup),
-        target: RestoreTarget { root: "/restore".to_owned(), directory },
-        plan_only: false,
-        delta: false,
-        recovery: None,
-        keep_archiving: false,
-    });
+    let target = RestoreTarget { root: "/restore".to_owned(), directory };
+    let task = Task::Restore(Restore { backup: Some(backup), ..Restore::at(target) });
     fleet.submit(&SubmitRequest::new(orders(), task)).await;
     let ticket = worker.any_ticket().await;
     let mut work = worker.take(&ticket).await;

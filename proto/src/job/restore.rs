@@ -1,6 +1,8 @@
 //! Restore a backup into a directory.
 
+use std::collections::BTreeMap;
 use std::fmt;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
@@ -32,12 +34,52 @@ pub struct Restore {
     /// so.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub keep_archiving: bool,
+    /// Where tablespaces of the backup go, by their OIDs: below restore roots of the same worker. One that is not named goes
+    /// beside the target. Left out when empty.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub tablespaces: BTreeMap<u32, RestoreTarget>,
 }
 
 impl Restore {
+    /// The newest backup, as it is.
+    pub fn at(target: RestoreTarget) -> Self {
+        Self {
+            backup: None,
+            target,
+            plan_only: false,
+            delta: false,
+            recovery: None,
+            keep_archiving: false,
+            tablespaces: BTreeMap::new(),
+        }
+    }
+
     /// What contradicts itself, for people.
-    pub fn check(&self) -> Result<(), &'static str> {
-        check_archiving(self.keep_archiving, self.recovery.is_some())
+    pub fn check(&self) -> Result<(), String> {
+        check_archiving(self.keep_archiving, self.recovery.is_some())?;
+        let tablespaces = self.tablespaces.iter();
+        let mut places: Vec<(PathBuf, String)> = tablespaces
+            .map(|(oid, target)| (target.path(), format!("tablespace {oid}")))
+            .chain([(self.target.path(), "the data directory".to_owned())])
+            .collect();
+        // Whatever lies in a directory comes right behind it, or behind others that lie in it.
+        places.sort();
+        for pair in places.windows(2) {
+            let [(outer, one), (inner, other)] = pair else { continue };
+            if inner.starts_with(outer) {
+                return Err(format!(
+                    "{other} would go to {}, which is or lies in {}, where {one} goes: give each a directory of its own",
+                    inner.display(),
+                    outer.display()
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// The restore roots that a worker must have for it.
+    pub fn roots(&self) -> impl Iterator<Item = &str> {
+        [&self.target].into_iter().chain(self.tablespaces.values()).map(|place| place.root.as_str())
     }
 }
 
@@ -49,6 +91,13 @@ pub struct RestoreTarget {
     pub root: String,
     /// The directory below it.
     pub directory: RelativePath,
+}
+
+impl RestoreTarget {
+    /// Where that is, by its name.
+    pub fn path(&self) -> PathBuf {
+        Path::new(&self.root).join(self.directory.as_str())
+    }
 }
 
 /// A path that cannot leave the directory it is joined to: components of `A-Z a-z 0-9 . _ -`, none beginning with a dot.
@@ -184,6 +233,36 @@ fn is_zero(count: &u64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_place_of_a_restore_is_or_lies_in_another() {
+        let place = |path: &str| RestoreTarget {
+            root: path[..2].to_owned(),
+            directory: path[3..].parse().unwrap(),
+        };
+        let check = |tablespaces: &[(u32, &str)]| {
+            let tablespaces = tablespaces.iter().map(|(oid, path)| (*oid, place(path)));
+            let tablespaces = tablespaces.collect();
+            Restore { tablespaces, ..Restore::at(place("/r/main")) }.check()
+        };
+        for apart in [
+            &[][..],
+            &[(1, "/r/main-1"), (2, "/r/main-1-2"), (3, "/s/main")],
+            &[(7, "/r/a/b"), (8, "/r/a/c")],
+        ] {
+            check(apart).unwrap();
+        }
+        for (meet, told) in [
+            (&[(7, "/r/main")][..], ["tablespace 7", "the data directory"]),
+            (&[(7, "/r/main/pg_tblspc/7")], ["tablespace 7", "the data directory"]),
+            (&[(7, "/s/a"), (8, "/s/a")], ["tablespace 7", "tablespace 8"]),
+            (&[(8, "/s/a-b"), (7, "/s/a/b/c"), (9, "/s/a")], ["tablespace 7", "tablespace 9"]),
+        ] {
+            let refused = check(meet).unwrap_err();
+            assert!(told.iter().all(|name| refused.contains(name)), "{meet:?}: {refused}");
+        }
+        assert!(check(&[(7, "/r/main")]).unwrap_err().contains("/r/main"));
+    }
 
     #[test]
     fn a_relative_path_cannot_leave_its_root() {

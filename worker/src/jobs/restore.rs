@@ -1,9 +1,10 @@
 //! Restores a backup into a directory below one of the worker's restore roots.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use proto::job::{Restore, RestoreOutcome};
+use proto::job::{Restore, RestoreOutcome, RestoreTarget};
 use proto::{Action, Code, Failure};
 use repository::{Backup, Pin};
 
@@ -22,7 +23,7 @@ pub(crate) async fn run(
     task: &Restore,
 ) -> Result<RestoreOutcome, Failure> {
     task.check().map_err(|what| Failure::new(Code::RequestInvalid, Action::FixConfig, what))?;
-    let directory = target(config, task)?;
+    let given = destination(config, task)?;
     let pin = Pin { by: config.name.to_string(), why: "restore".into(), at_ms: clock::now_ms() };
     let (backup, recovery) = cx
         .step("find", async {
@@ -46,7 +47,7 @@ pub(crate) async fn run(
             Ok((backup, Some(plan)))
         })
         .await?;
-    let restored = restore(cx, places, config, task, &directory, &backup, recovery.as_ref()).await;
+    let restored = restore(cx, places, config, task, given, &backup, recovery.as_ref()).await;
     backup.release().await;
     restored.map(|done| match &recovery {
         Some(plan) => plan.tell(done),
@@ -59,21 +60,17 @@ async fn restore(
     places: &Arc<Places>,
     config: &WorkerConfig,
     task: &Restore,
-    directory: &Path,
+    given: Destination,
     backup: &Backup,
     recovery: Option<&RecoveryPlan>,
 ) -> Result<RestoreOutcome, Failure> {
-    let below = Destination::below(directory, backup.facts());
     let settings = recovery.map(|plan| plan.settings.clone());
-    let destination = Destination {
-        delta: task.delta,
-        believe_cache: false,
-        recovery: settings,
-        keep_archiving: task.keep_archiving,
-        ..below
-    };
-    for place in destination.tablespaces.values() {
-        below_root(config, &task.target.root, place)?;
+    let given = Destination { recovery: settings, ..given };
+    let destination = given.complete(backup.facts());
+    // Those that are beside the directory. Of one that was placed `allowed` has said it.
+    for (oid, place) in &destination.tablespaces {
+        let root = task.tablespaces.get(oid).map_or(&task.target.root, |placed| &placed.root);
+        below_root(config, root, place)?;
     }
     if task.plan_only {
         let plan = restoring::plan(cx, backup, &destination, config.backup.processes);
@@ -120,9 +117,26 @@ fn fetching(config: &RepositoryConfig) -> Result<Fetching, Failure> {
     Ok(Fetching { program: recovering::this_program()?, from })
 }
 
+/// What the order says of where everything goes, if the worker's own configuration allows it.
+fn destination(config: &WorkerConfig, task: &Restore) -> Result<Destination, Failure> {
+    let data_directory = allowed(config, &task.target)?;
+    let mut tablespaces = BTreeMap::new();
+    for (oid, place) in &task.tablespaces {
+        tablespaces.insert(*oid, allowed(config, place)?);
+    }
+    Ok(Destination {
+        data_directory,
+        tablespaces,
+        delta: task.delta,
+        believe_cache: false,
+        recovery: None,
+        keep_archiving: task.keep_archiving,
+    })
+}
+
 /// The directory, if the worker's own configuration allows it.
-fn target(config: &WorkerConfig, task: &Restore) -> Result<PathBuf, Failure> {
-    let root = &task.target.root;
+fn allowed(config: &WorkerConfig, place: &RestoreTarget) -> Result<PathBuf, Failure> {
+    let root = &place.root;
     let known = config.allow.restore_roots.iter().any(|allowed| allowed.as_str() == root);
     if !known {
         return Err(outside(config, format!("{root} is no restore root of this worker")));
@@ -130,7 +144,7 @@ fn target(config: &WorkerConfig, task: &Restore) -> Result<PathBuf, Failure> {
     let resolved = std::fs::canonicalize(root).map_err(|error| {
         outside(config, format!("the restore root {root} cannot be used: {error}"))
     })?;
-    let directory = resolved.join(task.target.directory.as_str());
+    let directory = resolved.join(place.directory.as_str());
     below_root(config, root, &directory)?;
     Ok(directory)
 }
@@ -161,8 +175,6 @@ fn outside(config: &WorkerConfig, what: String) -> Failure {
 
 #[cfg(test)]
 mod tests {
-    use proto::job::RestoreTarget;
-
     use super::*;
 
     fn config(root: &Path) -> WorkerConfig {
@@ -174,33 +186,32 @@ mod tests {
         toml::from_str(&text).unwrap()
     }
 
-    fn task(root: &Path, directory: &str) -> Restore {
-        let target = RestoreTarget {
-            root: root.display().to_string(),
-            directory: directory.parse().unwrap(),
-        };
-        Restore {
-            backup: None,
-            target,
-            plan_only: false,
-            delta: false,
-            recovery: None,
-            keep_archiving: false,
-        }
+    fn place(root: &Path, directory: &str) -> RestoreTarget {
+        RestoreTarget { root: root.display().to_string(), directory: directory.parse().unwrap() }
     }
 
     #[test]
     fn a_link_below_a_root_does_not_lead_out_of_it() {
-        let place = tempfile::tempdir().unwrap();
-        let root = place.path().join("root");
+        let temporary = tempfile::tempdir().unwrap();
+        let root = temporary.path().join("root");
         std::fs::create_dir_all(root.join("inside")).unwrap();
-        std::os::unix::fs::symlink(place.path(), root.join("out")).unwrap();
+        std::os::unix::fs::symlink(temporary.path(), root.join("out")).unwrap();
         let config = config(&root);
-        assert!(target(&config, &task(&root, "inside/new")).is_ok());
-        let refused = target(&config, &task(&root, "out/new")).unwrap_err();
-        assert_eq!(refused.code, Code::TargetOutsideRoots);
-        let other = target(&config, &task(place.path(), "root/inside")).unwrap_err();
-        assert_eq!(other.code, Code::TargetOutsideRoots);
-        assert!(other.hint.contains("root"));
+        let inside = Restore::at(place(&root, "inside/new"));
+        assert!(destination(&config, &inside).unwrap().tablespaces.is_empty());
+        // The same for a tablespace as for the directory.
+        for (root, directory) in [(&*root, "out/new"), (temporary.path(), "root/inside")] {
+            let tablespaces = BTreeMap::from([(7, place(root, directory))]);
+            for outside in
+                [Restore::at(place(root, directory)), Restore { tablespaces, ..inside.clone() }]
+            {
+                let refused = destination(&config, &outside).unwrap_err();
+                assert_eq!(refused.code, Code::TargetOutsideRoots, "{outside:?}");
+                assert!(refused.hint.contains("root"), "{refused:?}");
+            }
+        }
+        let tablespaces = BTreeMap::from([(7, place(&root, "inside/seven"))]);
+        let given = destination(&config, &Restore { tablespaces, ..inside }).unwrap();
+        assert!(given.tablespaces[&7].ends_with("root/inside/seven"), "{given:?}");
     }
 }
