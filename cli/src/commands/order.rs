@@ -175,13 +175,11 @@ fn place(
         let Some(target) = below(own, into)? else { continue };
         let mut places = BTreeMap::new();
         for (oid, path) in tablespaces {
-            match below(own, path)? {
-                Some(place) => places.insert(*oid, place),
-                None => {
-                    outside = path;
-                    break;
-                }
+            let Some(place) = below(own, path)? else {
+                outside = path;
+                break;
             };
+            places.insert(*oid, place);
         }
         if places.len() == tablespaces.len() {
             return Ok(Placed { worker: worker.name.clone(), target, tablespaces: places });
