@@ -385,7 +385,7 @@ mod tests {
                 next: next.map(|next| std::future::ready(Some(next.into())).boxed()),
                 ..Bytes::from(going_on(4 * MIB)).into()
             };
-            super::hand_over(asked, Some(found), None).await.map(|file| file.is_some())
+            hand_over(asked, Some(found), None).await.map(|file| file.is_some())
         };
         assert!(hand_over(None).await.unwrap(), "there is no next one");
         let key = format!("lineages/{}/wal/00000001/{next}", identity.lineage);
