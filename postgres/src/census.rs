@@ -21,17 +21,19 @@
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
+use futures::TryStreamExt as _;
 use proto::backup::{Census, CountedFile, DatabaseCensus, TableCount};
 use proto::{DatabaseName, JobId, Lsn};
 use tokio::time::Instant;
 use tokio_postgres::Row;
+use tokio_postgres::types::ToSql;
 use tokio_util::sync::CancellationToken;
 
 use crate::connect::{Purpose, connect, connect_maintenance};
-use crate::error::Error;
+use crate::error::{During as _, Error};
 use crate::quote;
 use crate::session::Session;
-use crate::table_files::{Earlier, TableFiles};
+use crate::table_files::{Counted, Earlier, TableFiles};
 use crate::target::Target;
 use crate::wal_changes::WalChanges;
 
@@ -104,7 +106,7 @@ struct Count {
     /// Whether an open transaction may have written to the table before the count.
     disturbed: bool,
     /// What the next backup needs to know to take it over.
-    file: Option<CountedFile>,
+    file: Option<Counted>,
 }
 
 impl CensusDraft {
@@ -183,8 +185,7 @@ async fn count_changed(
         for database in &mut *databases {
             let DatabaseDraft { name, relations, counts, earlier, .. } = database;
             let is_changed = |relation: &&Relation| {
-                let changed =
-                    relation.path.as_ref().is_some_and(|path| seen.changed.contains(path));
+                let changed = files.has_changed(relation.path.as_deref(), &seen);
                 earlier.contains_key(&relation.oid) && (changed || seen.ended == Some(false))
             };
             let changed: Vec<&Relation> = relations.iter().filter(is_changed).collect();
@@ -218,8 +219,8 @@ async fn count_changed(
         }
         for DatabaseDraft { relations, counts, earlier, .. } in &mut *databases {
             for relation in &*relations {
-                if let Some(Earlier { rows, file }) = earlier.remove(&relation.oid) {
-                    let (from, file) = (files.since(), Some(file));
+                if let Some(Earlier { rows, counted }) = earlier.remove(&relation.oid) {
+                    let (from, file) = (files.since(), Some(counted));
                     counts.insert(relation.oid, Count { rows, from, disturbed: false, file });
                 }
             }
@@ -245,12 +246,13 @@ pub async fn finish_census(
     let mut seen = 0_usize;
     let mut first_error = None;
     for database in draft.databases {
+        let name = database.name.clone();
         // Its session goes with the future that is dropped, and a running statement with the session.
         let finished = tokio::select! {
             biased;
             () = options.cancel.cancelled() => return Err(Error::Cancelled { what: what() }),
             () = tokio::time::sleep_until(options.deadline) => Err(Error::Deadline { what: what() }),
-            finished = finish_database(target, options, &database, changes, stop_lsn) => finished,
+            finished = finish_database(target, options, database, changes, stop_lsn) => finished,
         };
         match finished {
             Ok(finished) => {
@@ -258,8 +260,8 @@ pub async fn finish_census(
                 databases.extend(finished);
             }
             Err(error) => {
-                warn_unseen(&database.name, &error);
-                unseen.push(database.name.to_string());
+                warn_unseen(&name, &error);
+                unseen.push(name.to_string());
                 first_error.get_or_insert(error);
             }
         }
@@ -398,8 +400,21 @@ fn relation(row: &Row) -> Relation {
 }
 
 pub(crate) async fn relations(session: &Session) -> Result<Vec<Relation>, Error> {
-    let rows = session.query("list the relations", RELATIONS, &[]).await?;
-    Ok(rows.iter().map(relation).collect())
+    let mut relations = Vec::new();
+    each_relation(session, |relation| relations.push(relation)).await?;
+    Ok(relations)
+}
+
+/// There may be a row for each of a million relations: they are never all in memory.
+async fn each_relation(session: &Session, mut tell: impl FnMut(Relation)) -> Result<(), Error> {
+    let what = "list the relations";
+    let none = std::iter::empty::<&(dyn ToSql + Sync)>();
+    let rows = session.client().query_raw(RELATIONS, none).await.during(what)?;
+    let mut rows = std::pin::pin!(rows);
+    while let Some(row) = rows.try_next().await.during(what)? {
+        tell(relation(&row));
+    }
+    Ok(())
 }
 
 async fn database_draft(
@@ -412,7 +427,11 @@ async fn database_draft(
 ) -> Result<DatabaseDraft, Error> {
     let session = connect(&target.with_database(name.as_str()), &purpose(options)).await?;
     let extensions = session.query("list the extensions", EXTENSIONS, &[]).await?;
-    let relations = relations(&session).await?;
+    let mut relations = relations(&session).await?;
+    // Of what has no rows nothing is told but how many there are of its kind; there are a lot of indexes.
+    for relation in relations.iter_mut().filter(|relation| !relation.countable) {
+        (relation.schema, relation.name, relation.path) = (String::new(), String::new(), None);
+    }
     let known = |relation: &Relation| {
         let earlier = files.earlier(relation.path.as_deref())?;
         (relation.countable && relation.is_heap).then_some((relation.oid, earlier))
@@ -556,7 +575,7 @@ async fn count_group(
 async fn finish_database(
     target: &Target,
     options: &CensusOptions,
-    draft: &DatabaseDraft,
+    draft: DatabaseDraft,
     changes: Option<&WalChanges>,
     stop_lsn: Lsn,
 ) -> Result<Option<DatabaseCensus>, Error> {
@@ -574,65 +593,98 @@ async fn finish_database(
     if oid.await?.get::<_, u32>(0) != draft.oid {
         return Ok(None);
     }
-    let after: HashMap<u32, Relation> =
-        relations(&session).await?.into_iter().map(|relation| (relation.oid, relation)).collect();
+    let after = {
+        let before: HashMap<u32, &Relation> =
+            draft.relations.iter().map(|relation| (relation.oid, relation)).collect();
+        let mut after = HashMap::with_capacity(before.len());
+        each_relation(&session, |now| {
+            if let Some(before) = before.get(&now.oid) {
+                after.insert(now.oid, After::of(before, &now));
+            }
+        })
+        .await?;
+        after
+    };
     let extensions = session.query("list the extensions", EXTENSIONS, &[]).await?;
     session.close().await;
     let extensions: HashSet<String> = extensions.iter().map(|row| row.get(0)).collect();
     Ok(Some(conclude(draft, &after, &extensions, changes, stop_lsn)))
 }
 
+/// What has become of a relation.
+#[derive(Debug, Clone, Copy)]
+struct After {
+    kind: char,
+    file_node: u32,
+    countable: bool,
+    same_name: bool,
+}
+
+impl After {
+    fn of(before: &Relation, now: &Relation) -> Self {
+        Self {
+            kind: now.kind,
+            file_node: now.file_node,
+            countable: now.countable,
+            same_name: (&now.schema, &now.name) == (&before.schema, &before.name),
+        }
+    }
+}
+
 /// What was there when the backup stopped, from what was there before and after.
 fn conclude(
-    draft: &DatabaseDraft,
-    after: &HashMap<u32, Relation>,
+    draft: DatabaseDraft,
+    after: &HashMap<u32, After>,
     extensions_after: &HashSet<String>,
     changes: Option<&WalChanges>,
     stop_lsn: Lsn,
 ) -> DatabaseCensus {
     let mut relations: HashMap<char, u64> = HashMap::new();
     let mut tables = Vec::new();
-    for before in &draft.relations {
+    for before in draft.relations {
         let Some(now) = after.get(&before.oid) else { continue };
         if now.kind != before.kind {
             continue;
         }
         *relations.entry(before.kind).or_default() += 1;
-        let same_name = (&now.schema, &now.name) == (&before.schema, &before.name);
-        if !(before.countable && now.countable && same_name) {
+        if !(before.countable && now.countable && now.same_name) {
             continue;
         }
         let count = draft.counts.get(&before.oid);
         tables.push(TableCount {
-            schema: before.schema.clone(),
-            table: before.name.clone(),
             rows: count.map(|count| count.rows),
-            drift: count.and_then(|count| drift(draft.oid, before, now, count, changes, stop_lsn)),
-            file: count.and_then(|count| count.file.clone()),
+            drift: count.and_then(|count| drift(draft.oid, &before, now, count, changes, stop_lsn)),
+            file: count.and_then(|count| counted_file(before.path, count)),
+            schema: before.schema,
+            table: before.name,
         });
     }
     let mut relations: Vec<_> = relations.into_iter().collect();
     relations.sort_unstable();
     tables.sort_unstable_by(|a, b| (&a.schema, &a.table).cmp(&(&b.schema, &b.table)));
     DatabaseCensus {
-        database: draft.name.clone(),
-        collation: draft.collation.clone(),
+        database: draft.name,
+        collation: draft.collation,
         extensions: draft
             .extensions
-            .iter()
-            .filter(|e| extensions_after.contains(*e))
-            .cloned()
+            .into_iter()
+            .filter(|extension| extensions_after.contains(extension))
             .collect(),
         relations,
         tables,
     }
 }
 
+fn counted_file(path: Option<String>, count: &Count) -> Option<CountedFile> {
+    let Counted { size_bytes, counted_at_ms } = count.file?;
+    Some(CountedFile { path: path?, size_bytes, counted_at_ms })
+}
+
 /// How many rows fewer or more than counted the table can have had at the stop position; `None` when nothing bounds it.
 fn drift(
     database: u32,
     before: &Relation,
-    now: &Relation,
+    now: &After,
     count: &Count,
     changes: Option<&WalChanges>,
     stop_lsn: Lsn,
@@ -688,9 +740,14 @@ mod tests {
             counts: [1, 2, 3, 4].map(|oid| (oid, count.clone())).into(),
             earlier: HashMap::new(),
         };
-        let after: HashMap<_, _> =
-            after.into_iter().map(|relation| (relation.oid, relation)).collect();
-        let finished = conclude(&draft, &after, &HashSet::from(["b 1".to_owned()]), None, Lsn(20));
+        let before: HashMap<_, _> =
+            draft.relations.iter().map(|table| (table.oid, table)).collect();
+        let after = after.iter().filter_map(|now| {
+            let before = before.get(&now.oid)?;
+            Some((now.oid, After::of(before, now)))
+        });
+        let after = after.collect();
+        let finished = conclude(draft, &after, &HashSet::from(["b 1".to_owned()]), None, Lsn(20));
         assert_eq!(finished.relations, [('r', 3)]);
         assert_eq!(finished.extensions, ["b 1"]);
         let names: Vec<_> =

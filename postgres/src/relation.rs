@@ -5,6 +5,7 @@
 //! any other page comes back whole from the WAL of the backup. Damaged pages are reported and
 //! returned as they are; dropping or repairing them is nobody's business here.
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
@@ -54,6 +55,19 @@ pub struct RelationFile {
     pub fork: Fork,
     /// Which stretch of it, from 0.
     pub segment: u32,
+}
+
+impl fmt::Display for RelationFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let fork = match self.fork {
+            Fork::Main => "",
+            Fork::FreeSpace => "_fsm",
+            Fork::Visibility => "_vm",
+            Fork::Init => "_init",
+        };
+        write!(f, "{}{fork}", self.filenode)?;
+        if self.segment > 0 { write!(f, ".{}", self.segment) } else { Ok(()) }
+    }
 }
 
 impl RelationFile {
@@ -309,6 +323,9 @@ mod tests {
         assert_eq!(RelationFile::parse("16384_fsm"), file(16384, Fork::FreeSpace, 0));
         assert_eq!(RelationFile::parse("16384_vm.3"), file(16384, Fork::Visibility, 3));
         assert_eq!(RelationFile::parse("4294967295_init"), file(u32::MAX, Fork::Init, 0));
+        for name in ["16384", "16384.12", "16384_fsm", "16384_vm.3", "4294967295_init"] {
+            assert_eq!(RelationFile::parse(name).unwrap().to_string(), name);
+        }
         for other in [
             "",
             "0",

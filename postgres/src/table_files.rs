@@ -30,19 +30,30 @@ use crate::relation::{Fork, RelationFile};
 const TAKEN_OVER_MS: i64 = 15 * 24 * 3600 * 1000;
 
 /// A count of the backup before, for a table of the same file and size.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Earlier {
     pub(crate) rows: u64,
-    pub(crate) file: CountedFile,
+    pub(crate) counted: Counted,
 }
 
-/// The main forks of a cluster's relations, by the path of their first segment.
+/// Of a table's file, what is remembered with its count beside the path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Counted {
+    pub(crate) size_bytes: u64,
+    pub(crate) counted_at_ms: i64,
+}
+
+/// A relation: the number of its directory here, and its own number on disk. There may be millions of them.
+pub(crate) type Key = (u32, u32);
+
+/// The main forks of a cluster's relations.
 #[derive(Debug, Default)]
 pub struct TableFiles {
-    /// Bytes at the scan, all segments.
-    bytes: HashMap<String, u64>,
+    directories: HashMap<Box<str>, u32>,
+    /// Bytes at the scan, all segments; by key.
+    bytes: Vec<(Key, u64)>,
     /// Counts that hold where the files turn out to be unchanged.
-    earlier: HashMap<String, Earlier>,
+    earlier: HashMap<Key, Earlier>,
     /// Nothing before it is missing in a file that the copy saw.
     since: Lsn,
     now_ms: i64,
@@ -54,8 +65,8 @@ pub struct TableFiles {
 /// What the copy said.
 #[derive(Debug, Default)]
 pub(crate) struct Seen {
-    /// Files that are not what they were.
-    pub(crate) changed: HashSet<String>,
+    /// Relations whose files are not what they were.
+    pub(crate) changed: HashSet<Key>,
     /// All files were looked at. `Some(false)` when times and sizes turned out to be wrong about some: then nothing is
     /// taken over.
     pub(crate) ended: Option<bool>,
@@ -67,41 +78,78 @@ pub fn may_take_over(earlier: &BackupFacts, server: &ServerIdentity, start: Lsn)
 }
 
 impl TableFiles {
-    /// `files` are the relation files of a scan that followed the checkpoint at `since`: path, size. `before` is the census
-    /// of the backup that the copy compares with.
+    /// `files` are the relation files of a scan that followed the checkpoint at `since`: directory, name, size. `before` is the
+    /// census of the backup that the copy compares with.
     pub fn new<'a>(
         files: impl Iterator<Item = (&'a str, RelationFile, u64)>,
         before: Option<&Census>,
         since: Lsn,
         now_ms: i64,
     ) -> Self {
-        let mut bytes: HashMap<String, u64> = HashMap::new();
-        for (path, file, size) in files {
-            if let Some(first) = first_segment(path, file) {
-                *bytes.entry(first.to_owned()).or_default() += size;
+        let mut tables = Self { since, now_ms, ..Self::default() };
+        for (directory, file, size) in files.filter(|(_, file, _)| file.fork == Fork::Main) {
+            let key = (tables.number(directory), file.filenode);
+            // Segments of a relation stand near each other, but for others whose numbers begin alike.
+            match tables.bytes.last_mut() {
+                Some((last, bytes)) if *last == key => *bytes += size,
+                _ => tables.bytes.push((key, size)),
             }
         }
-        let mut earlier = HashMap::new();
+        tables.bytes.sort_unstable_by_key(|(key, _)| *key);
+        tables.bytes.dedup_by(|(key, bytes), (before, all)| {
+            let same = key == before;
+            *all += if same { *bytes } else { 0 };
+            same
+        });
+        tables.bytes.shrink_to_fit();
         let databases = before.map_or(&[][..], |census| &census.databases);
         for table in databases.iter().flat_map(|database| &database.tables) {
             let (Some(file), Some(rows), Some((0, 0))) = (&table.file, table.rows, table.drift)
             else {
                 continue;
             };
+            let Some(key) = tables.key(&file.path) else { continue };
             // A segment that is gone is no file that changed.
-            let same_size = bytes.get(&file.path) == Some(&file.size_bytes);
-            if same_size && !is_due(file, now_ms) {
-                earlier.insert(file.path.clone(), Earlier { rows, file: file.clone() });
+            if tables.bytes(key) == Some(file.size_bytes) && !is_due(file, now_ms) {
+                let CountedFile { size_bytes, counted_at_ms, .. } = *file;
+                let counted = Counted { size_bytes, counted_at_ms };
+                tables.earlier.insert(key, Earlier { rows, counted });
             }
         }
-        Self { bytes, earlier, since, now_ms, ..Self::default() }
+        tables
+    }
+
+    /// The number of a directory, which it gets when it is first named.
+    fn number(&mut self, directory: &str) -> u32 {
+        if let Some(number) = self.directories.get(directory) {
+            return *number;
+        }
+        let number = u32::try_from(self.directories.len()).unwrap_or(u32::MAX);
+        self.directories.insert(directory.into(), number);
+        number
+    }
+
+    /// What a path of a relation's first segment stands for.
+    fn key(&self, path: &str) -> Option<Key> {
+        let (directory, name) = path.rsplit_once('/')?;
+        let file = RelationFile::parse(name)?;
+        let is_first = file.fork == Fork::Main && file.segment == 0;
+        let file = is_first.then_some(file)?;
+        Some((*self.directories.get(directory)?, file.filenode))
+    }
+
+    fn bytes(&self, key: Key) -> Option<u64> {
+        let found = self.bytes.binary_search_by_key(&key, |(key, _)| *key).ok()?;
+        Some(self.bytes[found].1)
     }
 
     /// The copy found a file that is not what it was, or that was not there.
     pub fn changed(&self, path: &str, file: RelationFile) {
-        let Some(first) = first_segment(path, file) else { return };
-        if self.earlier.contains_key(first) {
-            self.tell(|seen| seen.changed.insert(first.to_owned()));
+        let directory = path.rsplit_once('/').and_then(|(path, _)| self.directories.get(path));
+        let Some(directory) = directory.filter(|_| file.fork == Fork::Main) else { return };
+        let key = (*directory, file.filenode);
+        if self.earlier.contains_key(&key) {
+            self.tell(|seen| seen.changed.insert(key));
         }
     }
 
@@ -129,9 +177,14 @@ impl TableFiles {
         let _ = tokio::time::timeout(pause, self.ended.cancelled()).await;
     }
 
+    /// Whether a table's files are among those that changed.
+    pub(crate) fn has_changed(&self, path: Option<&str>, seen: &Seen) -> bool {
+        path.and_then(|path| self.key(path)).is_some_and(|key| seen.changed.contains(&key))
+    }
+
     /// The count that holds for a table if nobody says that its files changed.
     pub(crate) fn earlier(&self, path: Option<&str>) -> Option<Earlier> {
-        self.earlier.get(path?).cloned()
+        self.earlier.get(&self.key(path?)?).copied()
     }
 
     /// The position from which on the WAL says what changed in a table whose files did not.
@@ -140,10 +193,9 @@ impl TableFiles {
     }
 
     /// What is to be remembered of a table that was counted now.
-    pub(crate) fn counted(&self, path: Option<&str>) -> Option<CountedFile> {
-        let path = path?;
-        let size_bytes = *self.bytes.get(path)?;
-        Some(CountedFile { path: path.to_owned(), size_bytes, counted_at_ms: self.now_ms })
+    pub(crate) fn counted(&self, path: Option<&str>) -> Option<Counted> {
+        let size_bytes = self.bytes(self.key(path?)?)?;
+        Some(Counted { size_bytes, counted_at_ms: self.now_ms })
     }
 }
 
@@ -157,15 +209,6 @@ fn is_due(file: &CountedFile, now_ms: i64) -> bool {
     let age_ms = now_ms.saturating_sub(file.counted_at_ms);
     // A count of the future was made by another clock.
     age_ms < 0 || age_ms >= TAKEN_OVER_MS + spread
-}
-
-/// The path of a relation's first segment, for a segment of its main fork.
-fn first_segment(path: &str, file: RelationFile) -> Option<&str> {
-    match (file.fork, file.segment) {
-        (Fork::Main, 0) => Some(path),
-        (Fork::Main, _) => path.rsplit_once('.').map(|(first, _)| first),
-        _ => None,
-    }
 }
 
 #[cfg(test)]
@@ -199,16 +242,17 @@ mod tests {
     }
 
     fn files(before: &Census, now_ms: i64) -> TableFiles {
-        let scanned = ["base/5/1", "base/5/1.1", "base/5/1_vm", "base/5/2", "base/5/3"];
-        let scanned = scanned.into_iter().map(|path| {
-            let name = path.rsplit_once('/').unwrap().1;
-            (path, RelationFile::parse(name).unwrap(), 100)
+        // As sorted names are: 10 stands between the segments of 1.
+        let scanned = ["1", "1.1", "10", "1_vm", "1.2", "2", "3"];
+        let scanned = scanned.into_iter().map(|name| {
+            let size = if name == "1.2" { 0 } else { 100 };
+            ("base/5", RelationFile::parse(name).unwrap(), size)
         });
         TableFiles::new(scanned, Some(before), Lsn(9), now_ms)
     }
 
-    fn held(files: &TableFiles) -> Vec<&str> {
-        let mut held: Vec<&str> = files.earlier.keys().map(String::as_str).collect();
+    fn held(files: &TableFiles) -> Vec<u32> {
+        let mut held: Vec<u32> = files.earlier.keys().map(|(_, filenode)| *filenode).collect();
         held.sort_unstable();
         held
     }
@@ -222,7 +266,7 @@ mod tests {
             table("base/5/3", exact, 200), // its second segment is gone
             table("base/5/4", exact, 100),
         ]);
-        assert_eq!(held(&files(&before, DAY_MS)), ["base/5/1"]);
+        assert_eq!(held(&files(&before, DAY_MS)), [1]);
     }
 
     #[test]
@@ -231,8 +275,14 @@ mod tests {
         files.changed("base/5/1_vm", RelationFile::parse("1_vm").unwrap());
         files.changed("base/5/2", RelationFile::parse("2").unwrap());
         assert!(files.seen().changed.is_empty());
+        files.changed("base/6/1", RelationFile::parse("1").unwrap());
+        assert!(files.seen().changed.is_empty(), "of another database");
         files.changed("base/5/1.1", RelationFile::parse("1.1").unwrap());
-        assert_eq!(files.seen().changed, HashSet::from(["base/5/1".to_owned()]));
+        let seen = files.seen();
+        assert!(files.has_changed(Some("base/5/1"), &seen));
+        for other in [None, Some("base/5/2"), Some("base/6/1"), Some("base/5/1_vm")] {
+            assert!(!files.has_changed(other, &seen), "{other:?}");
+        }
     }
 
     #[test]

@@ -73,9 +73,10 @@ fn scanned(server: &Server) -> Vec<(String, RelationFile, u64)> {
         for file in std::fs::read_dir(database.path()).unwrap() {
             let file = file.unwrap();
             let name = file.file_name().into_string().unwrap();
-            let path = format!("base/{}/{name}", database.file_name().into_string().unwrap());
+            let directory = format!("base/{}", database.file_name().into_string().unwrap());
             let relation = RelationFile::parse(&name);
-            files.extend(relation.map(|relation| (path, relation, file.metadata().unwrap().len())));
+            let bytes = file.metadata().unwrap().len();
+            files.extend(relation.map(|relation| (directory, relation, bytes)));
         }
     }
     files
@@ -83,7 +84,7 @@ fn scanned(server: &Server) -> Vec<(String, RelationFile, u64)> {
 
 fn table_files(server: &Server, before: Option<&Census>, backup: &BackupSession) -> TableFiles {
     let files = scanned(server);
-    let files = files.iter().map(|(path, file, size)| (path.as_str(), *file, *size));
+    let files = files.iter().map(|(directory, file, size)| (directory.as_str(), *file, *size));
     TableFiles::new(files, before, backup.started().start_lsn, 1_700_000_000_000)
 }
 

@@ -245,6 +245,12 @@ fn read_whole(path: &Path, rules: PageRules) -> (Vec<u8>, RelationReader) {
     }
 }
 
+/// Whether entries stand as they are stored: each once, a directory right before what is in it.
+fn in_order(scan: &Scan) -> bool {
+    let paths: Vec<String> = scan.entries.iter().map(|entry| entry.path).collect();
+    paths.is_sorted_by(|a, b| a.split('/').lt(b.split('/')))
+}
+
 fn scan_of(instance: &Instance) -> Scan {
     scan(&scan_options(instance)).unwrap()
 }
@@ -271,10 +277,11 @@ async fn every_page_of_a_sound_cluster_is_sound_and_read_as_it_is() {
         for entry in scan_of(&instance).entries {
             let EntryKind::Relation(name) = entry.kind else { continue };
             forks.insert(name.fork);
-            let (bytes, reader) = read_whole(&entry.source, strict(&instance));
+            let source = instance.data_directory().join(&entry.path);
+            let (bytes, reader) = read_whole(&source, strict(&instance));
             assert_eq!(reader.bad_blocks(), [0_u32; 0], "{}", entry.path);
             assert_eq!(reader.torn_pages(), 0);
-            assert_eq!(bytes, std::fs::read(&entry.source).unwrap());
+            assert_eq!(bytes, std::fs::read(&source).unwrap());
             n_pages += bytes.len() / 8192;
         }
         assert!(n_pages > 1000 && forks.len() == 4, "{n_pages} {forks:?}");
@@ -476,8 +483,7 @@ async fn a_scan_lists_what_the_servers_own_base_backup_copies() {
         for made in ["backup_label", "tablespace_map", "pg_wal/archive_status"] {
             theirs.remove(made);
         }
-        let mut ours: BTreeSet<String> =
-            scan.entries.iter().map(|entry| entry.path.clone()).collect();
+        let mut ours: BTreeSet<String> = scan.entries.iter().map(|entry| entry.path).collect();
         ours.remove("pg_wal/archive_status");
         for kept in ["log/backup_label", "log/backup_label/x"] {
             assert!(ours.contains(kept), "{kept}");
@@ -503,12 +509,12 @@ async fn a_scan_lists_what_the_servers_own_base_backup_copies() {
         assert!(scan.tablespaces.iter().any(|it| it.location == space && !it.in_place));
         assert!(scan.tablespaces.iter().any(|it| it.in_place));
         assert_eq!(scan.warnings, []);
-        assert!(scan.entries.is_sorted_by(|a, b| a.path < b.path));
+        assert!(in_order(&scan));
         let control =
             scan.entries.iter().find(|entry| entry.kind == EntryKind::ControlFile).unwrap();
         assert_eq!((control.path.as_str(), control.size), (CONTROL_FILE_PATH, 8192));
-        for entry in &scan.entries {
-            let is_directory = entry.source.metadata().unwrap().is_dir();
+        for entry in scan.entries {
+            let is_directory = data.join(&entry.path).metadata().unwrap().is_dir();
             assert_eq!(is_directory, entry.kind == EntryKind::Directory, "{}", entry.path);
         }
     }
@@ -545,12 +551,12 @@ async fn the_parent_of_every_entry_is_a_directory_of_the_backup() {
     assert_eq!(scanned.warnings, []);
     assert_eq!(scanned.tablespaces.len(), 2);
     let find = |path: &str| scanned.entries.iter().find(|entry| entry.path == path);
-    for entry in &scanned.entries {
+    for entry in scanned.entries.iter() {
         let Some((parent, _)) = entry.path.rsplit_once('/') else { continue };
         let parent = find(parent).unwrap_or_else(|| panic!("{} has no parent", entry.path));
         assert_eq!(parent.kind, EntryKind::Directory, "{}", entry.path);
     }
-    assert!(scanned.entries.is_sorted_by(|a, b| a.path < b.path));
+    assert!(in_order(&scanned));
     let root = format!("{EXTERNAL_ROOT}/");
     let external: Vec<_> =
         scanned.entries.iter().filter(|entry| entry.path.starts_with(&root)).collect();
@@ -558,6 +564,10 @@ async fn the_parent_of_every_entry_is_a_directory_of_the_backup() {
         external.into_iter().partition(|entry| entry.kind == EntryKind::External);
     let names: Vec<_> = files.iter().map(|file| file.path.rsplit_once('/').unwrap().1).collect();
     assert_eq!(names, ["pg_hba.conf", "pg_ident.conf"]);
+    for file in &files {
+        assert_eq!(std::fs::read_to_string(&scanned.outside[&file.path]).unwrap(), "# of now");
+    }
+    assert_eq!(scanned.outside.len(), 2);
     assert!(files.iter().all(|file| file.size == 8 && !file.path.contains("..")), "{files:?}");
     assert!(directories.iter().all(|it| (it.kind, it.mode) == (EntryKind::Directory, 0o700)));
     assert!(find("pgmuster-restore-incomplete").is_none());
@@ -723,7 +733,7 @@ async fn a_tablespace_inside_the_data_directory_is_copied_once() {
     let scanned = scan_of(&instance);
     let name = text(&client, "SELECT pg_relation_filenode('t')").await;
     let copies = scanned.entries.iter().filter(|entry| entry.path.ends_with(&format!("/{name}")));
-    let paths: Vec<&str> = copies.map(|entry| entry.path.as_str()).collect();
+    let paths: Vec<String> = copies.map(|entry| entry.path).collect();
     assert_eq!(paths.len(), 1);
     assert!(paths[0].starts_with("pg_tblspc/"), "{paths:?}");
     assert!(matches!(scanned.warnings[..], [ScanWarning::TablespaceInside(..)]));

@@ -110,7 +110,7 @@ async fn a_remote_scan_lists_what_a_local_one_lists(major: u32) {
 
     let told = |scan: &Scan| -> Vec<(String, EntryKind, u64, u32)> {
         let entries = scan.entries.iter();
-        entries.map(|e| (e.path.clone(), e.kind, e.size, e.mode & 0o700)).collect()
+        entries.map(|e| (e.path, e.kind, e.size, e.mode & 0o700)).collect()
     };
     let (ours_told, theirs_told) = (told(&ours), told(&theirs));
     let differ: Vec<_> = ours_told.iter().filter(|entry| !theirs_told.contains(entry)).collect();
@@ -140,7 +140,8 @@ async fn what_is_read_over_connections_is_what_the_disk_has(major: u32) {
     let (compared, large) = off(move || {
         let (mut compared, mut large) = (0, 0);
         for entry in scan.entries.iter().filter(|entry| entry.kind != EntryKind::Directory) {
-            let file = reader.open(&entry.source, entry.size).unwrap().unwrap();
+            let path = Path::new(&entry.path);
+            let file = reader.open(path, entry.size).unwrap().unwrap();
             let wanted = std::fs::read(at.join(&entry.path)).unwrap();
             // In pieces that are none of ours, the last of them longer than what is there.
             let (mut bytes, mut buffer) = (Vec::new(), vec![0; 300 << 10]);
@@ -152,7 +153,7 @@ async fn what_is_read_over_connections_is_what_the_disk_has(major: u32) {
             assert!(bytes == wanted, "{}", entry.path);
             assert!(file.fetched_bytes().unwrap() >= entry.size, "{}", entry.path);
             // Its second page: a small one comes whole, and once.
-            let file = reader.open(&entry.source, entry.size).unwrap().unwrap();
+            let file = reader.open(path, entry.size).unwrap().unwrap();
             let got = file.read_full_at(&mut buffer[..8192], 8192).unwrap();
             assert!(buffer[..got] == wanted[wanted.len().min(8192)..][..got], "{}", entry.path);
             assert_eq!(got as u64, entry.size.saturating_sub(8192).min(8192), "{}", entry.path);

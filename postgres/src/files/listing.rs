@@ -1,13 +1,14 @@
 //! The listing of a server's data directory that a remote scan walks: fetched one level of directories at a time, by the
 //! rules of the scan, so that nothing is listed that stays behind.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
-use std::ffi::OsString;
+use std::ffi::OsStr;
 use std::io;
 use std::path::{Component, Path, PathBuf};
 
 use super::remote::RemoteFiles;
-use super::{Directory, Kind, ServerFiles as _, SettingsFile, Stat, Tree};
+use super::{Directory, Kind, Names, ServerFiles as _, SettingsFile, Stat, Tree};
 use crate::Error;
 use crate::process::Result;
 use crate::relation::{Fork, RelationFile};
@@ -23,28 +24,46 @@ const NAMES_MAX: usize = 1 << 25;
 /// The content of a data directory, as the server listed it.
 pub(super) struct Listing {
     files: RemoteFiles,
-    names: HashMap<String, Vec<OsString>>,
-    /// What each name leads to.
-    stats: HashMap<String, Stat>,
+    /// What is in each directory, by name once it is complete.
+    directories: RefCell<HashMap<String, Vec<Listed>>>,
+    /// How many names there are.
+    names: usize,
     /// Where the links of tablespaces lead.
     links: HashMap<String, PathBuf>,
+}
+
+/// A name in a directory.
+#[derive(Debug)]
+pub(super) struct Listed {
+    pub(super) name: Box<OsStr>,
+    /// What it leads to; nothing where that is nowhere.
+    pub(super) leads_to: Option<Seen>,
+}
+
+/// All that a server tells.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Seen {
+    pub(super) kind: Kind,
+    pub(super) size: u64,
+    pub(super) modified_s: i64,
+    pub(super) changed_s: i64,
 }
 
 impl Listing {
     pub(super) fn of(files: RemoteFiles, options: &ScanOptions) -> Result<Self> {
         let mut listing =
-            Self { files, names: HashMap::new(), stats: HashMap::new(), links: HashMap::new() };
+            Self { files, directories: RefCell::default(), names: 0, links: HashMap::new() };
         let versioned = options.versioned_directory();
         let mut level = vec![(String::new(), Place::Root)];
         let mut depth = 0;
         while !level.is_empty() {
             depth += 1;
-            if depth > DEPTH_MAX || listing.stats.len() > NAMES_MAX {
+            if depth > DEPTH_MAX || listing.names > NAMES_MAX {
                 return Err(Error::Shape {
                     path: listing.files.place(Path::new(&level[0].0)),
                     what: format!(
                         "the data directory goes on for {depth} levels and {} names",
-                        listing.stats.len()
+                        listing.names
                     ),
                     cure: "Look for a link below it that leads back.".to_owned(),
                 });
@@ -68,42 +87,65 @@ impl Listing {
         let directories: Vec<&str> = level.iter().map(|(path, _)| path.as_str()).collect();
         let failed = |source| self.files.unreadable(Path::new(directories[0]), source);
         let found = self.files.list(&directories).map_err(failed)?;
-        for (path, _) in level {
-            self.names.insert(path.clone(), Vec::new());
-        }
-        for (number, name, stat) in found {
-            let Some((directory, place)) = level.get(number) else { continue };
-            let Some(text) = name.to_str().map(str::to_owned) else {
-                self.names.entry(directory.clone()).or_default().push(name);
-                continue;
-            };
-            if place.skips(&text) || (*place == Place::Tablespace && text != versioned) {
-                continue;
+        for ((directory, place), found) in level.iter().zip(found) {
+            let mut kept = Vec::with_capacity(found.len());
+            for mut listed in found {
+                if self.keeps(directory, *place, versioned, &mut listed, below)? {
+                    kept.push(listed);
+                }
             }
-            let path =
-                if directory.is_empty() { text.clone() } else { format!("{directory}/{text}") };
-            if *place == Place::Tablespaces && !self.add_tablespace(&path, &text)? {
-                continue;
-            }
-            // A tablespace that leads nowhere is there all the same, and refused by the walk.
-            if stat.is_none() && *place != Place::Tablespaces {
-                continue;
-            }
-            self.names.entry(directory.clone()).or_default().push(name);
-            let Some(mut stat) = stat else { continue };
-            // The server takes a socket for an empty file.
-            if stat.size == 0 && stat.kind == Kind::File && text.starts_with(".s.PGSQL.") {
-                stat.kind = Kind::Special;
-            }
-            if stat.kind == Kind::Directory
-                && let Inside::Walked(inside) = place.inside(&path)
-                && (*place != Place::Tablespaces || self.links.contains_key(&path))
-            {
-                below.push((path.clone(), inside));
-            }
-            self.stats.insert(path, stat);
+            kept.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+            kept.shrink_to_fit();
+            self.names += kept.len();
+            self.directories.get_mut().insert(directory.clone(), kept);
         }
         Ok(())
+    }
+
+    /// Whether a name in a directory is of use to the walk.
+    fn keeps(
+        &mut self,
+        directory: &str,
+        place: Place,
+        versioned: &str,
+        listed: &mut Listed,
+        below: &mut Vec<(String, Place)>,
+    ) -> Result<bool> {
+        let Some(text) = listed.name.to_str() else {
+            // There is a word about it, and nothing else.
+            listed.leads_to = None;
+            return Ok(true);
+        };
+        if place.skips(text) || (place == Place::Tablespace && text != versioned) {
+            return Ok(false);
+        }
+        let path =
+            if directory.is_empty() { text.to_owned() } else { format!("{directory}/{text}") };
+        if place == Place::Tablespaces && !self.add_tablespace(&path, text)? {
+            return Ok(false);
+        }
+        // A tablespace that leads nowhere is there all the same, and refused by the walk.
+        let Some(seen) = &mut listed.leads_to else { return Ok(place == Place::Tablespaces) };
+        // The server takes a socket for an empty file.
+        if seen.size == 0 && seen.kind == Kind::File && text.starts_with(".s.PGSQL.") {
+            seen.kind = Kind::Special;
+        }
+        if seen.kind == Kind::Directory
+            && let Inside::Walked(inside) = place.inside(&path)
+            && (place != Place::Tablespaces || self.links.contains_key(&path))
+        {
+            below.push((path, inside));
+        }
+        Ok(true)
+    }
+
+    /// What a name leads to, where that was listed.
+    fn listed(&self, path: &str) -> Option<Stat> {
+        let (directory, name) = path.rsplit_once('/').unwrap_or(("", path));
+        let directories = self.directories.borrow();
+        let names = directories.get(directory)?;
+        let found = names.binary_search_by(|listed| (*listed.name).cmp(name.as_ref())).ok()?;
+        names[found].leads_to.map(|seen| self.files.stat_of(seen))
     }
 
     /// Asks where a tablespace is. `false` when it was dropped since it was listed.
@@ -127,16 +169,27 @@ impl Tree for Listing {
         path.into()
     }
 
-    fn names(&self, path: &str) -> io::Result<Option<Vec<OsString>>> {
-        Ok(self.names.get(path).cloned())
+    fn names(&self, path: &str) -> io::Result<Option<Names>> {
+        let directories = self.directories.borrow();
+        Ok(directories.get(path).map(|listed| {
+            let mut names = Names::default();
+            for listed in listed {
+                names.push(&listed.name);
+            }
+            names
+        }))
+    }
+
+    fn forget(&self, path: &str) {
+        self.directories.borrow_mut().remove(path);
     }
 
     fn look(&self, path: &str) -> io::Result<Option<Stat>> {
         if self.links.get(path).is_some_and(|location| location.is_absolute()) {
             return Ok(Some(Stat { kind: Kind::Link, ..self.files.directory() }));
         }
-        match self.stats.get(path) {
-            Some(stat) => Ok(Some(*stat)),
+        match self.listed(path) {
+            Some(stat) => Ok(Some(stat)),
             None => self.files.stat(path),
         }
     }
@@ -145,8 +198,8 @@ impl Tree for Listing {
         if path.is_empty() {
             return Ok(self.files.directory());
         }
-        let found = match self.stats.get(path) {
-            Some(stat) => Some(*stat),
+        let found = match self.listed(path) {
+            Some(stat) => Some(stat),
             None => self.files.stat(path)?,
         };
         found.ok_or_else(|| io::ErrorKind::NotFound.into())

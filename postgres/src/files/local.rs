@@ -1,13 +1,13 @@
 //! Files of a server on this host, or on a volume that is mounted here.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{File, FileType, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Component, Path, PathBuf};
 
 use super::once::OnceFile;
-use super::{Directory, Kind, ServerFile, ServerFiles, SettingsFile, Stat, Tree};
+use super::{Directory, Kind, Names, ServerFile, ServerFiles, SettingsFile, Stat, Tree};
 use crate::Error;
 use crate::process::Result;
 use crate::roots::Roots;
@@ -26,6 +26,19 @@ impl LocalFiles {
     /// The files of the server whose data directory this is.
     pub fn new(data_directory: impl Into<PathBuf>) -> Self {
         Self { directory: data_directory.into() }
+    }
+
+    fn listed(&self, directory: &Path) -> io::Result<Option<Names>> {
+        let Some(entries) = present(std::fs::read_dir(self.place(directory)))? else {
+            return Ok(None);
+        };
+        let mut names = Names::default();
+        for entry in entries {
+            if let Some(entry) = present(entry)? {
+                names.push(&entry.file_name());
+            }
+        }
+        Ok(Some(names))
     }
 }
 
@@ -49,16 +62,8 @@ impl ServerFiles for LocalFiles {
     }
 
     fn names(&self, directory: &Path) -> io::Result<Option<Vec<OsString>>> {
-        let Some(entries) = present(std::fs::read_dir(self.place(directory)))? else {
-            return Ok(None);
-        };
-        let mut names = Vec::new();
-        for entry in entries {
-            if let Some(entry) = present(entry)? {
-                names.push(entry.file_name());
-            }
-        }
-        Ok(Some(names))
+        let names = self.listed(directory)?;
+        Ok(names.map(|names| names.iter().map(OsStr::to_owned).collect()))
     }
 
     fn scan(&self, options: &ScanOptions) -> Result<Scan> {
@@ -96,8 +101,8 @@ impl Tree for LocalFiles {
         self.place(Path::new(path))
     }
 
-    fn names(&self, path: &str) -> io::Result<Option<Vec<OsString>>> {
-        ServerFiles::names(self, Path::new(path))
+    fn names(&self, path: &str) -> io::Result<Option<Names>> {
+        self.listed(Path::new(path))
     }
 
     fn look(&self, path: &str) -> io::Result<Option<Stat>> {

@@ -5,6 +5,7 @@
 
 mod listing;
 mod local;
+mod names;
 mod once;
 mod remote;
 
@@ -14,6 +15,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 pub use self::local::LocalFiles;
+pub(crate) use self::names::Names;
 pub use self::remote::{RemoteFiles, RemoteOptions, require_remote_rights};
 use crate::Error;
 use crate::process::Result;
@@ -95,11 +97,16 @@ pub(crate) enum Kind {
 
 /// A data directory as a scan walks it.
 pub(crate) trait Tree {
-    /// Where the reader of an entry finds it.
+    /// Where people find it.
     fn source(&self, path: &str) -> PathBuf;
 
-    /// The names in a directory.
-    fn names(&self, path: &str) -> io::Result<Option<Vec<OsString>>>;
+    /// The names in a directory, in no order.
+    fn names(&self, path: &str) -> io::Result<Option<Names>>;
+
+    /// A directory's files are looked at no more.
+    fn forget(&self, path: &str) {
+        let _ = path;
+    }
 
     /// What a name itself is.
     fn look(&self, path: &str) -> io::Result<Option<Stat>>;

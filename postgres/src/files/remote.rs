@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use futures::TryStreamExt as _;
 use proto::JobId;
 use proto::failure::chain;
 use tokio::runtime::Handle;
@@ -25,7 +26,7 @@ use tokio_postgres::types::{FromSql, ToSql, Type};
 use tokio_postgres::{Row, Statement};
 use tokio_util::sync::CancellationToken;
 
-use super::listing::Listing;
+use super::listing::{Listed, Listing, Seen};
 use super::{Kind, ServerFile, ServerFiles, Stat};
 use crate::connect::{Purpose, connect};
 use crate::error::{During as _, Error};
@@ -167,28 +168,42 @@ impl RemoteFiles {
         let row = shared.wait("look at a file", &async |reader: &Reader| {
             reader.session.client().query_one(&reader.stat, &[&path]).await.during("look at a file")
         })?;
-        shared.stat_of(&row, 0)
+        Ok(seen(&row, 0)?.map(|seen| self.stat_of(seen)))
     }
 
-    /// What is in each of some directories: the directory's place in the list, a name, and what it leads to; nothing where
-    /// it leads nowhere. What is gone by now is not there.
-    pub(super) fn list(
-        &self,
-        directories: &[&str],
-    ) -> io::Result<Vec<(usize, OsString, Option<Stat>)>> {
-        let shared = &*self.shared;
+    pub(super) fn stat_of(&self, seen: Seen) -> Stat {
+        self.shared.stat_of(seen)
+    }
+
+    /// What is in each of some directories, in their order. What is gone by now is not there.
+    pub(super) fn list(&self, directories: &[&str]) -> io::Result<Vec<Vec<Listed>>> {
         let directories: Vec<&str> =
             directories.iter().map(|path| if path.is_empty() { "." } else { *path }).collect();
-        let rows = shared.wait("list the data directory", &async |reader: &Reader| {
-            reader.session.query("list the data directory", LIST, &[&directories]).await
-        })?;
-        let found = rows.iter().map(|row| {
-            let number: i64 = column(row, 0)?;
-            let number = usize::try_from(number - 1).map_err(|_| strange("a number"))?;
-            let Name(name) = column(row, 1)?;
-            Ok((number, name, shared.stat_of(row, 2)?))
-        });
-        found.collect()
+        let what = "list the data directory";
+        // There may be a row for each of a million files: they are never all in memory here.
+        self.shared.wait(what, &async |reader: &Reader| {
+            let mut found: Vec<Vec<Listed>> = directories.iter().map(|_| Vec::new()).collect();
+            let parameters: [&(dyn ToSql + Sync); 1] = [&directories];
+            let rows = reader.session.client().query_raw(LIST, parameters).await.during(what)?;
+            let mut rows = std::pin::pin!(rows);
+            while let Some(row) = rows.try_next().await.during(what)? {
+                let mut read = || -> io::Result<()> {
+                    let number: i64 = column(&row, 0)?;
+                    let names = usize::try_from(number - 1).ok();
+                    let names = names.and_then(|number| found.get_mut(number));
+                    let Name(name) = column(&row, 1)?;
+                    let leads_to = seen(&row, 2)?;
+                    let listed = Listed { name: name.into_boxed_os_str(), leads_to };
+                    names.ok_or_else(|| strange("a number"))?.push(listed);
+                    Ok(())
+                };
+                read().map_err(|error| Error::Answer {
+                    what: what.to_owned(),
+                    answer: error.to_string(),
+                })?;
+            }
+            Ok(found)
+        })
     }
 
     /// Where the link of a tablespace leads; for one that lies in place, a relative path.
@@ -218,7 +233,7 @@ impl RemoteFiles {
     }
 
     pub(super) fn directory(&self) -> Stat {
-        self.shared.stat_from(true, 0, 0, 0)
+        self.stat_of(Seen { kind: Kind::Directory, size: 0, modified_s: 0, changed_s: 0 })
     }
 }
 
@@ -485,33 +500,31 @@ impl Shared {
         Ok(Reader { session, read, stat })
     }
 
-    /// Size, whether it is a directory, and two times, from a column on.
-    fn stat_of(&self, row: &Row, from: usize) -> io::Result<Option<Stat>> {
-        let Some(size) = column::<Option<i64>>(row, from)? else { return Ok(None) };
-        let is_directory = column::<Option<bool>>(row, from + 1)?.unwrap_or(false);
-        let modified_s = column::<Option<i64>>(row, from + 2)?.unwrap_or(0);
-        let changed_s = column::<Option<i64>>(row, from + 3)?.unwrap_or(modified_s);
-        let size = u64::try_from(size).map_err(|_| strange("a size"))?;
-        Ok(Some(self.stat_from(is_directory, size, modified_s, changed_s)))
-    }
-
-    fn stat_from(&self, is_directory: bool, size: u64, modified_s: i64, changed_s: i64) -> Stat {
-        let (kind, mode) = if is_directory {
-            (Kind::Directory, self.directory_mode)
-        } else {
-            (Kind::File, self.directory_mode & 0o666)
-        };
+    fn stat_of(&self, seen: Seen) -> Stat {
+        let Seen { kind, size, modified_s, changed_s } = seen;
+        let is_directory = kind == Kind::Directory;
         let nanoseconds = |seconds: i64| seconds.saturating_mul(1_000_000_000);
         Stat {
             kind,
             size,
-            mode,
+            mode: self.directory_mode & if is_directory { 0o777 } else { 0o666 },
             mtime_ns: nanoseconds(modified_s),
             ctime_ns: nanoseconds(changed_s),
             inode: 0,
             device: 0,
         }
     }
+}
+
+/// Size, whether it is a directory, and two times, from a column on.
+fn seen(row: &Row, from: usize) -> io::Result<Option<Seen>> {
+    let Some(size) = column::<Option<i64>>(row, from)? else { return Ok(None) };
+    let is_directory = column::<Option<bool>>(row, from + 1)?.unwrap_or(false);
+    let modified_s = column::<Option<i64>>(row, from + 2)?.unwrap_or(0);
+    let changed_s = column::<Option<i64>>(row, from + 3)?.unwrap_or(modified_s);
+    let size = u64::try_from(size).map_err(|_| strange("a size"))?;
+    let kind = if is_directory { Kind::Directory } else { Kind::File };
+    Ok(Some(Seen { kind, size, modified_s, changed_s }))
 }
 
 /// Whether the same statement may be answered on another session, or a moment later.

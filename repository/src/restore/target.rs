@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use super::marker::{MARKER, MARKER_DRAFT, Unfinished};
 use super::tree::{Tree, split};
 use super::{Existing, Foreign, Place, RestorePlan, RestoreTarget};
-use crate::entry::{Body, Entry, check_path};
+use crate::entry::{Body, Entry, check_path, path_order};
 use crate::error::{Error, show};
 use crate::layout;
 use crate::reader::Backup;
@@ -144,9 +144,19 @@ pub(super) fn look_again(planned: &RestorePlan) -> Result<(), Error> {
 pub(super) struct Contents {
     files: u64,
     directories: HashSet<Vec<u8>>,
-    others: HashSet<Vec<u8>>,
+    /// By their hashes: there may be millions of files.
+    others: HashSet<NameHash>,
     /// Bytes by the mapped directory they go to; the empty path is the target itself.
     bytes: HashMap<Vec<u8>, u64>,
+}
+
+/// Stands for a path. No two have ever been found to have the same.
+type NameHash = [u8; 16];
+
+fn name_hash(path: &[u8]) -> NameHash {
+    let mut hash = NameHash::default();
+    blake3::Hasher::new().update(path).finalize_xof().fill(&mut hash);
+    hash
 }
 
 impl Contents {
@@ -164,11 +174,11 @@ impl Contents {
         }
         let fresh = match &entry.body {
             Body::Directory => self.directories.insert(entry.path.clone()),
-            Body::Symlink { .. } => self.others.insert(entry.path.clone()),
+            Body::Symlink { .. } => self.others.insert(name_hash(&entry.path)),
             Body::File(file) => {
                 self.files += 1;
                 *self.bytes.entry(place_of(&entry.path, target)).or_default() += file.size_bytes;
-                self.others.insert(entry.path.clone())
+                self.others.insert(name_hash(&entry.path))
             }
         };
         if fresh { Ok(()) } else { refuse("it is there twice") }
@@ -176,8 +186,11 @@ impl Contents {
 
     /// Whether a directory, or something else, is what the backup has under a name.
     fn has(&self, path: &[u8], is_directory: bool) -> bool {
-        let names = if is_directory { &self.directories } else { &self.others };
-        names.contains(path)
+        if is_directory {
+            self.directories.contains(path)
+        } else {
+            self.others.contains(&name_hash(path))
+        }
     }
 }
 
@@ -244,6 +257,7 @@ fn look(
     let mut walk = Look { target, contents, found: Found::default() };
     walk.found.resumes = marker.is_some();
     walk.directory(directory, prefix, device)?;
+    walk.found.foreign.sort_by(|a, b| path_order(&a.name, &b.name));
     match walk.found.foreign.first() {
         Some(foreign) if matches!(target.existing, Existing::Resume) => {
             refuse(format!("beside an unfinished restore it holds {}", foreign.path.display()))
@@ -261,7 +275,8 @@ struct Look<'a> {
 
 impl Look<'_> {
     fn directory(&mut self, directory: &Path, prefix: &[u8], device: u64) -> Result<(), Error> {
-        for (name, place, metadata) in names(directory)? {
+        for found in names(directory)? {
+            let (name, place, metadata) = what_is(directory, found)?;
             if [MARKER, MARKER_DRAFT].iter().any(|marker| name == marker.as_bytes()) {
                 continue;
             }
@@ -321,7 +336,8 @@ impl Look<'_> {
                 reason: "another file system is mounted there, and it is not in the backup".into(),
             });
         }
-        for (_, place, metadata) in names(directory)? {
+        for found in names(directory)? {
+            let (_, place, metadata) = what_is(directory, found)?;
             into.names += 1;
             if metadata.nlink() == 1 {
                 self.found.held_bytes += metadata.blocks() * 512;
@@ -336,15 +352,19 @@ impl Look<'_> {
     }
 }
 
-/// What is in a directory: names, where they are, what they are themselves.
-fn names(directory: &Path) -> Result<Vec<(Vec<u8>, PathBuf, fs::Metadata)>, Error> {
+/// What is in a directory, in no order.
+fn names(directory: &Path) -> Result<fs::ReadDir, Error> {
+    fs::read_dir(directory)
+        .map_err(|source| Error::Target { path: directory.display().to_string(), source })
+}
+
+/// A name that was found in a directory, where it is, what it is itself.
+fn what_is(
+    directory: &Path,
+    found: io::Result<fs::DirEntry>,
+) -> Result<(Vec<u8>, PathBuf, fs::Metadata), Error> {
     let failed = |source| Error::Target { path: directory.display().to_string(), source };
-    let mut names = Vec::new();
-    for entry in fs::read_dir(directory).map_err(failed)? {
-        let entry = entry.map_err(failed)?;
-        let metadata = entry.metadata().map_err(failed)?;
-        names.push((entry.file_name().into_vec(), entry.path(), metadata));
-    }
-    names.sort_by(|a, b| a.0.cmp(&b.0));
-    Ok(names)
+    let found = found.map_err(failed)?;
+    let metadata = found.metadata().map_err(failed)?;
+    Ok((found.file_name().into_vec(), found.path(), metadata))
 }

@@ -24,6 +24,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use proto::backup::Census;
 use proto::{AttemptId, BackupFacts, BackupId, LineageId};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
@@ -199,6 +200,12 @@ impl BackupWriter {
     /// The attempt being written.
     pub fn attempt(&self) -> &Attempt {
         &self.attempt
+    }
+
+    /// What the predecessor counted. It is large where there are many tables, and not kept here any longer.
+    pub fn take_predecessors_census(&mut self) -> Option<Census> {
+        let old = self.attempt.predecessor.as_mut()?;
+        Arc::make_mut(&mut old.root).head.facts.census.take()
     }
 
     /// Threads that copy.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use postgres::census::{CensusDraft, CensusOptions, finish_census, take_census};
 use postgres::control_file::{CONTROL_FILE_PATH, ControlFile};
 use postgres::relation::PageRules;
-use postgres::scan::{EntryKind, Scan, ScanEntry, ScanOptions};
+use postgres::scan::{Entries, EntryKind, Scan, ScanEntry, ScanOptions};
 use postgres::table_files::{TableFiles, may_take_over};
 use postgres::wal::WalOrigin;
 use postgres::wal_changes::WalChanges;
@@ -20,7 +20,7 @@ use proto::backup::{BackupFacts, Census, Reading, Tablespace};
 use proto::job::{Backup, BackupOutcome};
 use proto::wal::Segment;
 use proto::{Action, BackupKind, Code, Failure, Lsn, Progress, Timeline};
-use repository::{BackupWriter, Repository, SourceEntry, SourceKind, WriteOptions, path_order};
+use repository::{BackupWriter, Repository, SourceEntry, SourceKind, WriteOptions};
 
 use super::begin::{Ready, enter, read_control, ready, same_timeline, sessions};
 use super::changes::PageChanges;
@@ -125,9 +125,7 @@ async fn from_attempt(
     let full_read = request.task.full_read || read_all;
     let (server, start) = (&session.started().server, session.started().start_lsn);
     let server_started_at_ms = server.started_at_ms;
-    let counted_before = predecessor
-        .filter(|facts| may_take_over(facts, server, start))
-        .and_then(|facts| facts.census.clone());
+    let may_take_over = predecessor.is_some_and(|facts| may_take_over(facts, server, start));
     let earlier = if request.task.full_read {
         Err("everything was to be read".to_owned())
     } else if read_all {
@@ -142,7 +140,7 @@ async fn from_attempt(
         continuity: ready.files.here().map(|_| format!("{} timeline {timeline}", node_name())),
         ..as_ordered(cx, request.task, request.config, &progress)
     })?;
-    let counted_before = counted_before.filter(|_| writer.trusts_stamps());
+    let takes_over_counts = may_take_over && writer.trusts_stamps();
     let mut wal = collector(&session, ready, &writer);
     let hold = Hold::new(ready.files.here(), ready.server.wal_segment_size, request.config);
     // The slot was reserved at the checkpoint before the one that started the backup; that WAL is not needed.
@@ -167,7 +165,7 @@ async fn from_attempt(
         .step_with("copy", |step| {
             let (writer, progress) = (&mut writer, &*progress);
             let kept = Kept { session: &mut session, wal: &mut wal, hold: &hold };
-            let before = Before { census: counted_before.as_ref(), changes: &changes };
+            let before = Before { takes_over_counts, changes: &changes };
             async move {
                 let copying = copy(cx, request, ready, (writer, progress), kept, before);
                 let copied = Box::pin(copying).await?;
@@ -300,8 +298,8 @@ fn reread_by(config: &BackupConfig, started_at_ms: i64, unread_bytes: u64) -> Op
 /// What is known from the backup before.
 #[derive(Debug, Clone, Copy)]
 struct Before<'a> {
-    /// What it counted, where that may hold.
-    census: Option<&'a Census>,
+    /// Whether what it counted may hold.
+    takes_over_counts: bool,
     /// What changed since.
     changes: &'a Arc<PageChanges>,
 }
@@ -370,7 +368,7 @@ async fn copy(
         checksums: control.has_checksums(),
         backup_start: start_lsn,
     };
-    let total = scanned.total_bytes();
+    let total = scanned.entries.total_bytes();
     let tablespaces = scanned.tablespaces.iter().filter(|space| !space.in_place);
     let tablespaces = tablespaces
         .map(|space| Tablespace { oid: space.oid, location: space.location.display().to_string() });
@@ -379,18 +377,16 @@ async fn copy(
         (Some(allowed), asked) => Some(at_most(allowed, asked)),
         (None, asked) => asked,
     };
-    let relations = scanned.entries.iter().filter_map(|entry| match entry.kind {
-        EntryKind::Relation(file) => Some((entry.path.as_str(), file, entry.size)),
-        _ => None,
-    });
-    let tables = TableFiles::new(relations, before.census, start_lsn, clock::now_ms());
+    let Scan { entries: listed, outside, roots, .. } = scanned;
+    let relations = listed.relations();
+    let counted = writer.take_predecessors_census().filter(|_| before.takes_over_counts);
+    let tables = TableFiles::new(relations, counted.as_ref(), start_lsn, clock::now_ms());
+    drop(counted);
     let tables = Arc::new(tables);
     let (server_files, changes) = (Arc::clone(&ready.files), Arc::clone(before.changes));
-    let files =
-        DataDirectory::new(server_files, &scanned.entries, rules, limit, Arc::clone(&tables));
+    let files = DataDirectory::new(server_files, outside, rules, limit, Arc::clone(&tables));
     let files = Arc::new(files);
-    let roots = scanned.roots.clone();
-    let entries = entries(scanned, control.block_size, scanned_at_ns, changes);
+    let entries = entries(listed, control.block_size, scanned_at_ns, changes);
     let counted = {
         let copying = async {
             writer.copy(files.clone(), entries).await.map_err(|error| stopped_or(cx, error))?;
@@ -430,17 +426,15 @@ async fn walk(ready: &Ready, control: &ControlFile) -> Result<Scan, Failure> {
     blocking(move || Ok(files.scan(&options)?)).await
 }
 
-/// The scan in the words and the order of the repository. The control file is not among them: it comes last.
+/// The scan in the words of the repository; the order is the same. The control file is not among them: it comes last.
 fn entries(
-    scanned: Scan,
+    listed: Entries,
     block_size: u32,
     scanned_at_ns: i64,
     changes: Arc<PageChanges>,
 ) -> impl Iterator<Item = io::Result<SourceEntry>> + Send + 'static {
-    let mut entries = scanned.entries;
-    entries.retain(|entry| entry.kind != EntryKind::ControlFile);
-    entries.sort_by(|a, b| path_order(a.path.as_bytes(), b.path.as_bytes()));
-    entries.into_iter().map(move |entry| {
+    let copied = listed.into_iter().filter(|entry| entry.kind != EntryKind::ControlFile);
+    copied.map(move |entry| {
         let changes = changes.of(&entry);
         Ok(SourceEntry { changes, ..source_entry(entry, block_size, scanned_at_ns) })
     })

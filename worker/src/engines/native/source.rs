@@ -3,12 +3,11 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use postgres::files::{ServerFile, ServerFiles};
 use postgres::relation::{PageRules, RelationFile, RelationReader};
-use postgres::scan::{EntryKind, ScanEntry};
 use postgres::table_files::TableFiles;
 use proto::backup::BadPage;
 use repository::{Source, SourceEntry, SourceFile};
@@ -22,7 +21,8 @@ pub(crate) const BAD_PAGES_NAMED_MAX: usize = 1_000;
 #[derive(Debug)]
 pub(crate) struct DataDirectory {
     files: Arc<dyn ServerFiles>,
-    places: HashMap<Vec<u8>, (PathBuf, Option<RelationFile>)>,
+    /// Files that are not where their paths say.
+    outside: HashMap<String, PathBuf>,
     rules: PageRules,
     limit: Option<Arc<RateLimit>>,
     tables: Arc<TableFiles>,
@@ -39,25 +39,16 @@ pub(crate) struct Found {
 }
 
 impl DataDirectory {
-    /// `rate_limit_bytes` is how much may be read in a second; `tables` is told which files changed.
+    /// `outside` is the scan's; `rate_limit_bytes` is how much may be read in a second; `tables` is told which files changed.
     pub(crate) fn new(
         files: Arc<dyn ServerFiles>,
-        entries: &[ScanEntry],
+        outside: HashMap<String, PathBuf>,
         rules: PageRules,
         rate_limit_bytes: Option<u64>,
         tables: Arc<TableFiles>,
     ) -> Self {
-        let place = |entry: &ScanEntry| {
-            let relation = match entry.kind {
-                EntryKind::Relation(relation) => Some(relation),
-                EntryKind::Plain | EntryKind::External => None,
-                EntryKind::Directory | EntryKind::ControlFile => return None,
-            };
-            Some((entry.path.clone().into_bytes(), (entry.source.clone(), relation)))
-        };
-        let places = entries.iter().filter_map(place).collect();
         let limit = RateLimit::new(rate_limit_bytes).map(Arc::new);
-        Self { files, places, rules, limit, tables, found: Arc::default() }
+        Self { files, outside, rules, limit, tables, found: Arc::default() }
     }
 
     /// How much of it may be read in a second, where that is limited.
@@ -73,29 +64,29 @@ impl DataDirectory {
 
 impl Source for DataDirectory {
     fn changed(&self, entry: &SourceEntry) {
-        if let Some((_, Some(relation))) = self.places.get(&entry.path)
-            && let Ok(path) = std::str::from_utf8(&entry.path)
+        if let Ok(path) = std::str::from_utf8(&entry.path)
+            && let Some(relation) = relation_of(entry, path)
             // Whose times changed and none of whose pages did, by all that the WAL tells, has the rows that it had.
             && entry.changes.as_ref().is_none_or(|ranges| !ranges.is_empty())
         {
-            self.tables.changed(path, *relation);
+            self.tables.changed(path, relation);
         }
     }
 
     fn open(&self, entry: &SourceEntry) -> io::Result<Option<Box<dyn SourceFile>>> {
-        let Some((path, relation)) = self.places.get(&entry.path) else {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "no such entry in the scan"));
-        };
+        let name = std::str::from_utf8(&entry.path)
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
+        let path = self.outside.get(name).map_or(Path::new(name), PathBuf::as_path);
         let named = |error: io::Error| {
             let place = self.files.place(path);
             io::Error::new(error.kind(), format!("{}: {error}", place.display()))
         };
         let (files, size) = (&*self.files, entry.size_bytes);
-        if let Some(relation) = relation {
-            let reader = RelationReader::open_in(files, path, size, *relation, self.rules);
+        if let Some(relation) = relation_of(entry, name) {
+            let reader = RelationReader::open_in(files, path, size, relation, self.rules);
             return Ok(reader.map_err(named)?.map(|reader| -> Box<dyn SourceFile> {
                 Box::new(Relation {
-                    path: String::from_utf8_lossy(&entry.path).into_owned(),
+                    path: name.to_owned(),
                     reader,
                     limit: self.limit.clone(),
                     found: Arc::clone(&self.found),
@@ -107,6 +98,12 @@ impl Source for DataDirectory {
             Box::new(Plain { file, limit: self.limit.clone() })
         }))
     }
+}
+
+/// The relation whose file an entry is: those have pages.
+fn relation_of(entry: &SourceEntry, path: &str) -> Option<RelationFile> {
+    entry.block_size?;
+    RelationFile::parse(path.rsplit('/').next()?)
 }
 
 /// Waits until a read of `buffer` is in time.
@@ -185,11 +182,9 @@ impl Drop for Relation {
 mod tests {
     use std::ffi::OsString;
     use std::fs::{File, FileTimes};
-    use std::path::Path;
     use std::time::Duration;
 
     use postgres::files::LocalFiles;
-    use postgres::relation::Fork;
     use postgres::roots::Roots;
     use postgres::scan::{Scan, ScanOptions};
     use proto::Lsn;
@@ -198,44 +193,24 @@ mod tests {
 
     const BYTES: usize = 8192;
 
-    /// An entry as a scan lists it.
-    fn listed(name: &str, kind: EntryKind) -> ScanEntry {
-        ScanEntry {
-            path: name.to_owned(),
-            source: PathBuf::from(name),
-            kind,
-            size: BYTES as u64,
-            mode: 0o600,
-            mtime_ns: 0,
-            ctime_ns: 0,
-            inode: 0,
-            device: 0,
-        }
-    }
-
     /// A relation and a plain file below a directory, read through `files`.
     fn both(
         directory: &Path,
         files: Arc<dyn ServerFiles>,
         rate_limit_bytes: Option<u64>,
     ) -> (DataDirectory, [SourceEntry; 2]) {
-        let relation = RelationFile { filenode: 16_384, fork: Fork::Main, segment: 0 };
-        let scanned =
-            [listed("16384", EntryKind::Relation(relation)), listed("plain", EntryKind::Plain)];
         let rules = PageRules {
             block_size: 8192,
             segment_blocks: 131_072,
             checksums: true,
             backup_start: Lsn(1),
         };
-        for entry in &scanned {
-            std::fs::write(directory.join(&entry.source), vec![0; BYTES]).unwrap();
-        }
         let tables = Arc::new(TableFiles::new([].into_iter(), None, Lsn(1), 1));
-        let source = DataDirectory::new(files, &scanned, rules, rate_limit_bytes, tables);
-        let entries = scanned.map(|entry| SourceEntry {
-            size_bytes: BYTES as u64,
-            ..SourceEntry::bytes(entry.path, 0o600, Vec::new())
+        let source = DataDirectory::new(files, HashMap::new(), rules, rate_limit_bytes, tables);
+        let entries = [("16384", Some(8192)), ("plain", None)].map(|(name, block_size)| {
+            std::fs::write(directory.join(name), vec![0; BYTES]).unwrap();
+            let entry = SourceEntry::bytes(name, 0o600, Vec::new());
+            SourceEntry { size_bytes: BYTES as u64, block_size, ..entry }
         });
         (source, entries)
     }

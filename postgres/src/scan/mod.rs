@@ -6,14 +6,18 @@
 //! drop. Files that vanish during the walk were dropped by the server and are passed over; what
 //! cannot be copied as it is becomes a warning or an error, never a silence.
 
+mod entries;
+
 use std::collections::{HashMap, HashSet};
+use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use self::entries::Entries;
 use crate::Error;
 use crate::control_file::CONTROL_FILE_PATH;
-use crate::files::{self, Kind, SettingsFile, Stat, Tree};
+use crate::files::{self, Kind, Names, SettingsFile, Stat, Tree};
 use crate::process::{Account, Result};
 use crate::relation::{Fork, RelationFile};
 use crate::roots::Roots;
@@ -84,8 +88,6 @@ pub struct ScanEntry {
     /// Path relative to the data directory, `/` between the parts; tablespaces appear below
     /// `pg_tblspc/OID`.
     pub path: String,
-    /// Where to read it.
-    pub source: PathBuf,
     /// What it is.
     pub kind: EntryKind,
     /// Bytes at the time of the walk; zero for directories.
@@ -159,8 +161,11 @@ pub enum ScanWarning {
 /// The result of a walk.
 #[derive(Debug, Clone, Default)]
 pub struct Scan {
-    /// Sorted by path as bytes, each path once.
-    pub entries: Vec<ScanEntry>,
+    /// Each path once, in their order by components: a directory stands right before what is in it.
+    pub entries: Entries,
+    /// Where the settings files from outside the data directory are read, by their paths in the backup. Everything else is read
+    /// where its path says, below the data directory.
+    pub outside: HashMap<String, PathBuf>,
     /// In the order they were found.
     pub warnings: Vec<ScanWarning>,
     /// Sorted by OID.
@@ -176,28 +181,19 @@ impl ScanOptions {
     }
 }
 
-impl Scan {
-    /// Bytes of all files.
-    pub fn total_bytes(&self) -> u64 {
-        self.entries.iter().map(|entry| entry.size).sum()
-    }
-}
-
 /// Walks a data directory, wherever it is. Blocking: a few microseconds a file of this host.
 pub(crate) fn walk(tree: &impl Tree, options: &ScanOptions) -> Result<Scan> {
     let mut walk = Walk::new(tree, options)?;
     walk.tablespaces()?;
-    walk.directory("", Place::Root)?;
     for path in &options.settings_files {
         walk.settings_file(path);
     }
-    let mut scan = walk.scan;
-    scan.entries.sort_by(|a, b| a.path.cmp(&b.path));
-    scan.entries.dedup_by(|a, b| a.path == b.path);
-    scan.tablespaces.sort_by_key(|tablespace| tablespace.oid);
-    if !scan.entries.iter().any(|entry| entry.kind == EntryKind::ControlFile) {
+    walk.directory("", Place::Root)?;
+    if !walk.has_control_file {
         return Err(no_data_directory(options, CONTROL_FILE_PATH));
     }
+    let mut scan = walk.scan;
+    scan.tablespaces.sort_by_key(|tablespace| tablespace.oid);
     Ok(scan)
 }
 
@@ -244,6 +240,11 @@ struct Walk<'a, T> {
     options: &'a ScanOptions,
     /// Directories of tablespaces, so that none is copied twice.
     tablespace_places: HashMap<files::Directory, (u32, PathBuf)>,
+    /// What is listed where the walk comes to `pg_tblspc`: paths of links, and the directories that they lead to.
+    tablespaces: Vec<(String, Stat, ScannedTablespace)>,
+    /// What is listed where the walk would come to [`EXTERNAL_ROOT`].
+    outside: Vec<(String, EntryKind, Stat)>,
+    has_control_file: bool,
     scan: Scan,
 }
 
@@ -251,18 +252,26 @@ impl<'a, T: Tree> Walk<'a, T> {
     fn new(tree: &'a T, options: &'a ScanOptions) -> Result<Self> {
         let root = tree.follow("").map_err(|source| tree.unreadable(Path::new(""), source))?;
         let scan = Scan { roots: Roots::of(tree.source(""), &root), ..Scan::default() };
-        Ok(Self { tree, options, tablespace_places: HashMap::new(), scan })
+        Ok(Self {
+            tree,
+            options,
+            tablespace_places: HashMap::new(),
+            tablespaces: Vec::new(),
+            outside: Vec::new(),
+            has_control_file: false,
+            scan,
+        })
     }
 
-    /// Tablespaces come first: the walk of the data directory must know the directories that are
-    /// copied as one.
+    /// Looks for tablespaces, before anything is listed: a walk must know the directories that are copied as one.
     fn tablespaces(&mut self) -> Result<()> {
         let versioned = self.options.versioned_directory();
-        let mut found = Vec::new();
-        for name in self.list("pg_tblspc")? {
+        let names = self.list("pg_tblspc")?;
+        for name in names.iter() {
+            let Some(name) = self.text("pg_tblspc", name) else { continue };
             let path = format!("pg_tblspc/{name}");
             let Some(itself) = self.look(&path)? else { continue };
-            let oid = RelationFile::parse(&name)
+            let oid = RelationFile::parse(name)
                 .filter(|file| file.fork == Fork::Main && file.segment == 0);
             let Some(RelationFile { filenode: oid, .. }) = oid else {
                 self.scan.warnings.push(ScanWarning::StrangeTablespace(path));
@@ -284,14 +293,20 @@ impl<'a, T: Tree> Walk<'a, T> {
                 let id = self.tree.directory(&path, &directory);
                 self.tablespace_places.insert(id, (oid, location.clone()));
             }
-            found.push((path, directory, ScannedTablespace { oid, location, in_place }));
+            let tablespace = ScannedTablespace { oid, location, in_place };
+            self.tablespaces.push((path, directory, tablespace));
         }
-        // Only now are all places known: a tablespace may lie inside another.
-        for (path, directory, tablespace) in found {
+        Ok(())
+    }
+
+    /// Walks the tablespaces that were found.
+    fn inside_tablespaces(&mut self) -> Result<()> {
+        let versioned = self.options.versioned_directory();
+        for (path, directory, tablespace) in std::mem::take(&mut self.tablespaces) {
             let inside = format!("{path}/{versioned}");
             let Some(found) = self.versioned_directory(&path, &inside)? else { continue };
-            self.push(path, EntryKind::Directory, &directory);
-            self.push(inside.clone(), EntryKind::Directory, &found);
+            self.push(&path, EntryKind::Directory, &directory);
+            self.push(&inside, EntryKind::Directory, &found);
             self.directory(&inside, Place::Databases)?;
             self.scan.tablespaces.push(tablespace);
         }
@@ -300,15 +315,23 @@ impl<'a, T: Tree> Walk<'a, T> {
 
     /// Walks the content of one directory.
     fn directory(&mut self, directory: &str, place: Place) -> Result<()> {
-        let listed = self.list(directory)?;
+        let mut listed = self.list(directory)?;
+        if place == Place::Root && !self.outside.is_empty() {
+            listed.push(EXTERNAL_ROOT.as_ref());
+            listed.sort();
+        }
         let prefix = if directory.is_empty() { String::new() } else { format!("{directory}/") };
         let unlogged =
             if place == Place::Database { self.unlogged(&prefix, &listed) } else { HashSet::new() };
-        for name in listed {
-            if place.skips(&name) {
+        for name in listed.iter() {
+            let Some(name) = self.text(directory, name) else { continue };
+            if place == Place::Root && name == EXTERNAL_ROOT {
+                self.push_outside();
+            }
+            if place.skips(name) {
                 continue;
             }
-            let relation = if place.holds_relations() { RelationFile::parse(&name) } else { None };
+            let relation = if place.holds_relations() { RelationFile::parse(name) } else { None };
             if let Some(file) = relation
                 && file.fork != Fork::Init
                 && unlogged.contains(&file.filenode)
@@ -318,7 +341,7 @@ impl<'a, T: Tree> Walk<'a, T> {
             let path = format!("{prefix}{name}");
             let Some(stat) = self.look(&path)? else { continue };
             match stat.kind {
-                Kind::Link => self.link(path, place)?,
+                Kind::Link => self.link(&path, place)?,
                 Kind::Directory => self.subdirectory(&path, &stat, place)?,
                 Kind::File => {
                     let kind = match relation {
@@ -326,11 +349,13 @@ impl<'a, T: Tree> Walk<'a, T> {
                         Some(file) => EntryKind::Relation(file),
                         None => EntryKind::Plain,
                     };
-                    self.push(path, kind, &stat);
+                    self.has_control_file |= kind == EntryKind::ControlFile;
+                    self.push(&path, kind, &stat);
                 }
                 Kind::Special => self.scan.warnings.push(ScanWarning::SpecialFile(path)),
             }
         }
+        self.tree.forget(directory);
         Ok(())
     }
 
@@ -340,12 +365,12 @@ impl<'a, T: Tree> Walk<'a, T> {
             self.scan.warnings.push(ScanWarning::TablespaceInside(*oid, location.clone()));
             return Ok(());
         }
-        self.push(path.to_owned(), EntryKind::Directory, stat);
+        self.push(path, EntryKind::Directory, stat);
         if self.scan.roots.is_elsewhere(stat) && place == Place::Root {
             self.scan.roots.remember(self.tree.source(path), stat);
         }
         match place.inside(path) {
-            Inside::Walked(Place::Tablespaces) => Ok(()),
+            Inside::Walked(Place::Tablespaces) => self.inside_tablespaces(),
             Inside::Walked(inside) => self.directory(path, inside),
             Inside::Emptied(kept) => self.emptied(path, kept),
         }
@@ -357,7 +382,7 @@ impl<'a, T: Tree> Walk<'a, T> {
             let path = format!("{path}/{name}");
             match self.tree.follow(&path) {
                 Ok(stat) if stat.kind == Kind::Directory => {
-                    self.push(path, EntryKind::Directory, &stat);
+                    self.push(&path, EntryKind::Directory, &stat);
                 }
                 Ok(_) => {}
                 Err(error) => self.vanished(&path, error)?,
@@ -366,16 +391,16 @@ impl<'a, T: Tree> Walk<'a, T> {
         Ok(())
     }
 
-    fn link(&mut self, path: String, place: Place) -> Result<()> {
-        let Some(target) = self.link_of(&path)? else { return Ok(()) };
+    fn link(&mut self, path: &str, place: Place) -> Result<()> {
+        let Some(target) = self.link_of(path)? else { return Ok(()) };
         if place == Place::Root
-            && let Inside::Emptied(kept) = place.inside(&path)
+            && let Inside::Emptied(kept) = place.inside(path)
         {
-            match self.tree.follow(&path) {
-                Ok(stat) => self.push(path.clone(), EntryKind::Directory, &stat),
-                Err(error) => return self.vanished(&path, error),
+            match self.tree.follow(path) {
+                Ok(stat) => self.push(path, EntryKind::Directory, &stat),
+                Err(error) => return self.vanished(path, error),
             }
-            return self.emptied(&path, kept);
+            return self.emptied(path, kept);
         }
         let first = path.split('/').next().unwrap_or_default();
         if SERVERS_OWN.contains(&first) {
@@ -384,17 +409,17 @@ impl<'a, T: Tree> Walk<'a, T> {
                     "{path} is a link to {}, which the server did not make",
                     target.display()
                 ),
-                path: self.tree.source(&path),
+                path: self.tree.source(path),
                 cure: "Move the files back, or into a tablespace made with CREATE TABLESPACE."
                     .to_owned(),
             });
         }
-        match self.tree.follow(&path) {
+        match self.tree.follow(path) {
             Ok(stat) if stat.kind == Kind::File => {
-                self.scan.warnings.push(ScanWarning::LinkFollowed(path.clone(), target));
+                self.scan.warnings.push(ScanWarning::LinkFollowed(path.to_owned(), target));
                 self.push(path, EntryKind::Plain, &stat);
             }
-            _ => self.scan.warnings.push(ScanWarning::LinkLeftOut(path, target)),
+            _ => self.scan.warnings.push(ScanWarning::LinkLeftOut(path.to_owned(), target)),
         }
         Ok(())
     }
@@ -422,62 +447,60 @@ impl<'a, T: Tree> Walk<'a, T> {
     }
 
     /// The file and every directory above it, which nobody else may read in a copy. A directory
-    /// that was listed for another file before is listed again; the end of the scan removes it.
+    /// of several files is kept several times, and listed once.
     fn external_file(&mut self, source: &Path, name: &str, stat: &Stat) -> io::Result<()> {
         let mut place = PathBuf::from("/");
         let mut path = EXTERNAL_ROOT.to_owned();
         let parts = name.split('/').filter(|part| !matches!(*part, "" | "."));
         for part in parts {
             let directory = Stat { mode: 0o700, ..self.tree.outside(&place)? };
-            self.push_from(path.clone(), place.clone(), EntryKind::Directory, &directory);
+            self.outside.push((path.clone(), EntryKind::Directory, directory));
             place.push(part);
             path = format!("{path}/{part}");
         }
-        self.push_from(path, source.to_owned(), EntryKind::External, stat);
+        self.outside.push((path.clone(), EntryKind::External, *stat));
+        self.scan.outside.insert(path, source.to_owned());
         Ok(())
     }
 
+    /// Lists what was found outside the data directory.
+    fn push_outside(&mut self) {
+        let mut outside = std::mem::take(&mut self.outside);
+        outside.sort_by(|a, b| a.0.split('/').cmp(b.0.split('/')));
+        outside.dedup_by(|a, b| a.0 == b.0);
+        for (path, kind, stat) in outside {
+            self.push(&path, kind, &stat);
+        }
+    }
+
     /// The names in a directory, sorted; empty when it is gone.
-    fn list(&mut self, directory: &str) -> Result<Vec<String>> {
+    fn list(&self, directory: &str) -> Result<Names> {
         let names =
             self.tree.names(directory).map_err(|source| self.unreadable(directory, source))?;
-        let Some(names) = names else {
-            if directory.is_empty() {
-                return Err(self.unreadable(directory, io::Error::from(io::ErrorKind::NotFound)));
+        match names {
+            Some(mut names) => {
+                names.sort();
+                Ok(names)
             }
-            return Ok(Vec::new());
-        };
-        let mut listed = Vec::with_capacity(names.len());
-        for name in names {
-            match name.into_string() {
-                Ok(name) => listed.push(name),
-                Err(name) => {
-                    let path = self.tree.source(directory).join(name);
-                    self.scan.warnings.push(ScanWarning::NameNotText(path));
-                }
+            None if directory.is_empty() => {
+                Err(self.unreadable(directory, io::Error::from(io::ErrorKind::NotFound)))
             }
+            None => Ok(Names::default()),
         }
-        listed.sort_unstable();
-        Ok(listed)
     }
 
-    fn push(&mut self, path: String, kind: EntryKind, stat: &Stat) {
-        let source = self.tree.source(&path);
-        self.push_from(path, source, kind, stat);
+    /// A name as text; one that is none leaves a warning.
+    fn text<'n>(&mut self, directory: &str, name: &'n OsStr) -> Option<&'n str> {
+        let text = name.to_str();
+        if text.is_none() {
+            let path = self.tree.source(directory).join(name);
+            self.scan.warnings.push(ScanWarning::NameNotText(path));
+        }
+        text
     }
 
-    fn push_from(&mut self, path: String, source: PathBuf, kind: EntryKind, stat: &Stat) {
-        self.scan.entries.push(ScanEntry {
-            path,
-            source,
-            kind,
-            size: if kind == EntryKind::Directory { 0 } else { stat.size },
-            mode: stat.mode,
-            mtime_ns: stat.mtime_ns,
-            ctime_ns: stat.ctime_ns,
-            inode: stat.inode,
-            device: stat.device,
-        });
+    fn push(&mut self, path: &str, kind: EntryKind, stat: &Stat) {
+        self.scan.entries.push(path, kind, stat);
     }
 
     fn look(&self, path: &str) -> Result<Option<Stat>> {
@@ -504,8 +527,9 @@ impl<'a, T: Tree> Walk<'a, T> {
     /// there. While it is, the number cannot have changed hands, so the other forks are an unlogged
     /// relation's and will be made anew from the init fork. In every other case they are copied: it is
     /// never wrong to copy too much.
-    fn unlogged(&self, prefix: &str, listed: &[String]) -> HashSet<u32> {
+    fn unlogged(&self, prefix: &str, listed: &Names) -> HashSet<u32> {
         let init = listed.iter().filter_map(|name| {
+            let name = name.to_str()?;
             let file = RelationFile::parse(name)?;
             let is_init = file.fork == Fork::Init && file.segment == 0;
             let is_there = || matches!(self.tree.look(&format!("{prefix}{name}")), Ok(Some(_)));
