@@ -174,7 +174,7 @@ pub(crate) fn ended(view: &JobView) -> Exit {
 
 /// The exit code of a backup that was taken.
 pub(crate) fn found(done: &BackupOutcome) -> Exit {
-    if done.bad_pages > 0 { Exit::Findings } else { Exit::Ok }
+    if done.bad_pages > 0 || done.silent_changes.is_some() { Exit::Findings } else { Exit::Ok }
 }
 
 /// The exit code of a restore that was done.
@@ -222,15 +222,22 @@ pub(crate) fn backed_up(cluster: &ClusterName, done: &BackupOutcome, took_ms: i6
     let (took, backup) = (output::duration(took_ms), done.backup);
     let Some(logical) = &done.logical else {
         let (files, read) = (output::count(done.files, "file"), output::bytes(done.read_bytes));
-        let bad = match done.bad_pages {
-            0 => String::new(),
-            pages => {
-                format!("; {} with a wrong checksum (PAGE_CHECKSUM)", output::count(pages, "page"))
-            }
-        };
-        return format!(
-            "Backed up {cluster} ({size}, {files}) in {took}: {read} read, {stored}; backup {backup}{bad}"
+        let mut line = format!(
+            "Backed up {cluster} ({size}, {files}) in {took}: {read} read, {stored}; backup {backup}"
         );
+        if done.bad_pages > 0 {
+            let pages = output::count(done.bad_pages, "page");
+            line.extend(["; ", &pages, " with a wrong checksum (PAGE_CHECKSUM)"]);
+        }
+        if let Some(changes) = &done.silent_changes {
+            let units = output::count(changes.units, "unit");
+            line.extend([
+                "; ",
+                &units,
+                " of files had changed though times and sizes had not (SILENT_CHANGE)",
+            ]);
+        }
+        return line;
     };
     let databases = output::count(logical.databases, "database");
     let mut line =

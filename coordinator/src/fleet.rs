@@ -10,7 +10,7 @@ use policy::recovery_time::{Begins, Measured, RecoveryTime, recovery_time};
 use policy::state::{BackupFact, ClusterFacts, Judgement, Objectives, judge_cluster};
 use proto::copies::BackupCopy;
 use proto::failure::{Action, Code, Failure};
-use proto::job::{JobKind, JobState, Task};
+use proto::job::{BackupOutcome, JobKind, JobState, Task};
 use proto::message::{ClusterOffer, RepositoryAway, RepositoryLook};
 use proto::{BackupId, BackupKind, ClusterName, Heartbeat};
 
@@ -250,6 +250,7 @@ fn facts(
             stopped_at_ms: backup.outcome.stopped_at_ms,
             part_of: part_of(backup),
             bad_pages: backup.outcome.bad_pages,
+            silent_changes: silent_changes(&backup.outcome),
         }),
         proofs: proofs::facts(proofs),
         backup_failure: last.filter(|job| speaks_against(job, backup)).map(|job| {
@@ -267,6 +268,10 @@ fn facts(
             .and_then(|end| in_the_way(&cluster.broken_wal, &end, cluster.wal.as_ref()).copied()),
         ..ClusterFacts::default()
     }
+}
+
+fn silent_changes(outcome: &BackupOutcome) -> u64 {
+    outcome.silent_changes.as_ref().map_or(0, |changes| changes.units)
 }
 
 /// Whether a backup job that ended says something about how the cluster is recovered: an order that asked for what does not exist
@@ -468,6 +473,7 @@ fn cluster_moment(known: &Known) -> ClusterMoment {
         proof_level: proof.map_or(0, |row| i64::from(row.proof.asked().number())),
         size_bytes: facts.map_or(0, |facts| number(facts.size_bytes)),
         stored_bytes: facts.map_or(0, |facts| number(facts.stored_bytes)),
+        silent_changes: facts.map_or(0, |facts| number(silent_changes(facts))),
         eligible_workers: known.eligible_workers,
     }
 }

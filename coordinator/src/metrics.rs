@@ -80,6 +80,7 @@ pub(crate) struct ClusterMoment {
     pub(crate) proof_level: i64,
     pub(crate) size_bytes: i64,
     pub(crate) stored_bytes: i64,
+    pub(crate) silent_changes: i64,
     pub(crate) eligible_workers: i64,
     pub(crate) recovery_point_s: i64,
     pub(crate) unproved_point_s: i64,
@@ -120,6 +121,7 @@ struct All {
     proof_level: ClusterGauge,
     size: ClusterGauge,
     stored: ClusterGauge,
+    silent_changes: ClusterGauge,
     eligible: ClusterGauge,
     recovery_point: ClusterGauge,
     unproved_point: ClusterGauge,
@@ -168,6 +170,7 @@ impl Metrics {
             proof_level: Family::default(),
             size: Family::default(),
             stored: Family::default(),
+            silent_changes: Family::default(),
             eligible: Family::default(),
             recovery_point: Family::default(),
             unproved_point: Family::default(),
@@ -260,6 +263,11 @@ impl Metrics {
                 "backup_last_size_bytes",
                 "What a restore of the newest backup writes",
                 all.size.clone(),
+            );
+            r.register(
+                "backup_last_silent_changes",
+                "Units of files that had changed in the last backup though times and sizes of the files had not",
+                all.silent_changes.clone(),
             );
             r.register(
                 "backup_last_stored_bytes",
@@ -377,6 +385,7 @@ impl Metrics {
             &all.proof_level,
             &all.size,
             &all.stored,
+            &all.silent_changes,
             &all.eligible,
             &all.recovery_point,
             &all.unproved_point,
@@ -402,6 +411,7 @@ impl Metrics {
                 c.proof_level,
                 c.size_bytes,
                 c.stored_bytes,
+                c.silent_changes,
                 c.eligible_workers,
                 c.recovery_point_s,
                 c.unproved_point_s,

@@ -133,6 +133,8 @@ pub struct BackupFact {
     pub part_of: Option<u64>,
     /// Pages of the server that failed their checksum, and are in it as they are.
     pub bad_pages: u64,
+    /// Units of files that had changed although times and sizes of the files had not.
+    pub silent_changes: u64,
 }
 
 /// A proof of that backup.
@@ -268,6 +270,13 @@ pub fn judge_cluster(facts: &ClusterFacts, objectives: &Objectives, now_ms: i64)
         let pages = count(backup.bad_pages, "page");
         let reason =
             format!("{pages} with a wrong checksum in its newest backup, as on the server");
+        return Judgement::new(AtRisk, reason);
+    }
+    if backup.silent_changes > 0 {
+        let units = count(backup.silent_changes, "unit");
+        let reason = format!(
+            "{units} of files had changed in its newest backup though times and sizes had not (SILENT_CHANGE): the next one reads everything"
+        );
         return Judgement::new(AtRisk, reason);
     }
     if let Some(trouble) = trouble(facts, objectives, now_ms) {
@@ -456,6 +465,10 @@ mod tests {
         }
     }
 
+    fn taken(age_ms: i64) -> BackupFact {
+        BackupFact { stopped_at_ms: NOW - age_ms, part_of: None, bad_pages: 0, silent_changes: 0 }
+    }
+
     fn healthy() -> ClusterFacts {
         ClusterFacts {
             registered_at_ms: NOW - 20 * DAY,
@@ -463,7 +476,7 @@ mod tests {
             contact_since_ms: Some(NOW - 10 * DAY),
             problem: None,
             has_repository: true,
-            backup: Some(BackupFact { stopped_at_ms: NOW - 2 * DAY, part_of: None, bad_pages: 0 }),
+            backup: Some(taken(2 * DAY)),
             proofs: vec![proof(DAY, ProofLevel::L5, true)],
             backup_failure: None,
             backup_end: None,
@@ -541,6 +554,11 @@ mod tests {
                 "1 page with a wrong checksum in its newest backup, as on the server",
             ),
             (
+                |f| f.backup = f.backup.map(|b| BackupFact { silent_changes: 2, ..b }),
+                AtRisk,
+                "2 units of files had changed in its newest backup though times and sizes had not (SILENT_CHANGE): the next one reads everything",
+            ),
+            (
                 |f| f.backup_failure = Some(failure()),
                 AtRisk,
                 "its last backup failed: WAL_MISSING: WAL is gone",
@@ -599,8 +617,7 @@ mod tests {
         let objectives = Objectives { backup_age_max_ms: Some(DAY), ..Objectives::default() };
         let at = |age| {
             let mut facts = healthy();
-            facts.backup =
-                Some(BackupFact { stopped_at_ms: NOW - age, part_of: None, bad_pages: 0 });
+            facts.backup = Some(taken(age));
             judge_cluster(&facts, &objectives, NOW).state
         };
         assert_eq!(at(DAY / 2), ClusterState::Proved);
@@ -696,7 +713,7 @@ mod tests {
                 contact_since_ms: None,
                 problem: None,
                 has_repository: true,
-                backup: backup.map(|age| BackupFact { stopped_at_ms: NOW - age, part_of: None, bad_pages: 0 }),
+                backup: backup.map(taken),
                 proofs: proofs.iter().map(|(age, level, passed)| proof(*age, ProofLevel::from_number(*level).unwrap(), *passed)).collect(),
                 backup_failure: failed.then(failure),
                 backup_end: None,

@@ -181,6 +181,7 @@ mod tests {
                 stopped_at_ms: NOW - 600 * MINUTE,
                 part_of: None,
                 bad_pages: 0,
+                silent_changes: 0,
             }),
             proofs: vec![ProofFact {
                 at_ms: NOW - 500 * MINUTE,

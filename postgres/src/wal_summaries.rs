@@ -505,6 +505,7 @@ mod tests {
             read_bytes: 0,
             unread_bytes: 0,
             summaries: None,
+            silent_changes: None,
             whole_files: None,
         };
         let mut facts = BackupFacts {

@@ -123,6 +123,23 @@ pub struct Reading {
     /// Why files that changed were read whole, for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub whole_files: Option<String>,
+    /// What times and sizes of files had not told. Where something had not, the next backup believes none of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub silent_changes: Option<SilentChanges>,
+}
+
+/// Content that had changed although size, times and inode of its file said that it had not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SilentChanges {
+    /// Units (8 to 32 KiB) that differed from what the backup before has.
+    pub units: u64,
+    /// Files they are in, relative to the data directory; of many only some.
+    pub files: Vec<String>,
+}
+
+impl SilentChanges {
+    /// The most files that are named.
+    pub const FILES_NAMED_MAX: usize = 16;
 }
 
 /// WAL summaries that a backup relied on.

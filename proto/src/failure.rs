@@ -130,6 +130,8 @@ codes! {
     SourceUnreadable = "SOURCE_UNREADABLE",
     /// Pages with wrong checksums were found.
     PageChecksum = "PAGE_CHECKSUM",
+    /// Files changed although their times and sizes said that they had not.
+    SilentChange = "SILENT_CHANGE",
     /// WAL that the backup needs is gone from the server.
     WalMissing = "WAL_MISSING",
     /// A backup made the server keep more WAL than it may.

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::path::PathBuf;
 
-use proto::backup::SkippedDatabase;
+use proto::backup::{SilentChanges, SkippedDatabase};
 use proto::copies::{CopiedBackup, Copies};
 use proto::envelope::{Certificate, SigningKey};
 use proto::job::{
@@ -242,6 +242,10 @@ fn a_logical_backup_and_its_outcome() {
     let changed_files = Some("read by pages, told by 12 WAL summaries since 0/1000028".to_owned());
     let outcome = BackupOutcome { changed_files, ..backup_outcome() };
     golden("outcome.backup.changed_files", &Outcome::Backup(outcome));
+    let files = vec!["base/5/16384".to_owned(), "base/5/2619".to_owned()];
+    let silent_changes = Some(SilentChanges { units: 3, files });
+    let outcome = BackupOutcome { silent_changes, ..backup_outcome() };
+    golden("outcome.backup.silent_changes", &Outcome::Backup(outcome));
 }
 
 #[test]
@@ -277,6 +281,7 @@ fn backup_outcome() -> BackupOutcome {
         reread_by_ms: None,
         wal_bytes: 16_777_216,
         bad_pages: 0,
+        silent_changes: None,
         compared_with: None,
         changed_files: None,
         logical: None,

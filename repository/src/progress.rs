@@ -1,6 +1,12 @@
 //! How far a copy or restore is: counters that anybody may read while it runs.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use proto::backup::SilentChanges;
+
+use crate::error::show;
 
 /// Counters, only ever growing. Relaxed: they are for people and reports, nothing is decided by them.
 #[derive(Debug, Default)]
@@ -14,6 +20,7 @@ pub struct Progress {
     bytes_stored: AtomicU64,
     vanished: AtomicU64,
     silent_changes: AtomicU64,
+    silent_files: Mutex<BTreeSet<Vec<u8>>>,
 }
 
 /// The counters at one moment.
@@ -36,7 +43,7 @@ pub struct ProgressSnapshot {
     pub bytes_stored: u64,
     /// Files that were gone when they were to be read.
     pub vanished: u64,
-    /// Units that had changed in files that claimed not to have; found by the re-reading of a share.
+    /// Units that had changed in files that claimed not to have: found where such files are read all the same.
     pub silent_changes: u64,
 }
 
@@ -55,6 +62,14 @@ impl Progress {
             vanished: read(&self.vanished),
             silent_changes: read(&self.silent_changes),
         }
+    }
+
+    /// What had changed in files that claimed not to have.
+    pub fn silent_changes(&self) -> Option<SilentChanges> {
+        let units = self.silent_changes.load(Ordering::Relaxed);
+        let files = self.silent_files.lock().unwrap_or_else(PoisonError::into_inner);
+        let files = files.iter().map(|path| show(path)).collect();
+        (units > 0).then_some(SilentChanges { units, files })
     }
 
     pub(crate) fn add_files(&self, count: u64) {
@@ -89,7 +104,14 @@ impl Progress {
         self.vanished.fetch_add(1, Ordering::Relaxed);
     }
 
-    pub(crate) fn add_silent_changes(&self, count: u64) {
+    pub(crate) fn add_silent_changes(&self, path: &[u8], count: u64) {
+        if count == 0 {
+            return;
+        }
         self.silent_changes.fetch_add(count, Ordering::Relaxed);
+        let mut files = self.silent_files.lock().unwrap_or_else(PoisonError::into_inner);
+        if files.len() < SilentChanges::FILES_NAMED_MAX {
+            files.insert(path.to_vec());
+        }
     }
 }

@@ -5,6 +5,7 @@
 
 mod house;
 
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -16,7 +17,7 @@ use house::{
 use postgres::binaries::Binaries;
 use postgres::instance::{Instance, InstanceOptions, StopMode};
 use postgres::scan::EXTERNAL_ROOT;
-use proto::backup::TableCount;
+use proto::backup::{SilentChanges, TableCount};
 use proto::job;
 use proto::message::Spec;
 use proto::{Action, BackupId, Code, Failure, ProofLevel};
@@ -184,6 +185,69 @@ async fn only_tables_whose_files_changed_are_counted_again() {
     house.server.start().await.unwrap();
     let backup = house.back_up().await.backup;
     assert!(counted(&house, backup, "orders").await.file.unwrap().counted_at_ms > counted_at_ms);
+}
+
+/// Changes a byte of a file without a trace in its times: `tmpfs` notes no writes through a mapping.
+fn change_silently(file: &Path) {
+    let times = || {
+        let metadata = file.metadata().unwrap();
+        (metadata.mtime(), metadata.mtime_nsec(), metadata.ctime(), metadata.ctime_nsec())
+    };
+    let before = times();
+    let script = "import mmap, sys\n\
+                  with open(sys.argv[1], 'r+b') as file, mmap.mmap(file.fileno(), 0) as memory: memory[5] ^= 1";
+    let mut python = std::process::Command::new("/usr/bin/python3");
+    assert!(python.args(["-c", script]).arg(file).status().unwrap().success());
+    assert_eq!(times(), before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_change_that_no_time_told_all_is_read_until_nothing_of_the_kind_is_found() {
+    let settings = vec![("autovacuum".to_owned(), "off".to_owned())];
+    let options = InstanceOptions { fsync: false, settings, ..InstanceOptions::default() };
+    let house = House::new(15, options).await;
+    house.sql(DATA).await;
+    let space = tempfile::tempdir_in("/dev/shm").unwrap();
+    house.sql(&format!("CREATE TABLESPACE swift LOCATION '{}'", space.path().display())).await;
+    house.sql("CREATE TABLE public.there TABLESPACE swift AS SELECT 1 AS id").await;
+    house.sql("CHECKPOINT").await;
+    let only = |place: PathBuf| std::fs::read_dir(place).unwrap().next().unwrap().unwrap().path();
+    let database = only(only(space.path().to_owned()));
+    let note = database.join("note");
+    std::fs::write(&note, vec![7; 100_000]).unwrap();
+    let written = note.metadata().unwrap().modified().unwrap();
+    let written = written.duration_since(std::time::UNIX_EPOCH).unwrap();
+    let written_ms = i64::try_from(written.as_millis()).unwrap();
+    // What it says, and how much of the files was not read.
+    let back_up = async |full_read: bool| {
+        let cx = house.cx();
+        let task = job::Backup { full_read, ..job::Backup::default() };
+        let outcome = house.back_up_of(&cx, task).await.unwrap();
+        let steps = cx.steps();
+        let copy = steps.iter().find(|step| step.name == "copy").unwrap();
+        (outcome, copy.figures["unread_bytes"])
+    };
+    // By its times a file need not be read once a backup has found it unchanged for more than two seconds.
+    let until_it_need_not_be_read =
+        async { while back_up(false).await.0.started_at_ms < written_ms + 3_000 {} };
+    tokio::time::timeout(Duration::from_mins(1), until_it_need_not_be_read).await.unwrap();
+
+    change_silently(&note);
+    let (usual, unread) = back_up(false).await;
+    assert_eq!(usual.silent_changes, None, "nobody has looked");
+    assert!(unread > usual.size_bytes / 2, "{unread} of {usual:?}");
+    let (found, unread) = back_up(true).await;
+    let SilentChanges { units, files } = found.silent_changes.unwrap();
+    assert_eq!((units, files.len(), unread), (1, 1, 0));
+    assert!(files[0].starts_with("pg_tblspc/") && files[0].ends_with("/note"), "{files:?}");
+
+    let (next, unread) = back_up(false).await;
+    assert_eq!((next.compared_with, unread), (Some(found.backup), 0), "no times are believed");
+    assert!(next.changed_files.unwrap().contains("though their times and sizes had not"));
+    assert_eq!(next.silent_changes, None);
+    let (last, unread) = back_up(false).await;
+    assert!(unread > last.size_bytes / 2, "{unread} of {last:?}");
+    assert!(!last.changed_files.unwrap().contains("though their times and sizes had not"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use coordinator::api::types::BackupView;
+use proto::backup::SilentChanges;
 use proto::near::did_you_mean;
 use proto::{Action, BackupId, Code, Failure};
 
@@ -148,6 +149,13 @@ fn details(backup: &BackupView) -> String {
         format!("  bad pages    {}", facts.bad_pages),
         format!("  taken by     {} (job {})", backup.worker, backup.job),
     ];
+    if let Some(SilentChanges { units, files }) = &facts.silent_changes {
+        let units = output::count(*units, "unit");
+        lines.push(format!(
+            "  silent       {units} had changed though times and sizes of the files had not (SILENT_CHANGE), in {}",
+            files.join(", ")
+        ));
+    }
     if facts.taken_over_bytes > 0 {
         let taken_over = output::bytes(facts.taken_over_bytes);
         lines.push(format!("  taken over   {taken_over} from an interrupted backup"));
@@ -236,6 +244,15 @@ mod tests {
         assert!(text.lines().any(|shown| shown == line), "{text}");
         let text = shown(include_str!("../../../proto/tests/golden/outcome.backup.json"));
         assert!(!text.contains("read again"), "{text}");
+    }
+
+    #[test]
+    fn what_no_time_had_told_is_shown_with_its_files() {
+        let silent = include_str!("../../../proto/tests/golden/outcome.backup.silent_changes.json");
+        let text = shown(silent);
+        let line = "  silent       3 units had changed though times and sizes of the files had not (SILENT_CHANGE), in \
+                    base/5/16384, base/5/2619";
+        assert!(text.lines().any(|shown| shown == line), "{text}");
     }
 
     #[test]

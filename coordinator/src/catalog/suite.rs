@@ -573,6 +573,7 @@ fn backup_row(n: u8, at_ms: i64) -> backups::Backup {
         reread_by_ms: None,
         wal_bytes: 16,
         bad_pages: 0,
+        silent_changes: None,
         compared_with: None,
         changed_files: None,
         logical: None,

@@ -3,15 +3,19 @@
 use std::os::unix::fs::PermissionsExt;
 
 use coordinator::api::types::{
-    EnrolRequest, EnrolResponse, EnrolmentTokenRequest, JobList, JobView, Role, TokenRequest,
-    TokenResponse,
+    ClusterView, EnrolRequest, EnrolResponse, EnrolmentTokenRequest, JobList, JobView, Role,
+    TokenRequest, TokenResponse,
 };
+use policy::state::ClusterState;
+use proto::backup::SilentChanges;
 use proto::envelope::{Credentials, SigningKey};
 use proto::failure::Code;
+use proto::job::Outcome;
+use proto::message::ReportBody;
 use proto::{Failure, JobState};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use crate::support::{Fleet, Worker, backup_request, http};
+use crate::support::{Fleet, Worker, backup_outcome, backup_request, http};
 
 async fn tcp(
     fleet: &Fleet,
@@ -310,6 +314,31 @@ async fn a_wait_ends_with_the_change_it_waits_for() {
     let same: JobView = fleet.get(&path).await;
     assert_eq!(same.state, JobState::Running);
     assert!(began.elapsed() < std::time::Duration::from_secs(10));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_that_found_what_no_time_had_told_puts_its_cluster_at_risk() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    let metric = r#"pgmuster_backup_last_silent_changes{cluster="orders"}"#;
+    for (units, state) in [(3, ClusterState::AtRisk), (0, ClusterState::Taken)] {
+        let job = fleet.backup().await;
+        let ticket = w1.ticket().await;
+        let mut work = w1.take(&ticket).await;
+        let mut outcome = backup_outcome(work.grant.attempt);
+        if let Outcome::Backup(done) = &mut outcome {
+            let files = vec!["base/5/16384".to_owned()];
+            done.silent_changes = (units > 0).then_some(SilentChanges { units, files });
+            done.stopped_at_ms += 1 - i64::try_from(units).unwrap();
+        }
+        let body = ReportBody::Succeeded { outcome: Box::new(outcome), steps: vec![] };
+        w1.end(&mut work, body).await;
+        fleet.until_state(job.id, JobState::Succeeded).await;
+        let view: ClusterView = fleet.get("/v1/clusters/orders").await;
+        assert_eq!(view.state, state, "{}", view.reason);
+        assert_eq!(view.reason.contains("SILENT_CHANGE"), units > 0, "{}", view.reason);
+        assert_eq!(fleet.metric(metric).await, Some(if units > 0 { 3.0 } else { 0.0 }));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

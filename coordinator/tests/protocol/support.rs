@@ -680,6 +680,7 @@ pub(crate) fn backup_outcome(attempt: AttemptId) -> Outcome {
         reread_by_ms: None,
         wal_bytes: 16,
         bad_pages: 0,
+        silent_changes: None,
         compared_with: None,
         changed_files: None,
         logical: None,

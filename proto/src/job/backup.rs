@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::DatabasePattern;
-use crate::backup::{BackupKind, SkippedDatabase};
+use crate::backup::{BackupKind, SilentChanges, SkippedDatabase};
 use crate::{BackupId, LineageId, Lsn, SystemIdentifier, Timeline};
 
 /// Parameters of a backup. The repository is the one the worker's configuration names for the cluster.
@@ -108,6 +108,9 @@ pub struct BackupOutcome {
     pub wal_bytes: u64,
     /// Pages that failed their checksum, stored as they are.
     pub bad_pages: u64,
+    /// What had changed although times and sizes said that it had not. It is in this backup.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub silent_changes: Option<SilentChanges>,
     /// The backup this one was compared with.
     #[serde(default)]
     pub compared_with: Option<BackupId>,

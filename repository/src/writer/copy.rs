@@ -299,7 +299,7 @@ impl<'a> Copier<'a> {
         let listed = (job.entry.mtime_ns, job.entry.ctime_ns);
         // Whoever wrote to it since it was listed has done so openly.
         if job.claims_unchanged && file.changed_at_ns().is_none_or(|now| now == listed) {
-            self.progress.add_silent_changes(changed);
+            self.progress.add_silent_changes(&job.entry.path, changed);
         }
         let copied = self.last()?;
         copied.bytes = done;

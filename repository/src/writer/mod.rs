@@ -224,11 +224,14 @@ impl BackupWriter {
 
     /// Whether a file whose times and size are the predecessor's may be taken over unread.
     pub fn trusts_stamps(&self) -> bool {
+        self.compares_stamps() && !self.options.full_read
+    }
+
+    /// Whether times and inodes mean what they meant to the predecessor.
+    fn compares_stamps(&self) -> bool {
         let old = self.attempt.predecessor.as_ref();
         let continuity = old.and_then(|old| old.root.head.continuity.as_ref());
-        continuity.is_some()
-            && continuity == self.options.continuity.as_ref()
-            && !self.options.full_read
+        continuity.is_some() && continuity == self.options.continuity.as_ref()
     }
 
     /// Copies the source: every entry once, in the order of [`path_order`](crate::path_order), a directory before what
@@ -243,6 +246,7 @@ impl BackupWriter {
         }
         let predecessor = self.attempt.predecessor.clone();
         let trust = Trust {
+            comparable: self.compares_stamps(),
             stamps: self.trusts_stamps(),
             changes: !self.options.full_read,
             reread: self.reread,
@@ -282,6 +286,7 @@ impl BackupWriter {
         // It is compared with nothing.
         let spoilt = Arc::default();
         let trust = Trust {
+            comparable: false,
             stamps: false,
             changes: false,
             reread,

@@ -28,7 +28,9 @@ use crate::stop::Stop;
 /// What may be taken over without being read.
 #[derive(Debug, Clone)]
 pub(super) struct Trust {
-    /// Files with the same stamp may be: node and timeline are the predecessor's.
+    /// The same stamp claims that a file is the same: node and timeline are the predecessor's.
+    pub(super) comparable: bool,
+    /// Files that claim so may be.
     pub(super) stamps: bool,
     /// What somebody says did not change may be.
     pub(super) changes: bool,
@@ -181,8 +183,10 @@ impl<'a> Planner<'a> {
         let reread = self.trust.reread;
         let known = old.as_ref().and_then(Old::file);
         let may_skip = entry.content.is_none() && !self.trust.read_again.contains(&entry.path);
-        let same = known.filter(|file| may_skip && self.looks_the_same(file, stamp));
-        let believed = same.map(|file| file.stamp.belief);
+        let is_read = entry.content.is_none();
+        let claimed = known.filter(|file| is_read && self.looks_the_same(file, stamp));
+        let claimed = claimed.map(|file| file.stamp.belief);
+        let believed = claimed.filter(|_| may_skip && self.trust.stamps);
         let trusted = matches!(believed, Some(Belief::Read | Belief::Told));
         if !trusted {
             self.source.changed(&entry);
@@ -264,7 +268,7 @@ impl<'a> Planner<'a> {
                 begun: begun.clone(),
                 needed,
                 its_turn,
-                claims_unchanged: believed == Some(Belief::Read),
+                claims_unchanged: claimed == Some(Belief::Read) && comparable.is_some(),
                 read: None,
             };
             self.outlets.jobs.send(job).map_err(|_| Error::Cancelled)?;
@@ -337,7 +341,7 @@ impl<'a> Planner<'a> {
 
     /// Whether the file is what it was, as far as its inode tells.
     fn looks_the_same(&self, known: &FileBody, stamp: Stamp) -> bool {
-        self.trust.stamps
+        self.trust.comparable
             && stamp == Stamp { belief: stamp.belief, ..known.stamp }
             && stamp.belief != Belief::Racy
             // A file that was shorter than at its scan was changing.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::common::{self, Bench, DAY_MS, NOW_MS, SECOND, SharedTree, Tree, noise};
+use proto::backup::SilentChanges;
 use repository::{
     BackupSummary, CheckLevel, CheckOptions, Error, ProgressSnapshot, ScrubOptions, ScrubReport,
     Source, SourceEntry, SourceFile, WriteOptions,
@@ -331,6 +332,29 @@ async fn whoever_wants_everything_read_is_not_told_what_changed() {
     let one_file = WriteOptions { read_again: [b"small".to_vec()].into(), ..options() };
     back_up(&other, &tree, NOW_MS + 1, one_file).await;
     assert_eq!(tree.bytes_read(), bytes(5));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_reads_everything_finds_what_no_time_had_told_and_names_the_files() {
+    let bench = Bench::new().await;
+    let tree = Arc::new(tree());
+    back_up(&bench, &tree, NOW_MS, options()).await;
+    let full = async |at_ms: i64, continuity: &str| {
+        let continuity = Some(continuity.to_owned());
+        let options = WriteOptions { full_read: true, continuity, ..options() };
+        let progress = Arc::clone(&options.progress);
+        back_up(&bench, &tree, at_ms, options).await;
+        progress.silent_changes()
+    };
+    assert_eq!(full(NOW_MS + 1, "here").await, None);
+    tree.change("large", |file| file.content[700 * PAGE] ^= 1);
+    // As everybody writes.
+    tree.write("small", PAGE, b"openly");
+    let found = SilentChanges { units: 1, files: vec!["large".to_owned()] };
+    assert_eq!(full(NOW_MS + 2, "here").await, Some(found));
+    assert_eq!(full(NOW_MS + 3, "here").await, None, "it is in the backup before");
+    tree.change("large", |file| file.content[700 * PAGE] ^= 1);
+    assert_eq!(full(NOW_MS + 4, "elsewhere").await, None, "other times, which claim nothing");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

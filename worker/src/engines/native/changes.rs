@@ -91,14 +91,16 @@ impl PageChanges {
     pub(super) fn reading(
         &self,
         server_started_at_ms: i64,
-        done: &repository::ProgressSnapshot,
+        progress: &repository::Progress,
     ) -> Reading {
+        let done = progress.snapshot();
         Reading {
             server_started_at_ms,
             read_bytes: done.bytes_read,
             unread_bytes: done.bytes_skipped,
             summaries: self.known.as_ref().map(|known| known.summaries.clone()),
             whole_files: self.why_not.clone(),
+            silent_changes: progress.silent_changes(),
         }
     }
 

@@ -16,7 +16,7 @@ use postgres::wal::WalOrigin;
 use postgres::wal_changes::WalChanges;
 use postgres::wal_summaries::Earlier;
 use postgres::{BackupSession, Stopped};
-use proto::backup::{BackupFacts, Census, Reading, Tablespace};
+use proto::backup::{BackupFacts, Census, Reading, SilentChanges, Tablespace};
 use proto::job::{Backup, BackupOutcome};
 use proto::wal::Segment;
 use proto::{Action, BackupKind, Code, Failure, Lsn, Progress, Timeline};
@@ -121,20 +121,17 @@ async fn from_attempt(
     let progress = Arc::new(repository::Progress::default());
     let timeline = session.started().timeline;
     let predecessor = attempt.predecessor_facts();
-    let (read_again, read_all) = known_bad(predecessor);
-    let full_read = request.task.full_read || read_all;
+    let read_again = known_bad(predecessor);
+    let read_all = why_read_all(request.task, predecessor);
     let (server, start) = (&session.started().server, session.started().start_lsn);
     let server_started_at_ms = server.started_at_ms;
     let may_take_over = predecessor.is_some_and(|facts| may_take_over(facts, server, start));
-    let earlier = if request.task.full_read {
-        Err("everything was to be read".to_owned())
-    } else if read_all {
-        Err("the backup before found more damaged pages than it names".to_owned())
-    } else {
-        Earlier::of(predecessor, session.started()).map_err(|why| why.to_string())
+    let earlier = match read_all {
+        Some(why) => Err(why.to_owned()),
+        None => Earlier::of(predecessor, session.started()).map_err(|why| why.to_string()),
     };
     let mut writer = attempt.write(WriteOptions {
-        full_read,
+        full_read: read_all.is_some(),
         read_again,
         // Times and inodes mean something only where this process sees them itself.
         continuity: ready.files.here().map(|_| format!("{} timeline {timeline}", node_name())),
@@ -178,13 +175,13 @@ async fn from_attempt(
                 step.figure("taken_over_bytes", done.bytes_taken_over);
                 step.figure("vanished_files", done.vanished);
                 step.figure("silent_changes", done.silent_changes);
-                if done.silent_changes > 0 {
+                if let Some(SilentChanges { units, files }) = progress.silent_changes() {
                     tracing::warn!(
                         cluster.name = %cx.spec.cluster,
-                        "{} units of files had changed although times and sizes of the files had not; they are in this \
-                         backup, and earlier ones have what was there before. Look for storage that lost writes, or for \
-                         a copy that kept the times; full_read reads everything",
-                        done.silent_changes,
+                        "SILENT_CHANGE: {units} units of files had changed although times and sizes of the files had not, in {}; \
+                         they are in this backup, and earlier ones have what was there before. Look for storage that lost \
+                         writes, or for a copy that kept the times; the next backup reads everything",
+                        files.join(", "),
                     );
                 }
                 step.figure("bad_pages", copied.files.found().bad_page_count);
@@ -226,7 +223,7 @@ async fn from_attempt(
         .await?;
 
     let found = copied.files.found();
-    let reading = changes.reading(server_started_at_ms, &progress.snapshot());
+    let reading = changes.reading(server_started_at_ms, &progress);
     let changed_files = reading.sentence();
     let facts = facts(
         cx,
@@ -283,6 +280,7 @@ async fn from_attempt(
         reread_by_ms: reread_by(request.config, started_at_ms, progress.snapshot().bytes_skipped),
         wal_bytes: wal.bytes(),
         bad_pages: found.bad_page_count,
+        silent_changes: progress.silent_changes(),
         compared_with: summary.predecessor,
         changed_files: summary.predecessor.map(|_| changed_files),
         logical: None,
@@ -327,12 +325,26 @@ fn collector(session: &BackupSession, ready: &Ready, writer: &BackupWriter) -> W
     WalCollector::new(files, origin, started.timeline, started.start_lsn, writer.wal(), changes)
 }
 
-/// The files in which the predecessor found bad pages: a backup that does not read them again would not say so. The
-/// second part is true when they were too many to be named, so that any file may have some.
-fn known_bad(predecessor: Option<&BackupFacts>) -> (HashSet<Vec<u8>>, bool) {
+/// The files in which the predecessor found bad pages: a backup that does not read them again would not say so.
+fn known_bad(predecessor: Option<&BackupFacts>) -> HashSet<Vec<u8>> {
     let bad = predecessor.map_or(&[][..], |facts| &facts.bad_pages);
-    let files = bad.iter().map(|page| page.path.clone().into_bytes()).collect();
-    (files, bad.len() >= BAD_PAGES_NAMED_MAX)
+    bad.iter().map(|page| page.path.clone().into_bytes()).collect()
+}
+
+/// Why every file is read, whatever its times say and the server tells, for people.
+fn why_read_all(task: &Backup, predecessor: Option<&BackupFacts>) -> Option<&'static str> {
+    let reading = predecessor.and_then(|facts| facts.reading.as_ref());
+    if task.full_read {
+        Some("everything was to be read")
+    } else if reading.is_some_and(|reading| reading.silent_changes.is_some()) {
+        // Times that were wrong about one file are believed of none, until everything was read and nothing of the kind was found.
+        Some("the backup before found files that had changed though their times and sizes had not")
+    } else if predecessor.is_some_and(|facts| facts.bad_pages.len() >= BAD_PAGES_NAMED_MAX) {
+        // Any file may have one.
+        Some("the backup before found more damaged pages than it names")
+    } else {
+        None
+    }
 }
 
 /// The time by the clock that stamps the files: the starting checkpoint has just written the control file. On a network

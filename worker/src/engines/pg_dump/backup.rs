@@ -180,6 +180,7 @@ async fn from_attempt(
         reread_by_ms: None,
         wal_bytes: 0,
         bad_pages: 0,
+        silent_changes: None,
         compared_with: summary.predecessor,
         changed_files: None,
         logical: Some(LogicalOutcome {
