@@ -27,11 +27,15 @@ const SLOW: Duration = Duration::from_secs(5);
 
 /// Does something that is soon done as a rule, and says what it is when it takes long.
 pub(crate) async fn told_when_slow<T>(what: &str, work: impl Future<Output = T>) -> T {
+    when_slow(|| talk(&format!("Still {what}")), work).await
+}
+
+async fn when_slow<T>(tell: impl FnOnce(), work: impl Future<Output = T>) -> T {
     let mut work = std::pin::pin!(work);
     if let Ok(done) = tokio::time::timeout(SLOW, &mut work).await {
         return done;
     }
-    talk(&format!("Still {what}"));
+    tell();
     work.await
 }
 
@@ -188,6 +192,21 @@ mod tests {
         let said = recovered(&done);
         assert!(said.contains("in /restored/pgmuster_external"), "{said}");
         assert!(said.contains("-c data_directory=/restored "), "{said}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_takes_long_is_said_once_after_five_seconds_and_ends_all_the_same() {
+        for (takes_ms, told_at_ms) in [(4_999, None), (5_001, Some(5_000)), (60_000, Some(5_000))] {
+            let began = tokio::time::Instant::now();
+            let mut told_at = None;
+            let work = async {
+                tokio::time::sleep(Duration::from_millis(takes_ms)).await;
+                takes_ms
+            };
+            assert_eq!(when_slow(|| told_at = Some(began.elapsed()), work).await, takes_ms);
+            assert_eq!(told_at, told_at_ms.map(Duration::from_millis));
+            assert_eq!(began.elapsed(), Duration::from_millis(takes_ms));
+        }
     }
 
     #[test]
