@@ -28,13 +28,9 @@ const SILENCE_MAX: Duration = Duration::from_mins(1);
 /// What makes a server a standby.
 const STANDBY_SIGNAL: &str = "standby.signal";
 
-/// Variables by which a call does more than to ask: it logs, exports, or fails on purpose.
-const MORE_THAN_A_QUESTION: [&str; 4] = [
-    "PGMUSTER_LOG",
-    FAILPOINT,
-    "OTEL_EXPORTER_OTLP_ENDPOINT",
-    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
-];
+/// Variables by which a call does more than to ask: it exports, or fails on purpose.
+const MORE_THAN_A_QUESTION: [&str; 3] =
+    [FAILPOINT, "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"];
 const FAILPOINT: &str = "PGMUSTER_FAILPOINT";
 
 /// What came before there was a runtime.
@@ -49,18 +45,17 @@ pub(crate) struct Before {
 pub(crate) fn at_once(cli: &Cli) -> ControlFlow<Exit, Before> {
     let began = Instant::now();
     let asked = match &cli.command {
+        _ if cli.log.is_some() => None,
         _ if MORE_THAN_A_QUESTION.iter().any(|name| environment::variable(name).is_some()) => None,
         Command::Wal(WalCommand::Push(args)) => push_at_once(args, began),
         Command::Wal(WalCommand::Get(args)) => get_at_once(args, began),
         _ => None,
     };
-    let heard = match asked {
-        Some(Heard::Answer(Ok(exit))) => return ControlFlow::Break(exit),
-        Some(Heard::Answer(Err(failure))) => Some(Heard::Answer(Err(failure))),
-        Some(Heard::Nobody(why)) => Some(Heard::Nobody(why)),
-        None => None,
-    };
-    ControlFlow::Continue(Before { began, heard: Cell::new(heard) })
+    match asked.map(Heard::done).transpose() {
+        Ok(Some(exit)) => ControlFlow::Break(exit),
+        Ok(None) => ControlFlow::Continue(Before { began, heard: Cell::default() }),
+        Err(heard) => ControlFlow::Continue(Before { began, heard: Cell::new(Some(heard)) }),
+    }
 }
 
 fn push_at_once(args: &WalPush, began: Instant) -> Option<Heard<Exit>> {
@@ -89,7 +84,7 @@ pub(crate) async fn run(command: WalCommand, before: Before) -> Result<Exit, Fai
 
 async fn push(args: &WalPush, before: Before) -> Result<Exit, Failure> {
     let archive = Archive::to_push(args, before.began)?;
-    let (lineage, stored) = patiently(archive.left(), async || {
+    let (lineage, stored) = patiently(archive.limit, before.began.elapsed(), async || {
         let away = match archive.ask(&before, |asking| asking.to_store(&args.path)) {
             Heard::Answer(answer) => return answer,
             Heard::Nobody(why) => why,
@@ -115,7 +110,7 @@ fn pushed(args: &WalPush, lineage: LineageId, stored: WalStored) -> Exit {
 async fn get(args: &WalGet, before: Before) -> Result<Exit, Failure> {
     let got = async {
         let archive = Archive::to_get(args, before.began)?;
-        patiently(archive.left(), async || {
+        patiently(archive.limit, before.began.elapsed(), async || {
             let ask = |asking: Asking<'_>| asking.for_file(&args.file, &args.path, args.until);
             let away = match archive.ask(&before, ask) {
                 Heard::Answer(answer) => return answer,
@@ -176,8 +171,8 @@ struct Archive<'a> {
     socket: Option<PathBuf>,
     /// How long a silent service is waited for.
     patience: Duration,
-    /// When whatever is not done is told.
-    deadline: Instant,
+    began: Instant,
+    limit: Duration,
 }
 
 impl<'a> Archive<'a> {
@@ -211,7 +206,7 @@ impl<'a> Archive<'a> {
         };
         // Who can do the work himself does not wait to the end.
         let patience = if args.repository.is_some() { (limit / 2).min(SILENCE_MAX) } else { limit };
-        Ok(Self { args, whose, socket, patience, deadline: began + limit })
+        Ok(Self { args, whose, socket, patience, began, limit })
     }
 
     fn asking(&self) -> Option<Asking<'_>> {
@@ -224,7 +219,7 @@ impl<'a> Archive<'a> {
     }
 
     fn left(&self) -> Duration {
-        self.deadline.saturating_duration_since(Instant::now())
+        self.limit.saturating_sub(self.began.elapsed())
     }
 
     /// What a service says, or said before.
@@ -293,10 +288,13 @@ pub(crate) fn limit(cli: &Cli) -> Option<(Duration, Exit)> {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+    use std::io::{BufRead as _, BufReader, Write as _};
+    use std::os::unix::net::UnixListener;
 
     use clap::Parser as _;
 
     use super::*;
+    use crate::args::ServersCall;
 
     fn deployed(file: &str) -> Vec<(String, String)> {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/systemd").join(file);
@@ -329,6 +327,82 @@ mod tests {
         let unit = "pgmuster-wal-serve.service".to_owned();
         assert_eq!(order, [("After".to_owned(), unit.clone())]);
         assert!(!deployed(&unit).is_empty(), "{unit} is the name of the unit");
+    }
+
+    /// A server's call, of whose service the listener is.
+    fn call(line: &str, place: &Path) -> (Cli, UnixListener) {
+        let socket = place.join("s");
+        let line = format!("pgmuster {line} --cluster orders --socket {}", socket.display());
+        let listener = UnixListener::bind(&socket).unwrap();
+        (Cli::try_parse_from(line.split_whitespace()).unwrap(), listener)
+    }
+
+    const GET: &str = "wal get 000000010000000000000001 RECOVERYXLOG";
+
+    #[test]
+    fn what_a_service_answers_ends_a_call_and_what_it_does_not_know_leaves_it_to_itself() {
+        let lineage = "018bcfe5-6800-7000-8000-000000000000";
+        let stored = format!("{{\"stored\":{{\"lineage\":\"{lineage}\",\"stored\":true}}}}\n");
+        let failure = Failure::new(Code::WalMissing, Action::FixData, "there is a gap");
+        let failed = format!("{}\n", serde_json::json!({ "failed": failure }));
+        for (line, answer, exit) in [
+            (GET, "\"not_there\"\n", Some(Exit::Failed)),
+            ("wal push pg_wal/000000010000000000000001", &*stored, Some(Exit::Ok)),
+            (GET, &failed, None),
+            (GET, "\"not_the", None),
+            (GET, "", None),
+        ] {
+            let place = tempfile::tempdir().unwrap();
+            let (cli, listener) = call(line, place.path());
+            let came = std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let (mut asker, _) = listener.accept().unwrap();
+                    BufReader::new(&asker).read_line(&mut String::new()).unwrap();
+                    asker.write_all(answer.as_bytes()).unwrap();
+                });
+                at_once(&cli)
+            });
+            match came {
+                ControlFlow::Break(ended) => assert_eq!(Some(ended), exit, "{line}: {answer}"),
+                ControlFlow::Continue(before) => {
+                    assert!(exit.is_none(), "{line}: {answer}");
+                    let heard = before.heard.take().unwrap();
+                    let has_failed = matches!(heard, Heard::Answer(Err(_)));
+                    assert_eq!(has_failed, answer == failed, "{heard:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_call_that_is_to_log_asks_when_it_can() {
+        let place = tempfile::tempdir().unwrap();
+        let (cli, listener) = call(&format!("--log warn {GET}"), place.path());
+        let ControlFlow::Continue(before) = at_once(&cli) else { panic!("it has ended") };
+        assert!(before.heard.take().is_none());
+        listener.set_nonblocking(true).unwrap();
+        assert_eq!(listener.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn a_servers_call_is_read_alike_with_and_without_the_other_commands() {
+        for line in [
+            "wal push x --new --cluster c --socket s --deadline 7",
+            "wal push x --lineage 018bcfe5-6800-7000-8000-000000000000 --repository file:///r --key k",
+            "wal get 00000002.history x --standby --cluster c --socket s --until 0/3000148",
+            "wal serve s --repository file:///r --key k",
+        ] {
+            let whole =
+                Cli::try_parse_from(["pgmuster"].into_iter().chain(line.split(' '))).unwrap();
+            let Command::Wal(whole) = whole.command else { panic!("{line}") };
+            let alone = ServersCall::try_parse_from(line.split(' ')).unwrap().command;
+            assert_eq!(format!("{whole:?}"), format!("{alone:?}"));
+        }
+        // What has an option of every command is read with all of them.
+        assert!(
+            ServersCall::try_parse_from("wal push x --cluster c --socket s --log x".split(' '))
+                .is_err()
+        );
     }
 
     fn words(line: &str) -> impl Iterator<Item = String> {

@@ -25,7 +25,7 @@ pub use pattern::{DatabasePattern, PatternError};
 pub use probe::{Probe, ProbeOutcome, SeenVerdict};
 pub use restore::{
     Reached, RecoveryOutcome, RelativePath, RelativePathError, Restore, RestoreOutcome,
-    RestoreTarget,
+    RestoreTarget, meeting,
 };
 pub use vacuum::{Vacuum, VacuumOutcome, VacuumedTable};
 pub use verify_restore::{ProofTarget, VerifyRestore, VerifyRestoreOutcome};

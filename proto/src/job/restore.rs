@@ -62,25 +62,27 @@ impl Restore {
             .map(|(oid, target)| (target.path(), format!("tablespace {oid}")))
             .chain([(self.target.path(), "the data directory".to_owned())])
             .collect();
-        // Whatever lies in a directory comes right behind it, or behind others that lie in it.
-        places.sort();
-        for pair in places.windows(2) {
-            let [(outer, one), (inner, other)] = pair else { continue };
-            if inner.starts_with(outer) {
-                return Err(format!(
-                    "{other} would go to {}, which is or lies in {}, where {one} goes: give each a directory of its own",
-                    inner.display(),
-                    outer.display()
-                ));
-            }
+        match meeting(&mut places) {
+            None => Ok(()),
+            Some([(outer, one), (inner, other)]) => Err(format!(
+                "{other} would go to {}, which is or lies in {}, where {one} goes: give each a directory of its own",
+                inner.display(),
+                outer.display()
+            )),
         }
-        Ok(())
     }
 
     /// The restore roots that a worker must have for it.
     pub fn roots(&self) -> impl Iterator<Item = &str> {
         [&self.target].into_iter().chain(self.tablespaces.values()).map(|place| place.root.as_str())
     }
+}
+
+/// Two directories of which the second is the first or lies in it, each with whose it is, if there are such.
+pub fn meeting(places: &mut [(PathBuf, String)]) -> Option<&[(PathBuf, String); 2]> {
+    // Whatever lies in a directory comes right behind it, or behind others that lie in it.
+    places.sort();
+    places.array_windows().find(|[(outer, _), (inner, _)]| inner.starts_with(outer))
 }
 
 /// A directory below one of the restore roots a worker announced.

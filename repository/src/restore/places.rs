@@ -20,18 +20,13 @@ pub(super) fn require_apart(target: &RestoreTarget) -> Result<(), Error> {
     for (path, elsewhere) in &target.mapping {
         places.push((resolved(elsewhere)?, show(path)));
     }
-    // Whatever lies in a directory comes right behind it, or behind others that lie in it.
-    places.sort();
-    for pair in places.windows(2) {
-        let [(outer, one), (inner, other)] = pair else { continue };
-        if inner.starts_with(outer) {
-            return Err(Error::TargetsMeet {
-                one: format!("{one} in {}", outer.display()),
-                other: format!("{other} in {}", inner.display()),
-            });
-        }
+    match proto::job::meeting(&mut places) {
+        None => Ok(()),
+        Some([(outer, one), (inner, other)]) => Err(Error::TargetsMeet {
+            one: format!("{one} in {}", outer.display()),
+            other: format!("{other} in {}", inner.display()),
+        }),
     }
-    Ok(())
 }
 
 /// The path without links, as far as it exists.

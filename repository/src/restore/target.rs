@@ -97,27 +97,9 @@ fn see(backup: &Backup, target: &RestoreTarget, stop: &Stop) -> Result<Survey, E
         });
     }
     if is_anything_there {
-        apart(target)?;
         survey.reuses = Some(contents);
     }
     Ok(survey)
-}
-
-/// Makes sure that no directory of the target lies in another one, where its files would be taken for foreign ones.
-fn apart(target: &RestoreTarget) -> Result<(), Error> {
-    let roots: Vec<PathBuf> = target
-        .roots()
-        .map(|(_, directory)| fs::canonicalize(directory).unwrap_or_else(|_| directory.to_owned()))
-        .collect();
-    for (n, one) in roots.iter().enumerate() {
-        for (m, other) in roots.iter().enumerate() {
-            if n != m && one.starts_with(other) {
-                let reason = format!("{} lies in it and is to be restored, too", one.display());
-                return Err(Error::TargetNotEmpty { target: other.display().to_string(), reason });
-            }
-        }
-    }
-    Ok(())
 }
 
 /// Looks again, when nobody else can write any more, whether the target is what the plan found.

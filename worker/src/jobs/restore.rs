@@ -67,7 +67,7 @@ async fn restore(
     let settings = recovery.map(|plan| plan.settings.clone());
     let given = Destination { recovery: settings, ..given };
     let destination = given.complete(backup.facts());
-    // Those that are beside the directory. Of one that was placed `allowed` has said it.
+    // Those beside the directory for the first time; of one that was placed once more, because links may have changed since.
     for (oid, place) in &destination.tablespaces {
         let root = task.tablespaces.get(oid).map_or(&task.target.root, |placed| &placed.root);
         below_root(config, root, place)?;
@@ -150,14 +150,15 @@ fn allowed(config: &WorkerConfig, place: &RestoreTarget) -> Result<PathBuf, Fail
 }
 
 /// Makes sure that a path leads below a root. Links are resolved as far as it exists, so that one below the root cannot
-/// lead out of it.
+/// lead out of it; one that leads nowhere is refused, because what it leads to may be made at any moment.
 fn below_root(config: &WorkerConfig, root: &str, path: &Path) -> Result<(), Failure> {
     let resolve = |place: &Path| {
         std::fs::canonicalize(place).map_err(|error| {
             outside(config, format!("{} cannot be used: {error}", place.display()))
         })
     };
-    let existing = path.ancestors().find(|place| place.exists()).unwrap_or(Path::new("/"));
+    let existing =
+        path.ancestors().find(|place| place.symlink_metadata().is_ok()).unwrap_or(Path::new("/"));
     let (resolved, root) = (resolve(existing)?, resolve(Path::new(root))?);
     if resolved.starts_with(root) {
         return Ok(());

@@ -1,5 +1,6 @@
 //! The side that asks. It has nothing else to do meanwhile, and a server waits for it: no runtime, no thread.
 
+use std::convert::Infallible;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -42,6 +43,15 @@ impl<T> Heard<T> {
         match self {
             Self::Answer(answer) => Heard::Answer(answer.map(make)),
             Self::Nobody(why) => Heard::Nobody(why),
+        }
+    }
+
+    /// What a good answer has, or what else was heard.
+    pub fn done(self) -> Result<T, Heard<Infallible>> {
+        match self {
+            Self::Answer(Ok(answer)) => Ok(answer),
+            Self::Answer(Err(failure)) => Err(Heard::Answer(Err(failure))),
+            Self::Nobody(why) => Err(Heard::Nobody(why)),
         }
     }
 }

@@ -152,3 +152,44 @@ fn understood<T: DeserializeOwned>(line: &[u8]) -> io::Result<T> {
 pub(super) async fn gone(from: &mut (impl AsyncRead + Unpin)) {
     let _ = from.read(&mut [0]).await;
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    /// What is heard of somebody who says `pieces`, one after another, and closes only when all were heard or nobody listens.
+    fn heard(pieces: &[&[u8]], closes: bool) -> io::Result<String> {
+        let (mut ours, mut theirs) = UnixStream::pair().unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                let mut question = [0; 6];
+                theirs.read_exact(&mut question).unwrap();
+                assert_eq!(&question, b"\"ask\"\n");
+                for piece in pieces {
+                    // Whoever has heard enough is gone.
+                    let _ = theirs.write_all(piece);
+                }
+                if !closes {
+                    let _ = theirs.read(&mut [0]);
+                }
+            });
+            let deadline = Instant::now() + Duration::from_millis(300);
+            let heard = exchange(&mut ours, &"ask", deadline);
+            drop(ours);
+            heard
+        })
+    }
+
+    #[test]
+    fn an_answer_is_one_whole_line_in_time() {
+        let kind = |pieces: &[&[u8]], closes| heard(pieces, closes).unwrap_err().kind();
+        assert_eq!(heard(&[b"\"ye", b"s\"", b"\n"], false).unwrap(), "yes");
+        assert_eq!(kind(&[b"\"ye"], true), io::ErrorKind::InvalidData, "cut");
+        assert_eq!(kind(&[], true), io::ErrorKind::UnexpectedEof);
+        assert_eq!(kind(&[b"\"ye"], false), io::ErrorKind::WouldBlock, "silent");
+        let endless = vec![b' '; 64 << 10];
+        assert_eq!(kind(&[&endless, b"\"yes\"\n"], false), io::ErrorKind::InvalidData);
+    }
+}
