@@ -449,6 +449,9 @@ async fn a_scan_lists_what_the_servers_own_base_backup_copies() {
             "postgresql.auto.conf.tmp",
             "current_logfiles.tmp",
             "log/backup_label/x",
+            // Byte by byte these stand between `log` and what is in it.
+            "log-old",
+            "log.1",
             "notes.txt",
             "pg_stat_tmp/x",
             "empty",
@@ -526,7 +529,14 @@ async fn the_parent_of_every_entry_is_a_directory_of_the_backup() {
     let data = instance.data_directory();
     let settings = directory.path().join("etc/main");
     std::fs::create_dir_all(&settings).unwrap();
-    let files = [settings.join("pg_hba.conf"), settings.join("../main/pg_ident.conf")];
+    // Byte by byte it stands between `main` and what is in that.
+    let beside = directory.path().join("etc/main.d");
+    std::fs::create_dir(&beside).unwrap();
+    let files = [
+        beside.join("more.conf"),
+        settings.join("pg_hba.conf"),
+        settings.join("../main/pg_ident.conf"),
+    ];
     for file in &files {
         std::fs::write(file, "# of now").unwrap();
     }
@@ -563,11 +573,11 @@ async fn the_parent_of_every_entry_is_a_directory_of_the_backup() {
     let (files, directories): (Vec<_>, Vec<_>) =
         external.into_iter().partition(|entry| entry.kind == EntryKind::External);
     let names: Vec<_> = files.iter().map(|file| file.path.rsplit_once('/').unwrap().1).collect();
-    assert_eq!(names, ["pg_hba.conf", "pg_ident.conf"]);
+    assert_eq!(names, ["pg_hba.conf", "pg_ident.conf", "more.conf"]);
     for file in &files {
         assert_eq!(std::fs::read_to_string(&scanned.outside[&file.path]).unwrap(), "# of now");
     }
-    assert_eq!(scanned.outside.len(), 2);
+    assert_eq!(scanned.outside.len(), 3);
     assert!(files.iter().all(|file| file.size == 8 && !file.path.contains("..")), "{files:?}");
     assert!(directories.iter().all(|it| (it.kind, it.mode) == (EntryKind::Directory, 0o700)));
     assert!(find("pgmuster-restore-incomplete").is_none());

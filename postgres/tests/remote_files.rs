@@ -86,6 +86,8 @@ async fn furnished(major: u32) -> Server {
         "base/pgsql_tmp/pgsql_tmp1.0",
         "backup_label.old",
         "log/backup_label/x",
+        "log-old",
+        "log.1",
         "näme ☃ 'quoted' \\back",
         "pg_stat_tmp/x",
         "empty",
