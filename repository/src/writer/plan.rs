@@ -182,9 +182,9 @@ impl<'a> Planner<'a> {
         let stamp = entry.stamp();
         let reread = self.trust.reread;
         let known = old.as_ref().and_then(Old::file);
-        let may_skip = entry.content.is_none() && !self.trust.read_again.contains(&entry.path);
-        let is_read = entry.content.is_none();
-        let claimed = known.filter(|file| is_read && self.looks_the_same(file, stamp));
+        let is_on_disk = entry.content.is_none();
+        let may_skip = is_on_disk && !self.trust.read_again.contains(&entry.path);
+        let claimed = known.filter(|file| is_on_disk && self.looks_the_same(file, stamp));
         let claimed = claimed.map(|file| file.stamp.belief);
         let believed = claimed.filter(|_| may_skip && self.trust.stamps);
         let trusted = matches!(believed, Some(Belief::Read | Belief::Told));
