@@ -272,17 +272,17 @@ pub fn judge_cluster(facts: &ClusterFacts, objectives: &Objectives, now_ms: i64)
             format!("{pages} with a wrong checksum in its newest backup, as on the server");
         return Judgement::new(AtRisk, reason);
     }
+    if let Some(trouble) = trouble(facts, objectives, now_ms) {
+        return Judgement::new(AtRisk, trouble);
+    }
+    if let Some(reason) = target::nearly_missed(facts, objectives, now_ms) {
+        return Judgement::new(AtRisk, reason);
+    }
     if backup.silent_changes > 0 {
         let units = count(backup.silent_changes, "unit");
         let reason = format!(
             "{units} of files had changed in its newest backup though times and sizes had not (SILENT_CHANGE): the next one reads everything"
         );
-        return Judgement::new(AtRisk, reason);
-    }
-    if let Some(trouble) = trouble(facts, objectives, now_ms) {
-        return Judgement::new(AtRisk, trouble);
-    }
-    if let Some(reason) = target::nearly_missed(facts, objectives, now_ms) {
         return Judgement::new(AtRisk, reason);
     }
     let age = now_ms.saturating_sub(backup.stopped_at_ms);
@@ -688,6 +688,12 @@ mod tests {
         let (_, reason) = judged(|f| (f.wal, f.backlog) = (Some(wal(600_000)), Some(backlog)));
         assert!(reason.starts_with("nothing has been seen of its archive for 10 min"), "{reason}");
         assert!(reason.ends_with(&format!("; {kept}")), "{reason}");
+        // What the next backup looks after by itself is said when nothing else is.
+        let (_, reason) = judged(|f| {
+            f.backlog = Some(backlog);
+            f.backup = f.backup.map(|b| BackupFact { silent_changes: 2, ..b });
+        });
+        assert_eq!(reason, format!("its WAL is not archived: {kept}"));
     }
 
     #[test]
