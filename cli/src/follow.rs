@@ -338,3 +338,38 @@ pub(crate) fn result_line(view: &JobView) -> String {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// A job that ended with this outcome.
+    fn succeeded(outcome: &str) -> JobView {
+        let outcome: Value = serde_json::from_str(outcome).unwrap();
+        let id = "018bcfe5-6800-7101-8101-010101010101";
+        serde_json::from_value(json!({
+            "id": id, "cluster": "orders", "kind": "backup", "task": {"backup": {}}, "lane": "backup", "state": "succeeded",
+            "reason": null, "version": 3, "requested_by": "ops", "submitted_at_ms": 1, "not_before_at_ms": 1,
+            "not_after_at_ms": null, "started_at_ms": 1, "ended_at_ms": 2, "attempts_used": 1, "attempts_max": 1,
+            "worker": "w1", "attempt": id, "progress": null, "failure": null, "outcome": outcome, "verify": null,
+            "follows": null, "followed_by": [], "retry_of": null, "traceparent": "",
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn a_backup_that_found_what_no_time_had_told_ends_with_findings_and_says_so() {
+        let silent = include_str!("../../proto/tests/golden/outcome.backup.silent_changes.json");
+        let view = succeeded(silent);
+        assert_eq!(ended(&view), Exit::Findings);
+        let line = result_line(&view);
+        let said = "; 3 units of files had changed though times and sizes had not (SILENT_CHANGE)";
+        assert!(line.starts_with("Backed up orders") && line.ends_with(said), "{line}");
+
+        let view = succeeded(include_str!("../../proto/tests/golden/outcome.backup.json"));
+        assert_eq!(ended(&view), Exit::Ok);
+        assert!(!result_line(&view).contains("SILENT_CHANGE"));
+    }
+}
