@@ -133,13 +133,23 @@ pub struct Reading {
 pub struct SilentChanges {
     /// Units (8 to 32 KiB) that differed from what the backup before has.
     pub units: u64,
-    /// Files they are in, relative to the data directory; of many only some.
+    /// Files they are in, relative to the data directory; of many only some, [`SilentChanges::FILES_NAMED_MAX`].
     pub files: Vec<String>,
 }
 
 impl SilentChanges {
     /// The most files that are named.
     pub const FILES_NAMED_MAX: usize = 16;
+
+    /// The files in words, which say when there may be more.
+    pub fn names(&self) -> String {
+        let names = self.files.join(", ");
+        if self.files.len() >= Self::FILES_NAMED_MAX {
+            names + " and perhaps others"
+        } else {
+            names
+        }
+    }
 }
 
 /// WAL summaries that a backup relied on.

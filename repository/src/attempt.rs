@@ -36,6 +36,7 @@ pub struct Attempt {
     pub(crate) interrupted: Vec<Arc<Interrupted>>,
     /// The place of the newest backup that was there when it began: see [`Verdict::order_ms`].
     pub(crate) newest_ms: Option<i64>,
+    predecessor_is_newest: bool,
 }
 
 /// A committed backup that is not compared with, although it is newer than the one that is.
@@ -96,10 +97,10 @@ impl Repository {
         }
         let spoilt = Arc::new(self.marked(lineage).await?);
         let mut passed_over = Vec::new();
-        let (predecessor, interrupted, newest_ms) = match order {
+        let (predecessor, interrupted, newest) = match order {
             Order::Right => {
                 let condemned = self.condemned(lineage).await?;
-                let Candidates { backups, mut interrupted, newest_ms } =
+                let Candidates { backups, mut interrupted, mut deleted, mut newest } =
                     self.candidates(lineage, &mut passed_over).await?;
                 let chosen = self
                     .choose_predecessor(lineage, backups, &condemned, &spoilt, &mut passed_over)
@@ -107,14 +108,18 @@ impl Repository {
                 // What was interrupted before the predecessor was begun is in it, or out of date.
                 if let Some(chosen) = &chosen {
                     interrupted.retain(|(attempt, _)| BackupId::from(*attempt) > chosen.id());
+                    deleted.retain(|attempt| BackupId::from(*attempt) > chosen.id());
+                    for (attempt, verdict) in self.verdicts(lineage, deleted).await? {
+                        newest.meet(attempt, &verdict);
+                    }
                 }
                 let interrupted =
                     self.choose_interrupted(lineage, interrupted, &condemned, &spoilt).await?;
-                (chosen, interrupted, newest_ms)
+                (chosen, interrupted, newest)
             }
             #[cfg(test)]
             Order::InterruptedBefore => {
-                let Candidates { interrupted, newest_ms, .. } =
+                let Candidates { interrupted, newest, .. } =
                     self.candidates(lineage, &mut passed_over).await?;
                 let nothing = Doomed::default();
                 let mut chosen =
@@ -122,11 +127,11 @@ impl Repository {
                 let condemned = self.condemned(lineage).await?;
                 let is_doomed = |pack: &PackId| condemned.packs.contains(&pack.to_string());
                 chosen.retain(|chosen| !chosen.packs.keys().any(is_doomed));
-                (None, chosen, newest_ms)
+                (None, chosen, newest)
             }
             #[cfg(test)]
             Order::PredecessorBefore => {
-                let Candidates { backups, newest_ms, .. } =
+                let Candidates { backups, newest, .. } =
                     self.candidates(lineage, &mut passed_over).await?;
                 let condemned = self.condemned(lineage).await?;
                 // Without the look at the inventory: a collector may also delete right after it.
@@ -135,7 +140,7 @@ impl Repository {
                         .filter(|backup| !is_doomed(backup, &condemned)),
                     None => None,
                 };
-                (chosen, Vec::new(), newest_ms)
+                (chosen, Vec::new(), newest)
             }
         };
         for PassedOver { backup, why } in &passed_over {
@@ -163,6 +168,8 @@ impl Repository {
                 interrupted.packs.len(),
             );
         }
+        let predecessor_is_newest =
+            predecessor.as_ref().is_some_and(|backup| newest.is(backup.id().into()));
         Ok(Attempt {
             repository: self.clone(),
             lineage,
@@ -171,7 +178,8 @@ impl Repository {
             spoilt,
             passed_over,
             interrupted,
-            newest_ms,
+            newest_ms: newest.known.map(|(order_ms, _)| order_ms),
+            predecessor_is_newest,
         })
     }
 
@@ -224,24 +232,18 @@ impl Repository {
             .filter(|(_, numbers)| !numbers.is_empty())
             .collect();
         // What was given up and is there is no candidate, and may be the newest.
-        attempts.retain(|_, names| {
-            has(names, "verdict") && (has(names, "manifest") || !forgotten(names))
-        });
-        let verdicts = attempts.into_iter().map(|(attempt, names)| async move {
-            let verdict = match self.verdict(lineage, attempt).await {
-                Ok(verdict) => Ok(verdict),
-                Err(Error::Damaged { reason, .. }) => Err(reason),
-                Err(error) => Err(chain(&self.of_one_object(error).await?)),
-            };
-            Ok::<_, Error>((attempt, forgotten(&names), verdict))
-        });
-        let verdicts: Vec<(AttemptId, bool, Result<Option<Verdict>, String>)> =
-            stream::iter(verdicts).buffered(NOTES_IN_FLIGHT).try_collect().await?;
-        let (mut found, mut newest_ms) = (Vec::new(), None);
-        for (attempt, forgotten, verdict) in verdicts {
+        attempts.retain(|_, names| has(names, "verdict"));
+        let is_deleted = |names: &[String]| forgotten(names) && !has(names, "manifest");
+        let deleted = attempts.iter().filter(|(_, names)| is_deleted(names));
+        let deleted = deleted.map(|(attempt, _)| *attempt).collect();
+        attempts.retain(|_, names| !is_deleted(names));
+        let verdicts = self.verdicts(lineage, attempts.keys().copied().collect()).await?;
+        let (mut found, mut newest) = (Vec::new(), Newest::default());
+        for (attempt, verdict) in verdicts {
+            newest.meet(attempt, &verdict);
+            let forgotten = attempts.get(&attempt).is_some_and(|names| forgotten(names));
             match verdict {
                 Ok(Some(verdict)) if matches!(verdict.outcome, Outcome::Commit { .. }) => {
-                    newest_ms = newest_ms.max(Some(verdict.order_ms()));
                     interrupted.retain(|(interrupted, _)| *interrupted != attempt);
                     if !forgotten {
                         found.push((verdict.order_ms(), attempt));
@@ -257,7 +259,24 @@ impl Repository {
         }
         found.sort_unstable();
         let backups = found.into_iter().rev().map(|(_, attempt)| attempt.into()).collect();
-        Ok(Candidates { backups, interrupted, newest_ms })
+        Ok(Candidates { backups, interrupted, deleted, newest })
+    }
+
+    /// The verdicts of these, or why one cannot be read.
+    async fn verdicts(
+        &self,
+        lineage: LineageId,
+        attempts: Vec<AttemptId>,
+    ) -> Result<Vec<(AttemptId, Readable)>, Error> {
+        let verdicts = attempts.into_iter().map(|attempt| async move {
+            let verdict = match self.verdict(lineage, attempt).await {
+                Ok(verdict) => Ok(verdict),
+                Err(Error::Damaged { reason, .. }) => Err(reason),
+                Err(error) => Err(chain(&self.of_one_object(error).await?)),
+            };
+            Ok::<_, Error>((attempt, verdict))
+        });
+        stream::iter(verdicts).buffered(NOTES_IN_FLIGHT).try_collect().await
     }
 
     /// The newest candidate that is sound and none of whose packs is condemned. One that is not costs time, never a
@@ -466,8 +485,38 @@ struct Candidates {
     backups: Vec<BackupId>,
     /// What is no backup and has checkpoints, with their numbers.
     interrupted: Vec<(AttemptId, Vec<u32>)>,
-    /// The place of the last of all, also of what was given up.
-    newest_ms: Option<i64>,
+    /// Backups that were given up and of which a verdict is left.
+    deleted: Vec<AttemptId>,
+    newest: Newest,
+}
+
+/// A verdict, or why it cannot be read.
+type Readable = Result<Option<Verdict>, String>;
+
+/// The last backup of all, also of what was given up.
+#[derive(Debug, Clone, Copy, Default)]
+struct Newest {
+    /// Its place, and which it is.
+    known: Option<(i64, AttemptId)>,
+    /// The last attempt of which nobody can read whether it is a backup, and in which place.
+    unknown: Option<AttemptId>,
+}
+
+impl Newest {
+    fn meet(&mut self, attempt: AttemptId, verdict: &Readable) {
+        match verdict {
+            Ok(Some(verdict)) if matches!(verdict.outcome, Outcome::Commit { .. }) => {
+                self.known = self.known.max(Some((verdict.order_ms(), attempt)));
+            }
+            Ok(_) => {}
+            Err(_) => self.unknown = self.unknown.max(Some(attempt)),
+        }
+    }
+
+    /// Whether it is this one. What cannot be read has only the time of its beginning to tell that it came before.
+    fn is(&self, attempt: AttemptId) -> bool {
+        self.known.is_some_and(|(_, newest)| newest == attempt) && self.unknown < Some(attempt)
+    }
 }
 
 /// What collectors may be deleting.
@@ -516,6 +565,12 @@ impl Attempt {
     /// How much the predecessor is, and how much of that it had to store.
     pub fn predecessor_counts(&self) -> Option<Counts> {
         self.predecessor.as_ref().map(|backup| backup.root.head.counts)
+    }
+
+    /// Whether the predecessor is the newest backup of all, also of those that were given up or cannot be compared with: what
+    /// a newer one found, nobody would know.
+    pub fn predecessor_is_newest(&self) -> bool {
+        self.predecessor_is_newest
     }
 
     /// What the predecessor says about its source.

@@ -241,6 +241,14 @@ async fn after_a_change_that_no_time_told_all_is_read_until_nothing_of_the_kind_
     assert_eq!((units, files.len(), unread), (1, 1, 0));
     assert!(files[0].starts_with("pg_tblspc/") && files[0].ends_with("/note"), "{files:?}");
 
+    // The one before it knows of nothing, and would be believed.
+    let forget = format!("repository/lineages/{}/backups/{}/forget", found.lineage, found.backup);
+    std::fs::write(house.place.path().join(forget), "\n").unwrap();
+    let (found, unread) = back_up(false).await;
+    assert_eq!((found.compared_with, unread), (Some(usual.backup), 0), "no times are believed");
+    assert!(found.changed_files.unwrap().contains("a newer backup cannot be compared with"));
+    assert_eq!(found.silent_changes.unwrap().units, 1);
+
     let (next, unread) = back_up(false).await;
     assert_eq!((next.compared_with, unread), (Some(found.backup), 0), "no times are believed");
     assert!(next.changed_files.unwrap().contains("though their times and sizes had not"));

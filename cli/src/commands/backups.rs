@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use coordinator::api::types::BackupView;
-use proto::backup::SilentChanges;
 use proto::near::did_you_mean;
 use proto::{Action, BackupId, Code, Failure};
 
@@ -149,11 +148,11 @@ fn details(backup: &BackupView) -> String {
         format!("  bad pages    {}", facts.bad_pages),
         format!("  taken by     {} (job {})", backup.worker, backup.job),
     ];
-    if let Some(SilentChanges { units, files }) = &facts.silent_changes {
-        let units = output::count(*units, "unit");
+    if let Some(changes) = &facts.silent_changes {
+        let units = output::count(changes.units, "unit");
         lines.push(format!(
             "  silent       {units} had changed though times and sizes of the files had not (SILENT_CHANGE), in {}",
-            files.join(", ")
+            changes.names()
         ));
     }
     if facts.taken_over_bytes > 0 {
@@ -222,6 +221,7 @@ fn details(backup: &BackupView) -> String {
 
 #[cfg(test)]
 mod tests {
+    use proto::backup::SilentChanges;
     use serde_json::{Value, json};
 
     use super::*;
@@ -253,6 +253,13 @@ mod tests {
         let line = "  silent       3 units had changed though times and sizes of the files had not (SILENT_CHANGE), in \
                     base/5/16384, base/5/2619";
         assert!(text.lines().any(|shown| shown == line), "{text}");
+
+        let files: Vec<String> =
+            (0..SilentChanges::FILES_NAMED_MAX).map(|n| format!("base/5/{n}")).collect();
+        let mut many: Value = serde_json::from_str(silent).unwrap();
+        many["backup"]["silent_changes"]["files"] = json!(files);
+        let text = shown(&many.to_string());
+        assert!(text.contains("base/5/14, base/5/15 and perhaps others\n"), "{text}");
     }
 
     #[test]

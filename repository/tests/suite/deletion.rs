@@ -189,7 +189,14 @@ async fn a_damaged_manifest_can_be_given_up_also_of_the_newest_backup() {
     let now_ms = NOW_MS + 2 * DAY_MS;
     let error = collect(&bench, now_ms).await.unwrap_err();
     assert!(matches!(&error, Error::Damaged { key: named, .. } if *named == key), "{error}");
+    let compared = async |with: BackupId, is_newest: bool| {
+        let begun = bench.begin(now_ms).await;
+        assert_eq!((begun.predecessor(), begun.predecessor_is_newest()), (Some(with), is_newest));
+        repository.abort(lineage, begun.id(), "tester", "it was a look", now_ms).await.unwrap();
+    };
+    compared(backups[1], false).await;
     repository.forget_damaged(lineage, backups[2].into(), &wish()).await.unwrap();
+    compared(backups[1], false).await;
     // It is nobody's newest any more: the one before it takes its place.
     let plan = plan(&bench, now_ms).await;
     let stays: Vec<&[Reason]> = plan.backups.iter().map(|judged| &judged.stays[..]).collect();
@@ -198,8 +205,10 @@ async fn a_damaged_manifest_can_be_given_up_also_of_the_newest_backup() {
     assert!(matches!(collect(&bench, now_ms).await.unwrap(), Collected::Done(_)));
     assert!(is_sound(repository, lineage, backups[1]).await);
     assert_eq!(collect(&bench, now_ms).await.unwrap(), Collected::Nothing);
+    compared(backups[1], false).await;
     let next = bench.back_up(&tree, now_ms).await;
     assert_eq!(bench.restore(&next).await, tree.expected());
+    compared(next.backup, true).await;
 }
 
 /// Nor does a verdict that the store refuses stop the next backup: it is compared with the one before.
@@ -215,8 +224,12 @@ async fn a_verdict_that_the_store_refuses_holds_up_no_backup() {
     let begun = bench.begin(NOW_MS + 2_000).await;
     assert_eq!(begun.predecessor(), Some(first));
     assert_eq!(begun.passed_over()[0].backup, second);
+    assert!(!begun.predecessor_is_newest());
     let next = bench.back_up(&tree, NOW_MS + 3_000).await;
     assert_eq!(bench.restore(&next).await, tree.expected());
+    let begun = bench.begin(NOW_MS + 4_000).await;
+    assert_eq!((begun.predecessor(), begun.passed_over()[0].backup), (Some(next.backup), second));
+    assert!(begun.predecessor_is_newest(), "what stays unreadable came before it");
 }
 
 /// An intent and a list that a clock years ahead dated are as old as they are far away.

@@ -16,7 +16,7 @@ use postgres::wal::WalOrigin;
 use postgres::wal_changes::WalChanges;
 use postgres::wal_summaries::Earlier;
 use postgres::{BackupSession, Stopped};
-use proto::backup::{BackupFacts, Census, Reading, SilentChanges, Tablespace};
+use proto::backup::{BackupFacts, Census, Reading, Tablespace};
 use proto::job::{Backup, BackupOutcome};
 use proto::wal::Segment;
 use proto::{Action, BackupKind, Code, Failure, Lsn, Progress, Timeline};
@@ -122,7 +122,7 @@ async fn from_attempt(
     let timeline = session.started().timeline;
     let predecessor = attempt.predecessor_facts();
     let read_again = known_bad(predecessor);
-    let read_all = why_read_all(request.task, predecessor);
+    let read_all = why_read_all(request.task, predecessor, attempt.predecessor_is_newest());
     let (server, start) = (&session.started().server, session.started().start_lsn);
     let server_started_at_ms = server.started_at_ms;
     let may_take_over = predecessor.is_some_and(|facts| may_take_over(facts, server, start));
@@ -175,13 +175,14 @@ async fn from_attempt(
                 step.figure("taken_over_bytes", done.bytes_taken_over);
                 step.figure("vanished_files", done.vanished);
                 step.figure("silent_changes", done.silent_changes);
-                if let Some(SilentChanges { units, files }) = progress.silent_changes() {
+                if let Some(changes) = progress.silent_changes() {
                     tracing::warn!(
                         cluster.name = %cx.spec.cluster,
-                        "SILENT_CHANGE: {units} units of files had changed although times and sizes of the files had not, in {}; \
+                        "SILENT_CHANGE: {} units of files had changed although times and sizes of the files had not, in {}; \
                          they are in this backup, and earlier ones have what was there before. Look for storage that lost \
                          writes, or for a copy that kept the times; the next backup reads everything",
-                        files.join(", "),
+                        changes.units,
+                        changes.names(),
                     );
                 }
                 step.figure("bad_pages", copied.files.found().bad_page_count);
@@ -332,13 +333,19 @@ fn known_bad(predecessor: Option<&BackupFacts>) -> HashSet<Vec<u8>> {
 }
 
 /// Why every file is read, whatever its times say and the server tells, for people.
-fn why_read_all(task: &Backup, predecessor: Option<&BackupFacts>) -> Option<&'static str> {
+fn why_read_all(
+    task: &Backup,
+    predecessor: Option<&BackupFacts>,
+    is_newest: bool,
+) -> Option<&'static str> {
     let reading = predecessor.and_then(|facts| facts.reading.as_ref());
     if task.full_read {
         Some("everything was to be read")
     } else if reading.is_some_and(|reading| reading.silent_changes.is_some()) {
         // Times that were wrong about one file are believed of none, until everything was read and nothing of the kind was found.
         Some("the backup before found files that had changed though their times and sizes had not")
+    } else if predecessor.is_some() && !is_newest {
+        Some("a newer backup cannot be compared with, and may have found what no time tells")
     } else if predecessor.is_some_and(|facts| facts.bad_pages.len() >= BAD_PAGES_NAMED_MAX) {
         // Any file may have one.
         Some("the backup before found more damaged pages than it names")
