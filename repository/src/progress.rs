@@ -8,7 +8,8 @@ use proto::backup::SilentChanges;
 
 use crate::error::show;
 
-/// Counters, only ever growing. Relaxed: they are for people and reports, nothing is decided by them.
+/// Counters, only ever growing. Relaxed: they are for people and reports; nothing is decided by them but for `silent_changes`,
+/// which is read when all that counts has ended.
 #[derive(Debug, Default)]
 pub struct Progress {
     files: AtomicU64,
