@@ -350,7 +350,7 @@ mod tests {
         let outcome: Value = serde_json::from_str(outcome).unwrap();
         let id = "018bcfe5-6800-7101-8101-010101010101";
         serde_json::from_value(json!({
-            "id": id, "cluster": "orders", "kind": "backup", "task": {"backup": {}}, "lane": "backup", "state": "succeeded",
+            "id": id, "cluster": "orders", "kind": "backup", "task": {"backup": {}}, "lane": "urgent", "state": "succeeded",
             "reason": null, "version": 3, "requested_by": "ops", "submitted_at_ms": 1, "not_before_at_ms": 1,
             "not_after_at_ms": null, "started_at_ms": 1, "ended_at_ms": 2, "attempts_used": 1, "attempts_max": 1,
             "worker": "w1", "attempt": id, "progress": null, "failure": null, "outcome": outcome, "verify": null,
