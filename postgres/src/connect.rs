@@ -128,7 +128,7 @@ pub async fn connect_maintenance(target: &Target, purpose: &Purpose) -> Result<S
 }
 
 /// A text that no other session of any process sent before: process, start of this process's time, counter.
-fn nonce() -> String {
+pub(crate) fn nonce() -> String {
     static COUNTER: AtomicU64 = AtomicU64::new(0);
     let count = COUNTER.fetch_add(1, Ordering::Relaxed);
     let random =

@@ -86,6 +86,11 @@ impl Session {
         &self.client
     }
 
+    /// The same, for transactions and portals.
+    pub(crate) fn client_mut(&mut self) -> &mut Client {
+        &mut self.client
+    }
+
     /// Whether the connection is known to be gone.
     pub fn is_closed(&self) -> bool {
         self.client.is_closed()

@@ -162,6 +162,13 @@ impl Target {
         Self { database: database.to_owned(), ..self.clone() }
     }
 
+    /// The same server and database as another role, which needs no password, and with these options of its session.
+    #[must_use]
+    pub(crate) fn as_role(&self, role: &str, options: &str) -> Self {
+        let (user, options) = (role.to_owned(), options.to_owned());
+        Self { user, options, password: None, passfile: None, ..self.clone() }
+    }
+
     /// The same target with a password that was resolved elsewhere; goes before any password file.
     #[must_use]
     pub fn with_password(&self, password: SecretString) -> Self {

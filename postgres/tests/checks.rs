@@ -45,6 +45,8 @@ servers::on_each_major! {
     code_of_an_index_that_finds_nothing_is_no_damage,
     a_server_that_dies_in_the_checks_is_a_finding,
     assertions_are_asked_read_only_within_their_time,
+    assertions_read_everything_and_reach_nothing_else,
+    assertions_that_there_is_no_time_for_are_skipped,
 }
 
 const PAGE: u64 = 8192;
@@ -111,6 +113,7 @@ impl Backup {
             census: Some(&self.census),
             assertions: &[],
             every_row_in_indexes: false,
+            ask_until: None,
             deadline: Some(Instant::now() + Duration::from_mins(2)),
             cancel: CancellationToken::new(),
         }
@@ -414,8 +417,12 @@ async fn assertions_are_asked_read_only_within_their_time(major: u32) {
     server
         .run(
             "postgres",
-            &["CREATE FUNCTION public.writes() RETURNS boolean LANGUAGE sql AS \
-                 'INSERT INTO public.orders (id) VALUES (0) RETURNING true'"],
+            &[
+                "CREATE FUNCTION public.writes() RETURNS boolean LANGUAGE sql AS \
+                 'INSERT INTO public.orders (id) VALUES (0) RETURNING true'",
+                "CREATE FUNCTION public.stays() RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN LOOP \
+                 BEGIN PERFORM pg_sleep(1); EXCEPTION WHEN query_canceled THEN END; END LOOP; END $$",
+            ],
         )
         .await;
     let backup = back_up(&server).await;
@@ -447,12 +454,24 @@ async fn assertions_are_asked_read_only_within_their_time(major: u32) {
         (assertion("null", "SELECT NULL::boolean"), "NULL"),
         (assertion("no_row", "SELECT true FROM public.orders WHERE id < 0"), "no row"),
         (assertion("rows", "SELECT true FROM public.orders"), "more than one row"),
+        (assertion("many", "SELECT generate_series(1, 1000000000000) > 0"), "more than one row"),
         (assertion("number", "SELECT 1"), "its column is of type int4, not boolean"),
         (assertion("columns", "SELECT true, true"), "it has 2 columns, not one"),
         (assertion("parameter", "SELECT $1::boolean"), "it has parameters"),
         (assertion("two", "SELECT true; SELECT true"), "cannot insert multiple commands"),
         (assertion("leaves", "COMMIT"), "it has 0 columns"),
-        (assertion("errs", "SELECT 1 / (id - id) = 0 FROM public.orders"), "division by zero"),
+        (
+            assertion("errs", "SELECT 1 / (id - id) = 0 FROM public.orders"),
+            "error 22012 (division_by_zero)",
+        ),
+        (
+            assertion("text", "SELECT bool_and(note::bigint > 0) FROM public.orders"),
+            "error 22P02 (invalid_text_representation)",
+        ),
+        (
+            assertion("table", "SELECT bool_and(('note' || id)::regclass > 0) FROM public.orders"),
+            "error 42P01 (syntax_error_or_access_rule_violation)",
+        ),
         (assertion("unqualified", "SELECT count(*) > 0 FROM orders"), "does not exist"),
         (
             assertion("deletes", "DELETE FROM public.orders WHERE id = 1 RETURNING true"),
@@ -462,6 +481,7 @@ async fn assertions_are_asked_read_only_within_their_time(major: u32) {
             assertion("writes", "SELECT public.writes()"),
             "cannot execute INSERT in a read-only transaction",
         ),
+        (late("stays", "SELECT public.stays()"), "no answer within 100ms"),
         (
             assertion(
                 "lets_itself_write",
@@ -482,9 +502,100 @@ async fn assertions_are_asked_read_only_within_their_time(major: u32) {
         let told = report.assertions.iter().find(|asked| asked.name == assertion.name).unwrap();
         let failed = told.outcome == CheckOutcome::Failed && told.answer.contains(why);
         assert!(failed, "{why}: {told:?}");
+        assert!(!told.answer.contains("note"), "a row's value: {told:?}");
     }
     assert_eq!(report.assertions.len(), wrong.len() + 2, "{:#?}", report.assertions);
     assert_eq!(server.number("SELECT count(*) FROM public.orders").await, 5000);
+}
+
+async fn assertions_read_everything_and_reach_nothing_else(major: u32) {
+    let server = filled(major).await;
+    let ran = server.wal_directory().join("../ran");
+    let program = format!("touch {}", ran.display());
+    let runs = |name: &str, more: &str| {
+        format!(
+            "CREATE FUNCTION public.{name}() RETURNS boolean LANGUAGE plpgsql {more} AS \
+             $$ BEGIN COPY (SELECT 1) TO PROGRAM '{program}'; RETURN true; END $$"
+        )
+    };
+    let (runs, runs_as_owner) = (runs("runs", ""), runs("runs_as_owner", "SECURITY DEFINER"));
+    let statements = [
+        runs.as_str(),
+        runs_as_owner.as_str(),
+        "CREATE VIEW public.calls AS SELECT public.runs() AS good",
+        "CREATE SCHEMA hidden",
+        "CREATE TABLE hidden.t AS SELECT 1 AS id",
+        "ALTER TABLE hidden.t ENABLE ROW LEVEL SECURITY",
+        "REVOKE ALL ON SCHEMA hidden FROM PUBLIC",
+        "REVOKE CONNECT ON DATABASE second FROM PUBLIC",
+        "ALTER DATABASE second CONNECTION LIMIT 0",
+        "ALTER DATABASE second SET statement_timeout = 1",
+    ];
+    server.run("postgres", &statements).await;
+    let has_file_fdw =
+        server.number("SELECT count(*) FROM pg_available_extensions WHERE name = 'file_fdw'").await;
+    let mut reaches = vec![
+        (assertion("view", "SELECT good FROM public.calls"), "SQLSTATE 42501"),
+        (assertion("owner", "SELECT public.runs_as_owner()"), "SQLSTATE 42501"),
+        (
+            assertion("file", "SELECT pg_read_file('postgresql.conf') IS NOT NULL"),
+            "permission denied for function pg_read_file",
+        ),
+        (assertion("far", "SELECT count(*) > 0 FROM public.far"), "has no handler"),
+    ];
+    if has_file_fdw == 1 {
+        let files = [
+            "CREATE EXTENSION file_fdw",
+            "CREATE SERVER files FOREIGN DATA WRAPPER file_fdw",
+            &format!(
+                "CREATE FOREIGN TABLE public.program (line text) SERVER files OPTIONS (program '{program}')"
+            ),
+        ];
+        server.run("postgres", &files).await;
+        let program = assertion("program", "SELECT count(*) = 0 FROM public.program");
+        reaches.push((program, "has no handler"));
+    }
+    let backup = back_up(&server).await;
+    let mut asked: Vec<Assertion> =
+        reaches.iter().map(|(assertion, _)| assertion.clone()).collect();
+    asked.push(assertion("hidden", "SELECT count(*) = 1 FROM hidden.t"));
+    asked.push(Assertion {
+        database: "second".parse().unwrap(),
+        ..assertion("closed", "SELECT count(*) = 42 FROM public.t")
+    });
+    let options = CheckOptions { level: ProofLevel::L6, assertions: &asked, ..backup.options() };
+    let report = backup.check_with(&server, &options).await;
+    assert!(!ran.exists(), "a program of this machine was run");
+    for told in &report.assertions {
+        match reaches.iter().find(|(assertion, _)| assertion.name == told.name) {
+            Some((_, why)) => {
+                let failed = told.outcome == CheckOutcome::Failed && told.answer.contains(why);
+                assert!(failed, "{why}: {told:?}");
+            }
+            None => assert_eq!(told.outcome, CheckOutcome::Passed, "{told:?}"),
+        }
+    }
+    assert_eq!(report.assertions.len(), asked.len(), "{:#?}", report.assertions);
+}
+
+async fn assertions_that_there_is_no_time_for_are_skipped(major: u32) {
+    let server = filled(major).await;
+    let backup = back_up(&server).await;
+    let asked =
+        [assertion("long", "SELECT pg_sleep(600) IS NULL"), assertion("next", "SELECT true")];
+    let asked = asked.map(|assertion| Assertion { within: Duration::from_hours(1), ..assertion });
+    let options = CheckOptions {
+        level: ProofLevel::L6,
+        assertions: &asked,
+        ask_until: Some(Instant::now() + Duration::from_secs(5)),
+        ..backup.options()
+    };
+    let report = backup.check_with(&server, &options).await;
+    assert_healthy(&report);
+    assert!(!report.saw_damage);
+    let told = report.assertions.iter().map(|asked| asked.outcome);
+    assert!(told.eq([CheckOutcome::Skipped; 2]), "{:?}", report.assertions);
+    assert!(report.assertions[0].answer.contains("time"), "{:?}", report.assertions);
 }
 
 async fn event_triggers_do_not_fire(major: u32) {

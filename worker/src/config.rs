@@ -273,8 +273,9 @@ pub struct AssertionConfig {
     pub name: String,
     /// The database in which it is asked.
     pub database: DatabaseName,
-    /// One query that answers with exactly one row of one boolean column. It runs as a superuser of the sandbox's server, in a
-    /// transaction that is read-only and rolled back, with `search_path = pg_catalog`: tables are written with their schema.
+    /// One query that answers with exactly one row of one boolean column. It runs in the sandbox's server as a role that reads
+    /// everything and is no superuser, in a transaction that is read-only and rolled back, with `search_path = pg_catalog`: tables
+    /// are written with their schema.
     pub sql: String,
     /// How long it may take, 1 to 86400 seconds.
     #[serde(default = "AssertionConfig::within_s")]

@@ -6,10 +6,12 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use proto::message::Spec;
 use proto::{Action, Code, Failure, Progress, Step};
 use telemetry::TraceContext;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
@@ -33,6 +35,7 @@ struct Run {
     progress: Mutex<Option<Progress>>,
     stop_reason: Mutex<Option<Failure>>,
     sink: StepSink,
+    began: Instant,
 }
 
 impl std::fmt::Debug for JobContext {
@@ -49,8 +52,14 @@ impl JobContext {
             progress: Mutex::default(),
             stop_reason: Mutex::default(),
             sink,
+            began: Instant::now(),
         };
         Self { spec: Arc::new(spec), cancel: CancellationToken::new(), run: Arc::new(run) }
+    }
+
+    /// When the job's time is up; `None` when it has all the time that there is.
+    pub fn ends_at(&self) -> Option<Instant> {
+        self.run.began.checked_add(Duration::from_millis(self.spec.deadline_ms))
     }
 
     /// Tells the job to stop, with the failure it shall end in. The first reason counts.

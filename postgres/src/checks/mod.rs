@@ -1,9 +1,11 @@
 //! The checks of a proof, run on the restored server in its sandbox: did it reach the stop position (L3), do the server's
-//! own checks pass (L4), is the content what the census says (L5), does what the user asserts hold (L6). Of a server that a dump was loaded into, what has a meaning
-//! there: its pages, its positions and its transactions are its own and not the backup's.
+//! own checks pass (L4), is the content what the census says (L5), does what the user asserts hold (L6). Of a server that a
+//! dump was loaded into, what has a meaning there: its pages, its positions and its transactions are its own and not the
+//! backup's.
 //!
-//! For restored copies only: it reads every table, creates extensions and disables event triggers. What it finds wrong
-//! is in the report; an error means that the checks could not be run. Starts, stops and restores nothing.
+//! For restored copies only: it reads every table, creates extensions, disables event triggers, and for assertions it makes
+//! a role and takes rights away. What it finds wrong is in the report; an error means that the checks could not be run.
+//! Starts, stops and restores nothing.
 
 mod assertions;
 mod compare;
@@ -61,6 +63,8 @@ pub struct CheckOptions<'a> {
     pub assertions: &'a [Assertion],
     /// Also look up every row in every B-tree index (`heapallindexed`): finds missing entries, costs a second reading.
     pub every_row_in_indexes: bool,
+    /// When to ask no further assertion: those that have no answer by then are skipped, and the report tells all the rest.
+    pub ask_until: Option<Instant>,
     /// When to give up.
     pub deadline: Option<Instant>,
     /// Interrupts the checks.
@@ -88,16 +92,16 @@ pub struct CheckReport {
     pub tables_exact: u64,
     /// Tables whose rows were compared within bounds.
     pub tables_bounded: u64,
-    /// Whether damage, or an assertion that does not hold, was seen. False when all that failed was asked of a server that was gone, or follows from that: then
-    /// what ended the server decides whether the backup is to blame.
+    /// Whether damage, or an assertion that does not hold, was seen. False when all that failed was asked of a server that was
+    /// gone, or follows from that: then what ended the server decides whether the backup is to blame.
     pub saw_damage: bool,
 }
 
 impl CheckReport {
     /// The highest level from L3 on at which, and below which, nothing failed and what makes the level was really looked
     /// at: for L4 that every table was read, for L5 that the rows of at least one table could be compared, unless
-    /// the census has none, for L6 that every assertion, and at least one, could be asked. Any other check that could not look (no amcheck installed, no page checksums in the cluster)
-    /// does not lower the level; it is in the report.
+    /// the census has none, for L6 that every assertion, and at least one, could be asked. Any other check that could not
+    /// look (no amcheck installed, no page checksums in the cluster) does not lower the level; it is in the report.
     pub fn level_reached(&self) -> Option<ProofLevel> {
         let sound = |level: ProofLevel, essential: &str| {
             let mut of_level = self.checks.iter().filter(|check| check.level == level);
@@ -156,7 +160,7 @@ pub async fn run_checks(target: &Target, options: &CheckOptions<'_>) -> Result<C
         run.compare().await?;
     }
     if options.level >= ProofLevel::L6 {
-        run.ask_assertions().await?;
+        Box::pin(run.ask_assertions()).await?;
     }
     session.close().await;
     Ok(run.report(identity.system_identifier, reached_lsn))
@@ -228,6 +232,7 @@ mod tests {
             census: None,
             assertions: &[],
             every_row_in_indexes: false,
+            ask_until: None,
             deadline: None,
             cancel: CancellationToken::new(),
         }

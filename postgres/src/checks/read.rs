@@ -155,7 +155,7 @@ impl Run<'_> {
     }
 
     /// A session in which nothing of the user's fires and no damage is passed over.
-    async fn session(&self, database: &str) -> Result<Session, Error> {
+    pub(super) async fn session(&self, database: &str) -> Result<Session, Error> {
         let session = connect(&self.target.with_database(database), &purpose(self.options)).await?;
         let what = "make the session strict";
         session

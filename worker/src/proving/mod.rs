@@ -27,6 +27,9 @@ use crate::engines::native;
 use crate::restoring::{self, Destination};
 use crate::{clock, jobs, programs};
 
+/// The most that a job keeps of its time for what comes after the last assertion: to remove the sandbox, to tell.
+const TELLING_MAX: Duration = Duration::from_mins(5);
+
 /// Where and by whom a proof is made.
 #[derive(Debug, Clone)]
 pub struct Workshop<'a> {
@@ -430,30 +433,53 @@ pub fn shortfall(proof: &Proof) -> Option<Failure> {
         .with_hint(
             "Keep older backups, take a new one at once, and look at the checks of this proof.",
         ),
-        None => Failure::new(
-            Code::ProofFailed,
-            Action::FixConfig,
-            format!(
-                "backup {backup} of {} reached {reached} of {asked}: a check could not look",
+        None => {
+            // Nothing below the assertions is missing, or they are not what the proof lacks first.
+            let unanswered =
+                unanswered(proof).filter(|_| proof.level_reached >= Some(ProofLevel::L5));
+            let (what, hint) = match unanswered {
+                Some(what) => (
+                    what,
+                    "Every check before them passed. Each answer says what is missing: a library or a locale on this machine, or \
+                     time, which the job's deadline and within_s of the assertions give.",
+                ),
+                None => (
+                    "a check could not look".to_owned(),
+                    "The checks that were skipped say what they need; L5 needs a backup with a census of \
+                     every database.",
+                ),
+            };
+            let message = format!(
+                "backup {backup} of {} reached {reached} of {asked}: {what}",
                 proof.cluster
-            ),
-        )
-        .with_hint(
-            "The checks that were skipped say what they need; L5 needs a backup with a census of \
-             every database.",
-        ),
+            );
+            Failure::new(Code::ProofFailed, Action::FixConfig, message).with_hint(hint)
+        }
     })
 }
 
 /// The assertions that do not hold, with what each answered; `None` when all do.
 fn unmet(proof: &Proof) -> Option<String> {
+    let (unmet, is_one) = answers(proof, CheckOutcome::Failed)?;
+    let (noun, verb) = if is_one { ("assertion", "does") } else { ("assertions", "do") };
+    Some(format!("{noun} {unmet} {verb} not hold"))
+}
+
+/// The assertions that could not be asked, with the reason of each; `None` when all could.
+fn unanswered(proof: &Proof) -> Option<String> {
+    let (unanswered, is_one) = answers(proof, CheckOutcome::Skipped)?;
+    let noun = if is_one { "assertion" } else { "assertions" };
+    Some(format!("{noun} {unanswered} could not be asked"))
+}
+
+/// The assertions that ended so, with what each answered, and whether it is one; `None` when there is none.
+fn answers(proof: &Proof, outcome: CheckOutcome) -> Option<(String, bool)> {
     let asked = proof.assertions.iter().flatten();
-    let unmet: Vec<String> = asked
-        .filter(|assertion| assertion.outcome == CheckOutcome::Failed)
+    let such: Vec<String> = asked
+        .filter(|assertion| assertion.outcome == outcome)
         .map(|assertion| format!("{} ({})", assertion.name, assertion.answer))
         .collect();
-    let (noun, verb) = if unmet.len() == 1 { ("assertion", "does") } else { ("assertions", "do") };
-    (!unmet.is_empty()).then(|| format!("{noun} {} {verb} not hold", unmet.join(", ")))
+    (!such.is_empty()).then(|| (such.join(", "), such.len() == 1))
 }
 
 /// One sentence for people: what was proved, how long it took, how much there was.
@@ -502,6 +528,12 @@ pub fn sentence(proof: &Proof) -> String {
     said
 }
 
+/// When assertions must leave off, so that the job still has the time to tell what the checks before them found.
+fn ask_until(cx: &JobContext) -> Option<tokio::time::Instant> {
+    let kept = (Duration::from_millis(cx.spec.deadline_ms) / 10).min(TELLING_MAX);
+    cx.ends_at()?.checked_sub(kept)
+}
+
 /// L4 to L6: looks into what runs in a sandbox.
 async fn look_into(
     cx: &JobContext,
@@ -522,6 +554,7 @@ async fn look_into(
                 census: backup.facts().census.as_ref(),
                 assertions: &workshop.assertions,
                 every_row_in_indexes: true,
+                ask_until: ask_until(cx),
                 deadline: None,
                 cancel: cx.cancel.clone(),
             };
@@ -556,6 +589,61 @@ pub async fn sweep(directory: Arc<Path>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_assertion_that_could_not_be_asked_is_named_with_its_reason() {
+        let skipped = |level_reached| {
+            let (backup, lineage) =
+                (BackupId::mint(1, [1; 10]), proto::LineageId::mint(1, [2; 10]));
+            let (cluster, worker) = ("orders".parse().unwrap(), "w".parse().unwrap());
+            let identifier = proto::SystemIdentifier(1);
+            let assertion = ProofAssertion {
+                name: "near".to_owned(),
+                database: "shop".parse().unwrap(),
+                outcome: CheckOutcome::Skipped,
+                answer: "could not load library".to_owned(),
+                duration_ms: 1,
+            };
+            let proof = Proof {
+                level_reached: Some(level_reached),
+                assertions: Some(vec![assertion]),
+                ..Proof::of(backup, lineage, cluster, identifier, worker, ProofLevel::L6)
+            };
+            shortfall(&proof).unwrap()
+        };
+        let failure = skipped(ProofLevel::L5);
+        assert_eq!((failure.code, failure.action), (Code::ProofFailed, Action::FixConfig));
+        let told = "reached L5 of L6: assertion near (could not load library) could not be asked";
+        assert!(failure.message.ends_with(told), "{failure}");
+        let hint = failure.hint;
+        assert!(hint.contains("within_s") && !hint.contains("census"), "{hint}");
+        let below = skipped(ProofLevel::L4);
+        assert!(below.message.ends_with("a check could not look"), "{below}");
+    }
+
+    #[test]
+    fn a_job_keeps_time_to_tell_what_it_found_before_its_assertions() {
+        let kept = |deadline_ms| {
+            let spec = proto::message::Spec {
+                schema: 1,
+                job: proto::JobId::mint(1, [1; 10]),
+                attempt: proto::AttemptId::mint(1, [2; 10]),
+                predecessor: None,
+                cluster: "orders".parse().unwrap(),
+                system_identifier: None,
+                task: proto::Task::Analyze(proto::job::Analyze::default()),
+                deadline_ms,
+                traceparent: None,
+            };
+            let cx = JobContext::new(spec, Arc::new(|_| {}));
+            let until = ask_until(&cx)?;
+            Some(cx.ends_at()? - until)
+        };
+        assert_eq!(kept(60_000), Some(Duration::from_secs(6)));
+        assert_eq!(kept(24 * 3_600_000), Some(TELLING_MAX));
+        // A proof without a coordinator has no end.
+        let _ = kept(u64::MAX);
+    }
 
     #[test]
     fn damage_that_was_seen_stands_whatever_ended_the_server() {
