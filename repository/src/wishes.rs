@@ -11,6 +11,7 @@
 
 use proto::envelope::Signed;
 use proto::failure::chain;
+use proto::proof::{CheckOutcome, ProofCheck};
 use proto::{AttemptId, BackupId, LineageId, Proof, ProofLevel};
 
 use crate::attempt::is_doomed;
@@ -333,8 +334,10 @@ impl Repository {
                 let Some(proof) = proof.ok().and_then(|proof| proof.unverified().ok()) else {
                     continue;
                 };
-                // One that could not look says nothing against an earlier one.
-                if proof.found_wrong() {
+                // One that could not look says nothing against an earlier one, nor does an assertion: that says that the source
+                // was not as somebody wants it, and the backup can be restored all the same.
+                let failed = |check: &ProofCheck| check.outcome == CheckOutcome::Failed;
+                if proof.checks.iter().any(failed) {
                     proved = false;
                 } else if proof.level_reached >= Some(ProofLevel::L3) {
                     proved = true;

@@ -48,12 +48,18 @@ async fn refused(bench: &Bench, backup: BackupId, why: &str) {
 
 /// A proof of a backup that was booted.
 async fn prove(bench: &Bench, backup: BackupId) {
-    let proof = serde_json::json!({
+    prove_with(bench, backup, serde_json::json!({})).await;
+}
+
+/// The same, with these fields in the place of those of a proof that passed.
+async fn prove_with(bench: &Bench, backup: BackupId, fields: serde_json::Value) {
+    let mut proof = serde_json::json!({
         "backup": backup, "lineage": bench.lineage, "cluster": "orders", "system_identifier": "7",
         "worker": "w", "at_ms": 1, "level_asked": "L4", "level_reached": "L4", "passed": true,
         "phases": [], "size_bytes": 1, "tables": 1, "rows": 1, "tables_exact": 0,
         "tables_bounded": 0, "checks": [],
     });
+    proof.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
     let signed = serde_json::json!({ "payload": proof.to_string(), "signature": "" });
     let bytes = Bytes::from(signed.to_string());
     bench.repository.add_proof(bench.lineage, backup, bytes).await.unwrap();
@@ -161,6 +167,34 @@ async fn no_object_of_a_hold_is_ever_deleted_and_those_of_earlier_programs_count
     }
     let listed = repository.list_backups(lineage).await.unwrap();
     assert!(listed[0].held && !listed[1].held);
+}
+
+/// What somebody asserts of the content says nothing against the backup: whatever was answered, every version protects the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_in_which_an_assertion_is_false_stays_the_newest_proved_one() {
+    let bench = Bench::new().await;
+    let first = bench.back_up(&tree(), NOW_MS).await.backup;
+    bench.back_up(&tree(), NOW_MS + 1_000).await;
+    let proved = [Reason::Wanted, Reason::NewestProved];
+    for outcome in ["failed", "skipped"] {
+        let asked = serde_json::json!({
+            "level_asked": "L5", "level_reached": "L5", "passed": false,
+            "assertions": [{
+                "name": "orders", "database": "shop", "outcome": outcome, "answer": "false",
+                "duration_ms": 1,
+            }],
+        });
+        prove_with(&bench, first, asked).await;
+        assert_eq!(plan(&bench, NOW_MS).await.backups[0].stays, proved, "{outcome}");
+        refused(&bench, first, "the newest one that was proved").await;
+    }
+    // A check that failed does.
+    let broken = serde_json::json!({
+        "passed": false,
+        "checks": [{ "name": "row_counts", "level": "L5", "outcome": "failed", "detail": "" }],
+    });
+    prove_with(&bench, first, broken).await;
+    assert_eq!(plan(&bench, NOW_MS).await.backups[0].stays, [Reason::Wanted]);
 }
 
 /// The manifest of the newest backup, which was proved before, cannot be read. It stops the collection until it is given up.
