@@ -421,41 +421,31 @@ pub fn shortfall(proof: &Proof) -> Option<Failure> {
              where the assertion is wrong, correct it in the worker's configuration.",
         ));
     }
-    Some(match failed.first() {
-        Some(first) => Failure::new(
-            Code::ProofFailed,
-            Action::FixData,
-            format!(
-                "backup {backup} of {} reached {reached} of {asked}: {} failed ({})",
-                proof.cluster, first.name, first.detail
-            ),
-        )
-        .with_hint(
+    if let Some(first) = failed.first() {
+        let message = format!(
+            "backup {backup} of {} reached {reached} of {asked}: {} failed ({})",
+            proof.cluster, first.name, first.detail
+        );
+        return Some(Failure::new(Code::ProofFailed, Action::FixData, message).with_hint(
             "Keep older backups, take a new one at once, and look at the checks of this proof.",
+        ));
+    }
+    // Nothing below the assertions is missing, or they are not what the proof lacks first.
+    let unanswered = unanswered(proof).filter(|_| proof.level_reached >= Some(ProofLevel::L5));
+    let (what, hint) = match unanswered {
+        Some(what) => (
+            what,
+            "Every check before them passed. Each answer says what is missing: a library or a locale on this machine, or \
+             time, which the job's deadline and within_s of the assertions give.",
         ),
-        None => {
-            // Nothing below the assertions is missing, or they are not what the proof lacks first.
-            let unanswered =
-                unanswered(proof).filter(|_| proof.level_reached >= Some(ProofLevel::L5));
-            let (what, hint) = match unanswered {
-                Some(what) => (
-                    what,
-                    "Every check before them passed. Each answer says what is missing: a library or a locale on this machine, or \
-                     time, which the job's deadline and within_s of the assertions give.",
-                ),
-                None => (
-                    "a check could not look".to_owned(),
-                    "The checks that were skipped say what they need; L5 needs a backup with a census of \
-                     every database.",
-                ),
-            };
-            let message = format!(
-                "backup {backup} of {} reached {reached} of {asked}: {what}",
-                proof.cluster
-            );
-            Failure::new(Code::ProofFailed, Action::FixConfig, message).with_hint(hint)
-        }
-    })
+        None => (
+            "a check could not look".to_owned(),
+            "The checks that were skipped say what they need; L5 needs a backup with a census of every database.",
+        ),
+    };
+    let message =
+        format!("backup {backup} of {} reached {reached} of {asked}: {what}", proof.cluster);
+    Some(Failure::new(Code::ProofFailed, Action::FixConfig, message).with_hint(hint))
 }
 
 /// The assertions that do not hold, with what each answered; `None` when all do.
