@@ -217,7 +217,7 @@ pub enum Error {
         /// The directory.
         target: String,
     },
-    /// Two directories of a restore are the same, or one lies in the other.
+    /// Two directories of a restore, or one and the repository, are the same, or one lies in the other.
     #[error("restore {one} and {other}: they are the same directory, or one lies in the other")]
     TargetsMeet {
         /// What goes to the outer one.
@@ -434,7 +434,8 @@ impl From<Error> for Failure {
             Error::TargetsMeet { .. } => (
                 Code::RequestInvalid,
                 Action::FixConfig,
-                "Give the data directory and every tablespace a directory of its own, none inside another.",
+                "Nothing was changed. Give the data directory and every tablespace a directory of its own, none inside another and none \
+                 in or around the repository.",
             ),
             Error::TargetFull { .. } => (
                 Code::TargetFull,

@@ -5,6 +5,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 use async_trait::async_trait;
+use postgres::control_file::CONTROL_FILE_PATH;
 use proto::copies::BackupCopy;
 use proto::failure::chain;
 use proto::near::did_you_mean;
@@ -327,6 +328,17 @@ pub(crate) async fn open_store(url: &str) -> Result<std::sync::Arc<dyn store::St
     Ok(store.map_err(repository::Error::from)?)
 }
 
+/// What lies in a server's data directory is lost with it.
+fn refuse_data_directory(place: Option<&Path>) -> Result<(), Failure> {
+    let mut above = place.into_iter().flat_map(Path::ancestors);
+    above.find(|place| place.join(CONTROL_FILE_PATH).exists()).map_or(Ok(()), |data| {
+        let what = format!("{} is the data directory of a server", data.display());
+        Err(Failure::new(Code::DataDirectoryShape, Action::FixConfig, what).with_hint(
+            "A repository there would be lost with the server. Give another place, at best on another machine or in a bucket.",
+        ))
+    })
+}
+
 /// Makes a repository, returns the recovery sheet: that of the recovery key, if there is one. The keys are on disk before the
 /// repository is in its store: a crash in between leaves keys that open nothing, never a repository that nothing opens.
 pub(crate) async fn init(
@@ -340,6 +352,7 @@ pub(crate) async fn init(
         refuse_existing(path)?;
     }
     let store = open_store(url).await?;
+    refuse_data_directory(store.directory())?;
     let probed = async {
         if single_writer {
             store::probe::probe_for_a_single_writer(std::sync::Arc::clone(&store)).await
@@ -465,4 +478,24 @@ async fn list(repository: &Repository) -> Result<(Vec<Row>, Vec<String>), Failur
         }
     }
     Ok((rows, unreadable))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_repository_is_made_in_a_data_directory() {
+        let place = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(place.path().join("data/global")).unwrap();
+        std::fs::write(place.path().join("data/global/pg_control"), "").unwrap();
+        let refused = |name: &str| {
+            refuse_data_directory(Some(&place.path().join(name))).map_err(|failure| failure.code)
+        };
+        assert_eq!(refused("repository"), Ok(()));
+        assert_eq!(refuse_data_directory(None).map_err(|failure| failure.code), Ok(()), "a bucket");
+        for inside in ["data", "data/repository", "data/a/b"] {
+            assert_eq!(refused(inside), Err(Code::DataDirectoryShape), "{inside}");
+        }
+    }
 }

@@ -35,6 +35,7 @@ pub(crate) fn check(args: &Restore) -> Result<(), Failure> {
         let what = format!("--tablespace names {oid} twice");
         return Err(Failure::new(Code::RequestInvalid, Action::FixConfig, what));
     }
+    refuse_key_inside(args)?;
     match given.iter().find(|(_, given)| *given && args.into_server.is_none()) {
         None => Ok(()),
         Some((option, _)) => {
@@ -45,6 +46,25 @@ pub(crate) fn check(args: &Restore) -> Result<(), Failure> {
             ))
         }
     }
+}
+
+/// What a delta restore is not about it removes, and without its key a repository is lost.
+fn refuse_key_inside(args: &Restore) -> Result<(), Failure> {
+    let Some(key) = args.key.as_ref().and_then(|key| key.canonicalize().ok()) else {
+        return Ok(());
+    };
+    let into = args.into.iter().chain(args.tablespace.iter().map(|(_, place)| place));
+    let around =
+        into.filter_map(|place| place.canonicalize().ok()).find(|place| key.starts_with(place));
+    around.map_or(Ok(()), |place| {
+        let what = format!(
+            "the key {} lies in {}, where files are to be restored",
+            key.display(),
+            place.display()
+        );
+        Err(Failure::new(Code::RequestInvalid, Action::FixConfig, what)
+            .with_hint("Nothing was changed. Move the key elsewhere, and keep a copy of it."))
+    })
 }
 
 /// `restore --repository URL --key FILE --into DIR`, or `--passphrase REFERENCE`.
@@ -125,9 +145,10 @@ pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failu
     }
     output::show(format, &done, |done| {
         if done.planned_only {
-            let time =
-                "How long it takes only a coordinator knows, from proofs: pgmuster cluster show.";
-            return [&done.plan[..], &[time.to_owned()]].concat().join("\n");
+            let time = format!(
+                "How long it takes only a coordinator knows, from proofs: pgmuster cluster show {cluster}"
+            );
+            return [&done.plan[..], &[time]].concat().join("\n");
         }
         format!(
             "Restored backup {} of {} into {}: {}, {}; {}",
@@ -218,6 +239,40 @@ pub(super) async fn show_progress(cx: JobContext) {
         if let Some(progress) = cx.current_progress() {
             bar.set_length(progress.total.unwrap_or(0));
             bar.set_position(progress.done);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::args::{Cli, Command};
+
+    #[test]
+    fn a_key_is_not_where_files_are_restored() {
+        let place = tempfile::tempdir().unwrap();
+        let at = |name: &str| place.path().join(name).display().to_string();
+        for name in ["data", "data-2", "space"] {
+            std::fs::create_dir(at(name)).unwrap();
+            std::fs::write(at(name) + "/key", "").unwrap();
+        }
+        let checked = |key: &str| {
+            let (key, data, space) = (at(key), at("data"), at("space"));
+            let line = format!(
+                "pgmuster restore main --repository file:///r --key {key} --into {data} --tablespace 7={space}"
+            );
+            let Command::Restore(args) =
+                Cli::try_parse_from(line.split_whitespace()).unwrap().command
+            else {
+                panic!("{line}")
+            };
+            check(&args).map_err(|failure| failure.code)
+        };
+        assert_eq!(checked("data-2/key"), Ok(()));
+        for key in ["data/key", "space/key", "data-2/../data/key"] {
+            assert_eq!(checked(key), Err(Code::RequestInvalid), "{key}");
         }
     }
 }

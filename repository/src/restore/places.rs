@@ -14,9 +14,16 @@ const HANDLES_A_DIRECTORY: u64 = 2;
 /// Files, connections and whatever else the process has open meanwhile.
 const HANDLES_BESIDE: u64 = 512;
 
-/// Refuses a target whose directories meet: one would be in the way of the other, now or at the next attempt.
-pub(super) fn require_apart(target: &RestoreTarget) -> Result<(), Error> {
+/// Refuses a target whose directories meet: one would be in the way of the other, now or at the next attempt. The repository
+/// that is restored from is one of them: a restore into a directory around it would remove what it is not about.
+pub(super) fn require_apart(
+    target: &RestoreTarget,
+    repository: Option<&Path>,
+) -> Result<(), Error> {
     let mut places = vec![(resolved(&target.directory)?, "the data directory".to_owned())];
+    if let Some(repository) = repository {
+        places.push((resolved(repository)?, "the repository that is restored from".to_owned()));
+    }
     for (path, elsewhere) in &target.mapping {
         places.push((resolved(elsewhere)?, show(path)));
     }
@@ -75,6 +82,10 @@ mod tests {
     use super::*;
 
     fn meet(directory: &Path, spaces: &[&Path]) -> bool {
+        meet_beside(None, directory, spaces)
+    }
+
+    fn meet_beside(repository: Option<&Path>, directory: &Path, spaces: &[&Path]) -> bool {
         let mapping = spaces.iter().enumerate().map(|(number, place)| {
             (format!("pg_tblspc/{number}").into_bytes(), place.to_path_buf())
         });
@@ -83,10 +94,26 @@ mod tests {
             mapping: mapping.collect(),
             ..RestoreTarget::default()
         };
-        match require_apart(&target) {
+        match require_apart(&target, repository) {
             Ok(()) => false,
             Err(Error::TargetsMeet { .. }) => true,
             Err(error) => panic!("{error}"),
+        }
+    }
+
+    #[test]
+    fn nothing_is_restored_into_or_around_the_repository_that_it_comes_from() {
+        let place = tempfile::tempdir().unwrap();
+        let at = |name: &str| place.path().join(name);
+        std::fs::create_dir_all(at("big/repository/lineages")).unwrap();
+        std::os::unix::fs::symlink(at("big"), at("alias")).unwrap();
+        let meet = |directory: &str, space: &str| {
+            meet_beside(Some(&at("big/repository")), &at(directory), &[&at(space)])
+        };
+        assert!(!meet("big/data", "big/space"));
+        for inside_or_around in ["big", "alias", "big/repository", "alias/repository/lineages/x"] {
+            assert!(meet(inside_or_around, "space"), "{inside_or_around}");
+            assert!(meet("data", inside_or_around), "{inside_or_around}");
         }
     }
 

@@ -52,7 +52,7 @@ fn see(backup: &Backup, target: &RestoreTarget, stop: &Stop) -> Result<Survey, E
             ));
         }
     }
-    super::places::require_apart(target)?;
+    super::places::require_apart(target, backup.repository.store.directory())?;
     let mut contents = Contents::default();
     let root = &backup.root;
     for shard in root.shards.iter().chain(&root.late) {

@@ -183,6 +183,10 @@ impl Store for DirectoryStore {
         format!("file://{}", self.root.display())
     }
 
+    fn directory(&self) -> Option<&Path> {
+        Some(&self.root)
+    }
+
     async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
         check_key("get", key)?;
         self.blocking("get", key, move |store, key| {

@@ -1,6 +1,7 @@
 //! A store that stands before another one and changes some of its verbs.
 
 use std::ops::Range;
+use std::path::Path;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -20,6 +21,10 @@ pub trait Layer: Send + Sync + std::fmt::Debug {
     /// As [`Store::describe`].
     fn describe(&self) -> String {
         self.inner().describe()
+    }
+    /// As [`Store::directory`].
+    fn directory(&self) -> Option<&Path> {
+        self.inner().directory()
     }
     /// As [`Store::get`].
     async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
@@ -84,6 +89,9 @@ pub trait Layer: Send + Sync + std::fmt::Debug {
 impl<L: Layer> Store for L {
     fn describe(&self) -> String {
         Layer::describe(self)
+    }
+    fn directory(&self) -> Option<&Path> {
+        Layer::directory(self)
     }
     async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
         Layer::get(self, key, limit_bytes).await

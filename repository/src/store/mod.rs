@@ -13,6 +13,7 @@ pub mod single;
 
 use std::collections::BTreeSet;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -187,6 +188,10 @@ pub trait Upload: Send {
 pub trait Store: Send + Sync + std::fmt::Debug {
     /// For people: `s3://bucket/prefix` or `file:///path`, without secrets.
     fn describe(&self) -> String;
+    /// Where it lies on this host, if it does: a directory that nobody else may write into.
+    fn directory(&self) -> Option<&Path> {
+        None
+    }
     /// The whole object; one that is larger than `limit_bytes` is [`StoreError::Large`].
     async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError>;
     /// Exactly the bytes `range` of the object; a shorter object is [`StoreError::Short`].

@@ -432,6 +432,12 @@ impl Planner<'_> {
     ) -> Result<Result<Aim, Refusal>, Failure> {
         let stop = candidate.facts.stop_lsn;
         let target = RecoveryTarget::Time(time);
+        if reach.to <= stop {
+            let what = format!(
+                "WAL does not lead to {time}: nothing is there behind the end of the backup"
+            );
+            return Ok(Err(self.gap(candidate, reach, search, what, true).await?));
+        }
         let found =
             search.after(&candidate.way, stop, reach.to, time, self.recovery.before).await?;
         let until = match &found {

@@ -227,6 +227,18 @@ async fn a_plan_lists_once_and_reads_no_more_of_a_backup_than_its_manifest() {
 }
 
 #[tokio::test]
+async fn a_moment_behind_a_backup_behind_which_nothing_is_archived_is_refused() {
+    let mut place = Place::new().await;
+    place.back_up(1, 2).await;
+    let refused = place.plan_to(time(30), None).await.unwrap_err();
+    assert_eq!(refused.code, Code::RecoveryTargetUnreachable, "{refused}");
+    assert!(refused.message.contains("nothing is there behind the end of the backup"), "{refused}");
+    // The segment in which the backup ends came with it.
+    place.archive_commit(1, 3, 40).await;
+    assert_eq!(place.plan_to(time(30), None).await.unwrap(), place.backups[0]);
+}
+
+#[tokio::test]
 async fn what_the_servers_disk_did_to_newer_backups_is_recovered_from_before() {
     let bad = [BadPage { path: "base/5/1".to_owned(), block: 3 }];
     let mut place = Place::new().await;

@@ -8,6 +8,7 @@ use postgres::files::{LocalFiles, RemoteFiles, RemoteOptions, ServerFiles};
 use postgres::{BackupOptions, BackupSession, Purpose, connect_maintenance, settings, standby};
 use proto::backup::Setting;
 use proto::{Action, Code, Failure};
+use repository::Repository;
 
 use super::access::{Access, access};
 use super::copy::{at_most, processes};
@@ -43,6 +44,7 @@ pub(super) fn sessions(config: &BackupConfig, asked: Option<u32>) -> usize {
 pub(super) async fn ready(
     cx: &JobContext,
     cluster: &Cluster,
+    repository: &Repository,
     config: &BackupConfig,
     sessions_max: usize,
 ) -> Result<Ready, Failure> {
@@ -74,6 +76,7 @@ pub(super) async fn ready(
             Arc::new(RemoteFiles::of(&session, &cluster.target, &server, options).await?)
         }
     };
+    refuse_inside(&files, repository)?;
     let mut lag_s = 0;
     if server.in_recovery {
         lag_s = standby::lag_s(&session).await?;
@@ -84,6 +87,23 @@ pub(super) async fn ready(
     let settings_files = settings::files_outside(&session).await?;
     session.close().await;
     Ok(Ready { server, files, settings, settings_files, lag_s })
+}
+
+/// A repository inside the data directory would be lost with it, and each backup would hold those before it.
+fn refuse_inside(files: &Arc<dyn ServerFiles>, repository: &Repository) -> Result<(), Failure> {
+    let Some((data, store)) = files.here().zip(repository.store().directory()) else {
+        return Ok(());
+    };
+    match (data.canonicalize(), store.canonicalize()) {
+        (Ok(data), Ok(store)) if store.starts_with(&data) => {
+            let (data, store) = (data.display(), store.display());
+            let what = format!("the repository {store} lies inside the data directory {data}");
+            Err(Failure::new(Code::DataDirectoryShape, Action::FixConfig, what).with_hint(
+                "It would be lost with the server, and be in every backup. Move it elsewhere, at best to another machine or a bucket.",
+            ))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// A backup of a standby that has fallen behind would pass for one of today.
@@ -191,4 +211,31 @@ fn agree(control: &ControlFile, session: &BackupSession, directory: &Path) -> Re
         "The directory is not the one the server writes: look for a stale mount or a copy. Where the server is on another \
          host, files = \"remote\" in the cluster's section has its files read over connections.",
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use repository::store::directory::DirectoryStore;
+    use repository::{Encryption, InitOptions};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_repository_inside_the_data_directory_is_refused() {
+        let place = tempfile::tempdir().unwrap();
+        let at = |name: &str| place.path().join(name);
+        std::fs::create_dir_all(at("data/inside")).unwrap();
+        std::os::unix::fs::symlink(at("data"), at("alias")).unwrap();
+        let files: Arc<dyn ServerFiles> = Arc::new(LocalFiles::new(at("data")));
+        for (directory, is_inside) in
+            [("data-2", false), ("repository", false), ("data/inside/x", true), ("alias/y", true)]
+        {
+            let store = Arc::new(DirectoryStore::new(at(directory)));
+            let options = InitOptions { encryption: Encryption::Off, now_ms: 1 };
+            let repository = Repository::init(store, options).await.unwrap().repository;
+            let refused = refuse_inside(&files, &repository).map_err(|failure| failure.code);
+            let expected = if is_inside { Err(Code::DataDirectoryShape) } else { Ok(()) };
+            assert_eq!(refused, expected, "{directory}");
+        }
+    }
 }

@@ -62,7 +62,7 @@ pub async fn back_up(
     let ready = cx
         .step_with("connect", |step| async move {
             let sessions = sessions(request.config, request.task.processes);
-            let ready = ready(cx, request.cluster, request.config, sessions).await?;
+            let ready = ready(cx, request.cluster, request.repository, request.config, sessions).await?;
             if ready.files.here().is_none() {
                 step.figure("remote_sessions", sessions as u64);
                 tracing::info!(
