@@ -123,6 +123,17 @@ impl Scene {
         Self { place, store, opens, archives, service }
     }
 
+    /// The same with segments up to this one in the archive, of which none was fetched.
+    async fn archived(last: u64) -> Self {
+        let scene = Self::new().await;
+        for number in 1..=last {
+            scene.fill(number);
+            scene.push(number).await.unwrap();
+        }
+        scene.store.fetched.lock().unwrap().clear();
+        scene
+    }
+
     fn socket(&self) -> PathBuf {
         self.place.path().join("wal.sock")
     }
@@ -376,12 +387,7 @@ async fn nothing_is_stored_ahead_over_a_break_or_onto_another_timeline() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_recovery_finds_the_next_segments_fetched_and_the_end_of_the_log_as_it_is() {
-    let scene = Scene::new().await;
-    for number in 1..=6 {
-        scene.fill(number);
-        scene.push(number).await.unwrap();
-    }
-    scene.store.fetched.lock().unwrap().clear();
+    let scene = Scene::archived(6).await;
     for number in 1..=6 {
         assert_eq!(scene.get(number).await, Ok(Got::Written));
         let content = std::fs::read(scene.path("RECOVERYXLOG")).unwrap();
@@ -410,12 +416,7 @@ async fn a_recovery_finds_the_next_segments_fetched_and_the_end_of_the_log_as_it
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_segment_behind_one_is_on_its_way_once() {
-    let scene = Scene::new().await;
-    for number in 1..=3 {
-        scene.fill(number);
-        scene.push(number).await.unwrap();
-    }
-    scene.store.fetched.lock().unwrap().clear();
+    let scene = Scene::archived(3).await;
     let repository = Arc::new(scene.opens.open(whose(), None).await.unwrap());
     let identity = whose().find(&repository, None).await.unwrap();
     let (lineage, to) = (identity.lineage, scene.path("RECOVERYXLOG"));
