@@ -133,6 +133,10 @@ impl Repository {
         system_identifier: SystemIdentifier,
         now_ms: i64,
     ) -> Result<Identity, Error> {
+        if let Some(newest) = self.lineages_of(kind, cluster, system_identifier).await?.pop() {
+            return Ok(newest);
+        }
+        let _minting = self.minting.lock().await;
         match self.lineages_of(kind, cluster, system_identifier).await?.pop() {
             Some(newest) => Ok(newest),
             None => self.mint(kind, cluster, system_identifier, 0, now_ms).await,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use proto::RepositoryId;
 use proto::failure::chain;
+use tokio::sync::Mutex;
 use zeroize::Zeroizing;
 
 use crate::again::again;
@@ -30,6 +31,9 @@ pub struct Repository {
     config: Arc<Config>,
     /// Whoever opened it says that no other program uses it now.
     is_alone: bool,
+    /// Held by whoever makes a lineage. What follows from one first contact (the first segments of a server, several at a time)
+    /// shall not race for one key: a store that locks it lets the loser wait, `SeaweedFS` a whole second.
+    pub(crate) minting: Arc<Mutex<()>>,
 }
 
 /// How a new repository is made.
@@ -152,8 +156,7 @@ impl NewRepository {
             }
             return Err(Error::RepositoryExists { place });
         }
-        let repository =
-            Repository { store, keys: Arc::new(keys), config: Arc::new(config), is_alone: false };
+        let repository = Repository::over(store, keys, config);
         // Without encryption there is nothing to list: no key is ever added or retired.
         let listed = recipients.iter().all(|new| new.id() != OPEN_KEY);
         let change = Change { by: "init".to_owned(), at_ms: now_ms };
@@ -249,8 +252,12 @@ impl Repository {
         .await?;
         let store =
             if config.is_single_writer() { Arc::new(SingleWriter::over(store)) } else { store };
-        let keys = Arc::new(keys);
-        Ok((Self { store, keys, config: Arc::new(config), is_alone: false }, unlocked))
+        Ok((Self::over(store, keys, config), unlocked))
+    }
+
+    fn over(store: Arc<dyn Store>, keys: Keys, config: Config) -> Self {
+        let (keys, config) = (Arc::new(keys), Arc::new(config));
+        Self { store, keys, config, is_alone: false, minting: Arc::default() }
     }
 
     /// The repository's id.

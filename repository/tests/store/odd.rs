@@ -1,5 +1,6 @@
 //! Stores that are not ill but odd: they lack something, forbid something, are full, or hold more than fits on a page.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -55,6 +56,22 @@ async fn proxied(test: &str) -> (Proxy, S3Options, S3Store) {
     let proxy = Proxy::start().await;
     options.endpoint = Some(proxy.url.clone());
     (proxy, options, direct)
+}
+
+#[tokio::test]
+async fn those_that_meet_a_cluster_at_once_do_not_race_for_its_identity() {
+    let (proxy, options, _direct) = proxied("meeting").await;
+    let store: Arc<dyn Store> = Arc::new(open(&options).await);
+    let init = InitOptions { encryption: Encryption::KeyFile, now_ms: NOW_MS };
+    let repository = Repository::init(store, init).await.expect("a repository").repository;
+    let cluster = "orders".parse().expect("a name");
+    let meet = || repository.find_or_mint_lineage(&cluster, SystemIdentifier(7), NOW_MS);
+    let met = futures::future::join_all((0..8).map(|_| meet())).await;
+    let met: BTreeSet<LineageId> = met.into_iter().map(|it| it.expect("it").lineage).collect();
+    assert_eq!(met.len(), 1);
+    let is_one = |line: &&String| line.starts_with("PUT") && line.contains("/identity");
+    let requests = proxy.requests();
+    assert_eq!(requests.iter().filter(is_one).count(), 1, "{requests:?}");
 }
 
 /// What the SDK sends by default since 2025 and what many servers refuse.
