@@ -211,6 +211,14 @@ pub enum Error {
         /// What is in the way.
         reason: String,
     },
+    /// A restore would remove what nobody can bring back.
+    #[error("restore into {target}: it would remove {what}")]
+    TargetPrecious {
+        /// The directory.
+        target: String,
+        /// What is in it.
+        what: String,
+    },
     /// Somebody else restores to the same place at this moment.
     #[error("restore into {target}: another restore is writing there")]
     TargetBusy {
@@ -425,6 +433,11 @@ impl From<Error> for Failure {
                 Code::TargetNotEmpty,
                 Action::FixConfig,
                 "Give an empty directory, one with an unfinished restore of the same backup, or with --delta a stopped server's.",
+            ),
+            Error::TargetPrecious { .. } => (
+                Code::TargetNotEmpty,
+                Action::FixConfig,
+                "Nothing was changed. Move it out of the way, and keep a copy of it; or give another directory.",
             ),
             Error::TargetBusy { .. } => (
                 Code::TargetNotEmpty,

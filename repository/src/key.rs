@@ -4,6 +4,7 @@
 //! unseal it is the affair of `recipient.rs`, who is to be able to that of `keyring.rs`.
 
 use std::fmt;
+use std::path::Path;
 use std::str::FromStr;
 
 use proto::{BackupKind, LineageId, RepositoryId};
@@ -13,6 +14,8 @@ use zeroize::Zeroizing;
 use crate::{chance, crypto, error::Error, hex};
 
 const FILE_MAGIC: &str = "pgmuster-key-1";
+/// A key file is some 350 bytes.
+const FILE_BYTES_MAX: u64 = 4096;
 const WRAP_CONTEXT: &str = "pgmuster repository v1: wrap of the master key by a key file";
 const CHECK_CONTEXT: &str = "pgmuster repository v1: check digits of a key file";
 
@@ -55,6 +58,15 @@ impl KeyFile {
              {}\n",
             *self.line()
         ))
+    }
+
+    /// Whether a file looks like one with a key. What cannot be read, or is longer than anybody would write beside a key, does not.
+    pub(crate) fn is_in(path: &Path, bytes: u64) -> bool {
+        if !(FILE_MAGIC.len() as u64..=FILE_BYTES_MAX).contains(&bytes) {
+            return false;
+        }
+        let text = std::fs::read(path).map(Zeroizing::new).unwrap_or_default();
+        text.windows(FILE_MAGIC.len()).any(|window| window == FILE_MAGIC.as_bytes())
     }
 
     fn line(&self) -> Zeroizing<String> {

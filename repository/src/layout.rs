@@ -1,5 +1,7 @@
 //! Where each object lives. Nothing but names.
 
+use std::path::Path;
+
 use proto::{AttemptId, BackupId, LineageId, Timeline, WalFileName};
 
 use crate::hex;
@@ -11,6 +13,11 @@ pub(crate) const KEYRINGS: &str = "keyring/";
 pub(crate) const LINEAGES: &str = "lineages/";
 /// Below [`wal`].
 pub(crate) const WAL_FLOORS: &str = "floor/";
+
+/// Whether a directory of this computer is the top of a repository, whosever it is.
+pub(crate) fn is_repository(directory: &Path) -> bool {
+    directory.join(CONFIG).is_file() && directory.join(KEYS).is_dir()
+}
 
 pub(crate) fn key(id: &str) -> String {
     format!("{KEYS}{id}")

@@ -12,6 +12,7 @@ use super::tree::{Tree, split};
 use super::{Existing, Foreign, Place, RestorePlan, RestoreTarget};
 use crate::entry::{Body, Entry, check_path, path_order};
 use crate::error::{Error, show};
+use crate::key::KeyFile;
 use crate::layout;
 use crate::reader::Backup;
 use crate::room;
@@ -235,6 +236,7 @@ fn look(
             Ok(Found::default())
         };
     }
+    refuse_precious(directory, directory, &metadata)?;
     let device = metadata.dev();
     let mut walk = Look { target, contents, found: Found::default() };
     walk.found.resumes = marker.is_some();
@@ -285,6 +287,7 @@ impl Look<'_> {
                 continue;
             }
             if !belongs {
+                refuse_precious(directory, &place, &metadata)?;
                 let bytes = if is_directory { 0 } else { metadata.len() };
                 let mut foreign = Foreign { name: path, path: place.clone(), names: 1, bytes };
                 if is_directory {
@@ -320,6 +323,7 @@ impl Look<'_> {
         }
         for found in names(directory)? {
             let (_, place, metadata) = what_is(directory, found)?;
+            refuse_precious(directory, &place, &metadata)?;
             into.names += 1;
             if metadata.nlink() == 1 {
                 self.found.held_bytes += metadata.blocks() * 512;
@@ -332,6 +336,24 @@ impl Look<'_> {
         }
         Ok(())
     }
+}
+
+/// Refuses what a restore would remove, and nobody could bring back: a repository, whichever it is and under whatever name it
+/// is mounted there, and the key of one.
+fn refuse_precious(target: &Path, place: &Path, metadata: &fs::Metadata) -> Result<(), Error> {
+    let what = if metadata.is_dir() {
+        layout::is_repository(place).then_some("the repository")
+    } else if metadata.is_file() {
+        KeyFile::is_in(place, metadata.len()).then_some("the key of a repository")
+    } else {
+        None
+    };
+    what.map_or(Ok(()), |what| {
+        Err(Error::TargetPrecious {
+            target: target.display().to_string(),
+            what: format!("{what} {}", place.display()),
+        })
+    })
 }
 
 /// What is in a directory, in no order.

@@ -157,6 +157,33 @@ impl House {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_repository_or_a_key_is_never_taken_for_something_that_is_in_the_way() {
+    let house = House::new().await;
+    // One that the restore has never heard of.
+    let other = Bench::new().await;
+    let refused = async |precious: &Path| {
+        let failed = restore(&house.backup, replacing(&house.directory)).await.unwrap_err();
+        let told = failed.to_string();
+        assert!(matches!(failed, Error::TargetPrecious { .. }), "{told}");
+        assert!(told.contains(&precious.display().to_string()), "{told}");
+        assert!(precious.exists());
+    };
+
+    for place in ["empty/deep/er", "top"] {
+        fs::create_dir_all(house.at(place).parent().unwrap()).unwrap();
+        fs::rename(other.store_path(), house.at(place)).unwrap();
+        refused(&house.at(place)).await;
+        fs::rename(house.at(place), other.store_path()).unwrap();
+    }
+    let key = house.at("base/1/k");
+    fs::write(&key, format!("# comments\n{}", other.key_text)).unwrap();
+    refused(&key).await;
+    fs::write(&key, "no key").unwrap();
+    house.mend().await;
+    assert!(!key.exists(), "what is neither is in the way");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_caller_adds_is_there_before_the_directory_looks_complete() {
     let house = House::new().await;
     let into = house.bench.directory.path().join("added");

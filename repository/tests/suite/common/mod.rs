@@ -315,7 +315,7 @@ pub struct Bench {
     pub directory: tempfile::TempDir,
     pub repository: Repository,
     pub key: KeyFile,
-    key_text: String,
+    pub key_text: String,
     pub lineage: LineageId,
     next: AtomicU64,
 }
