@@ -77,7 +77,10 @@ struct DatabaseDraft {
     oid: u32,
     collation: String,
     extensions: Vec<String>,
+    /// Those that have rows to count.
     relations: Vec<Relation>,
+    /// Of the others, there are a lot of indexes, nothing is told but how many there are of a kind: by their object ids.
+    others: Vec<(u32, char)>,
     counts: HashMap<u32, Count>,
     /// Of tables that need not be counted unless their files change.
     earlier: HashMap<u32, Earlier>,
@@ -113,12 +116,7 @@ impl CensusDraft {
     /// How many tables have a count, and how many there are to count.
     pub fn counted(&self) -> (usize, usize) {
         let counted = self.databases.iter().map(|database| database.counts.len()).sum();
-        let all = self
-            .databases
-            .iter()
-            .flat_map(|database| &database.relations)
-            .filter(|r| r.countable)
-            .count();
+        let all = self.databases.iter().map(|database| database.relations.len()).sum();
         (counted, all)
     }
 }
@@ -427,18 +425,21 @@ async fn database_draft(
 ) -> Result<DatabaseDraft, Error> {
     let session = connect(&target.with_database(name.as_str()), &purpose(options)).await?;
     let extensions = session.query("list the extensions", EXTENSIONS, &[]).await?;
-    let mut relations = relations(&session).await?;
-    // Of what has no rows nothing is told but how many there are of its kind; there are a lot of indexes.
-    for relation in relations.iter_mut().filter(|relation| !relation.countable) {
-        (relation.schema, relation.name, relation.path) = (String::new(), String::new(), None);
-    }
+    let (mut relations, mut others) = (Vec::new(), Vec::new());
+    each_relation(&session, |relation| {
+        if relation.countable {
+            relations.push(relation);
+        } else {
+            others.push((relation.oid, relation.kind));
+        }
+    })
+    .await?;
     let known = |relation: &Relation| {
         let earlier = files.earlier(relation.path.as_deref())?;
-        (relation.countable && relation.is_heap).then_some((relation.oid, earlier))
+        relation.is_heap.then_some((relation.oid, earlier))
     };
     let earlier: HashMap<u32, Earlier> = relations.iter().filter_map(known).collect();
-    let to_count =
-        |relation: &&Relation| relation.countable && !earlier.contains_key(&relation.oid);
+    let to_count = |relation: &&Relation| !earlier.contains_key(&relation.oid);
     let to_count: Vec<&Relation> = relations.iter().filter(to_count).collect();
     let mut counts = HashMap::new();
     count_all(&session, options, files, &to_count, name, &mut counts).await?;
@@ -450,6 +451,7 @@ async fn database_draft(
         collation,
         extensions: extensions.iter().map(|row| row.get(0)).collect(),
         relations,
+        others,
         counts,
         earlier,
     })
@@ -575,7 +577,7 @@ async fn count_group(
 async fn finish_database(
     target: &Target,
     options: &CensusOptions,
-    draft: DatabaseDraft,
+    mut draft: DatabaseDraft,
     changes: Option<&WalChanges>,
     stop_lsn: Lsn,
 ) -> Result<Option<DatabaseCensus>, Error> {
@@ -593,40 +595,49 @@ async fn finish_database(
     if oid.await?.get::<_, u32>(0) != draft.oid {
         return Ok(None);
     }
-    let after = {
-        let before: HashMap<u32, &Relation> =
-            draft.relations.iter().map(|relation| (relation.oid, relation)).collect();
-        let mut after = HashMap::with_capacity(before.len());
-        each_relation(&session, |now| {
-            if let Some(before) = before.get(&now.oid) {
-                after.insert(now.oid, After::of(before, &now));
-            }
-        })
-        .await?;
-        after
-    };
+    let mut after = Aftermath::of(&mut draft);
+    each_relation(&session, |now| after.see(&draft, &now)).await?;
     let extensions = session.query("list the extensions", EXTENSIONS, &[]).await?;
     session.close().await;
     let extensions: HashSet<String> = extensions.iter().map(|row| row.get(0)).collect();
-    Ok(Some(conclude(draft, &after, &extensions, changes, stop_lsn)))
+    Ok(Some(conclude(draft, after, &extensions, changes, stop_lsn)))
 }
 
-/// What has become of a relation.
+/// What has become of the relations. There may be a million, so each takes a few bytes.
+struct Aftermath {
+    /// How many are still there, of each kind.
+    relations: HashMap<char, u64>,
+    /// Of each table of the draft, in its order.
+    tables: Vec<Option<After>>,
+}
+
+/// What has become of a table.
 #[derive(Debug, Clone, Copy)]
 struct After {
-    kind: char,
     file_node: u32,
-    countable: bool,
-    same_name: bool,
+    /// It is the same by its name, and still has rows of its own.
+    is_same: bool,
 }
 
-impl After {
-    fn of(before: &Relation, now: &Relation) -> Self {
-        Self {
-            kind: now.kind,
-            file_node: now.file_node,
-            countable: now.countable,
-            same_name: (&now.schema, &now.name) == (&before.schema, &before.name),
+impl Aftermath {
+    /// Has the draft in the order in which it is looked up.
+    fn of(draft: &mut DatabaseDraft) -> Self {
+        draft.relations.sort_unstable_by_key(|relation| relation.oid);
+        draft.others.sort_unstable();
+        Self { relations: HashMap::new(), tables: vec![None; draft.relations.len()] }
+    }
+
+    fn see(&mut self, draft: &DatabaseDraft, now: &Relation) {
+        if let Ok(at) = draft.relations.binary_search_by_key(&now.oid, |relation| relation.oid) {
+            let before = &draft.relations[at];
+            if before.kind == now.kind {
+                let is_same =
+                    now.countable && (&now.schema, &now.name) == (&before.schema, &before.name);
+                self.tables[at] = Some(After { file_node: now.file_node, is_same });
+                *self.relations.entry(now.kind).or_default() += 1;
+            }
+        } else if draft.others.binary_search(&(now.oid, now.kind)).is_ok() {
+            *self.relations.entry(now.kind).or_default() += 1;
         }
     }
 }
@@ -634,22 +645,14 @@ impl After {
 /// What was there when the backup stopped, from what was there before and after.
 fn conclude(
     draft: DatabaseDraft,
-    after: &HashMap<u32, After>,
+    after: Aftermath,
     extensions_after: &HashSet<String>,
     changes: Option<&WalChanges>,
     stop_lsn: Lsn,
 ) -> DatabaseCensus {
-    let mut relations: HashMap<char, u64> = HashMap::new();
     let mut tables = Vec::new();
-    for before in draft.relations {
-        let Some(now) = after.get(&before.oid) else { continue };
-        if now.kind != before.kind {
-            continue;
-        }
-        *relations.entry(before.kind).or_default() += 1;
-        if !(before.countable && now.countable && now.same_name) {
-            continue;
-        }
+    for (before, now) in draft.relations.into_iter().zip(after.tables) {
+        let Some(now) = now.filter(|now| now.is_same) else { continue };
         let count = draft.counts.get(&before.oid);
         tables.push(TableCount {
             rows: count.map(|count| count.rows),
@@ -659,6 +662,7 @@ fn conclude(
             table: before.name,
         });
     }
+    let relations = after.relations;
     let mut relations: Vec<_> = relations.into_iter().collect();
     relations.sort_unstable();
     tables.sort_unstable_by(|a, b| (&a.schema, &a.table).cmp(&(&b.schema, &b.table)));
@@ -684,7 +688,7 @@ fn counted_file(path: Option<String>, count: &Count) -> Option<CountedFile> {
 fn drift(
     database: u32,
     before: &Relation,
-    now: &After,
+    now: After,
     count: &Count,
     changes: Option<&WalChanges>,
     stop_lsn: Lsn,
@@ -729,26 +733,25 @@ mod tests {
         renamed.name = "other".to_owned();
         let mut rewritten = table(4, 0);
         rewritten.file_node = 99;
-        let after = [table(1, 0), renamed, rewritten, table(5, 0)];
+        let index = |oid| Relation { kind: 'i', countable: false, ..table(oid, 0) };
+        let after = [index(9), table(1, 0), renamed, rewritten, table(5, 0), index(8), index(6)];
         let count = Count { rows: 7, from: Lsn(10), disturbed: false, file: None };
-        let draft = DatabaseDraft {
+        let mut draft = DatabaseDraft {
             name: "d".parse().unwrap(),
             oid: 5,
             collation: "c".to_owned(),
             extensions: vec!["a 1".to_owned(), "b 1".to_owned()],
-            relations: vec![table(1, 0), table(2, 0), table(3, 0), table(4, 0)],
+            relations: vec![table(3, 0), table(2, 0), table(1, 0), table(4, 0)],
+            others: vec![(9, 'i'), (7, 'i'), (8, 'S')],
             counts: [1, 2, 3, 4].map(|oid| (oid, count.clone())).into(),
             earlier: HashMap::new(),
         };
-        let before: HashMap<_, _> =
-            draft.relations.iter().map(|table| (table.oid, table)).collect();
-        let after = after.iter().filter_map(|now| {
-            let before = before.get(&now.oid)?;
-            Some((now.oid, After::of(before, now)))
-        });
-        let after = after.collect();
-        let finished = conclude(draft, &after, &HashSet::from(["b 1".to_owned()]), None, Lsn(20));
-        assert_eq!(finished.relations, [('r', 3)]);
+        let mut seen = Aftermath::of(&mut draft);
+        for now in &after {
+            seen.see(&draft, now);
+        }
+        let finished = conclude(draft, seen, &HashSet::from(["b 1".to_owned()]), None, Lsn(20));
+        assert_eq!(finished.relations, [('i', 1), ('r', 3)]);
         assert_eq!(finished.extensions, ["b 1"]);
         let names: Vec<_> =
             finished.tables.iter().map(|t| (t.table.as_str(), t.rows, t.drift)).collect();
