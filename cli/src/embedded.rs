@@ -3,13 +3,16 @@
 
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use broker::Broker;
+use coordinator::api::types::ClusterView;
 use coordinator::{Clock, Coordinator, Handle};
 use postgres::Environment;
 use proto::envelope::{Credentials, SigningKey};
 use proto::{Action, ClusterName, Code, Failure};
 use secrecy::SecretString;
+use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 use worker::Worker;
 use worker::config::WorkerConfig;
@@ -21,6 +24,11 @@ use crate::{configs, identity, secrets};
 
 /// The kernel's limit on the path of a Unix socket.
 const SOCKET_PATH_MAX: usize = 107;
+
+/// The API's socket, in the directory where the whole keeps its state.
+const SOCKET: &str = "coordinator.sock";
+/// How long who runs already may take to say what it serves; that it runs is known without.
+const SAID_WITHIN: Duration = Duration::from_secs(3);
 
 /// The cluster an embedded worker serves.
 #[derive(Debug)]
@@ -56,7 +64,7 @@ impl Embedded {
             Failure::new(Code::ConfigInvalid, Action::FixConfig, what)
                 .with_hint("Choose another directory: --home DIR, or the variable PGMUSTER_HOME.")
         };
-        let socket = home.join("coordinator.sock");
+        let socket = home.join(SOCKET);
         if socket.as_os_str().len() > SOCKET_PATH_MAX {
             return Err(unusable(format!(
                 "the path of the socket {} is longer than {SOCKET_PATH_MAX} bytes",
@@ -72,7 +80,15 @@ impl Embedded {
         let is_new = make_repository(home).await?;
 
         let broker = Broker::memory();
-        let handle = start_coordinator(home, &socket, broker.another("coordinator")).await?;
+        let started = start_coordinator(home, &socket, broker.another("coordinator")).await;
+        let handle = match started {
+            Ok(handle) => handle,
+            Err(failure) => {
+                // Who was asked a moment ago may have been there only since then.
+                require_free(home).await?;
+                return Err(failure);
+            }
+        };
         let worker = start_worker(home, served, &handle, broker.another("worker")).await?;
         let client = Client::over_socket(&socket)?;
         Ok(Self { handle, worker, broker, client, is_new })
@@ -86,6 +102,35 @@ impl Embedded {
         self.handle.shutdown().await;
         self.broker.close().await;
     }
+}
+
+/// Refuses a directory whose state another process works on, and says which one that is and what it serves.
+pub(crate) async fn require_free(home: &Path) -> Result<(), Failure> {
+    let socket = home.join(SOCKET);
+    let Ok(there) = UnixStream::connect(&socket).await else { return Ok(()) };
+    let pid = there.peer_cred().ok().and_then(|credentials| credentials.pid());
+    drop(there);
+    let clusters = async {
+        let clusters: Vec<ClusterView> = Client::over_socket(&socket)?.get("/v1/clusters").await?;
+        Ok::<_, Failure>(clusters)
+    };
+    let clusters = tokio::time::timeout(SAID_WITHIN, clusters).await;
+    let mut names: Vec<String> = Vec::new();
+    if let Ok(Ok(clusters)) = clusters {
+        names.extend(clusters.iter().map(|view| view.name.to_string()));
+    }
+    let who = pid.map_or_else(|| "another process".to_owned(), |pid| format!("process {pid}"));
+    let serves = match names.as_slice() {
+        [] => String::new(),
+        names => format!(" and serves {}", names.join(", ")),
+    };
+    let (home, socket) = (home.display(), socket.display());
+    let what = format!("pgmuster runs in {home} already: {who} answers at {socket}{serves}");
+    let stop = pid.map_or_else(|| "stop it".to_owned(), |pid| format!("stop it (kill {pid})"));
+    Err(Failure::new(Code::StateConflict, Action::FixConfig, what).with_hint(format!(
+        "It goes on. Ask and order there: pgmuster --coordinator {socket} status. To start anew {stop} first; for another server \
+         give this one a place of its own: --home DIR.",
+    )))
 }
 
 async fn make_repository(home: &Path) -> Result<bool, Failure> {
@@ -183,4 +228,34 @@ async fn start_worker(
         .map_err(|error| Failure::bug(format!("failed to {error}")))?;
     let places = Places::resolve(&config, &Environment::of_process(), &secrets::resolve)?;
     Worker::start(config, credentials, places, broker).await
+}
+
+#[cfg(test)]
+mod tests {
+    use broker::PrivateSocket;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_directory_where_another_process_answers_is_refused_with_what_it_is() {
+        let home = tempfile::tempdir().unwrap();
+        require_free(home.path()).await.unwrap();
+        let socket = home.path().join(SOCKET);
+        let bound = PrivateSocket::bind(&socket).await.unwrap();
+        // It says nothing, as one that is about to end does.
+        let answering = tokio::spawn(async move {
+            while let Ok(connection) = bound.listener.accept().await {
+                drop(connection);
+            }
+        });
+        let refused = require_free(home.path()).await.unwrap_err();
+        assert_eq!(refused.code, Code::StateConflict, "{refused}");
+        let process = format!("process {} answers at {}", std::process::id(), socket.display());
+        assert!(refused.message.contains(&process), "{refused}");
+        let order = format!("pgmuster --coordinator {} status", socket.display());
+        assert!(refused.hint.contains(&order), "{}", refused.hint);
+        answering.abort();
+        let _ = answering.await;
+        require_free(home.path()).await.expect("what a dead process left is in nobody's way");
+    }
 }

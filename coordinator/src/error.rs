@@ -1,5 +1,7 @@
 //! What can go wrong in the coordinator, and how it is told to whoever asked.
 
+use std::io;
+
 use proto::failure::{Action, Code, Failure, chain};
 
 /// A failure of the coordinator itself.
@@ -47,7 +49,7 @@ pub enum Error {
         place: String,
         /// Why not.
         #[source]
-        source: std::io::Error,
+        source: io::Error,
     },
     /// The configuration is wrong.
     #[error("use the configuration: {}", .0.join("; "))]
@@ -69,6 +71,12 @@ impl From<&Error> for Failure {
             Error::StaleEpoch { .. } => {
                 Failure::new(Code::StateConflict, Action::Retry, format!("failed to {error}"))
             }
+            Error::Listen { source, .. } if source.kind() == io::ErrorKind::AddrInUse => {
+                let text = format!("failed to {}", chain(error));
+                Failure::new(Code::StateConflict, Action::FixConfig, text).with_hint(
+                    "What listens there goes on. Stop it first, or give this coordinator another place: listen.socket and listen.tcp of its configuration.",
+                )
+            }
             Error::CatalogUrl | Error::Listen { .. } | Error::Config(_) => Failure::new(
                 Code::ConfigInvalid,
                 Action::FixConfig,
@@ -76,5 +84,21 @@ impl From<&Error> for Failure {
             ),
             Error::Stored { .. } => Failure::bug(format!("failed to {}", chain(error))),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_where_somebody_listens_is_a_conflict_and_no_wrong_configuration() {
+        let told = |kind: io::ErrorKind| {
+            let (place, source) = ("/run/pgmuster/coordinator.sock".to_owned(), kind.into());
+            Failure::from(&Error::Listen { place, source })
+        };
+        let taken = told(io::ErrorKind::AddrInUse);
+        assert_eq!((taken.code, taken.hint.is_empty()), (Code::StateConflict, false), "{taken}");
+        assert_eq!(told(io::ErrorKind::NotFound).code, Code::ConfigInvalid);
     }
 }

@@ -14,6 +14,8 @@ use tests::{Cluster, Pgmuster, eventually, eventually_async};
 const BOUND: Duration = Duration::from_mins(2);
 /// The documented code of an interruption.
 const INTERRUPTED: i32 = 130;
+/// That of a state which does not allow what was asked.
+const STATE_CONFLICT: i32 = 7;
 
 /// Running processes whose command line or directory names this directory.
 fn processes(directory: &Path) -> anyhow::Result<Vec<String>> {
@@ -150,6 +152,11 @@ async fn up_that_is_stopped_leaves_its_state_and_nothing_else() -> anyhow::Resul
     let mut program = up()?;
     program.wait_for_line("main is PROVED (L5)", BOUND)?;
     program.wait_for_line("Another terminal can order now", BOUND)?;
+    // A second one for the same place says who has it, and the first goes on.
+    let second = up()?.wait(BOUND)?;
+    ensure!(second.code() == STATE_CONFLICT, "{second}");
+    ensure!(second.stderr.starts_with("error: STATE_CONFLICT: pgmuster runs in "), "{second}");
+    ensure!(second.stderr.contains("coordinator.sock and serves main"), "{second}");
     program.terminate()?;
     let done = program.wait(BOUND)?;
     ensure!(done.code() == 0, "{done}");

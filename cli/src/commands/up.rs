@@ -14,7 +14,7 @@ use worker::places::Cluster;
 
 use crate::args::Up;
 use crate::commands::archiving;
-use crate::embedded::{Embedded, Served};
+use crate::embedded::{self, Embedded, Served};
 use crate::exit::Exit;
 use crate::{environment, follow, output};
 
@@ -30,6 +30,7 @@ pub(crate) async fn run(args: Up) -> Result<Exit, Failure> {
         let message = format!("{}: {error}", home.display());
         Failure::new(Code::RequestInvalid, Action::FixConfig, message)
     })?;
+    embedded::require_free(&home).await?;
     let connection = match &args.url {
         Some(url) => url.clone(),
         None => local_server()?,
