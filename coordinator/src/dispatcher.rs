@@ -252,7 +252,11 @@ fn reads_files(task: &Task) -> bool {
 }
 
 fn placed(situation: &Situation, job: &Job) -> Placed {
-    let cluster = situation.clusters.get(&job.cluster);
+    placed_among(&situation.workers, situation.clusters.get(&job.cluster), job)
+}
+
+/// Where a job may go, as things are.
+pub(crate) fn placed_among(workers: &[Candidate], cluster: Option<&Cluster>, job: &Job) -> Placed {
     let restore_roots = match &job.task {
         Task::Restore(restore) => restore.roots().collect(),
         _ => BTreeSet::new(),
@@ -271,7 +275,7 @@ fn placed(situation: &Situation, job: &Job) -> Placed {
             rather_not: job.rather_not.as_ref(),
             refused: &job.refused,
         },
-        &situation.workers,
+        workers,
     )
 }
 

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use policy::broken::in_the_way;
 use policy::fleet::{counted, fleet_sentence};
+use policy::placement::{Candidate, Placed};
 use policy::reach::BackupEnd;
 use policy::recoverable::{Reach, RecoveryPoint, Source};
 use policy::recovery_time::{Begins, Measured, RecoveryTime, recovery_time};
@@ -14,7 +15,7 @@ use proto::job::{BackupOutcome, JobKind, JobState, Task};
 use proto::message::{ClusterOffer, RepositoryAway, RepositoryLook};
 use proto::{BackupId, BackupKind, ClusterName, Heartbeat};
 
-use crate::api::types::{BackupView, ClusterView, ProofView, StatusView};
+use crate::api::types::{BackupView, ClusterView, NobodyMay, ProofView, StatusView};
 use crate::api::view;
 use crate::catalog::backups::{self, Backup, ProofRow, Shown, Worth};
 use crate::catalog::clusters::{self, Cluster};
@@ -24,7 +25,7 @@ use crate::catalog::workers::{self, Worker};
 use crate::core::Core;
 use crate::error::Result;
 use crate::metrics::{ClusterMoment, Moment};
-use crate::{proofs, restores};
+use crate::{dispatcher, proofs, restores};
 
 /// For so long a worker that is silent still has the word about its directory: it may be restarting.
 const WRITER_SILENT_MS: i64 = 600_000;
@@ -419,8 +420,36 @@ pub(crate) async fn status(core: &Core) -> Result<StatusView> {
     let states = counted(&known.iter().map(|one| &one.judgement).collect::<Vec<_>>());
     let names: Vec<ClusterName> = known.iter().map(|one| one.cluster.name.clone()).collect();
     let warnings = core.config.objectives.unknown(&names);
+    let workers = workers::list(&mut *core.catalog.read().await?).await?;
+    let nobody_may = nobody_may(&known, &workers, core.now_ms());
     let clusters = known.into_iter().map(cluster_view).collect();
-    Ok(StatusView { sentence, states, clusters, warnings, at_ms: core.now_ms() })
+    Ok(StatusView { sentence, states, clusters, warnings, nobody_may, at_ms: core.now_ms() })
+}
+
+/// The jobs that wait because no worker may do them: nothing will come of them until somebody starts one that may, or allows it. A
+/// cluster that is paused has its jobs wait on purpose.
+fn nobody_may(known: &[Known], workers: &[Worker], now_ms: i64) -> Vec<NobodyMay> {
+    let workers: Vec<Candidate> =
+        workers.iter().map(|worker| dispatcher::candidate(worker, &[], now_ms)).collect();
+    let mut found = Vec::new();
+    for Known { cluster, open, .. } in known.iter().filter(|known| !known.cluster.paused) {
+        let mut of_kind: BTreeMap<(JobKind, String), u64> = BTreeMap::new();
+        let waits = |job: &&Job| matches!(job.state, JobState::Queued | JobState::Waiting);
+        for job in open.iter().filter(waits) {
+            if let Placed::Nobody { reason } =
+                dispatcher::placed_among(&workers, Some(cluster), job)
+            {
+                *of_kind.entry((job.kind(), reason)).or_default() += 1;
+            }
+        }
+        found.extend(of_kind.into_iter().map(|((kind, reason), jobs)| NobodyMay {
+            cluster: cluster.name.clone(),
+            kind,
+            jobs,
+            reason,
+        }));
+    }
+    found
 }
 
 /// One cluster.

@@ -220,8 +220,24 @@ pub struct StatusView {
     /// What in the coordinator's configuration seems to be a slip, a sentence each without a period.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
+    /// Jobs that wait because nobody may do them, by cluster and kind.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nobody_may: Vec<NobodyMay>,
     /// The coordinator's clock.
     pub at_ms: i64,
+}
+
+/// Jobs that no living worker may do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NobodyMay {
+    /// Whose they are.
+    pub cluster: ClusterName,
+    /// What they are.
+    pub kind: JobKind,
+    /// How many.
+    pub jobs: u64,
+    /// Why nobody may, a sentence without a period.
+    pub reason: String,
 }
 
 /// A cluster as it is shown.

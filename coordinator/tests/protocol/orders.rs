@@ -1,10 +1,10 @@
 //! What people order: waiting, cancelling, deadlines, who goes first.
 
-use coordinator::api::types::{ClusterView, JobView, SubmitRequest};
+use coordinator::api::types::{ClusterView, JobView, StatusView, SubmitRequest};
 use proto::failure::{Action, Code, Failure};
-use proto::job::{Analyze, Task};
-use proto::message::{Control, DenialReason};
-use proto::{JobState, Lane};
+use proto::job::{Analyze, JobKind, Task, VerifyRestore};
+use proto::message::{Control, DenialReason, Offers};
+use proto::{JobState, Lane, ProofLevel};
 
 use crate::support::{Fleet, Work, Worker, backup_request, eventually, orders};
 
@@ -266,4 +266,28 @@ async fn another_server_under_a_cluster_s_name_is_told_until_it_is_adopted() {
     let adopted: ClusterView = fleet.post("/v1/clusters/orders/adopt", &()).await;
     assert_eq!(adopted.system_identifier, Some(proto::SystemIdentifier(43)));
     assert_eq!(adopted.reason, "no backup has been taken yet");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn jobs_that_no_living_worker_may_do_are_told_by_the_status_until_one_may() {
+    let fleet = Fleet::new().await;
+    let mut w1 = Worker::new(&fleet, "w1").await;
+    let only_backups = Offers { kinds: vec![JobKind::Backup], ..w1.offers() };
+    w1.pulse_with(Some(only_backups)).await;
+    let proof = VerifyRestore { backup: None, level: ProofLevel::L5, to: None, heartbeats: None };
+    let prove = SubmitRequest::new(orders(), Task::VerifyRestore(proof));
+    let told = async || fleet.get::<StatusView>("/v1/status").await.nobody_may;
+    for _ in 0..2 {
+        fleet.submit(&prove).await;
+    }
+    let one = eventually("the status tells of both", || async {
+        let told = told().await;
+        told.first().is_some_and(|row| row.jobs == 2).then_some(told)
+    })
+    .await;
+    assert_eq!(one.len(), 1, "{one:?}");
+    assert_eq!((&one[0].cluster, one[0].kind), (&orders(), JobKind::VerifyRestore));
+    assert!(one[0].reason.contains("is allowed to do verify_restore"), "{one:?}");
+    w1.announce(&fleet).await;
+    eventually("nobody waits in vain", || async { told().await.is_empty().then_some(()) }).await;
 }
