@@ -14,7 +14,7 @@ use crate::files::{LocalFiles, ServerFiles};
 use crate::process::Result;
 
 /// Where it lies in a data directory.
-pub const CONTROL_FILE_PATH: &str = "global/pg_control";
+pub use proto::server_files::CONTROL_FILE_PATH;
 /// No more than this is read of what has its name.
 const CONTROL_FILE_LIMIT_BYTES: u64 = 1 << 20;
 /// How often a torn file is read. The server writes it in one call, so the second try nearly always

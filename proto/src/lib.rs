@@ -17,6 +17,7 @@ pub mod near;
 pub mod proof;
 pub mod recovery;
 pub mod secret_ref;
+pub mod server_files;
 pub mod step;
 pub mod topology;
 pub mod wal;

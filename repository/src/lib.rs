@@ -36,6 +36,7 @@ mod marks;
 mod note;
 mod pack;
 mod passphrase;
+pub mod paths;
 mod pieces;
 mod pins;
 mod progress;

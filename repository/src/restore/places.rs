@@ -8,6 +8,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::RestoreTarget;
 use crate::error::{Error, show};
+use crate::paths;
 
 /// Each directory takes one handle for its lock and one to write through.
 const HANDLES_A_DIRECTORY: u64 = 2;
@@ -36,24 +37,9 @@ pub(super) fn require_apart(
     }
 }
 
-/// The path without links, as far as it exists.
 fn resolved(path: &Path) -> Result<PathBuf, Error> {
-    let failed = |source| Error::Target { path: path.display().to_string(), source };
-    let path = std::path::absolute(path).map_err(failed)?;
-    let mut missing = Vec::new();
-    let mut at = path.as_path();
-    loop {
-        match at.canonicalize() {
-            Ok(found) => {
-                return Ok(missing.iter().rev().fold(found, |found, name| found.join(name)));
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(failed(error)),
-        }
-        let (Some(parent), Some(name)) = (at.parent(), at.file_name()) else { return Ok(path) };
-        missing.push(name.to_owned());
-        at = parent;
-    }
+    paths::resolved(path)
+        .map_err(|source| Error::Target { path: path.display().to_string(), source })
 }
 
 /// Lets this process open as many files as a restore into so many directories needs: the usual limit, 1,024, is meant for

@@ -54,7 +54,7 @@ struct Server {
 async fn server_of(path: &Path) -> Result<Option<Server>, Failure> {
     let directory = data_directory(path);
     blocking(move || {
-        if !directory.join("global/pg_control").exists() {
+        if !repository::paths::is_data_directory(&directory) {
             return Ok(None);
         }
         let control = ControlFile::read(&directory)?;
