@@ -4,11 +4,12 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use proto::{
-    BackupId, ClusterName, JobId, JobState, LineageId, ProofLevel, SiteName, WalFileName,
-    WorkerName,
+    ClusterName, JobId, JobState, LineageId, ProofLevel, SiteName, WalFileName, WorkerName,
 };
 use repository::Slice;
 use worker::config::BackupConfig;
+
+pub use crate::backup_ref::BackupRef;
 
 /// The heading of the options that every command has.
 const GLOBAL: &str = "Options of every command";
@@ -300,9 +301,9 @@ pub enum Engine {
 pub struct Verify {
     /// The cluster.
     pub cluster: ClusterName,
-    /// The backup [default: the newest].
+    /// The backup: its id or the beginning of it, `@last` or `@proved` [default: the newest].
     #[arg(long, value_name = "ID")]
-    pub backup: Option<BackupId>,
+    pub backup: Option<BackupRef>,
     /// How far to go: 1 present, 2 readable, 3 restored and consistent, 4 the server's own checks, 5 same content, 6 what the
     /// worker's configuration asserts holds [default: 5, with --to 4].
     #[arg(long, value_name = "N")]
@@ -326,9 +327,9 @@ pub struct Restore {
     /// Where to: an empty directory, or one that an interrupted restore left; see also `--delta`.
     #[arg(long, value_name = "DIR", required_unless_present = "into_server")]
     pub into: Option<PathBuf>,
-    /// The backup [default: the newest].
+    /// The backup: its id or the beginning of it, `@last` or `@proved` [default: the newest].
     #[arg(long, value_name = "ID")]
-    pub backup: Option<BackupId>,
+    pub backup: Option<BackupRef>,
     /// The worker that shall do it [default: one with a restore root above DIR].
     #[arg(long, value_name = "WORKER", conflicts_with = "repository")]
     pub on: Option<WorkerName>,
@@ -531,8 +532,8 @@ pub enum BackupsCommand {
     },
     /// One backup and its proofs.
     Show {
-        /// The backup.
-        backup: BackupId,
+        /// The backup: its id or the beginning of it, `@last` or `@proved`.
+        backup: BackupRef,
     },
     /// Give a backup up: its space is freed by a later `repo gc`.
     ///
@@ -578,8 +579,8 @@ pub enum BackupsCommand {
 /// A backup, and what it takes to write a wish beside it.
 #[derive(Debug, Args)]
 pub struct BackupAt {
-    /// The backup.
-    pub backup: BackupId,
+    /// The backup: its id or the beginning of it, `@last` or `@proved`.
+    pub backup: BackupRef,
     /// The repository it is in: `file:///path` or `s3://bucket/prefix`.
     #[arg(long, value_name = "URL", requires = "MaybeOpenerArgs")]
     pub repository: Option<String>,
@@ -692,8 +693,8 @@ pub enum RepoCommand {
         /// Which repository.
         #[command(flatten)]
         at: RepositoryAt,
-        /// The backup.
-        backup: BackupId,
+        /// The backup: its id or the beginning of it, `@last` or `@proved`.
+        backup: BackupRef,
         /// Why; kept in the repository.
         #[arg(long, value_name = "TEXT", default_value = "")]
         why: String,
@@ -710,8 +711,8 @@ pub enum RepoCommand {
         /// Which repository.
         #[command(flatten)]
         at: RepositoryAt,
-        /// The backup.
-        backup: BackupId,
+        /// The backup: its id or the beginning of it, `@last` or `@proved`.
+        backup: BackupRef,
         /// Why; kept in the repository.
         #[arg(long, value_name = "TEXT", default_value = "")]
         why: String,
@@ -721,8 +722,8 @@ pub enum RepoCommand {
         /// Which repository.
         #[command(flatten)]
         at: RepositoryAt,
-        /// The backup.
-        backup: BackupId,
+        /// The backup: its id or the beginning of it, `@last` or `@proved`.
+        backup: BackupRef,
         /// Why; kept in the repository.
         #[arg(long, value_name = "TEXT", default_value = "")]
         why: String,
@@ -732,8 +733,8 @@ pub enum RepoCommand {
         /// Which repository.
         #[command(flatten)]
         at: RepositoryAt,
-        /// The backup.
-        backup: BackupId,
+        /// The backup: its id or the beginning of it, `@last` or `@proved`.
+        backup: BackupRef,
     },
     /// Delete what no wanted backup needs: what backups that were given up leave, and rests of failed attempts.
     ///
@@ -837,7 +838,7 @@ pub struct RepoCopy {
     pub cluster: Option<ClusterName>,
     /// Only this backup, also when it was given up.
     #[arg(long, value_name = "BACKUP", conflicts_with = "newest")]
-    pub backup: Option<BackupId>,
+    pub backup: Option<BackupRef>,
     /// Only the newest backup of each cluster.
     #[arg(long)]
     pub newest: bool,

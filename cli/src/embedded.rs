@@ -15,11 +15,12 @@ use secrecy::SecretString;
 use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 use worker::Worker;
-use worker::config::WorkerConfig;
+use worker::config::{GivenBy, WorkerConfig};
 use worker::places::Places;
 
 use crate::client::Client;
 use crate::commands::{init_repository, write_secret};
+use crate::hints::Place;
 use crate::{configs, identity, secrets};
 
 /// The kernel's limit on the path of a Unix socket.
@@ -27,6 +28,8 @@ const SOCKET_PATH_MAX: usize = 107;
 
 /// The API's socket, in the directory where the whole keeps its state.
 const SOCKET: &str = "coordinator.sock";
+/// The key of its repository, there too.
+const KEY: &str = "repository.key";
 /// How long who runs already may take to say what it serves; that it runs is known without.
 const SAID_WITHIN: Duration = Duration::from_secs(3);
 
@@ -133,12 +136,21 @@ pub(crate) async fn require_free(home: &Path) -> Result<(), Failure> {
     )))
 }
 
+/// The repository of a whole that keeps its state there, for what is said of it.
+pub(crate) fn repository_in(home: &Path) -> Place {
+    Place::of_whole(&url_in(home), &home.join(KEY))
+}
+
+fn url_in(home: &Path) -> String {
+    format!("file://{}", home.join("repository").display())
+}
+
 async fn make_repository(home: &Path) -> Result<bool, Failure> {
-    let key = home.join("repository.key");
+    let key = home.join(KEY);
     if key.exists() {
         return Ok(false);
     }
-    let url = format!("file://{}", home.join("repository").display());
+    let url = url_in(home);
     let sheet = init_repository(&url, &key, None, false).await?;
     write_secret(&home.join("recovery-sheet.txt"), sheet.as_bytes())?;
     Ok(true)
@@ -200,9 +212,8 @@ async fn start_worker(
     }
     let repository = toml::toml! { name = "main" };
     let mut repository = repository;
-    let url = format!("file://{}", home.join("repository").display());
-    let key = format!("file:{}", home.join("repository.key").display());
-    repository.insert("url".to_owned(), url.into());
+    let key = format!("file:{}", home.join(KEY).display());
+    repository.insert("url".to_owned(), url_in(home).into());
     repository.insert("key".to_owned(), key.into());
     let mut config = toml::toml! {
         name = "local"
@@ -220,7 +231,10 @@ async fn start_worker(
     config.insert("allow".to_owned(), allow.into());
     config.insert("repositories".to_owned(), vec![toml::Value::from(repository)].into());
     config.insert("clusters".to_owned(), vec![toml::Value::from(cluster)].into());
-    let config: WorkerConfig = configs::parse(&config.to_string()).map_err(Failure::bug)?;
+    let mut config: WorkerConfig = configs::parse(&config.to_string()).map_err(Failure::bug)?;
+    for cluster in &mut config.clusters {
+        cluster.given_by = GivenBy::Up;
+    }
 
     let key = SigningKey::from_seed(&repository::random());
     let certificate = handle.certify(&config.name, &config.site, key.public());

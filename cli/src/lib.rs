@@ -2,6 +2,7 @@
 //! one process. Wiring and printing, no decisions.
 
 pub mod args;
+mod backup_ref;
 mod become_user;
 mod client;
 mod commands;
@@ -10,6 +11,7 @@ mod embedded;
 mod environment;
 mod exit;
 mod follow;
+mod hints;
 mod identity;
 mod opener;
 mod output;
@@ -26,6 +28,7 @@ pub use exit::Exit;
 
 use crate::args::{Cli, Command, Output, ServersCall, WalCommand};
 use crate::commands::Before;
+use crate::hints::Place;
 
 /// How long the last spans may take on their way out.
 const LAST_SPANS_MAX: Duration = Duration::from_secs(3);
@@ -119,6 +122,9 @@ enum Heard {
 }
 
 fn started(cli: Cli) -> Result<Exit, Exit> {
+    if let Some(place) = Place::typed(&cli.command) {
+        output::about(place);
+    }
     let before = match commands::at_once(&cli) {
         ControlFlow::Break(exit) => return Ok(exit),
         ControlFlow::Continue(before) => before,

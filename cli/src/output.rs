@@ -1,6 +1,7 @@
 //! The only place that writes to standard output (what was asked for) and standard error (talk about it).
 
 use std::io::{IsTerminal as _, Write as _};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use comfy_table::{ContentArrangement, Table, presets};
@@ -9,6 +10,20 @@ pub(crate) use proto::words::count;
 use serde::Serialize;
 
 use crate::args::Output;
+use crate::hints::Place;
+
+/// The repository that this process is about, for the commands in what is said.
+static PLACE: OnceLock<Place> = OnceLock::new();
+
+/// Has every command that is said from now on name this repository, where it names one. Once a process.
+pub(crate) fn about(place: Place) {
+    // The first one is what was typed.
+    let _ = PLACE.set(place);
+}
+
+fn filled(text: &str) -> String {
+    PLACE.get().map_or_else(|| text.to_owned(), |place| place.fill(text))
+}
 
 /// Writes what was asked for. A reader that went away (`| head`) is no failure.
 pub(crate) fn data(text: &str) {
@@ -19,7 +34,7 @@ pub(crate) fn data(text: &str) {
 
 /// Says something about the work.
 pub(crate) fn talk(text: &str) {
-    let _ = writeln!(std::io::stderr().lock(), "{text}");
+    let _ = writeln!(std::io::stderr().lock(), "{}", filled(text));
 }
 
 /// How long nobody wonders why nothing happens.
@@ -43,7 +58,7 @@ async fn when_slow<T>(tell: impl FnOnce(), work: impl Future<Output = T>) -> T {
 pub(crate) fn show<T: Serialize>(output: Output, value: &T, people: impl FnOnce(&T) -> String) {
     match output {
         Output::Json => data(&json(value)),
-        Output::Table => data(&people(value)),
+        Output::Table => data(&filled(&people(value))),
     }
 }
 

@@ -227,7 +227,7 @@ async fn a_backup_is_given_up_and_held_by_its_id_where_its_repository_and_key_ar
         rows.as_array().unwrap().iter().find(|row| row["backup"] == *id).unwrap()["wish"].clone()
     };
     let held = ends(&place.backups_there("hold", 0, &["--why", "an audit"]), 0);
-    assert!(held.contains("is held until `pgmuster backups release`"), "{held}");
+    assert!(held.contains("is held until `pgmuster repo release "), "{held}");
     assert_eq!(wish(0), "held");
     let refused = ends(&place.backups_there("delete", 0, &[]), 7);
     assert!(refused.contains("it is held"), "{refused}");
@@ -247,6 +247,79 @@ async fn a_backup_is_given_up_and_held_by_its_id_where_its_repository_and_key_ar
     ends(&place.backups("delete", 0, &["--repository", &place.url("main")]), 2);
     ends(&place.backups("delete", 0, &["--key", &place.key()]), 2);
     assert_eq!(wish(0), Value::Null);
+}
+
+/// Runs the command of a hint as a person does who pastes it into a shell.
+fn pasted(told: &str, beginning: &str) -> Output {
+    let commands = told.split('`').skip(1).step_by(2);
+    let command = commands.into_iter().find(|command| command.starts_with(beginning)).expect(told);
+    let command = command.replacen("pgmuster", env!("CARGO_BIN_EXE_pgmuster"), 1);
+    Command::new("/bin/sh").args(["-c", &command]).env_clear().output().unwrap()
+}
+
+#[tokio::test]
+async fn a_slip_in_a_restore_is_told_with_what_was_meant_and_a_command_that_can_be_pasted() {
+    let place = Place::new().await;
+    let slip = ends(&place.restore("slip", &["odrers"]), 6);
+    assert!(slip.contains("BACKUP_UNKNOWN") && slip.contains("did you mean orders?"), "{slip}");
+    let listed = ends(&pasted(&slip, "pgmuster repo list"), 0);
+    line(&listed, place.backups[0]);
+    // The same of a backup, whose end is mistyped.
+    let mut id = place.backups[0].to_string();
+    let last = if id.pop() == Some('0') { '1' } else { '0' };
+    id.push(last);
+    for told in [
+        place.restore("slip", &["--backup", &id]),
+        place.repo("hold", &[&id]),
+        place.repo("copy", &[&place.url("copy"), "--backup", &id]),
+    ] {
+        let told = ends(&told, 6);
+        assert!(told.contains(&format!("did you mean {}?", place.backups[0])), "{told}");
+    }
+    assert!(!place.directory.path().join("slip").exists());
+    // Of two commands that are told, the second one names the repository as the first one does.
+    let given_up = ends(&place.repo("delete", &[&place.backups[0].to_string()]), 0);
+    ends(&pasted(&given_up, "pgmuster repo gc"), 0);
+}
+
+#[tokio::test]
+async fn a_backup_is_named_by_the_beginning_of_its_id_and_by_what_it_is() {
+    let place = Place::new().await;
+    let [first, _, third] = place.backups[..] else { panic!() };
+    let ids: Vec<String> = place.backups.iter().map(ToString::to_string).collect();
+    // They were begun within one second: the first digits are those of all.
+    let several = ends(&place.repo("hold", &[&ids[0][..8]]), 2);
+    assert!(ids.iter().all(|id| several.contains(id.as_str())), "{several}");
+    let held = ends(&place.repo("hold", &[&ids[0][..30]]), 0);
+    assert!(held.contains(&format!("Backup {first} is held until")), "{held}");
+    ends(&pasted(&held, "pgmuster repo release"), 0);
+    let newest = ends(&place.repo("delete", &["@last"]), 7);
+    assert!(newest.contains(&ids[2]) && newest.contains("it is the newest one"), "{newest}");
+    let none = ends(&place.restore("proved", &["--backup", "@proved"]), 6);
+    assert!(none.contains("no proved backup"), "{none}");
+    let restored = ends(&place.restore("last", &["--backup", "@last"]), 0);
+    assert!(restored.contains(&format!("Restored backup {third}")), "{restored}");
+    let nothing = ends(&place.restore("none", &["--backup", "newest"]), 2);
+    assert!(nothing.contains("no backup has such an id"), "{nothing}");
+    assert!(!nothing.contains("invalid character"), "{nothing}");
+}
+
+#[tokio::test]
+async fn whoever_holds_what_was_given_up_or_deleted_is_told_so() {
+    let place = Place::new().await;
+    ends(&place.backups_there("delete", 0, &["--why", "too old"]), 0);
+    let given_up = ends(&place.backups_there("hold", 0, &[]), 7);
+    assert!(
+        given_up.contains("it was given up by ") && given_up.contains("(too old)"),
+        "{given_up}"
+    );
+    ends(&pasted(&given_up, "pgmuster repo undelete"), 0);
+    ends(&place.backups_there("hold", 0, &[]), 0);
+    ends(&place.backups_there("release", 0, &[]), 0);
+    place.forget_long_ago(0).await;
+    ends(&place.repo("gc", &["--confirm-large"]), 0);
+    let deleted = ends(&place.backups_there("hold", 0, &[]), 6);
+    assert!(deleted.contains("was given up, and is deleted"), "{deleted}");
 }
 
 #[tokio::test]

@@ -334,7 +334,7 @@ pub(crate) fn cluster_unknown(name: &ClusterName, known: &[Cluster]) -> Failure 
 
 fn worker_unknown(name: &WorkerName) -> Failure {
     Failure::new(Code::WorkerUnknown, Action::Abandon, format!("there is no worker {name}"))
-        .with_hint("Enrol it: pgmuster worker enroll.")
+        .with_hint("Its configuration names it; enroll it there: pgmuster worker enroll --config FILE --enroll-token FILE.")
 }
 
 /// There is no such job.

@@ -498,7 +498,7 @@ impl From<Error> for Failure {
             Error::Target { .. } | Error::File { .. } => told(
                 Code::ConfigInvalid,
                 Action::FixConfig,
-                "Correct the cluster's connection settings in the worker's configuration.",
+                "Correct the connection settings, where they are given: on the command line, or for the cluster in the worker's configuration.",
             ),
             Error::Unreachable { .. } => told(
                 Code::ServerUnreachable,
@@ -527,7 +527,7 @@ impl From<Error> for Failure {
             Error::WrongCluster { .. } => told(
                 Code::SystemIdentifierMismatch,
                 Action::FixConfig,
-                "Point the worker's configuration at the right server, or register the new cluster under a new name.",
+                "Give the connection of the right server, or the new cluster a name of its own.",
             ),
             Error::Permission { grant, .. } => {
                 told(Code::PermissionDenied, Action::FixConfig, grant)
@@ -577,7 +577,7 @@ impl From<Error> for Failure {
                 Code::BinariesMissing,
                 Action::RetryElsewhere,
                 &format!(
-                    "Install them: apt-get install {package} (from apt.postgresql.org where the system's own release lacks it), or name their directory in the worker's configuration."
+                    "Install them: apt-get install {package} (from apt.postgresql.org where the system's own release lacks it), or have the directory of its programs in PATH; a worker's configuration names it in sandbox.postgres_bin_dirs."
                 ),
             ),
             Error::BinariesOfOtherSizes { needed, .. } => told(

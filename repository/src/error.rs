@@ -9,6 +9,12 @@ use proto::{
 
 use crate::store::StoreError;
 
+/// What to do about an object that is not there.
+const MISSING: &str =
+    "`pgmuster repo check URL --key FILE` says which backups are affected; take a new backup.";
+/// What to do about one that is not what was written.
+const DAMAGED: &str = "`pgmuster repo check URL --key FILE --level read` says which backups are affected; take a new backup.";
+
 /// Why a call on a repository failed. Completes "failed to …".
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -159,6 +165,14 @@ pub enum Error {
         backup: BackupId,
         /// What stands against it.
         reason: String,
+    },
+    /// A backup that somebody gave up, and that another one wants to keep.
+    #[error("hold backup {backup}: it was given up{by}, and may be deleted at any moment")]
+    GivenUp {
+        /// The backup.
+        backup: BackupId,
+        /// By whom and why, as far as that is known.
+        by: String,
     },
     /// A file of the log that cannot be what its name says.
     #[error("archive {file}: {reason}")]
@@ -320,7 +334,7 @@ impl From<Error> for Failure {
             Error::NoRepository { .. } => (
                 Code::RepositoryMissing,
                 Action::FixConfig,
-                "Check the repository's URL, or create it with `pgmuster repo init`.",
+                "Check the repository's URL, or create it: `pgmuster repo init URL --key NEW_FILE`.",
             ),
             Error::RepositoryExists { .. } => (
                 Code::RepositoryExists,
@@ -355,23 +369,17 @@ impl From<Error> for Failure {
             Error::KeyObject { .. } => (
                 Code::ObjectDamaged,
                 Action::FixData,
-                "Open the repository with another of its keys: `pgmuster repo key check` tells what is wrong, `pgmuster repo key add` replaces the key.",
+                "Open the repository with another of its keys: `pgmuster repo key check URL --key OTHER` tells what is wrong, `pgmuster repo key add URL --key OTHER --new-key NEW_FILE` replaces the key.",
             ),
             Error::KeyChange { .. } => (
                 Code::StateConflict,
                 Action::FixConfig,
-                "No key was taken away. `pgmuster repo key list` shows the keys there are.",
+                "No key was taken away. `pgmuster repo key list URL --key FILE` shows the keys there are.",
             ),
-            Error::Missing { .. } => (
-                Code::ObjectMissing,
-                Action::FixData,
-                "Run `pgmuster verify CLUSTER --level 2` to see which backups are affected, and take a new backup.",
-            ),
-            Error::Damaged { .. } | Error::Limit { .. } => (
-                Code::ObjectDamaged,
-                Action::FixData,
-                "Run `pgmuster verify CLUSTER --level 2` to see which backups are affected, and take a new backup.",
-            ),
+            Error::Missing { .. } => (Code::ObjectMissing, Action::FixData, MISSING),
+            Error::Damaged { .. } | Error::Limit { .. } => {
+                (Code::ObjectDamaged, Action::FixData, DAMAGED)
+            }
             Error::AttemptExists { .. } => (
                 Code::AttemptSuperseded,
                 Action::Abandon,
@@ -395,13 +403,20 @@ impl From<Error> for Failure {
             Error::BackupUnknown { .. } | Error::LineageUnknown { .. } => (
                 Code::BackupUnknown,
                 Action::FixConfig,
-                "List what there is with `pgmuster backups list`.",
+                "`pgmuster backups list` shows what there is.",
             ),
             Error::Wanted { .. } => (
                 Code::StateConflict,
                 Action::FixConfig,
                 "Look at what stays and why: `pgmuster repo gc URL --key FILE --plan`. Prove a newer backup or release the hold where that is the reason.",
             ),
+            Error::GivenUp { backup, .. } => {
+                let hint = format!(
+                    "Take that back first, while it is there: `pgmuster repo undelete URL --key FILE {backup}`."
+                );
+                return Failure::new(Code::StateConflict, Action::FixConfig, message)
+                    .with_hint(hint);
+            }
             Error::WalContent { .. } => (
                 Code::WalRefused,
                 Action::FixData,
@@ -469,7 +484,7 @@ impl From<Error> for Failure {
                 _ => (
                     Code::TargetUnwritable,
                     Action::FixConfig,
-                    "Let the worker's user own the target directory and its file system be writable.",
+                    "Let the user that pgmuster runs as own the target directory, and its file system be writable.",
                 ),
             },
             Error::Cancelled => (Code::Cancelled, Action::Abandon, ""),
@@ -481,16 +496,10 @@ impl From<Error> for Failure {
 
 fn of_store(error: &StoreError) -> (Code, Action, &'static str) {
     match error {
-        StoreError::NotFound { .. } => (
-            Code::ObjectMissing,
-            Action::FixData,
-            "Run `pgmuster verify CLUSTER --level 2` to see which backups are affected, and take a new backup.",
-        ),
-        StoreError::Short { .. } | StoreError::Large { .. } => (
-            Code::ObjectDamaged,
-            Action::FixData,
-            "Run `pgmuster verify CLUSTER --level 2` to see which backups are affected, and take a new backup.",
-        ),
+        StoreError::NotFound { .. } => (Code::ObjectMissing, Action::FixData, MISSING),
+        StoreError::Short { .. } | StoreError::Large { .. } => {
+            (Code::ObjectDamaged, Action::FixData, DAMAGED)
+        }
         StoreError::Forbidden { .. } => (
             Code::StoreForbidden,
             Action::FixConfig,
@@ -513,7 +522,7 @@ fn of_store(error: &StoreError) -> (Code, Action, &'static str) {
         StoreError::NoStore { .. } => (
             Code::RepositoryMissing,
             Action::FixConfig,
-            "Check the repository's URL. A bucket that was deleted takes along all that was in it: create it, and the repository with `pgmuster repo init`.",
+            "Check the repository's URL. A bucket that was deleted takes along all that was in it: create it, and the repository: `pgmuster repo init URL --key NEW_FILE`.",
         ),
         StoreError::Unsuitable { .. } => {
             (Code::StoreUnsuitable, Action::FixConfig, "Use a store with the named property.")

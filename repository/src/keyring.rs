@@ -348,7 +348,7 @@ impl Keyring {
         let sound = keys.iter().filter(|key| key.findings.is_empty()).count();
         if sound < 2 && self.opener != OPEN_KEY {
             findings.push(format!(
-                "{sound} sound key: who loses it loses every backup; add one with `pgmuster repo key add` and keep it elsewhere"
+                "{sound} sound key: who loses it loses every backup; add one and keep it elsewhere: `pgmuster repo key add URL --key FILE --new-key NEW_FILE`"
             ));
         }
         Ok(KeyringReport { keys, findings })

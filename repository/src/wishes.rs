@@ -193,7 +193,7 @@ impl Repository {
         if is_doomed(&opened, &condemned) {
             return refuse(
                 "a collection that began before may be deleting it; it is whole or gone when that one has ended, and no \
-                 later one deletes it. Of one that died, `pgmuster repo gc URL --drop-lists-older-than HOURS` drops the list"
+                 later one deletes it. Of one that died, `pgmuster repo gc URL --key FILE --drop-lists-older-than HOURS` drops the list"
                     .to_owned(),
             );
         }
@@ -217,19 +217,29 @@ impl Repository {
         let Some(summary) = backups.iter().find(|other| other.backup() == Some(backup)) else {
             return Err(Error::BackupUnknown { lineage, backup });
         };
-        let forgotten =
-            || Err(Error::Wanted { what: HOLD, backup, reason: "it is forgotten".to_owned() });
         if summary.forgotten {
-            return forgotten();
+            return Err(self.given_up(lineage, backup, &summary.forgets).await);
         }
         // Another's hold is none to rely on: that one may be about to lose.
         let end = format!(".{}", hex::encode(&chance::random::<16>()));
         self.write(lineage, backup, &numbered(HOLD, &end), wish).await?;
-        if forgets(&self.names_of(lineage, backup.into()).await?).next().is_some() {
+        let names = self.names_of(lineage, backup.into()).await?;
+        let ends: Vec<String> = forgets(&names).map(str::to_owned).collect();
+        if !ends.is_empty() {
             self.write(lineage, backup, &numbered(RELEASE, &end), wish).await?;
-            return forgotten();
+            return Err(self.given_up(lineage, backup, &ends).await);
         }
         Ok(())
+    }
+
+    /// Why a backup with these wishes is not held.
+    async fn given_up(&self, lineage: LineageId, backup: BackupId, ends: &[String]) -> Error {
+        let wish = self.forgotten_by(lineage, backup, ends).await.ok().flatten();
+        let by = wish.map_or_else(String::new, |Wish { by, why, .. }| match why.as_str() {
+            "" => format!(" by {by}"),
+            why => format!(" by {by} ({why})"),
+        });
+        Error::GivenUp { backup, by }
     }
 
     /// Ends every hold that is there. Idempotent.
@@ -273,6 +283,17 @@ impl Repository {
         }
         let ends: Vec<String> = forgets(names).map(str::to_owned).collect();
         Ok(self.forgotten_by(lineage, backup, &ends).await?.is_some())
+    }
+
+    /// Whether it was a backup once, was given up and is deleted: its verdict stays.
+    pub async fn was_deleted(&self, backup: BackupId) -> Result<bool, Error> {
+        match self.lineage_of(backup.into()).await? {
+            Some(lineage) => {
+                let names = self.names_of(lineage, backup.into()).await?;
+                Ok(!has(&names, "manifest") && self.is_gone(lineage, backup).await?)
+            }
+            None => Ok(false),
+        }
     }
 
     /// Whether a collector said that it deletes the manifest.
@@ -321,7 +342,7 @@ impl Repository {
 
     /// The newest of these backups that was restored and booted, and that no check has found anything wrong with since.
     /// Whose signature a proof has is not looked at: whoever may write here can delete as well.
-    pub(crate) async fn newest_proved(
+    pub async fn newest_proved(
         &self,
         lineage: LineageId,
         backups: &[AttemptSummary],

@@ -414,6 +414,36 @@ fn links_between_documents_lead_somewhere() {
     none("these links lead nowhere", &broken);
 }
 
+/// Commands that work on a repository, and need to be told which.
+const OF_A_REPOSITORY: [&str; 6] = [
+    "`pgmuster repo list",
+    "`pgmuster repo gc",
+    "`pgmuster repo check",
+    "`pgmuster repo key",
+    "`pgmuster repo delete",
+    "`pgmuster repo undelete",
+];
+
+#[test]
+fn commands_in_hints_name_their_repository() {
+    let mut halves = Vec::new();
+    for path in files(".rs").iter().filter(|path| !shown(path).contains("tests")) {
+        let text = read(path);
+        // What tests expect is what was filled in.
+        let said = text.split("#[cfg(test)]").next().unwrap_or_default();
+        for line in said.lines().filter(|line| !line.trim_start().starts_with("//")) {
+            for command in OF_A_REPOSITORY {
+                // What is behind it belongs to it up to the next mark, or goes on in the next line.
+                let rest = line.split(command).nth(1).and_then(|rest| rest.split_once('`'));
+                if rest.is_some_and(|(rest, _)| !(rest.contains("URL") || rest.contains('{'))) {
+                    halves.push(format!("{}: {}", shown(path), line.trim()));
+                }
+            }
+        }
+    }
+    none("these commands cannot be pasted: they name no `URL --key FILE`", &halves);
+}
+
 #[test]
 fn fault_matrix_names_tests_that_exist() {
     let matrix = read(&root().join("docs/fault-matrix.md"));

@@ -69,7 +69,7 @@ fn giving_up(fleet: &Fleet, backups: &Value) -> anyhow::Result<()> {
     let done = delete(&id(1))?;
     ensure!(done.code() == 0, "{done}");
     let hold = fleet.run(&["repo", "hold", &url, &id(1), "--key", text(&key)?])?;
-    ensure!(hold.code() == 7 && hold.stderr.contains("it is forgotten"), "{hold}");
+    ensure!(hold.code() == 7 && hold.stderr.contains("it was given up by"), "{hold}");
     let gc =
         |more: &str| fleet.json(&["repo", "gc", &url, "--key", text(&key)?, "-o", "json", more]);
     for rows in [gc("--plan")?, gc("--confirm-large")?] {

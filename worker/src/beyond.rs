@@ -144,7 +144,7 @@ impl Beyond {
         }
         let broken = match &error {
             Replay { is_missed: true, .. } if !self.plan.is_found => {
-                return Fell { failure: self.not_found(), broken: None };
+                return Fell { failure: self.not_found(facts), broken: None };
             }
             Replay { .. } => Some(before()),
             StopPositionMissed { reached, .. } if *reached >= facts.stop_lsn => {
@@ -162,14 +162,15 @@ impl Beyond {
     }
 
     /// Nobody had looked for it, and it is not there.
-    fn not_found(&self) -> Failure {
+    fn not_found(&self, facts: &BackupFacts) -> Failure {
         let what = format!(
             "the target was not found: the server replayed all WAL that there is without meeting {}, for which nobody could look before",
             self.asked
         );
-        Failure::new(Code::RecoveryTargetUnreachable, Action::FixConfig, what).with_hint(
-            "This says nothing about the backup. `pgmuster recovery windows` shows what can be recovered; --to latest takes all there is.",
-        )
+        Failure::new(Code::RecoveryTargetUnreachable, Action::FixConfig, what).with_hint(format!(
+            "This says nothing about the backup. `pgmuster recovery windows {}` shows what can be recovered; --to latest takes all there is.",
+            facts.cluster
+        ))
     }
 }
 

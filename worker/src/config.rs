@@ -250,6 +250,21 @@ pub struct ClusterConfig {
     /// What must be true of its content in a proof of level 6. Queries stand here and nowhere else: none travels with a job.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub assertions: Vec<AssertionConfig>,
+    /// Where all this comes from, for hints that say how to change it.
+    #[serde(skip)]
+    pub given_by: GivenBy,
+}
+
+/// Where the settings of a cluster come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum GivenBy {
+    /// From its section of a worker's configuration.
+    #[default]
+    File,
+    /// From the arguments of `pgmuster up`.
+    Up,
+    /// From the arguments of `pgmuster backup --server`.
+    Backup,
 }
 
 impl ClusterConfig {

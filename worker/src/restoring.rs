@@ -4,7 +4,7 @@
 //! the WAL of the backup is in `pg_wal`, tablespaces are linked to where they were put. `tablespace_map` is left out on
 //! purpose: a server that finds one recreates the links of the source.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,6 +14,7 @@ use postgres::recovery::RecoverySettings;
 use postgres::scan::EXTERNAL_ROOT;
 use proto::failure::chain;
 use proto::job::RestoreOutcome;
+use proto::near::did_you_mean;
 use proto::words::{count, grouped};
 use proto::{
     Action, BackupFacts, BackupId, BackupKind, ClusterName, Code, Failure, LineageId, Progress,
@@ -223,11 +224,15 @@ fn other_kind(found: BackupKind, backup: BackupId) -> Failure {
     let (message, hint) = match found {
         BackupKind::Logical => (
             format!("backup {backup} is a logical one: dumps, from which no server starts"),
-            "Load it into a server: pgmuster restore --repository URL --key FILE --backup ID --into-server URL.",
+            format!(
+                "Load it into a server: `pgmuster restore --repository URL --key FILE --backup {backup} --into-server postgres://…`."
+            ),
         ),
         BackupKind::Physical => (
             format!("backup {backup} is a physical one: files, which are not loaded into a server"),
-            "Restore it into a directory: pgmuster restore --repository URL --key FILE --backup ID --into DIR.",
+            format!(
+                "Restore it into a directory: `pgmuster restore --repository URL --key FILE --backup {backup} --into DIR`."
+            ),
         ),
     };
     Failure::new(Code::RequestInvalid, Action::FixConfig, message).with_hint(hint)
@@ -275,9 +280,6 @@ pub(crate) async fn locate(
     backup: Option<BackupId>,
 ) -> Result<Located, Failure> {
     let place = repository.describe();
-    let unknown = |what: String, hint: &str| {
-        Failure::new(Code::BackupUnknown, Action::FixConfig, what).with_hint(hint)
-    };
     let is_meant = |name: &ClusterName, id: SystemIdentifier| {
         cluster.is_none_or(|cluster| name == cluster)
             && system_identifier.is_none_or(|wanted| id == wanted)
@@ -285,22 +287,20 @@ pub(crate) async fn locate(
     // Whoever names one that was given up gets it, while it is there.
     if let Some(backup) = backup {
         return match named(repository, backup).await? {
-            Some(Named { lineage, kind: found, cluster, system_identifier })
-                if is_meant(&cluster, system_identifier) =>
-            {
-                if found == kind {
-                    Ok(Located { lineage, backup, older: Vec::new() })
-                } else {
-                    Err(other_kind(found, backup))
-                }
+            None => Err(no_backup(repository, backup).await),
+            Some(Named { cluster: whose, system_identifier: of, .. }) if !is_meant(&whose, of) => {
+                let what = format!("backup {backup} is one of {whose}, system identifier {of}");
+                let hint = "`pgmuster backups list` shows whose backups there are.";
+                Err(Failure::new(Code::BackupUnknown, Action::FixConfig, what).with_hint(hint))
             }
-            _ => Err(unknown(
-                format!("{place} holds no committed backup {backup}"),
-                "pgmuster backups list shows what there is.",
-            )),
+            Some(Named { lineage, kind: found, .. }) if found == kind => {
+                Ok(Located { lineage, backup, older: Vec::new() })
+            }
+            Some(Named { kind: found, .. }) => Err(other_kind(found, backup)),
         };
     }
     let Lineages { readable: mut lineages, unreadable } = repository.find_lineages().await?;
+    let known: BTreeSet<ClusterName> = lineages.iter().map(|row| row.cluster.clone()).collect();
     lineages.retain(|identity| is_meant(&identity.cluster, identity.system_identifier));
     for (lineage, why) in unreadable {
         if cluster.is_none() {
@@ -366,13 +366,48 @@ pub(crate) async fn locate(
         BackupKind::Logical => ("committed logical", " --engine pg_dump"),
     };
     // Whoever names one may have lost everything else, and the name may be a slip.
-    let hint = match cluster {
-        Some(name) => format!(
-            "pgmuster repo list URL says whose backups there are; pgmuster backup {name}{engine} takes one."
+    let (hint, meant) = match cluster {
+        Some(name) if known.contains(name) => (
+            format!(
+                "`pgmuster backups list {name}` shows what there is; `pgmuster backup {name}{engine}` takes one."
+            ),
+            String::new(),
         ),
-        None => format!("Take one: pgmuster backup CLUSTER{engine}."),
+        Some(name) => (
+            format!(
+                "`pgmuster backups list` says whose backups there are; `pgmuster backup {name}{engine}` takes one."
+            ),
+            did_you_mean(name.as_str(), known.iter().map(ClusterName::as_str)),
+        ),
+        None => (format!("Take one: `pgmuster backup CLUSTER{engine}`."), String::new()),
     };
-    Err(unknown(format!("{place} holds no {what} backup{whose}"), &hint))
+    let what = format!("{place} holds no {what} backup{whose}{meant}");
+    Err(Failure::new(Code::BackupUnknown, Action::FixConfig, what).with_hint(hint))
+}
+
+/// Says of a backup that is not there what became of it, or which one was probably meant.
+pub async fn no_backup(repository: &Repository, backup: BackupId) -> Failure {
+    let place = repository.describe();
+    let message = if matches!(repository.was_deleted(backup).await, Ok(true)) {
+        format!("backup {backup} was given up, and is deleted from {place}")
+    } else {
+        // It is a help: where it cannot be had there is none.
+        let there = there(repository).await.unwrap_or_default();
+        let meant = did_you_mean(&backup.to_string(), there.iter().map(String::as_str));
+        format!("{place} holds no committed backup {backup}{meant}")
+    };
+    Failure::new(Code::BackupUnknown, Action::FixConfig, message)
+        .with_hint("`pgmuster backups list` shows what there is.")
+}
+
+/// The ids of all backups that nobody gave up.
+async fn there(repository: &Repository) -> Result<Vec<String>, repository::Error> {
+    let mut ids = Vec::new();
+    for identity in repository.find_lineages().await?.readable {
+        let held = repository.held_by_name(identity.lineage).await?;
+        ids.extend(held.iter().map(ToString::to_string));
+    }
+    Ok(ids)
 }
 
 /// Says what a restore would do, and whether it could. Touches nothing, but reads whatever may be used again.
@@ -552,10 +587,10 @@ fn lines(
     }
     for place in &plan.places {
         lines.push(format!(
-            "need {} bytes at {}, where {} are free",
-            place.needed_bytes,
+            "need {} at {}, where {} are free",
+            count(place.needed_bytes, "byte"),
             place.directory.display(),
-            place.available_bytes
+            grouped(place.available_bytes)
         ));
     }
     if destination.stops_archiving(facts) {
@@ -575,11 +610,11 @@ fn major(facts: &BackupFacts) -> u32 {
 /// What goes because the backup does not have it.
 fn removals(foreign: &[Foreign]) -> Vec<String> {
     let line = |foreign: &Foreign| match foreign.names {
-        1 => format!("remove {}, {} bytes", foreign.path.display(), foreign.bytes),
+        1 => format!("remove {}, {}", foreign.path.display(), count(foreign.bytes, "byte")),
         names => {
-            let inside = names - 1;
-            let Foreign { path, bytes, .. } = foreign;
-            format!("remove {} and {inside} names in it, {bytes} bytes", path.display())
+            let inside = count(names - 1, "name");
+            let (path, bytes) = (foreign.path.display(), count(foreign.bytes, "byte"));
+            format!("remove {path} and {inside} in it, {bytes}")
         }
     };
     let mut lines: Vec<String> = foreign.iter().take(FOREIGN_NAMED_MAX).map(line).collect();
@@ -587,7 +622,7 @@ fn removals(foreign: &[Foreign]) -> Vec<String> {
     if !rest.is_empty() {
         let names: u64 = rest.iter().map(|foreign| foreign.names).sum();
         let bytes: u64 = rest.iter().map(|foreign| foreign.bytes).sum();
-        lines.push(format!("remove {names} more names, {bytes} bytes"));
+        lines.push(format!("remove {} more names, {}", grouped(names), count(bytes, "byte")));
     }
     lines
 }

@@ -62,7 +62,7 @@ impl Worker {
                     identity.worker, identity.site, config.name, config.site
                 ),
             )
-            .with_hint("Enroll this worker again: pgmuster worker enroll."));
+            .with_hint("Enroll this worker again: pgmuster worker enroll --config FILE --enroll-token FILE."));
         }
         let unwritable = |error: io::Error| {
             Failure::new(

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use proto::job::BackupOutcome;
 use proto::{Failure, Task};
-use worker::config::{BackupConfig, ClusterConfig, FilesConfig};
+use worker::config::{BackupConfig, ClusterConfig, FilesConfig, GivenBy};
 use worker::engines::{native, pg_dump};
 use worker::places::Cluster;
 
@@ -39,6 +39,7 @@ pub(crate) async fn alone(args: Backup, format: Output) -> Result<Exit, Failure>
         heartbeat_s: None,
         assertions: Vec::new(),
         files: FilesConfig::Auto,
+        given_by: GivenBy::Backup,
     };
     let cluster = Cluster { config, target };
     let cx = context(&args.cluster, Task::Backup(task.clone()));

@@ -1,17 +1,20 @@
 //! `backups …`: what the coordinator knows of backups, and wishes for one, which only its repository and key can take.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use coordinator::api::types::BackupView;
 use proto::near::did_you_mean;
-use proto::{Action, BackupId, Code, Failure};
+use proto::proof::CheckOutcome;
+use proto::{Action, BackupId, ClusterName, Code, Failure, Proof, ProofLevel};
 
-use crate::args::{BackupAt, BackupsCommand, Output};
+use crate::args::{BackupAt, BackupRef, BackupsCommand, Output};
+use crate::backup_ref::Known;
 use crate::client::Client;
 use crate::commands::repo::{self, Deed, Named};
 use crate::exit::Exit;
 use crate::opener::Opener;
-use crate::{environment, output};
+use crate::{environment, hints, output};
 
 /// `backups …`.
 pub(crate) async fn run(
@@ -31,7 +34,7 @@ pub(crate) async fn run(
             output::show(format, &backups, |rows| table(rows));
         }
         BackupsCommand::Show { backup } => {
-            output::show(format, &find(&client()?, backup).await?, details);
+            output::show(format, &find(&client()?, None, &backup).await?, details);
         }
         BackupsCommand::Delete { at, why, damaged } => {
             wish(client, at, Deed::Delete { damaged }, why).await?;
@@ -43,15 +46,74 @@ pub(crate) async fn run(
     Ok(Exit::Ok)
 }
 
-async fn find(client: &Client, backup: BackupId) -> Result<BackupView, Failure> {
-    let backups: Vec<BackupView> = client.get("/v1/backups?limit=1000").await?;
+/// Backups of a cluster, or of all, that the coordinator is asked for at once.
+const LISTED_MAX: usize = 1000;
+
+/// The backup that is meant by what was typed, as the coordinator knows it.
+async fn find(
+    client: &Client,
+    cluster: Option<&ClusterName>,
+    typed: &BackupRef,
+) -> Result<BackupView, Failure> {
+    let of = cluster.map_or_else(String::new, |cluster| format!("&cluster={cluster}"));
+    let backups: Vec<BackupView> =
+        client.get(&format!("/v1/backups?limit={LISTED_MAX}{of}")).await?;
+    let known: Vec<Known> = backups.iter().map(known).collect();
+    let of = cluster.map(|cluster| format!("{cluster}, as the catalog knows it,"));
+    let place = of.as_deref().unwrap_or("the catalog");
+    let backup = typed.among(&known, place);
+    let backup = backup.map_err(|failure| elsewhere_too(failure, &backups))?;
     let ids: Vec<String> = backups.iter().map(|view| view.id.to_string()).collect();
-    backups.into_iter().find(|view| view.id == backup).ok_or_else(|| {
+    let found = backups.iter().find(|view| view.id == backup).cloned();
+    found.ok_or_else(|| {
         let meant = did_you_mean(&backup.to_string(), ids.iter().map(String::as_str));
-        let message = format!("the catalog knows no backup {backup}{meant}");
-        Failure::new(Code::BackupUnknown, Action::FixConfig, message)
-            .with_hint("pgmuster backups list shows the newest; pgmuster repo list asks the repository itself.")
+        let message = format!("{place} has no backup {backup}{meant}");
+        elsewhere_too(Failure::new(Code::BackupUnknown, Action::FixConfig, message), &backups)
     })
+}
+
+/// The id of the backup of a cluster that is meant. Whether there is one that is named by its whole id says who is asked to use it.
+pub(crate) async fn meant(
+    client: &Client,
+    cluster: &ClusterName,
+    typed: &BackupRef,
+) -> Result<BackupId, Failure> {
+    match typed {
+        BackupRef::Id(id) => Ok(*id),
+        _ => find(client, Some(cluster), typed).await.map(|view| view.id),
+    }
+}
+
+fn known(view: &BackupView) -> Known {
+    Known {
+        id: view.id,
+        cluster: view.cluster.clone(),
+        at_ms: Some(view.facts.stopped_at_ms),
+        is_wanted: view.gone_at_ms.is_none(),
+        is_proved: view.proof.as_ref().is_some_and(|proof| is_proved(&proof.record)),
+    }
+}
+
+/// As a repository judges which backup is the newest proved one: it was booted, and nothing that was checked was wrong.
+fn is_proved(proof: &Proof) -> bool {
+    let failed = proof.checks.iter().any(|check| check.outcome == CheckOutcome::Failed);
+    !failed && proof.level_reached >= Some(ProofLevel::L3)
+}
+
+/// What the coordinator does not know, its repository may.
+fn elsewhere_too(failure: Failure, backups: &[BackupView]) -> Failure {
+    if failure.code != Code::BackupUnknown {
+        return failure;
+    }
+    let places: BTreeSet<&str> =
+        backups.iter().map(|view| view.facts.repository.as_str()).collect();
+    let place = match Vec::from_iter(places).as_slice() {
+        [one] => hints::quoted(one),
+        _ => "URL".to_owned(),
+    };
+    failure.with_hint(format!(
+        "`pgmuster backups list` shows the newest; `pgmuster repo list {place} --key FILE` asks the repository itself."
+    ))
 }
 
 /// Writes a wish beside a backup, as `repo` does.
@@ -65,38 +127,43 @@ async fn wish(
     match (repository, Opener::read_if_any(&opener)?) {
         (Some(url), Some(opener)) => {
             let repository = Named { url, opener }.open().await?;
-            repo::wish(&repository, backup, deed, why).await
+            repo::wish(&repository, &backup, deed, why).await
         }
-        _ => Err(elsewhere(client, backup, deed).await),
+        _ => Err(elsewhere(client, &backup, deed).await),
     }
 }
 
 /// What is said where the repository was not: where the backup is, and what to type.
 async fn elsewhere(
     client: impl Fn() -> Result<Client, Failure>,
-    backup: BackupId,
+    backup: &BackupRef,
     deed: Deed,
 ) -> Failure {
     let verb = deed.verb();
-    let type_this = |repository: &str| {
+    let type_this = |backup: &str, repository: &str| {
         format!("pgmuster backups {verb} {backup} --repository {repository} --key FILE")
     };
-    let found = async { find(&client()?, backup).await };
+    let found = async { find(&client()?, None, backup).await };
     match found.await {
-        Ok(BackupView { cluster, facts, .. }) => {
+        Ok(BackupView { id, cluster, facts, .. }) => {
             let repository = &facts.repository;
             let what = format!(
-                "backup {backup} of {cluster} is in {repository}, and the coordinator has no key to it"
+                "backup {id} of {cluster} is in {repository}, and the coordinator has no key to it"
             );
             // An URL may have characters that mean something to a shell.
-            let hint = format!("Type `{}`.", type_this(&format!("'{repository}'")));
-            Failure::new(Code::RequestInvalid, Action::FixConfig, what).with_hint(hint)
+            let typed = type_this(&id.to_string(), &format!("'{repository}'"));
+            Failure::new(Code::RequestInvalid, Action::FixConfig, what)
+                .with_hint(format!("Type `{typed}`."))
         }
         Err(failure) => {
+            let id = match backup {
+                BackupRef::Id(id) => id.to_string(),
+                _ => "BACKUP".to_owned(),
+            };
             let hint = format!(
                 "{} Whoever has the repository and its key needs no coordinator: `{}`.",
                 failure.hint,
-                type_this("URL")
+                type_this(&id, "URL")
             );
             failure.with_hint(hint)
         }

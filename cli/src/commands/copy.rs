@@ -11,6 +11,7 @@ use repository::{
 };
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
+use worker::restoring::no_backup;
 
 use crate::args::{Output, RepoCopy};
 use crate::commands::repo;
@@ -183,13 +184,17 @@ fn exit(rows: &[Row], interrupted: bool) -> Exit {
 async fn select(source: &Repository, args: &RepoCopy) -> Result<Selected, Failure> {
     let Lineages { readable, unreadable } = repo::lineages(source, args.cluster.as_ref()).await?;
     let mut selected = Selected { unreadable, ..Selected::default() };
+    let asked = match &args.backup {
+        Some(typed) => Some(repo::meant(source, args.cluster.as_ref(), None, typed).await?),
+        None => None,
+    };
     for identity in readable {
         let (lineage, cluster) = (identity.lineage, identity.cluster.clone());
         let backups = source.find_backups(lineage).await?;
         let mut of_lineage = Vec::new();
         for summary in backups.readable {
             let Some(backup) = summary.backup() else { continue };
-            let meant = match args.backup {
+            let meant = match asked {
                 Some(named) => named == backup,
                 // What is given up is on its way out.
                 None => !source.is_given_up(lineage, &summary).await?,
@@ -204,7 +209,7 @@ async fn select(source: &Repository, args: &RepoCopy) -> Result<Selected, Failur
             of_lineage.drain(..of_lineage.len().saturating_sub(1));
         }
         for Lost { backup, why } in backups.lost {
-            let meant = match args.backup {
+            let meant = match asked {
                 Some(named) => named == backup,
                 // It may be the newest.
                 None if args.newest => of_lineage.iter().all(|(_, newest)| backup > newest.backup),
@@ -215,14 +220,14 @@ async fn select(source: &Repository, args: &RepoCopy) -> Result<Selected, Failur
                 selected.lost.push(BackupRow { failure, ..BackupRow::of(&cluster, backup) });
             }
         }
-        if identity.kind.is_physical() && (args.backup.is_none() || !of_lineage.is_empty()) {
+        if identity.kind.is_physical() && (asked.is_none() || !of_lineage.is_empty()) {
             selected.archives.push(identity);
         }
         selected.wanted.append(&mut of_lineage);
     }
-    match args.backup {
+    match asked {
         Some(backup) if selected.wanted.is_empty() && selected.lost.is_empty() => {
-            Err(repo::unknown(source, backup).await)
+            Err(no_backup(source, backup).await)
         }
         _ => Ok(selected),
     }

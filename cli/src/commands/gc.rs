@@ -134,7 +134,7 @@ pub(crate) async fn run(
 fn way_out(failure: &Failure) -> &'static str {
     match failure.code {
         proto::Code::ObjectDamaged | proto::Code::ObjectMissing => {
-            "; what cannot be repaired is given up by `pgmuster repo delete URL BACKUP --damaged`"
+            "; what cannot be repaired is given up by `pgmuster repo delete URL --key FILE BACKUP --damaged`"
         }
         _ => "",
     }

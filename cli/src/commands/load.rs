@@ -24,8 +24,11 @@ pub(super) async fn into_server(
     let repository = repo::open(url, opener).await?;
     let pin = Pin { by: repo::who(), why: "restore".to_owned(), at_ms: environment::now_ms() };
     let (kind, cluster) = (BackupKind::Logical, args.cluster.as_ref());
-    let backup =
-        restoring::find_pinned_of(kind, &repository, cluster, None, args.backup, &pin).await?;
+    let wanted = match &args.backup {
+        Some(typed) => Some(repo::meant(&repository, cluster, Some(kind), typed).await?),
+        None => None,
+    };
+    let backup = restoring::find_pinned_of(kind, &repository, cluster, None, wanted, &pin).await?;
     let request = LoadRequest {
         target,
         bin_dirs: Vec::new(),

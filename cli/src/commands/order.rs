@@ -9,7 +9,7 @@ use proto::{Action, Code, Failure, ProofLevel, Task, WorkerName};
 
 use crate::args::{Backup, EnableWal, Engine, Maintain, MaintenanceTask, Output, Restore, Verify};
 use crate::client::Client;
-use crate::commands::{cluster, moment};
+use crate::commands::{backups, cluster, moment};
 use crate::exit::Exit;
 use crate::{follow, output};
 
@@ -54,12 +54,11 @@ fn scope(args: &Backup) -> Result<Option<PgDump>, Failure> {
 pub(crate) async fn verify(client: &Client, args: Verify, format: Output) -> Result<Exit, Failure> {
     let to = args.to.as_deref().map(moment::of_proof).transpose()?;
     let usual = if to.is_some() { VerifyRestore::LEVEL_BEYOND_MAX } else { ProofLevel::L5 };
-    let task = VerifyRestore {
-        backup: args.backup,
-        level: args.level.unwrap_or(usual),
-        to,
-        heartbeats: None,
+    let backup = match &args.backup {
+        Some(typed) => Some(backups::meant(client, &args.cluster, typed).await?),
+        None => None,
     };
+    let task = VerifyRestore { backup, level: args.level.unwrap_or(usual), to, heartbeats: None };
     task.check().map_err(|what| Failure::new(Code::RequestInvalid, Action::FixConfig, what))?;
     let task = Task::VerifyRestore(task);
     let request = SubmitRequest::new(args.cluster, task);
@@ -124,9 +123,13 @@ pub(crate) async fn restore(
         Failure::new(Code::RequestInvalid, Action::FixConfig, "no cluster was named")
             .with_hint("Write pgmuster restore CLUSTER --into DIR.")
     })?;
+    let backup = match &args.backup {
+        Some(typed) => Some(backups::meant(client, &cluster, typed).await?),
+        None => None,
+    };
     let plan_only = args.plan;
     let restore = job::Restore {
-        backup: args.backup,
+        backup,
         target,
         plan_only,
         delta: args.delta,

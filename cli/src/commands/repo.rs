@@ -5,17 +5,21 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 use async_trait::async_trait;
-use postgres::control_file::CONTROL_FILE_PATH;
 use proto::copies::BackupCopy;
 use proto::failure::chain;
 use proto::near::did_you_mean;
 use proto::{Action, BackupId, BackupKind, ClusterName, Code, Failure, LineageId};
-use repository::{Encryption, InitOptions, Lineages, Lost, Repository, WalAmount, Wish, store};
+use repository::{
+    Backups, Encryption, Identity, InitOptions, Lineages, Lost, Repository, WalAmount, Wish, paths,
+    store,
+};
 use serde::Serialize;
 use worker::archive::Whose;
 use worker::archive::service::{OpenArchive, another_repository};
+use worker::restoring::no_backup;
 
-use crate::args::{OpenerArgs, Output, RepoCommand};
+use crate::args::{BackupRef, OpenerArgs, Output, RepoCommand};
+use crate::backup_ref::Known;
 use crate::commands::{copy, gc, repo_key};
 use crate::exit::Exit;
 use crate::opener::Opener;
@@ -51,18 +55,7 @@ pub(crate) async fn run(command: RepoCommand, format: Output) -> Result<Exit, Fa
         RepoCommand::Init { url, key, recovery_key, single_writer } => {
             let sheet = init(&url, &key, recovery_key.as_deref(), single_writer).await?;
             output::data(&sheet);
-            let (printed, talk) = match &recovery_key {
-                Some(recovery) => (recovery, "Keep that file and this sheet of it away from here"),
-                None => {
-                    (&key, "Print this sheet and put it where the server's fire does not reach it")
-                }
-            };
-            output::talk(&format!("The key is in {}. {talk}.", printed.display()));
-            if recovery_key.is_none() {
-                output::talk(
-                    "It is the only one: `pgmuster repo key add` makes a second one, to be kept elsewhere.",
-                );
-            }
+            output::talk(&kept(&key, recovery_key.as_deref()));
         }
         RepoCommand::Key(command) => return repo_key::run(command, format).await,
         RepoCommand::List(at) => {
@@ -108,19 +101,19 @@ pub(crate) async fn run(command: RepoCommand, format: Output) -> Result<Exit, Fa
         }
         RepoCommand::Delete { at, backup, why, damaged } => {
             let repository = open(&at.url, &at.opener).await?;
-            wish(&repository, backup, Deed::Delete { damaged }, why).await?;
+            wish(&repository, &backup, Deed::Delete { damaged }, why).await?;
         }
         RepoCommand::Undelete { at, backup, why } => {
             let repository = open(&at.url, &at.opener).await?;
-            wish(&repository, backup, Deed::Undelete, why).await?;
+            wish(&repository, &backup, Deed::Undelete, why).await?;
         }
         RepoCommand::Hold { at, backup, why } => {
             let repository = open(&at.url, &at.opener).await?;
-            wish(&repository, backup, Deed::Hold, why).await?;
+            wish(&repository, &backup, Deed::Hold, why).await?;
         }
         RepoCommand::Release { at, backup } => {
             let repository = open(&at.url, &at.opener).await?;
-            wish(&repository, backup, Deed::Release, String::new()).await?;
+            wish(&repository, &backup, Deed::Release, String::new()).await?;
         }
         RepoCommand::Check(args) => return super::repo_check::run(args, format).await,
         RepoCommand::Gc {
@@ -154,6 +147,22 @@ pub(crate) async fn run(command: RepoCommand, format: Output) -> Result<Exit, Fa
     Ok(Exit::Ok)
 }
 
+/// What is said of the keys of a new repository: what they are, where to keep them, what is lost with them.
+fn kept(key: &Path, recovery_key: Option<&Path>) -> String {
+    let key = key.display();
+    match recovery_key {
+        Some(recovery) => format!(
+            "The key is in {key}. The recovery key is in {}, and this sheet is the same on paper: it opens every backup when {key} is \
+             lost. Keep both away from this machine. Without any key every backup is lost.",
+            recovery.display()
+        ),
+        None => format!(
+            "The key is in {key}, and this sheet is the same on paper. Print it and keep it away from this machine: without any key every \
+             backup is lost. A second key, to be kept elsewhere: `pgmuster repo key add URL --key FILE --new-key NEW_FILE`."
+        ),
+    }
+}
+
 /// What somebody wishes for a backup.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Deed {
@@ -181,10 +190,11 @@ impl Deed {
 /// Writes a wish beside a backup, and says what follows from it.
 pub(crate) async fn wish(
     repository: &Repository,
-    backup: BackupId,
+    backup: &BackupRef,
     deed: Deed,
     why: String,
 ) -> Result<(), Failure> {
+    let backup = meant(repository, None, None, backup).await?;
     let wish = Wish { by: who(), why, at_ms: environment::now_ms() };
     let lineage = async || lineage_of(repository, backup).await;
     let said = match deed {
@@ -194,19 +204,20 @@ pub(crate) async fn wish(
             } else {
                 repository.forget(lineage().await?, backup, &wish).await?;
             }
-            "is given up. From tomorrow on, `pgmuster repo gc` frees its space"
+            "is given up. From tomorrow on, `pgmuster repo gc URL --key FILE` frees its space"
+                .to_owned()
         }
         Deed::Undelete => {
             repository.remember(lineage().await?, backup, &wish).await?;
-            "is whole, and stays"
+            "is whole, and stays".to_owned()
         }
         Deed::Hold => {
             repository.hold(lineage().await?, backup, &wish).await?;
-            "is held until `pgmuster backups release`"
+            format!("is held until `pgmuster repo release URL --key FILE {backup}`")
         }
         Deed::Release => {
             repository.release(lineage().await?, backup, &wish).await?;
-            "is not held any more"
+            "is not held any more".to_owned()
         }
     };
     output::talk(&format!("Backup {backup} {said}."));
@@ -222,17 +233,45 @@ pub(crate) fn who() -> String {
 async fn lineage_of(repository: &Repository, backup: BackupId) -> Result<LineageId, Failure> {
     match repository.lineage_of_backup(backup).await? {
         Some(lineage) => Ok(lineage),
-        None => Err(unknown(repository, backup).await),
+        None => Err(no_backup(repository, backup).await),
     }
 }
 
-/// There is no such backup; the one that was meant is named where everything can be listed.
-pub(crate) async fn unknown(repository: &Repository, backup: BackupId) -> Failure {
-    let known = list(repository).await.map(|(rows, _)| rows).unwrap_or_default();
-    let meant = did_you_mean(&backup.to_string(), known.iter().map(|row| row.backup.as_str()));
-    let message = format!("{} has no backup {backup}{meant}", repository.describe());
-    Failure::new(Code::BackupUnknown, Action::FixConfig, message)
-        .with_hint("List what there is with `pgmuster repo list`.")
+/// The backup that is meant by what was typed, of a cluster and kind where they are said. Whether one that is named by its whole id is
+/// there turns out when it is used.
+pub(crate) async fn meant(
+    repository: &Repository,
+    cluster: Option<&ClusterName>,
+    kind: Option<BackupKind>,
+    typed: &BackupRef,
+) -> Result<BackupId, Failure> {
+    if let BackupRef::Id(id) = typed {
+        return Ok(*id);
+    }
+    let mut lineages = lineages(repository, cluster).await?.readable;
+    lineages.retain(|identity| kind.is_none_or(|kind| kind == identity.kind));
+    let mut known = Vec::new();
+    for Identity { lineage, cluster, .. } in lineages {
+        let Backups { readable, lost } = repository.find_backups(lineage).await?;
+        let proved = match typed {
+            BackupRef::Proved => repository.newest_proved(lineage, &readable).await?,
+            _ => None,
+        };
+        let one = |id, at_ms, is_wanted| Known {
+            id,
+            cluster: cluster.clone(),
+            at_ms,
+            is_wanted,
+            is_proved: proved == Some(id),
+        };
+        for summary in &readable {
+            let Some(id) = summary.backup() else { continue };
+            let is_wanted = !summary.forgotten || !repository.is_given_up(lineage, summary).await?;
+            known.push(one(id, summary.committed_at_ms(), is_wanted));
+        }
+        known.extend(lost.iter().map(|lost| one(lost.backup, None, false)));
+    }
+    typed.among(&known, &repository.describe())
 }
 
 /// How much of a WAL archive, for people.
@@ -276,7 +315,7 @@ pub(crate) async fn lineages(
 /// That a repository does not have the cluster that somebody named.
 pub(super) fn no_cluster(message: String) -> Failure {
     Failure::new(Code::ClusterUnknown, Action::FixConfig, message)
-        .with_hint("List what there is with `pgmuster repo list`.")
+        .with_hint("`pgmuster repo list URL --key FILE` shows what there is.")
 }
 
 /// Gives up what stands in the way of every collection, in whichever lineage it is.
@@ -286,7 +325,7 @@ async fn forget_damaged(
     wish: &Wish,
 ) -> Result<(), Failure> {
     let Some(lineage) = repository.lineage_of(backup.into()).await? else {
-        return Err(unknown(repository, backup).await);
+        return Err(no_backup(repository, backup).await);
     };
     Ok(repository.forget_damaged(lineage, backup.into(), wish).await?)
 }
@@ -328,15 +367,16 @@ pub(crate) async fn open_store(url: &str) -> Result<std::sync::Arc<dyn store::St
     Ok(store.map_err(repository::Error::from)?)
 }
 
-/// What lies in a server's data directory is lost with it.
-fn refuse_data_directory(place: Option<&Path>) -> Result<(), Failure> {
-    let mut above = place.into_iter().flat_map(Path::ancestors);
-    above.find(|place| place.join(CONTROL_FILE_PATH).exists()).map_or(Ok(()), |data| {
-        let what = format!("{} is the data directory of a server", data.display());
-        Err(Failure::new(Code::DataDirectoryShape, Action::FixConfig, what).with_hint(
-            "A repository there would be lost with the server. Give another place, at best on another machine or in a bucket.",
-        ))
-    })
+/// What lies in a directory of a server is lost with it.
+fn refuse_in_server(place: Option<&Path>) -> Result<(), Failure> {
+    // Where that cannot be seen, what is to be written there says why.
+    let Some(servers) = place.and_then(|place| paths::servers_around(place).ok().flatten()) else {
+        return Ok(());
+    };
+    let what = format!("a repository there would lie inside {servers} of a server");
+    Err(Failure::new(Code::DataDirectoryShape, Action::FixConfig, what).with_hint(
+        "It would be lost with the server. Give another place, at best on another machine or in a bucket.",
+    ))
 }
 
 /// Makes a repository, returns the recovery sheet: that of the recovery key, if there is one. The keys are on disk before the
@@ -352,7 +392,7 @@ pub(crate) async fn init(
         refuse_existing(path)?;
     }
     let store = open_store(url).await?;
-    refuse_data_directory(store.directory())?;
+    refuse_in_server(store.directory())?;
     let probed = async {
         if single_writer {
             store::probe::probe_for_a_single_writer(std::sync::Arc::clone(&store)).await
@@ -485,16 +525,31 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_repository_is_made_in_a_data_directory() {
+    fn of_new_keys_is_said_what_each_is_and_what_is_lost_without_them() {
+        let (key, recovery) = (Path::new("main.key"), Path::new("recovery.key"));
+        let both = kept(key, Some(recovery));
+        assert!(both.contains("The recovery key is in recovery.key"), "{both}");
+        let alone = kept(key, None);
+        assert!(alone.contains("--new-key") && !alone.contains("recovery"), "{alone}");
+        for said in [both, alone] {
+            assert!(said.contains("away from this machine"), "{said}");
+            assert!(said.contains("Without any key") || said.contains("without any key"), "{said}");
+        }
+    }
+
+    #[test]
+    fn no_repository_is_made_in_a_directory_of_a_server() {
         let place = tempfile::tempdir().unwrap();
-        std::fs::create_dir_all(place.path().join("data/global")).unwrap();
+        for directory in ["data/global", "space/PG_15_202209061"] {
+            std::fs::create_dir_all(place.path().join(directory)).unwrap();
+        }
         std::fs::write(place.path().join("data/global/pg_control"), "").unwrap();
         let refused = |name: &str| {
-            refuse_data_directory(Some(&place.path().join(name))).map_err(|failure| failure.code)
+            refuse_in_server(Some(&place.path().join(name))).map_err(|failure| failure.code)
         };
         assert_eq!(refused("repository"), Ok(()));
-        assert_eq!(refuse_data_directory(None).map_err(|failure| failure.code), Ok(()), "a bucket");
-        for inside in ["data", "data/repository", "data/a/b"] {
+        assert_eq!(refuse_in_server(None).map_err(|failure| failure.code), Ok(()), "a bucket");
+        for inside in ["data", "data/repository", "data/a/b", "space", "space/repository"] {
             assert_eq!(refused(inside), Err(Code::DataDirectoryShape), "{inside}");
         }
     }

@@ -184,7 +184,7 @@ fn remarks(report: &ScrubReport, options: &ScrubOptions) -> Vec<String> {
         garbage.fold((0, 0), |(packs, bytes), amount| (packs + amount.packs, bytes + amount.bytes));
     if packs > 0 {
         remarks.push(format!(
-            "{} in {} of no backup: of running ones, or for `pgmuster repo gc`.",
+            "{} in {} of no backup: of running ones, or for `pgmuster repo gc URL --key FILE`.",
             output::bytes(bytes),
             output::count(packs, "pack")
         ));
@@ -193,7 +193,7 @@ fn remarks(report: &ScrubReport, options: &ScrubOptions) -> Vec<String> {
         for open in row.open.iter().take(NAMED_MAX) {
             let age = output::ago(options.now_ms, Some(open.began_at_ms));
             remarks.push(format!(
-                "Attempt {} was begun {age} by {} and has no end: `pgmuster repo gc --abort-open` ends it.",
+                "Attempt {} was begun {age} by {} and has no end: `pgmuster repo gc URL --key FILE --abort-open` ends it.",
                 open.attempt, open.by
             ));
         }

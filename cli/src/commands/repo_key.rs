@@ -9,7 +9,7 @@ use crate::args::{KeyCommand, NewKeyArgs, Output, RepositoryAt};
 use crate::commands::repo;
 use crate::exit::Exit;
 use crate::opener::{self, Opener};
-use crate::{environment, output};
+use crate::{environment, hints, output};
 
 /// `repo key …`.
 pub(crate) async fn run(command: KeyCommand, format: Output) -> Result<Exit, Failure> {
@@ -25,8 +25,9 @@ pub(crate) async fn run(command: KeyCommand, format: Output) -> Result<Exit, Fai
         KeyCommand::Add { at, new, label } => {
             let keyring = put_in(&at, &new, &label, false).await?;
             output::talk(&format!(
-                "Added. Check what you keep of it: `pgmuster repo key check {}`.",
-                keyring.repository().describe()
+                "Added. Check what you keep of it: `pgmuster repo key check {} {}`.",
+                hints::quoted(&keyring.repository().describe()),
+                opens(&new)
             ));
         }
         KeyCommand::Rotate { at, new, label } => {
@@ -46,6 +47,17 @@ pub(crate) async fn run(command: KeyCommand, format: Output) -> Result<Exit, Fai
         }
     }
     Ok(Exit::Ok)
+}
+
+/// How what was added is given to a command.
+fn opens(new: &NewKeyArgs) -> String {
+    match (&new.new_key, &new.new_passphrase) {
+        (Some(path), _) => format!("--key {}", hints::quoted(&path.display().to_string())),
+        (None, reference) => {
+            let reference = reference.as_deref().unwrap_or("-");
+            format!("--passphrase {}", hints::quoted(reference))
+        }
+    }
 }
 
 fn change() -> Change {
@@ -116,7 +128,11 @@ async fn put_in(
     match (done, new.new_key.as_deref()) {
         (Ok(()), _) => {}
         (Err(error @ repository::Error::Store(_)), Some(path)) => {
-            return Err(repo::keep(error, &[path], "`pgmuster repo key list` does not name it"));
+            return Err(repo::keep(
+                error,
+                &[path],
+                "`pgmuster repo key list URL --key FILE` does not name it",
+            ));
         }
         (Err(refused), path) => {
             path.into_iter().for_each(repo::remove_unused);

@@ -1,14 +1,15 @@
 //! `restore --repository`: with the repository and its key, and nothing else.
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use postgres::process::Account;
 use proto::job::{RestoreOutcome, RestoreTarget};
 use proto::message::{SCHEMA, Spec};
-use proto::{Action, AttemptId, Code, Failure, JobId, Step, Task};
-use repository::{Backup, Pin};
+use proto::{Action, AttemptId, BackupKind, Code, Failure, JobId, Step, Task};
+use repository::{Backup, Pin, paths};
 use tokio::task::JoinHandle;
 use worker::archive::service::OpenArchive;
 use worker::context::JobContext;
@@ -50,13 +51,12 @@ pub(crate) fn check(args: &Restore) -> Result<(), Failure> {
 
 /// What a delta restore is not about it removes, and without its key a repository is lost.
 fn refuse_key_inside(args: &Restore) -> Result<(), Failure> {
-    let Some(key) = args.key.as_ref().and_then(|key| key.canonicalize().ok()) else {
-        return Ok(());
-    };
-    let into = args.into.iter().chain(args.tablespace.iter().map(|(_, place)| place));
-    let around =
-        into.filter_map(|place| place.canonicalize().ok()).find(|place| key.starts_with(place));
-    around.map_or(Ok(()), |place| {
+    // `env:NAME` and `exec:/program` are no files.
+    let Some(key) = args.key.as_deref().filter(|key| key.exists()) else { return Ok(()) };
+    let mut into = args.into.iter().chain(args.tablespace.iter().map(|(_, place)| place));
+    let is_around =
+        |place: &&PathBuf| paths::lies(key, place).is_ok_and(|lies| lies == paths::Lies::Inside);
+    into.find(is_around).map_or(Ok(()), |place| {
         let what = format!(
             "the key {} lies in {}, where files are to be restored",
             key.display(),
@@ -86,16 +86,20 @@ pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failu
     let repository = named.open().await?;
     let pin = Pin { by: repo::who(), why: "restore".to_owned(), at_ms: environment::now_ms() };
     let cluster = args.cluster.as_ref();
-    let (backup, recovery) = match &recovery {
-        None => {
-            (restoring::find_pinned(&repository, cluster, None, args.backup, &pin).await?, None)
+    let wanted = match &args.backup {
+        Some(typed) => {
+            Some(repo::meant(&repository, cluster, Some(BackupKind::Physical), typed).await?)
         }
+        None => None,
+    };
+    let (backup, recovery) = match &recovery {
+        None => (restoring::find_pinned(&repository, cluster, None, wanted, &pin).await?, None),
         Some(recovery) => {
             let fetching = moment::fetching(url, &opener)?;
             let wanted = Wanted {
                 cluster,
                 system_identifier: None,
-                backup: args.backup,
+                backup: wanted,
                 rehearses: false,
                 recovery,
             };

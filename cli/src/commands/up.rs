@@ -8,7 +8,7 @@ use std::time::Duration;
 use coordinator::api::types::{ClusterView, JobView, SubmitRequest};
 use postgres::{Environment, Purpose, Target, connect_maintenance};
 use proto::{Action, Code, Failure, JobId, ProofLevel, Task};
-use worker::config::{ClusterConfig, FilesConfig};
+use worker::config::{ClusterConfig, FilesConfig, GivenBy};
 use worker::engines::native::{self, Access};
 use worker::places::Cluster;
 
@@ -46,11 +46,12 @@ pub(crate) async fn run(args: Up) -> Result<Exit, Failure> {
     };
     let interrupted = follow::interrupted();
     tokio::pin!(interrupted);
+    output::about(embedded::repository_in(&home));
     let whole = Embedded::start(&home, &served).await?;
     output::talk(&format!("  state       {}", home.display()));
     if whole.is_new {
         output::talk(&format!(
-            "  key         {}; print {} and keep it elsewhere",
+            "  key         {}, and {}, the same for paper: print it and keep it elsewhere, without any key every backup is lost",
             home.join("repository.key").display(),
             home.join("recovery-sheet.txt").display()
         ));
@@ -190,6 +191,7 @@ async fn look(args: &Up, connection: &str) -> Result<String, Failure> {
         kinds: None,
         heartbeat_s: None,
         assertions: Vec::new(),
+        given_by: GivenBy::Up,
     };
     let access = native::access(&Cluster { config, target }, &server, &session).await?;
     session.close().await;

@@ -237,7 +237,7 @@ fn undecided(store: &dyn Store, what: &str) -> StoreError {
     StoreError::Unsuitable {
         reason: format!(
             "{} {what}; a repository cannot be kept there, except one for a single program at a time \
-             (`pgmuster repo init --single-writer`)",
+             (`pgmuster repo init URL --key FILE --single-writer`)",
             store.describe()
         ),
     }

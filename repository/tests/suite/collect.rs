@@ -130,7 +130,7 @@ async fn what_is_needed_cannot_be_forgotten() {
     repository.release(lineage, first.backup, &wish(NOW_MS)).await.unwrap();
     repository.forget(lineage, first.backup, &wish(NOW_MS)).await.unwrap();
     let error = repository.hold(lineage, first.backup, &wish(NOW_MS)).await.unwrap_err();
-    assert!(error.to_string().contains("it is forgotten"), "{error}");
+    assert!(error.to_string().contains("it was given up by"), "{error}");
     let proof = |level: &str, outcome: &str| {
         let check =
             serde_json::json!({"name": "x", "level": level, "outcome": outcome, "detail": ""});

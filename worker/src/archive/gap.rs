@@ -65,11 +65,11 @@ impl Asked<'_> {
         if let WalAbsence::Collected { .. } = absence {
             return Ok(Some(self.failure(&shown).with_hint(
                 "This data directory is older than every backup that is left, and the archive leads nowhere from it. Restore a \
-                 backup of `pgmuster repo list` and recover from there; a standby is made anew.",
+                 backup of `pgmuster repo list URL --key FILE` and recover from there; a standby is made anew.",
             )));
         }
         Ok(Some(self.failure(&shown).with_hint(
-            "`pgmuster recovery windows` shows what can be recovered. Archive the segment with `pgmuster wal push` if a server \
+            "`pgmuster recovery windows URL --key FILE` shows what can be recovered. Archive the segment with `pgmuster wal push` if a server \
              still has it in pg_wal, the one that wrote it or one that followed it; else recover to a position before it.",
         )))
     }

@@ -186,7 +186,7 @@ fn refusal(space: &NewTablespace, occupied: &Path) -> Failure {
         occupied.display()
     );
     Failure::new(Code::DataDirectoryShape, Action::FixConfig, what).with_hint(format!(
-        "If a server uses {location}, recover on another host, or to before that: pgmuster restore --to {} --before. If none does any \
+        "If a server uses {location}, recover on another host, or to before that: pgmuster restore … --to {} --before. If none does any \
          more, move what is in it away, leave {location} empty, and start this server again.",
         space.start
     ))

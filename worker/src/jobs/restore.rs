@@ -108,9 +108,11 @@ fn fetching(config: &RepositoryConfig) -> Result<Fetching, Failure> {
             "the restored server cannot fetch WAL: the credentials of repository {} are in the worker's configuration only",
             config.name
         );
-        return Err(Failure::new(Code::NotAllowed, Action::FixConfig, what).with_hint(
-            "Give the host credentials by the standard AWS chain, or restore with pgmuster restore --repository URL.",
-        ));
+        return Err(Failure::new(Code::NotAllowed, Action::FixConfig, what).with_hint(format!(
+            "Give the host credentials by the standard AWS chain, or restore without a coordinator: `pgmuster restore --repository '{}' \
+             --key FILE --into DIR`.",
+            config.url
+        )));
     }
     let opener = [option.to_owned(), reference.to_string()];
     let from = FetchFrom::Repository(config.url.clone(), opener);

@@ -11,7 +11,7 @@ use jiff::{SignedDuration, Timestamp};
 use postgres::recovery::Way;
 use postgres::wal::History;
 use postgres::wal_moments::{Event, Moment};
-use proto::{Action, Code, Failure, Lsn, RecoveryTarget, Timeline};
+use proto::{Action, ClusterName, Code, Failure, Lsn, RecoveryTarget, Timeline};
 use repository::{TimelineWal, WalInventory};
 
 use super::search::Search;
@@ -245,6 +245,7 @@ impl Ended {
 /// What has to be asked before anybody recovers along `taken`, whose newest transaction ended at `newest`, where no timeline was
 /// named; nothing where it is plain.
 pub(super) fn question(
+    cluster: &ClusterName,
     branches: &[Branch],
     target: &RecoveryTarget,
     taken: Timeline,
@@ -307,8 +308,8 @@ pub(super) fn question(
                 "nothing shows whether the cluster lives on timeline {taken} or {timeline}, which parted at {parted_at}: {one}; {other}"
             ),
             format!(
-                "Say which is meant: pgmuster restore … --timeline {taken}, or --timeline {timeline}. pgmuster recovery windows shows where \
-                 each leads; stop the server that should not be there any more."
+                "Say which is meant: pgmuster restore … --timeline {taken}, or --timeline {timeline}. `pgmuster recovery windows {cluster}` shows \
+                 where each leads; stop the server that should not be there any more."
             ),
         ))
     })
@@ -410,6 +411,10 @@ mod tests {
     }
 
     /// What is asked when timeline 1 wrote from one second to another, timeline 2 was there from one on, and wrote last at one.
+    fn cluster() -> ClusterName {
+        "orders".parse().unwrap()
+    }
+
     fn asked(
         to: Option<i64>,
         ended: (i64, i64),
@@ -421,7 +426,7 @@ mod tests {
 
     fn asked_of(branch: Branch, to: Option<i64>, newest: Option<i64>) -> Option<Failure> {
         let target = to.map_or(RecoveryTarget::Latest, |to| RecoveryTarget::Time(at(to)));
-        question(&[branch], &target, Timeline(2), newest.map(at))
+        question(&cluster(), &[branch], &target, Timeline(2), newest.map(at))
     }
 
     #[test]
@@ -490,7 +495,10 @@ mod tests {
             "nothing is lost by then"
         );
         let lsn = RecoveryTarget::Lsn(Lsn(8));
-        assert_eq!(question(&[branch(None, None, Some(20))], &lsn, Timeline(2), None), None);
+        assert_eq!(
+            question(&cluster(), &[branch(None, None, Some(20))], &lsn, Timeline(2), None),
+            None
+        );
     }
 
     #[test]

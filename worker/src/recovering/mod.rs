@@ -314,8 +314,8 @@ impl Planner<'_> {
                 let stop = candidate.facts.stop_lsn;
                 let newest = search.newest_end(&candidate.way, stop, reach.to).await?;
                 let newest = newest.map(|moment| moment.at);
-                let target = &self.recovery.to;
-                if let Some(failure) = question(&branches, target, timeline, newest) {
+                let (cluster, target) = (&candidate.facts.cluster, &self.recovery.to);
+                if let Some(failure) = question(cluster, &branches, target, timeline, newest) {
                     return Ok(Err(Refusal { is_final: true, failure: Box::new(failure) }));
                 }
             }
@@ -698,9 +698,10 @@ fn too_early(candidate: &Candidate, target: &str) -> Refusal {
         "backup {} ended at {} ({ended}), after {target}",
         candidate.id, facts.stop_lsn
     ))
-    .with_hint(
-        "A backup leads only to moments after its own end; pgmuster backups list shows older ones.",
-    );
+    .with_hint(format!(
+        "A backup leads only to moments after its own end; `pgmuster backups list {}` shows older ones.",
+        facts.cluster
+    ));
     Refusal { is_final: false, failure: Box::new(failure) }
 }
 

@@ -9,7 +9,7 @@ use postgres::occupied::LOCK_FILE;
 use postgres::{ServerIdentity, Session};
 use proto::{Action, Code, Failure};
 
-use crate::config::{ClusterConfig, FilesConfig};
+use crate::config::{ClusterConfig, FilesConfig, GivenBy};
 use crate::context::blocking;
 use crate::places::Cluster;
 
@@ -82,8 +82,13 @@ pub(crate) fn data_directory(
             format!("role {} may not ask the server for its data directory", server.role),
         )
         .with_hint(format!(
-            "GRANT pg_read_all_settings TO {}; or set data_directory in the cluster's section.",
-            postgres::quote::identifier(&server.role)
+            "GRANT pg_read_all_settings TO {};{}",
+            postgres::quote::identifier(&server.role),
+            match cluster.given_by {
+                GivenBy::File => " or set data_directory in the cluster's section.",
+                GivenBy::Up => " or name the directory: --data-directory DIR.",
+                GivenBy::Backup => "",
+            }
         )));
     };
     let control = ControlFile::read(&directory)?;
@@ -99,9 +104,15 @@ pub(crate) fn data_directory(
                 server.system_identifier
             ),
         )
-        .with_hint(
-            "Set data_directory in the cluster's section to the directory this server uses.",
-        ));
+        .with_hint(match cluster.given_by {
+            GivenBy::File => {
+                "Set data_directory in the cluster's section to the directory this server uses."
+            }
+            GivenBy::Up => "Name the directory that this server uses: --data-directory DIR.",
+            GivenBy::Backup => {
+                "Run this on the server's own host, where the directory that it names is its own."
+            }
+        }));
     }
     Ok(directory)
 }
@@ -133,7 +144,49 @@ fn is_its_lock(lock: &str, directory: Option<&Path>, started_at_ms: i64, port: u
 
 #[cfg(test)]
 mod tests {
+    use postgres::version::ServerVersion;
+    use proto::{Lsn, SystemIdentifier, Timeline};
+
     use super::*;
+
+    #[test]
+    fn a_setting_is_told_where_it_can_be_given() {
+        let server = ServerIdentity {
+            version: ServerVersion(150_018),
+            system_identifier: SystemIdentifier(7),
+            backend_pid: 1,
+            in_recovery: false,
+            data_directory: None,
+            socket_directories: Vec::new(),
+            port: 5432,
+            block_size: 8192,
+            relation_segment_size: 1 << 30,
+            wal_segment_size: 16 << 20,
+            data_checksums: true,
+            timeline: Timeline(1),
+            checkpoint_lsn: Lsn(1),
+            redo_lsn: Lsn(1),
+            started_at_ms: 1,
+            database: "postgres".to_owned(),
+            role: "backup".to_owned(),
+            may_replicate: true,
+            superuser: false,
+        };
+        let hint = |given_by| {
+            let file = "name = \"main\"\nconnection = \"\"";
+            let config = ClusterConfig { given_by, ..toml::from_str(file).unwrap() };
+            data_directory(&config, &server).unwrap_err().hint
+        };
+        let grant =
+            format!("GRANT pg_read_all_settings TO {};", postgres::quote::identifier(&server.role));
+        let file = hint(GivenBy::File);
+        assert!(file.starts_with(&grant) && file.contains("in the cluster's section"), "{file}");
+        assert_eq!(
+            hint(GivenBy::Up),
+            format!("{grant} or name the directory: --data-directory DIR.")
+        );
+        assert_eq!(hint(GivenBy::Backup), grant, "it has no option for that");
+    }
 
     #[test]
     fn a_lock_file_fits_the_server_that_wrote_it_and_no_other() {

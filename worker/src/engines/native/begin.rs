@@ -8,11 +8,11 @@ use postgres::files::{LocalFiles, RemoteFiles, RemoteOptions, ServerFiles};
 use postgres::{BackupOptions, BackupSession, Purpose, connect_maintenance, settings, standby};
 use proto::backup::Setting;
 use proto::{Action, Code, Failure};
-use repository::Repository;
+use repository::{Repository, paths};
 
 use super::access::{Access, access};
 use super::copy::{at_most, processes};
-use crate::config::BackupConfig;
+use crate::config::{BackupConfig, GivenBy};
 use crate::context::{JobContext, blocking};
 use crate::jobs::session_owner;
 use crate::places::Cluster;
@@ -62,7 +62,10 @@ pub(super) async fn ready(
                 cluster.config.name, server.system_identifier
             ),
         )
-        .with_hint("Point the cluster's connection at the right server, or give the new server a name of its own."));
+        .with_hint(match cluster.config.given_by {
+            GivenBy::Up => "It is another server than before: give it a name of its own, --name NAME, or the URL of the one that is meant.",
+            _ => "Point the cluster's connection at the right server, or give the new server a name of its own.",
+        }));
     }
     settings::require_for_backup(&session).await?;
     let files: Arc<dyn ServerFiles> = match access(cluster, &server, &session).await? {
@@ -76,7 +79,7 @@ pub(super) async fn ready(
             Arc::new(RemoteFiles::of(&session, &cluster.target, &server, options).await?)
         }
     };
-    refuse_inside(&files, repository)?;
+    refuse_inside(&files, repository).await?;
     let mut lag_s = 0;
     if server.in_recovery {
         lag_s = standby::lag_s(&session).await?;
@@ -89,21 +92,24 @@ pub(super) async fn ready(
     Ok(Ready { server, files, settings, settings_files, lag_s })
 }
 
-/// A repository inside the data directory would be lost with it, and each backup would hold those before it.
-fn refuse_inside(files: &Arc<dyn ServerFiles>, repository: &Repository) -> Result<(), Failure> {
+/// A repository inside the data directory, or a tablespace, would be lost with it, and each backup would hold those before it.
+async fn refuse_inside(
+    files: &Arc<dyn ServerFiles>,
+    repository: &Repository,
+) -> Result<(), Failure> {
     let Some((data, store)) = files.here().zip(repository.store().directory()) else {
         return Ok(());
     };
-    match (data.canonicalize(), store.canonicalize()) {
-        (Ok(data), Ok(store)) if store.starts_with(&data) => {
-            let (data, store) = (data.display(), store.display());
-            let what = format!("the repository {store} lies inside the data directory {data}");
-            Err(Failure::new(Code::DataDirectoryShape, Action::FixConfig, what).with_hint(
-                "It would be lost with the server, and be in every backup. Move it elsewhere, at best to another machine or a bucket.",
-            ))
-        }
-        _ => Ok(()),
-    }
+    let (data, store) = (data.to_owned(), store.to_owned());
+    blocking(move || {
+        // Where that cannot be seen, what is to be read or written there says why.
+        let Ok(Some(servers)) = paths::in_server(&store, &data) else { return Ok(()) };
+        let what = format!("the repository {} lies inside {servers}", store.display());
+        Err(Failure::new(Code::DataDirectoryShape, Action::FixConfig, what).with_hint(
+            "It would be lost with the server, and be in every backup. Move it elsewhere, at best to another machine or a bucket.",
+        ))
+    })
+    .await
 }
 
 /// A backup of a standby that has fallen behind would pass for one of today.
@@ -119,10 +125,13 @@ pub(in crate::engines) fn refuse_stale(
         "{} is a standby that may be {lag_s} s behind its primary, more than the {max_s} s allowed",
         cluster.config.name
     );
-    Err(Failure::new(Code::StandbyBehind, Action::Retry, what).with_hint(
-        "Look at pg_stat_wal_receiver and pg_last_xact_replay_timestamp() there; backup.standby_lag_max_s in the worker's \
-         configuration is the limit.",
-    ))
+    let limit = match cluster.config.given_by {
+        GivenBy::File => "; backup.standby_lag_max_s in the worker's configuration is the limit",
+        GivenBy::Up | GivenBy::Backup => ", or back up its primary",
+    };
+    Err(Failure::new(Code::StandbyBehind, Action::Retry, what).with_hint(format!(
+        "Look at pg_stat_wal_receiver and pg_last_xact_replay_timestamp() there{limit}."
+    )))
 }
 
 /// Makes sure that what a standby replays is of the timeline its control file names.
@@ -160,7 +169,7 @@ pub(super) async fn enter(
         same_server(cluster, ready, &session)?;
     }
     let (control, _) = read_control(&ready.files).await?;
-    agree(&control, &session, &ready.files.place(Path::new("")))?;
+    agree(cluster, &control, &session, &ready.files.place(Path::new("")))?;
     Ok(session)
 }
 
@@ -187,7 +196,12 @@ fn same_server(cluster: &Cluster, ready: &Ready, session: &BackupSession) -> Res
 
 /// A stale mount, a snapshot or another server's directory shows here: its control file knows nothing of the checkpoint
 /// the backup starts from.
-fn agree(control: &ControlFile, session: &BackupSession, directory: &Path) -> Result<(), Failure> {
+fn agree(
+    cluster: &Cluster,
+    control: &ControlFile,
+    session: &BackupSession,
+    directory: &Path,
+) -> Result<(), Failure> {
     let started = session.started();
     let fits = control.system_identifier == started.server.system_identifier
         && control.redo >= started.start_lsn
@@ -207,10 +221,15 @@ fn agree(control: &ControlFile, session: &BackupSession, directory: &Path) -> Re
             started.timeline
         ),
     )
-    .with_hint(
-        "The directory is not the one the server writes: look for a stale mount or a copy. Where the server is on another \
-         host, files = \"remote\" in the cluster's section has its files read over connections.",
-    ))
+    .with_hint(match cluster.config.given_by {
+        GivenBy::File => {
+            "The directory is not the one the server writes: look for a stale mount or a copy. Where the server is on another \
+             host, files = \"remote\" in the cluster's section has its files read over connections."
+        }
+        GivenBy::Up | GivenBy::Backup => {
+            "The directory is not the one the server writes: look for a stale mount or a copy, and run this on the server's own host."
+        }
+    }))
 }
 
 #[cfg(test)]
@@ -221,19 +240,27 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_repository_inside_the_data_directory_is_refused() {
+    async fn a_repository_inside_the_data_directory_or_a_tablespace_is_refused() {
         let place = tempfile::tempdir().unwrap();
         let at = |name: &str| place.path().join(name);
-        std::fs::create_dir_all(at("data/inside")).unwrap();
+        for directory in ["data/inside", "data/pg_tblspc", "space"] {
+            std::fs::create_dir_all(at(directory)).unwrap();
+        }
+        std::os::unix::fs::symlink(at("space"), at("data/pg_tblspc/16384")).unwrap();
         std::os::unix::fs::symlink(at("data"), at("alias")).unwrap();
         let files: Arc<dyn ServerFiles> = Arc::new(LocalFiles::new(at("data")));
-        for (directory, is_inside) in
-            [("data-2", false), ("repository", false), ("data/inside/x", true), ("alias/y", true)]
-        {
+        for (directory, is_inside) in [
+            ("data-2", false),
+            ("repository", false),
+            ("space-2", false),
+            ("data/inside/x", true),
+            ("alias/y", true),
+            ("space/repository", true),
+        ] {
             let store = Arc::new(DirectoryStore::new(at(directory)));
             let options = InitOptions { encryption: Encryption::Off, now_ms: 1 };
             let repository = Repository::init(store, options).await.unwrap().repository;
-            let refused = refuse_inside(&files, &repository).map_err(|failure| failure.code);
+            let refused = refuse_inside(&files, &repository).await.map_err(|failure| failure.code);
             let expected = if is_inside { Err(Code::DataDirectoryShape) } else { Ok(()) };
             assert_eq!(refused, expected, "{directory}");
         }

@@ -143,7 +143,7 @@ fn of_globals(error: postgres::Error) -> Failure {
     .with_hint(CURE)
 }
 
-const CURE: &str = "Load the dump by hand to see more: pgmuster restore --into-server URL. Take another one; keep older backups.";
+const CURE: &str = "Load the dump by hand to see more: `pgmuster restore --repository URL --key FILE --into-server postgres://…`. Take another one; keep older backups.";
 
 /// The failure of a database that could not be loaded, as a statement about the backup or about this machine.
 fn judged(dump: &DatabaseDump, failure: Failure) -> Failure {
