@@ -77,7 +77,9 @@ pub(crate) fn passphrase(reference: &str) -> Result<SecretString, Failure> {
         let reference = reference.parse::<SecretRef>().map_err(|error| {
             let message = format!("the passphrase: failed to {error}");
             Failure::new(Code::ConfigInvalid, Action::FixConfig, message)
-                .with_hint("`-` reads a line of standard input.")
+                .with_hint(
+                    "Say where it is: file:/path, env:NAME, exec:/program, or - to type it as a line of standard input.",
+                )
         })?;
         secrets::resolve(&reference)?
     };

@@ -83,6 +83,38 @@ fn a_repository_is_made_once_and_opened_by_its_key_alone() {
     refused(&list(&url, &place.path().join("none")), 2, "CONFIG_INVALID");
     let absent = format!("file://{}", place.path().join("absent").display());
     refused(&list(&absent, &key), 6, "REPOSITORY_MISSING");
+    let no_bucket = list("s3:///prefix", &key);
+    refused(&no_bucket, 2, "REQUEST_INVALID");
+    assert!(said(&no_bucket).contains("it names no bucket"), "{}", said(&no_bucket));
+}
+
+#[test]
+fn what_is_missing_for_a_socket_or_a_passphrase_is_said_plainly() {
+    let place = tempfile::tempdir().unwrap();
+    let (key, directory) = (place.path().join("key"), place.path().join("repository"));
+    let (url, key_path) = (format!("file://{}", directory.display()), key.to_str().unwrap());
+    assert!(init(&url, &key).status.success());
+    let socket = place.path().join("no such directory/sock");
+    let serve = ["wal", "serve", socket.to_str().unwrap(), "--repository", &url, "--key", key_path];
+    let served = pgmuster(&serve);
+    refused(&served, 2, "CONFIG_INVALID");
+    let missing = socket.parent().unwrap().display();
+    let plain = format!("there is no directory {missing}");
+    assert!(said(&served).contains(&plain), "{}", said(&served));
+    let add = ["repo", "key", "add", &url, "--key", key_path, "--new-passphrase", "open sesame"];
+    let added = pgmuster(&add);
+    refused(&added, 2, "CONFIG_INVALID");
+    assert!(said(&added).contains("or - to type it"), "{}", said(&added));
+    assert!(!said(&added).contains("sesame"), "{}", said(&added));
+    // Whoever adds one is told how it opens the repository, in a command that does.
+    let passphrase = place.path().join("passphrase");
+    std::fs::write(&passphrase, "correct horse battery staple again\n").unwrap();
+    std::fs::set_permissions(&passphrase, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let reference = format!("file:{}", passphrase.display());
+    let added = pgmuster(&[&add[..7], &[&reference]].concat());
+    assert!(added.status.success(), "{}", said(&added));
+    let check = format!("`pgmuster repo key check {url} --passphrase {reference}`");
+    assert!(said(&added).contains(&check), "{}", said(&added));
 }
 
 #[test]

@@ -25,14 +25,28 @@ use crate::{configs, environment, output, secrets};
 /// How long RabbitMQ may take to answer.
 const BROKER_MAX: Duration = Duration::from_secs(10);
 
-/// One thing that was looked at.
-#[derive(Debug, Serialize)]
+/// One thing that was looked at, or could not be and need not have been.
+#[derive(Debug, Default, Serialize)]
 struct Finding {
     what: String,
     good: bool,
+    /// Nothing is known of it, which is no finding.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    not_looked_at: bool,
     detail: String,
     #[serde(skip_serializing_if = "String::is_empty")]
     hint: String,
+}
+
+impl Finding {
+    fn mark(&self) -> &'static str {
+        match (self.good, self.hint.is_empty()) {
+            _ if self.not_looked_at => "--  ",
+            (true, true) => "ok  ",
+            (true, false) => "note",
+            (false, _) => "FAIL",
+        }
+    }
 }
 
 /// `doctor`.
@@ -52,16 +66,11 @@ pub(crate) async fn run(
     }
     output::show(format, &findings, |findings| {
         let row = |finding: &Finding| {
-            let mark = match (finding.good, finding.hint.is_empty()) {
-                (true, true) => "ok  ",
-                (true, false) => "note",
-                (false, _) => "FAIL",
-            };
             let hint = match finding.hint.as_str() {
                 "" => String::new(),
                 hint => format!("\n     {:<26} {hint}", ""),
             };
-            format!("{mark} {:<26} {}{hint}", finding.what, finding.detail)
+            format!("{} {:<26} {}{hint}", finding.mark(), finding.what, finding.detail)
         };
         findings.iter().map(row).collect::<Vec<_>>().join("\n")
     });
@@ -70,12 +79,16 @@ pub(crate) async fn run(
 }
 
 fn good(what: impl Into<String>, detail: impl Into<String>) -> Finding {
-    Finding { what: what.into(), good: true, detail: detail.into(), hint: String::new() }
+    Finding { what: what.into(), good: true, detail: detail.into(), ..Finding::default() }
+}
+
+fn not_looked_at(what: &str, failure: &Failure) -> Finding {
+    Finding { not_looked_at: true, ..good(what, format!("not looked at: {failure}")) }
 }
 
 fn bad(what: impl Into<String>, failure: &Failure) -> Finding {
     let detail = failure.to_string();
-    Finding { what: what.into(), good: false, detail, hint: failure.hint.clone() }
+    Finding { what: what.into(), detail, hint: failure.hint.clone(), ..Finding::default() }
 }
 
 async fn binaries(findings: &mut Vec<Finding>) {
@@ -98,9 +111,7 @@ async fn binaries(findings: &mut Vec<Finding>) {
 async fn coordinator(client: &Client, required: bool, findings: &mut Vec<Finding>) {
     match client.health().await {
         Err(failure) if required => return findings.push(bad("coordinator", &failure)),
-        Err(failure) => {
-            return findings.push(good("coordinator", format!("not looked at: {failure}")));
-        }
+        Err(failure) => return findings.push(not_looked_at("coordinator", &failure)),
         Ok(health) => {
             findings.extend(wellbeing(&health));
             // It knows its workers from the catalog.
@@ -156,13 +167,8 @@ fn served(
         let (place, failure) = (&away.place, &away.failure);
         let since = output::ago(now_ms, Some(away.since_ms));
         let detail = format!("{place}: {failure}; first seen so {since}");
-        let (good, hint) = (false, failure.hint.clone());
-        findings.push(Finding {
-            what: format!("repository of {}", cluster.name),
-            good,
-            detail,
-            hint,
-        });
+        let (what, hint) = (format!("repository of {}", cluster.name), failure.hint.clone());
+        findings.push(Finding { what, detail, hint, ..Finding::default() });
     }
     if let Some(setup) = &cluster.archive {
         findings.push(archives(&cluster.name, setup, wal.into(), now_ms));
@@ -177,7 +183,8 @@ fn served(
 fn archives(cluster: &ClusterName, setup: &ArchiveSetup, seen: Seen<'_>, now_ms: i64) -> Finding {
     let said = archiving::said(cluster, setup, seen, now_ms);
     let what = format!("archiving of {cluster}");
-    Finding { what, good: said.is_good, detail: said.what, hint: said.cure }
+    let (good, detail, hint) = (said.is_good, said.what, said.cure);
+    Finding { what, good, detail, hint, ..Finding::default() }
 }
 
 /// What a coordinator says of itself, one finding each.
@@ -187,6 +194,7 @@ fn wellbeing(health: &HealthView) -> [Finding; 4] {
         good,
         detail: if good { yes } else { no }.to_owned(),
         hint: if good { String::new() } else { hint.to_owned() },
+        ..Finding::default()
     };
     [
         good("coordinator", format!("answers, version {}", health.version)),
@@ -339,6 +347,19 @@ mod tests {
         assert_eq!(told, [("cluster orders", true), ("repository of orders", false)]);
         assert!(found[1].detail.starts_with("s3://backups: REPOSITORY_MISSING: none"), "{found:?}");
         assert_eq!(found[1].hint, "Check its URL.");
+    }
+
+    #[test]
+    fn what_was_not_looked_at_is_not_called_good_and_is_no_finding() {
+        let away =
+            Failure::new(proto::Code::CoordinatorUnreachable, proto::Action::Retry, "none answers");
+        let unseen = not_looked_at("coordinator", &away);
+        assert_eq!((unseen.mark(), unseen.good), ("--  ", true), "{unseen:?}");
+        assert_eq!(serde_json::to_value(&unseen).unwrap()["not_looked_at"], true);
+        let seen = good("coordinator", "answers");
+        assert_eq!(seen.mark(), "ok  ");
+        assert!(serde_json::to_value(&seen).unwrap().get("not_looked_at").is_none());
+        assert_eq!(bad("coordinator", &away).mark(), "FAIL");
     }
 
     #[test]

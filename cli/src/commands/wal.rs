@@ -147,13 +147,20 @@ async fn serve(args: WalServe) -> Result<Exit, Failure> {
     let socket = args.socket;
     let service = Service::listen(&socket, Arc::new(archive)).await.map_err(|error| {
         use std::io::ErrorKind::{AddrInUse, AlreadyExists, NotFound, PermissionDenied};
-        let what = format!("failed to listen at {}: {}", socket.display(), error.kind());
+        let why = match (error.kind(), socket.parent()) {
+            (NotFound, Some(directory)) if !directory.exists() => {
+                format!("there is no directory {}", directory.display())
+            }
+            (kind, _) => kind.to_string(),
+        };
+        let what = format!("failed to listen at {}: {why}", socket.display());
         let hint = match error.kind() {
             AddrInUse => "Another service answers there, and goes on.",
             AlreadyExists => {
                 "A file lies there that is no socket; it was not touched. Name another place."
             }
-            NotFound | PermissionDenied => "Its directory must be there, and this user's to write.",
+            NotFound => "Make that directory first, for this user alone, or name another place.",
+            PermissionDenied => "Its directory must be this user's to write.",
             _ => "The path of a socket is short: some 100 bytes.",
         };
         Failure::new(Code::ConfigInvalid, Action::FixConfig, what).with_hint(hint)

@@ -70,6 +70,7 @@ pub(crate) async fn enrolment_token(
         created_at_ms: now_ms,
         expires_at_ms,
         used_key: None,
+        used_at_ms: None,
     };
     let row = &row;
     core.catalog
@@ -89,12 +90,27 @@ pub(crate) async fn enrol(core: &Core, request: &EnrolRequest) -> ApiResult<Enro
         .catalog
         .transact("enrol", move |tx| {
             Box::pin(async move {
-                let refused = |text: &str| Err(Error::Refused(enrolment_refused(text)));
                 let Some(token) = tokens::enrolment(tx, digest).await? else {
-                    return refused("the enrolment token is unknown");
+                    let whose = request.worker.as_ref().zip(request.site.as_ref());
+                    let failure = enrolment_refused("the enrolment token is unknown", whose);
+                    return Err(Error::Refused(failure));
                 };
+                let refused = |text: &str| {
+                    let whose = Some((&token.worker, &token.site));
+                    Err(Error::Refused(enrolment_refused(text, whose)))
+                };
+                if let Some(used) = &token.used_key
+                    && *used != key.to_string()
+                {
+                    let when = token.used_at_ms.map_or_else(String::new, at);
+                    return refused(&format!(
+                        "the enrolment token was used{when} by worker {} of site {}, with another key; each enrolls once",
+                        token.worker, token.site
+                    ));
+                }
                 if token.expires_at_ms <= now_ms {
-                    return refused("the enrolment token has expired");
+                    let when = at(token.expires_at_ms);
+                    return refused(&format!("the enrolment token has expired{when}"));
                 }
                 let is_it = request.worker.as_ref().is_none_or(|name| *name == token.worker)
                     && request.site.as_ref().is_none_or(|site| *site == token.site);
@@ -103,12 +119,6 @@ pub(crate) async fn enrol(core: &Core, request: &EnrolRequest) -> ApiResult<Enro
                         "the enrolment token is for worker {} of site {}",
                         token.worker, token.site
                     ));
-                }
-                match &token.used_key {
-                    Some(used) if *used != key.to_string() => {
-                        return refused("the enrolment token was used for another key");
-                    }
-                    _ => {}
                 }
                 tokens::use_enrolment(tx, digest, &key.to_string(), now_ms).await?;
                 let known = workers::get(tx.db(), &token.worker).await?;
@@ -141,11 +151,24 @@ pub(crate) async fn enrol(core: &Core, request: &EnrolRequest) -> ApiResult<Enro
     Ok(EnrolResponse { certificate, coordinator_key: core.public_key })
 }
 
-fn enrolment_refused(text: &str) -> Failure {
+/// Why a worker is not enrolled, and how it gets a token that does it.
+fn enrolment_refused(text: &str, whose: Option<(&WorkerName, &SiteName)>) -> Failure {
+    let make = match whose {
+        Some((worker, site)) => format!("pgmuster worker token {worker} {site}"),
+        None => {
+            "NAME and SITE are those of the worker's configuration: pgmuster worker token NAME SITE"
+                .to_owned()
+        }
+    };
     let mut failure = unauthorized(text);
-    "NAME and SITE are those of the worker's configuration: pgmuster worker token NAME SITE, on the coordinator's machine, makes a new one."
-        .clone_into(&mut failure.hint);
+    failure.hint = format!("{make}, on the coordinator's machine, makes a new one.");
     failure
+}
+
+/// ` at` a moment.
+fn at(at_ms: i64) -> String {
+    let at = jiff::Timestamp::from_millisecond(at_ms.div_euclid(1_000) * 1_000);
+    at.map_or_else(|_| String::new(), |at| format!(" at {at}"))
 }
 
 /// Makes a token for the API.

@@ -17,6 +17,8 @@ pub(crate) struct EnrolmentToken {
     pub(crate) expires_at_ms: i64,
     /// The key it was used for: the same worker may ask again after a lost answer.
     pub(crate) used_key: Option<String>,
+    /// When it was used last.
+    pub(crate) used_at_ms: Option<i64>,
 }
 
 pub(crate) async fn put_enrolment(tx: &mut Tx<'_>, token: &EnrolmentToken) -> Result<()> {
@@ -52,6 +54,7 @@ pub(crate) async fn enrolment(tx: &mut Tx<'_>, digest: &str) -> Result<Option<En
             created_at_ms: row.number("created_at_ms")?,
             expires_at_ms: row.number("expires_at_ms")?,
             used_key: row.maybe_text("used_key")?,
+            used_at_ms: row.maybe_number("used_at_ms")?,
         })
     })
     .transpose()

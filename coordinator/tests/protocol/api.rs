@@ -15,7 +15,7 @@ use proto::message::ReportBody;
 use proto::{Failure, JobState};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use crate::support::{Fleet, Worker, backup_outcome, backup_request, http};
+use crate::support::{Fleet, START, Worker, backup_outcome, backup_request, http};
 
 async fn tcp(
     fleet: &Fleet,
@@ -146,6 +146,12 @@ async fn a_worker_is_enrolled_once_by_its_token() {
     assert!(by_hand.issued_at_ms > again_at_ms);
     let (status, body) = tcp(&fleet, None, "POST", "/v1/workers/enrol", ask(2, &made.token)).await;
     assert_eq!((status, code(&body)), (401, Code::Unauthorized), "another key");
+    let told: Failure = serde_json::from_str(&body).unwrap();
+    let when = jiff::Timestamp::from_millisecond(START / 1_000 * 1_000).unwrap();
+    let said = format!("was used at {when} by worker {}", request.worker);
+    assert!(told.message.contains(&said), "{told}");
+    let cure = format!("pgmuster worker token {} {}", request.worker, request.site);
+    assert!(told.hint.contains(&cure), "{}", told.hint);
     let (status, _) =
         tcp(&fleet, None, "POST", "/v1/workers/enrol", ask(1, "pgmuster_enrol_x")).await;
     assert_eq!(status, 401);

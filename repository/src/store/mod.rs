@@ -32,7 +32,10 @@ pub async fn open(url: &str, credentials: &Credentials) -> Result<Arc<dyn Store>
             let options = s3::S3Options::from_url(url, credentials)?;
             Ok(Arc::new(s3::S3Store::open(options).await?))
         }
-        _ => Err(StoreError::Address { url: url.to_owned() }),
+        _ => {
+            let why = "it is neither file:///path nor s3://bucket/prefix".to_owned();
+            Err(StoreError::Address { url: url.to_owned(), why })
+        }
     }
 }
 
@@ -64,10 +67,12 @@ pub enum StoreError {
         key: String,
     },
     /// Nothing that we know has such an address.
-    #[error("understand {url} as the address of a store")]
+    #[error("use {url} as the address of a store: {why}")]
     Address {
         /// What was given.
         url: String,
+        /// What it lacks.
+        why: String,
     },
     /// The store refused the credentials or the operation.
     #[error("get permission to {operation} {key}")]

@@ -124,6 +124,11 @@ impl S3Options {
             url.strip_prefix("s3://").ok_or_else(|| unsuitable("an S3 URL begins with s3://"))?;
         let (place, query) = rest.split_once('?').unwrap_or((rest, ""));
         let (bucket, prefix) = place.split_once('/').unwrap_or((place, ""));
+        if bucket.is_empty() {
+            // Not quoted either.
+            let (url, why) = ("s3://…".to_owned(), "it names no bucket".to_owned());
+            return Err(StoreError::Address { url, why });
+        }
         let mut options = Self::new(bucket, prefix.trim_matches('/'));
         options.take(credentials)?;
         for pair in query.split('&').filter(|pair| !pair.is_empty()) {
@@ -285,6 +290,17 @@ mod tests {
     }
 
     #[test]
+    fn a_url_without_a_bucket_is_told_so() {
+        for url in ["s3://", "s3:///", "s3:///prefix", "s3:///KEY:TOPSECRET@x?region=eu-central-1"]
+        {
+            let error = S3Options::from_url(url, &Credentials::default()).unwrap_err();
+            assert!(matches!(error, StoreError::Address { .. }), "{url}: {error}");
+            assert!(error.to_string().ends_with("it names no bucket"), "{url}: {error}");
+            assert!(!format!("{error} {error:?}").contains("TOPSECRET"), "{url}: {error}");
+        }
+    }
+
+    #[test]
     fn reads_a_url() {
         let options = parse(
             "s3://backups/fra1/main/?endpoint=http%3A%2F%2Fminio:9000/&region=eu-central-1&path-style=false&checksums=always",
@@ -316,7 +332,6 @@ mod tests {
     fn refuses_what_cannot_work_and_repeats_no_secret() {
         for url in [
             "http://backups",
-            "s3://",
             "s3://AKIAEXAMPLE:TOPSECRET@backups/x",
             "s3://backups/a//b",
             "s3://backups/../b",

@@ -14,6 +14,7 @@ use postgres::process::Program;
 use postgres::version::ServerVersion;
 use postgres::{Purpose, Session, Target, connect, connect_maintenance, quote};
 use proto::backup::{DatabaseDump, LogicalFacts};
+use proto::words::{count, grouped};
 use proto::{Action, Code, DatabaseName, Failure, Progress};
 use repository::Backup;
 use serde::Serialize;
@@ -290,11 +291,11 @@ async fn how(
 fn line(load: &Load, size: u64) -> String {
     let Load { dump: DatabaseDump { database, layout, .. }, how, piece } = load;
     let what = match piece {
-        None => format!("all of it, {size} bytes"),
+        None => format!("all of it, {}", count(size, "byte")),
         Some(piece) => {
             let parts = piece.parts(layout.as_ref(), size);
             let bytes: u64 = parts.iter().map(|part| part.end - part.start).sum();
-            format!("{}, {bytes} of {size} bytes", piece.what)
+            format!("{}, {} of {}", piece.what, grouped(bytes), count(size, "byte"))
         }
     };
     match how {
