@@ -67,12 +67,20 @@ pub(crate) fn json<T: Serialize>(value: &T) -> String {
     serde_json::to_string_pretty(value).expect("what is shown serialises to JSON")
 }
 
-/// Tells a failure: what happened, the cure, and where there is more.
+/// Tells a failure: what happened, what a program said about it, and the cure.
 pub(crate) fn failure(failure: &Failure) {
     talk(&format!("error: {failure}"));
+    for line in details(failure) {
+        talk(&line);
+    }
     if !failure.hint.is_empty() {
         talk(&format!("hint: {}", failure.hint));
     }
+}
+
+/// The lines of a program's log that belong to a failure, marked as such.
+pub(crate) fn details(failure: &Failure) -> impl Iterator<Item = String> + '_ {
+    failure.details.iter().map(|line| format!("  | {line}"))
 }
 
 /// A table without frames: it can be read, and cut into columns by other programs.

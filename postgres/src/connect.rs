@@ -18,6 +18,9 @@ use crate::version::ServerVersion;
 /// The databases that may hold our locks, in the order they are tried. The first that exists is used by everybody.
 const MAINTENANCE_DATABASES: [&str; 2] = ["postgres", "template1"];
 
+/// How long a server has that goes down or comes up, before it is asked again.
+const AGAIN_AFTER: Duration = Duration::from_millis(250);
+
 /// By these the server notices within two minutes that a worker is gone whose connection nobody closed: its backup ends
 /// then, and the temporary slot that holds back WAL goes with it. The system's own defaults let both live for hours.
 const SERVER_KEEPALIVES: &str = " SET tcp_keepalives_idle = 60; \
@@ -66,10 +69,28 @@ pub fn application_name(job: &JobId) -> String {
     format!("pgmuster/{}", id.rsplit('-').next().unwrap_or(&id))
 }
 
-/// Connects, applies the purpose's settings, and refuses versions and poolers we cannot work with.
+/// Connects, applies the purpose's settings, and refuses versions and poolers we cannot work with. A server that is being
+/// restarted is asked a second time.
 ///
 /// Dropping the session closes the connection: a running statement is cancelled and the server rolls back.
 pub async fn connect(target: &Target, purpose: &Purpose) -> Result<Session, Error> {
+    let mut is_in = false;
+    match Box::pin(connect_once(target, purpose, &mut is_in)).await {
+        // Nothing was asked of it yet but who it is.
+        Err(Error::Unreachable { source, .. }) if is_in || source.is_farewell() => {
+            tokio::time::sleep(AGAIN_AFTER).await;
+            Box::pin(connect_once(target, purpose, &mut is_in)).await
+        }
+        outcome => outcome,
+    }
+}
+
+/// `is_in` tells whether the server let us in before it failed.
+async fn connect_once(
+    target: &Target,
+    purpose: &Purpose,
+    is_in: &mut bool,
+) -> Result<Session, Error> {
     let nonce = nonce();
     let mut config = target.config(&format!("-c pgmuster.session={nonce}"));
     config.application_name(&purpose.application_name);
@@ -92,6 +113,7 @@ pub async fn connect(target: &Target, purpose: &Purpose) -> Result<Session, Erro
             return Err(Error::Unreachable { target: target.to_string(), source });
         }
     };
+    *is_in = true;
     let session = Session::new(target, client, connection, tls);
     let begun = async {
         let version = prepare(&session, purpose, !target.is_socket()).await?;
@@ -106,6 +128,11 @@ pub async fn connect(target: &Target, purpose: &Purpose) -> Result<Session, Erro
             target: target.to_string(),
             evidence: "statements of several clients meet in one server process".to_owned(),
         }),
+        Err(Error::Statement { source, .. }) if source.is_closed() => {
+            // What it said before it hung up tells more than that the connection is gone.
+            let source = session.last_words().cloned().unwrap_or(source);
+            Err(Error::Unreachable { target: target.to_string(), source })
+        }
         Err(error) => Err(error),
     }
 }
@@ -224,6 +251,9 @@ async fn refuse_pooler(session: &Session, purpose: &Purpose, nonce: &str) -> Res
 
 fn login_error(target: &Target, source: ServerMessage) -> Error {
     let shown = target.to_string();
+    if source.is_farewell() {
+        return Error::Unreachable { target: shown, source };
+    }
     let Some(state) = source.state().cloned() else {
         let text = source.to_string();
         // Errors of TLS and of our own side of SASL come without a SQLSTATE and do not pass by themselves.
@@ -261,7 +291,6 @@ fn login_error(target: &Target, source: ServerMessage) -> Error {
             crate::quote::identifier(user)
         ),
         "53300" => "Raise max_connections, or free connections; the job is tried again.".to_owned(),
-        "57P03" => "Wait until the server has started; the job is tried again.".to_owned(),
         "55000" => format!("Database {database} does not accept connections; name another one."),
         _ => "The server's log says why it refused the connection.".to_owned(),
     };

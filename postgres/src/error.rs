@@ -302,7 +302,7 @@ pub enum Error {
         is_missed: bool,
     },
     /// A restored server came to another place than the one that was wanted, or to none.
-    #[error("recover to the moment: {what}: {output}")]
+    #[error("recover to the moment: {what}")]
     RecoveryMissed {
         /// Where it came to.
         what: String,
@@ -323,6 +323,10 @@ pub enum Error {
 fn listed(places: &[PathBuf]) -> String {
     places.iter().map(|place| place.display().to_string()).collect::<Vec<_>>().join(", ")
 }
+
+/// What a server says that goes down, crashed, or is starting. The first one is also what a session hears that somebody ended.
+const FAREWELLS: [SqlState; 3] =
+    [SqlState::ADMIN_SHUTDOWN, SqlState::CRASH_SHUTDOWN, SqlState::CANNOT_CONNECT_NOW];
 
 /// What a server or a connection said, without connection strings, passwords or user data.
 #[derive(Debug, Clone)]
@@ -353,6 +357,16 @@ impl ServerMessage {
     /// Whether the connection is gone, so that nothing further can be said on it.
     pub fn is_closed(&self) -> bool {
         self.inner.closed
+    }
+
+    /// Whether the server said that it goes down, crashed, or takes nobody in just now: nothing is wrong with what it was asked.
+    pub fn is_farewell(&self) -> bool {
+        self.state().is_some_and(|state| FAREWELLS.contains(state))
+    }
+
+    /// Whether the connection was gone before the server said anything about what it was asked.
+    fn is_cut_off(&self) -> bool {
+        self.is_closed() && self.state().is_none()
     }
 
     /// A message of our own in the place of the server's.
@@ -500,15 +514,24 @@ impl From<Error> for Failure {
                 Action::FixConfig,
                 "Correct the connection settings, where they are given: on the command line, or for the cluster in the worker's configuration.",
             ),
+            // Whatever was to be done: with the server as it is now, nothing can be.
+            Error::Unreachable { source, .. } | Error::Statement { source, .. }
+                if source.is_farewell()
+                    || matches!(error, Error::Statement { .. }) && source.is_cut_off() =>
+            {
+                told(
+                    Code::ServerUnreachable,
+                    Action::Retry,
+                    "The server is starting or stopping, or somebody ended this session: its log says which. It is tried again.",
+                )
+            }
             Error::Unreachable { .. } => told(
                 Code::ServerUnreachable,
                 Action::Retry,
                 "Check that the server runs and that this host may reach its port or socket.",
             ),
             Error::Refused { cure, source, .. } => {
-                let passes = source.state() == Some(&SqlState::TOO_MANY_CONNECTIONS)
-                    || source.state() == Some(&SqlState::CANNOT_CONNECT_NOW);
-                if passes {
+                if source.state() == Some(&SqlState::TOO_MANY_CONNECTIONS) {
                     told(Code::ServerUnreachable, Action::Retry, cure)
                 } else {
                     told(Code::LoginRefused, Action::FixConfig, cure)
@@ -626,11 +649,12 @@ impl From<Error> for Failure {
                 "The lines are from the log of the restored server. The backup itself was whole by then: take a new one, which needs \
                  none of that WAL, and keep the older ones.",
             ),
-            Error::RecoveryMissed { .. } => told(
+            Error::RecoveryMissed { output, .. } => told(
                 Code::RecoveryTargetMissed,
                 Action::FixData,
                 "Nothing was opened: no server runs there. The lines are from pgmuster-recovery.log in the directory.",
-            ),
+            )
+            .with_details(output.lines()),
             Error::StopPositionMissed { .. } => told(
                 Code::StopPositionMissed,
                 Action::FixData,

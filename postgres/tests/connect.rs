@@ -16,6 +16,9 @@ use postgres::locks::{Class, ClusterLock};
 use postgres::{Session, Target, settings};
 use proto::{Action, Code, Failure};
 use servers::{Server, job, nobody, service, shown};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -40,6 +43,11 @@ async fn certificates_are_believed_only_as_far_as_asked() {
 #[tokio::test(flavor = "multi_thread")]
 async fn poolers_are_refused_in_every_mode() {
     poolers(15).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_is_restarted_is_asked_once_more_and_is_unreachable_then() {
+    restarted(15).await;
 }
 
 fn purpose() -> Purpose {
@@ -333,6 +341,73 @@ async fn what_the_server_refuses_is_told_with_a_cure_and_no_password(major: u32)
         "{failure}"
     );
     assert!(!format!("{failure:?}").contains(secret));
+}
+
+/// What a server says before it hangs up.
+fn farewell(code: &str) -> Vec<u8> {
+    let fields = format!("SFATAL\0VFATAL\0C{code}\0Mthe server is not what it was\0\0");
+    let length = u32::try_from(fields.len() + 4).unwrap().to_be_bytes();
+    [b"E", &length[..], fields.as_bytes()].concat()
+}
+
+/// A socket at which the first clients hear these words, and all later ones the server.
+fn door(directory: &Path, server: &Server, words: Vec<Vec<u8>>) -> JoinSet<()> {
+    let listener = UnixListener::bind(directory.join(".s.PGSQL.6543")).unwrap();
+    let behind = server.instance.socket_directory();
+    let behind = behind.join(format!(".s.PGSQL.{}", server.instance.port()));
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        let mut words = words.into_iter();
+        while let Ok((mut client, _)) = listener.accept().await {
+            let Some(words) = words.next() else {
+                let mut server = UnixStream::connect(&behind).await.unwrap();
+                let _ = tokio::io::copy_bidirectional(&mut client, &mut server).await;
+                continue;
+            };
+            // Its start-up packet: a length that counts itself, and the rest.
+            let length = client.read_u32().await.unwrap();
+            let mut packet = vec![0; usize::try_from(length).unwrap() - 4];
+            client.read_exact(&mut packet).await.unwrap();
+            client.write_all(&words).await.unwrap();
+            client.shutdown().await.unwrap();
+            // It may ask something before it hears that.
+            let _ = client.read_to_end(&mut Vec::new()).await;
+        }
+    });
+    tasks
+}
+
+async fn restarted(major: u32) {
+    let server = Server::start(major, &[]).await;
+    // It lets the role in, and is ready for a statement.
+    let lets_in = b"R\0\0\0\x08\0\0\0\0Z\0\0\0\x05I".to_vec();
+    let while_asked = |code: &str| [lets_in.clone(), farewell(code)].concat();
+    let gone = lets_in.clone();
+    let first =
+        [farewell("57P01"), farewell("57P03"), while_asked("57P01"), while_asked("57P02"), gone];
+    for words in first {
+        let directory = tempfile::Builder::new().prefix("d").tempdir_in("/tmp").unwrap();
+        let target = Target::on_socket(directory.path(), 6543, "postgres", "postgres");
+        let said = String::from_utf8_lossy(&words).into_owned();
+        let door_opens = door(directory.path(), &server, vec![words.clone()]);
+        let session = open(&target).await;
+        assert_eq!(text(&session, "SELECT 'in'").await, "in", "{said}");
+        drop((session, door_opens));
+        std::fs::remove_file(directory.path().join(".s.PGSQL.6543")).unwrap();
+        let _door_stays_shut = door(directory.path(), &server, vec![words.clone(), words]);
+        let failure = Failure::from(refusal(&target).await);
+        let told = (failure.code, failure.action);
+        assert_eq!(told, (Code::ServerUnreachable, Action::Retry), "{said}: {failure}");
+    }
+    // Nor is it the fault of a statement that it was the one during which the server went.
+    let (session, other) =
+        (open(&server.target("postgres")).await, server.session("postgres").await);
+    let end = format!("SELECT pg_terminate_backend({})", session.backend_pid());
+    let sleep = session.run("sleep", "SELECT pg_sleep(60)");
+    let (slept, _) = tokio::join!(sleep, other.query("end it", &end, &[]));
+    let failure = Failure::from(slept.unwrap_err());
+    assert_eq!((failure.code, failure.action), (Code::ServerUnreachable, Action::Retry));
+    assert!(failure.message.contains("sleep"), "{failure}");
 }
 
 /// A certificate authority with a certificate for `localhost`, and another authority that signed nothing.

@@ -205,8 +205,8 @@ impl fmt::Display for Code {
 
 /// A failure as it is reported, stored and shown.
 ///
-/// `message` says what happened to which thing, with numbers; `hint` is the cure, one sentence or a command. Neither
-/// may hold a secret: connection strings and error texts are scrubbed before they get here.
+/// `message` says in one sentence what happened to which thing, with numbers; `hint` is the cure, one sentence or a command.
+/// None of it may hold a secret: connection strings and error texts are scrubbed before they get here.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{code}: {message}")]
 pub struct Failure {
@@ -219,12 +219,23 @@ pub struct Failure {
     /// The cure; empty when there is nothing a person could do.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub hint: String,
+    /// What a program said about it, line by line; the message is understood without.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub details: Vec<String>,
 }
 
 impl Failure {
     /// A failure without a hint.
     pub fn new(code: Code, action: Action, message: impl Into<String>) -> Self {
-        Self { code, action, message: message.into(), hint: String::new() }
+        let (message, hint, details) = (message.into(), String::new(), Vec::new());
+        Self { code, action, message, hint, details }
+    }
+
+    /// The same failure with the lines of a program's log that say more.
+    #[must_use]
+    pub fn with_details<'a>(mut self, lines: impl IntoIterator<Item = &'a str>) -> Self {
+        self.details = lines.into_iter().map(str::to_owned).collect();
+        self
     }
 
     /// The same failure with its cure.

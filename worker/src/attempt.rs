@@ -141,6 +141,7 @@ fn scrubbed(mut body: ReportBody) -> ReportBody {
 pub(crate) fn scrub_failure(failure: &mut Failure) {
     scrub(&mut failure.message);
     scrub(&mut failure.hint);
+    failure.details.iter_mut().for_each(scrub);
 }
 
 fn scrub(text: &mut String) {
