@@ -20,7 +20,7 @@ use postgres::binaries::Binaries;
 use postgres::control_file::ControlFile;
 use postgres::instance::{InstanceOptions, StopMode};
 use postgres::recovery::{Expected, RecoveryServer};
-use proto::{Lsn, RecoveryTarget, TargetAction, Timeline};
+use proto::{Code, Failure, Lsn, RecoveryTarget, TargetAction, Timeline};
 use tokio_util::sync::CancellationToken;
 
 const TABLE: &str = "CREATE TABLE public.ledger (id bigint PRIMARY KEY)";
@@ -464,6 +464,11 @@ async fn every_moment(major: u32) {
     };
     let missed = server.recover(&expected).await.unwrap_err();
     assert!(matches!(missed, postgres::Error::RecoveryMissed { .. }), "{missed:?}");
+    // One sentence, and what the server said beside it.
+    let told = Failure::from(missed);
+    assert_eq!(told.code, Code::RecoveryTargetMissed, "{told:?}");
+    assert!(!told.message.contains('\n') && !told.message.contains("LOG:"), "{told:?}");
+    assert!(told.details.iter().any(|line| line.contains("LOG:")), "{told:?}");
     assert!(!into.join("postmaster.pid").exists(), "it still runs");
 
     // A standby follows what is archived, and takes over at its end: timeline 4.
@@ -494,6 +499,43 @@ async fn pg15_recovers_to_every_moment_of_three_timelines_and_to_no_other() {
 #[tokio::test(flavor = "multi_thread")]
 async fn pg18_recovers_to_every_moment_of_three_timelines_and_to_no_other() {
     Box::pin(every_moment(18)).await;
+}
+
+/// A transaction that is still prepared at the moment, in the segment in which the next timeline leaves the one that has it.
+async fn in_doubt_before_a_parting(major: u32) {
+    let mut world = World::new(major, 1).await;
+    world.house.back_up().await;
+    let points = [world.step().await, world.step().await];
+    world.archived().await;
+    world.house.server.stop(StopMode::Fast).await.unwrap();
+    let there = format!("name:{}", points[1].name);
+    let place = world.succeed("second", &["--to", &there], 2).await;
+    assert_eq!(world.rows, points[1].rows);
+    let last = world.step().await;
+    world.archived().await;
+    stop(major, &place, "fast").await;
+
+    let xid = format!("xid:{}", points[1].xid);
+    let cases: [(&[&str], &BTreeSet<i64>); 4] = [
+        (&[&xid, "--before"], &points[1].rows_before),
+        (&[&points[0].time], &points[0].rows),
+        (&[&xid], &points[1].rows),
+        (&["latest"], &last.rows),
+    ];
+    for (arguments, rows) in cases {
+        let words = [&["--to"], arguments].concat();
+        assert_eq!(world.rows_at("parted", &words).await, *rows, "{words:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pg15_a_transaction_in_doubt_where_a_timeline_was_left_is_recovered_to() {
+    Box::pin(in_doubt_before_a_parting(15)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pg18_a_transaction_in_doubt_where_a_timeline_was_left_is_recovered_to() {
+    Box::pin(in_doubt_before_a_parting(18)).await;
 }
 
 /// The WAL of a server that writes it in pages of 64 KiB, over two timelines.

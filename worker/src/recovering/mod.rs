@@ -17,6 +17,7 @@ use std::path::PathBuf;
 
 use jiff::Timestamp;
 use postgres::recovery::{Expected, RecoverySettings, Way};
+use postgres::wal_moments::Moment;
 use proto::job::RecoveryOutcome;
 use proto::wal::Segment;
 use proto::{
@@ -43,7 +44,8 @@ pub struct RecoveryPlan {
     pub outcome: RecoveryOutcome,
     /// The same in sentences.
     pub lines: Vec<String>,
-    /// What other timelines wrote, or newer backups hold, that is not taken, a sentence each. They are among the lines.
+    /// What other timelines wrote, or newer backups hold, that is not taken, and that nothing is archived: a sentence each. They are
+    /// among the lines.
     pub not_taken: Vec<String>,
     /// Somebody looked whether WAL passes the target, and it does; else only the server can tell.
     pub(crate) is_found: bool,
@@ -181,6 +183,19 @@ pub(crate) async fn newest_end(
     Ok(newest.map(|moment| moment.at))
 }
 
+/// The last end of a transaction between two positions of a way, if the last `segments_max` segments before the second one say it.
+pub(crate) async fn last_end(
+    repository: &Repository,
+    lineage: LineageId,
+    major: u32,
+    way: &Way,
+    (from, to): (Lsn, Lsn),
+    segments_max: usize,
+) -> Result<Option<Moment>, Failure> {
+    let mut search = Search::of_version(repository, lineage, major).within(segments_max);
+    search.newest_end(way, from, to).await
+}
+
 struct Planner<'a> {
     repository: &'a Repository,
     lineage: LineageId,
@@ -207,7 +222,8 @@ impl Planner<'_> {
             let is_meant =
                 is_named || self.rehearses || self.recovery.to == RecoveryTarget::Immediate;
             let is_damaged = !(facts.bad_pages.is_empty() || is_meant);
-            match self.plan_from(id, facts, timeline, &mut search, fetching).await? {
+            let is_first = refusals.is_empty();
+            match self.plan_from(id, facts, timeline, &mut search, fetching, is_first).await? {
                 Ok(plan) if is_damaged => {
                     let undamaged = self.undamaged(older, timeline, &mut search, fetching).await;
                     return Ok(around_damage((id, plan), readable(undamaged)?.flatten()));
@@ -239,7 +255,8 @@ impl Planner<'_> {
     ) -> Result<Option<(BackupId, RecoveryPlan)>, Failure> {
         while let Some((id, facts)) = self.newest_of(&mut older).await? {
             if facts.bad_pages.is_empty()
-                && let Ok(plan) = self.plan_from(id, facts, timeline, search, fetching).await?
+                && let Ok(plan) =
+                    self.plan_from(id, facts, timeline, search, fetching, false).await?
             {
                 return Ok(Some((id, plan)));
             }
@@ -278,7 +295,7 @@ impl Planner<'_> {
         }
     }
 
-    /// What begins with one backup.
+    /// What begins with one backup. `is_first` says that no newer one was refused.
     async fn plan_from(
         &self,
         id: BackupId,
@@ -286,6 +303,7 @@ impl Planner<'_> {
         timeline: Timeline,
         search: &mut Search<'_>,
         fetching: &Fetching,
+        is_first: bool,
     ) -> Result<Result<RecoveryPlan, Refusal>, Failure> {
         let way = match archive::way_to(&self.archive, timeline, &facts) {
             Ok(way) => way,
@@ -295,10 +313,12 @@ impl Planner<'_> {
         let reach = Reach::along(&candidate.way, &self.archive, &candidate.facts);
         // A standby goes over to the newest by itself.
         let asks = self.recovery.timeline.is_none() && !self.recovery.standby;
-        let mut aim = match self.aim(&candidate, reach, search).await? {
+        let aim = match self.aim(&candidate, reach, search).await? {
             Ok(aim) => aim,
             Err(mut refusal) => {
-                if asks && refusal.is_final {
+                let is_event =
+                    matches!(self.recovery.to, RecoveryTarget::Xid(_) | RecoveryTarget::Name(_));
+                if asks && (refusal.is_final || (is_event && is_first)) {
                     for branch in self.branches(&candidate, reach, None).await? {
                         refusal.failure.hint.extend([" ", &branch.hint()]);
                     }
@@ -306,6 +326,13 @@ impl Planner<'_> {
                 return Ok(Err(refusal));
             }
         };
+        let older = if asks || self.rehearses {
+            self.before_parting(&candidate, &aim, search).await?
+        } else {
+            None
+        };
+        let (candidate, reach, mut aim) = older.unwrap_or((candidate, reach, aim));
+        let timeline = candidate.way.timeline();
         let mut not_taken = Vec::new();
         // The end of a backup is common to all that leads on from it.
         if self.recovery.to != RecoveryTarget::Immediate {
@@ -321,9 +348,84 @@ impl Planner<'_> {
             }
             not_taken.extend(branches.iter().map(Branch::told));
         }
+        let is_alone = reach.to <= candidate.facts.stop_lsn;
+        if self.recovery.to == RecoveryTarget::Latest && !self.recovery.standby && is_alone {
+            not_taken.push(words::nothing_behind(candidate.id, &candidate.facts));
+        }
         aim.notes.extend(not_taken.iter().cloned());
         let plan = self.finish(&candidate, reach, aim, search, fetching).await?;
         Ok(Ok(RecoveryPlan { not_taken, ..plan }))
+    }
+
+    /// The same target along the older timeline that has it, where the way passes it in the very segment in which it leaves that
+    /// timeline. A server gets this segment once, as the newer timeline's. If it stops before that one begins, it looks for
+    /// transactions that were prepared there in the older one's file, which it was never given, and ends.
+    async fn before_parting(
+        &self,
+        candidate: &Candidate,
+        aim: &Aim,
+        search: &mut Search<'_>,
+    ) -> Result<Option<(Candidate, Reach, Aim)>, Failure> {
+        let (way, facts) = (&candidate.way, &candidate.facts);
+        let history = way.history();
+        for entry in &history.entries {
+            let older = entry.timeline;
+            let Some(left_at) = history.end_of(older) else { continue };
+            let begins = Segment::containing(left_at, older, way.segment_size());
+            let from = begins.start(way.segment_size()).max(facts.stop_lsn);
+            let Some(stop) = self.stops_between(way, from, left_at, aim, search).await? else {
+                continue;
+            };
+            let Ok(way) = archive::way_to(&self.archive, older, facts) else { return Ok(None) };
+            let same = Candidate { id: candidate.id, facts: facts.clone(), way };
+            let reach = Reach::along(&same.way, &self.archive, facts);
+            // Nobody may have archived the older one's file.
+            if reach.to <= left_at {
+                return Ok(None);
+            }
+            let aimed = readable(self.aim(&same, reach, search).await)?;
+            return Ok(aimed.and_then(Result::ok).map(|mut aim| {
+                aim.stops_at = Some(stop);
+                aim.notes.push(format!(
+                    "timeline {} left timeline {older} at {left_at}, behind that moment and in the same segment: recovery goes along \
+                     timeline {older}, which has it",
+                    history.timeline
+                ));
+                (same, reach, aim)
+            }));
+        }
+        Ok(None)
+    }
+
+    /// Where a server stops at the latest, if that is certain to be between two positions of one segment.
+    async fn stops_between(
+        &self,
+        way: &Way,
+        from: Lsn,
+        to: Lsn,
+        aim: &Aim,
+        search: &mut Search<'_>,
+    ) -> Result<Option<Lsn>, Failure> {
+        let before = self.recovery.before;
+        let within = |lsn: Lsn| (from..to).contains(&lsn).then_some(lsn);
+        let first = match &aim.target {
+            RecoveryTarget::Latest | RecoveryTarget::Immediate => return Ok(None),
+            RecoveryTarget::Xid(_) | RecoveryTarget::Name(_) => {
+                return Ok(aim.stops_at.and_then(within));
+            }
+            RecoveryTarget::Lsn(lsn) if before => return Ok(within(*lsn)),
+            // It replays the first record that begins there or later, so one has to.
+            RecoveryTarget::Lsn(lsn) => {
+                let Some(lsn) = within(*lsn) else { return Ok(None) };
+                search.first(way, lsn, to, |moment| moment.start < to).await
+            }
+            RecoveryTarget::Time(time) => {
+                let is_after = |at: Timestamp| at > *time || (before && at == *time);
+                let ends = |moment: &Moment| moment.ends_transaction() && is_after(moment.at);
+                search.first(way, from, to, |moment| moment.start < to && ends(moment)).await
+            }
+        };
+        Ok(readable(first)?.flatten().map(|moment| moment.start))
     }
 
     fn no_way(&self, id: BackupId, facts: &BackupFacts, why: &NoWay) -> Refusal {

@@ -46,7 +46,11 @@ pub(super) struct Search<'a> {
 
 impl<'a> Search<'a> {
     pub(super) fn new(repository: &'a Repository, lineage: LineageId, facts: &BackupFacts) -> Self {
-        let major = facts.server_version_num / 10_000;
+        Self::of_version(repository, lineage, facts.server_version_num / 10_000)
+    }
+
+    /// In the log of a server of a major version.
+    pub(super) fn of_version(repository: &'a Repository, lineage: LineageId, major: u32) -> Self {
         let (left, looked) = (SEGMENTS_MAX, Vec::new());
         Self { repository, lineage, major, left, rehearses: false, looked }
     }

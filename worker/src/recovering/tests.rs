@@ -157,7 +157,13 @@ impl Place {
         timeline: Option<u32>,
     ) -> Result<BackupId, Failure> {
         let timeline = timeline.map(Timeline);
-        let recovery = &Recovery { timeline, ..Recovery::to(to) };
+        let recovery = Recovery { timeline, ..Recovery::to(to) };
+        let (backup, plan) = self.planned(&recovery).await?;
+        assert!(timeline.is_none_or(|timeline| plan.outcome.timeline == timeline));
+        Ok(backup)
+    }
+
+    async fn planned(&self, recovery: &Recovery) -> Result<(BackupId, RecoveryPlan), Failure> {
         let wanted = Wanted {
             cluster: None,
             system_identifier: None,
@@ -174,10 +180,9 @@ impl Place {
         };
         let pin = Pin { by: "tester".into(), why: "restore".into(), at_ms: 1 };
         let (pinned, plan) = plan(&self.repository, wanted, &fetching, &pin).await?;
-        assert!(timeline.is_none_or(|timeline| plan.outcome.timeline == timeline));
         let backup = pinned.id();
         pinned.release().await;
-        Ok(backup)
+        Ok((backup, plan))
     }
 
     async fn windows(&self) -> Vec<Window> {
@@ -189,12 +194,12 @@ fn wal_name(timeline: u32, number: u64) -> SegmentName {
     Segment { timeline: Timeline(timeline), number }.name(1 << 20)
 }
 
-/// The record of a commit, as `XLogRecord` and `xl_xact_commit` have it.
+/// The record of a commit, as `XLogRecord` and `xl_xact_commit` have it. Its second is also the id of its transaction.
 fn commit(second: i64) -> Vec<u8> {
     let since_2000_us = (second - 946_684_800) * 1_000_000;
     let mut record = vec![0; 24];
     record[0] = 34;
-    record[4] = 200;
+    record[4..8].copy_from_slice(&u32::try_from(second).unwrap().to_ne_bytes());
     record[17] = 1;
     record.extend([255, 8]);
     record.extend(since_2000_us.to_ne_bytes());
@@ -350,4 +355,83 @@ async fn a_long_load_at_the_beginning_of_a_branch_may_hide_what_was_committed_be
     assert_eq!(place.plan_to(time(50), Some(2)).await.unwrap(), place.backups[0]);
     // It was over before the other was written.
     assert_eq!(place.plan_to(RecoveryTarget::Latest, None).await.unwrap(), place.backups[0]);
+}
+
+#[tokio::test]
+async fn a_moment_before_a_timeline_began_is_recovered_to_along_the_one_that_has_it() {
+    let mut place = Place::new().await;
+    place.back_up(1, 2).await;
+    place.archive(1, 2..=7).await;
+    place.archive_commit(1, 8, 100).await;
+    place.archive(1, 9..=9).await;
+    // Timeline 2 begins in the segment that begins with that commit, and with a copy of what was there.
+    let left_at = Lsn(8 * MIB + 400);
+    place.archive_history(2, format!("1\t{left_at}\tx\n")).await;
+    place.archive_commit(2, 8, 100).await;
+    place.archive_commit(2, 9, 500).await;
+    let planned = async |to: RecoveryTarget, before: bool, timeline: Option<u32>| {
+        let timeline = timeline.map(Timeline);
+        let recovery = Recovery { before, timeline, ..Recovery::to(to) };
+        let (_, plan) = place.planned(&recovery).await.unwrap();
+        (plan.outcome.timeline.0, plan.lines.join("\n"))
+    };
+    let lsn = |byte: u64| RecoveryTarget::Lsn(Lsn(8 * MIB + byte));
+    for (to, before) in [
+        (RecoveryTarget::Xid(100), true),
+        (RecoveryTarget::Xid(100), false),
+        (time(50), false),
+        (time(100), true),
+        (lsn(40), true),
+        (lsn(300), true),
+        (lsn(40), false),
+    ] {
+        let (timeline, said) = planned(to.clone(), before, None).await;
+        assert_eq!(timeline, 1, "{to} {before}: {said}");
+        let why = format!("timeline 2 left timeline 1 at {left_at}, behind that moment");
+        assert!(said.contains(&why) && !said.contains("not taken"), "{said}");
+        assert_eq!(planned(to, before, Some(2)).await.0, 2, "who names one gets it");
+    }
+    // What begins at the position itself, or behind it, may be the newer one's.
+    for (to, before) in [
+        (RecoveryTarget::Xid(500), true),
+        (time(100), false),
+        (time(200), false),
+        (lsn(300), false),
+        (lsn(400), true),
+        (RecoveryTarget::Latest, false),
+    ] {
+        assert_eq!(planned(to.clone(), before, None).await.0, 2, "{to} {before}");
+    }
+    // Without the older one's file, the newer one's has to do.
+    let object = format!("lineages/{}/wal/00000001/{}", place.lineage, wal_name(1, 8));
+    place.store.inner.delete(&object).await.unwrap();
+    assert_eq!(planned(time(50), false, None).await.0, 2);
+    place.archive_commit(1, 8, 100).await;
+    // What only the older one has is refused, with the way to it.
+    place.archive_commit(1, 10, 300).await;
+    let refused = place.plan_to(RecoveryTarget::Xid(300), None).await.unwrap_err();
+    assert_eq!(refused.code, Code::RecoveryTargetUnreachable, "{refused:?}");
+    assert!(refused.hint.contains("--timeline 1 leads there"), "{refused:?}");
+}
+
+#[tokio::test]
+async fn where_nothing_is_archived_the_latest_moment_is_the_end_of_the_newest_backup() {
+    let mut place = Place::new().await;
+    place.back_up(1, 2).await;
+    place.back_up(1, 4).await;
+    let latest = Recovery::to(RecoveryTarget::Latest);
+    let (backup, plan) = place.planned(&latest).await.unwrap();
+    assert_eq!(backup, place.backups[1]);
+    assert_eq!(plan.not_taken.len(), 1, "{:?}", plan.not_taken);
+    let said = &plan.not_taken[0];
+    let begins = format!("nothing is archived behind backup {backup}: the latest moment");
+    assert!(said.starts_with(&begins), "{said}");
+    for words in ["1970-01-01T00:00:02Z", "pgmuster cluster enable-wal orders --wait"] {
+        assert!(said.contains(words), "{words}: {said}");
+    }
+    assert!(plan.lines.contains(said), "{:?}", plan.lines);
+    let standby = Recovery { standby: true, ..latest.clone() };
+    assert!(place.planned(&standby).await.unwrap().1.not_taken.is_empty(), "it streams the rest");
+    place.archive(1, 4..=5).await;
+    assert!(place.planned(&latest).await.unwrap().1.not_taken.is_empty());
 }

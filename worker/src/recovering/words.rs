@@ -72,6 +72,22 @@ pub(super) struct Told<'a> {
     pub(super) notes: &'a [String],
 }
 
+/// What the latest moment is where nothing is archived behind a backup.
+pub(super) fn nothing_behind(backup: BackupId, facts: &BackupFacts) -> String {
+    let ended = Timestamp::from_millisecond(facts.stopped_at_ms).unwrap_or_default();
+    let mut modes = facts.settings.iter().filter(|one| one.name == "archive_mode");
+    let why = if modes.any(|one| one.value == "off") {
+        ", and archive_mode was off when it was taken"
+    } else {
+        ""
+    };
+    format!(
+        "nothing is archived behind backup {backup}{why}: the latest moment is the end of this backup, {ended}, and nothing that was \
+         committed later is recovered. For later moments have {cluster} archive its WAL: pgmuster cluster enable-wal {cluster} --wait",
+        cluster = facts.cluster
+    )
+}
+
 pub(super) fn lines(told: &Told<'_>) -> Vec<String> {
     let Told { facts, recovery, outcome, settings, .. } = told;
     let ended = Timestamp::from_millisecond(facts.stopped_at_ms).unwrap_or_default();
@@ -111,11 +127,11 @@ pub(super) fn lines(told: &Told<'_>) -> Vec<String> {
     });
     lines.push(match (recovery.standby, recovery.action) {
         (true, _) => "a server started there follows the archive as a standby".to_owned(),
-        (false, TargetAction::Promote) => "a server started there recovers so far and opens on a new timeline".to_owned(),
+        (false, TargetAction::Promote) => "a server that is started there replays WAL to that moment, and opens on a new timeline".to_owned(),
         (false, TargetAction::Pause) => {
-            "a server started there recovers so far and waits, until pg_wal_replay_resume() opens it".to_owned()
+            "a server that is started there replays WAL to that moment, and waits there until pg_wal_replay_resume() opens it".to_owned()
         }
-        (false, TargetAction::Shutdown) => "a server started there recovers so far and shuts down".to_owned(),
+        (false, TargetAction::Shutdown) => "a server that is started there replays WAL to that moment, and shuts down".to_owned(),
     });
     if let Some(port) = recovery.port {
         lines.push(format!("it listens at port {port}"));
