@@ -126,7 +126,7 @@ pub(crate) async fn cancel(core: &Core, id: JobId, requested_by: &str) -> Result
                 match job.state {
                     JobState::Cancelled => return Ok((job, None)),
                     state if state.is_final() => {
-                        let text = format!("job {id} is {state} already");
+                        let text = format!("job {id} is over already: it {}", state.told());
                         return Err(refused(Code::StateConflict, text, ""));
                     }
                     _ => {}

@@ -12,6 +12,10 @@ use crate::{environment, follow, output};
 
 /// Columns of the waterfall.
 const WATERFALL_COLUMNS: i64 = 40;
+/// Time between two steps that is told as such: shorter than this share of the whole, nobody looks for it.
+const BETWEEN_MIN_SHARE: i64 = 100;
+/// What such time is called.
+const BETWEEN: &str = "(between steps)";
 
 /// `job …`.
 pub(crate) async fn run(
@@ -53,7 +57,7 @@ pub(crate) async fn run(
         JobCommand::Cancel { job } => {
             let job = find(client, job).await?;
             let view: JobView = client.post(&format!("/v1/jobs/{job}/cancel"), &()).await?;
-            output::show(format, &view, |view| format!("{} is {}", view.id, view.state));
+            output::show(format, &view, |view| format!("{} {}", view.id, view.state.told()));
         }
         JobCommand::Retry { job, waiting } => {
             let job = find(client, job).await?;
@@ -108,6 +112,7 @@ fn details(view: &JobView) -> String {
     }
     if let Some(failure) = &view.failure {
         lines.push(format!("  failure      {failure}"));
+        lines.extend(output::details(failure));
         lines.push(format!("  hint         {}", failure.hint));
     }
     for next in &view.followed_by {
@@ -119,8 +124,8 @@ fn details(view: &JobView) -> String {
 
 fn waterfall(trace: &TraceView) -> String {
     let job = &trace.job;
-    let mut lines =
-        vec![format!("{} of {} is {}; trace {}", job.kind, job.cluster, job.state, trace.trace_id)];
+    let (kind, did) = (job.kind.as_str().replace('_', " "), job.state.told());
+    let mut lines = vec![format!("{kind} of {} {did}; trace {}", job.cluster, trace.trace_id)];
     for attempt in &trace.attempts {
         let worker =
             attempt.worker.as_ref().map_or(String::new(), |worker| format!(" on {worker}"));
@@ -142,11 +147,21 @@ fn steps(attempt: &AttemptView) -> Vec<String> {
     let first = attempt.steps.iter().map(|step| step.started_at_ms).min().unwrap_or(0);
     let last = attempt.steps.iter().map(end).max().unwrap_or(first);
     let whole = (last - first).max(1);
-    let width = attempt.steps.iter().map(|step| step.name.len()).max().unwrap_or(0);
     let columns = |ms: i64| usize::try_from(ms * WATERFALL_COLUMNS / whole).unwrap_or(0);
-    let line = |step: &proto::Step| {
-        let before = columns(step.started_at_ms - first);
-        let bar = columns(end(step) - step.started_at_ms).max(1);
+    let bar = |from: i64, to: i64| {
+        let (before, bar) = (columns(from - first), columns(to - from).max(1));
+        let rest = usize::try_from(WATERFALL_COLUMNS).unwrap_or(0).saturating_sub(before) + 1;
+        let bar = format!("{}{:<rest$}", " ".repeat(before), "█".repeat(bar));
+        format!("{bar} {:>8}", output::duration(to - from))
+    };
+    let mut rows: Vec<(&str, String)> = Vec::new();
+    let mut told_to = first;
+    for step in &attempt.steps {
+        let began = step.started_at_ms;
+        if (began - told_to) * BETWEEN_MIN_SHARE >= whole {
+            rows.push((BETWEEN, bar(told_to, began)));
+        }
+        told_to = told_to.max(end(step));
         let figures: Vec<String> =
             step.figures.iter().map(|(name, value)| figure(name, *value)).collect();
         let state = match (step.failed, step.ended_at_ms) {
@@ -154,22 +169,50 @@ fn steps(attempt: &AttemptView) -> Vec<String> {
             (false, None) => " running",
             (false, Some(_)) => "",
         };
-        format!(
-            "  {:<width$} {}{:<rest$} {:>8}{state}  {}",
-            step.name,
-            " ".repeat(before),
-            "█".repeat(bar),
-            output::duration(end(step) - step.started_at_ms),
-            figures.join(", "),
-            rest = usize::try_from(WATERFALL_COLUMNS).unwrap_or(0).saturating_sub(before) + 1,
-        )
-    };
-    attempt.steps.iter().map(|step| line(step).trim_end().to_owned()).collect()
+        let line = format!("{}{state}  {}", bar(began, end(step)), figures.join(", "));
+        rows.push((&step.name, line));
+    }
+    let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+    rows.iter()
+        .map(|(name, line)| format!("  {name:<width$} {line}").trim_end().to_owned())
+        .collect()
 }
 
 fn figure(name: &str, value: u64) -> String {
     match name.strip_suffix("_bytes") {
         Some(what) => format!("{what} {}", output::bytes(value)),
         None => format!("{} {value}", name.replace('_', " ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    #[test]
+    fn time_that_no_step_took_is_told_where_it_passed() {
+        let step = |number: u32, name: &str, from: i64, to: i64| json!({"number": number, "name": name, "span_id": "", "started_at_ms": from, "ended_at_ms": to});
+        let told = |of: &[Value]| -> Vec<String> {
+            let attempt = serde_json::from_value(json!({
+                "id": "018bcfe5-6800-7101-8101-010101010101", "state": "succeeded", "reason": null, "queue": "",
+                "worker": null, "predecessor": null, "span_id": "", "created_at_ms": 1, "granted_at_ms": 1,
+                "started_at_ms": 1, "ended_at_ms": 9, "failure": null, "steps": of,
+            }));
+            steps(&attempt.unwrap())
+        };
+        let name = |line: &String| line.trim_start().split("  ").next().unwrap().to_owned();
+        let lines = told(&[
+            step(1, "connect", 1_000, 2_000),
+            step(2, "copy", 2_009, 6_000),
+            // While the one before runs.
+            step(3, "summaries", 3_000, 5_000),
+            step(4, "commit", 9_000, 11_000),
+        ]);
+        let names: Vec<String> = lines.iter().map(name).collect();
+        assert_eq!(names[3], BETWEEN, "{lines:#?}");
+        assert!(lines[3].ends_with("3.0 s"), "{lines:#?}");
+        assert_eq!(lines.len(), 5, "what is short is not told: {lines:#?}");
     }
 }

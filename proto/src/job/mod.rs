@@ -211,6 +211,21 @@ impl JobState {
         }
     }
 
+    /// What a job in this state does or did, as the end of a sentence that begins with the job.
+    pub fn told(self) -> &'static str {
+        match self {
+            Self::Queued => "is queued",
+            Self::Waiting => "is waiting",
+            Self::Running => "is running",
+            Self::Cancelling => "is being cancelled",
+            Self::Succeeded => "succeeded",
+            Self::Failed => "failed",
+            Self::Cancelled => "was cancelled",
+            Self::Missed => "was missed",
+            Self::Lost => "was lost",
+        }
+    }
+
     /// Whether a job in this state never changes again.
     pub fn is_final(self) -> bool {
         match self {
