@@ -75,6 +75,7 @@ mod tests {
             safe_at_ms: None,
             waiting: None,
             gap: None,
+            gaps: Vec::new(),
             conflict: None,
         }
     }

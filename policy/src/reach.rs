@@ -25,9 +25,12 @@ pub struct BackupEnd {
 /// Whether the archive's line leads on from the end of a backup.
 pub fn leads_on(backup: &BackupEnd, wal: &WalStanding) -> bool {
     let begins_before = wal.line_from <= backup.wal_to && backup.stop_lsn <= wal.archived_to;
-    wal.lineage == backup.lineage
-        && begins_before
-        && is_on_the_way(backup.timeline, backup.stop_lsn, wal)
+    begins_before && is_on_way(backup, wal)
+}
+
+/// Whether the end of a backup lies on the way to where a server is, as far as its archive tells, whatever of it is archived.
+pub fn is_on_way(backup: &BackupEnd, wal: &WalStanding) -> bool {
+    wal.lineage == backup.lineage && is_on_the_way(backup.timeline, backup.stop_lsn, wal)
 }
 
 /// Whether the server's timeline is this one, or left it behind a position of it. The positions of a history may go back, so
@@ -201,6 +204,7 @@ mod tests {
             safe_at_ms: Some(90_000),
             waiting: None,
             gap: None,
+            gaps: Vec::new(),
             conflict: None,
         }
     }

@@ -174,6 +174,7 @@ mod tests {
             safe_at_ms: Some(SAFE_MS),
             waiting: None,
             gap: None,
+            gaps: Vec::new(),
             conflict: None,
         }
     }

@@ -97,6 +97,7 @@ mod tests {
             safe_at_ms: Some(at_ms - 10_000),
             waiting: None,
             gap: None,
+            gaps: Vec::new(),
             conflict: None,
         }
     }

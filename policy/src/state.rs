@@ -652,6 +652,7 @@ mod tests {
             safe_at_ms: Some(NOW - seen_ago_ms),
             waiting: None,
             gap: None,
+            gaps: Vec::new(),
             conflict: None,
         }
     }

@@ -12,15 +12,16 @@ use proto::copies::{CopiedBackup, Copies};
 use proto::envelope::{Certificate, SigningKey};
 use proto::job::{
     Analyze, AnalyzeOutcome, Backup, BackupOutcome, EnableWal, EnableWalOutcome, LogicalOutcome,
-    PgDump, Probe, ProbeOutcome, ProofTarget, Reached, RecoveryOutcome, Restore, RestoreOutcome,
-    RestoreTarget, SeenSegment, SeenVerdict, SkippedTable, Vacuum, VacuumOutcome, VacuumedTable,
-    VerifyRestore, VerifyRestoreOutcome,
+    PgDump, Probe, ProbeOutcome, ProofTarget, Reached, RecoveryOutcome, Restore,
+    RestoreOutcome, RestoreTarget, SeenSegment, SeenVerdict, SkippedTable, Vacuum, VacuumOutcome,
+    VacuumedTable, VerifyRestore, VerifyRestoreOutcome,
 };
 use proto::message::{
     ArchiveSetup, Beacon, Cancel, Claim, ClaimMessage, ClusterOffer, Control, Decline,
     DeclineReason, Denial, DenialReason, Grant, HeartbeatSetup, Holdings, Nonce, Offers, Pulse,
     Report, ReportBody, RepositoryAway, RepositoryLook, RepositoryOffer, Revoked, RunningAttempt,
-    Slots, Spec, Ticket, WalAncestor, WalBacklog, WalConflict, WalStanding, WalWaiting,
+    Slots, Spec, Ticket, WalAncestor, WalBacklog, WalConflict, WalEnd, WalGap, WalStanding,
+    WalWaiting,
 };
 use proto::proof::{BrokenWal, CheckOutcome, Phase, ProofAssertion, ProofCheck};
 use proto::{
@@ -272,6 +273,7 @@ fn backup_outcome() -> BackupOutcome {
         started_at_ms: 1,
         stopped_at_ms: 2,
         holds_to_ms: None,
+        ended_at_ms: None,
         files: 1_000,
         size_bytes: 31_000_000,
         read_bytes: 31_000_000,
@@ -552,6 +554,14 @@ fn the_conversation() {
                     segments: 1,
                 }),
                 gap: Some("0000000A0000001500000000".parse().unwrap()),
+                gaps: vec![WalGap {
+                    segment: "0000000A0000001500000000".parse().unwrap(),
+                    segment_bytes: 16 << 20,
+                    line_from: Lsn(0x14_0000_0000),
+                    from: Lsn(0x15_0000_0000),
+                    to: Lsn(0x16_0000_0000),
+                    last_end: Some(WalEnd { at: Lsn(0x14_FF12_3448), at_ms: 1_699_990_000_000 }),
+                }],
                 conflict: None,
             }],
             holdings: Vec::new(),

@@ -60,6 +60,30 @@ fn delete_archived(fleet: &Fleet, segment: &str) -> anyhow::Result<()> {
     Ok(std::fs::remove_file(lineage.join("wal").join(&segment[..8]).join(segment))?)
 }
 
+/// The coordinator and the repository tell of a gap, and of the window before it, in the same positions, names and times.
+fn same_in_both_views(fleet: &Fleet, segment: &str) -> anyhow::Result<()> {
+    let (url, key) = (fleet.repository_url(), fleet.path("repository.key"));
+    let views: [&[&str]; 2] = [&["orders"], &[&url, "--key", text(&key)?]];
+    let mut told = Vec::new();
+    for view in views {
+        let windows = [&["recovery", "windows"], view, &["-o", "json"]].concat();
+        let found = fleet.run(&windows)?;
+        ensure!(found.code() == 3, "{found}");
+        let found: Value = serde_json::from_str(&found.stdout)?;
+        let found = if found.is_array() { &found[0] } else { &found };
+        let windows = found["windows"].as_array().context("windows")?;
+        let mut before = windows.iter().filter(|window| window["missing"] == segment);
+        let (window, None) = (before.next().context("a window before the gap")?, before.next())
+        else {
+            anyhow::bail!("several windows end there: {found}")
+        };
+        ensure!(window["to_at_ms"].is_i64(), "{found}");
+        told.push((window.clone(), found["gaps"].clone()));
+    }
+    ensure!(told[0] == told[1] && told[0].1[0]["segment"] == segment, "{told:#?}");
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_recoverable_is_what_is_archived_and_an_archive_that_lies_is_found_out()
 -> anyhow::Result<()> {
@@ -144,8 +168,10 @@ async fn what_is_recoverable_is_what_is_archived_and_an_archive_that_lies_is_fou
         Ok(reason.contains("take another backup").then_some(reason))
     })
     .with_context(|| fleet.said())?;
-    // Of the segments that are missing, the last one is named: from behind it on there is a line again.
-    ensure!(told.contains("is missing in its archive"), "{told}");
+    // Of the segments that are missing, the first one is named.
+    ensure!(told.contains(&format!("{segment} is missing in its archive")), "{told}");
+    let doctor = fleet.run(&["doctor"])?;
+    ensure!(doctor.code() == 3 && doctor.stdout.contains(&segment), "{doctor}");
     // Nobody has to order it.
     eventually("a backup behind the gap", LATER, || Ok((fleet.backups()? > backups).then_some(())))
         .with_context(|| fleet.said())?;
@@ -157,6 +183,14 @@ async fn what_is_recoverable_is_what_is_archived_and_an_archive_that_lies_is_fou
         Ok((orders["state"] == "TAKEN" && point >= safe).then_some(()))
     })
     .with_context(|| fleet.said())?;
+    // What is mended is no fault any more, and yet told: between which moments nothing can be recovered.
+    let doctor = fleet.run(&["doctor"])?;
+    let note = doctor.stdout.lines().find(|line| line.contains("archiving of orders"));
+    let note = note.context("it tells of archiving")?;
+    let nothing = format!("{segment} is missing, and no moment between 2");
+    ensure!(doctor.code() == 0 && note.starts_with("note"), "{doctor}");
+    ensure!(note.contains(&nothing) && note.ends_with("can be recovered"), "{note}");
+    same_in_both_views(&fleet, &segment)?;
 
     // Somebody deletes one in the middle, which no newer segment shows.
     let mut segments = Vec::new();

@@ -3,6 +3,7 @@
 use proto::ClusterName;
 use proto::message::{ArchiveSetup, WalStanding};
 
+use crate::commands::recovery::{Behind, nothing_between};
 use crate::output;
 
 /// An archive that nobody looked at for so long says nothing any more.
@@ -28,13 +29,14 @@ pub(crate) enum Seen<'a> {
     Nothing,
     /// The server says that it archived this file last, and when, Unix milliseconds.
     Told(&'a str, i64),
-    /// Its worker looked into it.
-    Standing(&'a WalStanding),
+    /// Its worker looked into it; and what leads on behind its newest gap.
+    Standing(&'a WalStanding, Option<Behind>),
 }
 
-impl<'a> From<Option<&'a WalStanding>> for Seen<'a> {
-    fn from(wal: Option<&'a WalStanding>) -> Self {
-        wal.map_or(Self::Nothing, Self::Standing)
+impl<'a> Seen<'a> {
+    /// What a worker saw, if one did.
+    pub(crate) fn of(wal: Option<&'a WalStanding>, behind: Option<Behind>) -> Self {
+        wal.map_or(Self::Nothing, |wal| Self::Standing(wal, behind))
     }
 }
 
@@ -91,7 +93,7 @@ fn in_effect(cluster: &ClusterName, setup: &ArchiveSetup, seen: Seen<'_>, now_ms
         );
     }
     // It is what the archiver fails for.
-    if let Seen::Standing(wal) = seen
+    if let Seen::Standing(wal, _) = seen
         && let Some(conflict) = wal.conflict.filter(|conflict| conflict.is_foreign)
         && now_ms.saturating_sub(wal.at_ms) <= SILENCE_MAX_MS
     {
@@ -117,8 +119,8 @@ fn in_effect(cluster: &ClusterName, setup: &ArchiveSetup, seen: Seen<'_>, now_ms
             "The server's log has what archive_command said.".to_owned(),
         );
     }
-    let wal = match seen {
-        Seen::Standing(wal) => wal,
+    let (wal, behind) = match seen {
+        Seen::Standing(wal, behind) => (wal, behind),
         Seen::Told(file, at_ms) => {
             return Said {
                 is_good: true,
@@ -154,23 +156,47 @@ fn in_effect(cluster: &ClusterName, setup: &ArchiveSetup, seen: Seen<'_>, now_ms
             "The server's log has what archive_command said; the server keeps them and tries again.".to_owned(),
         );
     }
-    if let Some(gap) = wal.gap {
-        return bad(
-            format!("{gap} is missing, and what lies behind it counts only from another backup on"),
-            format!("Take one: pgmuster backup {cluster}"),
-        );
+    match (wal.gap, behind) {
+        (None, _) | (Some(_), Some(Behind { is_proved: true, .. })) => {}
+        (Some(gap), None) => {
+            return bad(
+                format!(
+                    "{gap} is missing, and what lies behind it counts only from another backup on"
+                ),
+                format!("Take one: pgmuster backup {cluster} --verify 5"),
+            );
+        }
+        (Some(gap), Some(Behind { is_proved: false, .. })) => {
+            return bad(
+                format!("{gap} is missing, and no backup behind it is proved"),
+                format!("Prove the newest one: pgmuster verify {cluster}"),
+            );
+        }
     }
     let last = wal.safe_at_ms.map_or_else(String::new, |at_ms| {
         format!(", with what had committed {}", output::ago(now_ms, Some(at_ms)))
     });
-    let (other, cure) = wal.conflict.map_or_else(Default::default, |conflict| {
-        let what = "another server archives under its name";
-        (format!("; {what}: segment {} differs, and was refused", conflict.segment), STOP_THE_OTHER)
+    let torn = wal.gap.zip(behind).map_or_else(String::new, |(gap, behind)| {
+        let nothing = nothing_between(behind.from_at_ms, behind.to_at_ms);
+        format!("; {gap} is missing, and {nothing}")
     });
+    let (other, cure) = match wal.conflict {
+        Some(conflict) => {
+            let what = "another server archives under its name";
+            let what = format!("; {what}: segment {} differs, and was refused", conflict.segment);
+            (what, STOP_THE_OTHER.to_owned())
+        }
+        None if torn.is_empty() => Default::default(),
+        // There is nothing to be done about it any more.
+        None => (
+            String::new(),
+            format!("A proved backup leads on behind that: pgmuster recovery windows {cluster}"),
+        ),
+    };
     Said {
         is_good: true,
-        what: format!("on, archived up to {}{last}{other}", wal.archived_to),
-        cure: cure.to_owned(),
+        what: format!("on, archived up to {}{last}{torn}{other}", wal.archived_to),
+        cure,
     }
 }
 
@@ -206,6 +232,7 @@ mod tests {
             safe_at_ms: Some(NOW_MS - 61_000),
             waiting: None,
             gap: None,
+            gaps: Vec::new(),
             conflict: None,
         }
     }
@@ -235,7 +262,7 @@ mod tests {
         for (mode, name) in [("on", "wal_level"), ("on", "archive_mode"), ("always", "wal_level")] {
             let waits = format!("; a change of {name} waits for a restart | pg_file_settings");
             for (seen, how) in [
-                (Seen::Standing(&standing), "on, archived up to 0/3000000"),
+                (Seen::Standing(&standing, None), "on, archived up to 0/3000000"),
                 (
                     Seen::Told("0000000100000000000000B3", NOW_MS),
                     "last archived 0000000100000000000000B3",
@@ -259,7 +286,8 @@ mod tests {
 
     #[test]
     fn each_thing_that_keeps_wal_from_its_archive_is_told_with_its_cure() {
-        let tell = |setup: &ArchiveSetup, wal: Option<&WalStanding>| told(setup, wal.into());
+        let tell =
+            |setup: &ArchiveSetup, wal: Option<&WalStanding>| told(setup, Seen::of(wal, None));
         let off = ArchiveSetup { mode: "off".to_owned(), has_command: false, ..setup() };
         let (good, text) = tell(&off, None);
         assert!(good && text.contains("run: pgmuster cluster enable-wal orders"), "{text}");
@@ -296,6 +324,25 @@ mod tests {
         assert!(!good && text.starts_with("1 segment from 000000010000000000000002 on"), "{text}");
         let (good, text) = tell(&setup(), Some(&WalStanding { gap: Some(segment), ..standing() }));
         assert!(!good && text.contains("pgmuster backup orders"), "{text}");
+        // With a backup behind it, there is something to know and nothing to do.
+        let torn = WalStanding { gap: Some(segment), ..standing() };
+        let behind = |is_proved, from_at_ms| {
+            let to_at_ms = NOW_MS - 3_600_000;
+            told(&setup(), Seen::of(Some(&torn), Some(Behind { from_at_ms, to_at_ms, is_proved })))
+        };
+        let (good, text) = behind(false, None);
+        assert!(!good && text.ends_with("pgmuster verify orders"), "{text}");
+        let (good, text) = behind(true, Some(NOW_MS - 7_200_000));
+        assert!(good && text.starts_with("on, archived up to 0/3000000"), "{text}");
+        let nothing =
+            "no moment between 2023-11-14T20:13:20Z and 2023-11-14T21:13:20Z can be recovered";
+        assert!(text.contains(&format!("; {segment} is missing, and {nothing} | ")), "{text}");
+        assert!(text.ends_with("pgmuster recovery windows orders"), "{text}");
+        let (good, text) = behind(true, None);
+        assert!(
+            good && text.contains("no moment in the gap before 2023-11-14T21:13:20Z"),
+            "{text}"
+        );
         // Why its archiver fails comes before that it fails.
         let other = |is_foreign| {
             let conflict = Some(WalConflict { segment, at: Lsn(0x200_0000), is_foreign });

@@ -7,6 +7,8 @@ use proto::{ClusterName, Failure};
 
 use crate::args::{ClusterCommand, Output};
 use crate::client::Client;
+use crate::commands::archiving::Seen;
+use crate::commands::recovery::{self, Behind};
 use crate::commands::{archiving, order};
 use crate::exit::Exit;
 use crate::{environment, output};
@@ -24,7 +26,8 @@ pub(crate) async fn run(
         }
         ClusterCommand::Show { cluster } => {
             let view: ClusterView = client.get(&format!("/v1/clusters/{cluster}")).await?;
-            output::show(format, &view, |view| details(view, environment::now_ms()));
+            let behind = recovery::behind_gap(client, &view).await;
+            output::show(format, &view, |view| details(view, behind, environment::now_ms()));
         }
         ClusterCommand::EnableWal(args) => return order::enable_wal(client, args, format).await,
     }
@@ -66,7 +69,7 @@ pub(crate) fn table(clusters: &[ClusterView], now_ms: i64) -> String {
     )
 }
 
-fn details(view: &ClusterView, now_ms: i64) -> String {
+fn details(view: &ClusterView, behind: Option<Behind>, now_ms: i64) -> String {
     let mut lines = vec![format!("{} is {}: {}", view.name, view.state, view.reason)];
     let mut row = |name: &str, value: String| lines.push(format!("  {name:<12} {value}"));
     let text = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
@@ -129,7 +132,7 @@ fn details(view: &ClusterView, now_ms: i64) -> String {
         row("objectives", promised.join(", "));
     }
     if let Some(setup) = &view.archive {
-        let said = archiving::said(&view.name, setup, view.wal.as_ref().into(), now_ms);
+        let said = archiving::said(&view.name, setup, Seen::of(view.wal.as_ref(), behind), now_ms);
         row("archiving", [said.what, said.cure].join(". ").trim_end_matches(['.', ' ']).to_owned());
     }
     if let Some(setup) = &view.heartbeats {

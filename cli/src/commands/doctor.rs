@@ -7,7 +7,7 @@ use broker::{Broker, RabbitOptions};
 use coordinator::api::types::{ClusterView, HealthView, WorkerView};
 use postgres::binaries::Binaries;
 use postgres::{Environment, Purpose, connect_maintenance};
-use proto::message::{ArchiveSetup, ClusterOffer, WalStanding};
+use proto::message::{ArchiveSetup, ClusterOffer};
 use proto::{ClusterName, Failure, JobId, SecretRef};
 use secrecy::SecretString;
 use serde::Serialize;
@@ -18,6 +18,7 @@ use worker::places::Places;
 use crate::args::{Doctor, Output};
 use crate::client::Client;
 use crate::commands::archiving::{self, Seen};
+use crate::commands::recovery;
 use crate::commands::repo::SINGLE_WRITER;
 use crate::exit::Exit;
 use crate::{configs, environment, output, secrets};
@@ -141,20 +142,19 @@ async fn coordinator(client: &Client, required: bool, findings: &mut Vec<Finding
                     continue;
                 }
                 let view = clusters.iter().find(|view| view.name == cluster.name);
-                let wal = view.and_then(|view| view.wal.as_ref());
-                findings.extend(served(worker.name.as_str(), cluster, wal, now_ms));
+                let behind = match view {
+                    Some(view) => recovery::behind_gap(client, view).await,
+                    None => None,
+                };
+                let seen = Seen::of(view.and_then(|view| view.wal.as_ref()), behind);
+                findings.extend(served(worker.name.as_str(), cluster, seen, now_ms));
             }
         }
     }
 }
 
 /// What a living worker says of a cluster.
-fn served(
-    worker: &str,
-    cluster: &ClusterOffer,
-    wal: Option<&WalStanding>,
-    now_ms: i64,
-) -> Vec<Finding> {
+fn served(worker: &str, cluster: &ClusterOffer, seen: Seen<'_>, now_ms: i64) -> Vec<Finding> {
     let what = format!("cluster {}", cluster.name);
     let mut findings = vec![match &cluster.problem {
         Some(failure) => bad(what, failure),
@@ -171,7 +171,7 @@ fn served(
         findings.push(Finding { what, detail, hint, ..Finding::default() });
     }
     if let Some(setup) = &cluster.archive {
-        findings.push(archives(&cluster.name, setup, wal.into(), now_ms));
+        findings.push(archives(&cluster.name, setup, seen, now_ms));
     }
     if let Some(problem) = cluster.heartbeat.as_ref().and_then(|setup| setup.problem.as_ref()) {
         findings.push(bad(format!("heartbeats of {}", cluster.name), problem));
@@ -325,12 +325,12 @@ mod tests {
             heartbeat: None,
             assertions: false,
         };
-        let found = served("w1", &offer(None, Some(setup)), None, 1);
+        let found = served("w1", &offer(None, Some(setup)), Seen::Nothing, 1);
         let told: Vec<(&str, bool)> = found.iter().map(|f| (f.what.as_str(), f.good)).collect();
         assert_eq!(told, [("cluster orders", true), ("archiving of orders", false)]);
         assert!(found[1].detail.starts_with("PENDING RESTART"), "{found:?}");
         let down = Failure::new(proto::Code::ServerUnreachable, proto::Action::Retry, "it is down");
-        let found = served("w1", &offer(Some(down), None), None, 1);
+        let found = served("w1", &offer(Some(down), None), Seen::Nothing, 1);
         assert!(found.len() == 1 && !found[0].good, "{found:?}");
         let missing =
             Failure::new(proto::Code::RepositoryMissing, proto::Action::FixConfig, "none")
@@ -340,7 +340,7 @@ mod tests {
         let found = served(
             "w1",
             &ClusterOffer { repository_away: Some(away), ..offer(None, None) },
-            None,
+            Seen::Nothing,
             60_001,
         );
         let told: Vec<(&str, bool)> = found.iter().map(|f| (f.what.as_str(), f.good)).collect();

@@ -6,12 +6,13 @@ use std::fmt::Write as _;
 use coordinator::api::types::{BackupView, ClusterView};
 use policy::ClusterState;
 use policy::broken::{BrokenStretch, in_the_way};
-use policy::reach::{BackupEnd, is_foreign, leads_on, recovery_point};
+use policy::reach::{BackupEnd, is_foreign, is_on_way, leads_on, recovery_point};
 use policy::words::count;
-use proto::message::{WalAncestor, WalStanding};
-use proto::{Action, BackupId, BackupKind, ClusterName, Code, Failure};
+use proto::message::{WalAncestor, WalGap, WalStanding};
+use proto::wal::Segment;
+use proto::{Action, BackupId, BackupKind, ClusterName, Code, Failure, Lsn, ProofLevel};
 use serde::Serialize;
-use worker::archive::{Recoverable, Window, recoverable};
+use worker::archive::{Gap, Recoverable, Window, recoverable};
 
 use crate::args::{Output, RecoveryCommand};
 use crate::client::Client;
@@ -66,7 +67,9 @@ struct Known {
     /// and why, a sentence without a period.
     reason: String,
     windows: Vec<Window>,
-    /// Why the newest window does not go on, a sentence without a period.
+    /// WAL that is missing on the way to where its server is.
+    gaps: Vec<Gap>,
+    /// Why the newest window does not go on though no gap is known, a sentence without a period.
     trouble: Option<String>,
     /// Archived WAL that proofs could not replay.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -98,11 +101,14 @@ impl Known {
                 abandoned: stretch.is_abandoned(wal),
             }
         };
+        let gaps: Vec<Gap> = wal.iter().flat_map(|wal| &wal.gaps).map(gap).collect();
         Self {
-            trouble: wal.and_then(|wal| wal.gap).map(|gap| {
+            // A worker of before tells of one segment only.
+            trouble: wal.and_then(|wal| wal.gap).filter(|_| gaps.is_empty()).map(|gap| {
                 format!("WAL segment {gap} is missing: backups before it lead no further than their own end here")
             }),
             windows: known_windows(ends, wal, &view.broken_wal),
+            gaps,
             broken_wal: view.broken_wal.iter().map(broken).collect(),
             left: wal.map(|wal| wal.ancestors.clone()).unwrap_or_default(),
             cluster: view.name,
@@ -115,11 +121,8 @@ impl Known {
     /// As `status` ends for such a cluster, and where a window ends before its time.
     fn exit(&self) -> Exit {
         let ends_early = self.broken_wal.iter().any(|broken| broken.in_the_way_of > 0);
-        if self.trouble.is_some() || ends_early || self.state.is_finding() {
-            Exit::Findings
-        } else {
-            Exit::Ok
-        }
+        let is_torn = self.trouble.is_some() || !self.gaps.is_empty();
+        if is_torn || ends_early || self.state.is_finding() { Exit::Findings } else { Exit::Ok }
     }
 }
 
@@ -128,10 +131,12 @@ async fn by_coordinator(client: &Client, name: &str, format: Output) -> Result<E
         invalid(format!("failed to {error}"), "Name a cluster, or the URL of a repository.")
     })?;
     let view: ClusterView = client.get(&format!("/v1/clusters/{name}")).await?;
-    let backups: Vec<BackupView> =
-        client.get(&format!("/v1/backups?cluster={name}&limit=1000")).await?;
-    let ends: Vec<(BackupId, BackupEnd)> = backups.iter().filter_map(end).collect();
-    let known = Known::of(view, &ends);
+    let backups = backups_of(client, &name).await?;
+    let ends: Vec<_> = backups.iter().filter_map(end).collect();
+    let mut known = Known::of(view, &ends);
+    for window in &mut known.windows {
+        begin_with(window, &backups);
+    }
     output::show(format, &known, said_of_known);
     let place = known.repository.as_deref().unwrap_or("URL");
     output::talk(&format!(
@@ -139,6 +144,71 @@ async fn by_coordinator(client: &Client, name: &str, format: Output) -> Result<E
         known.cluster
     ));
     Ok(known.exit())
+}
+
+async fn backups_of(client: &Client, name: &ClusterName) -> Result<Vec<BackupView>, Failure> {
+    client.get(&format!("/v1/backups?cluster={name}&limit=1000")).await
+}
+
+/// The newest gap in the archive of a cluster, and what leads on behind it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Behind {
+    /// Nothing that committed later can be recovered,
+    pub(crate) from_at_ms: Option<i64>,
+    /// until this backup ended.
+    pub(crate) to_at_ms: i64,
+    /// One of those that lead on was restored by a proof.
+    pub(crate) is_proved: bool,
+}
+
+/// What leads on behind the newest gap of a cluster; `None` without a gap, without such a backup, and where nobody says.
+pub(crate) async fn behind_gap(client: &Client, view: &ClusterView) -> Option<Behind> {
+    let wal = view.wal.as_ref().filter(|wal| wal.gap.is_some())?;
+    behind(&backups_of(client, &view.name).await.ok()?, wal, &view.broken_wal)
+}
+
+fn behind(backups: &[BackupView], wal: &WalStanding, broken: &[BrokenStretch]) -> Option<Behind> {
+    let leading = |view: &&BackupView| end(view).is_some_and(|(_, end)| leads_on(&end, wal));
+    let is_proved = |view: &BackupView| {
+        let proof = view.proof.as_ref().map(|proof| &proof.record);
+        proof.is_some_and(|proof| proof.passed && proof.level() >= Some(ProofLevel::L3))
+    };
+    let ends: Vec<_> = backups.iter().filter_map(end).collect();
+    let mut windows = known_windows(&ends, Some(wal), broken);
+    for window in &mut windows {
+        begin_with(window, backups);
+    }
+    let gap = wal.gaps.last().map(gap);
+    let ended = |view: &BackupView| view.facts.ended_at_ms.unwrap_or(view.facts.recovers_to_ms());
+    Some(Behind {
+        from_at_ms: gap.and_then(|gap| unrecoverable(&gap, &windows).0),
+        to_at_ms: backups.iter().filter(leading).map(ended).min()?,
+        is_proved: backups.iter().filter(leading).any(is_proved),
+    })
+}
+
+/// When the backup of a window ended, as the repository tells it.
+fn begin_with(window: &mut Window, backups: &[BackupView]) {
+    let backup = backups.iter().find(|view| view.id == window.backup);
+    let Some(at_ms) = backup.and_then(|view| view.facts.ended_at_ms) else { return };
+    window.from_at_ms = at_ms;
+    if window.to <= window.from {
+        window.to_at_ms = Some(at_ms);
+    }
+}
+
+fn gap(gap: &WalGap) -> Gap {
+    let WalGap { segment, from, to, .. } = gap;
+    Gap { timeline: segment.timeline, from: *from, to: *to, segment: segment.to_string() }
+}
+
+/// From when to when nothing can be recovered for a gap: from the last transaction before it, to the end of the first backup behind
+/// it; either where that is known, and there.
+fn unrecoverable(gap: &Gap, windows: &[Window]) -> (Option<i64>, Option<i64>) {
+    let before = windows.iter().filter(|window| window.to <= gap.from);
+    let newest = before.max_by_key(|window| (window.to, window.to_at_ms));
+    let behind = windows.iter().filter(|window| window.from >= gap.to);
+    (newest.and_then(|window| window.to_at_ms), behind.map(|window| window.from_at_ms).min())
 }
 
 fn end(view: &BackupView) -> Option<(BackupId, BackupEnd)> {
@@ -154,14 +224,14 @@ fn end(view: &BackupView) -> Option<(BackupId, BackupEnd)> {
     (facts.kind() == BackupKind::Physical && view.gone_at_ms.is_none()).then_some((view.id, end))
 }
 
-/// One window along the archive for all backups from which it leads on, and one for each of the others: its own end.
+/// One window for all backups from which the archive leads equally far along the server's way, and one for each of the others: its
+/// own end.
 fn known_windows(
     backups: &[(BackupId, BackupEnd)],
     wal: Option<&WalStanding>,
     broken: &[BrokenStretch],
 ) -> Vec<Window> {
     let mut windows: Vec<Window> = Vec::new();
-    let mut along: Option<Window> = None;
     let mut oldest_first = backups.to_vec();
     oldest_first.sort_by_key(|(_, end)| end.stopped_at_ms);
     for (backup, end) in oldest_first {
@@ -176,28 +246,62 @@ fn known_windows(
             missing: None,
             before_archive: false,
         };
-        let leads = |wal: &&WalStanding| leads_on(&end, wal) && !is_foreign(wal);
         let is_whole = in_the_way(broken, &end, wal).is_none();
-        match wal.filter(leads).filter(|_| is_whole) {
-            None => windows.push(alone),
-            Some(wal) => match &mut along {
-                Some(along) => {
-                    along.backups += 1;
-                    along.to_at_ms = along.to_at_ms.max(Some(end.stopped_at_ms));
-                }
-                None => {
-                    along = Some(Window {
-                        timeline: wal.timeline,
-                        to: wal.archived_to.max(end.stop_lsn),
-                        to_at_ms: Some(recovery_point(&end, Some(wal))),
-                        ..alone
-                    });
-                }
-            },
+        let wal = wal.filter(|wal| is_whole && !is_foreign(wal));
+        let Some((wal, Reached { to, to_at_ms, missing })) =
+            wal.and_then(|wal| Some((wal, reached(&end, wal)?)))
+        else {
+            windows.push(alone);
+            continue;
+        };
+        let is_same = |window: &&mut Window| {
+            window.timeline == wal.timeline && window.to == to && window.missing == missing
+        };
+        match windows.iter_mut().find(is_same) {
+            Some(window) => {
+                window.backups += 1;
+                window.to_at_ms = window.to_at_ms.max(to_at_ms);
+            }
+            None => windows.push(Window { timeline: wal.timeline, to, to_at_ms, missing, ..alone }),
         }
     }
-    windows.extend(along);
     windows
+}
+
+/// How far an archive leads from a backup.
+struct Reached {
+    to: Lsn,
+    to_at_ms: Option<i64>,
+    missing: Option<String>,
+}
+
+/// `None` where it does not lead on from there, as far as anybody knows.
+fn reached(end: &BackupEnd, wal: &WalStanding) -> Option<Reached> {
+    let own_end = Some(end.stopped_at_ms);
+    if leads_on(end, wal) {
+        let to_at_ms = Some(recovery_point(end, Some(wal)));
+        return Some(Reached { to: wal.archived_to.max(end.stop_lsn), to_at_ms, missing: None });
+    }
+    let gap = wal.gaps.iter().find(|gap| end.wal_to < gap.to)?;
+    if !is_on_way(end, wal) {
+        return None;
+    }
+    // What the backup brought along fills the beginning of the gap, and the rest is missing.
+    if end.wal_to > gap.from {
+        let at = Segment::containing(end.wal_to, gap.segment.timeline, gap.segment_bytes);
+        let missing = Some(at.file_name(gap.segment_bytes));
+        return Some(Reached { to: end.stop_lsn, to_at_ms: own_end, missing });
+    }
+    let missing = Some(gap.segment.to_string());
+    // Nobody says what is between the backup and the line before this gap, or whether anything was archived then.
+    if end.wal_to < gap.line_from {
+        return None;
+    }
+    if end.stop_lsn >= gap.from {
+        return Some(Reached { to: end.stop_lsn, to_at_ms: own_end, missing });
+    }
+    let last = gap.last_end.filter(|last| last.at >= end.stop_lsn);
+    Some(Reached { to: gap.from, to_at_ms: last.map(|last| last.at_ms), missing })
 }
 
 const HEAD: [&str; 8] =
@@ -223,6 +327,9 @@ fn said_of_known(known: &Known) -> String {
     }
     if let Some(trouble) = &known.trouble {
         let _ = write!(text, "\n{}: {trouble}.", known.cluster);
+    }
+    for gap in &known.gaps {
+        text.push_str(&said_of_gap(&known.cluster, gap, &known.windows));
     }
     for Broken { stretch, in_the_way_of, abandoned } in &known.broken_wal {
         let BrokenStretch { timeline, from, to, at_ms, .. } = stretch;
@@ -251,6 +358,32 @@ fn said_of_known(known: &Known) -> String {
     text
 }
 
+/// That a gap cannot be recovered into, as a part of a sentence.
+pub(crate) fn nothing_between(from_at_ms: Option<i64>, to_at_ms: i64) -> String {
+    let to = output::time(to_at_ms);
+    match from_at_ms {
+        Some(from) => format!("no moment between {} and {to} can be recovered", output::time(from)),
+        None => format!("no moment in the gap before {to} can be recovered"),
+    }
+}
+
+/// A gap in one sentence: in positions, and as far as that is known in time.
+fn said_of_gap(cluster: &ClusterName, gap: &Gap, windows: &[Window]) -> String {
+    let Gap { timeline, from, to, segment } = gap;
+    let when = match unrecoverable(gap, windows) {
+        (Some(from), Some(to)) => format!("; {}", nothing_between(Some(from), to)),
+        (Some(from), None) => format!(
+            "; no moment after {} can be recovered before another backup is there",
+            output::time(from)
+        ),
+        (None, _) => String::new(),
+    };
+    format!(
+        "\n{cluster}: WAL is missing on timeline {timeline} from {segment}: recoverable before {from} and, from a backup that begins \
+         there, after {to}{when}."
+    )
+}
+
 fn said(all: &[Recoverable]) -> String {
     let mut rows = Vec::new();
     for one in all {
@@ -272,11 +405,7 @@ fn said(all: &[Recoverable]) -> String {
             );
         }
         for gap in &one.gaps {
-            let _ = write!(
-                text,
-                "\n{cluster}: WAL is missing on timeline {} from {}: recoverable before {} and, from a backup that begins there, after {}.",
-                gap.timeline, gap.segment, gap.from, gap.to
-            );
+            text.push_str(&said_of_gap(cluster, gap, &one.windows));
         }
         for timeline in &one.without_history {
             let _ = write!(
@@ -300,7 +429,8 @@ fn said(all: &[Recoverable]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use proto::{LineageId, Lsn, Timeline};
+    use proto::message::WalEnd;
+    use proto::{LineageId, Timeline};
 
     use super::*;
 
@@ -329,6 +459,7 @@ mod tests {
             safe_at_ms: Some(44_000),
             waiting: None,
             gap: None,
+            gaps: Vec::new(),
             conflict: None,
         }
     }
@@ -394,6 +525,51 @@ mod tests {
         };
         assert_eq!(found(Some(&wal)), [(10, 10, 1, Some(10_000)), (20, 40, 2, Some(44_000))]);
         assert_eq!(found(None).len(), 3, "each backup leads to its own end");
+        // Along two gaps, as the repository tells it: segments have ten bytes here.
+        let gap = |segment: u32, line_from, from, to, last: Option<(u64, i64)>| WalGap {
+            segment: format!("00000001000000000000{segment:04X}").parse().unwrap(),
+            segment_bytes: 10,
+            line_from: Lsn(line_from),
+            from: Lsn(from),
+            to: Lsn(to),
+            last_end: last.map(|(at, at_ms)| WalEnd { at: Lsn(at), at_ms }),
+        };
+        let gaps = vec![gap(2, 10, 20, 30, Some((17, 17_500))), gap(5, 30, 50, 60, None)];
+        let torn = WalStanding {
+            line_from: Lsn(60),
+            archived_to: Lsn(90),
+            server_lsn: Lsn(95),
+            gaps,
+            ..wal
+        };
+        let at = |n: u8, stop: u64, wal_to: u64| {
+            let (id, end) = backup(n, stop);
+            (id, BackupEnd { wal_to: Lsn(wal_to), ..end })
+        };
+        let backups = [
+            at(1, 12, 20),
+            at(2, 18, 20),
+            at(3, 21, 25),
+            at(4, 35, 40),
+            at(5, 66, 70),
+            at(6, 3, 5),
+        ];
+        let windows = known_windows(&backups, Some(&torn), &[]);
+        let told = |window: &Window| {
+            let missing = window.missing.as_ref().map(|name| name[20..].to_owned());
+            (window.from.0, window.to.0, window.backups, window.to_at_ms, missing)
+        };
+        let missing = |n: &str| Some(n.to_owned());
+        let expected = [
+            (3, 3, 1, Some(3_000), None),
+            (12, 20, 2, Some(17_500), missing("0002")),
+            // It brought the first half of the segment along.
+            (21, 21, 1, Some(21_000), missing("0002")),
+            (35, 50, 1, None, missing("0005")),
+            (66, 90, 1, Some(66_000), None),
+        ];
+        assert_eq!(windows.iter().map(told).collect::<Vec<_>>(), expected);
+        let wal = torn;
         // What another server wrote is nobody's window.
         let foreign = WalStanding { server_lsn: Lsn(39), ..wal };
         assert_eq!(found(Some(&foreign)).len(), 3);

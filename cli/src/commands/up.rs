@@ -7,19 +7,22 @@ use std::time::Duration;
 
 use coordinator::api::types::{ClusterView, JobView, SubmitRequest};
 use postgres::{Environment, Purpose, Target, connect_maintenance};
-use proto::{Action, Code, Failure, JobId, ProofLevel, Task};
+use proto::{Action, ClusterName, Code, Failure, JobId, ProofLevel, Task};
 use worker::config::{ClusterConfig, FilesConfig, GivenBy};
 use worker::engines::native::{self, Access};
 use worker::places::Cluster;
 
 use crate::args::Up;
-use crate::commands::archiving;
+use crate::commands::archiving::{self, Seen};
+use crate::commands::recovery;
 use crate::embedded::{self, Embedded, Served};
 use crate::exit::Exit;
 use crate::{environment, follow, output};
 
 /// Where servers of this machine have their sockets.
 const SOCKET_DIRECTORIES: [&str; 2] = ["/var/run/postgresql", "/tmp"];
+/// How often its state is looked at, which is told when it changes.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// The first backup and its proof may take this long before `up` stops watching them.
 const FIRST_MAX: Duration = Duration::from_hours(7 * 24);
 
@@ -82,7 +85,10 @@ pub(crate) async fn run(args: Up) -> Result<Exit, Failure> {
         "  Another terminal can order now: pgmuster --coordinator {} status (or backup, verify, restore). Ctrl-C stops.",
         home.join("coordinator.sock").display()
     ));
-    interrupted.await;
+    tokio::select! {
+        () = &mut interrupted => {}
+        () = tell_states(&whole, &args.name) => {}
+    }
     output::talk("Stopping");
     whole.stop().await;
     output::talk(&format!(
@@ -95,21 +101,39 @@ pub(crate) async fn run(args: Up) -> Result<Exit, Failure> {
 /// Backs the cluster up, proves the backup, and says so and what its WAL adds.
 async fn first_proof(whole: &Embedded, args: &Up) -> Result<First, Failure> {
     let first = back_up_and_prove(whole, &args.name, args.level).await?;
-    let cluster: ClusterView = whole.client.get(&format!("/v1/clusters/{}", args.name)).await?;
+    let cluster = cluster(whole, &args.name).await?;
     if first.exit == Exit::Ok
-        && let Some(proof) = cluster.backup.and_then(|backup| backup.proof)
+        && let Some(proof) = cluster.backup.as_ref().and_then(|backup| backup.proof.as_ref())
     {
         output::data(&worker::proving::sentence(&proof.record));
     }
-    if let Some(setup) = cluster.archive.filter(|_| first.has_backup) {
-        let now_ms = environment::now_ms();
-        let said = archiving::said(&args.name, &setup, cluster.wal.as_ref().into(), now_ms);
+    if let Some(setup) = cluster.archive.as_ref().filter(|_| first.has_backup) {
+        let behind = recovery::behind_gap(&whole.client, &cluster).await;
+        let (seen, now_ms) = (Seen::of(cluster.wal.as_ref(), behind), environment::now_ms());
+        let said = archiving::said(&args.name, setup, seen, now_ms);
         output::talk(&format!("  archiving   {}", said.what));
         if !said.cure.is_empty() {
             output::talk(&format!("              {}", said.cure));
         }
     }
     Ok(first)
+}
+
+async fn cluster(whole: &Embedded, name: &ClusterName) -> Result<ClusterView, Failure> {
+    whole.client.get(&format!("/v1/clusters/{name}")).await
+}
+
+/// Tells whenever the cluster comes into another state, and why: a gap in its archive, for one. For ever.
+async fn tell_states(whole: &Embedded, name: &ClusterName) {
+    let mut before = None;
+    loop {
+        if let Ok(ClusterView { state, reason, .. }) = cluster(whole, name).await
+            && before.replace(state).is_some_and(|before| before != state)
+        {
+            output::talk(&format!("  status      {name} is {state}: {reason}"));
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
 }
 
 /// How the first backup and its proof ended.
@@ -124,7 +148,7 @@ pub(crate) struct First {
 /// Orders a backup and its proof, and shows both.
 pub(crate) async fn back_up_and_prove(
     whole: &Embedded,
-    cluster: &proto::ClusterName,
+    cluster: &ClusterName,
     level: ProofLevel,
 ) -> Result<First, Failure> {
     announced(whole, cluster).await?;
@@ -159,7 +183,7 @@ fn tell(view: &JobView) {
 }
 
 /// Waits until the worker has announced the cluster; it does so within a moment of its start.
-async fn announced(whole: &Embedded, cluster: &proto::ClusterName) -> Result<(), Failure> {
+async fn announced(whole: &Embedded, cluster: &ClusterName) -> Result<(), Failure> {
     for _ in 0..300 {
         let clusters: Vec<ClusterView> = whole.client.get("/v1/clusters").await?;
         if clusters.iter().any(|view| view.name == *cluster) {

@@ -564,6 +564,7 @@ fn backup_row(n: u8, at_ms: i64) -> backups::Backup {
         started_at_ms: at_ms - 1,
         stopped_at_ms: at_ms,
         holds_to_ms: None,
+        ended_at_ms: None,
         files: 10,
         size_bytes: 1_000,
         read_bytes: 1_000,
@@ -749,6 +750,7 @@ async fn heartbeats_are_held_against_where_their_server_and_its_archive_are(url:
         safe_at_ms: None,
         waiting: None,
         gap: None,
+        gaps: Vec::new(),
         conflict: None,
     };
     // Those that are left, and whether each is known to have been archived in the first lineage.

@@ -32,6 +32,7 @@ fn standing(at_ms: i64) -> WalStanding {
         safe_at_ms: Some(at_ms - 100),
         waiting: None,
         gap: None,
+        gaps: Vec::new(),
         conflict: None,
     }
 }

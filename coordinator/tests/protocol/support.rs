@@ -671,6 +671,7 @@ pub(crate) fn backup_outcome(attempt: AttemptId) -> Outcome {
         started_at_ms: START,
         stopped_at_ms: START + 1,
         holds_to_ms: None,
+        ended_at_ms: None,
         files: 10,
         size_bytes: 1_000,
         read_bytes: 1_000,

@@ -85,6 +85,9 @@ pub struct BackupOutcome {
     /// clock this is, and a dump lists its databases before it begins. Unix milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub holds_to_ms: Option<i64>,
+    /// Worker's clock when backup mode was over, as the backup itself says it: only later times can be recovered to with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended_at_ms: Option<i64>,
     /// Files and directories in the backup.
     pub files: u64,
     /// Bytes a restore will write.

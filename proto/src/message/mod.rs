@@ -20,7 +20,9 @@ pub use pulse::{
     RunningAttempt, Slots,
 };
 pub use report::{Report, ReportBody};
-pub use wal::{ArchiveSetup, WalAncestor, WalBacklog, WalConflict, WalStanding, WalWaiting};
+pub use wal::{
+    ArchiveSetup, WalAncestor, WalBacklog, WalConflict, WalEnd, WalGap, WalStanding, WalWaiting,
+};
 
 use crate::{AttemptId, ClusterName, JobId, JobKind, Lane};
 

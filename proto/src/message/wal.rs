@@ -33,12 +33,42 @@ pub struct WalStanding {
     /// Whole segments that are not in the archive.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub waiting: Option<WalWaiting>,
-    /// The first segment that is missing before `line_from`, though the archive has older ones.
+    /// The first segment of the newest gap, the one behind which the line begins.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gap: Option<SegmentName>,
+    /// The newest gaps on the way to where the server is, as far as they are known, by position.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gaps: Vec<WalGap>,
     /// That another server archives under the same name, as far as it shows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub conflict: Option<WalConflict>,
+}
+
+/// WAL that an archive does not have, though it has what lies before it and behind it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WalGap {
+    /// The first segment that is missing.
+    pub segment: SegmentName,
+    /// Bytes of a segment.
+    pub segment_bytes: u32,
+    /// Where the unbroken line begins that ends at `from`.
+    pub line_from: Lsn,
+    /// Recoverable before this position,
+    pub from: Lsn,
+    /// and, from a backup that begins there, after this one.
+    pub to: Lsn,
+    /// The last end of a transaction before it, if the last few segments have one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_end: Option<WalEnd>,
+}
+
+/// The end of a transaction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WalEnd {
+    /// Where its record begins.
+    pub at: Lsn,
+    /// When, by the server's clock, Unix milliseconds.
+    pub at_ms: i64,
 }
 
 /// How a server is set up to archive its WAL, by its own words: what to do about it, not whether it works.

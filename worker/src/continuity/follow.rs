@@ -19,7 +19,7 @@ use super::commits::Commits;
 use super::line::Line;
 use super::owner::Owner;
 use super::passed::Passed;
-use super::survey::{Asked, Found, Surveys};
+use super::survey::{Asked, Ends, Found, Surveys};
 use crate::clock::Seen;
 
 /// Segments that one look goes on by; the next look goes on from there.
@@ -62,6 +62,7 @@ pub(super) struct Server {
     /// Before it was asked.
     pub(super) seen: Seen,
     pub(super) system_identifier: SystemIdentifier,
+    pub(super) major: u32,
     pub(super) position: WalPosition,
     /// Where its own segments are, if they are at hand.
     pub(super) pg_wal: Option<PathBuf>,
@@ -83,6 +84,8 @@ struct Known {
     surveys: Surveys,
     /// How many files the archive had when it was listed last.
     files: u64,
+    /// What was found before its gaps.
+    ends: Ends,
     /// Whether the archive is known to have more than the line.
     has_more: bool,
     passed: Passed,
@@ -165,7 +168,7 @@ impl Follower {
         server: &Server,
         is_idle: impl AsyncFnOnce(&Line) -> bool,
     ) -> Result<Looked, Failure> {
-        let Server { seen: now, system_identifier, position, .. } = server;
+        let Server { seen: now, system_identifier, major, position, .. } = server;
         let of = Some((repository.id(), *system_identifier, position.timeline));
         if self.of != of {
             self.of = of;
@@ -177,8 +180,10 @@ impl Follower {
             let asked = Asked {
                 cluster: self.cluster.clone(),
                 server: *system_identifier,
+                major: *major,
                 timeline: position.timeline,
                 lsn: position.lsn,
+                ends: known.ends.clone(),
             };
             let known_to = known.line.as_ref().map_or(Lsn(0), |line| line.to);
             known.surveys.begin(repository, few, asked, known_to);
@@ -233,11 +238,9 @@ impl Known {
     }
 
     async fn take_in_survey(&mut self, now: Seen) {
-        let Some((Found { line: found, refused, files }, known_to)) = self.surveys.ended(now).await
-        else {
-            return;
-        };
-        (self.refused, self.files) = (refused, files);
+        let Some((found, known_to)) = self.surveys.ended(now).await else { return };
+        let Found { line: found, refused, files, ends } = found;
+        (self.refused, self.files, self.ends) = (refused, files, ends);
         let before = self.line.take();
         let to = before.as_ref().map(|line| line.to);
         if before.is_some() && found.is_none() {
@@ -499,6 +502,7 @@ impl Known {
             safe_at_ms: safe.map(|safe| safe.at_ms_by(now)),
             waiting,
             gap: line.missing.map(|segment| segment.name(line.segment_size)),
+            gaps: line.gaps.clone(),
             conflict: self.conflict(line),
         })
     }
@@ -651,7 +655,7 @@ mod tests {
                 archived: self.archived,
             };
             let pg_wal = self.pg_wal.clone();
-            let server = Server { seen, system_identifier: SERVER, position, pg_wal };
+            let server = Server { seen, system_identifier: SERVER, major: 15, position, pg_wal };
             let Self { repository, few, .. } = self;
             self.follower.follow(repository, few, &server, async |_| false).await
         }

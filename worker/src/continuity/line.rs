@@ -1,10 +1,13 @@
 //! The unbroken line of a cluster's WAL in the archive, as a look at the whole archive shows it.
 
 use postgres::recovery::Way;
-use proto::message::WalAncestor;
+use proto::message::{WalAncestor, WalGap};
 use proto::wal::{History, Segment};
 use proto::{LineageId, Lsn, Timeline};
 use repository::WalInventory;
+
+/// Gaps that are told of one archive, the newest ones.
+const GAPS_MAX: usize = 8;
 
 /// What the archive has of one timeline.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,7 +16,10 @@ pub(super) struct Line {
     pub(super) timeline: Timeline,
     pub(super) from: Lsn,
     pub(super) to: Lsn,
+    /// What is missing before it, though the archive has something older.
     pub(super) missing: Option<Segment>,
+    /// The gaps before it, by position.
+    pub(super) gaps: Vec<WalGap>,
     pub(super) segment_size: u32,
     pub(super) ancestors: Vec<WalAncestor>,
     /// Whether the archive has anything of the timeline. Otherwise the line is empty, and begins where the server was seen.
@@ -50,18 +56,34 @@ impl Line {
         let first = way.line_ending_with(next.number, is_there);
         let oldest =
             archive.timelines.values().filter_map(|wal| wal.runs.first()).map(|run| run.from);
-        let is_oldest = oldest.min() >= Some(first.start(segment_size));
+        let oldest = oldest.min();
+        let is_oldest = oldest >= Some(first.start(segment_size));
         let missing = first.number.checked_sub(1).filter(|_| is_rooted && !is_oldest);
+        let oldest = oldest.filter(|_| missing.is_some());
+        let oldest = oldest.map_or(first.number, |lsn| lsn.0 / u64::from(segment_size));
+        let gaps = gaps(&way, first.number, oldest, is_there);
+        let missing = missing.map(|number| match gaps.last() {
+            Some(gap) => gap.from.0 / u64::from(segment_size),
+            None => number,
+        });
         Some(Self {
             lineage,
             timeline,
             from: first.start(segment_size),
             to: next.start(segment_size),
             missing: missing.map(|number| way.segment(number)),
+            gaps,
             segment_size,
             ancestors,
             is_rooted,
         })
+    }
+
+    /// The way along which it was found.
+    pub(super) fn way(&self, archive: &WalInventory) -> Way {
+        let own = archive.timelines.get(&self.timeline).and_then(|wal| wal.history.clone());
+        let none = || History { timeline: self.timeline, entries: Vec::new() };
+        Way::of_timeline(own.unwrap_or_else(none), self.segment_size)
     }
 
     /// The line as it is after the whole archive was looked at again. When that began, this line led to `known_to` at least:
@@ -83,7 +105,16 @@ impl Line {
 
     /// Leaves out a segment, and what lies before it: it is not there, whatever is there of its name.
     pub(super) fn begin_behind(&mut self, segment: Segment) {
-        self.from = segment.end(self.segment_size);
+        let (from, to) = (segment.start(self.segment_size), segment.end(self.segment_size));
+        self.gaps.push(WalGap {
+            segment: segment.name(self.segment_size),
+            segment_bytes: self.segment_size,
+            line_from: self.from,
+            from,
+            to,
+            last_end: None,
+        });
+        self.from = to;
         self.to = self.to.max(self.from);
         self.missing = Some(segment);
     }
@@ -92,6 +123,39 @@ impl Line {
     pub(super) fn is_doubtful(&self) -> bool {
         self.missing.is_some() || (self.timeline.0 > 1 && self.ancestors.is_empty())
     }
+}
+
+/// What is missing on a way before the segment `behind`, back to the oldest one that there is of any timeline.
+fn gaps(
+    way: &Way,
+    mut behind: u64,
+    oldest: u64,
+    is_there: impl Fn(Segment) -> bool,
+) -> Vec<WalGap> {
+    let size = way.segment_size();
+    let start = |number: u64| way.segment(number).start(size);
+    let mut gaps = Vec::new();
+    while gaps.len() < GAPS_MAX {
+        let mut missing = behind;
+        while missing > oldest && !is_there(way.segment(missing - 1)) {
+            missing -= 1;
+        }
+        if missing <= oldest || missing == behind {
+            break;
+        }
+        let before = way.line_ending_with(missing, &is_there).number;
+        gaps.push(WalGap {
+            segment: way.segment(missing).name(size),
+            segment_bytes: size,
+            line_from: start(before),
+            from: start(missing),
+            to: start(behind),
+            last_end: None,
+        });
+        behind = before;
+    }
+    gaps.reverse();
+    gaps
 }
 
 #[cfg(test)]
@@ -140,9 +204,30 @@ mod tests {
         assert_eq!(line(&archive(&[(1, &[(3, 5)], "")]), 1), Some((3, 6, None)));
         assert_eq!(
             line(&archive(&[(1, &[(3, 3), (5, 5), (8, 9)], "")]), 1),
-            Some((8, 10, Some(7)))
+            Some((8, 10, Some(6)))
         );
         assert_eq!(line(&archive(&[(1, &[], "")]), 1), None);
+    }
+
+    #[test]
+    fn every_gap_is_told_by_its_first_segment_and_with_the_line_before_it() {
+        let gaps = |archive: &WalInventory, timeline: u32| -> Vec<(u64, u64, u64, String)> {
+            let lineage = LineageId::mint(1, [1; 10]);
+            let line = Line::newest(archive, lineage, Timeline(timeline), Lsn(20 * MIB)).unwrap();
+            let mib = |lsn: Lsn| lsn.0 / MIB;
+            let gap = |gap: &WalGap| {
+                (mib(gap.line_from), mib(gap.from), mib(gap.to), gap.segment.to_string())
+            };
+            line.gaps.iter().map(gap).collect()
+        };
+        let name = |timeline: u32, number: u64| format!("{timeline:08X}{:08X}{number:08X}", 0);
+        let torn = archive(&[(1, &[(3, 3), (5, 6), (9, 9)], "")]);
+        assert_eq!(gaps(&torn, 1), [(3, 4, 5, name(1, 4)), (5, 7, 9, name(1, 7))]);
+        assert_eq!(gaps(&archive(&[(1, &[(3, 9)], "")]), 1), []);
+        let history = format!("1\t{}\tx\n", Lsn(5 * MIB + 100));
+        let left = archive(&[(1, &[(2, 3), (7, 8)], ""), (2, &[(6, 6), (8, 8)], &history)]);
+        assert_eq!(gaps(&left, 2), [(2, 4, 6, name(1, 4)), (6, 7, 8, name(2, 7))]);
+        assert_eq!(gaps(&left, 1), [(2, 4, 7, name(1, 4))]);
     }
 
     #[test]
@@ -175,6 +260,7 @@ mod tests {
             from: Lsn(from),
             to: Lsn(to),
             missing: missing.map(|number| Segment { timeline: Timeline(1), number }),
+            gaps: Vec::new(),
             segment_size: 1 << 20,
             ancestors: Vec::new(),
             is_rooted: true,

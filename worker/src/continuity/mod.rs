@@ -173,7 +173,7 @@ impl Watcher<'_> {
             let prepared = self.follower.prepare(&repository, clock::Seen::now()).await;
             self.or_let_go(&repository, prepared).await?;
         }
-        let Some((server, major)) = self.ask(shared).await? else {
+        let Some(server) = self.ask(shared).await? else {
             if self.follower.follows() {
                 let name = &self.cluster.config.name;
                 tracing::info!(cluster = %name, "The server is a standby now, or archives nothing any more");
@@ -182,15 +182,15 @@ impl Watcher<'_> {
             return Ok(Looked::Nothing);
         };
         let repository = self.place.kept().await?;
-        let (until, pg_wal) = (server.position.lsn, server.pg_wal.clone());
+        let (until, pg_wal, major) = (server.position.lsn, server.pg_wal.clone(), server.major);
         let is_idle = async |line: &Line| tail::is_idle(pg_wal, major, line, until).await;
         let few = &shared.standings.surveys;
         let looked = self.follower.follow(&repository, few, &server, is_idle).await;
         self.or_let_go(&repository, looked).await
     }
 
-    /// The server, with its major version. `None` when there is nothing to follow: a standby, or a server that archives nothing.
-    async fn ask(&self, shared: &Shared) -> Result<Option<(Server, u32)>, Failure> {
+    /// The server. `None` when there is nothing to follow: a standby, or a server that archives nothing.
+    async fn ask(&self, shared: &Shared) -> Result<Option<Server>, Failure> {
         let purpose = Purpose::ask(&JobId(shared.boot.0));
         let session = connect_maintenance(&self.cluster.target, &purpose).await?;
         let seen = clock::Seen::now();
@@ -203,7 +203,7 @@ impl Watcher<'_> {
         let directory = blocking(move || Ok(native::live_directory(&config, &identity))).await?;
         // Without its files, its word has to do.
         let pg_wal = directory.map(|directory| directory.join("pg_wal"));
-        Ok(Some((Server { seen, system_identifier, position, pg_wal }, major)))
+        Ok(Some(Server { seen, system_identifier, major, position, pg_wal }))
     }
 
     /// After an error the repository is opened anew: the one at this place may be another by now.
@@ -243,6 +243,7 @@ mod tests {
                 segments: 1,
             }),
             gap: None,
+            gaps: Vec::new(),
             conflict: None,
         }
     }

@@ -1,17 +1,21 @@
 //! Looking at a whole archive, beside the looks that follow it segment by segment: a listing may take minutes.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use postgres::recovery::Way;
 use proto::failure::{Action, Code, Failure};
+use proto::message::WalEnd;
 use proto::wal::{SegmentName, WalFileName};
-use proto::{BackupKind, ClusterName, Lsn, SystemIdentifier, Timeline};
+use proto::{BackupKind, ClusterName, LineageId, Lsn, SystemIdentifier, Timeline};
 use repository::Repository;
 use tokio::sync::Semaphore;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::line::Line;
 use crate::clock::Seen;
+use crate::recovering;
 
 /// How long one may take.
 const SURVEY_MAX: Duration = Duration::from_mins(10);
@@ -20,13 +24,22 @@ const REST: i64 = 20;
 /// A timeline costs two questions more, which cost about as much as so many names in a list.
 pub(super) const FILES_OF_A_TIMELINE: u64 = 200;
 
+/// Segments before a gap that are looked into for the last transaction.
+const LOOKED_INTO_MAX: usize = 4;
+
+/// The last transaction before each gap that was looked for, by where the gap begins.
+pub(super) type Ends = BTreeMap<Lsn, Option<WalEnd>>;
+
 /// Whose archive is looked at, and where its server was seen before.
 #[derive(Debug, Clone)]
 pub(super) struct Asked {
     pub(super) cluster: ClusterName,
     pub(super) server: SystemIdentifier,
+    pub(super) major: u32,
     pub(super) timeline: Timeline,
     pub(super) lsn: Lsn,
+    /// What needs not be looked for again.
+    pub(super) ends: Ends,
 }
 
 /// What one found.
@@ -38,6 +51,8 @@ pub(super) struct Found {
     pub(super) refused: Vec<SegmentName>,
     /// What the list cost, in files.
     pub(super) files: u64,
+    /// The last transactions before its gaps.
+    pub(super) ends: Ends,
 }
 
 /// What came of the last survey, and the one that runs.
@@ -113,7 +128,7 @@ impl Surveys {
 }
 
 async fn survey(repository: &Repository, asked: &Asked) -> Result<Found, Failure> {
-    let Asked { cluster, server, timeline, lsn } = asked;
+    let Asked { cluster, server, timeline, lsn, .. } = asked;
     let mut lineages = repository.lineages_of(BackupKind::Physical, cluster, *server).await?;
     let Some(newest) = lineages.pop() else { return Ok(Found::default()) };
     let archive = repository.list_wal(newest.lineage).await?;
@@ -121,11 +136,56 @@ async fn survey(repository: &Repository, asked: &Asked) -> Result<Found, Failure
         WalFileName::Segment(name) if name.timeline == *timeline => Some(*name),
         _ => None,
     });
+    let mut line = Line::newest(&archive, newest.lineage, *timeline, *lsn);
+    let mut ends = Ends::new();
+    if let Some(line) = &mut line {
+        let way = line.way(&archive);
+        for gap in &mut line.gaps {
+            let looked = match asked.ends.get(&gap.from) {
+                Some(known) => Ok(*known),
+                None => {
+                    let (lineage, between) = (newest.lineage, (gap.line_from, gap.from));
+                    last_end(repository, lineage, asked.major, &way, between).await
+                }
+            };
+            match looked {
+                Ok(end) => {
+                    gap.last_end = end;
+                    ends.insert(gap.from, end);
+                }
+                // It is asked again with the next list.
+                Err(failure) => tracing::debug!("The end before a gap is not known: {failure}"),
+            }
+        }
+    }
     Ok(Found {
-        line: Line::newest(&archive, newest.lineage, *timeline, *lsn),
+        line,
         refused: refused.collect(),
         files: archive.objects + FILES_OF_A_TIMELINE * archive.timelines.len() as u64,
+        ends,
     })
+}
+
+/// The last end of a transaction between two positions, if the last few segments have one. What is damaged has none.
+async fn last_end(
+    repository: &Repository,
+    lineage: LineageId,
+    major: u32,
+    way: &Way,
+    between: (Lsn, Lsn),
+) -> Result<Option<WalEnd>, Failure> {
+    let found =
+        recovering::last_end(repository, lineage, major, way, between, LOOKED_INTO_MAX).await;
+    match found {
+        Ok(moment) => {
+            Ok(moment.map(|moment| WalEnd { at: moment.start, at_ms: moment.at.as_millisecond() }))
+        }
+        Err(failure) if failure.action.is_retryable() => Err(failure),
+        Err(failure) => {
+            tracing::debug!("What lies before a gap cannot be looked into: {failure}");
+            Ok(None)
+        }
+    }
 }
 
 #[cfg(test)]

@@ -272,6 +272,7 @@ async fn from_attempt(
         // What commits while it stops may lie behind its end: whoever asks up to when it leads is told the earlier time.
         stopped_at_ms: stopping_at_ms,
         holds_to_ms: stopped.replayed_to_ms,
+        ended_at_ms: Some(stopped_at_ms),
         files: summary.counts.files + summary.counts.directories + summary.counts.symlinks,
         size_bytes: summary.counts.bytes,
         read_bytes: progress.snapshot().bytes_read,

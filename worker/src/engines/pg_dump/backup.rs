@@ -171,6 +171,7 @@ async fn from_attempt(
         started_at_ms,
         stopped_at_ms,
         holds_to_ms: Some(ready.holds_to_ms),
+        ended_at_ms: None,
         files: summary.counts.files,
         size_bytes: summary.counts.bytes,
         read_bytes: progress.snapshot().bytes_read,
