@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use coordinator::api::types::JobView;
 use indicatif::{ProgressBar, ProgressStyle};
-use proto::job::{BackupOutcome, EnableWalOutcome, JobState, Outcome, RestoreOutcome};
+use proto::job::{BackupOutcome, EnableWalOutcome, JobState, LostWal, Outcome, RestoreOutcome};
 use proto::{ClusterName, Failure, JobId, Task};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -259,15 +259,31 @@ fn archives(cluster: &ClusterName, done: &EnableWalOutcome) -> String {
     match done.seen {
         _ if done.planned_only => done.plan.join("\n"),
         Some(seen) => format!(
-            "{set}{cluster} archives its WAL: segment {} was in the repository after {}",
+            "{set}{cluster} archives its WAL: segment {} was in the repository after {}{}",
             seen.segment,
-            output::duration(i64::try_from(seen.after_ms).unwrap_or(i64::MAX))
+            output::duration(i64::try_from(seen.after_ms).unwrap_or(i64::MAX)),
+            done.lost.map_or_else(String::new, |lost| lost_before(cluster, lost))
         ),
         None => format!(
             "{set}PENDING RESTART: restart the server of {cluster} for {}, then run this again; nothing is archived before",
             done.restart_for.join(" and ")
         ),
     }
+}
+
+/// What is missing before the first segment, what that costs and who cures it.
+fn lost_before(cluster: &ClusterName, lost: LostWal) -> String {
+    let LostWal { first, last, segments, backup, recoverable_to_ms } = lost;
+    let missing = match segments {
+        1 => format!("segment {first} is not in the archive"),
+        _ => format!("{segments} segments from {first} to {last} are not in the archive"),
+    };
+    let from = recoverable_to_ms
+        .map_or_else(|| format!("where the WAL behind backup {backup} breaks off"), output::time);
+    format!(
+        "\n{missing}: no moment between {from} and the end of the next backup can be recovered.\n\
+         The coordinator orders that backup within a minute, unless jobs.backup_behind_gaps is off; by hand: pgmuster backup {cluster} --verify 5"
+    )
 }
 
 /// Whether maintenance was only to be planned.
@@ -334,7 +350,8 @@ pub(crate) fn result_line(view: &JobView) -> String {
             // Its failure is told beside it.
             let reason = view.reason.as_ref().filter(|_| view.failure.is_none());
             let reason = reason.map_or(String::new(), |why| format!(": {why}"));
-            format!("{} of {} is {state}{reason} ({})", view.kind, view.cluster, view.id)
+            let (kind, did) = (view.kind.as_str().replace('_', " "), state.told());
+            format!("{kind} of {} {did}{reason} ({})", view.cluster, view.id)
         }
     }
 }
@@ -371,5 +388,18 @@ mod tests {
         let view = succeeded(include_str!("../../proto/tests/golden/outcome.backup.json"));
         assert_eq!(ended(&view), Exit::Ok);
         assert!(!result_line(&view).contains("SILENT_CHANGE"));
+    }
+
+    #[test]
+    fn a_job_without_an_outcome_is_told_in_a_plain_sentence() {
+        let done = succeeded(include_str!("../../proto/tests/golden/outcome.backup.json"));
+        for (state, said) in [
+            (JobState::Failed, "backup of orders failed ("),
+            (JobState::Cancelled, "backup of orders was cancelled ("),
+            (JobState::Running, "backup of orders is running ("),
+        ] {
+            let view = JobView { state, outcome: None, ..done.clone() };
+            assert!(result_line(&view).starts_with(said), "{}", result_line(&view));
+        }
     }
 }

@@ -78,10 +78,21 @@ pub struct Change {
     why: &'static str,
 }
 
+impl Change {
+    /// Whether something else archived by this setting.
+    pub fn replaces_another(&self) -> bool {
+        matches!(self.name, "archive_command" | "archive_library") && !is_nothing(&self.from)
+    }
+}
+
 impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { name, from, to, why, .. } = self;
-        write!(f, "set {name} = {} (now {}): {why}", shown(to), shown(from))?;
+        let now = match *name {
+            "archive_command" if is_nothing(from) => "no command".to_owned(),
+            _ => quoted(from),
+        };
+        write!(f, "set {name} = {} (now {now}): {why}", quoted(to))?;
         if self.needs_restart {
             f.write_str("; the server must be restarted for it")
         } else {
@@ -90,9 +101,14 @@ impl fmt::Display for Change {
     }
 }
 
-/// A value for people: a command has quotes of its own.
-fn shown(value: &str) -> String {
-    if value.contains('\'') { value.to_owned() } else { format!("'{value}'") }
+/// Whether a command or library is none.
+fn is_nothing(value: &str) -> bool {
+    matches!(value, "" | DISABLED)
+}
+
+/// A value as it can be pasted into a settings file, or behind `ALTER SYSTEM SET name =`.
+pub fn quoted(value: &str) -> String {
+    format!("'{}'", value.replace('\'', "''"))
 }
 
 /// What stands in the way of archiving as it was asked for.
@@ -137,7 +153,7 @@ impl Archiving {
         }
         let command = self.archive_command.as_str();
         if command != wanted.command {
-            if !wanted.replace && !matches!(command, "" | DISABLED) {
+            if !wanted.replace && !is_nothing(command) {
                 let (name, value) = ("archive_command", command.to_owned());
                 return Err(Obstacle::Another { name, value });
             }
@@ -209,7 +225,7 @@ impl Session {
         let (command, library): (&str, &str) = (row.get("command"), row.get("library"));
         Ok(Some(Archiver {
             mode: row.get("mode"),
-            has_command: !matches!(command, "" | DISABLED) || !library.is_empty(),
+            has_command: !is_nothing(command) || !library.is_empty(),
             pending_restart: row.get("pending"),
             last_archived,
             failing_at: failed.filter(|(_, at_ms)| *at_ms > archived_at_ms).map(|(wal, _)| wal),
@@ -322,6 +338,24 @@ mod tests {
         assert_eq!(names(&changes), ["wal_level", "archive_timeout"]);
         let any = Wanted { timeout_s: 0, ..wanted(false) };
         assert_eq!(names(&minimal.changes(any).unwrap()), ["wal_level"]);
+    }
+
+    #[test]
+    fn a_change_is_told_so_that_its_value_can_be_pasted() {
+        let wanted = Wanted { command: "'/a b/pgmuster' wal push \"%p\"", ..wanted(true) };
+        let told = |before: &Archiving| {
+            let changes = before.changes(wanted).unwrap();
+            let command = changes.iter().find(|change| change.name == "archive_command").unwrap();
+            (command.to_string(), command.replaces_another())
+        };
+        let set = "set archive_command = '''/a b/pgmuster'' wal push \"%p\"' (now ";
+        let (text, replaces) = told(&fresh());
+        assert!(text.starts_with(&format!("{set}no command): ")) && !replaces, "{text}");
+        let lies = "test -e '/x y' || true".to_owned();
+        let another = Archiving { archive_mode: "on".to_owned(), archive_command: lies, ..fresh() };
+        let (text, replaces) = told(&another);
+        let now = format!("{set}'test -e ''/x y'' || true'): ");
+        assert!(text.starts_with(&now) && replaces, "{text}");
     }
 
     #[test]

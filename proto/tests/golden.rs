@@ -12,7 +12,7 @@ use proto::copies::{CopiedBackup, Copies};
 use proto::envelope::{Certificate, SigningKey};
 use proto::job::{
     Analyze, AnalyzeOutcome, Backup, BackupOutcome, EnableWal, EnableWalOutcome, LogicalOutcome,
-    PgDump, Probe, ProbeOutcome, ProofTarget, Reached, RecoveryOutcome, Restore,
+    LostWal, PgDump, Probe, ProbeOutcome, ProofTarget, Reached, RecoveryOutcome, Restore,
     RestoreOutcome, RestoreTarget, SeenSegment, SeenVerdict, SkippedTable, Vacuum, VacuumOutcome,
     VacuumedTable, VerifyRestore, VerifyRestoreOutcome,
 };
@@ -349,6 +349,13 @@ fn outcomes_of_every_kind() {
                 segment: "0000000A0000000100000002".parse().unwrap(),
                 lineage: lineage(),
                 after_ms: 812,
+            }),
+            lost: Some(LostWal {
+                first: "0000000A0000000000000009".parse().unwrap(),
+                last: "0000000A0000000100000001".parse().unwrap(),
+                segments: 249,
+                backup: backup_id(),
+                recoverable_to_ms: Some(1_700_000_000_000),
             }),
         }),
     ];

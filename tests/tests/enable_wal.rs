@@ -18,7 +18,14 @@ async fn a_server_archives_after_one_command_and_a_restart_and_another_archive_i
     let enable = ["cluster", "enable-wal", "orders", "--wait"];
 
     let plan = fleet.expect(&["cluster", "enable-wal", "orders", "--plan"])?;
-    for part in ["set archive_mode = 'on'", "must be restarted", "set archive_command = ", "600"] {
+    let parts = [
+        "set archive_mode = 'on'",
+        "must be restarted",
+        "set archive_command = '",
+        "600",
+        "(now no command)",
+    ];
+    for part in parts {
         ensure!(plan.contains(part), "{part} in: {plan}");
     }
     ensure!(server.text("SHOW archive_mode").await? == "off");
@@ -80,8 +87,45 @@ async fn a_server_archives_after_one_command_and_a_restart_and_another_archive_i
     let refused = fleet.run(&enable)?;
     ensure!(refused.code() == 5 && refused.stderr.contains("--replace"), "{refused}");
     ensure!(refused.stderr.contains("archives by another archive_command"), "{refused}");
-    let said = fleet.expect(&["cluster", "enable-wal", "orders", "--replace", "--wait"])?;
+    let replace = ["cluster", "enable-wal", "orders", "--replace", "--wait"];
+    let said = fleet.expect(&replace)?;
     ensure!(said.contains("orders archives its WAL"), "{said}");
+    ensure!(!said.contains("not in the archive"), "no backup leads anywhere yet: {said}");
+
+    // One that says yes and stores nothing: what is lost is named, and the backup that is needed is ordered.
+    fleet.expect(&["backup", "orders", "--wait"])?;
+    server.run("ALTER SYSTEM SET archive_command = 'test -n ''%f'''").await?;
+    server.run("SELECT pg_reload_conf()").await?;
+    tests::eventually_async("the server to have read it", tests::SOON, async || {
+        Ok(server.text("SHOW archive_command").await?.starts_with("test").then_some(()))
+    })
+    .await?;
+    let mut lost = Vec::new();
+    for _ in 0..2 {
+        server.run("INSERT INTO public.t VALUES (2)").await?;
+        lost.push(server.text("SELECT pg_walfile_name(pg_switch_wal())").await?);
+    }
+    let believes =
+        format!("SELECT count(*) FROM pg_stat_archiver WHERE last_archived_wal >= '{}'", lost[1]);
+    tests::eventually_async("the server to believe it", tests::SOON, async || {
+        Ok((server.number(&believes).await? > 0).then_some(()))
+    })
+    .await?;
+    let plan = fleet.expect(&["cluster", "enable-wal", "orders", "--replace", "--plan"])?;
+    for part in ["(now 'test -n ''%f''')", "stays where that was put"] {
+        ensure!(plan.contains(part), "{part} in: {plan}");
+    }
+    let said = fleet.expect(&replace)?;
+    let named =
+        format!("2 segments from {} to {} are not in the archive: no moment", lost[0], lost[1]);
+    for part in [named.as_str(), "pgmuster backup orders", "set archive_command = '"] {
+        ensure!(said.contains(part), "{part} in: {said}");
+    }
+    let backups = fleet.backups()?;
+    tests::eventually("a backup behind the gap", tests::SOON * 6, || {
+        Ok((fleet.backups()? > backups).then_some(()))
+    })
+    .with_context(|| fleet.said())?;
     let refused = fleet.run(&["cluster", "enable-wal", "orders", "--archive-timeout", "5"])?;
     ensure!(refused.code() == 2 && refused.stderr.contains("at least 10"), "{refused}");
     Ok(())

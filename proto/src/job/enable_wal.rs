@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::LineageId;
 use crate::wal::SegmentName;
+use crate::{BackupId, LineageId};
 
 /// Parameters of setting up the archive.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -38,6 +38,9 @@ pub struct EnableWalOutcome {
     /// The segment that was finished for it and seen in the archive, and where; absent while a restart is waited for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seen: Option<SeenSegment>,
+    /// What the archive does not have before that segment.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lost: Option<LostWal>,
 }
 
 /// A segment that came into the archive.
@@ -49,4 +52,20 @@ pub struct SeenSegment {
     pub lineage: LineageId,
     /// From the end of the segment until it was seen, milliseconds.
     pub after_ms: u64,
+}
+
+/// WAL between the newest backup and a segment that came into the archive, which the archive does not have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LostWal {
+    /// The first segment that is missing.
+    pub first: SegmentName,
+    /// The last one.
+    pub last: SegmentName,
+    /// How many are.
+    pub segments: u64,
+    /// The newest backup, which does not lead beyond them.
+    pub backup: BackupId,
+    /// Up to when it leads, Unix milliseconds; absent where the last segments before the gap do not say it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recoverable_to_ms: Option<i64>,
 }

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 pub use analyze::{Analyze, AnalyzeOutcome, SkippedTable};
 pub use backup::{Backup, BackupOutcome, LogicalOutcome, PgDump, RATE_LIMIT_MIN_BYTES};
-pub use enable_wal::{EnableWal, EnableWalOutcome, SeenSegment};
+pub use enable_wal::{EnableWal, EnableWalOutcome, LostWal, SeenSegment};
 pub use pattern::{DatabasePattern, PatternError};
 pub use probe::{Probe, ProbeOutcome, SeenVerdict};
 pub use restore::{

@@ -33,6 +33,7 @@ pub(crate) use reach::{NoWay, Reach, way_to};
 pub use tablespaces::Until;
 #[cfg(test)]
 pub(crate) use tests::segment as segment_for_tests;
+pub(crate) use windows::lost_before;
 pub use windows::{Damaged, Gap, Recoverable, Window, recoverable};
 
 use crate::context::blocking;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use proto::job::LostWal;
 use proto::wal::SegmentName;
 use proto::{BackupFacts, BackupId, ClusterName, Failure, LineageId, Lsn, Timeline, WalFileName};
 use repository::{Identity, Repository, WalInventory};
@@ -165,6 +166,45 @@ async fn last_moment(
             None
         }
     }
+}
+
+/// What the archive lacks between the newest backup that was not given up and a segment that it has; `None` where it lacks nothing,
+/// where there is no backup, or none leads along the segment's timeline.
+pub(crate) async fn lost_before(
+    repository: &Repository,
+    lineage: LineageId,
+    seen: SegmentName,
+) -> Result<Option<LostWal>, Failure> {
+    let mut newest = None;
+    for summary in repository.list_readable_backups(lineage).await?.into_iter().rev() {
+        if let Some(id) = summary.backup()
+            && !repository.is_given_up(lineage, &summary).await?
+        {
+            newest = Some(id);
+            break;
+        }
+    }
+    let Some(backup) = newest else { return Ok(None) };
+    let mut known = repository.read_facts(lineage, vec![backup]).await?;
+    let Some((_, facts)) = known.pop() else { return Ok(None) };
+    let size = facts.wal_segment_size;
+    let archive = repository.list_wal(lineage).await?;
+    let Some(seen) = seen.segment(size) else { return Ok(None) };
+    let Ok(way) = way_to(&archive, seen.timeline, &facts) else { return Ok(None) };
+    let reach = Reach::along(&way, &archive, &facts);
+    let between = (reach.missing.number..seen.number).map(|number| way.segment(number));
+    let missing: Vec<_> = between.filter(|segment| !archive.has(*segment, size)).collect();
+    let (Some(first), Some(last)) = (missing.first(), missing.last()) else { return Ok(None) };
+    let recoverable_to_ms = if reach.to > facts.stop_lsn {
+        let looked =
+            newest_end(repository, lineage, &facts, &way, reach.to, LOOKED_INTO_MAX).await?;
+        looked.map(jiff::Timestamp::as_millisecond)
+    } else {
+        Some(facts.stopped_at_ms)
+    };
+    let (first, last) = (first.name(size), last.name(size));
+    let segments = missing.len() as u64;
+    Ok(Some(LostWal { first, last, segments, backup, recoverable_to_ms }))
 }
 
 fn first_of(archive: &WalInventory, timeline: Timeline, at: Lsn) -> Option<SegmentName> {

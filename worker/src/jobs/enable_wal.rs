@@ -3,16 +3,16 @@
 use std::os::unix::fs::MetadataExt as _;
 use std::time::Duration;
 
-use postgres::archiving::{Change, Obstacle, Wanted};
+use postgres::archiving::{Change, Obstacle, Wanted, quoted};
 use postgres::locks::{Class, ClusterLock};
 use postgres::{Purpose, ServerIdentity, Session, connect_maintenance};
-use proto::job::{EnableWal, EnableWalOutcome, SeenSegment};
+use proto::job::{EnableWal, EnableWalOutcome, LostWal, SeenSegment};
 use proto::wal::SegmentName;
 use proto::{Action, BackupKind, Code, Failure, SecretRef};
 use tokio::time::Instant;
 
 use super::session_owner;
-use crate::archive::Calling;
+use crate::archive::{Calling, lost_before};
 use crate::clock;
 use crate::config::{RepositoryConfig, WorkerConfig};
 use crate::context::{JobContext, blocking};
@@ -25,6 +25,9 @@ const READ_WITHIN: Duration = Duration::from_secs(20);
 /// How long a segment may take into the archive. An archiver that failed before asks again once a minute.
 const SEEN_WITHIN: Duration = Duration::from_secs(150);
 const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// What to know before another archive is replaced.
+const LEFT_ELSEWHERE: &str = "what the server archived before stays where that was put: as far as it is not in this repository, no \
+     moment between the newest backup and the next one can be recovered from here";
 
 /// Sets up the archive, or says what it would set.
 pub(crate) async fn run(
@@ -46,8 +49,12 @@ pub(crate) async fn run(
         plan: changes.iter().map(ToString::to_string).collect(),
         restart_for: needing_restart(&changes),
         seen: None,
+        lost: None,
     };
-    outcome.plan.push(if outcome.plan.is_empty() {
+    if changes.iter().any(Change::replaces_another) {
+        outcome.plan.push(LEFT_ELSEWHERE.to_owned());
+    }
+    outcome.plan.push(if changes.is_empty() {
         "nothing has to be set; a segment is ended to see it arrive in the archive".to_owned()
     } else if outcome.restart_for.is_empty() {
         "then end a segment and see it arrive in the archive".to_owned()
@@ -85,7 +92,8 @@ pub(crate) async fn run(
         cx.step("set", set).await?;
         if outcome.restart_for.is_empty() {
             let see = see(cx, session, places, &server, &command);
-            outcome.seen = Some(cx.step("check", see).await?);
+            let (seen, lost) = cx.step("check", see).await?;
+            (outcome.seen, outcome.lost) = (Some(seen), lost);
         }
         Ok(outcome)
     };
@@ -160,7 +168,7 @@ fn refused(cx: &JobContext, obstacle: Obstacle) -> Failure {
     let cluster = &cx.spec.cluster;
     let (what, hint) = match obstacle {
         Obstacle::Another { name, value } => (
-            format!("{cluster} archives by another {name}: {value}"),
+            format!("{cluster} archives by another {name}: {}", quoted(&value)),
             "With --replace it is replaced: what the other archive has got stays there, and a recovery over that moment needs both. Take \
              a backup afterwards.",
         ),
@@ -174,14 +182,14 @@ fn refused(cx: &JobContext, obstacle: Obstacle) -> Failure {
     Failure::new(Code::ServerSetting, Action::FixConfig, what).with_hint(hint)
 }
 
-/// Ends a segment and waits until the repository has it.
+/// Ends a segment, waits until the repository has it, and looks what is missing before it.
 async fn see(
     cx: &JobContext,
     session: &Session,
     places: &Places,
     server: &ServerIdentity,
     command: &str,
-) -> Result<SeenSegment, Failure> {
+) -> Result<(SeenSegment, Option<LostWal>), Failure> {
     let read_by = Instant::now() + READ_WITHIN;
     while !session.archives_by(command).await? {
         if Instant::now() > read_by {
@@ -204,7 +212,10 @@ async fn see(
             && repository.has_wal(identity.lineage, segment).await?
         {
             let after_ms = u64::try_from(ended.elapsed().as_millis()).unwrap_or(u64::MAX);
-            return Ok(SeenSegment { segment, lineage: identity.lineage, after_ms });
+            let lineage = identity.lineage;
+            // A server archives its segments in their order, so what is missing now was given to somebody else.
+            let lost = lost_before(&repository, lineage, segment).await?;
+            return Ok((SeenSegment { segment, lineage, after_ms }, lost));
         }
         pause(cx).await?;
     }
