@@ -49,7 +49,7 @@ const NEW_TIMELINE_MS: i64 = 60_000;
 #[derive(Debug)]
 pub(super) enum Looked {
     /// How the archive stands.
-    Standing(WalStanding),
+    Standing(Box<WalStanding>),
     /// Not known yet.
     Later,
     /// Nothing is archived here.
@@ -490,7 +490,7 @@ impl Known {
             return Looked::Later;
         }
         let safe = if self.behind.is_none() { self.commits.safe_at(line.to) } else { None };
-        Looked::Standing(WalStanding {
+        Looked::Standing(Box::new(WalStanding {
             cluster: cluster.clone(),
             lineage: line.lineage,
             at_ms: now.at_ms,
@@ -504,7 +504,7 @@ impl Known {
             gap: line.missing.map(|segment| segment.name(line.segment_size)),
             gaps: line.gaps.clone(),
             conflict: self.conflict(line),
-        })
+        }))
     }
 }
 
@@ -674,7 +674,7 @@ mod tests {
 
         async fn seen(&mut self, ms: i64, lsn: u64) -> WalStanding {
             match self.look_well(ms, lsn).await {
-                Ok(Looked::Standing(standing)) => standing,
+                Ok(Looked::Standing(standing)) => *standing,
                 other => panic!("{other:?}"),
             }
         }

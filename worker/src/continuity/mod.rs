@@ -140,7 +140,7 @@ async fn watch_one(shared: &Shared, cluster: &Cluster) {
         let failed = looked.is_err();
         let pause = match looked {
             Ok(Looked::Standing(standing)) => {
-                if shared.standings.note(standing) {
+                if shared.standings.note(*standing) {
                     shared.pulse_now.notify_one();
                 }
                 LOOK_EVERY

@@ -141,12 +141,11 @@ async fn survey(repository: &Repository, asked: &Asked) -> Result<Found, Failure
     if let Some(line) = &mut line {
         let way = line.way(&archive);
         for gap in &mut line.gaps {
-            let looked = match asked.ends.get(&gap.from) {
-                Some(known) => Ok(*known),
-                None => {
-                    let (lineage, between) = (newest.lineage, (gap.line_from, gap.from));
-                    last_end(repository, lineage, asked.major, &way, between).await
-                }
+            let looked = if let Some(known) = asked.ends.get(&gap.from) {
+                Ok(*known)
+            } else {
+                let (lineage, between) = (newest.lineage, (gap.line_from, gap.from));
+                last_end(repository, lineage, asked.major, &way, between).await
             };
             match looked {
                 Ok(end) => {
