@@ -222,8 +222,9 @@ pub(crate) fn backed_up(cluster: &ClusterName, done: &BackupOutcome, took_ms: i6
     let (took, backup) = (output::duration(took_ms), done.backup);
     let Some(logical) = &done.logical else {
         let (files, read) = (output::count(done.files, "file"), output::bytes(done.read_bytes));
+        let wal = output::and_wal(done.wal_bytes);
         let mut line = format!(
-            "Backed up {cluster} ({size}, {files}) in {took}: {read} read, {stored}; backup {backup}"
+            "Backed up {cluster} ({files}, {size}{wal}) in {took}: {read} read, {stored}; backup {backup}"
         );
         if done.bad_pages > 0 {
             let pages = output::count(done.bad_pages, "page");
@@ -316,11 +317,10 @@ pub(crate) fn result_line(view: &JobView) -> String {
             done.plan.join("\n")
         }
         (JobState::Succeeded, Some(Outcome::Restore(done))) => format!(
-            "Restored backup {} of {} into {} in {took}: {}, {}; {}{}",
+            "Restored backup {} of {} into {} in {took}: {}; {}{}",
             done.backup,
             view.cluster,
             done.directory,
-            output::count(done.files, "file"),
             output::restored(done),
             output::recovered(done),
             output::not_taken(done)
@@ -400,6 +400,21 @@ mod tests {
         ] {
             let view = JobView { state, outcome: None, ..done.clone() };
             assert!(result_line(&view).starts_with(said), "{}", result_line(&view));
+        }
+    }
+
+    #[test]
+    fn a_backup_and_its_restore_say_the_same_numbers_with_wal_apart() {
+        let backup = include_str!("../../proto/tests/golden/outcome.backup.json");
+        let mut restore: Value =
+            serde_json::from_str(include_str!("../../proto/tests/golden/outcome.restore.wal.json"))
+                .unwrap();
+        restore["restore"]["files"] = json!(1_001);
+        restore["restore"]["size_bytes"] = json!(31_000_000 + 16_777_216);
+        let numbers = "1,000 files, 29.6 MiB, and 16.0 MiB of WAL";
+        for outcome in [backup, &restore.to_string()] {
+            let line = result_line(&succeeded(outcome));
+            assert!(line.contains(numbers), "{line}");
         }
     }
 }

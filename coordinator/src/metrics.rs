@@ -261,7 +261,7 @@ impl Metrics {
             r.register("verify_level", "Level of that proof, 0 for none", all.proof_level.clone());
             r.register(
                 "backup_last_size_bytes",
-                "What a restore of the newest backup writes",
+                "What a restore of the newest backup writes, WAL apart",
                 all.size.clone(),
             );
             r.register(

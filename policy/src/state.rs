@@ -16,7 +16,7 @@ use crate::recoverable::{RecoveryPoint, standing_failure};
 use crate::recovery_time::RecoveryTime;
 use crate::repository;
 use crate::target;
-use crate::words::{count, grouped, span};
+use crate::words::{count, duration, grouped, span};
 
 macro_rules! states {
     ($($(#[$doc:meta])* $state:ident = $text:literal,)*) => {
@@ -308,7 +308,7 @@ pub fn judge_cluster(facts: &ClusterFacts, objectives: &Objectives, now_ms: i64)
             Proved,
             format!(
                 "restored in {} and proved {} {} ago, {}",
-                seconds(proof.recovery_time_ms),
+                duration(i64::try_from(proof.recovery_time_ms).unwrap_or(i64::MAX)),
                 proof.level,
                 span(now_ms - proof.at_ms),
                 count(proof.tables, "table"),
@@ -418,14 +418,6 @@ fn proved_reach(facts: &ClusterFacts, now_ms: i64) -> String {
     match facts.recoverable {
         Some(point) => format!(": proved reach ends {} ago", span(now_ms - point.at_ms)),
         None => ": no backup of it is proved".to_owned(),
-    }
-}
-
-fn seconds(ms: u64) -> String {
-    if ms < 10_000 {
-        format!("{}.{} s", ms / 1_000, ms % 1_000 / 100)
-    } else {
-        span(i64::try_from(ms).unwrap_or(i64::MAX))
     }
 }
 

@@ -3,7 +3,7 @@
 
 use crate::recoverable::is_proved;
 use crate::state::{ClusterFacts, Objectives, trouble};
-use crate::words::span;
+use crate::words::{duration, span};
 
 /// The share of a promise behind which it is nearly missed: four fifths.
 const NEARLY: (i64, i64) = (4, 5);
@@ -24,7 +24,7 @@ pub(crate) fn missed(facts: &ClusterFacts, objectives: &Objectives, now_ms: i64)
             format!(
                 "{} would take {at_least}{}, the objective is {}",
                 recovery(facts),
-                span(least_ms),
+                duration(least_ms),
                 span(limit_ms)
             )
         })
@@ -54,7 +54,7 @@ pub(crate) fn nearly_missed(
     let limit_ms = objectives.recovery_time_max_ms?;
     let least_ms = milliseconds(facts.recovery_time?.at_least_ms());
     nearly(least_ms, limit_ms).then(|| {
-        let (least, limit) = (span(least_ms), span(limit_ms));
+        let (least, limit) = (duration(least_ms), span(limit_ms));
         format!("{} would take {least}, the objective is {limit}", recovery(facts))
     })
 }
@@ -77,7 +77,7 @@ pub(crate) fn unmeasured(facts: &ClusterFacts, objectives: &Objectives) -> Optio
         }
         Some(time) if time.total_ms().is_none() => Some(format!(
             "a recovery takes {} and the replay of archived WAL, which pgmuster verify --to latest would measure; the objective is {limit}",
-            span(milliseconds(time.at_least_ms()))
+            duration(milliseconds(time.at_least_ms()))
         )),
         Some(_) => None,
     }
@@ -220,11 +220,11 @@ mod tests {
         assert_eq!(takes(48).0, Proved);
         assert_eq!(
             takes(49),
-            (AtRisk, "a recovery would take 49 min, the objective is 1 h".to_owned())
+            (AtRisk, "a recovery would take 49m00s, the objective is 1 h".to_owned())
         );
         assert_eq!(
             takes(61),
-            (Broken, "a recovery would take 1 h 1 min, the objective is 1 h".to_owned())
+            (Broken, "a recovery would take 1h01m, the objective is 1 h".to_owned())
         );
         let (_, unproved) = judged(|f| {
             f.proofs.clear();
@@ -232,7 +232,7 @@ mod tests {
         });
         assert_eq!(
             unproved,
-            "a recovery from its newest backup, which is not proved, would take 1 h 1 min, the objective is 1 h"
+            "a recovery from its newest backup, which is not proved, would take 1h01m, the objective is 1 h"
         );
         let nothing = Objectives::default();
         let mut facts = healthy();
@@ -252,7 +252,7 @@ mod tests {
             "{reason}"
         );
         assert!(
-            reason.ends_with("; a recovery would take at least 2 h, the objective is 1 h"),
+            reason.ends_with("; a recovery would take at least 2h00m, the objective is 1 h"),
             "{reason}"
         );
     }
@@ -324,7 +324,7 @@ mod tests {
         assert_eq!(state, Taken);
         assert_eq!(
             reason,
-            "a recovery takes 10 min and the replay of archived WAL, which pgmuster verify --to latest would measure; the objective is 1 h"
+            "a recovery takes 10m00s and the replay of archived WAL, which pgmuster verify --to latest would measure; the objective is 1 h"
         );
     }
 }

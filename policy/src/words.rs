@@ -1,6 +1,6 @@
 //! Numbers as people say them. Nothing is decided here.
 
-pub use proto::words::{count, grouped};
+pub use proto::words::{count, duration, grouped};
 
 /// A stretch of time in its two largest sensible units: `40 s`, `12 min`, `5 h 3 min`, `3 d`.
 pub fn span(ms: i64) -> String {

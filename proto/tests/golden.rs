@@ -303,6 +303,8 @@ fn outcomes_of_every_kind() {
         directory: "/srv/restore/orders/drill".to_owned(),
         files: 1_000,
         size_bytes: 31_000_000,
+        wal_files: 0,
+        wal_bytes: 0,
         fetched_bytes: 4_000_000,
         reused_bytes: 0,
         stop_lsn: Lsn(0x0200_0100),
@@ -312,6 +314,8 @@ fn outcomes_of_every_kind() {
         archiving_stopped: false,
         settings_apart: None,
     };
+    let with_wal = RestoreOutcome { wal_files: 1, wal_bytes: 16_777_216, ..restored.clone() };
+    golden("outcome.restore.wal", &Outcome::Restore(with_wal));
     let outcomes = [
         Outcome::Backup(backup_outcome()),
         Outcome::VerifyRestore(VerifyRestoreOutcome { proof: proof() }),

@@ -518,6 +518,12 @@ fn private(directory: &Path) -> Result<(), Failure> {
     })
 }
 
+/// How many of the files that a restore writes, and of their bytes, are WAL.
+fn wal_among(backup: &Backup, files: u64, bytes: u64) -> (u64, u64) {
+    let counts = backup.counts();
+    (counts.wal_files.min(files), bytes.saturating_sub(counts.bytes))
+}
+
 fn outcome(
     backup: &Backup,
     destination: &Destination,
@@ -525,11 +531,14 @@ fn outcome(
     size_bytes: u64,
     fetched_bytes: u64,
 ) -> RestoreOutcome {
+    let (wal_files, wal_bytes) = wal_among(backup, files, size_bytes);
     RestoreOutcome {
         backup: backup.id(),
         directory: destination.data_directory.display().to_string(),
         files,
         size_bytes,
+        wal_files,
+        wal_bytes,
         fetched_bytes,
         reused_bytes: 0,
         stop_lsn: backup.facts().stop_lsn,
@@ -541,6 +550,22 @@ fn outcome(
     }
 }
 
+/// WAL that comes with a backup, told apart from its files as everywhere.
+fn and_wal(files: u64, bytes: u64) -> String {
+    if files == 0 {
+        return String::new();
+    }
+    format!(", and {} of WAL, {}", count(files, "file"), count(bytes, "byte"))
+}
+
+/// What was restored, in numbers.
+pub(crate) fn numbers(done: &RestoreOutcome) -> String {
+    let (wal_files, wal_bytes) = (done.wal_files, done.wal_bytes);
+    let (files, bytes) = (done.files - wal_files, done.size_bytes - wal_bytes);
+    let wal = and_wal(wal_files, wal_bytes);
+    format!("{}, {}{wal}", count(files, "file"), count(bytes, "byte"))
+}
+
 fn lines(
     backup: &Backup,
     destination: &Destination,
@@ -549,16 +574,18 @@ fn lines(
 ) -> Vec<String> {
     let facts = backup.facts();
     let (major, minor) = (facts.server_version_num / 10_000, facts.server_version_num % 10_000);
+    let (wal_files, wal_bytes) = wal_among(backup, plan.files, plan.bytes);
     let mut lines = vec![
         format!("restore backup {} of {} (PostgreSQL {major}.{minor})", backup.id(), facts.cluster),
         format!(
-            "write {} in {}, {}, below {}",
-            count(plan.files, "file"),
+            "write {} in {}, {}{}, below {}",
+            count(plan.files - wal_files, "file"),
             match plan.directories {
                 1 => "1 directory".to_owned(),
                 n => format!("{} directories", grouped(n)),
             },
-            count(plan.bytes, "byte"),
+            count(plan.bytes - wal_bytes, "byte"),
+            and_wal(wal_files, wal_bytes),
             destination.data_directory.display()
         ),
     ];

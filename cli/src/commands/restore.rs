@@ -155,11 +155,10 @@ pub(crate) async fn offline(args: Restore, format: Output) -> Result<Exit, Failu
             return [&done.plan[..], &[time]].concat().join("\n");
         }
         format!(
-            "Restored backup {} of {} into {}: {}, {}; {}",
+            "Restored backup {} of {} into {}: {}; {}",
             done.backup,
             cluster,
             done.directory,
-            output::count(done.files, "file"),
             output::restored(done),
             output::recovered(done)
         )

@@ -179,6 +179,8 @@ async fn restore(
         directory: "/restore/orders".to_owned(),
         files: 1,
         size_bytes: 1_000,
+        wal_files: 0,
+        wal_bytes: 0,
         fetched_bytes: 1_000 - reused,
         reused_bytes: reused,
         stop_lsn: Lsn(1),

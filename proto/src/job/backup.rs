@@ -88,9 +88,9 @@ pub struct BackupOutcome {
     /// Worker's clock when backup mode was over, as the backup itself says it: only later times can be recovered to with it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ended_at_ms: Option<i64>,
-    /// Files and directories in the backup.
+    /// Files in the backup, WAL apart.
     pub files: u64,
-    /// Bytes a restore will write.
+    /// Bytes of those files, as a restore writes them.
     pub size_bytes: u64,
     /// Bytes read from the source.
     pub read_bytes: u64,

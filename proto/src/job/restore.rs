@@ -157,10 +157,16 @@ pub struct RestoreOutcome {
     pub backup: BackupId,
     /// The directory, absolute.
     pub directory: String,
-    /// Files and directories written.
+    /// Files written, WAL that the backup brought along included.
     pub files: u64,
     /// Bytes written.
     pub size_bytes: u64,
+    /// How many of those files are WAL: what the backup says of itself leaves them out.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub wal_files: u64,
+    /// Their bytes.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub wal_bytes: u64,
     /// Bytes fetched from the repository.
     pub fetched_bytes: u64,
     /// Bytes that were right on disk already.

@@ -15,7 +15,7 @@ use postgres::short_place::ShortPlace;
 use postgres::{Environment, Target};
 use proto::proof::{BrokenWal, CheckOutcome, Phase, ProofAssertion, ProofCheck, ProofRecovery};
 use proto::wal::History;
-use proto::words::count;
+use proto::words::{count, duration};
 use proto::{
     Action, BackupId, BackupKind, Code, Failure, Heartbeat, Proof, ProofLevel, WorkerName,
 };
@@ -289,7 +289,7 @@ async fn in_sandbox(
             let done = restoring::restore(cx, backup, &destination, workshop.processes).await?;
             step.figure("written_bytes", done.size_bytes);
             step.figure("fetched_bytes", done.fetched_bytes);
-            Ok(format!("{}, {}", count(done.files, "file"), count(done.size_bytes, "byte")))
+            Ok(restoring::numbers(&done))
         })
         .await;
     findings.phase("restore", started, true);
@@ -484,7 +484,7 @@ pub fn sentence(proof: &Proof) -> String {
             "backup {backup} of {cluster} passed {level}: it was looked at, and not restored"
         );
     }
-    let seconds = proof.recovery_time_ms().div_ceil(1_000);
+    let took = duration(i64::try_from(proof.recovery_time_ms()).unwrap_or(i64::MAX));
     let what = match proof.level_reached {
         Some(ProofLevel::L5) if proof.rows == 1 => "matches",
         Some(ProofLevel::L5) => "match",
@@ -507,7 +507,7 @@ pub fn sentence(proof: &Proof) -> String {
         several => format!(", {} assertions hold", several.len()),
     };
     let mut said = format!(
-        "{} is PROVED ({level}{moment}): restored{replayed} in {seconds} s, {}, {} {what}{asserted}{heartbeat}",
+        "{} is PROVED ({level}{moment}): restored{replayed} in {took}, {}, {} {what}{asserted}{heartbeat}",
         proof.cluster,
         count(proof.tables, "table"),
         count(proof.rows, "row")
@@ -609,6 +609,24 @@ mod tests {
         assert!(hint.contains("within_s") && !hint.contains("census"), "{hint}");
         let below = skipped(ProofLevel::L4);
         assert!(below.message.ends_with("a check could not look"), "{below}");
+    }
+
+    #[test]
+    fn how_long_a_restore_took_is_rounded_as_everywhere() {
+        let (backup, lineage) = (BackupId::mint(1, [1; 10]), proto::LineageId::mint(1, [2; 10]));
+        let (cluster, worker) = ("orders".parse().unwrap(), "w".parse().unwrap());
+        let identifier = proto::SystemIdentifier(1);
+        let phase = |duration_ms| Phase {
+            name: "restore".to_owned(),
+            duration_ms,
+            counts_as_recovery: true,
+        };
+        let of = Proof::of(backup, lineage, cluster, identifier, worker, ProofLevel::L4).reached();
+        for (ms, said) in [(5_210, "5.2 s"), (31_400, "31 s"), (65_000, "1m05s")] {
+            let proof = Proof { phases: vec![phase(ms)], ..of.clone() };
+            let said = format!("orders is PROVED (L4): restored in {said}, ");
+            assert!(sentence(&proof).starts_with(&said), "{}", sentence(&proof));
+        }
     }
 
     #[test]

@@ -273,7 +273,7 @@ async fn from_attempt(
         stopped_at_ms: stopping_at_ms,
         holds_to_ms: stopped.replayed_to_ms,
         ended_at_ms: Some(stopped_at_ms),
-        files: summary.counts.files + summary.counts.directories + summary.counts.symlinks,
+        files: summary.counts.files,
         size_bytes: summary.counts.bytes,
         read_bytes: progress.snapshot().bytes_read,
         stored_bytes: summary.counts.stored_bytes,
