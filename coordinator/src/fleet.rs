@@ -378,13 +378,13 @@ fn cluster_view(known: Known) -> ClusterView {
         archive,
         heartbeats,
         heartbeat_at_ms: heartbeat.map(|heartbeat| heartbeat.begun_at_ms),
-        backup: backup.map(|backup| backup_view(backup, proofs::telling(&proofs).cloned())),
+        backup: backup.map(|backup| backup_view(backup, &proofs)),
         open_jobs: open.into_iter().map(view::job_alone).collect(),
     }
 }
 
-/// A backup with its newest proof.
-pub(crate) fn backup_view(backup: Backup, proof: Option<ProofRow>) -> BackupView {
+/// A backup with what its proofs, newest first, show.
+pub(crate) fn backup_view(backup: Backup, proofs: &[ProofRow]) -> BackupView {
     BackupView {
         id: backup.id,
         cluster: backup.cluster,
@@ -393,7 +393,8 @@ pub(crate) fn backup_view(backup: Backup, proof: Option<ProofRow>) -> BackupView
         facts: backup.outcome,
         gone_at_ms: backup.gone_at_ms,
         copies: newest_of_each_place(backup.copies),
-        proof: proof.map(proof_view),
+        proof: proofs::telling(proofs).cloned().map(proof_view),
+        other_proof: proofs::other(proofs).cloned().map(proof_view),
     }
 }
 
@@ -479,7 +480,8 @@ pub(crate) async fn moment(core: &Core) -> Result<Moment> {
 }
 
 fn cluster_moment(known: &Known) -> ClusterMoment {
-    let proof = proofs::telling(&known.proofs).filter(|row| row.proof.passed);
+    let proofs = [proofs::telling(&known.proofs), proofs::other(&known.proofs)];
+    let proofs = proofs.into_iter().flatten().filter(|row| row.proof.passed);
     let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
     let facts = known.backup.as_ref().map(|backup| &backup.outcome);
     let waiting = known.cluster.wal.as_ref().and_then(|wal| wal.waiting);
@@ -498,8 +500,8 @@ fn cluster_moment(known: &Known) -> ClusterMoment {
         registered_s: known.cluster.registered_at_ms / 1_000,
         contact_s: known.cluster.seen_at_ms.unwrap_or(0) / 1_000,
         backup_s: facts.map_or(0, |facts| facts.stopped_at_ms / 1_000),
-        proof_s: proof.map_or(0, |row| row.proof.at_ms / 1_000),
-        proof_level: proof.map_or(0, |row| i64::from(row.proof.asked().number())),
+        proof_s: proofs.clone().map(|row| row.proof.at_ms / 1_000).max().unwrap_or(0),
+        proof_level: proofs.map(|row| i64::from(row.proof.asked().number())).max().unwrap_or(0),
         size_bytes: facts.map_or(0, |facts| number(facts.size_bytes)),
         stored_bytes: facts.map_or(0, |facts| number(facts.stored_bytes)),
         silent_changes: facts.map_or(0, |facts| number(silent_changes(facts))),

@@ -258,7 +258,7 @@ impl Metrics {
                 "Newest passed proof of the newest backup, 0 for never",
                 all.proof.clone(),
             );
-            r.register("verify_level", "Level of that proof, 0 for none", all.proof_level.clone());
+            r.register("verify_level", "Highest level among it and the newest that did not, or did, replay archived WAL, 0 for none", all.proof_level.clone());
             r.register(
                 "backup_last_size_bytes",
                 "What a restore of the newest backup writes, WAL apart",

@@ -96,6 +96,21 @@ pub(crate) fn telling(proofs: &[ProofRow]) -> Option<&ProofRow> {
     proofs.iter().find(restored).or(proofs.first())
 }
 
+/// The newest proof that passed of the other sort than the one to show: where that one replayed archived WAL behind the backup, one
+/// of the backup alone, which goes further; else one that replayed.
+pub(crate) fn other(proofs: &[ProofRow]) -> Option<&ProofRow> {
+    if is_found_bad(&facts(proofs)) {
+        return None;
+    }
+    let replayed = |row: &ProofRow| row.proof.recovery.is_some();
+    let shown = telling(proofs).map(replayed)?;
+    proofs.iter().find(|row| {
+        replayed(row) != shown
+            && row.proof.passed
+            && row.proof.level_reached >= Some(ProofLevel::L3)
+    })
+}
+
 /// Those of a backup's proofs of which a later one says all that they do.
 pub(crate) fn outdone(rows: &[ProofRow]) -> impl Iterator<Item = &ProofRow> {
     rows.iter().filter(|row| rows.iter().any(|later| says_as_much(later, row)))
@@ -362,6 +377,36 @@ mod tests {
         assert_eq!(shown(&left), shown(&rows));
         let ids = |rows: &[ProofRow]| telling(rows).map(|row| row.id);
         assert_eq!(ids(&left), ids(&rows));
+    }
+
+    #[test]
+    fn one_that_replayed_wal_hides_none_that_went_further_and_the_other_way_round() {
+        use CheckOutcome::{Failed, Passed};
+        use ProofLevel::{L1, L4, L5};
+        let along = {
+            let mut row = row(L4, Some(L4), Passed);
+            row.proof.recovery = Some(ProofRecovery {
+                target: "the end of the WAL".to_owned(),
+                timeline: Timeline(1),
+                reached_lsn: Lsn(900),
+                last_commit: None,
+                evidence: String::new(),
+                replayed_bytes: 1,
+            });
+            row
+        };
+        let (alone, looked) = (row(L5, Some(L5), Passed), row(L1, Some(L1), Passed));
+        let both = |rows: &[&ProofRow]| {
+            let rows: Vec<ProofRow> = rows.iter().map(|row| (*row).clone()).collect();
+            let level = |row: &ProofRow| (row.proof.level_asked, row.proof.recovery.is_some());
+            (telling(&rows).map(level), other(&rows).map(level))
+        };
+        let (of_alone, of_along) = (Some((L5, false)), Some((L4, true)));
+        assert_eq!(both(&[&along, &looked, &alone]), (of_along, of_alone));
+        assert_eq!(both(&[&alone, &along]), (of_alone, of_along));
+        assert_eq!(both(&[&looked, &along]), (of_along, None));
+        let failed = row(L5, Some(L1), Failed);
+        assert_eq!(both(&[&failed, &along, &alone]), (of_alone, None), "it stands alone");
     }
 
     #[test]

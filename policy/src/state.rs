@@ -7,6 +7,7 @@ use std::str::FromStr;
 
 use proto::failure::Failure;
 use proto::message::{RepositoryAway, WalBacklog, WalStanding};
+use proto::proof::PITR;
 use proto::{Lsn, ProofLevel, Timeline};
 use serde::{Deserialize, Serialize};
 
@@ -304,16 +305,12 @@ pub fn judge_cluster(facts: &ClusterFacts, objectives: &Objectives, now_ms: i64)
         {
             Judgement::new(Taken, reason)
         }
-        Some(proof) if now_ms.saturating_sub(proof.at_ms) < limit => Judgement::new(
-            Proved,
-            format!(
-                "restored in {} and proved {} {} ago, {}",
-                duration(i64::try_from(proof.recovery_time_ms).unwrap_or(i64::MAX)),
-                proof.level,
-                span(now_ms - proof.at_ms),
-                count(proof.tables, "table"),
-            ),
-        ),
+        Some(proof) if now_ms.saturating_sub(proof.at_ms) < limit => {
+            let counts = facts.proofs.iter().filter(|p| {
+                p.passed && p.level >= wanted && now_ms.saturating_sub(p.at_ms) < limit
+            });
+            Judgement::new(Proved, proved(counts, now_ms).unwrap_or_default())
+        }
         Some(proof) => Judgement::new(
             Taken,
             format!(
@@ -338,6 +335,27 @@ pub fn judge_cluster(facts: &ClusterFacts, objectives: &Objectives, now_ms: i64)
             ),
         },
     }
+}
+
+/// What proofs of a backup show: how far the backup alone is right, and whether archived WAL behind it was replayed. The newest of
+/// each is told, because one that replays goes less far and would hide what the other one showed.
+fn proved<'a>(proofs: impl Iterator<Item = &'a ProofFact>, now_ms: i64) -> Option<String> {
+    let (along, alone): (Vec<_>, Vec<_>) = proofs.partition(|proof| proof.replayed_to.is_some());
+    let newest = |of: Vec<&'a ProofFact>| of.into_iter().max_by_key(|proof| proof.at_ms);
+    let (along, alone) = (newest(along), newest(alone));
+    let ago = |proof: &ProofFact| span(now_ms - proof.at_ms);
+    let told = alone.or(along)?;
+    let moment = match (alone, along) {
+        (Some(_), Some(along)) => format!(" {} ago and {PITR} {}", ago(told), ago(along)),
+        (None, Some(_)) => format!("{PITR} {}", ago(told)),
+        (_, None) => format!(" {}", ago(told)),
+    };
+    Some(format!(
+        "restored in {} and proved {}{moment} ago, {}",
+        duration(i64::try_from(told.recovery_time_ms).unwrap_or(i64::MAX)),
+        told.level,
+        count(told.tables, "table"),
+    ))
 }
 
 /// What is wrong with its archive, and what its server keeps for that.
@@ -447,6 +465,12 @@ mod tests {
         }
     }
 
+    /// One that replayed archived WAL, which goes to L4 at most.
+    fn along(age_ms: i64) -> ProofFact {
+        let replayed_to = Some(ReplayedTo { timeline: Timeline(1), lsn: Lsn(500) });
+        ProofFact { replayed_to, ..proof(age_ms, ProofLevel::L4, true) }
+    }
+
     fn broken_stretch() -> BrokenStretch {
         BrokenStretch {
             lineage: LineageId::mint(1, [1; 10]),
@@ -500,6 +524,21 @@ mod tests {
         type Case = (fn(&mut ClusterFacts), ClusterState, &'static str);
         let table: &[Case] = &[
             (|_| {}, Proved, "restored in 31 s and proved L5 24 h ago, 212 tables"),
+            (
+                |f| f.proofs.push(along(2 * 3_600_000)),
+                Proved,
+                "restored in 31 s and proved L5 24 h ago and +PITR 2 h ago, 212 tables",
+            ),
+            (
+                |f| f.proofs = vec![along(2 * 3_600_000), proof(8 * DAY, ProofLevel::L5, true)],
+                Proved,
+                "restored in 31 s and proved L4+PITR 2 h ago, 212 tables",
+            ),
+            (
+                |f| f.proofs.push(along(8 * DAY)),
+                Proved,
+                "restored in 31 s and proved L5 24 h ago, 212 tables",
+            ),
             (
                 |f| f.proofs = vec![proof(7 * DAY, ProofLevel::L5, true)],
                 Taken,

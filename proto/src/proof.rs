@@ -11,6 +11,9 @@ use crate::{
     WorkerName,
 };
 
+/// What is added to the level of a proof that replayed archived WAL behind the end of its backup.
+pub const PITR: &str = "+PITR";
+
 /// How much a proof shows. Each level includes the ones before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum ProofLevel {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use coordinator::api::types::BackupView;
 use proto::near::did_you_mean;
-use proto::proof::CheckOutcome;
+use proto::proof::{CheckOutcome, PITR};
 use proto::{Action, BackupId, ClusterName, Code, Failure, Proof, ProofLevel};
 
 use crate::args::{BackupAt, BackupRef, BackupsCommand, Output};
@@ -173,7 +173,6 @@ async fn elsewhere(
 fn table(backups: &[BackupView]) -> String {
     let now_ms = environment::now_ms();
     let rows = backups.iter().map(|backup| {
-        let proof = backup.proof.as_ref().map(|proof| &proof.record);
         vec![
             backup.id.to_string(),
             backup.cluster.to_string(),
@@ -181,14 +180,9 @@ fn table(backups: &[BackupView]) -> String {
             output::ago(now_ms, Some(backup.facts.stopped_at_ms)),
             output::bytes(backup.facts.size_bytes),
             output::bytes(backup.facts.stored_bytes),
-            match (backup.gone_at_ms, proof) {
-                (Some(at_ms), _) => format!("gone {}", output::ago(now_ms, Some(at_ms))),
-                (None, None) => "-".to_owned(),
-                (None, Some(proof)) => {
-                    let level = proof.level().map_or("none".to_owned(), |level| level.to_string());
-                    let verdict = if proof.passed { "passed" } else { "FAILED" };
-                    format!("{level} {verdict} {}", output::ago(now_ms, Some(proof.at_ms)))
-                }
+            match backup.gone_at_ms {
+                Some(at_ms) => format!("gone {}", output::ago(now_ms, Some(at_ms))),
+                None => proved(backup, now_ms),
             },
         ]
     });
@@ -196,6 +190,28 @@ fn table(backups: &[BackupView]) -> String {
         &["BACKUP", "CLUSTER", "KIND", "TAKEN", "SIZE", "STORED", "PROOF"],
         rows.collect(),
     )
+}
+
+/// What its proofs show, in a few words: of the backup alone, and of archived WAL behind it.
+pub(crate) fn proved(backup: &BackupView, now_ms: i64) -> String {
+    let Some(proof) = backup.proof.as_ref().map(|proof| &proof.record) else {
+        return "-".to_owned();
+    };
+    let other = backup.other_proof.as_ref().map(|proof| &proof.record);
+    let replayed = |proof: &&Proof| proof.recovery.is_some();
+    let along = Some(proof).filter(replayed).or(other.filter(replayed));
+    let told = Some(proof).into_iter().chain(other).find(|proof| proof.recovery.is_none());
+    let told = told.unwrap_or(proof);
+    let ago = |proof: &Proof| output::ago(now_ms, Some(proof.at_ms));
+    let level = told.level().map_or("none".to_owned(), |level| level.to_string());
+    let verdict = if told.passed { "passed" } else { "FAILED" };
+    match along {
+        Some(along) if along.recovery == told.recovery => {
+            format!("{level}{PITR} {verdict} {}", ago(told))
+        }
+        Some(along) => format!("{level} {verdict} {}, {PITR} {}", ago(told), ago(along)),
+        None => format!("{level} {verdict} {}", ago(told)),
+    }
 }
 
 fn details(backup: &BackupView) -> String {
@@ -283,6 +299,9 @@ fn details(backup: &BackupView) -> String {
             ));
         }
     }
+    if let Some(other) = &backup.other_proof {
+        lines.push(format!("  proof        {}", worker::proving::sentence(&other.record)));
+    }
     lines.join("\n")
 }
 
@@ -327,6 +346,39 @@ mod tests {
         many["backup"]["silent_changes"]["files"] = json!(files);
         let text = shown(&many.to_string());
         assert!(text.ends_with("base/5/14, base/5/15 and perhaps others"), "{text}");
+    }
+
+    #[test]
+    fn a_proof_that_replayed_wal_is_shown_beside_the_one_that_went_further() {
+        let outcome: Value =
+            serde_json::from_str(include_str!("../../../proto/tests/golden/outcome.backup.json"))
+                .unwrap();
+        let job = "018bcfe5-6800-7101-8101-010101010101";
+        let view = |proof: &Value, other: &Value| -> BackupView {
+            let view = json!({
+                "id": outcome["backup"]["backup"], "cluster": "orders", "job": job, "worker": "w1", "facts": outcome["backup"],
+                "proof": proof, "other_proof": other,
+            });
+            serde_json::from_value(view).unwrap()
+        };
+        let record = include_str!("../../../proto/tests/golden/proof.json");
+        let alone: Value = serde_json::from_str(record).unwrap();
+        let mut along = alone.clone();
+        (along["level_asked"], along["level_reached"]) = (json!("L4"), json!("L4"));
+        along["at_ms"] = json!(1_700_000_100_000_i64 + 3_600_000);
+        along["recovery"] = json!({
+            "target": "the end of the WAL", "timeline": 1, "reached_lsn": "0/3000200", "evidence": "", "replayed_bytes": 1,
+        });
+        let [alone, along] = [alone, along].map(|record| json!({"job": job, "record": record}));
+        let now_ms = 1_700_000_100_000 + 7_200_000;
+        let both = "L5 passed 2h00m ago, +PITR 1h00m ago";
+        assert_eq!(proved(&view(&alone, &along), now_ms), both);
+        assert_eq!(proved(&view(&along, &alone), now_ms), both);
+        let one = |proof| proved(&view(proof, &Value::Null), now_ms);
+        assert_eq!(one(&alone), "L5 passed 2h00m ago");
+        assert_eq!(one(&along), "L4+PITR passed 1h00m ago");
+        let text = details(&view(&along, &alone));
+        assert!(text.contains("PROVED (L5): ") && text.contains("PROVED (L4+PITR): "), "{text}");
     }
 
     #[test]

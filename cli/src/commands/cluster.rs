@@ -9,7 +9,7 @@ use crate::args::{ClusterCommand, Output};
 use crate::client::Client;
 use crate::commands::archiving::Seen;
 use crate::commands::recovery::{self, Behind};
-use crate::commands::{archiving, order};
+use crate::commands::{archiving, backups, order};
 use crate::exit::Exit;
 use crate::{environment, output};
 
@@ -43,18 +43,11 @@ pub(crate) async fn known(client: &Client, cluster: &ClusterName) -> Result<(), 
 pub(crate) fn table(clusters: &[ClusterView], now_ms: i64) -> String {
     let rows = clusters.iter().map(|cluster| {
         let backup = cluster.backup.as_ref();
-        let proof = backup.and_then(|backup| backup.proof.as_ref()).map(|proof| &proof.record);
         vec![
             cluster.name.to_string(),
             cluster.state.to_string(),
             output::ago(now_ms, backup.map(|backup| backup.facts.stopped_at_ms)),
-            proof.map_or_else(
-                || "-".to_owned(),
-                |proof| {
-                    let level = proof.level().map_or("none".to_owned(), |level| level.to_string());
-                    format!("{level} {}", output::ago(now_ms, Some(proof.at_ms)))
-                },
-            ),
+            backup.map_or_else(|| "-".to_owned(), |backup| backups::proved(backup, now_ms)),
             cluster.recoverable_to_at_ms.map_or_else(
                 || "-".to_owned(),
                 |point| output::duration(now_ms.saturating_sub(point)),
@@ -96,7 +89,7 @@ fn details(view: &ClusterView, behind: Option<Behind>, now_ms: i64) -> String {
             "backup",
             format!("{} {}", backup.id, output::ago(now_ms, Some(backup.facts.stopped_at_ms))),
         );
-        if let Some(proof) = &backup.proof {
+        for proof in backup.proof.iter().chain(&backup.other_proof) {
             row("proof", worker::proving::sentence(&proof.record));
         }
     }

@@ -354,8 +354,8 @@ async fn list_backups(
         if query.backup.is_some_and(|id| id != backup.id) {
             continue;
         }
-        let proofs = backups::list_proofs(&mut db, "", &backup.id.to_string(), 1).await?;
-        list.push(fleet::backup_view(backup, proofs.into_iter().next()));
+        let proofs = backups::telling_proofs(&mut db, backup.id).await?;
+        list.push(fleet::backup_view(backup, &proofs));
     }
     Ok(Json(list))
 }

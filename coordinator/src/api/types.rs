@@ -325,8 +325,12 @@ pub struct BackupView {
     /// Where copies of it are, as those who copied it left word in its repository.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub copies: Vec<BackupCopy>,
-    /// Its newest proof.
+    /// Its newest proof that restored it, unless one found something wrong and stands.
     pub proof: Option<ProofView>,
+    /// The newest that passed of the other sort: where `proof` replayed archived WAL behind the backup one of the backup alone, else one
+    /// that replayed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub other_proof: Option<ProofView>,
 }
 
 /// A proof as it is shown.

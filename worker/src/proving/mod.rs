@@ -13,7 +13,9 @@ use postgres::process::Isolation;
 use postgres::sandbox::{Sandbox, SandboxOptions, SandboxRoom};
 use postgres::short_place::ShortPlace;
 use postgres::{Environment, Target};
-use proto::proof::{BrokenWal, CheckOutcome, Phase, ProofAssertion, ProofCheck, ProofRecovery};
+use proto::proof::{
+    BrokenWal, CheckOutcome, PITR, Phase, ProofAssertion, ProofCheck, ProofRecovery,
+};
 use proto::wal::History;
 use proto::words::{count, duration};
 use proto::{
@@ -496,7 +498,7 @@ pub fn sentence(proof: &Proof) -> String {
         Some(recovery) => {
             let commit =
                 recovery.last_commit.map_or(String::new(), |at| format!(", last commit {at}"));
-            ("+PITR", format!(" and replayed to {}{commit}", recovery.reached_lsn))
+            (PITR, format!(" and replayed to {}{commit}", recovery.reached_lsn))
         }
     };
     let heartbeat = proof.heartbeat_at_ms.and_then(|ms| Timestamp::from_millisecond(ms).ok());
