@@ -238,6 +238,10 @@ pub(crate) fn backed_up(cluster: &ClusterName, done: &BackupOutcome, took_ms: i6
                 " of files had changed though times and sizes had not (SILENT_CHANGE)",
             ]);
         }
+        if let Some(forbidden) = &done.forbidden {
+            let (who, cure) = (forbidden.sentence(), forbidden.cure());
+            line.extend(["; rows that no proof compares: ", &who, " (", &cure, ")"]);
+        }
         return line;
     };
     let databases = output::count(logical.databases, "database");

@@ -534,6 +534,7 @@ mod tests {
             repository_look: None,
             heartbeat: None,
             assertions: false,
+            reads_little: None,
         };
         let offers = Offers {
             version: "0".to_owned(),

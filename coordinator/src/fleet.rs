@@ -481,7 +481,8 @@ pub(crate) async fn moment(core: &Core) -> Result<Moment> {
 
 fn cluster_moment(known: &Known) -> ClusterMoment {
     let proofs = [proofs::telling(&known.proofs), proofs::other(&known.proofs)];
-    let proofs = proofs.into_iter().flatten().filter(|row| row.proof.passed);
+    let proofs = proofs.into_iter().flatten();
+    let proofs = proofs.filter_map(|row| Some((row.proof.at_ms, row.proof.proved()?)));
     let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
     let facts = known.backup.as_ref().map(|backup| &backup.outcome);
     let waiting = known.cluster.wal.as_ref().and_then(|wal| wal.waiting);
@@ -500,8 +501,8 @@ fn cluster_moment(known: &Known) -> ClusterMoment {
         registered_s: known.cluster.registered_at_ms / 1_000,
         contact_s: known.cluster.seen_at_ms.unwrap_or(0) / 1_000,
         backup_s: facts.map_or(0, |facts| facts.stopped_at_ms / 1_000),
-        proof_s: proofs.clone().map(|row| row.proof.at_ms / 1_000).max().unwrap_or(0),
-        proof_level: proofs.map(|row| i64::from(row.proof.asked().number())).max().unwrap_or(0),
+        proof_s: proofs.clone().map(|(at_ms, _)| at_ms / 1_000).max().unwrap_or(0),
+        proof_level: proofs.map(|(_, level)| i64::from(level.number())).max().unwrap_or(0),
         size_bytes: facts.map_or(0, |facts| number(facts.size_bytes)),
         stored_bytes: facts.map_or(0, |facts| number(facts.stored_bytes)),
         silent_changes: facts.map_or(0, |facts| number(silent_changes(facts))),

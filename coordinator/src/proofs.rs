@@ -12,17 +12,16 @@ use crate::catalog::clusters;
 use crate::catalog::{Catalog, Tx, TxFuture, jobs};
 use crate::error::{Error, Result};
 
-/// What a proof shows of its backup. One that fell short only because something could not be looked at, by no fault of the backup,
-/// shows what it did reach, and so does one that archived WAL ended; when that is nothing, it shows nothing.
+/// What a proof shows of its backup: the level that is proved, or the one at which it speaks against it; when nothing is proved, it
+/// shows nothing.
 pub(crate) fn fact(row: &ProofRow) -> Option<ProofFact> {
     let proof = &row.proof;
-    let could_not_look = !proof.passed && !proof.found_wrong() && !proof.checks.is_empty();
-    let fell_short = could_not_look || (!proof.passed && proof.broken_wal.is_some());
-    let level = if fell_short { proof.level()? } else { proof.asked() };
+    let speaks_against = proof.speaks_against();
+    let level = if speaks_against { proof.asked() } else { proof.proved()? };
     Some(ProofFact {
         at_ms: proof.at_ms,
         level,
-        passed: proof.passed || fell_short,
+        passed: !speaks_against,
         recovery_time_ms: proof.recovery_time_ms(),
         tables: proof.tables,
         replayed_to: proof
@@ -104,11 +103,7 @@ pub(crate) fn other(proofs: &[ProofRow]) -> Option<&ProofRow> {
     }
     let replayed = |row: &ProofRow| row.proof.recovery.is_some();
     let shown = telling(proofs).map(replayed)?;
-    proofs.iter().find(|row| {
-        replayed(row) != shown
-            && row.proof.passed
-            && row.proof.level_reached >= Some(ProofLevel::L3)
-    })
+    proofs.iter().find(|row| replayed(row) != shown && row.proof.proved() >= Some(ProofLevel::L3))
 }
 
 /// Those of a backup's proofs of which a later one says all that they do.

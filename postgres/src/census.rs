@@ -22,10 +22,11 @@ use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use futures::TryStreamExt as _;
-use proto::backup::{Census, CountedFile, DatabaseCensus, TableCount};
+use proto::backup::{Census, CountedFile, DatabaseCensus, Forbidden, TableCount};
 use proto::{DatabaseName, JobId, Lsn};
 use tokio::time::Instant;
 use tokio_postgres::Row;
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
 use tokio_util::sync::CancellationToken;
 
@@ -66,6 +67,8 @@ pub struct CensusOptions {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CensusDraft {
     canary: Option<String>,
+    /// Who counts.
+    role: String,
     databases: Vec<DatabaseDraft>,
     /// Databases that are there and could not be looked at.
     unseen: Vec<String>,
@@ -84,6 +87,8 @@ struct DatabaseDraft {
     counts: HashMap<u32, Count>,
     /// Of tables that need not be counted unless their files change.
     earlier: HashMap<u32, Earlier>,
+    /// Tables that the role may not read.
+    forbidden: Vec<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -119,6 +124,18 @@ impl CensusDraft {
         let all = self.databases.iter().map(|database| database.relations.len()).sum();
         (counted, all)
     }
+
+    /// What has no count because the role may not read it.
+    fn forbidden(&self) -> Option<Forbidden> {
+        let of = |database: &DatabaseDraft| database.forbidden.len() as u64;
+        let database = self.databases.iter().find(|database| !database.forbidden.is_empty())?;
+        let first = format!("{} in {}", database.forbidden.first()?, database.name);
+        Some(Forbidden {
+            role: self.role.clone(),
+            tables: self.databases.iter().map(of).sum(),
+            first,
+        })
+    }
 }
 
 /// Commits a canary and counts, and ends after `files` has: then it is known which counts can be taken over. A table that
@@ -133,6 +150,7 @@ pub async fn take_census(
     let what = "take the census";
     let canary = canary(&session).await?;
     let rows = session.query(what, &databases_sql(session_version(&session).await?), &[]).await?;
+    let role = session.one(what, "SELECT current_user::text", &[]).await?.get(0);
     session.close().await;
     let (mut databases, mut unseen) = (Vec::new(), Vec::new());
     for row in rows {
@@ -157,7 +175,7 @@ pub async fn take_census(
         }
     }
     count_changed(target, options, files, &mut databases).await?;
-    Ok(CensusDraft { canary, databases, unseen })
+    Ok(CensusDraft { canary, role, databases, unseen })
 }
 
 /// Counts the tables whose files turn out to have changed, and takes over the counts of the others.
@@ -181,7 +199,7 @@ async fn count_changed(
         options.deadline += waited.elapsed();
         let seen = files.seen();
         for database in &mut *databases {
-            let DatabaseDraft { name, relations, counts, earlier, .. } = database;
+            let DatabaseDraft { name, relations, counts, earlier, forbidden, .. } = database;
             let is_changed = |relation: &&Relation| {
                 let changed = files.has_changed(relation.path.as_deref(), &seen);
                 earlier.contains_key(&relation.oid) && (changed || seen.ended == Some(false))
@@ -197,7 +215,8 @@ async fn count_changed(
             let counted = async {
                 let session =
                     connect(&target.with_database(name.as_str()), &purpose(&options)).await?;
-                count_all(&session, &options, files, &changed, name, counts).await?;
+                let denied = count_all(&session, &options, files, &changed, name, counts).await?;
+                forbidden.extend(denied);
                 if seen.ended.is_some() {
                     count_disturbed(&session, &options, files, relations, counts).await?;
                 }
@@ -240,6 +259,7 @@ pub async fn finish_census(
     stop_lsn: Lsn,
 ) -> Result<Census, Error> {
     let what = || "finish the census".to_owned();
+    let forbidden = draft.forbidden();
     let (mut databases, mut unseen) = (Vec::new(), draft.unseen);
     let mut seen = 0_usize;
     let mut first_error = None;
@@ -271,7 +291,7 @@ pub async fn finish_census(
         return Err(error);
     }
     unseen.sort_unstable();
-    Ok(Census { canary: draft.canary, databases, unseen })
+    Ok(Census { canary: draft.canary, databases, unseen, forbidden })
 }
 
 fn warn_unseen(name: &DatabaseName, error: &Error) {
@@ -442,7 +462,7 @@ async fn database_draft(
     let to_count = |relation: &&Relation| !earlier.contains_key(&relation.oid);
     let to_count: Vec<&Relation> = relations.iter().filter(to_count).collect();
     let mut counts = HashMap::new();
-    count_all(&session, options, files, &to_count, name, &mut counts).await?;
+    let forbidden = count_all(&session, options, files, &to_count, name, &mut counts).await?;
     count_disturbed(&session, options, files, &relations, &mut counts).await?;
     session.close().await;
     Ok(DatabaseDraft {
@@ -454,10 +474,11 @@ async fn database_draft(
         others,
         counts,
         earlier,
+        forbidden,
     })
 }
 
-/// Counts tables of one database as far as it can.
+/// Counts tables of one database as far as it can, and gives the names of those that the role may not read.
 async fn count_all(
     session: &Session,
     options: &CensusOptions,
@@ -465,26 +486,43 @@ async fn count_all(
     tables: &[&Relation],
     name: &DatabaseName,
     counts: &mut HashMap<u32, Count>,
-) -> Result<(), Error> {
-    let mut uncounted = 0_usize;
+) -> Result<Vec<String>, Error> {
+    let (mut uncounted, mut forbidden) = (0_usize, Vec::new());
     for group in groups(tables) {
         let missing = count_group(session, options, files, &group, counts).await?;
-        // One table that is locked, forbidden or broken must not take the others of its group with it.
-        if missing && group.len() > 1 {
-            for table in group {
-                let missing = count_group(session, options, files, &[table], counts).await?;
-                uncounted += usize::from(missing);
+        let mut each = Vec::new();
+        match missing {
+            None => {}
+            Some(why) if group.len() == 1 => each.push((group[0], why)),
+            // One table that is locked, forbidden or broken must not take the others of its group with it.
+            Some(_) => {
+                for table in group {
+                    let missing = count_group(session, options, files, &[table], counts).await?;
+                    each.extend(missing.map(|why| (table, why)));
+                }
             }
-        } else {
-            uncounted += usize::from(missing);
         }
+        uncounted += each.len();
+        let denied = each.into_iter().filter(|(_, why)| *why == Missing::Forbidden);
+        forbidden.extend(denied.map(|(table, _)| format!("{}.{}", table.schema, table.name)));
     }
-    // A second look at what was disturbed: most transactions are short.
     if uncounted > 0 {
         let counted = tables.len() - uncounted;
-        tracing::warn!(database = %name, "Counted {counted} tables of database {name}, not {uncounted}");
+        let denied = forbidden.first().map_or(String::new(), |first| {
+            format!("; the role may not read {} of them, {first} first", forbidden.len())
+        });
+        tracing::warn!(database = %name, "Counted {counted} tables of database {name}, not {uncounted}{denied}");
     }
-    Ok(())
+    Ok(forbidden)
+}
+
+/// Why a table has no count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Missing {
+    /// The role may not read it.
+    Forbidden,
+    /// It is locked or broken, or there is no time.
+    Other,
 }
 
 /// A second look at what was disturbed: most transactions are short.
@@ -524,17 +562,17 @@ fn groups<'a>(tables: &[&'a Relation]) -> Vec<Vec<&'a Relation>> {
     groups
 }
 
-/// Counts some tables with one snapshot. True when they could not be counted; an error ends the whole database.
+/// Counts some tables with one snapshot, or says why they could not be counted; an error ends the whole database.
 async fn count_group(
     session: &Session,
     options: &CensusOptions,
     files: &TableFiles,
     tables: &[&Relation],
     counts: &mut HashMap<u32, Count>,
-) -> Result<bool, Error> {
+) -> Result<Option<Missing>, Error> {
     let what = "count rows";
     if Instant::now() >= options.deadline {
-        return Ok(true);
+        return Ok(Some(Missing::Other));
     }
     // The order is what makes a count exact, see the top of this file: position, then locks, then the snapshot.
     let from: String = session.one(what, POSITION, &[]).await?.get(0);
@@ -559,7 +597,10 @@ async fn count_group(
         Ok(rows) => rows,
         Err(error @ Error::Cancelled { .. }) => return Err(error),
         Err(error) if error.is_closed() => return Err(error),
-        Err(_) => return Ok(true),
+        Err(error) if error.state() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
+            return Ok(Some(Missing::Forbidden));
+        }
+        Err(_) => return Ok(Some(Missing::Other)),
     };
     for row in rows {
         let Some(oid) = row.get::<_, Option<u32>>(0) else { continue };
@@ -570,7 +611,7 @@ async fn count_group(
             counts.insert(oid, Count { rows, from, disturbed, file });
         }
     }
-    Ok(false)
+    Ok(None)
 }
 
 /// `None` when the database is gone: it was dropped before or after the stop, and nothing can be said of it.
@@ -745,6 +786,7 @@ mod tests {
             others: vec![(9, 'i'), (7, 'i'), (8, 'S')],
             counts: [1, 2, 3, 4].map(|oid| (oid, count.clone())).into(),
             earlier: HashMap::new(),
+            forbidden: Vec::new(),
         };
         let mut seen = Aftermath::of(&mut draft);
         for now in &after {

@@ -31,7 +31,9 @@ SELECT current_setting('server_version_num')::int4 AS version,
        current_database()::text AS database,
        current_user::text AS role,
        rolsuper OR rolreplication AS may_replicate,
-       rolsuper AS superuser
+       rolsuper AS superuser,
+       rolsuper OR coalesce((SELECT pg_has_role(current_user, r.oid, 'USAGE') FROM pg_roles r
+                              WHERE r.rolname = 'pg_read_all_data'), false) AS reads_all
   FROM pg_roles WHERE rolname = current_user";
 
 /// What a server says about itself.
@@ -79,6 +81,8 @@ pub struct ServerIdentity {
     pub may_replicate: bool,
     /// Whether the role is a superuser, which is more than we need.
     pub superuser: bool,
+    /// Whether the role may read every table, whoever made it (`pg_read_all_data`).
+    pub reads_all: bool,
 }
 
 impl Session {
@@ -125,6 +129,7 @@ impl Session {
             role: row.get("role"),
             may_replicate: row.get("may_replicate"),
             superuser: row.get("superuser"),
+            reads_all: row.get("reads_all"),
         })
     }
 

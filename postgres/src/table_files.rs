@@ -238,7 +238,7 @@ mod tests {
             relations: Vec::new(),
             tables,
         };
-        Census { canary: None, databases: vec![database], unseen: Vec::new() }
+        Census { canary: None, databases: vec![database], unseen: Vec::new(), forbidden: None }
     }
 
     fn files(before: &Census, now_ms: i64) -> TableFiles {

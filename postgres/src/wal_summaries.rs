@@ -551,6 +551,7 @@ mod tests {
             role: "postgres".into(),
             may_replicate: true,
             superuser: true,
+            reads_all: true,
         };
         let started = Started {
             start_lsn: Lsn(start),

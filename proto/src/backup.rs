@@ -4,6 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::words::count;
 use crate::{ClusterName, DatabaseName, Lsn, SystemIdentifier, Timeline};
 
 /// What a backup is.
@@ -268,6 +269,41 @@ pub struct Census {
     /// of their content, so a proof cannot reach L5.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub unseen: Vec<String>,
+    /// Tables that have no count because the role was not let read them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forbidden: Option<Forbidden>,
+}
+
+/// Tables whose rows nobody counted because the role that takes the backups may not read them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Forbidden {
+    /// The role.
+    pub role: String,
+    /// How many tables.
+    pub tables: u64,
+    /// One of them, for people: `public.orders in shop`.
+    pub first: String,
+}
+
+impl Forbidden {
+    /// Who may not read what.
+    pub fn sentence(&self) -> String {
+        let others = match self.tables.saturating_sub(1) {
+            0 => String::new(),
+            others => format!(" and {}", count(others, "other table")),
+        };
+        format!("role {} may not read {}{others}", self.role, self.first)
+    }
+
+    /// The statement that lets it.
+    pub fn cure(&self) -> String {
+        grant_reading(&self.role)
+    }
+}
+
+/// The statement that lets a role read, and so count, every table.
+pub fn grant_reading(role: &str) -> String {
+    format!("GRANT pg_read_all_data TO \"{}\";", role.replace('"', "\"\""))
 }
 
 /// One database's relations and counts.
@@ -313,4 +349,19 @@ pub struct CountedFile {
     pub size_bytes: u64,
     /// When the rows were last counted. Later for a file that did not change since, they are taken over.
     pub counted_at_ms: i64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_may_not_read_is_named_with_the_grant() {
+        let first = "public.orders in shop".to_owned();
+        let one = Forbidden { role: "back\"up".to_owned(), tables: 1, first };
+        assert_eq!(one.sentence(), "role back\"up may not read public.orders in shop");
+        assert_eq!(one.cure(), "GRANT pg_read_all_data TO \"back\"\"up\";");
+        let several = Forbidden { tables: 3, ..one };
+        assert!(several.sentence().ends_with("in shop and 2 other tables"));
+    }
 }

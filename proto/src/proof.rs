@@ -224,6 +224,19 @@ impl Proof {
         }
     }
 
+    /// The level that is proved, whatever was asked for; `None` when none is, or when it says something against its backup. What could
+    /// not be looked at takes nothing from what was.
+    pub fn proved(&self) -> Option<ProofLevel> {
+        if self.speaks_against() { None } else { self.level() }
+    }
+
+    /// Whether it says something against its backup. One that fell short only because something could not be looked at does not, nor
+    /// does one that archived WAL ended.
+    pub fn speaks_against(&self) -> bool {
+        let found_wrong = self.found_wrong() || self.checks.is_empty();
+        !self.passed && self.broken_wal.is_none() && found_wrong
+    }
+
     /// Whether something was seen to be wrong.
     pub fn found_wrong(&self) -> bool {
         let assertions = self.assertions.iter().flatten().map(|assertion| assertion.outcome);

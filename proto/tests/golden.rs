@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::path::PathBuf;
 
-use proto::backup::{SilentChanges, SkippedDatabase};
+use proto::backup::{Forbidden, SilentChanges, SkippedDatabase};
 use proto::copies::{CopiedBackup, Copies};
 use proto::envelope::{Certificate, SigningKey};
 use proto::job::{
@@ -247,6 +247,10 @@ fn a_logical_backup_and_its_outcome() {
     let silent_changes = Some(SilentChanges { units: 3, files });
     let outcome = BackupOutcome { silent_changes, ..backup_outcome() };
     golden("outcome.backup.silent_changes", &Outcome::Backup(outcome));
+    let first = "public.orders in shop".to_owned();
+    let forbidden = Some(Forbidden { role: "backup".to_owned(), tables: 12, first });
+    let outcome = BackupOutcome { forbidden, ..backup_outcome() };
+    golden("outcome.backup.forbidden", &Outcome::Backup(outcome));
 }
 
 #[test]
@@ -284,6 +288,7 @@ fn backup_outcome() -> BackupOutcome {
         wal_bytes: 16_777_216,
         bad_pages: 0,
         silent_changes: None,
+        forbidden: None,
         compared_with: None,
         changed_files: None,
         logical: None,
@@ -519,6 +524,7 @@ fn the_conversation() {
                     repository_look: None,
                     heartbeat: None,
                     assertions: false,
+                    reads_little: None,
                 }],
                 repositories: vec![RepositoryOffer {
                     name: "main".to_owned(),
@@ -721,6 +727,7 @@ fn an_offer_says_how_files_are_read_how_wal_is_archived_and_that_a_repository_is
         repository_look: None,
         heartbeat: None,
         assertions: false,
+        reads_little: None,
     };
     golden("offer.remote", &offer);
     let archive = Some(ArchiveSetup {
@@ -749,7 +756,10 @@ fn an_offer_says_how_files_are_read_how_wal_is_archived_and_that_a_repository_is
     }
     let heartbeat = Some(HeartbeatSetup { every_s: 60, problem: Some(failure()) });
     golden("offer.heartbeat", &ClusterOffer { heartbeat, remote: false, ..offer.clone() });
-    golden("offer.assertions", &ClusterOffer { assertions: true, remote: false, ..offer });
+    let assertions = ClusterOffer { assertions: true, remote: false, ..offer.clone() };
+    golden("offer.assertions", &assertions);
+    let reads_little = Some("backup".to_owned());
+    golden("offer.reads_little", &ClusterOffer { reads_little, remote: false, ..offer });
 }
 
 #[test]

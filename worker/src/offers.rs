@@ -80,6 +80,7 @@ async fn look_at(shared: &Shared, cluster: &Cluster) -> ClusterOffer {
             problem: shared.heartbeats.problem(&cluster.config.name),
         }),
         assertions: !cluster.config.assertions.is_empty(),
+        reads_little: None,
     };
     let asked = tokio::time::timeout(LOOK_MAX, async {
         let purpose = Purpose::ask(&JobId(shared.boot.0));
@@ -99,6 +100,7 @@ async fn look_at(shared: &Shared, cluster: &Cluster) -> ClusterOffer {
             });
             offer.system_identifier = Some(identity.system_identifier);
             offer.server_version_num = Some(identity.version.0);
+            offer.reads_little = (!identity.reads_all).then(|| identity.role.clone());
             // A dead mount answers nobody.
             let looked =
                 tokio::time::timeout(LOOK_MAX, native::access(cluster, &identity, &session)).await;
@@ -167,6 +169,7 @@ mod tests {
             repository_look: None,
             heartbeat: Some(HeartbeatSetup { every_s: 60, problem: Some(problem) }),
             assertions: false,
+            reads_little: None,
         });
         let told = serde_json::to_string(&offer).unwrap();
         assert!(!told.contains("hunter2"), "{told}");

@@ -103,12 +103,53 @@ async fn what_is_asserted_of_a_cluster_is_asked_of_its_restored_copy() {
     let proof = house.prove(ProofLevel::L6).await;
     assert_eq!((proof.passed, proof.level()), (false, Some(ProofLevel::L5)));
     assert_eq!(house::unmet(&proof), ["none", "writes", "tells", "late"]);
-    let failure = proving::shortfall(&proof).unwrap();
+    let failure = proving::shortfall(&proof, None).unwrap();
     assert_eq!((failure.code, failure.action), (Code::ProofFailed, Action::FixData));
     for why in ["reached L5 of L6", "false", "read-only transaction", "no answer within 1s"] {
         assert!(failure.message.contains(why), "{why}: {failure}");
     }
     assert!(!format!("{proof:?}").contains("hunter2"), "{proof:#?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_remembers_that_its_role_may_not_count_and_its_proof_names_the_grant() {
+    let mut house =
+        House::new(15, InstanceOptions { fsync: false, ..InstanceOptions::default() }).await;
+    house.sql(DATA).await;
+    house
+        .sql(
+            "CREATE ROLE backup LOGIN REPLICATION; GRANT pg_read_all_settings TO backup;
+             GRANT EXECUTE ON FUNCTION pg_backup_start(text, boolean), pg_backup_stop(boolean) TO backup",
+        )
+        .await;
+    let of_superuser = house.server.url("postgres");
+    house.reconnect(&of_superuser.replace("postgres@", "backup@"));
+    let blind = house.back_up().await;
+    let forbidden = blind.forbidden.clone().expect("it may read no table");
+    assert_eq!(forbidden.role, "backup");
+    assert!(forbidden.tables > 2 && forbidden.first.ends_with(" in postgres"), "{forbidden:?}");
+    let repository = house.reopened().await;
+    let stored = restoring::find(&repository, None, None, Some(blind.backup)).await.unwrap();
+    let census = stored.facts().census.clone().unwrap();
+    assert_eq!(census.forbidden.as_ref(), Some(&forbidden), "the backup itself says so");
+
+    let proof = house.prove(ProofLevel::L5).await;
+    assert_eq!(
+        (proof.passed, proof.proved()),
+        (false, Some(ProofLevel::L4)),
+        "{:#?}",
+        proof.checks
+    );
+    let failure = proving::shortfall(&proof, census.forbidden.as_ref()).unwrap();
+    assert!(failure.message.contains("role backup may not read "), "{failure}");
+    assert!(failure.hint.contains(&forbidden.cure()), "{}", failure.hint);
+    assert!(proving::sentence(&proof).starts_with("orders is PROVED (L4), not L5 as asked: "));
+
+    house.sql(&forbidden.cure()).await;
+    let counted = house.back_up().await;
+    assert_eq!(counted.forbidden, None);
+    let proof = house.prove(ProofLevel::L5).await;
+    assert!(proof.passed, "{:#?}", proof.checks);
 }
 
 #[tokio::test(flavor = "multi_thread")]

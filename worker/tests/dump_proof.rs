@@ -174,7 +174,7 @@ async fn one_damaged_frame_of_a_dump_fails_its_proof() {
         assert_eq!(proof.level_reached, Some(ProofLevel::L1), "{:#?}", proof.checks);
         let failed = if level == ProofLevel::L2 { "decrypt" } else { "restored" };
         assert_eq!(outcome_of(&proof, failed), CheckOutcome::Failed);
-        let failure = proving::shortfall(&proof).unwrap();
+        let failure = proving::shortfall(&proof, None).unwrap();
         assert_eq!((failure.code, failure.action), (Code::ProofFailed, Action::FixData));
         assert!(failure.message.contains("packs/"), "it names the object: {failure}");
     }

@@ -204,7 +204,7 @@ pub(crate) fn proved(backup: &BackupView, now_ms: i64) -> String {
     let told = told.unwrap_or(proof);
     let ago = |proof: &Proof| output::ago(now_ms, Some(proof.at_ms));
     let level = told.level().map_or("none".to_owned(), |level| level.to_string());
-    let verdict = if told.passed { "passed" } else { "FAILED" };
+    let verdict = if told.speaks_against() { "FAILED" } else { "passed" };
     match along {
         Some(along) if along.recovery == told.recovery => {
             format!("{level}{PITR} {verdict} {}", ago(told))
@@ -237,6 +237,10 @@ fn details(backup: &BackupView) -> String {
             "  silent       {units} had changed though times and sizes of the files had not (SILENT_CHANGE), in {}",
             changes.names()
         ));
+    }
+    if let Some(forbidden) = &facts.forbidden {
+        let (who, cure) = (forbidden.sentence(), forbidden.cure());
+        lines.push(format!("  not counted  {who}, so no proof compares these: {cure}"));
     }
     if facts.taken_over_bytes > 0 {
         let taken_over = output::bytes(facts.taken_over_bytes);

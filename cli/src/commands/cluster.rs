@@ -3,7 +3,7 @@
 use coordinator::api::types::ClusterView;
 use policy::recovery_time::RecoveryTime;
 use proto::message::{HeartbeatSetup, WalStanding};
-use proto::{ClusterName, Failure};
+use proto::{ClusterName, Failure, ProofLevel};
 
 use crate::args::{ClusterCommand, Output};
 use crate::client::Client;
@@ -107,7 +107,8 @@ fn details(view: &ClusterView, behind: Option<Behind>, now_ms: i64) -> String {
     if let Some(backup) = &view.backup {
         let mut time = view.recovery_time.map(recovery_phases);
         // The recovery point is told from what is proved.
-        if backup.proof.as_ref().is_none_or(|proof| !proof.record.passed)
+        let proof = backup.proof.as_ref().and_then(|proof| proof.record.proved());
+        if proof < Some(ProofLevel::L3)
             && let Some(time) = &mut time
         {
             time.push_str("; from the newest backup, which is not proved");

@@ -7,6 +7,7 @@ use broker::{Broker, RabbitOptions};
 use coordinator::api::types::{ClusterView, HealthView, WorkerView};
 use postgres::binaries::Binaries;
 use postgres::{Environment, Purpose, connect_maintenance};
+use proto::backup::grant_reading;
 use proto::message::{ArchiveSetup, ClusterOffer};
 use proto::{ClusterName, Failure, JobId, SecretRef};
 use secrecy::SecretString;
@@ -163,6 +164,9 @@ fn served(worker: &str, cluster: &ClusterOffer, seen: Seen<'_>, now_ms: i64) -> 
         }
         None => good(what, format!("served by {worker}")),
     }];
+    if let Some(role) = &cluster.reads_little {
+        findings.push(reads_little(&cluster.name, role));
+    }
     if let Some(away) = &cluster.repository_away {
         let (place, failure) = (&away.place, &away.failure);
         let since = output::ago(now_ms, Some(away.since_ms));
@@ -177,6 +181,16 @@ fn served(worker: &str, cluster: &ClusterOffer, seen: Seen<'_>, now_ms: i64) -> 
         findings.push(bad(format!("heartbeats of {}", cluster.name), problem));
     }
     findings
+}
+
+/// That a role may not read every table, which hinders no backup.
+fn reads_little(cluster: &ClusterName, role: &str) -> Finding {
+    let detail = format!(
+        "role {role} is no member of pg_read_all_data: a backup does not count the rows of tables that it may not read, and no \
+         proof compares these (L5)"
+    );
+    let hint = format!("{} Later backups then count every table.", grant_reading(role));
+    Finding { hint, ..good(format!("rows of {cluster}"), detail) }
 }
 
 /// Whether its WAL comes into its archive.
@@ -251,11 +265,12 @@ async fn configuration(path: &Path, findings: &mut Vec<Finding>) {
     let purpose = Purpose::ask(&JobId::mint(now_ms, repository::random()));
     for cluster in places.clusters() {
         let what = format!("cluster {}", cluster.config.name);
-        let mut archiver = None;
+        let (mut archiver, mut reader) = (None, None);
         let looked = async {
             let session = connect_maintenance(&cluster.target, &purpose).await?;
             archiver = session.archiver().await?;
             let server = session.identity().await?;
+            reader = (!server.reads_all).then(|| server.role.clone());
             postgres::settings::require_for_backup(&session).await?;
             let access = native::access(cluster, &server, &session).await?;
             session.close().await;
@@ -267,6 +282,7 @@ async fn configuration(path: &Path, findings: &mut Vec<Finding>) {
             Ok(detail) => good(what, detail),
             Err(failure) => bad(what, &failure),
         });
+        findings.extend(reader.map(|role| reads_little(&cluster.config.name, &role)));
         if let Some(archiver) = archiver {
             let last = archiver.last_archived;
             let setup = ArchiveSetup {
@@ -324,6 +340,7 @@ mod tests {
             repository_look: None,
             heartbeat: None,
             assertions: false,
+            reads_little: None,
         };
         let found = served("w1", &offer(None, Some(setup)), Seen::Nothing, 1);
         let told: Vec<(&str, bool)> = found.iter().map(|f| (f.what.as_str(), f.good)).collect();
@@ -347,6 +364,11 @@ mod tests {
         assert_eq!(told, [("cluster orders", true), ("repository of orders", false)]);
         assert!(found[1].detail.starts_with("s3://backups: REPOSITORY_MISSING: none"), "{found:?}");
         assert_eq!(found[1].hint, "Check its URL.");
+        let reads_little = Some("backup".to_owned());
+        let found = served("w1", &ClusterOffer { reads_little, ..offer(None, None) }, Seen::Nothing, 1);
+        let told: Vec<(&str, bool)> = found.iter().map(|f| (f.what.as_str(), f.good)).collect();
+        assert_eq!(told, [("cluster orders", true), ("rows of orders", true)], "a note");
+        assert!(found[1].hint.contains("GRANT pg_read_all_data TO \"backup\";"), "{found:?}");
     }
 
     #[test]

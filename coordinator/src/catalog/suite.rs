@@ -575,6 +575,7 @@ fn backup_row(n: u8, at_ms: i64) -> backups::Backup {
         wal_bytes: 16,
         bad_pages: 0,
         silent_changes: None,
+        forbidden: None,
         compared_with: None,
         changed_files: None,
         logical: None,
@@ -631,6 +632,7 @@ async fn register(catalog: &Catalog, name: &str) {
         repository_look: None,
         heartbeat: None,
         assertions: false,
+        reads_little: None,
     };
     let (worker, site) = (&"w1".parse().unwrap(), &"fra1".parse().unwrap());
     catalog

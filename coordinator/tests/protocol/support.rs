@@ -412,6 +412,7 @@ impl Worker {
                     repository_look: self.repository_look.clone(),
                     heartbeat: None,
                     assertions: false,
+                    reads_little: None,
                 })
                 .collect(),
             repositories: vec![RepositoryOffer {
@@ -682,6 +683,7 @@ pub(crate) fn backup_outcome(attempt: AttemptId) -> Outcome {
         wal_bytes: 16,
         bad_pages: 0,
         silent_changes: None,
+        forbidden: None,
         compared_with: None,
         changed_files: None,
         logical: None,

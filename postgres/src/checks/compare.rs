@@ -2,6 +2,7 @@
 
 use proto::Lsn;
 use proto::backup::{DatabaseCensus, TableCount};
+use proto::words::count;
 
 use super::findings::is_lost;
 use super::{Run, purpose};
@@ -60,12 +61,12 @@ SELECT pg_is_in_recovery() AS in_recovery,
         let tables = || census.databases.iter().flat_map(|database| &database.tables);
         let incomparable = tables().filter(|table| table.rows.and(table.drift).is_none()).count();
         if incomparable > 0 {
-            self.unseen(
-                "row_counts",
-                format!(
-                    "how many rows {incomparable} tables had at the end of the backup is not known"
-                ),
-            );
+            let tables = count(incomparable as u64, "table");
+            let why = census.forbidden.as_ref();
+            let why = why.map_or(String::new(), |forbidden| format!(", {}", forbidden.sentence()));
+            let what =
+                format!("how many rows {tables} had at the end of the backup is not known{why}");
+            self.unseen("row_counts", what);
         }
         // A census without tables is an empty cluster, and an empty cluster is healthy.
         self.finding("relations_present");

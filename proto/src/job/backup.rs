@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::DatabasePattern;
-use crate::backup::{BackupKind, SilentChanges, SkippedDatabase};
+use crate::backup::{BackupKind, Forbidden, SilentChanges, SkippedDatabase};
 use crate::{BackupId, LineageId, Lsn, SystemIdentifier, Timeline};
 
 /// Parameters of a backup. The repository is the one the worker's configuration names for the cluster.
@@ -114,6 +114,9 @@ pub struct BackupOutcome {
     /// What had changed although times and sizes said that it had not. It is in this backup.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub silent_changes: Option<SilentChanges>,
+    /// Tables whose rows were not counted because the role may not read them: proofs cannot compare these.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forbidden: Option<Forbidden>,
     /// The backup this one was compared with.
     #[serde(default)]
     pub compared_with: Option<BackupId>,

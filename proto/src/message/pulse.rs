@@ -127,6 +127,9 @@ pub struct ClusterOffer {
     /// Whether the worker's configuration asserts something of its content; what it says stays there.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub assertions: bool,
+    /// The worker's role, where that is no member of `pg_read_all_data`: what it may not read it does not count, and no proof compares.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reads_little: Option<String>,
 }
 
 /// A repository that a worker does not find, or that does not let itself be looked into.

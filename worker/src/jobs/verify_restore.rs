@@ -1,6 +1,7 @@
 //! Proves a backup and stores the signed record with it.
 
 use postgres::checks::Assertion;
+use proto::backup::Forbidden;
 use proto::envelope::Credentials;
 use proto::job::{VerifyRestore, VerifyRestoreOutcome};
 use proto::{Action, ClusterName, Code, Failure, Outcome, Proof, ProofLevel};
@@ -26,8 +27,8 @@ pub(crate) async fn run(
 ) -> Ended {
     match proof(cx, places, config, credentials, task).await {
         Err(failure) => Ended { result: Err(failure), found: None },
-        Ok(proof) => {
-            let shortfall = proving::shortfall(&proof);
+        Ok((proof, forbidden)) => {
+            let shortfall = proving::shortfall(&proof, forbidden.as_ref());
             let outcome = Outcome::VerifyRestore(VerifyRestoreOutcome { proof });
             match shortfall {
                 None => Ended { result: Ok(outcome), found: None },
@@ -43,7 +44,7 @@ async fn proof(
     config: &WorkerConfig,
     credentials: &Credentials,
     task: &VerifyRestore,
-) -> Result<Proof, Failure> {
+) -> Result<(Proof, Option<Forbidden>), Failure> {
     task.check().map_err(|what| Failure::new(Code::RequestInvalid, Action::FixConfig, what))?;
     let assertions = if task.level >= ProofLevel::L6 {
         assertions_of(config, &cx.spec.cluster)?
@@ -106,7 +107,8 @@ async fn proof(
         let moment = Moment { beyond: beyond.as_mut(), heartbeats };
         let proof = proving::prove_to(cx, &workshop, &backup, task.level, moment).await?;
         store(cx, &repository, credentials, &proof).await?;
-        Ok(proof)
+        let census = backup.facts().census.as_ref();
+        Ok((proof, census.and_then(|census| census.forbidden.clone())))
     };
     let proved = proved.await;
     backup.release().await;

@@ -13,6 +13,7 @@ use postgres::process::Isolation;
 use postgres::sandbox::{Sandbox, SandboxOptions, SandboxRoom};
 use postgres::short_place::ShortPlace;
 use postgres::{Environment, Target};
+use proto::backup::Forbidden;
 use proto::proof::{
     BrokenWal, CheckOutcome, PITR, Phase, ProofAssertion, ProofCheck, ProofRecovery,
 };
@@ -29,6 +30,8 @@ use crate::engines::native;
 use crate::restoring::{self, Destination};
 use crate::{clock, jobs, programs};
 
+/// Checks without which nothing is said of their level: whoever could not look there did not reach it.
+const DECIDING_CHECKS: [&str; 3] = ["stop_position", "tables_readable", "row_counts"];
 /// The most that a job keeps of its time for what comes after the last assertion: to remove the sandbox, to tell.
 const TELLING_MAX: Duration = Duration::from_mins(5);
 
@@ -403,51 +406,85 @@ fn stopped_or(cx: &JobContext, error: impl Into<Failure>) -> Failure {
     if cx.cancel.is_cancelled() { cx.stopped() } else { error.into() }
 }
 
-/// The failure of a job whose proof did not reach the level it was asked for.
-pub fn shortfall(proof: &Proof) -> Option<Failure> {
+/// The failure of a job whose proof did not reach the level it was asked for. Of its backup it needs to know what was not counted.
+pub fn shortfall(proof: &Proof, forbidden: Option<&Forbidden>) -> Option<Failure> {
     if proof.passed {
         return None;
     }
-    let failed: Vec<&ProofCheck> =
-        proof.checks.iter().filter(|check| check.outcome == CheckOutcome::Failed).collect();
-    let reached = proof.level().map_or("nothing".to_owned(), |level| level.to_string());
-    let asked = proof.asked();
-    let backup: BackupId = proof.backup;
-    if failed.is_empty()
-        && let Some(what) = unmet(proof)
-    {
-        let message =
-            format!("backup {backup} of {} reached {reached} of {asked}: {what}", proof.cluster);
-        return Some(Failure::new(Code::ProofFailed, Action::FixData, message).with_hint(
-            "Ask the cluster itself: what is wrong there was backed up as it was. Where it is right there, take a new backup at once; \
-             where the assertion is wrong, correct it in the worker's configuration.",
-        ));
+    let Lack { what, action, hint } = lack(proof, forbidden);
+    let (backup, asked): (BackupId, _) = (proof.backup, proof.asked());
+    let reached = match standing(proof) {
+        Some(level) => format!("is proved at {level}, {asked} was asked"),
+        None => format!("reached {} of {asked}", reached(proof)),
+    };
+    let message = format!("backup {backup} of {} {reached}: {what}", proof.cluster);
+    Some(Failure::new(Code::ProofFailed, action, message).with_hint(hint))
+}
+
+/// The level that a restore showed, whatever was asked for.
+fn standing(proof: &Proof) -> Option<ProofLevel> {
+    proof.proved().filter(|level| *level >= ProofLevel::L3)
+}
+
+fn reached(proof: &Proof) -> String {
+    proof.level().map_or("nothing".to_owned(), |level| level.to_string())
+}
+
+/// What keeps a proof from the level that it was asked for.
+struct Lack {
+    what: String,
+    action: Action,
+    hint: String,
+}
+
+fn lack(proof: &Proof, forbidden: Option<&Forbidden>) -> Lack {
+    let ended = |outcome| proof.checks.iter().filter(move |check| check.outcome == outcome);
+    if let Some(first) = ended(CheckOutcome::Failed).next() {
+        return Lack {
+            what: format!("{} failed ({})", first.name, first.detail),
+            action: Action::FixData,
+            hint:
+                "Keep older backups, take a new one at once, and look at the checks of this proof."
+                    .to_owned(),
+        };
     }
-    if let Some(first) = failed.first() {
-        let message = format!(
-            "backup {backup} of {} reached {reached} of {asked}: {} failed ({})",
-            proof.cluster, first.name, first.detail
-        );
-        return Some(Failure::new(Code::ProofFailed, Action::FixData, message).with_hint(
-            "Keep older backups, take a new one at once, and look at the checks of this proof.",
-        ));
+    if let Some(what) = unmet(proof) {
+        return Lack {
+            what,
+            action: Action::FixData,
+            hint: "Ask the cluster itself: what is wrong there was backed up as it was. Where it is right there, take a new backup at \
+                   once; where the assertion is wrong, correct it in the worker's configuration."
+                .to_owned(),
+        };
     }
     // Nothing below the assertions is missing, or they are not what the proof lacks first.
-    let unanswered = unanswered(proof).filter(|_| proof.level_reached >= Some(ProofLevel::L5));
-    let (what, hint) = match unanswered {
-        Some(what) => (
+    if proof.level_reached >= Some(ProofLevel::L5)
+        && let Some(what) = unanswered(proof)
+    {
+        return Lack {
             what,
-            "Every check before them passed. Each answer says what is missing: a library or a locale on this machine, or \
-             time, which the job's deadline and within_s of the assertions give.",
+            action: Action::FixConfig,
+            hint: "Every check before them passed. Each answer says what is missing: a library or a locale on this machine, or time, \
+                   which the job's deadline and within_s of the assertions give."
+                .to_owned(),
+        };
+    }
+    let decides = |check: &&ProofCheck| DECIDING_CHECKS.contains(&check.name.as_str());
+    let blind = ended(CheckOutcome::Skipped).find(decides);
+    let what = blind.map_or("a check could not look".to_owned(), |check| {
+        format!("{} could not look ({})", check.name, check.detail)
+    });
+    let hint = match forbidden.filter(|_| blind.is_some_and(|check| check.name == "row_counts")) {
+        Some(forbidden) => format!(
+            "The backup is as good; what its role may not read was not counted, so nothing could be compared: {} The next backup then \
+             counts every table.",
+            forbidden.cure()
         ),
-        None => (
-            "a check could not look".to_owned(),
-            "The checks that were skipped say what they need; L5 needs a backup with a census of every database.",
-        ),
+        None => {
+            "The checks that were skipped say what they need; L5 needs a backup with a census of every database.".to_owned()
+        }
     };
-    let message =
-        format!("backup {backup} of {} reached {reached} of {asked}: {what}", proof.cluster);
-    Some(Failure::new(Code::ProofFailed, Action::FixConfig, message).with_hint(hint))
+    Lack { what, action: Action::FixConfig, hint }
 }
 
 /// The assertions that do not hold, with what each answered; `None` when all do.
@@ -476,16 +513,22 @@ fn answers(proof: &Proof, outcome: CheckOutcome) -> Option<(String, bool)> {
 
 /// One sentence for people: what was proved, how long it took, how much there was.
 pub fn sentence(proof: &Proof) -> String {
-    let level = proof.level().map_or("nothing".to_owned(), |level| level.to_string());
-    if !proof.passed {
-        return format!("{} is NOT proved: it reached {level} of {}", proof.cluster, proof.asked());
-    }
-    if proof.level_reached < Some(ProofLevel::L3) {
+    let asked = proof.asked();
+    if proof.passed && proof.level_reached < Some(ProofLevel::L3) {
         let (cluster, backup) = (&proof.cluster, proof.backup);
         return format!(
-            "backup {backup} of {cluster} passed {level}: it was looked at, and not restored"
+            "backup {backup} of {cluster} passed {}: it was looked at, and not restored",
+            reached(proof)
         );
     }
+    let Some(level) = standing(proof) else {
+        return format!(
+            "{} is NOT proved: it reached {} of {asked}",
+            proof.cluster,
+            reached(proof)
+        );
+    };
+    let less = if proof.passed { String::new() } else { format!(", not {asked} as asked") };
     let took = duration(i64::try_from(proof.recovery_time_ms()).unwrap_or(i64::MAX));
     let what = match proof.level_reached {
         Some(ProofLevel::L5) if proof.rows == 1 => "matches",
@@ -509,7 +552,7 @@ pub fn sentence(proof: &Proof) -> String {
         several => format!(", {} assertions hold", several.len()),
     };
     let mut said = format!(
-        "{} is PROVED ({level}{moment}): restored{replayed} in {took}, {}, {} {what}{asserted}{heartbeat}",
+        "{} is PROVED ({level}{moment}){less}: restored{replayed} in {took}, {}, {} {what}{asserted}{heartbeat}",
         proof.cluster,
         count(proof.tables, "table"),
         count(proof.rows, "row")
@@ -596,21 +639,75 @@ mod tests {
                 answer: "could not load library".to_owned(),
                 duration_ms: 1,
             };
+            let looked = ProofCheck {
+                name: "stop_position".to_owned(),
+                level: ProofLevel::L3,
+                outcome: CheckOutcome::Passed,
+                detail: String::new(),
+            };
             let proof = Proof {
                 level_reached: Some(level_reached),
+                checks: vec![looked],
                 assertions: Some(vec![assertion]),
                 ..Proof::of(backup, lineage, cluster, identifier, worker, ProofLevel::L6)
             };
-            shortfall(&proof).unwrap()
+            shortfall(&proof, None).unwrap()
         };
         let failure = skipped(ProofLevel::L5);
         assert_eq!((failure.code, failure.action), (Code::ProofFailed, Action::FixConfig));
-        let told = "reached L5 of L6: assertion near (could not load library) could not be asked";
+        let told = "is proved at L5, L6 was asked: assertion near (could not load library) could not be asked";
         assert!(failure.message.ends_with(told), "{failure}");
         let hint = failure.hint;
         assert!(hint.contains("within_s") && !hint.contains("census"), "{hint}");
         let below = skipped(ProofLevel::L4);
         assert!(below.message.ends_with("a check could not look"), "{below}");
+    }
+
+    #[test]
+    fn a_level_is_proved_in_every_sentence_and_what_was_not_counted_is_named_with_its_cure() {
+        let (backup, lineage) = (BackupId::mint(1, [1; 10]), proto::LineageId::mint(1, [2; 10]));
+        let identifier = proto::SystemIdentifier(1);
+        let check = |outcome| ProofCheck {
+            name: "row_counts".to_owned(),
+            level: ProofLevel::L5,
+            outcome,
+            detail: "0 tables have the rows they must have".to_owned(),
+        };
+        let of = |level_reached, outcome| Proof {
+            level_reached: Some(level_reached),
+            checks: vec![check(outcome)],
+            ..Proof::of(
+                backup,
+                lineage,
+                "orders".parse().unwrap(),
+                identifier,
+                "w".parse().unwrap(),
+                ProofLevel::L5,
+            )
+        };
+        let blind = of(ProofLevel::L4, CheckOutcome::Skipped);
+        assert_eq!(blind.proved(), Some(ProofLevel::L4));
+        let said = sentence(&blind);
+        assert!(said.starts_with("orders is PROVED (L4), not L5 as asked: restored in "), "{said}");
+        let first = "public.orders in shop".to_owned();
+        let forbidden = Forbidden { role: "backup".to_owned(), tables: 1, first };
+        let failure = shortfall(&blind, Some(&forbidden)).unwrap();
+        let told = format!("{failure} {}", failure.hint);
+        assert!(
+            told.contains("is proved at L4, L5 was asked: row_counts could not look"),
+            "{told}"
+        );
+        assert!(told.contains("GRANT pg_read_all_data TO \"backup\";"), "{told}");
+        assert!(!told.contains("NOT proved"), "{told}");
+        assert!(!shortfall(&blind, None).unwrap().hint.contains("GRANT"));
+
+        let wrong = of(ProofLevel::L4, CheckOutcome::Failed);
+        assert_eq!((wrong.proved(), wrong.speaks_against()), (None, true));
+        assert_eq!(sentence(&wrong), "orders is NOT proved: it reached L4 of L5");
+        let failure = shortfall(&wrong, Some(&forbidden)).unwrap();
+        assert!(failure.message.contains("reached L4 of L5: row_counts failed"), "{failure}");
+        let low = of(ProofLevel::L2, CheckOutcome::Skipped);
+        assert_eq!(sentence(&low), "orders is NOT proved: it reached L2 of L5");
     }
 
     #[test]

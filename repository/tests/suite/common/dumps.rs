@@ -70,6 +70,7 @@ pub fn dump_facts(dump: u32) -> BackupFacts {
                 census("shop", &[('I', 1), ('i', 2), ('p', 1), ('r', 2)], &sales),
             ],
             unseen: Vec::new(),
+            forbidden: None,
         }),
         logical: Some(LogicalFacts {
             client_version_num: 150_020,

@@ -225,6 +225,7 @@ async fn from_attempt(
 
     let found = copied.files.found();
     let reading = changes.reading(server_started_at_ms, &progress);
+    let forbidden = census.as_ref().and_then(|census| census.forbidden.clone());
     let changed_files = reading.sentence();
     let facts = facts(
         cx,
@@ -283,6 +284,7 @@ async fn from_attempt(
         wal_bytes: wal.bytes(),
         bad_pages: found.bad_page_count,
         silent_changes: progress.silent_changes(),
+        forbidden,
         compared_with: summary.predecessor,
         changed_files: summary.predecessor.map(|_| changed_files),
         logical: None,

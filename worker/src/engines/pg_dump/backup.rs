@@ -182,6 +182,7 @@ async fn from_attempt(
         wal_bytes: 0,
         bad_pages: 0,
         silent_changes: None,
+        forbidden: None,
         compared_with: summary.predecessor,
         changed_files: None,
         logical: Some(LogicalOutcome {
@@ -277,7 +278,7 @@ async fn facts(
     let (databases, mut unseen) = dumps.counted().await;
     unseen.sort_unstable();
     let counted = dumps.count_until.is_some();
-    let census = counted.then_some(Census { canary: None, databases, unseen });
+    let census = counted.then_some(Census { canary: None, databases, unseen, forbidden: None });
     let purpose = Purpose::ask(&session_owner(cx.spec.attempt));
     let session = connect_maintenance(&request.cluster.target, &purpose).await?;
     let stop_lsn = session.position().await?;
