@@ -13,6 +13,7 @@ use proto::copies::BackupCopy;
 use proto::failure::{Action, Code, Failure};
 use proto::job::{BackupOutcome, JobKind, JobState, Task};
 use proto::message::{ClusterOffer, RepositoryAway, RepositoryLook};
+use proto::proof::CheckOutcome;
 use proto::{BackupId, BackupKind, ClusterName, Heartbeat};
 
 use crate::api::types::{BackupView, ClusterView, NobodyMay, ProofView, StatusView};
@@ -480,7 +481,9 @@ pub(crate) async fn moment(core: &Core) -> Result<Moment> {
 }
 
 fn cluster_moment(known: &Known) -> ClusterMoment {
-    let proofs = [proofs::telling(&known.proofs), proofs::other(&known.proofs)];
+    let telling = proofs::telling(&known.proofs);
+    let assertions_that = |outcome| telling.map_or(0, |row| row.proof.assertions_that(outcome));
+    let proofs = [telling, proofs::other(&known.proofs)];
     let proofs = proofs.into_iter().flatten();
     let proofs = proofs.filter_map(|row| Some((row.proof.at_ms, row.proof.proved()?)));
     let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
@@ -503,6 +506,8 @@ fn cluster_moment(known: &Known) -> ClusterMoment {
         backup_s: facts.map_or(0, |facts| facts.stopped_at_ms / 1_000),
         proof_s: proofs.clone().map(|(at_ms, _)| at_ms / 1_000).max().unwrap_or(0),
         proof_level: proofs.map(|(_, level)| i64::from(level.number())).max().unwrap_or(0),
+        assertions_failed: number(assertions_that(CheckOutcome::Failed)),
+        assertions_unasked: number(assertions_that(CheckOutcome::Skipped)),
         size_bytes: facts.map_or(0, |facts| number(facts.size_bytes)),
         stored_bytes: facts.map_or(0, |facts| number(facts.stored_bytes)),
         silent_changes: facts.map_or(0, |facts| number(silent_changes(facts))),

@@ -78,6 +78,8 @@ pub(crate) struct ClusterMoment {
     pub(crate) backup_s: i64,
     pub(crate) proof_s: i64,
     pub(crate) proof_level: i64,
+    pub(crate) assertions_failed: i64,
+    pub(crate) assertions_unasked: i64,
     pub(crate) size_bytes: i64,
     pub(crate) stored_bytes: i64,
     pub(crate) silent_changes: i64,
@@ -119,6 +121,8 @@ struct All {
     backup: ClusterGauge,
     proof: ClusterGauge,
     proof_level: ClusterGauge,
+    assertions_failed: ClusterGauge,
+    assertions_unasked: ClusterGauge,
     size: ClusterGauge,
     stored: ClusterGauge,
     silent_changes: ClusterGauge,
@@ -168,6 +172,8 @@ impl Metrics {
             backup: Family::default(),
             proof: Family::default(),
             proof_level: Family::default(),
+            assertions_failed: Family::default(),
+            assertions_unasked: Family::default(),
             size: Family::default(),
             stored: Family::default(),
             silent_changes: Family::default(),
@@ -259,6 +265,16 @@ impl Metrics {
                 all.proof.clone(),
             );
             r.register("verify_level", "Highest level among it and the newest that did not, or did, replay archived WAL, 0 for none", all.proof_level.clone());
+            r.register(
+                "verify_assertions_failed",
+                "Assertions that do not hold in the newest backup, by the proof that it is judged by",
+                all.assertions_failed.clone(),
+            );
+            r.register(
+                "verify_assertions_unasked",
+                "Assertions that this proof could not ask, of which nothing is known",
+                all.assertions_unasked.clone(),
+            );
             r.register(
                 "backup_last_size_bytes",
                 "What a restore of the newest backup writes, WAL apart",
@@ -383,6 +399,8 @@ impl Metrics {
             &all.backup,
             &all.proof,
             &all.proof_level,
+            &all.assertions_failed,
+            &all.assertions_unasked,
             &all.size,
             &all.stored,
             &all.silent_changes,
@@ -409,6 +427,8 @@ impl Metrics {
                 c.backup_s,
                 c.proof_s,
                 c.proof_level,
+                c.assertions_failed,
+                c.assertions_unasked,
                 c.size_bytes,
                 c.stored_bytes,
                 c.silent_changes,

@@ -5,7 +5,7 @@ use policy::recoverable::{is_found_bad, is_proved, standing_failure};
 use policy::recovery_time::{Measured, Replayed};
 use policy::state::{ProofFact, ReplayedTo};
 use proto::BackupId;
-use proto::proof::{Proof, ProofLevel};
+use proto::proof::{CheckOutcome, Proof, ProofLevel};
 
 use crate::catalog::backups::{self, Backup, ProofRow, Shown, Worth};
 use crate::catalog::clusters;
@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 pub(crate) fn fact(row: &ProofRow) -> Option<ProofFact> {
     let proof = &row.proof;
     let speaks_against = proof.speaks_against();
+    let found_wrong = proof.checks.iter().any(|check| check.outcome == CheckOutcome::Failed);
     let level = if speaks_against { proof.asked() } else { proof.proved()? };
     Some(ProofFact {
         at_ms: proof.at_ms,
@@ -28,6 +29,8 @@ pub(crate) fn fact(row: &ProofRow) -> Option<ProofFact> {
             .recovery
             .as_ref()
             .map(|recovery| ReplayedTo { timeline: recovery.timeline, lsn: recovery.reached_lsn }),
+        unmet: if found_wrong { 0 } else { proof.assertions_that(CheckOutcome::Failed) },
+        unasked: proof.assertions_that(CheckOutcome::Skipped),
     })
 }
 
@@ -113,7 +116,7 @@ pub(crate) fn outdone(rows: &[ProofRow]) -> impl Iterator<Item = &ProofRow> {
 
 fn says_as_much(later: &ProofRow, row: &ProofRow) -> bool {
     let what = |row: &ProofRow| {
-        let fact = fact(row).map(|fact| (fact.level, fact.passed));
+        let fact = fact(row).map(|fact| (fact.level, fact.passed, fact.unmet, fact.unasked));
         let restored = row.proof.level_reached >= Some(ProofLevel::L3);
         (fact, restored, row.proof.passed)
     };
@@ -255,7 +258,7 @@ async fn take_in_one(tx: &mut Tx<'_>, id: &str) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use proto::proof::{BrokenWal, CheckOutcome, Phase, ProofAssertion, ProofCheck, ProofRecovery};
+    use proto::proof::{BrokenWal, Phase, ProofAssertion, ProofCheck, ProofRecovery};
     use proto::{AttemptId, JobId, LineageId, Lsn, SystemIdentifier, Timeline};
 
     use super::*;
@@ -304,13 +307,14 @@ mod tests {
         };
         let shows = |row: &ProofRow| fact(row).map(|fact| (fact.level, fact.passed));
         assert_eq!(shows(&asserted(CheckOutcome::Passed)), Some((L6, true)));
-        assert_eq!(
-            shows(&asserted(CheckOutcome::Skipped)),
-            Some((L5, true)),
-            "a library is missing"
-        );
+        let unasked = asserted(CheckOutcome::Skipped);
+        assert_eq!(shows(&unasked), Some((L5, true)), "a library is missing");
+        let told = |row: &ProofRow| fact(row).map(|fact| (fact.unmet, fact.unasked));
+        assert_eq!(told(&unasked), Some((0, 1)));
+        assert_eq!(shown(&[unasked]), Shown::Proved, "it says nothing against the data");
         let failed = asserted(CheckOutcome::Failed);
         assert_eq!(shows(&failed), Some((L6, false)));
+        assert_eq!(told(&failed), Some((1, 0)));
         assert_eq!(shown(&[failed]), Shown::Bad);
     }
 

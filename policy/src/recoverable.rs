@@ -121,7 +121,16 @@ mod tests {
     const SAFE_MS: i64 = 90_000;
 
     fn proof(at_ms: i64, level: ProofLevel, passed: bool) -> ProofFact {
-        ProofFact { at_ms, level, passed, recovery_time_ms: 0, tables: 0, replayed_to: None }
+        ProofFact {
+            at_ms,
+            level,
+            passed,
+            recovery_time_ms: 0,
+            tables: 0,
+            replayed_to: None,
+            unmet: 0,
+            unasked: 0,
+        }
     }
 
     #[test]

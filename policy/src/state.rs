@@ -153,6 +153,10 @@ pub struct ProofFact {
     pub tables: u64,
     /// How far it replayed archived WAL behind the end of the backup; `None` when it did not.
     pub replayed_to: Option<ReplayedTo>,
+    /// Assertions of which it is known that they do not hold, where nothing else is wrong.
+    pub unmet: u64,
+    /// Assertions that could not be asked, of which nothing is known.
+    pub unasked: u64,
 }
 
 /// How far archived WAL was replayed. Positions of two timelines say nothing of each other.
@@ -350,12 +354,22 @@ fn proved<'a>(proofs: impl Iterator<Item = &'a ProofFact>, now_ms: i64) -> Optio
         (None, Some(_)) => format!("{PITR} {}", ago(told)),
         (_, None) => format!(" {}", ago(told)),
     };
-    Some(format!(
-        "restored in {} and proved {}{moment} ago, {}",
-        duration(i64::try_from(told.recovery_time_ms).unwrap_or(i64::MAX)),
-        told.level,
-        count(told.tables, "table"),
-    ))
+    Some(
+        format!(
+            "restored in {} and proved {}{moment} ago, {}",
+            duration(i64::try_from(told.recovery_time_ms).unwrap_or(i64::MAX)),
+            told.level,
+            count(told.tables, "table"),
+        ) + &unasked(told),
+    )
+}
+
+/// What a proof could not ask, which says nothing against the backup and proves nothing of it either.
+fn unasked(proof: &ProofFact) -> String {
+    match proof.unasked {
+        0 => String::new(),
+        n => format!("; {} could not be asked", count(n, "assertion")),
+    }
 }
 
 /// What is wrong with its archive, and what its server keeps for that.
@@ -412,6 +426,14 @@ fn broken(facts: &ClusterFacts, objectives: &Objectives, now_ms: i64) -> Option<
     if let Some(failed) = standing_failure(&facts.proofs) {
         let ago = span(now_ms - failed.at_ms);
         let reach = proved_reach(facts, now_ms);
+        if failed.unmet > 0 {
+            let (what, level) = (count(failed.unmet, "assertion"), failed.level);
+            let verb = if failed.unmet == 1 { "does" } else { "do" };
+            return Some(format!(
+                "{what} {verb} not hold in its newest backup, by its {level} proof {ago} ago{}{reach}",
+                unasked(failed)
+            ));
+        }
         return Some(format!(
             "its newest backup failed its {} proof {ago} ago{reach}",
             failed.level
@@ -462,6 +484,8 @@ mod tests {
             recovery_time_ms: 31_400,
             tables: 212,
             replayed_to: None,
+            unmet: 0,
+            unasked: 0,
         }
     }
 
@@ -563,6 +587,19 @@ mod tests {
                 |f| f.proofs.push(proof(0, ProofLevel::L4, false)),
                 Broken,
                 "its newest backup failed its L4 proof 0 s ago: proved reach ends 2 d ago",
+            ),
+            (
+                |f| f.proofs = vec![ProofFact { unasked: 1, ..proof(DAY, ProofLevel::L5, true) }],
+                Proved,
+                "restored in 31 s and proved L5 24 h ago, 212 tables; 1 assertion could not be asked",
+            ),
+            (
+                |f| {
+                    let failed = proof(0, ProofLevel::L6, false);
+                    f.proofs.push(ProofFact { unmet: 1, unasked: 2, ..failed });
+                },
+                Broken,
+                "1 assertion does not hold in its newest backup, by its L6 proof 0 s ago; 2 assertions could not be asked: proved reach ends 2 d ago",
             ),
             (
                 |f| f.broken_wal = Some(broken_stretch()),

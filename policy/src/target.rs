@@ -190,6 +190,8 @@ mod tests {
                 recovery_time_ms: 600_000,
                 tables: 3,
                 replayed_to: None,
+                unmet: 0,
+                unasked: 0,
             }],
             recoverable: Some(point(MINUTE, true)),
             recovery_time: Some(time(10, 0)),

@@ -244,6 +244,12 @@ impl Proof {
         outcomes.any(|outcome| outcome == CheckOutcome::Failed)
     }
 
+    /// How many assertions ended so.
+    pub fn assertions_that(&self, outcome: CheckOutcome) -> u64 {
+        let ended = self.assertions.iter().flatten().filter(|asked| asked.outcome == outcome);
+        ended.count() as u64
+    }
+
     /// The same when that level was reached.
     #[must_use]
     pub fn reached(self) -> Self {
@@ -287,7 +293,7 @@ pub struct ProofAssertion {
     pub name: String,
     /// Where it was asked.
     pub database: DatabaseName,
-    /// Whether it holds.
+    /// Whether it holds: failed when it was asked and the answer was not `true`, skipped when it could not be asked.
     pub outcome: CheckOutcome,
     /// `true`, or what came instead, for people.
     pub answer: String,

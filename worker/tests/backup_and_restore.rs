@@ -102,13 +102,33 @@ async fn what_is_asserted_of_a_cluster_is_asked_of_its_restored_copy() {
     ]);
     let proof = house.prove(ProofLevel::L6).await;
     assert_eq!((proof.passed, proof.level()), (false, Some(ProofLevel::L5)));
-    assert_eq!(house::unmet(&proof), ["none", "writes", "tells", "late"]);
+    assert_eq!(house::unmet(&proof), ["none"]);
+    assert_eq!(house::unasked(&proof), ["writes", "tells", "late"]);
     let failure = proving::shortfall(&proof, None).unwrap();
     assert_eq!((failure.code, failure.action), (Code::ProofFailed, Action::FixData));
-    for why in ["reached L5 of L6", "false", "read-only transaction", "no answer within 1s"] {
+    let why = "reached L5 of L6: assertion none (false) does not hold; assertions writes (";
+    for why in [why, "read-only transaction", "no answer within 1s) could not be asked"] {
         assert!(failure.message.contains(why), "{why}: {failure}");
     }
     assert!(!format!("{proof:?}").contains("hunter2"), "{proof:#?}");
+
+    // What could not be asked proves nothing, and is nothing against the backup.
+    house.assert_of_postgres(&[
+        ("all-there", "SELECT count(*) = 50000 FROM public.orders"),
+        ("typo", "SELECT count(*) = 50000 FROM public.order"),
+    ]);
+    let proof = house.prove(ProofLevel::L6).await;
+    assert_eq!((proof.passed, proof.proved()), (false, Some(ProofLevel::L5)));
+    let failure = proving::shortfall(&proof, None).unwrap();
+    assert_eq!(failure.action, Action::FixConfig);
+    let why = "is proved at L5, L6 was asked: assertion typo (";
+    assert!(
+        failure.message.contains(why) && failure.message.contains("does not exist"),
+        "{failure}"
+    );
+    let sentence = proving::sentence(&proof);
+    assert!(sentence.starts_with("orders is PROVED (L5), not L6 as asked: "), "{sentence}");
+    assert!(sentence.ends_with("1 assertion holds, 1 assertion could not be asked"), "{sentence}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

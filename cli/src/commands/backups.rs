@@ -293,7 +293,11 @@ fn details(backup: &BackupView) -> String {
             ));
         }
         for asked in proof.record.assertions.iter().flatten() {
-            let outcome = format!("{:?}", asked.outcome).to_lowercase();
+            let outcome = match asked.outcome {
+                CheckOutcome::Passed => "passed",
+                CheckOutcome::Failed => "failed",
+                CheckOutcome::Skipped => "could not be asked",
+            };
             lines.push(format!(
                 "    L6 {:<22} {outcome}: {} in {}, after {:.2} s",
                 asked.name,

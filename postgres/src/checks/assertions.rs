@@ -16,7 +16,7 @@ use tokio_postgres::Transaction;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::Type;
 
-use super::findings::{is_lost, is_shortage, lacks_something_here};
+use super::findings::lacks_something_here;
 use super::{Run, purpose};
 use crate::connect::{Purpose, connect, nonce};
 use crate::error::{During as _, Error};
@@ -61,14 +61,17 @@ pub struct Assertion {
 /// An assertion that was asked.
 pub(super) struct Asked {
     pub(super) told: ProofAssertion,
-    /// Whether it was seen not to hold: the server was there, and lacked nothing.
+    /// Whether it was seen not to hold.
     pub(super) saw_false: bool,
 }
 
 /// What came of asking one.
 enum Answer {
     True,
+    /// It was asked, and this is not `true`.
     Other(String),
+    /// It is nothing that can be answered with `true`.
+    NoQuestion(String),
     NotInTime,
 }
 
@@ -192,24 +195,27 @@ async fn holds(session: &mut Session, assertion: &Assertion) -> Result<Answer, E
 }
 
 async fn answer(transaction: &Transaction<'_>, sql: &str) -> Result<Answer, Error> {
-    let other = |what: String| Ok(Answer::Other(what));
+    let other = |what: &str| Ok(Answer::Other(what.to_owned()));
+    let no_question = |what: String| Ok(Answer::NoQuestion(what));
     // Prepared, so that it is one statement, and that what it answers with is known before it runs.
     let query = transaction.prepare(sql).await.during(PREPARE)?;
     match (query.params(), query.columns()) {
         ([], [column]) if *column.type_() == Type::BOOL => {}
         ([], [column]) => {
-            return other(format!("its column is of type {}, not boolean", column.type_()));
+            return no_question(format!("its column is of type {}, not boolean", column.type_()));
         }
-        ([], columns) => return other(format!("it has {} columns, not one", columns.len())),
-        _ => return other("it has parameters, which nobody gives".to_owned()),
+        ([], columns) => {
+            return no_question(format!("it has {} columns, not one", columns.len()));
+        }
+        _ => return no_question("it has parameters, which nobody gives".to_owned()),
     }
     // Of many rows, no more than show that they are too many.
     let portal = transaction.bind(&query, &[]).await.during(ASK)?;
     let rows = transaction.query_portal(&portal, 2).await.during(ASK)?;
     let row = match &rows[..] {
-        [] => return other("no row".to_owned()),
+        [] => return other("no row"),
         [row] => row,
-        _ => return other("more than one row".to_owned()),
+        _ => return other("more than one row"),
     };
     Ok(match row.try_get(0).during(ASK)? {
         Some(true) => Answer::True,
@@ -218,22 +224,24 @@ async fn answer(transaction: &Transaction<'_>, sql: &str) -> Result<Answer, Erro
     })
 }
 
+/// One that could not be asked is skipped: it proves nothing, and says nothing against the data.
 fn concluded(assertion: &Assertion, answer: Result<Answer, Error>, took: Duration) -> Asked {
     let late = || format!("no answer within {:?}", assertion.within);
-    let (outcome, answer, saw_false) = match answer {
-        Ok(Answer::True) => (CheckOutcome::Passed, "true".to_owned(), false),
-        Ok(Answer::Other(why)) => (CheckOutcome::Failed, why, true),
-        Ok(Answer::NotInTime) => (CheckOutcome::Failed, late(), true),
+    let (outcome, answer) = match answer {
+        Ok(Answer::True) => (CheckOutcome::Passed, "true".to_owned()),
+        Ok(Answer::Other(why)) => (CheckOutcome::Failed, why),
+        Ok(Answer::NoQuestion(why)) => (CheckOutcome::Skipped, why),
+        Ok(Answer::NotInTime) => (CheckOutcome::Skipped, late()),
         Err(Error::Deadline { .. }) => {
-            (CheckOutcome::Skipped, "the job's time for it was over".to_owned(), false)
+            (CheckOutcome::Skipped, "the job's time for it was over".to_owned())
         }
-        Err(error) if lacks_something_here(&error) => (CheckOutcome::Skipped, said(&error), false),
-        Err(error) => {
-            let is_late = error.state() == Some(&SqlState::QUERY_CANCELED);
-            let why = if is_late { late() } else { said(&error) };
-            (CheckOutcome::Failed, why, !is_lost(&error) && !is_shortage(&error))
+        Err(error) if error.state() == Some(&SqlState::QUERY_CANCELED) => {
+            (CheckOutcome::Skipped, late())
         }
+        Err(error) if is_of_the_data(&error) => (CheckOutcome::Failed, said(&error)),
+        Err(error) => (CheckOutcome::Skipped, said(&error)),
     };
+    let saw_false = outcome == CheckOutcome::Failed;
     let told = ProofAssertion {
         name: assertion.name.clone(),
         database: assertion.database.clone(),
@@ -242,6 +250,19 @@ fn concluded(assertion: &Assertion, answer: Result<Answer, Error>, took: Duratio
         duration_ms: u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
     };
     Asked { told, saw_false }
+}
+
+/// Whether an error comes of what is in the database, not of the query, of its rights or of this machine: a value of a row that is
+/// not what the query takes it for, a function that raises, a relation that cannot be read.
+fn is_of_the_data(error: &Error) -> bool {
+    let Error::Statement { what, .. } = error else { return false };
+    let Some(state) = error.state().filter(|_| !lacks_something_here(error)) else { return false };
+    match state.code().get(..2) {
+        // A constant of the query is looked at before any row is.
+        Some("21" | "22" | "23" | "P0") => what == ASK,
+        Some("58" | "XX") => true,
+        _ => false,
+    }
 }
 
 /// What the server said, without what it was asked for, which the assertion's name says, and without what may be of a row.

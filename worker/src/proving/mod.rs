@@ -449,8 +449,9 @@ fn lack(proof: &Proof, forbidden: Option<&Forbidden>) -> Lack {
         };
     }
     if let Some(what) = unmet(proof) {
+        let unanswered = unanswered(proof).map_or(String::new(), |what| format!("; {what}"));
         return Lack {
-            what,
+            what: what + &unanswered,
             action: Action::FixData,
             hint: "Ask the cluster itself: what is wrong there was backed up as it was. Where it is right there, take a new backup at \
                    once; where the assertion is wrong, correct it in the worker's configuration."
@@ -464,8 +465,9 @@ fn lack(proof: &Proof, forbidden: Option<&Forbidden>) -> Lack {
         return Lack {
             what,
             action: Action::FixConfig,
-            hint: "Every check before them passed. Each answer says what is missing: a library or a locale on this machine, or time, \
-                   which the job's deadline and within_s of the assertions give."
+            hint: "Nothing is said against the backup: every check before them passed. Each answer says why. A query, a database's name or \
+                   a right is corrected in the worker's configuration, which is then restarted; a library or a locale may be missing on this \
+                   machine, or time, which the job's deadline and within_s of the assertions give."
                 .to_owned(),
         };
     }
@@ -546,13 +548,17 @@ pub fn sentence(proof: &Proof) -> String {
     };
     let heartbeat = proof.heartbeat_at_ms.and_then(|ms| Timestamp::from_millisecond(ms).ok());
     let heartbeat = heartbeat.map_or(String::new(), |at| format!("; heartbeat of {at} seen"));
-    let asserted = match proof.assertions.as_deref().unwrap_or_default() {
-        [] => String::new(),
-        [_] => ", 1 assertion holds".to_owned(),
-        several => format!(", {} assertions hold", several.len()),
+    let asserted = match proof.assertions_that(CheckOutcome::Passed) {
+        0 => String::new(),
+        1 => ", 1 assertion holds".to_owned(),
+        several => format!(", {several} assertions hold"),
+    };
+    let unasked = match proof.assertions_that(CheckOutcome::Skipped) {
+        0 => String::new(),
+        n => format!(", {} could not be asked", count(n, "assertion")),
     };
     let mut said = format!(
-        "{} is PROVED ({level}{moment}){less}: restored{replayed} in {took}, {}, {} {what}{asserted}{heartbeat}",
+        "{} is PROVED ({level}{moment}){less}: restored{replayed} in {took}, {}, {} {what}{asserted}{unasked}{heartbeat}",
         proof.cluster,
         count(proof.tables, "table"),
         count(proof.rows, "row")

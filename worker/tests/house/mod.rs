@@ -51,9 +51,18 @@ pub(crate) const ENDLESS: &str =
 
 /// The names of the assertions that do not hold.
 pub(crate) fn unmet(proof: &proto::Proof) -> Vec<&str> {
+    ended(proof, CheckOutcome::Failed)
+}
+
+/// The names of the assertions that could not be asked.
+pub(crate) fn unasked(proof: &proto::Proof) -> Vec<&str> {
+    ended(proof, CheckOutcome::Skipped)
+}
+
+fn ended(proof: &proto::Proof, outcome: CheckOutcome) -> Vec<&str> {
     let asked = proof.assertions.iter().flatten();
-    let failed = asked.filter(|assertion| assertion.outcome == CheckOutcome::Failed);
-    failed.map(|assertion| assertion.name.as_str()).collect()
+    let such = asked.filter(|assertion| assertion.outcome == outcome);
+    such.map(|assertion| assertion.name.as_str()).collect()
 }
 
 /// A server with data, an empty repository, and everything a worker would have resolved.
