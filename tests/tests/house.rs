@@ -400,6 +400,123 @@ fn same_keys(sample: &str, parsed: &toml::Value) -> anyhow::Result<()> {
 }
 
 #[test]
+fn the_format_names_every_field_of_a_stored_proof_and_of_what_a_backup_read_and_counted() {
+    // Everything that may be absent is there. Whoever adds a field has to put it in here, because the structs are written out.
+    let proof = serde_json::to_value(whole_proof()).expect("a proof is JSON");
+    let reading = serde_json::to_value(whole_reading()).expect("it is JSON");
+    let census = serde_json::to_value(whole_census()).expect("it is JSON");
+    let format = read(&root().join("repository/FORMAT.md"));
+    let mut missing = Vec::new();
+    for (of, value) in [("", &proof), ("reading.", &reading), ("census.", &census)] {
+        let fields = value.as_object().expect("it is an object");
+        let is_named = |name: &str| format.contains(&format!("`{name}`"));
+        missing
+            .extend(fields.keys().map(|key| format!("{of}{key}")).filter(|field| !is_named(field)));
+        let mut inner = BTreeSet::new();
+        fields.values().for_each(|field| keys_of(field, &mut inner));
+        missing.extend(inner.into_iter().filter(|key| !is_named(key)));
+    }
+    none("repository/FORMAT.md does not name these fields", &missing);
+}
+
+fn keys_of(value: &Value, into: &mut BTreeSet<String>) {
+    match value {
+        Value::Object(fields) => fields.iter().for_each(|(key, value)| {
+            into.insert(key.clone());
+            keys_of(value, into);
+        }),
+        Value::Array(items) => items.iter().for_each(|item| keys_of(item, into)),
+        _ => {}
+    }
+}
+
+fn whole_proof() -> proto::Proof {
+    use proto::proof::{
+        BrokenWal, CheckOutcome, Phase, ProofAssertion, ProofCheck, ProofLevel, ProofRecovery,
+    };
+    use proto::{BackupId, BackupKind, LineageId, Lsn, Proof, SystemIdentifier, Timeline};
+    let text = || "text".to_owned();
+    let (name, at, timeline) = (text(), Lsn(1), Timeline(1));
+    let outcome = CheckOutcome::Passed;
+    let level = ProofLevel::L5;
+    Proof {
+        backup: BackupId::mint(1, [1; 10]),
+        kind: BackupKind::Logical,
+        lineage: LineageId::mint(1, [1; 10]),
+        cluster: "orders".parse().expect("it is a name"),
+        system_identifier: SystemIdentifier(1),
+        worker: "w1".parse().expect("it is a name"),
+        at_ms: 1,
+        level_asked: level,
+        level_reached: Some(level),
+        passed: true,
+        server_version_num: Some(150_018),
+        reached_lsn: Some(at),
+        phases: vec![Phase { name: text(), duration_ms: 1, counts_as_recovery: true }],
+        size_bytes: 1,
+        tables: 1,
+        rows: 1,
+        tables_exact: 1,
+        tables_bounded: 0,
+        checks: vec![ProofCheck { name, level, outcome, detail: text() }],
+        isolation: text(),
+        recovery: Some(ProofRecovery {
+            target: text(),
+            timeline,
+            reached_lsn: at,
+            last_commit: Some("1970-01-01T00:00:00Z".parse().expect("it is a time")),
+            evidence: text(),
+            replayed_bytes: 1,
+        }),
+        broken_wal: Some(BrokenWal { target: text(), timeline, from: at, to: at }),
+        heartbeat_at_ms: Some(1),
+        assertions: Some(vec![ProofAssertion {
+            name: text(),
+            database: "shop".parse().expect("it is a name"),
+            outcome,
+            answer: text(),
+            duration_ms: 1,
+        }]),
+    }
+}
+
+fn whole_reading() -> proto::backup::Reading {
+    use proto::backup::{Reading, SilentChanges, SummariesUsed};
+    Reading {
+        server_started_at_ms: 1,
+        read_bytes: 1,
+        unread_bytes: 1,
+        summaries: Some(SummariesUsed { since: proto::Lsn(1), count: 1 }),
+        whole_files: Some("text".to_owned()),
+        silent_changes: Some(SilentChanges { units: 1, files: vec!["base/5/16384".to_owned()] }),
+    }
+}
+
+fn whole_census() -> proto::backup::Census {
+    use proto::backup::{Census, CountedFile, DatabaseCensus, Forbidden, TableCount};
+    let text = || "text".to_owned();
+    let file = CountedFile { path: text(), size_bytes: 1, counted_at_ms: 1 };
+    Census {
+        canary: Some(text()),
+        databases: vec![DatabaseCensus {
+            database: "shop".parse().expect("it is a name"),
+            collation: text(),
+            extensions: vec![text()],
+            relations: vec![('r', 1)],
+            tables: vec![TableCount {
+                schema: text(),
+                table: text(),
+                rows: Some(1),
+                drift: Some((0, 0)),
+                file: Some(file),
+            }],
+        }],
+        unseen: vec![text()],
+        forbidden: Some(Forbidden { role: text(), tables: 1, first: text() }),
+    }
+}
+
+#[test]
 fn links_between_documents_lead_somewhere() {
     let mut broken = Vec::new();
     for path in files(".md") {
