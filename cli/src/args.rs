@@ -114,6 +114,9 @@ pub enum Command {
     /// Say to which moments clusters can be recovered.
     #[command(subcommand)]
     Recovery(RecoveryCommand),
+    /// Make, list and remove the tokens of callers elsewhere.
+    #[command(subcommand)]
+    Token(TokenCommand),
     /// Check this machine, the coordinator, its workers and their clusters.
     ///
     /// With `--config`, also what a worker's configuration can reach; a coordinator need not answer then. The exit code is 3
@@ -213,6 +216,60 @@ pub struct EnrollToken {
     pub worker: WorkerName,
     /// The worker's site.
     pub site: SiteName,
+}
+
+/// `token …`.
+#[derive(Debug, Subcommand)]
+pub enum TokenCommand {
+    /// On the coordinator's machine: print a new token for a caller elsewhere.
+    ///
+    /// It is shown once and kept nowhere: the coordinator remembers a SHA-256 of it. Write it where only the caller can read it:
+    /// `(umask 077; pgmuster token new alice --role operator > alice.token)`.
+    New(NewToken),
+    /// List the tokens there are, without what is secret.
+    List,
+    /// Remove a token; whoever has it is refused from then on.
+    Remove {
+        /// Its name.
+        #[arg(value_parser = token_name)]
+        name: String,
+    },
+}
+
+/// `token new`.
+#[derive(Debug, Args)]
+pub struct NewToken {
+    /// Whose it is, as `requested_by` of jobs shows: 1 to 63 characters of A-Z, a-z, 0-9 and -_.@.
+    #[arg(value_parser = token_name)]
+    pub name: String,
+    /// What it allows: `viewer` looks (and scrapes `/metrics`), `operator` also orders, cancels and retries jobs, `admin` also enrolls
+    /// workers, makes tokens, pauses and adopts clusters.
+    #[arg(long, value_enum, value_name = "ROLE", hide_possible_values = true)]
+    pub role: TokenRole,
+    /// How many days it is good, 1 to 366.
+    #[arg(long, default_value_t = 90, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=366))]
+    pub days: u64,
+}
+
+/// What a token allows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TokenRole {
+    /// Look.
+    Viewer,
+    /// And order.
+    Operator,
+    /// And everything else.
+    Admin,
+}
+
+/// A name that can stand in the path of a request.
+fn token_name(text: &str) -> Result<String, String> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.@".contains(c);
+    let is_name = (1..=63).contains(&text.len()) && text.chars().all(plain);
+    let is_path = text.chars().all(|c| c == '.');
+    (is_name && !is_path)
+        .then(|| text.to_owned())
+        .ok_or_else(|| "1 to 63 characters of A-Z, a-z, 0-9 and -_.@".to_owned())
 }
 
 /// Waiting for a job.

@@ -107,6 +107,14 @@ impl Client {
         self.send(self.http.post(format!("{}{path}", self.base)).json(body), REQUEST_MAX).await
     }
 
+    /// Removes something.
+    pub(crate) async fn delete(&self, path: &str) -> Result<(), Failure> {
+        self.check_token()?;
+        let request = self.http.delete(format!("{}{path}", self.base));
+        let (status, body) = self.exchange(request, REQUEST_MAX).await?;
+        if status.is_success() { Ok(()) } else { understood(status, &body) }
+    }
+
     /// Orders something that carries its own right to be done.
     pub(crate) async fn post_with_own_right<T: DeserializeOwned>(
         &self,

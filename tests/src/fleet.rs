@@ -48,6 +48,8 @@ pub struct Fleet {
     pub ticket_ms: u32,
     /// Whether the coordinator orders a backup behind WAL that is missing, or cannot be replayed.
     pub backup_behind_gaps: bool,
+    /// A port of this machine at which the coordinator listens, too.
+    pub tcp_port: Option<u16>,
 }
 
 /// A worker as its configuration will say it.
@@ -103,6 +105,7 @@ impl Fleet {
             workers,
             ticket_ms: 3_000,
             backup_behind_gaps: true,
+            tcp_port: None,
         };
         fleet.write("signing.key", "AQIDBAUGBwgJCgsMDQ4PEBESExQVFhcYGRobHB0eHyA=\n")?;
         fleet.write("amqp.url", &fleet.amqp)?;
@@ -165,6 +168,7 @@ impl Fleet {
             url = "file:{place}/amqp.url"
             [listen]
             socket = "{place}/c.sock"
+            {tcp}
             [timing]
             lease_ms = 8000
             patience_ms = 20000
@@ -179,6 +183,7 @@ impl Fleet {
             catalog = self.catalog,
             ticket_ms = self.ticket_ms,
             behind_gaps = self.backup_behind_gaps,
+            tcp = self.tcp_port.map_or(String::new(), |port| format!("tcp = \"127.0.0.1:{port}\"")),
         );
         let config = self.write("coordinator.toml", &config)?;
         self.coordinator = Some(Pgmuster::start(&["coordinator", "--config", text(&config)?])?);

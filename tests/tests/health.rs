@@ -1,11 +1,12 @@
-//! Whether a coordinator can do its work, as a load balancer or a supervisor asks it.
+//! Whether a coordinator can do its work, as a load balancer or a supervisor asks it, and who is let in to ask.
 
 use std::io::{ErrorKind, Read as _};
+use std::net::TcpListener;
 
 use anyhow::{Context as _, ensure};
 use postgres::instance::StopMode;
 use serde_json::Value;
-use tests::{Cluster, Fleet, Place, Proxy, SOON, Vhost, eventually};
+use tests::{Cluster, Fleet, Pgmuster, Place, Proxy, SOON, Vhost, eventually};
 
 fn health(fleet: &Fleet) -> anyhow::Result<(u16, Value)> {
     let (status, body) = fleet.http("GET", "/healthz", &[], "")?;
@@ -66,4 +67,41 @@ async fn a_coordinator_without_its_catalog_or_its_broker_says_503() -> anyhow::R
     eventually("the coordinator to lead", SOON, || {
         Ok((health(&fleet)?.1["leader"] == true).then_some(()))
     })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_caller_elsewhere_is_let_in_by_a_token_that_a_command_made_until_one_removes_it()
+-> anyhow::Result<()> {
+    let vhost = Vhost::create()?;
+    let mut fleet = Fleet::prepare(&vhost.url(), "", Place::Directory)?;
+    let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+    fleet.tcp_port = Some(port);
+    fleet.start_coordinator()?;
+    let made = fleet.run(&["token", "new", "alice@desk", "--role", "viewer", "--days", "1"])?;
+    let token = made.stdout.trim();
+    ensure!(made.code() == 0 && token.starts_with("pgmuster_api_"), "{made}");
+    ensure!(!made.stderr.contains(token) && made.stderr.contains("good until"), "{made}");
+    let listed = fleet.expect(&["token", "list"])?;
+    ensure!(listed.contains("alice@desk  viewer"), "{listed}");
+    ensure!(!listed.contains(token), "{listed}");
+    let again = fleet.run(&["token", "new", "alice@desk", "--role", "admin"])?;
+    ensure!(again.stderr.contains("pgmuster token remove"), "{again}");
+
+    let file = fleet.path("alice.token");
+    std::fs::write(&file, token)?;
+    let url = format!("http://127.0.0.1:{port}");
+    let from_afar = |arguments: &[&str]| {
+        let file = file.to_str().context("a path")?;
+        let own = ["--coordinator", &url, "--token-file", file];
+        Pgmuster::start(&[&own[..], arguments].concat())?.wait(SOON)
+    };
+    let status = from_afar(&["status"])?;
+    ensure!(status.code() == 0, "{status}");
+    let more = from_afar(&["token", "new", "eve", "--role", "admin"])?;
+    ensure!(more.code() == 4 && more.stderr.contains("NOT_ALLOWED"), "{more}");
+    fleet.expect(&["token", "remove", "alice@desk"])?;
+    let refused = from_afar(&["status"])?;
+    ensure!(refused.code() == 4 && refused.stderr.contains("UNAUTHORIZED"), "{refused}");
+    ensure!(refused.stderr.contains("pgmuster token new"), "{refused}");
+    Ok(())
 }

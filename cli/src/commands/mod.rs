@@ -20,6 +20,7 @@ mod repo_key;
 mod restore;
 mod roles;
 mod status;
+mod token;
 mod up;
 mod wal;
 
@@ -62,6 +63,7 @@ pub(crate) async fn run(cli: Cli, before: Before) -> Result<Exit, Failure> {
         Command::Repo(command) => repo::run(command, format).await,
         Command::Wal(command) => wal::run(command, before).await,
         Command::Recovery(command) => recovery::run(client, command, format).await,
+        Command::Token(command) => token::run(&client()?, command, format).await,
         Command::Doctor(args) => doctor::run(client(), &args, format).await,
         Command::Config(command) => config::run(&command, format),
     }

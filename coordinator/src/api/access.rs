@@ -31,7 +31,7 @@ impl Caller {
         }
         let text = format!("token {} has the role {:?}, this needs {role:?}", self.name, self.role);
         Err(Failure::new(Code::NotAllowed, Action::FixConfig, text.to_lowercase())
-            .with_hint("Use a token with that role: POST /v1/tokens on the coordinator's socket makes one.")
+            .with_hint("Use a token with that role: pgmuster token new NAME --role ROLE, on the coordinator's machine, makes one.")
             .into())
     }
 }
@@ -93,6 +93,7 @@ pub(crate) fn role(name: &str) -> Option<Role> {
 }
 
 pub(crate) fn unauthorized(text: &str) -> Failure {
-    Failure::new(Code::Unauthorized, Action::FixConfig, text)
-        .with_hint("Make a token: POST /v1/tokens on the coordinator's socket.")
+    Failure::new(Code::Unauthorized, Action::FixConfig, text).with_hint(
+        "Make a token on the coordinator's machine: pgmuster token new NAME --role ROLE > FILE.",
+    )
 }

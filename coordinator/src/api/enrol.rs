@@ -198,7 +198,7 @@ pub(crate) async fn api_token(core: &Core, request: &TokenRequest) -> ApiResult<
     if !written {
         let text = format!("there is a token {} already", request.name);
         return Err(Failure::new(Code::StateConflict, Action::Abandon, text)
-            .with_hint("Choose another name, or remove that one first: DELETE /v1/tokens/NAME.")
+            .with_hint("Choose another name, or remove that one first: pgmuster token remove NAME.")
             .into());
     }
     Ok(TokenResponse { token, expires_at_ms })
