@@ -98,7 +98,7 @@ async fn a_caller_elsewhere_is_let_in_by_a_token_that_a_command_made_until_one_r
     let status = from_afar(&["status"])?;
     ensure!(status.code() == 0, "{status}");
     let more = from_afar(&["token", "new", "eve", "--role", "admin"])?;
-    ensure!(more.code() == 4 && more.stderr.contains("NOT_ALLOWED"), "{more}");
+    ensure!(more.code() == 5 && more.stderr.contains("NOT_ALLOWED"), "{more}");
     fleet.expect(&["token", "remove", "alice@desk"])?;
     let refused = from_afar(&["status"])?;
     ensure!(refused.code() == 4 && refused.stderr.contains("UNAUTHORIZED"), "{refused}");

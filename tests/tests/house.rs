@@ -381,6 +381,56 @@ fn sample_configurations_are_complete_and_accepted() -> anyhow::Result<()> {
     Ok(())
 }
 
+#[test]
+fn systemd_accepts_the_units_and_they_stop_the_worker_no_sooner_than_it_ends() -> anyhow::Result<()>
+{
+    let units = files(".service");
+    let place = tempfile::tempdir()?;
+    for path in &units {
+        // The program itself is installed nowhere.
+        let unit = read(path).replace("/usr/bin/pgmuster ", "/bin/true ");
+        ensure!(unit.contains("ExecStart=/bin/true "), "{}", shown(path));
+        let copy = place.path().join(path.file_name().context("a unit has a name")?);
+        std::fs::write(&copy, unit)?;
+        let analyze = |arguments: &[&str]| {
+            let analyze = Command::new("systemd-analyze").args(arguments).arg(&copy).output();
+            analyze.context("run systemd-analyze, which tests/tools installs")
+        };
+        let verified = analyze(&["verify"])?;
+        let said = String::from_utf8_lossy(&verified.stderr);
+        let named = said.lines().any(|line| line.contains("pgmuster"));
+        ensure!(verified.status.success() && !named, "{}: {said}", shown(path));
+        // Out of a hundred: how much of this machine a service that was taken over has.
+        let exposed = analyze(&["security", "--offline=true", "--threshold=45"])?;
+        ensure!(exposed.status.success(), "{}", String::from_utf8_lossy(&exposed.stdout));
+    }
+    let unit = |name: &str| -> anyhow::Result<String> {
+        let path = units.iter().find(|path| stem(path) == name);
+        Ok(read(path.with_context(|| format!("there is no unit {name}"))?))
+    };
+    let has = |unit: &str, line: &str| unit.lines().any(|it| it == line);
+    let worker = unit("pgmuster-worker")?;
+    let limit = worker.lines().find_map(|line| line.strip_prefix("TimeoutStopSec="));
+    let limit: u64 = limit.context("the worker has a time to end")?.parse()?;
+    ensure!(limit > worker::ENDS_WITHIN.as_secs(), "{limit} s");
+    // A signal to the whole group would end pg_dump and the servers of sandboxes under a running job.
+    ensure!(has(&worker, "KillMode=mixed"), "{worker}");
+    let sample = read(&root().join("deploy/config/worker.toml"));
+    let config: worker::config::WorkerConfig = toml::from_str(&sample)?;
+    for directory in [config.state_dir, config.sandbox.directory] {
+        let name = directory.as_str().strip_prefix("/var/lib/").context("it is below /var/lib")?;
+        let made = worker.lines().find_map(|line| line.strip_prefix("StateDirectory="));
+        ensure!(made.is_some_and(|made| made.split(' ').any(|one| one == name)), "{directory}");
+    }
+    let coordinator = unit("pgmuster-coordinator")?;
+    let sample = read(&root().join("deploy/config/coordinator.toml"));
+    let config: coordinator::config::Config = toml::from_str(&sample)?;
+    let catalog = "sqlite:/var/lib/pgmuster/coordinator/";
+    ensure!(config.catalog.url.starts_with(catalog), "{}", config.catalog.url);
+    ensure!(has(&coordinator, "StateDirectory=pgmuster/coordinator"), "{coordinator}");
+    Ok(())
+}
+
 /// A setting that the program has, with its default if need be, must stand in the sample.
 fn same_keys(sample: &str, parsed: &toml::Value) -> anyhow::Result<()> {
     fn keys(prefix: &str, value: &toml::Value, into: &mut BTreeSet<String>) {

@@ -35,4 +35,4 @@ mod slots;
 mod spool;
 mod worker;
 
-pub use worker::Worker;
+pub use worker::{ENDS_WITHIN, Worker};

@@ -26,6 +26,10 @@ const HAND_BACK_MAX: Duration = Duration::from_secs(30);
 const HAND_BACK_AT_ONCE: Duration = Duration::from_secs(5);
 /// How long the last reports may take to be confirmed; they stay on disk otherwise.
 const LAST_REPORTS_MAX: Duration = Duration::from_secs(10);
+/// How long a worker takes to end after its first signal, at most: whoever stops it has to wait so long.
+pub const ENDS_WITHIN: Duration = Duration::from_secs(
+    2 * DRAIN_MAX.as_secs() + HAND_BACK_MAX.as_secs() + LAST_REPORTS_MAX.as_secs(),
+);
 /// How often a worker tries to take the place of its WAL service.
 const SOCKET_TRIED_EVERY: Duration = Duration::from_secs(10);
 
