@@ -365,7 +365,8 @@ mod tests {
         assert!(found[1].detail.starts_with("s3://backups: REPOSITORY_MISSING: none"), "{found:?}");
         assert_eq!(found[1].hint, "Check its URL.");
         let reads_little = Some("backup".to_owned());
-        let found = served("w1", &ClusterOffer { reads_little, ..offer(None, None) }, Seen::Nothing, 1);
+        let found =
+            served("w1", &ClusterOffer { reads_little, ..offer(None, None) }, Seen::Nothing, 1);
         let told: Vec<(&str, bool)> = found.iter().map(|f| (f.what.as_str(), f.good)).collect();
         assert_eq!(told, [("cluster orders", true), ("rows of orders", true)], "a note");
         assert!(found[1].hint.contains("GRANT pg_read_all_data TO \"backup\";"), "{found:?}");

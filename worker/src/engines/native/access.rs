@@ -171,6 +171,7 @@ mod tests {
             role: "backup".to_owned(),
             may_replicate: true,
             superuser: false,
+            reads_all: true,
         };
         let hint = |given_by| {
             let file = "name = \"main\"\nconnection = \"\"";
