@@ -201,5 +201,26 @@ async fn up_proves_the_readers_own_server_and_stops() -> anyhow::Result<()> {
     ])?;
     ensure!(refused.code() == 8, "{refused}");
     ensure!(refused.stderr.contains("SERVER_UNREACHABLE"), "{refused}");
-    Ok(())
+
+    // A role that may not ask where the files are has them read over connections, without being told to.
+    cluster
+        .run(
+            "CREATE ROLE backup LOGIN REPLICATION IN ROLE pg_read_all_data;
+             GRANT EXECUTE ON FUNCTION pg_backup_start(text, boolean), pg_backup_stop(boolean) TO backup",
+        )
+        .await?;
+    let url = url.replace("postgres@", "backup@");
+    let home = tempfile::Builder::new().prefix("up").tempdir_in("/tmp")?;
+    let up = ["up", "--once", "--home", text(home.path())?, &url];
+    let refused = tests::Pgmuster::run(&up)?;
+    ensure!(refused.code() == 5 && refused.stderr.contains("PERMISSION_DENIED"), "{refused}");
+    ensure!(refused.stderr.contains("pg_read_all_settings"), "{refused}");
+    let grants = refused.stderr.split_once("read over connections: ");
+    let grants = grants.and_then(|(_, rest)| rest.lines().next()).context("the grants")?;
+    ensure!(std::fs::read_dir(home.path())?.next().is_none(), "it has begun: {refused}");
+    cluster.run(grants).await?;
+    let done = tests::Pgmuster::run(&up)?;
+    ensure!(done.code() == 0 && done.stdout.contains("main is PROVED (L5)"), "{done}");
+    ensure!(done.stderr.contains("whose files are read over connections"), "{done}");
+    cluster.is_left_alone().await
 }
