@@ -1,7 +1,7 @@
 //! Logical backups from the order to the rows: a worker dumps the databases of a server, and the repository and its key
 //! alone load one of them into another server.
 
-use anyhow::ensure;
+use anyhow::{Context as _, bail, ensure};
 use postgres::instance::InstanceOptions;
 use tests::fleet::text;
 use tests::{Cluster, Fleet, Place, Vhost, WorkerSetup};
@@ -76,13 +76,47 @@ async fn a_dump_is_ordered_taken_listed_and_loaded_into_another_server() -> anyh
     ensure!(whole.code() == 2 && whole.stderr.contains("--into-server"), "{whole}");
     let plan = fleet.expect(&[&load[..], &["--database", "postgres", "--plan"]].concat())?;
     ensure!(plan.contains("restore into database postgres, which is there"), "{plan}");
+    let (plan, of) = (fleet.expect(&[&load[..], &["--plan"]].concat())?, "of the whole cluster");
+    let lines: Vec<&str> = plan.lines().collect();
+    let all = |line: &str, before: &str, after: &str| {
+        let size = line.strip_prefix(before).and_then(|rest| rest.strip_suffix(after));
+        size.and_then(|size| size.parse::<u64>().ok()).is_some_and(|size| size > 100)
+    };
+    let [first, globals, postgres, shop] = lines[..] else { bail!("{of}: {plan}") };
+    let whose = format!("restore logical backup {id} of orders (PostgreSQL 15.");
+    ensure!(first.starts_with(&whose) && first.contains(") into PostgreSQL 15."), "{of}: {plan}");
+    let kept = "create 0 roles and 0 tablespaces; leave these roles as they are: postgres";
+    ensure!(globals == kept, "{of}: {plan}");
+    let stays = " bytes; its owner, rights and settings stay";
+    let there = "restore into database postgres, which is there, all of it, ";
+    ensure!(all(postgres, there, stays), "{of}: {plan}");
+    let made = "create database shop as it was, and restore all of it, ";
+    ensure!(all(shop, made, " bytes"), "{of}: {plan}");
+    let schema = ["--database", "shop", "--schema", "old \"stock\"", "--plan"];
+    let (plan, of) = (fleet.expect(&[&load[..], &schema].concat())?, "of a schema");
+    let lines: Vec<&str> = plan.lines().collect();
+    let [first, part, made] = lines[..] else { bail!("{of}: {plan}") };
+    ensure!(first.starts_with(&whose), "{of}: {plan}");
+    let what = "create database shop, and restore into it schemas old \"stock\" with all that is in them, ";
+    let bytes = part.strip_prefix(what).and_then(|rest| rest.strip_suffix(" bytes"));
+    let bytes = bytes.and_then(|rest| rest.split_once(" of ")).context(plan.clone())?;
+    let (wanted, whole): (u64, u64) = (bytes.0.parse()?, bytes.1.parse()?);
+    ensure!(0 < wanted && wanted <= whole, "{of}: {plan}");
+    ensure!(made == "create schema old \"stock\"", "{of}: {plan}");
     let rows = "SELECT count(*) FROM pg_class WHERE relname = 'items'";
     ensure!(other.number(rows).await? == 0, "a plan changes nothing");
+    let shops = "SELECT count(*) FROM pg_database WHERE datname = 'shop'";
+    ensure!(other.number(shops).await? == 0, "a plan changes nothing");
     other.run("ALTER DATABASE postgres SET default_transaction_read_only = on").await?;
     let done = fleet.expect(&[&load[..], &["--database", "postgres"]].concat())?;
     ensure!(done.contains("Loaded 1 database of"), "{done}");
     let rows = "SELECT count(*) FROM public.items";
     ensure!(other.number(rows).await? == cluster.number(rows).await?, "rows are missing");
+    let again = [&load[..], &["--database", "postgres", "--overwrite", "postgres"]].concat();
+    let plan = fleet.expect(&[&again[..], &["--plan"]].concat())?;
+    let line = "DROP database postgres, create it as it was, and restore all of it, ";
+    ensure!(plan.lines().any(|found| all(found, line, " bytes")), "{plan}");
+    ensure!(other.number(rows).await? > 0, "a plan changes nothing");
     // One table and its schema, into a database that is not there.
     let table = [&load[..], &["--database", "shop", "--table", "sold"]].concat();
     let plan = fleet.expect(&[&table[..], &["--plan"]].concat())?;
