@@ -8,7 +8,7 @@ use anyhow::{Context as _, bail, ensure};
 use postgres::binaries::Binaries;
 use postgres::instance::InstanceOptions;
 use postgres::{Environment, Purpose, Target, connect};
-use proto::JobId;
+use proto::{JobId, Lsn};
 use serde_json::Value;
 use tests::fleet::text;
 use tests::{Cluster, Fleet, Place, Vhost, WorkerSetup, eventually, eventually_async, services};
@@ -67,13 +67,15 @@ async fn archived(server: &Cluster) -> anyhow::Result<String> {
     Ok(segment)
 }
 
-/// Commits a row, ends the segment it is in, and waits until that is archived. Gives its name, and a moment before the commit.
-async fn archived_row(server: &Cluster) -> anyhow::Result<(String, String)> {
+/// Commits a row, ends the segment it is in, and waits until that is archived. Gives its name, a moment before the commit and the
+/// position behind it.
+async fn archived_row(server: &Cluster) -> anyhow::Result<(String, String, Lsn)> {
     let text =
         "SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')";
     let before = server.text(text).await?;
     server.run("INSERT INTO public.parts VALUES (1)").await?;
-    Ok((archived(server).await?, before))
+    let behind = server.text("SELECT pg_current_wal_insert_lsn()::text").await?.parse()?;
+    Ok((archived(server).await?, before, behind))
 }
 
 /// The same without any transaction.
@@ -97,9 +99,9 @@ async fn a_proof_goes_to_a_moment_and_says_when_wal_does_not_lead_there() -> any
     let (server, _vhost, mut fleet) = archiving(&["orders"]).await?;
     fleet.start_worker(&WorkerSetup::of("w1", "orders", server.url()))?;
     fleet.expect(&["backup", "orders", "--wait"])?;
-    let (damaged, _) = archived_row(&server).await?;
-    let (_, moment) = archived_row(&server).await?;
-    let (last, _) = archived_row(&server).await?;
+    let (damaged, _, first) = archived_row(&server).await?;
+    let (_, moment, second) = archived_row(&server).await?;
+    let (last, _, third) = archived_row(&server).await?;
 
     // A moment that was chosen: what was committed before it is there, and nothing else.
     let told = fleet.expect(&["verify", "orders", "--to", &moment, "--level", "4", "--wait"])?;
@@ -123,7 +125,16 @@ async fn a_proof_goes_to_a_moment_and_says_when_wal_does_not_lead_there() -> any
     let any = proof(&fleet)?;
     let target = any["recovery"]["target"].as_str().unwrap_or_default();
     ensure!(target.ends_with(", chosen by chance"), "{any}");
-    ensure!((one - 1..=one + 2).contains(&any["rows"].as_u64().unwrap_or_default()), "{any}");
+    let asked = target.strip_prefix("position ").and_then(|text| text.split(',').next());
+    let asked: Lsn = asked.context("a position")?.parse()?;
+    let reached: Lsn = any["recovery"]["reached_lsn"].as_str().context("a position")?.parse()?;
+    ensure!(asked <= reached, "{any}");
+    let committed = [first, second, third].into_iter().filter(|behind| *behind <= reached);
+    let rows = one - 1 + committed.count() as u64;
+    ensure!(
+        any["rows"] == rows,
+        "{rows} rows were there, behind {first}, {second}, {third}: {any}"
+    );
 
     // What cannot be reached is refused before anything is restored, and says nothing about the backup.
     refused(&fleet, &["--to", "F/0"], "RECOVERY_TARGET_UNREACHABLE")?;
@@ -311,7 +322,7 @@ async fn a_moment_that_is_ordered_is_reached_though_the_worker_dies_on_the_way()
     fleet.expect(&["backup", "orders", "--wait"])?;
     server.run("INSERT INTO public.shelved VALUES (2)").await?;
     archived_row(&server).await?;
-    let (_, moment) = archived_row(&server).await?;
+    let (_, moment, _) = archived_row(&server).await?;
     server.run("INSERT INTO public.shelved VALUES (3)").await?;
     archived_row(&server).await?;
     fleet.worker("w1")?.kill()?;
