@@ -7,7 +7,7 @@ use anyhow::ensure;
 use postgres::instance::{InstanceOptions, StopMode};
 use serde_json::Value;
 use tests::fleet::text;
-use tests::{Bucket, Cluster, Finished, Pgmuster, SOON, eventually, eventually_async};
+use tests::{Bucket, Cluster, Finished, Pgmuster, SOON, bucket, eventually, eventually_async};
 
 use crate::desk::{Desk, mode, root};
 use crate::receiver::Receiver;
@@ -68,11 +68,12 @@ impl Scene {
         self.desk.backups(&format!("file://{}", self.desk.at("backups/repository")), &self.key())
     }
 
-    /// Puts a program before all others of its name: it ends with 42 when its arguments begin so, else it is the real one.
+    /// Puts a program before all others of its name: it ends with 42 when its arguments are such, else it is the real one.
     fn breaks(&mut self, name: &str, arguments: &str) -> anyhow::Result<()> {
         let real = self.desk.expect(&["sh", "-c", &format!("command -v {name}")])?;
+        let arguments = arguments.replace(' ', "\\ ");
         let fake = format!(
-            "#!/bin/sh\ncase \"$*\" in '{arguments}'*) echo 'it is broken' >&2; exit 42 ;; esac\nexec {real} \"$@\"\n"
+            "#!/bin/sh\ncase \"$*\" in {arguments}) echo 'it is broken' >&2; exit 42 ;; esac\nexec {real} \"$@\"\n"
         );
         std::fs::create_dir_all(self.desk.path("fakes"))?;
         self.desk.write(&format!("fakes/{name}"), &fake, 0o755)?;
@@ -144,9 +145,24 @@ async fn a_bucket_takes_dumps_and_a_drill_brings_them_back() -> anyhow::Result<(
     scene.desk.set("S3_BUCKET", &place);
     let none = scene.desk.script("restore-drill", &[])?;
     ensure!(none.code() == 2 && none.stderr.contains("failed to find a backup"), "{none}");
+    // Before there is a repository and afterwards, a bucket that lets nobody in.
+    let is_refused = async |scene: &mut Scene, script: &str, said: &str| -> anyhow::Result<()> {
+        let before = bucket.keys("").await?;
+        scene.desk.set("AWS_SECRET_ACCESS_KEY", "another");
+        let refused = scene.desk.script(script, &[])?;
+        scene.desk.set("AWS_SECRET_ACCESS_KEY", bucket::SECRET_KEY);
+        ensure!(refused.code() == 4 && refused.stderr.contains(said), "{refused}");
+        ensure!(refused.stderr.contains("STORE_FORBIDDEN"), "{refused}");
+        ensure!(bucket.keys("").await? == before, "{refused}");
+        scene.desk.is_tidy()
+    };
+    is_refused(&mut scene, "dump", "FAILED in step repository").await?;
+    ensure!(!Path::new(&scene.key()).exists(), "a key without its repository");
     let done = scene.dump()?;
     ensure!(done.code() == 0 && bucket.keys("nightly/").await?.len() > 5, "{done}");
     ensure!(!scene.desk.path("backups/repository").exists(), "it went to the bucket only");
+    is_refused(&mut scene, "dump", "FAILED in step dump").await?;
+    is_refused(&mut scene, "restore-drill", "failed to find a backup").await?;
 
     let drill = scene.desk.script("restore-drill", &[])?;
     let counted = "(logical, 2";
@@ -158,7 +174,7 @@ async fn a_bucket_takes_dumps_and_a_drill_brings_them_back() -> anyhow::Result<(
     let none = scene.desk.script("restore-drill", &[])?;
     ensure!(none.code() == 6 && none.stderr.contains("has no backup of unheard-of"), "{none}");
     scene.desk.set("CLUSTER", "orders");
-    scene.breaks("pgmuster", "restore")?;
+    scene.breaks("pgmuster", "restore*")?;
     let broken = scene.desk.script("restore-drill", &[])?;
     ensure!(broken.code() == 42 && broken.stderr.contains("failed to load backup"), "{broken}");
     ensure!(broken.stdout.is_empty() && broken.stderr.contains("it is broken"), "{broken}");
@@ -185,6 +201,14 @@ const FAULTS: &[Fault] = &[
         dumps: 0,
     },
     Fault {
+        variables: &[("PATH", "/usr/bin:/bin")],
+        breaks: None,
+        step: "settings",
+        code: 127,
+        says: "pgmuster is not installed",
+        dumps: 0,
+    },
+    Fault {
         variables: &[("BACKUP_DIR", "/proc/backups")],
         breaks: None,
         step: "lock",
@@ -194,7 +218,7 @@ const FAULTS: &[Fault] = &[
     },
     Fault {
         variables: &[],
-        breaks: Some(("pgmuster", "repo init")),
+        breaks: Some(("pgmuster", "repo init*")),
         step: "repository",
         code: 42,
         says: "it is broken",
@@ -234,7 +258,7 @@ const FAULTS: &[Fault] = &[
     },
     Fault {
         variables: &[],
-        breaks: Some(("pgmuster", "repo check")),
+        breaks: Some(("pgmuster", "repo check*")),
         step: "check",
         code: 42,
         says: "it is broken",
@@ -242,7 +266,7 @@ const FAULTS: &[Fault] = &[
     },
     Fault {
         variables: &[],
-        breaks: Some(("pgmuster", "repo list")),
+        breaks: Some(("pgmuster", "repo list*")),
         step: "retention",
         code: 42,
         says: "it is broken",
@@ -250,7 +274,7 @@ const FAULTS: &[Fault] = &[
     },
     Fault {
         variables: &[("RETENTION_DAYS", "0")],
-        breaks: Some(("pgmuster", "repo delete")),
+        breaks: Some(("pgmuster", "repo delete*")),
         step: "retention",
         code: 42,
         says: "it is broken",
@@ -258,7 +282,7 @@ const FAULTS: &[Fault] = &[
     },
     Fault {
         variables: &[],
-        breaks: Some(("pgmuster", "repo gc")),
+        breaks: Some(("pgmuster", "repo gc*")),
         step: "retention",
         code: 42,
         says: "it is broken",
@@ -322,6 +346,88 @@ async fn each_step_that_fails_fails_the_run_and_is_told() -> anyhow::Result<()> 
     let gone = scene.dump()?;
     ensure!(gone.code() == 7 && gone.stderr.contains("REPOSITORY_EXISTS"), "{gone}");
     ensure!(!Path::new(&scene.key()).exists(), "a key that opens nothing is not kept");
+    Ok(())
+}
+
+/// Of a drill: the program that fails, with which arguments, and the step that is named.
+const OF_A_DUMP: &[(&str, &str, &str)] = &[
+    ("pgmuster", "repo list*", "find a backup"),
+    ("jq", "*", "find a backup"),
+    ("initdb", "*", "start a server"),
+    ("pg_ctl", "start*", "start a server"),
+    ("pgmuster", "restore*", "load backup"),
+    ("psql", "*pg_database*", "count the rows of backup"),
+    ("psql", IN_A_DATABASE, "count the rows of backup"),
+];
+const OF_FILES: &[(&str, &str, &str)] = &[
+    ("pgmuster", "restore*", "restore backup"),
+    ("pg_ctl", "start*", "start backup"),
+    ("psql", IN_A_DATABASE, "count the rows of backup"),
+];
+/// What is asked there, comes on standard input.
+const IN_A_DATABASE: &str = "*-U postgres";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_step_of_a_drill_that_fails_fails_it_and_leaves_nothing() -> anyhow::Result<()> {
+    let mut scene = Scene::create().await?;
+    let dumped = scene.dump()?;
+    ensure!(dumped.code() == 0, "{dumped}");
+    let programs = scene.desk.get("PG_BINDIR")?.to_owned();
+    let (server, key) = (scene.cluster.url(), scene.key());
+    let repository = format!("file://{}", scene.desk.at("backups/repository"));
+    for (faults, kind) in [(OF_A_DUMP, "logical"), (OF_FILES, "physical")] {
+        if kind == "physical" {
+            let backup = ["pgmuster", "backup", "orders", "--server", &server, "--key", &key];
+            scene.desk.expect(&[&backup[..], &["--repository", &repository]].concat())?;
+        }
+        for (program, arguments, step) in faults {
+            scene.breaks(program, arguments)?;
+            // Beside the one that fails, the others of the directory that the script looks in.
+            for name in ["postgres", "initdb", "pg_ctl", "psql"] {
+                if name != *program {
+                    scene.breaks(name, "nothing")?;
+                }
+            }
+            scene.desk.set("PG_BINDIR", scene.desk.at("fakes"));
+            let failed = scene.desk.script("restore-drill", &[])?;
+            scene.desk.set("PG_BINDIR", &programs);
+            scene.mends()?;
+            let said = format!("the restore drill of orders failed to {step}");
+            ensure!(failed.code() == 42 && failed.stderr.contains(&said), "{step}: {failed}");
+            ensure!(failed.stderr.contains("it is broken"), "{step}: {failed}");
+            ensure!(failed.stderr.contains("(exit code 42)"), "{step}: {failed}");
+            is_over(&scene.desk, &failed)?;
+        }
+        // Nor is there anything to start a server with.
+        scene.desk.set("PG_BINDIR", scene.desk.at("home"));
+        let failed = scene.desk.script("restore-drill", &[])?;
+        scene.desk.set("PG_BINDIR", &programs);
+        ensure!(failed.code() == 127 && failed.stderr.contains("failed to start "), "{failed}");
+        ensure!(failed.stderr.contains("name the directory in PG_BINDIR"), "{failed}");
+        is_over(&scene.desk, &failed)?;
+        let drill = scene.desk.script("restore-drill", &[])?;
+        ensure!(drill.code() == 0 && drill.stdout.contains(&format!("({kind}, 2")), "{drill}");
+    }
+
+    // A copy that lets nobody in says why.
+    scene.desk.set("PGUSER", "nobody");
+    let failed = scene.desk.script("restore-drill", &[])?;
+    ensure!(failed.stderr.contains("failed to count the rows of backup"), "{failed}");
+    ensure!(failed.stderr.contains("role \"nobody\" does not exist"), "{failed}");
+    is_over(&scene.desk, &failed)?;
+    scene.cluster.is_left_alone().await
+}
+
+/// A drill that failed says nothing that looks like a success, and has left neither file nor server.
+fn is_over(desk: &Desk, failed: &Finished) -> anyhow::Result<()> {
+    ensure!(failed.stdout.is_empty(), "{failed}");
+    desk.is_tidy()?;
+    for entry in std::fs::read_dir("/proc")? {
+        // It may end while it is looked at, or belong to somebody else.
+        let line = std::fs::read(entry?.path().join("cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        ensure!(!line.contains(&desk.at("tmp")), "this still runs: {line}");
+    }
     Ok(())
 }
 
