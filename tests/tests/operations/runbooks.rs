@@ -11,7 +11,8 @@ use postgres::instance::{InstanceOptions, StopMode};
 use rustix::process::{Pid, Signal};
 use tests::fleet::text;
 use tests::{
-    Cluster, Finished, Fleet, Place, SOON, Vhost, WorkerSetup, eventually_async, services,
+    Bucket, Cluster, Finished, Fleet, Place, SOON, Vhost, WorkerSetup, bucket, eventually_async,
+    services,
 };
 
 use crate::desk::{Desk, mode, root};
@@ -28,12 +29,25 @@ struct Production {
 
 impl Production {
     async fn create() -> anyhow::Result<Self> {
-        let mut desk = Desk::new()?;
+        let desk = Desk::new()?;
         let url = format!("file://{}", desk.at("repository"));
+        Self::create_at(desk, url).await
+    }
+
+    /// The same with its repository in a bucket.
+    async fn create_in(bucket: &Bucket) -> anyhow::Result<Self> {
+        let (name, endpoint) = (bucket.name(), bucket.endpoint());
+        let url = format!("s3://{name}/r?endpoint={endpoint}&region=us-east-1&path-style=true");
+        Self::create_at(Desk::new()?, url).await
+    }
+
+    async fn create_at(mut desk: Desk, url: String) -> anyhow::Result<Self> {
         let keys = ["--key", &desk.at("key"), "--recovery-key", &desk.at("recovery.key")];
         desk.expect(&[&["pgmuster", "repo", "init", &url], &keys[..]].concat())?;
         let push = format!(
-            "{} wal push %p --new --repository {url} --key {} --cluster orders",
+            "env AWS_ACCESS_KEY_ID={} AWS_SECRET_ACCESS_KEY={} {} wal push %p --new --repository '{url}' --key {} --cluster orders",
+            bucket::ACCESS_KEY,
+            bucket::SECRET_KEY,
             services::pgmuster()?.display(),
             desk.at("key")
         );
@@ -288,13 +302,19 @@ async fn a_cluster_moves_to_another_major_version_with_every_row() -> anyhow::Re
 
 #[tokio::test(flavor = "multi_thread")]
 async fn deleted_objects_come_back_from_a_second_copy() -> anyhow::Result<()> {
-    let production = Production::create().await?;
+    let bucket = Bucket::create().await?;
+    let production = Production::create_in(&bucket).await?;
+    production.archived().await?;
     let (desk, url) = (&production.desk, production.url.as_str());
     let mirror = format!("file://{}", desk.at("mirror"));
     let key = desk.at("key");
     desk.expect(&["pgmuster", "repo", "copy", url, "--key", &key, &mirror])?;
-    let lineages = desk.at("repository/lineages");
-    desk.expect(&["find", &lineages, "-path", "*/packs/*", "-type", "f", "-delete"])?;
+    let keys = bucket.keys("r/lineages/").await?;
+    let packs: Vec<&String> = keys.iter().filter(|key| key.contains("/packs/")).collect();
+    ensure!(!packs.is_empty(), "{keys:?}");
+    for pack in packs {
+        bucket.client().delete_object().bucket(bucket.name()).key(pack).send().await?;
+    }
     let backup = desk.backups(url, &key)?[0]["backup"].as_str().unwrap_or_default().to_owned();
     let values = [("CLUSTER", "orders"), ("MIRROR", mirror.as_str())];
     let done = production.follow("deleted-objects", &values)?;
