@@ -260,7 +260,16 @@ async fn a_clone_for_developers_knows_nothing_of_production() -> anyhow::Result<
     production.desk.expect(&[&backup[..], &["--repository", &production.url]].concat())?;
     production.desk.starts(production.desk.path("clone"));
     let clone = production.desk.at("clone");
-    let values = [("CLUSTER", "orders"), ("CLONE", clone.as_str()), ("PORT", "6543")];
+    // At an address that nobody's outgoing connection takes.
+    let password = production.desk.write("password", "not production's\n", 0o600)?;
+    let values = [
+        ("CLUSTER", "orders"),
+        ("CLONE", clone.as_str()),
+        ("PORT", "6543"),
+        ("LISTEN", "127.0.0.77"),
+        ("DEVELOPERS", "127.0.0.0/8"),
+        ("PASSWORD_FILE", password.as_str()),
+    ];
     let done = production.follow("clone-for-development", &values)?;
     ensure!(done.stdout.contains("clone of orders | off"), "{done}");
     ensure!(
@@ -402,6 +411,7 @@ async fn a_new_coordinator_takes_over_workers_and_repository() -> anyhow::Result
     let (coordinator_config, worker_config) = (place("coordinator.toml"), place("w1.toml"));
     let (url, key, signing_key) =
         (fleet.repository_url(), place("repository.key"), place("signing.key"));
+    let token = place("alice.token");
     let values = [
         ("REPOSITORY", url.as_str()),
         ("KEY", key.as_str()),
@@ -414,10 +424,16 @@ async fn a_new_coordinator_takes_over_workers_and_repository() -> anyhow::Result
         ("STOP_WORKER", "true"),
         ("START_WORKER", &starts("worker", &worker_config, &worker)),
         ("CLUSTER", "orders"),
+        ("PERSON", "alice"),
+        ("TOKEN_FILE", token.as_str()),
     ];
     let done = follow(&desk, "lost-coordinator", &values)?;
     ensure!(done.stdout.contains("orders is PROVED (L5)"), "{done}");
-    ensure!(mode(&signing_key)? == 0o600, "{done}");
+    ensure!(mode(&signing_key)? == 0o600 && mode(&token)? == 0o600, "{done}");
+    let secret = std::fs::read_to_string(&token)?;
+    ensure!(secret.trim().len() > 20 && !done.to_string().contains(secret.trim()), "{done}");
+    let (status, tokens) = fleet.http("GET", "/v1/tokens", &[], "")?;
+    ensure!(status == 200 && tokens.contains("\"alice\""), "{tokens}");
     let backups = desk.backups(&url, &key)?;
     ensure!(backups.len() == 2, "the old backup is there: {backups:?}");
     cluster.is_left_alone().await
