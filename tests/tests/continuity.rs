@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 /// Archives are looked at every few seconds, and judged after half a minute.
 const LATER: Duration = Duration::from_mins(2);
-/// Within that of the moment when it is full, a segment that is missing is told: it is promised.
+/// Within that of the moment when it is full, or was deleted, a segment that is missing is told: it is promised.
 const PROMISED: Duration = Duration::from_mins(1);
 
 /// By the server's clock, which is this machine's.
@@ -202,7 +202,7 @@ async fn what_is_recoverable_is_what_is_archived_and_an_archive_that_lies_is_fou
     let backups = fleet.backups()?;
     delete_archived(&fleet, &segments[1])?;
     let what = format!("WAL segment {} is missing in its archive", segments[1]);
-    eventually("the deleted segment to be missed", LATER, || {
+    eventually("the deleted segment to be missed", PROMISED, || {
         let reason = orders(&fleet)?["reason"].as_str().unwrap_or_default().to_owned();
         Ok(reason.starts_with(&what).then_some(()))
     })
