@@ -361,6 +361,77 @@ async fn a_clones_directory_says_nothing_of_what_the_server_archived() -> anyhow
     .with_context(|| format!("{:?}\n{}", orders(&fleet), fleet.said()))
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn an_archive_command_that_is_not_there_or_is_killed_is_told_and_goes_on_by_itself()
+-> anyhow::Result<()> {
+    let settings = [("archive_mode", "on"), ("archive_command", "false"), ("autovacuum", "off")];
+    let orders = Cluster::start(15, of_small_segments(&settings)).await?;
+    let billing = Cluster::start(18, of_small_segments(&settings)).await?;
+    let vhost = Vhost::create()?;
+    let mut fleet = Fleet::prepare(&vhost.url(), "", Place::Directory)?;
+    let (wrong, push) = (fleet.path("wrong"), fleet.archive_command()?);
+    // Each of these ends the server's archiver, which counts no failure of them.
+    let ends = [("orders", &orders, "exit 127"), ("billing", &billing, "kill -9 $$")];
+    for (name, server, end) in &ends {
+        let push = push.replace("--cluster orders", &format!("--cluster {name}"));
+        let command = format!("if test -e '{}'; then {end}; fi; {push}", wrong.display());
+        archives_by(server, &command).await?;
+    }
+    fleet.start_coordinator()?;
+    let setup = WorkerSetup::of("w1", "orders", orders.url());
+    let clusters = vec![("orders", orders.url()), ("billing", billing.url())];
+    fleet.start_worker(&WorkerSetup { clusters, ..setup })?;
+    let failures = "SELECT failed_count FROM pg_stat_archiver";
+    for (name, server, _) in &ends {
+        let segment = writes(server).await?;
+        server.run("SELECT pg_switch_wal()").await?;
+        has_archived(server, &segment).await?;
+        fleet.expect(&["backup", name, "--wait"])?;
+    }
+    let look = |name: &str| fleet.json(&["cluster", "show", name, "-o", "json"]);
+    let before = [orders.number(failures).await?, billing.number(failures).await?];
+
+    std::fs::write(&wrong, "")?;
+    let mut waiting = Vec::new();
+    for (_, server, _) in &ends {
+        waiting.push(writes(server).await?);
+        server.run("SELECT pg_switch_wal()").await?;
+    }
+    for ((name, server, _), segment) in ends.iter().zip(&waiting) {
+        let told = eventually(format!("{name} to be told"), PROMISED, || {
+            let told = look(name)?;
+            let reason = told["reason"].as_str().unwrap_or_default();
+            let is_told = reason.contains("its server keeps 1 segment since");
+            Ok((told["state"] == "AT_RISK" && is_told).then_some(told))
+        })
+        .with_context(|| format!("{:?}\n{}", look(name), fleet.said()))?;
+        let reason = told["reason"].as_str().unwrap_or_default();
+        let missing = "its WAL does not reach the archive: 1 full segment is missing since";
+        ensure!(reason.starts_with(missing) && reason.contains(segment.as_str()), "{reason}");
+        let log = std::fs::read_to_string(server.server.log_path())?;
+        let end =
+            if *name == "orders" { "failed with exit code 127" } else { "terminated by signal 9" };
+        ensure!(log.contains(end), "{log}");
+    }
+    let status = fleet.run(&["status"])?;
+    ensure!(status.code() == 3, "{status}");
+    ensure!(status.stdout.matches("is AT_RISK").count() == 2, "{status}");
+    let after = [orders.number(failures).await?, billing.number(failures).await?];
+    ensure!(before == after, "the servers themselves count no failure: {before:?} {after:?}");
+
+    // The command is right again.
+    std::fs::remove_file(&wrong)?;
+    for ((name, server, _), segment) in ends.iter().zip(&waiting) {
+        has_archived(server, segment).await?;
+        eventually(format!("{name} to be well again"), LATER, || {
+            let told = look(name)?;
+            Ok((told["state"] == "TAKEN").then_some(()))
+        })
+        .with_context(|| format!("{:?}\n{}", look(name), fleet.said()))?;
+    }
+    Ok(())
+}
+
 /// Which segment the server writes, as something in it shows.
 async fn writes(server: &Cluster) -> anyhow::Result<String> {
     commit(server).await?;
