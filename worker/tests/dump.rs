@@ -4,6 +4,8 @@
 
 mod house;
 
+use std::os::unix::fs::PermissionsExt as _;
+
 use house::dumps::{dump, dump_with, programs, quick, scope, stands_still};
 use house::{DATA, House, NOW_MS, bin_dir, nothing_is_left_on, number, run_sql, session};
 use postgres::instance::{Instance, InstanceOptions};
@@ -362,6 +364,39 @@ async fn a_dump_that_is_not_whole_is_no_backup() {
         assert!(failure.message.contains(said), "{name}: {failure}");
         no_backup(&house).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dump_that_pg_restore_cannot_read_back_is_no_backup() {
+    let house = quick(15).await;
+    house.sql(DATA).await;
+    let whole = scope(&["postgres"], &[]);
+    let real = house.server.binaries().directory().join("pg_restore");
+    for (name, script, said) in [
+        ("refuses", "echo 'it is no archive' >&2; exit 1", "it is no archive"),
+        ("refuses-late", "cat >/dev/null; exit 3", "exit code 3"),
+        ("is-killed", "kill -9 $$", "signal 9"),
+    ] {
+        // What pg_dump wrote is whole; the program that has to read it some day does not find its way.
+        let bin_dirs = programs(&house, name, "exec $REAL \"$@\"");
+        let reads = bin_dirs[0].join("pg_restore");
+        std::fs::remove_file(&reads).unwrap();
+        let real = real.display();
+        let text =
+            format!("#!/bin/bash\nif [ \"$1\" = --list ]; then {script}; fi\nexec {real} \"$@\"\n");
+        std::fs::write(&reads, text).unwrap();
+        std::fs::set_permissions(&reads, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let cx = house.cx();
+        let failure = dump_with(&house, &cx, &whole, &bin_dirs).await.unwrap_err();
+        assert_eq!(failure.code, Code::DumpFailed, "{name}: {failure}");
+        let what = "pg_restore of what is stored of database postgres ended with";
+        assert!(failure.message.contains(what), "{name}: {failure}");
+        assert!(failure.message.contains(said), "{name}: {failure}");
+        assert!(failure.hint.contains("nothing was committed"), "{name}: {failure:?}");
+        assert_eq!(cx.steps().last().unwrap().name, "read_back", "{name}");
+        no_backup(&house).await;
+    }
+    assert!(dump(&house, &whole).await.unwrap().logical.is_some());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
