@@ -1,13 +1,16 @@
 //! The same archive in a bucket, which a server reaches over a network that is slow, silent or cut.
 
+use std::path::PathBuf;
+use std::process::Command;
+
 use anyhow::{Context as _, ensure};
 use postgres::instance::{Instance, StopMode};
 use proto::Timeline;
-use tests::{Bucket, Pgmuster, Proxy, bucket};
+use tests::{Bucket, Pgmuster, Proxy, bucket, services};
 
 use super::{
     ROWS, SOON, command, copy, eventually_async, execute, fails, make, number, opens, options,
-    recover, timeline, work,
+    recover, text, timeline, work,
 };
 
 /// A repository in a bucket, and its key.
@@ -74,6 +77,91 @@ impl Far {
         service.wait_for_line("Answers at", SOON)?;
         Ok(service)
     }
+}
+
+/// A restored data directory whose server is started by hand; it ends with this.
+struct ByHand {
+    programs: PathBuf,
+    directory: PathBuf,
+}
+
+impl ByHand {
+    /// Starts the server as an administrator does, with these variables. Says whether it takes connections.
+    fn starts(&self, variables: &[(&str, &str)]) -> anyhow::Result<bool> {
+        let log = self.directory.join("start.log");
+        let mut start = Command::new(self.programs.join("pg_ctl"));
+        start.args(["start", "-s", "-w", "-t", "60", "-l"]).arg(log).arg("-D").arg(&self.directory);
+        for name in ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"] {
+            start.env_remove(name);
+        }
+        Ok(start.envs(variables.iter().copied()).status()?.success())
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.directory.join("start.log")).unwrap_or_default()
+    }
+}
+
+impl Drop for ByHand {
+    fn drop(&mut self) {
+        let mut stop = Command::new(self.programs.join("pg_ctl"));
+        let _ = stop.args(["stop", "-s", "-m", "immediate", "-D"]).arg(&self.directory).output();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_recovers_out_of_a_bucket_with_the_credentials_that_it_is_given()
+-> anyhow::Result<()> {
+    let far = Far::create().await?;
+    let proxy = far.proxy()?;
+    let push = far.command(&["push", "%p", "--new"], &proxy)?;
+    let settings = [("archive_mode", "on"), ("archive_command", push.as_str())];
+    let mut primary =
+        make(15, &far.place.path().join("primary"), options(&settings, Some(1))).await?;
+    primary.start().await?;
+    execute(&primary, &["CREATE TABLE t (n int, pad text)"]).await?;
+    let (server, url, key) = (primary.url("postgres"), far.url(), far.key());
+    let backup = ["backup", "orders", "--server", &server, "--repository", &url, "--key", &key];
+    let taken = Far::start(&backup)?.wait(SOON)?;
+    ensure!(taken.code() == 0, "{taken}");
+    work(&primary, 1).await?;
+    let rows = number(&primary, ROWS).await?;
+    let position = text(&primary, "SELECT pg_current_wal_insert_lsn()::text").await?;
+    work(&primary, 1).await?;
+    primary.stop(StopMode::Fast).await?;
+
+    // It is where the first one was, and takes up its settings.
+    let directory = far.place.path().join("restored");
+    let into = directory.display().to_string();
+    let restore = ["restore", "--repository", &url, "--key", &key, "--into", &into];
+    let done = Far::start(&[&restore[..], &["--to", &position]].concat())?.wait(SOON)?;
+    ensure!(done.code() == 0, "{done}");
+    let auto = std::fs::read_to_string(directory.join("postgresql.auto.conf"))?;
+    let command = auto.lines().rfind(|line| line.starts_with("restore_command"));
+    let command = command.context("it has a restore_command")?;
+    ensure!(command.contains(&url) && !command.contains(bucket::SECRET_KEY), "{command}");
+    let restored = ByHand { programs: services::postgres_bin(15)?, directory };
+    // Without them nothing is known of the archive, which is no end of it.
+    let nobody = [("AWS_EC2_METADATA_DISABLED", "true"), ("HOME", "/nowhere")];
+    let settings = restored.directory.join("postgresql.auto.conf");
+    std::fs::write(&settings, auto.replace(" wal get ", " wal get --deadline 1 "))?;
+    ensure!(!restored.starts(&nobody)?, "{}", restored.log());
+    ensure!(restored.log().contains("exit code 200"), "{}", restored.log());
+    ensure!(restored.directory.join("recovery.signal").exists(), "{}", restored.log());
+    std::fs::write(&settings, &auto)?;
+    let (id, secret) = (bucket::ACCESS_KEY, bucket::SECRET_KEY);
+    let given = [("AWS_ACCESS_KEY_ID", id), ("AWS_SECRET_ACCESS_KEY", secret)];
+    ensure!(restored.starts(&given)?, "{}", restored.log());
+    eventually_async("the end of the recovery", SOON, async || {
+        let recovering = text(&primary, "SELECT pg_is_in_recovery()::text").await?;
+        Ok((recovering == "false").then_some(()))
+    })
+    .await
+    .with_context(|| restored.log())?;
+    ensure!(number(&primary, ROWS).await? == rows, "{}", restored.log());
+    let reached = restored.log().contains("recovery stopping after WAL location (LSN)");
+    ensure!(reached, "{}", restored.log());
+    Ok(())
 }
 
 /// How many files a server has been given in its life.
