@@ -245,6 +245,13 @@ impl World {
         (object, content)
     }
 
+    /// `pgmuster recovery windows` of the repository.
+    fn windows(&self) -> Output {
+        let url = format!("file://{}/repository", self.house.place.path().display());
+        let words = ["recovery", "windows", &url, "--key", self.key.to_str().unwrap()];
+        Command::new(pgmuster()).args(words).output().unwrap()
+    }
+
     fn refused(&self, arguments: &[&str], code: &str, words: &[&str]) {
         let into = self.house.place.path().join("refused");
         let refused = self.restore(&into, arguments);
@@ -256,6 +263,26 @@ impl World {
         }
         assert!(!into.exists(), "{arguments:?} wrote something");
     }
+}
+
+/// Where a plan writes as many bytes as the restore then wrote, and that there is room for them.
+fn says_its_bytes_and_its_room(planned: &Output, place: &Path, size_bytes: u64) {
+    let said = said(planned);
+    let number = |text: &str| -> u64 { text.replace(',', "").parse().unwrap() };
+    let line = |begin: &str| {
+        let found = said.lines().find_map(|line| line.trim_start().strip_prefix(begin));
+        found.unwrap_or_else(|| panic!("no line begins with {begin}: {said}"))
+    };
+    let (files, rest) = line("write ").split_once(" files in ").unwrap();
+    let (directories, rest) = rest.split_once(" directories, ").unwrap();
+    let (bytes, below) = rest.split_once(" bytes, below ").unwrap();
+    assert_eq!(Path::new(below), place, "{said}");
+    assert!(number(files) > 900 && number(directories) > 20, "{said}");
+    let (needed, rest) = line("need ").split_once(" bytes at ").unwrap();
+    let (at, free) = rest.split_once(", where ").unwrap();
+    assert_eq!((Path::new(at), number(needed)), (place, number(bytes)), "{said}");
+    let free = number(free.strip_suffix(" are free").unwrap());
+    assert!(number(bytes) == size_bytes && size_bytes < free, "{size_bytes}: {said}");
 }
 
 fn said(output: &Output) -> String {
@@ -426,15 +453,31 @@ async fn every_moment(major: u32) {
     world.refused(&["--to", "latest"], unreachable, &[&segment, "recoverable up to", "gap"]);
     world.refused(&["--to", &time(&third[3])], unreachable, &[&segment]);
     world.refused(&["--to", &xid(&third[3])], unreachable, &[&segment]);
-    let planned = world
-        .restore(&world.house.place.path().join("planned"), &["--to", &xid(&second[4]), "--plan"]);
+    let place = world.house.place.path().join("planned");
+    let planned = world.restore(&place, &["--to", &xid(&second[4]), "--plan"]);
     assert!(planned.status.success(), "{}", said(&planned));
     assert!(said(&planned).contains("segments of WAL"), "{}", said(&planned));
     for words in ["--timeline 1 leads there", "timeline 2 left timeline 1 at"] {
         assert!(said(&planned).contains(words), "{}", said(&planned));
     }
-    assert!(!world.house.place.path().join("planned").exists());
+    assert!(!place.exists());
+    let done = world.restore(&place, &["--to", &xid(&second[4]), "-o", "json"]);
+    let outcome: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap();
+    let size_bytes = outcome["size_bytes"].as_u64().unwrap_or_else(|| panic!("{}", said(&done)));
+    says_its_bytes_and_its_room(&planned, &place, size_bytes);
+    std::fs::remove_dir_all(&place).unwrap();
+    let windows = world.windows();
+    assert_eq!(windows.status.code(), Some(3), "{}", said(&windows));
+    let from = Lsn(third[0].lsn.0 >> 20 << 20);
+    let to = Lsn(from.0 + (1 << 20));
+    let told = format!(
+        "orders: WAL is missing on timeline 3 from {segment}: recoverable before {from} and, from a backup that begins there, after {to}."
+    );
+    assert!(said(&windows).lines().any(|line| line == told), "{told}: {}", said(&windows));
     std::fs::write(&object, content).unwrap();
+    let windows = world.windows();
+    assert_eq!(windows.status.code(), Some(0), "{}", said(&windows));
+    assert!(!said(&windows).contains("WAL is missing"), "{}", said(&windows));
 
     // A server that is not where it should be is found out, and not left running.
     let into = world.house.place.path().join("lied");
