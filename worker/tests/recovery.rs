@@ -233,6 +233,19 @@ impl World {
         eventually(&format!("{name} is archived"), Duration::from_mins(1), there).await;
     }
 
+    /// The files of the archive.
+    fn archived_names(&self) -> BTreeSet<String> {
+        let lineages = self.house.place.path().join("repository/lineages");
+        let lineage = std::fs::read_dir(lineages).unwrap().next().unwrap().unwrap().path();
+        let mut names = BTreeSet::new();
+        for timeline in std::fs::read_dir(lineage.join("wal")).unwrap() {
+            for file in std::fs::read_dir(timeline.unwrap().path()).unwrap() {
+                names.insert(file.unwrap().file_name().into_string().unwrap());
+            }
+        }
+        names
+    }
+
     /// Takes a segment out of the archive, and says how it is put back.
     fn take_out(&self, lsn: Lsn, timeline: u32) -> (PathBuf, Vec<u8>) {
         let name = format!("{timeline:08X}{:08X}{:08X}", lsn.0 >> 32, (lsn.0 & 0xffff_ffff) >> 20);
@@ -614,6 +627,68 @@ async fn the_wal_of_large_pages_is_archived_and_replayed_to_every_kind_of_moment
         let found = world.rows_at(&format!("case-{number}"), &words).await;
         assert_eq!(found, *rows, "{words:?}");
     }
+}
+
+/// From here on timelines have a letter in their names.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_promotion_from_timeline_nine_to_ten_is_archived_and_recovered_along() {
+    let mut world = World::new(15, 1).await;
+    let archive = text(&world.url(), "SHOW archive_command").await;
+    world.house.server.set(&[("archive_command", "true")]).unwrap();
+    world.house.sql("SELECT pg_reload_conf()").await;
+    world.house.server.stop(StopMode::Fast).await.unwrap();
+    // As if it had been promoted eight times, and no backup of then were left.
+    let reset = bin_dir(15).join("pg_resetwal");
+    let data = world.house.server.data_directory();
+    let words = ["-l", "000000090000000000000020", "-D"];
+    let done = Command::new(reset).args(words).arg(&data).output().unwrap();
+    assert!(done.status.success(), "{}", said(&done));
+    let ancestor = |n| format!("{n}\t0/{n}00000\tno recovery target specified\n");
+    let history: String = (1..=8).map(ancestor).collect();
+    std::fs::write(data.join("pg_wal/00000009.history"), history).unwrap();
+    std::fs::write(data.join("pg_wal/archive_status/00000009.history.ready"), "").unwrap();
+    world.house.server.set(&[("archive_command", &archive)]).unwrap();
+    world.house.server.start().await.unwrap();
+
+    world.house.back_up().await;
+    let ninth = [world.step().await, world.step().await];
+    let place = world.lagging_standby("tenth").await;
+    let left = world.step().await;
+    world.archived().await;
+    world.house.server.stop(StopMode::Fast).await.unwrap();
+    start(15, &place).await;
+    world.promote(10).await;
+    assert_eq!(world.rows, ninth[1].rows);
+    let tenth = [world.step().await, world.step().await];
+    world.archived().await;
+    stop(15, &place, "fast").await;
+
+    let names = world.archived_names();
+    for history in ["00000009.history", "0000000A.history"] {
+        assert!(names.contains(history), "{names:?}");
+    }
+    for timeline in ["00000009", "0000000A"] {
+        let is_segment = |name: &String| name.starts_with(timeline) && name.len() == 24;
+        assert!(names.iter().any(is_segment), "{timeline}: {names:?}");
+    }
+    let (before, late) = (left.time.as_str(), tenth[0].time.as_str());
+    let cases: [(&[&str], &BTreeSet<i64>); 4] = [
+        (&["latest"], &tenth[1].rows),
+        (&[late], &tenth[0].rows),
+        (&["latest", "--timeline", "9"], &left.rows),
+        (&[before, "--timeline", "10"], &ninth[1].rows),
+    ];
+    for (number, (arguments, rows)) in cases.into_iter().enumerate() {
+        let words = [&["--to"], arguments].concat();
+        let found = world.rows_at(&format!("case-{number}"), &words).await;
+        assert_eq!(found, *rows, "{words:?}");
+    }
+    // And whoever takes its place goes on with the next letter.
+    let place = world.succeed("eleventh", &["--to", "latest"], 11).await;
+    assert_eq!(world.rows, tenth[1].rows);
+    world.archived().await;
+    stop(15, &place, "fast").await;
+    assert!(world.archived_names().contains("0000000B.history"), "{:?}", world.archived_names());
 }
 
 /// A tablespace that came after the backup, on the host on which its server still runs. Segments have the usual size.
