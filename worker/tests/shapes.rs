@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test says what it expects")]
 
 mod house;
+mod pages;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -10,21 +11,62 @@ use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::{FileExt as _, symlink};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use house::{
-    DATA, House, bin_dir, nothing_is_left_on, number, serve, session, start_plainly, within_limit,
+    DATA, House, bin_dir, nothing_is_left_on, number, replay, serve, session, start_plainly,
+    within_limit,
 };
+use pages::Compared;
 use postgres::binaries::Binaries;
 use postgres::instance::{Instance, InstanceOptions, StopMode};
 use postgres::quote;
 use postgres::scan::EXTERNAL_ROOT;
 use postgres::wal::Segment;
+use proto::job::BackupOutcome;
 use proto::{Code, ProofLevel};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use worker::restoring::{self, Destination};
 
 fn quick() -> InstanceOptions {
-    InstanceOptions { fsync: false, ..InstanceOptions::default() }
+    with_settings(&[])
+}
+
+/// All of the log stays: the witnesses replay it.
+fn with_settings(settings: &[(&str, &str)]) -> InstanceOptions {
+    let settings = [&[("wal_keep_size", "1GB")], settings].concat();
+    let settings = settings.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned()));
+    InstanceOptions { fsync: false, settings: settings.collect(), ..InstanceOptions::default() }
+}
+
+/// The files of a server that does not run. Links are followed, so that nothing leads back to the server: its tablespaces lie
+/// in place, as far as the server may have such.
+fn witness_of(data: &Path, place: &Path) -> PathBuf {
+    let witness = place.join("witness");
+    let copied = Command::new("cp").arg("-aL").args([data, &witness]).status().unwrap();
+    assert!(copied.success(), "{copied}");
+    witness
+}
+
+/// The witness, which the server's own log brings to the end of the backup, and a copy that was restored and has nothing but
+/// itself must be the same.
+async fn same_as_its_witness(house: &House, outcome: &BackupOutcome, witness: &Path) -> Compared {
+    let copy = house.place.path().join("replayed");
+    within_limit(house.restore(outcome, &copy)).await;
+    for name in ["postgresql.conf", "pg_hba.conf", "pg_ident.conf"] {
+        // Settings that lay elsewhere come to lie elsewhere.
+        if !copy.join(name).exists() {
+            fs::copy(witness.join(name), copy.join(name)).unwrap();
+        }
+    }
+    let wal = house.server.data_directory().join("pg_wal");
+    let (command, major) =
+        (format!("cp \"{}/%f\" \"%p\"", wal.display()), house.server.binaries().major());
+    replay(witness, major, outcome.stop_lsn, &command).await;
+    replay(&copy, major, outcome.stop_lsn, "false").await;
+    let compared = pages::same_pages(&copy, witness);
+    assert!(compared.pages > 1_000 && compared.files > 500, "{compared:?}");
+    compared
 }
 
 /// Tablespaces, which are more than half as many as the file handles, or twice as many: a thousand take half a minute.
@@ -50,8 +92,8 @@ const ODD_DIRECTORIES: [&str; 9] = [
 #[tokio::test(flavor = "multi_thread")]
 async fn tablespaces_of_every_shape_come_back() {
     // Without it no server opens once it has one: the restored one reads this setting, too.
-    let in_place = ("allow_in_place_tablespaces".to_owned(), "on".to_owned());
-    let house = House::new(15, InstanceOptions { settings: vec![in_place], ..quick() }).await;
+    let in_place = with_settings(&[("allow_in_place_tablespaces", "on")]);
+    let mut house = House::new(15, in_place).await;
     let many = many();
     let spaces = house.place.path().join("spaces");
     fs::create_dir(&spaces).unwrap();
@@ -85,6 +127,14 @@ async fn tablespaces_of_every_shape_come_back() {
         }
     }
     sql.close().await;
+    house.server.stop(StopMode::Fast).await.unwrap();
+    let witness = witness_of(&house.server.data_directory(), house.place.path());
+    house.server.start().await.unwrap();
+    for name in ["odd_6", "inner_one", "inside", "in_place"] {
+        house
+            .sql(&format!("INSERT INTO public.{name} SELECT 0 FROM generate_series(1, 5000)"))
+            .await;
+    }
 
     // As with a thousand and the usual limit.
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
@@ -163,6 +213,8 @@ async fn tablespaces_of_every_shape_come_back() {
         write!(sum, " + (SELECT sum(n) FROM public.{table})").unwrap();
     }
     assert_eq!(number(&url, &sum).await, wanted);
+    let compared = same_as_its_witness(&house, &outcome, &witness).await;
+    assert_eq!(compared.in_tablespaces, usize::try_from(wanted).unwrap(), "{compared:?}");
 
     // A link that leads round in a circle is no tablespace that was dropped.
     let (one, two) = (spaces.join("many_7"), spaces.join("round"));
@@ -220,7 +272,9 @@ async fn names_of_every_odd_character_come_back() {
     let included = etc.join("more.conf");
     fs::write(&included, "work_mem = '7MB'\n").unwrap();
     house.server.set(&[("include", included.to_str().unwrap())]).unwrap();
-    house.server.restart().await.unwrap();
+    house.server.stop(StopMode::Fast).await.unwrap();
+    let witness = witness_of(&data, house.place.path());
+    house.server.start().await.unwrap();
 
     let outcome = house.back_up().await;
     let proof = house.prove(ProofLevel::L5).await;
@@ -234,6 +288,7 @@ async fn names_of_every_odd_character_come_back() {
     }
     let kept = format!("{EXTERNAL_ROOT}{}", included.display());
     assert_eq!(fs::read_to_string(directory.join(kept)).unwrap(), "work_mem = '7MB'\n");
+    same_as_its_witness(&house, &outcome, &witness).await;
 }
 
 /// A connection to a database of any name.
@@ -248,16 +303,16 @@ async fn behind_links(major: u32, segment_mb: u32, checksums: bool) {
     let place = tempfile::tempdir().unwrap();
     let wal = place.path().join("wal volume");
     let initdb_args = vec![OsString::from("--waldir"), wal.clone().into_os_string()];
-    let settings = vec![("min_wal_size".to_owned(), format!("{}MB", 2 * segment_mb))];
+    let least = format!("{}MB", 2 * segment_mb);
     let options = InstanceOptions {
         checksums,
         wal_segment_size_mb: Some(segment_mb),
         initdb_args,
-        settings,
-        ..quick()
+        ..with_settings(&[("min_wal_size", &least)])
     };
     let binaries = Binaries::at(&bin_dir(major)).await.unwrap();
     let mut server = Instance::create(&binaries, &place.path().join("pg"), options).await.unwrap();
+    let witness = witness_of(&server.data_directory(), place.path());
     let real = place.path().join("data volume");
     fs::rename(server.data_directory(), &real).unwrap();
     symlink(&real, server.data_directory()).unwrap();
@@ -289,6 +344,7 @@ async fn behind_links(major: u32, segment_mb: u32, checksums: bool) {
     }
     let (_running, url) = start_plainly(&directory, major).await;
     assert_eq!(number(&url, "SELECT count(*) FROM public.orders").await, 50_000);
+    same_as_its_witness(&house, &outcome, &witness).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -307,6 +363,7 @@ async fn a_cluster_whose_settings_lie_in_etc_comes_back_with_them() {
     let binaries = Binaries::at(&bin_dir(15)).await.unwrap();
     let server = Instance::create(&binaries, &place.path().join("pg"), quick()).await.unwrap();
     let (data, etc) = (server.data_directory(), place.path().join("etc/postgresql/15/main"));
+    let witness = witness_of(&data, place.path());
     fs::create_dir_all(&etc).unwrap();
     for name in ["postgresql.conf", "pg_hba.conf", "pg_ident.conf"] {
         fs::rename(data.join(name), etc.join(name)).unwrap();
@@ -355,6 +412,7 @@ async fn a_cluster_whose_settings_lie_in_etc_comes_back_with_them() {
     assert_eq!(number(&url, "SELECT count(*) FROM public.orders").await, 50_000);
     let sql = "SELECT setting::int8 FROM pg_settings WHERE name = 'work_mem'";
     assert_eq!(number(&url, sql).await, 7 << 10, "it runs on the settings that came along");
+    same_as_its_witness(&house, &outcome, &witness).await;
 }
 
 /// A relation's file, from its name.
@@ -375,7 +433,7 @@ async fn files_of_every_kind_and_size_come_back_as_the_server_would_have_them() 
         .sql(
             "CREATE TABLE public.large (n int, filler text);
              ALTER TABLE public.large ALTER filler SET STORAGE PLAIN;
-             INSERT INTO public.large VALUES (1, repeat('x', 8000));
+             INSERT INTO public.large SELECT g, repeat(chr(97 + g % 26), 8000) FROM generate_series(1, 300) g;
              CREATE TABLE public.empty (n int);
              CREATE UNLOGGED TABLE public.fleeting (n int PRIMARY KEY);
              INSERT INTO public.fleeting SELECT generate_series(1, 1000);
@@ -388,19 +446,26 @@ async fn files_of_every_kind_and_size_come_back_as_the_server_would_have_them() 
     let fleeting = file_of(&house, "public.fleeting").await;
     house.server.stop(StopMode::Fast).await.unwrap();
     let data = house.server.data_directory();
-    // A table of more than one file, all but a few pages of it a hole, as after a bulk load that was undone.
-    fs::File::options().write(true).open(data.join(&large)).unwrap().set_len(SEGMENT).unwrap();
+    // A table of more than one file: a row on each page at its beginning and on both sides of where its second file begins,
+    // and a hole between them, as after a bulk load that was undone.
+    let of_large = fs::File::options().write(true).open(data.join(&large)).unwrap();
+    of_large.set_len(SEGMENT - 20 * 8192).unwrap();
     // Files of no table: empty, and with a hole in the middle.
     fs::write(data.join("nothing"), "").unwrap();
     let sparse = fs::File::create(data.join("sparse")).unwrap();
     sparse.set_len(64 << 20).unwrap();
     sparse.write_all_at(b"middle", 40 << 20).unwrap();
+    let witness = witness_of(&data, house.place.path());
     house.server.start().await.unwrap();
     house
-        .sql("INSERT INTO public.large SELECT g, repeat('y', 8000) FROM generate_series(2, 9) g; CHECKPOINT")
+        .sql(
+            "INSERT INTO public.large SELECT g, repeat(chr(97 + g % 26), 8000) FROM generate_series(301, 350) g;
+             CHECKPOINT",
+        )
         .await;
     let second = data.join(format!("{}.1", large.display()));
-    assert!(second.metadata().unwrap().len() > 0, "the table has a second file");
+    assert!(data.join(&large).metadata().unwrap().len() == SEGMENT, "its first file is full");
+    assert!(second.metadata().unwrap().len() > 20 * 8192, "its second file has rows");
     // A session's own tables are there while the backup runs.
     let holder = session(&house.server.url("postgres")).await;
     holder.run("prepare", "CREATE TEMPORARY TABLE mine AS SELECT 1 AS n").await.unwrap();
@@ -427,8 +492,10 @@ async fn files_of_every_kind_and_size_come_back_as_the_server_would_have_them() 
     assert_eq!(temporary(&directory), 0, "nobody's session came along");
 
     let (_running, url) = start_plainly(&directory, 18).await;
-    assert_eq!(number(&url, "SELECT sum(n) FROM public.large").await, 45);
+    assert_eq!(number(&url, "SELECT sum(n) FROM public.large").await, 350 * 351 / 2);
     assert_eq!(number(&url, "SELECT count(*) FROM public.fleeting").await, 0);
     assert_eq!(number(&url, "SELECT nextval('public.counter')").await, 1);
     assert_eq!(number(&url, "SELECT count(*) FROM public.empty").await, 0);
+    let compared = same_as_its_witness(&house, &outcome, &witness).await;
+    assert!(compared.pages > 131_072, "{compared:?}");
 }

@@ -5,12 +5,17 @@
 //! both are hints that the server checks before it believes them.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use postgres::control_file::ControlFile;
 use postgres::relation::{Fork, RelationFile};
 
+const TABLESPACES: &str = "pg_tblspc";
 const HEADER: usize = 24;
+/// So much of two files is in memory at a time: pages of every size fit in.
+const PIECE_BYTES: usize = 1 << 20;
 /// `HEAP_XACT_MASK`: the bits of a row's `t_infomask` that say how its transactions ended.
 const HEAP_XACT_MASK: u16 = 0xfff0;
 const HEAP_XMIN_FROZEN: u16 = 0x0300;
@@ -25,6 +30,8 @@ const BTREE_HINTS: u16 = (1 << 5) | (1 << 6);
 pub(crate) struct Compared {
     pub(crate) files: usize,
     pub(crate) pages: usize,
+    /// Those of the files that lie in tablespaces.
+    pub(crate) in_tablespaces: usize,
 }
 
 /// Fails when the relations below two data directories are not the same.
@@ -37,46 +44,67 @@ pub(crate) fn same_pages(one: &Path, other: &Path) -> Compared {
     let page_bytes = ControlFile::read(one).unwrap().block_size as usize;
     for (name, path) in left {
         compared.files += 1;
+        compared.in_tablespaces += usize::from(name.starts_with(TABLESPACES));
         compared.pages += same_file(&name, page_bytes, &path, &right[&name]);
     }
     compared
 }
 
 fn same_file(name: &str, page_bytes: usize, one: &Path, other: &Path) -> usize {
-    let (mut left, mut right) = (std::fs::read(one).unwrap(), std::fs::read(other).unwrap());
-    // A file may have been made longer without a word in the WAL; nothing is on the pages it gained.
-    let common = left.len().min(right.len());
-    let gained = left[common..].iter().chain(&right[common..]);
-    assert!(gained.copied().all(|byte| byte == 0), "{name}: one has more than the other");
-    for (number, (left, right)) in left[..common]
-        .chunks_mut(page_bytes)
-        .zip(right[..common].chunks_mut(page_bytes))
-        .enumerate()
-    {
-        if left == right {
-            continue;
+    let (one, other) = (File::open(one).unwrap(), File::open(other).unwrap());
+    let (mut left, mut right, mut pages) = (Vec::new(), Vec::new(), 0);
+    loop {
+        for (file, piece) in [(&one, &mut left), (&other, &mut right)] {
+            piece.clear();
+            file.take(PIECE_BYTES as u64).read_to_end(piece).unwrap();
         }
-        assert_eq!(left.len(), page_bytes, "{name}: its last page is not whole");
-        mask(left);
-        mask(right);
-        let first = left.iter().zip(right.iter()).position(|(left, right)| left != right);
-        if let Some(at) = first {
-            let shown = at.saturating_sub(8)..(at + 24).min(page_bytes);
-            panic!(
-                "{name}, page {number}, byte {at}: {:02x?} and {:02x?}; header {:02x?}",
-                &left[shown.clone()],
-                &right[shown],
-                &left[..HEADER]
-            );
+        if left.is_empty() && right.is_empty() {
+            return pages;
         }
+        // A file may have been made longer without a word in the WAL; nothing is on the pages it gained.
+        let common = left.len().min(right.len());
+        let gained = left[common..].iter().chain(&right[common..]);
+        assert!(gained.copied().all(|byte| byte == 0), "{name}: one has more than the other");
+        if left[..common] != right[..common] {
+            let both = left[..common].chunks_mut(page_bytes).zip(right.chunks_mut(page_bytes));
+            for (number, (left, right)) in (pages..).zip(both) {
+                same_page(name, number, page_bytes, left, right);
+            }
+        }
+        pages += common / page_bytes;
     }
-    common / page_bytes
 }
 
-/// The relation files by their paths.
+fn same_page(name: &str, number: usize, page_bytes: usize, left: &mut [u8], right: &mut [u8]) {
+    if left == right {
+        return;
+    }
+    assert_eq!(left.len(), page_bytes, "{name}: its last page is not whole");
+    mask(left);
+    mask(right);
+    let first = left.iter().zip(right.iter()).position(|(left, right)| left != right);
+    if let Some(at) = first {
+        let shown = at.saturating_sub(8)..(at + 24).min(page_bytes);
+        panic!(
+            "{name}, page {number}, byte {at}: {:02x?} and {:02x?}; header {:02x?}",
+            &left[shown.clone()],
+            &right[shown],
+            &left[..HEADER]
+        );
+    }
+}
+
+/// The relation files by their paths; what lies in a tablespace, by the path that leads through its link.
 fn relations(root: &Path) -> BTreeMap<String, PathBuf> {
     let mut found = BTreeMap::new();
     let mut open = vec![root.join("base"), root.join("global")];
+    for space in root.join(TABLESPACES).read_dir().unwrap() {
+        let inside = space.unwrap().path().read_dir().unwrap().map(|entry| entry.unwrap().path());
+        // Beside its directory of a version there is what is not of this tablespace, maybe another one.
+        open.extend(
+            inside.filter(|path| path.file_name().unwrap().as_encoded_bytes().starts_with(b"PG_")),
+        );
+    }
     while let Some(directory) = open.pop() {
         for entry in directory.read_dir().unwrap() {
             let path = entry.unwrap().path();
