@@ -197,6 +197,44 @@ async fn a_backup_in_which_an_assertion_is_false_stays_the_newest_proved_one() {
     assert_eq!(plan(&bench, NOW_MS).await.backups[0].stays, [Reason::Wanted]);
 }
 
+/// For a month every new backup fails its proof. The last good one stays, however much is given up around it, and is whole.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_last_backup_that_was_proved_outlives_a_month_of_backups_that_fail() {
+    let bench = Bench::new().await;
+    let tree = tree();
+    let mut backups = Vec::new();
+    for day in 0..33_u64 {
+        tree.write("one", 0, &noise(10 + day, 20_000));
+        let summary = bench.back_up(&tree, NOW_MS + DAY_MS * day.cast_signed()).await;
+        if day < 2 {
+            prove(&bench, summary.backup).await;
+        } else {
+            let broken = serde_json::json!({
+                "level_reached": "L3", "passed": false,
+                "checks": [{ "name": "checksums", "level": "L4", "outcome": "failed", "detail": "" }],
+            });
+            prove_with(&bench, summary.backup, broken).await;
+        }
+        backups.push(summary.backup);
+    }
+    let (good, newest) = (backups[1], backups[32]);
+    refused(&bench, good, "the newest one that was proved").await;
+    refused(&bench, newest, "the newest one").await;
+    for backup in backups.iter().filter(|backup| ![good, newest].contains(backup)) {
+        bench.repository.forget(bench.lineage, *backup, &wish()).await.unwrap();
+    }
+    refused(&bench, good, "the newest one that was proved").await;
+    let now_ms = NOW_MS + 60 * DAY_MS;
+    let plan = plan(&bench, now_ms).await;
+    let stays: Vec<&[Reason]> = plan.backups.iter().map(|judged| &judged.stays[..]).collect();
+    assert_eq!(stays.iter().filter(|stays| stays.is_empty()).count(), 31, "{stays:?}");
+    assert!(matches!(collect(&bench, now_ms).await.unwrap(), Collected::Done(_)));
+    for backup in [good, newest] {
+        assert!(is_sound(&bench.repository, bench.lineage, backup).await);
+    }
+    refused(&bench, good, "the newest one that was proved").await;
+}
+
 /// The manifest of the newest backup, which was proved before, cannot be read. It stops the collection until it is given up.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_damaged_manifest_can_be_given_up_also_of_the_newest_backup() {

@@ -1,5 +1,6 @@
 //! Attempts, verdicts, keys and crashes: who may commit, and what is left when somebody does not.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -14,8 +15,8 @@ use repository::store::layer::Layer;
 use repository::store::probe::probe;
 use repository::store::{PutOutcome, Store, StoreError};
 use repository::{
-    Aborted, Encryption, Error, InitOptions, KeyFile, Outcome, Repository, RestoreOptions,
-    RestoreTarget, Source, SourceEntry, WriteOptions,
+    Aborted, Encryption, Error, Existing, InitOptions, KeyFile, Outcome, Repository,
+    RestoreOptions, RestoreTarget, Source, SourceEntry, WriteOptions,
 };
 
 fn small_tree() -> Arc<Tree> {
@@ -298,6 +299,41 @@ async fn lists_that_cannot_be_stored_are_refused_by_name() {
     let writer = attempt.write(WriteOptions::default()).unwrap();
     for name in ["", "a/b", ".."] {
         writer.wal().add(name, io::empty()).await.unwrap_err();
+    }
+}
+
+/// Whoever has the key can write what no server has: a file behind a link, one that takes the marker's place, one that is there
+/// twice. Such a backup is refused as a whole, also where a directory may be changed into it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_that_would_be_written_through_a_link_or_over_the_marker_is_refused() {
+    let bench = Bench::new().await;
+    let place = tempfile::tempdir().unwrap();
+    let outside = place.path().join("outside");
+    std::fs::create_dir(&outside).unwrap();
+    let mut through = Tree::new().file("a/b", "over");
+    through.links.push((b"a".to_vec(), outside.as_os_str().as_encoded_bytes().to_vec()));
+    for (tree, says) in [
+        (through, "a/b: it stands in something that is no directory"),
+        (Tree::new().file("a/b", "over"), "it stands in something that is no directory"),
+        (Tree::new().file("pgmuster-restore-incomplete", "over"), "it has the name of the marker"),
+        (Tree::new().file("late_control", "over"), "it is there twice"),
+    ] {
+        let summary = bench.back_up(&Arc::new(tree), NOW_MS).await;
+        let backup = bench.open(&summary).await;
+        let directory = place.path().join("data");
+        let fresh = RestoreTarget { directory: directory.clone(), ..RestoreTarget::default() };
+        let error = backup.restore_plan(fresh.clone()).await.unwrap_err();
+        assert!(error.to_string().contains(says), "{error}");
+        assert!(!directory.exists(), "{says}: something was written");
+        // As an earlier restore, or somebody, left it.
+        std::fs::create_dir(&directory).unwrap();
+        std::os::unix::fs::symlink(&outside, directory.join("a")).unwrap();
+        let existing = Existing::Replace { spare: BTreeSet::new(), believe_cache: true };
+        let error = backup.restore_plan(RestoreTarget { existing, ..fresh }).await.unwrap_err();
+        assert!(error.to_string().contains(says), "{error}");
+        assert!(directory.join("a").is_symlink(), "{says}");
+        assert_eq!(outside.read_dir().unwrap().count(), 0, "{says}: something was written");
+        std::fs::remove_dir_all(&directory).unwrap();
     }
 }
 
