@@ -635,6 +635,54 @@ fn fault_matrix_names_tests_that_exist() {
     none("what is open has no test yet", &named);
 }
 
+/// No build looks at the targets of libFuzzer, which need a nightly compiler.
+#[test]
+fn fuzz_targets_are_the_parsers_that_the_suite_tries() -> anyhow::Result<()> {
+    let folder = root().join("repository/fuzz");
+    let parsers = read(&root().join("repository/src/fuzzing/mod.rs"));
+    let (_, tried) = parsers.split_once("const TARGETS: ").context("the suite has a list")?;
+    let (tried, _) = tried.split_once("];").context("it has an end")?;
+    let (_, tried) = tried.split_once("= [").context("it has a beginning")?;
+    let tried: BTreeMap<&str, &str> = tried
+        .split("),")
+        .filter_map(|target| target.trim().strip_prefix("(\"")?.split_once("\", "))
+        .collect();
+    assert!(tried.len() > 5, "the list has been read: {tried:?}");
+    let mut wrong = Vec::new();
+    for (name, parser) in &tried {
+        if name != parser || !parsers.contains(&format!("pub fn {parser}(data: &[u8]) -> bool {{"))
+        {
+            wrong.push(format!("{name} tries {parser}"));
+        }
+        let target = read(&folder.join(format!("fuzz_targets/{name}.rs")));
+        let call =
+            format!("fuzz_target!(|data: &[u8]| {{\n    repository::fuzzing::{name}(data);\n}});");
+        if !target.contains(&call) {
+            wrong.push(format!("fuzz_targets/{name}.rs calls another parser"));
+        }
+    }
+    none("these are not what they are called", &wrong);
+    let names: BTreeSet<String> = tried.keys().map(|&name| name.into()).collect();
+    let sources =
+        files(".rs").into_iter().filter(|path| path.starts_with(folder.join("fuzz_targets")));
+    assert_eq!(sources.map(|path| stem(&path)).collect::<BTreeSet<_>>(), names, "fuzz_targets/");
+    let manifest: toml::Table = toml::from_str(&read(&folder.join("Cargo.toml")))?;
+    let built = manifest["bin"].as_array().context("Cargo.toml has targets")?;
+    for target in built {
+        let (name, path) = (target["name"].as_str(), target["path"].as_str());
+        let expected = name.map(|name| format!("fuzz_targets/{name}.rs"));
+        assert_eq!(path, expected.as_deref(), "the path of a target in Cargo.toml");
+    }
+    let built = built.iter().filter_map(|target| target["name"].as_str().map(str::to_owned));
+    assert_eq!(built.collect::<BTreeSet<_>>(), names, "the targets in Cargo.toml");
+    let told = read(&root().join("docs/testing.md"));
+    let (_, told) = told.split_once("\n## Fuzzing\n").context("docs/testing.md tells of them")?;
+    let (told, _) = told.split_once("Each takes any bytes").context("it lists them")?;
+    let told = told.split('`').skip(3).step_by(2).map(str::to_owned);
+    assert_eq!(told.collect::<BTreeSet<_>>(), names, "the targets in docs/testing.md");
+    Ok(())
+}
+
 /// The first row of each table of faults.
 const HEAD_OF_FAULTS: &str = "| fault | what must happen | test |";
 
