@@ -14,32 +14,50 @@ use tests::{Bucket, Cluster, Fleet, Place, Rabbit, SOON, Vhost, WorkerSetup, ser
 
 /// A job that has to survive somebody's death may take this long.
 const LATER: Duration = Duration::from_mins(2);
-/// All that a backup does to the server and the repository.
-const BACKUP_STEPS: [&str; 7] =
-    ["begin", "start_backup", "copy", "stop_backup", "store_wal", "write_manifest", "commit"];
+/// The steps of a backup. A server that summarizes its WAL is asked for that in one more, once there is a backup before.
+const BACKUP_STEPS: [&str; 9] = [
+    "open_repository",
+    "connect",
+    "begin",
+    "start_backup",
+    "copy",
+    "stop_backup",
+    "store_wal",
+    "write_manifest",
+    "commit",
+];
 
 async fn fleet(amqp: &str, place: Place) -> anyhow::Result<(Fleet, Cluster)> {
-    let cluster = Cluster::start(15, InstanceOptions::default()).await?;
+    fleet_of(amqp, place, 15, InstanceOptions::default()).await
+}
+
+async fn fleet_of(
+    amqp: &str,
+    place: Place,
+    major: u32,
+    options: InstanceOptions,
+) -> anyhow::Result<(Fleet, Cluster)> {
+    let cluster = Cluster::start(major, options).await?;
     let mut fleet = Fleet::prepare(amqp, "", place)?;
     fleet.start_coordinator()?;
     Ok((fleet, cluster))
 }
 
-/// The worker dies at the beginning of a step and is started again; the job succeeds all the same, once.
-async fn worker_dies_at(
-    place: Place,
-    steps: &[&str],
-    order: &[&str],
+const BACKUP: &[&str] = &["backup", "orders"];
+
+/// The worker dies at the beginning of a step of what was ordered and is started again; the job succeeds all the same, once.
+async fn worker_dies_at<'a>(
+    fleet: (Fleet, Cluster),
+    deaths: impl IntoIterator<Item = (&'a str, &'a [&'a str])>,
     ordered_before: Option<&[&str]>,
 ) -> anyhow::Result<()> {
-    let vhost = Vhost::create()?;
-    let (mut fleet, cluster) = fleet(&vhost.url(), place).await?;
+    let (mut fleet, cluster) = fleet;
     let setup = WorkerSetup::of("w1", "orders", cluster.url());
     fleet.start_worker(&setup)?;
     if let Some(before) = ordered_before {
         fleet.expect(before)?;
     }
-    for step in steps {
+    for (step, order) in deaths {
         let before = fleet.backups()?;
         fleet.worker("w1")?.kill()?;
         fleet.start_worker(&setup.clone().failing_at(format!("{step}=abort")))?;
@@ -51,10 +69,10 @@ async fn worker_dies_at(
         fleet.start_worker(&setup)?;
         let view = fleet.await_state(job, &["succeeded", "failed", "lost"], LATER)?;
         ensure!(view["state"] == "succeeded", "{step}: {view}\n{}", fleet.said());
-        let expected = before + usize::from(order[0] == "backup");
+        let expected = before + usize::from(order == BACKUP);
         let after = fleet.backups()?;
         ensure!(after == expected, "{step}: {before} backups became {after}");
-        cluster.is_left_alone().await.with_context(|| (*step).to_owned())?;
+        cluster.is_left_alone().await.with_context(|| step.to_owned())?;
         ensure!(fleet.sandboxes()?.is_empty(), "{step}: {:?}", fleet.sandboxes()?);
     }
     let (url, key) = (fleet.repository_url(), fleet.path("repository.key"));
@@ -64,30 +82,43 @@ async fn worker_dies_at(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_killed_at_any_step_of_a_backup_loses_and_invents_none() -> anyhow::Result<()> {
-    worker_dies_at(Place::Directory, &BACKUP_STEPS, &["backup", "orders"], None).await
+    let vhost = Vhost::create()?;
+    let fleet = fleet(&vhost.url(), Place::Directory).await?;
+    worker_dies_at(fleet, BACKUP_STEPS.map(|step| (step, BACKUP)), None).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_killed_at_any_step_of_a_backup_into_s3_loses_and_invents_none()
 -> anyhow::Result<()> {
+    let vhost = Vhost::create()?;
     let place = Place::S3(Bucket::create().await?);
-    worker_dies_at(place, &BACKUP_STEPS, &["backup", "orders"], None).await
+    let settings = vec![("summarize_wal".to_owned(), "on".to_owned())];
+    let summarizes = InstanceOptions { settings, ..InstanceOptions::default() };
+    let fleet = fleet_of(&vhost.url(), place, 18, summarizes).await?;
+    let steps = BACKUP_STEPS.into_iter().chain(["summaries"]);
+    worker_dies_at(fleet, steps.map(|step| (step, BACKUP)), None).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_killed_at_any_step_of_a_proof_leaves_no_server_behind() -> anyhow::Result<()> {
-    let steps = ["restore", "boot", "check", "store_proof"];
-    let before = ["backup", "orders", "--wait"];
-    let order = ["verify", "orders", "--level", "4"];
-    worker_dies_at(Place::Directory, &steps, &order, Some(&before)).await
+    let vhost = Vhost::create()?;
+    let fleet = fleet(&vhost.url(), Place::Directory).await?;
+    let (boots, reads) =
+        (["verify", "orders", "--level", "4"], ["verify", "orders", "--level", "2"]);
+    let of_booting = ["find", "inventory", "restore", "boot", "check", "store_proof"];
+    let deaths = of_booting.map(|step| (step, &boots[..])).into_iter();
+    let deaths = deaths.chain([("decrypt", &reads[..])]);
+    worker_dies_at(fleet, deaths, Some(&["backup", "orders", "--wait"])).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_killed_while_it_proves_a_dump_leaves_no_server_behind() -> anyhow::Result<()> {
-    let steps = ["restore postgres", "check"];
+    let vhost = Vhost::create()?;
+    let fleet = fleet(&vhost.url(), Place::Directory).await?;
     let before = ["backup", "orders", "--engine", "pg_dump", "--database", "postgres", "--wait"];
     let order = ["verify", "orders", "--level", "4"];
-    worker_dies_at(Place::Directory, &steps, &order, Some(&before)).await
+    let deaths = ["restore postgres", "check"].map(|step| (step, &order[..]));
+    worker_dies_at(fleet, deaths, Some(&before)).await
 }
 
 /// Who dies while a worker goes on.
