@@ -69,11 +69,8 @@ async fn same_as_its_witness(house: &House, outcome: &BackupOutcome, witness: &P
     compared
 }
 
-/// Tablespaces, which are more than half as many as the file handles, or twice as many: a thousand take half a minute.
-fn many() -> usize {
-    let is_long = std::env::var_os("PGMUSTER_TEST_LONG").is_some_and(|value| !value.is_empty());
-    if is_long { 1_000 } else { 300 }
-}
+/// Tablespaces, which are twice as many as the file handles.
+const MANY: usize = 1_000;
 const HANDLES: u64 = 512;
 
 /// Directories as only a test names them. PostgreSQL allows everything but single quotes in the path of a tablespace.
@@ -94,7 +91,6 @@ async fn tablespaces_of_every_shape_come_back() {
     // Without it no server opens once it has one: the restored one reads this setting, too.
     let in_place = with_settings(&[("allow_in_place_tablespaces", "on")]);
     let mut house = House::new(15, in_place).await;
-    let many = many();
     let spaces = house.place.path().join("spaces");
     fs::create_dir(&spaces).unwrap();
     let sql = session(&house.server.url("postgres")).await;
@@ -119,7 +115,7 @@ async fn tablespaces_of_every_shape_come_back() {
     for name in ["outer_one", "inner_one", "inside", "in_place"] {
         run(&format!("CREATE TABLE public.{name} TABLESPACE {name} AS SELECT 1 AS n")).await;
     }
-    for number in 0..many {
+    for number in 0..MANY {
         let name = format!("many_{number}");
         place(&name, &spaces.join(&name)).await;
         if number % 100 == 0 {
@@ -148,7 +144,7 @@ async fn tablespaces_of_every_shape_come_back() {
     let facts = backup.facts();
     assert_eq!(
         facts.tablespaces.len(),
-        many + ODD_DIRECTORIES.len() + 3,
+        MANY + ODD_DIRECTORIES.len() + 3,
         "all but the one in place"
     );
     let directory = house.place.path().join("restored");
@@ -206,7 +202,7 @@ async fn tablespaces_of_every_shape_come_back() {
     let mut sum = String::from("SELECT 0::int8");
     let tables = ["outer_one", "inner_one", "inside", "in_place"].map(str::to_owned).into_iter();
     let tables = tables.chain((0..ODD_DIRECTORIES.len()).map(|number| format!("odd_{number}")));
-    let tables = tables.chain((0..many).step_by(100).map(|number| format!("many_{number}")));
+    let tables = tables.chain((0..MANY).step_by(100).map(|number| format!("many_{number}")));
     let mut wanted = 0;
     for table in tables {
         wanted += 1;
