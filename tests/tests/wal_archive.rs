@@ -1,6 +1,8 @@
 //! A server's log goes into the archive by its own `archive_command` and comes back by its `restore_command`, the program
 //! being both; and nothing that goes wrong on the way makes a recovery end early.
 
+#[path = "wal_archive/broken.rs"]
+mod broken;
 #[path = "wal_archive/killed.rs"]
 mod killed;
 #[path = "wal_archive/s3.rs"]
