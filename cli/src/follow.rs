@@ -174,7 +174,12 @@ pub(crate) fn ended(view: &JobView) -> Exit {
 
 /// The exit code of a backup that was taken.
 pub(crate) fn found(done: &BackupOutcome) -> Exit {
-    if done.bad_pages > 0 || done.silent_changes.is_some() { Exit::Findings } else { Exit::Ok }
+    let lacks = done.logical.as_ref().is_some_and(|logical| !logical.failed.is_empty());
+    if done.bad_pages > 0 || done.silent_changes.is_some() || lacks {
+        Exit::Findings
+    } else {
+        Exit::Ok
+    }
 }
 
 /// The exit code of a restore that was done.
@@ -247,6 +252,14 @@ pub(crate) fn backed_up(cluster: &ClusterName, done: &BackupOutcome, took_ms: i6
     let databases = output::count(logical.databases, "database");
     let mut line =
         format!("Dumped {databases} of {cluster} ({size}) in {took}: {stored}; backup {backup}");
+    for failed in &logical.failed {
+        line.extend([
+            "; database ",
+            failed.database.as_str(),
+            " could not be dumped: ",
+            &failed.why,
+        ]);
+    }
     for skipped in &logical.skipped {
         line.extend(["; not ", skipped.database.as_str(), ": ", &skipped.why]);
     }

@@ -8,7 +8,7 @@ use policy::placement::{Candidate, Placed};
 use policy::reach::BackupEnd;
 use policy::recoverable::{Reach, RecoveryPoint, Source};
 use policy::recovery_time::{Begins, Measured, RecoveryTime, recovery_time};
-use policy::state::{BackupFact, ClusterFacts, Judgement, Objectives, judge_cluster};
+use policy::state::{BackupFact, ClusterFacts, Judgement, Objectives, Undumped, judge_cluster};
 use proto::copies::BackupCopy;
 use proto::failure::{Action, Code, Failure};
 use proto::job::{BackupOutcome, JobKind, JobState, Task};
@@ -59,6 +59,9 @@ async fn look(core: &Core, only: Option<&ClusterName>) -> Result<Vec<Known>> {
     let newest = backups::newest(&mut db, named).await?.into_iter();
     let mut newest: HashMap<ClusterName, Backup> =
         newest.map(|backup| (backup.cluster.clone(), backup)).collect();
+    let dumps = backups::newest_dumps(&mut db, named).await?.into_iter();
+    let mut undumped: HashMap<ClusterName, Undumped> =
+        dumps.filter_map(|dump| Some((dump.cluster.clone(), undumped(&dump)?))).collect();
     let mut proofs: HashMap<BackupId, Vec<ProofRow>> = HashMap::new();
     for row in backups::newest_proofs(&mut db, named).await? {
         proofs.entry(row.proof.backup).or_default().push(row);
@@ -116,6 +119,7 @@ async fn look(core: &Core, only: Option<&ClusterName>) -> Result<Vec<Known>> {
         let facts = ClusterFacts {
             is_robbed: robbed.contains(&cluster.name),
             repository_away: away,
+            undumped: undumped.remove(&cluster.name),
             backlog: offer.as_ref().and_then(|offer| offer.archive.as_ref()?.backlog),
             ..facts(&cluster, backup.as_ref(), &proofs, last.as_ref(), reach, time)
         };
@@ -303,6 +307,13 @@ pub(crate) fn backup_end(backup: &Backup) -> Option<BackupEnd> {
 fn part_of(backup: &Backup) -> Option<u64> {
     let databases = backup.outcome.logical.as_ref().map_or(0, |logical| logical.databases);
     (backup.worth == Worth::Part).then_some(databases)
+}
+
+/// What a dump lacks because it could not be dumped.
+fn undumped(dump: &Backup) -> Option<Undumped> {
+    let failed = &dump.outcome.logical.as_ref()?.failed;
+    let databases = failed.iter().map(|failed| failed.database.to_string()).collect();
+    Some(Undumped { databases, why: failed.first()?.why.clone() })
 }
 
 /// What a recovery can begin with, and what its proofs replayed.

@@ -138,6 +138,32 @@ pub struct BackupFact {
     pub silent_changes: u64,
 }
 
+/// Databases that the newest dump of a cluster lacks although it was to have them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Undumped {
+    /// Which.
+    pub databases: Vec<String>,
+    /// Why the first one could not be dumped.
+    pub why: String,
+}
+
+impl Undumped {
+    /// What it means beside the newest backup, which may have them.
+    fn reason(&self, backup: BackupFact, now_ms: i64) -> String {
+        let names = self.databases.join(", ");
+        let what = if self.databases.len() == 1 { "database" } else { "databases" };
+        let how = if self.databases.len() == 1 { "it" } else { "them" };
+        let elsewhere = match backup.part_of {
+            Some(_) => format!("no backup of the whole cluster has {how}"),
+            None => {
+                let age = span(now_ms.saturating_sub(backup.stopped_at_ms));
+                format!("the newest backup that has {how} is {age} old")
+            }
+        };
+        format!("{what} {names} could not be dumped, and {elsewhere}: {}", self.why)
+    }
+}
+
 /// A proof of that backup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ProofFact {
@@ -191,6 +217,8 @@ pub struct ClusterFacts {
     pub has_repository: bool,
     /// The newest backup.
     pub backup: Option<BackupFact>,
+    /// What its newest dump lacks because it could not be dumped.
+    pub undumped: Option<Undumped>,
     /// Proofs of the newest backup, in any order: all that say anything which later ones do not.
     pub proofs: Vec<ProofFact>,
     /// The failure of the newest backup job that ended, when it did not succeed.
@@ -263,6 +291,9 @@ pub fn judge_cluster(facts: &ClusterFacts, objectives: &Objectives, now_ms: i64)
     }
     if let Some(problem) = &facts.problem {
         return Judgement::new(AtRisk, format!("it cannot be backed up now: {problem}"));
+    }
+    if let Some(undumped) = &facts.undumped {
+        return Judgement::new(AtRisk, undumped.reason(backup, now_ms));
     }
     if let Some(databases) = backup.part_of {
         let what = count(databases, "database");
@@ -509,6 +540,11 @@ mod tests {
         BackupFact { stopped_at_ms: NOW - age_ms, part_of: None, bad_pages: 0, silent_changes: 0 }
     }
 
+    fn undumped(databases: &[&str]) -> Undumped {
+        let databases = databases.iter().map(|&name| name.to_owned()).collect();
+        Undumped { databases, why: "pg_dump failed".to_owned() }
+    }
+
     fn healthy() -> ClusterFacts {
         ClusterFacts {
             registered_at_ms: NOW - 20 * DAY,
@@ -517,6 +553,7 @@ mod tests {
             problem: None,
             has_repository: true,
             backup: Some(taken(2 * DAY)),
+            undumped: None,
             proofs: vec![proof(DAY, ProofLevel::L5, true)],
             backup_failure: None,
             backup_end: None,
@@ -615,6 +652,19 @@ mod tests {
                 |f| f.backup = f.backup.map(|b| BackupFact { part_of: Some(2), ..b }),
                 AtRisk,
                 "its newest backup is a dump of 2 databases and leaves out others; there is none of the whole cluster",
+            ),
+            (
+                |f| f.undumped = Some(undumped(&["shop"])),
+                AtRisk,
+                "database shop could not be dumped, and the newest backup that has it is 2 d old: pg_dump failed",
+            ),
+            (
+                |f| {
+                    f.undumped = Some(undumped(&["a", "b"]));
+                    f.backup = f.backup.map(|b| BackupFact { part_of: Some(2), ..b });
+                },
+                AtRisk,
+                "databases a, b could not be dumped, and no backup of the whole cluster has them: pg_dump failed",
             ),
             (
                 |f| f.backup = f.backup.map(|b| BackupFact { bad_pages: 1, ..b }),
@@ -789,6 +839,7 @@ mod tests {
                 problem: None,
                 has_repository: true,
                 backup: backup.map(taken),
+                undumped: None,
                 proofs: proofs.iter().map(|(age, level, passed)| proof(*age, ProofLevel::from_number(*level).unwrap(), *passed)).collect(),
                 backup_failure: failed.then(failure),
                 backup_end: None,

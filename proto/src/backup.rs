@@ -188,6 +188,20 @@ pub struct LogicalFacts {
     /// Databases that are not in the backup although nobody excluded them by name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub skipped: Vec<SkippedDatabase>,
+    /// Databases that were to be dumped and could not be, with what was said. An older backup that has one of them is kept.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub failed: Vec<SkippedDatabase>,
+    /// How many databases with something in them are not in the backup, whoever left them out; absent when an earlier program
+    /// stored it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left_out: Option<u64>,
+}
+
+impl LogicalFacts {
+    /// Whether it has a dump of a database.
+    pub fn has(&self, database: &DatabaseName) -> bool {
+        self.databases.iter().any(|dump| dump.database == *database)
+    }
 }
 
 /// One database's dump.

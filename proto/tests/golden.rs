@@ -229,6 +229,7 @@ fn a_logical_backup_and_its_outcome() {
             role_passwords: false,
             left_out: None,
             skipped: vec![skipped],
+            failed: Vec::new(),
         }),
         ..backup_outcome()
     };
@@ -689,9 +690,17 @@ fn what_was_added_for_what_is_proved() {
         role_passwords: true,
         left_out: Some(2),
         skipped: Vec::new(),
+        failed: Vec::new(),
     };
-    let outcome = BackupOutcome { logical: Some(logical), ..backup_outcome() };
+    let outcome = BackupOutcome { logical: Some(logical.clone()), ..backup_outcome() };
     golden("outcome.backup.left_out", &Outcome::Backup(outcome));
+    let failed = SkippedDatabase {
+        database: "shop".parse().unwrap(),
+        why: "pg_dump of database shop ended with exit code 1: cache lookup failed".to_owned(),
+    };
+    let logical = LogicalOutcome { left_out: Some(1), failed: vec![failed], ..logical };
+    let outcome = BackupOutcome { logical: Some(logical), ..backup_outcome() };
+    golden("outcome.backup.failed_database", &Outcome::Backup(outcome));
     let broken = BrokenWal {
         target: "the end of the WAL".to_owned(),
         timeline: Timeline(10),

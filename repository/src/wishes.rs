@@ -9,10 +9,11 @@
 //! number. One that is not believed takes a number as well, and is in nobody's way. A `hold` has a name that nobody else uses,
 //! so whoever lost against a `forget` takes back its own and no other.
 
+use proto::backup::LogicalFacts;
 use proto::envelope::Signed;
 use proto::failure::chain;
 use proto::proof::{CheckOutcome, ProofCheck};
-use proto::{AttemptId, BackupId, LineageId, Proof, ProofLevel};
+use proto::{AttemptId, BackupId, DatabaseName, LineageId, Proof, ProofLevel};
 
 use crate::attempt::is_doomed;
 use crate::error::Error;
@@ -84,7 +85,62 @@ impl Repository {
         if self.newest_proved(lineage, &backups).await? == Some(backup) {
             return refuse("it is the newest one that was proved");
         }
+        if let Some(database) = self.only_here(lineage, backup, &backups).await? {
+            return refuse(&format!(
+                "it is the newest one that has database {database}, which a later one could not dump"
+            ));
+        }
         self.write_forget(lineage, backup, wish).await
+    }
+
+    /// A database that a backup has, a later one was to have and could not dump, and no later one has that stays. One that dumped
+    /// all there was, without it, says that it exists no more.
+    async fn only_here(
+        &self,
+        lineage: LineageId,
+        backup: BackupId,
+        backups: &[AttemptSummary],
+    ) -> Result<Option<DatabaseName>, Error> {
+        if self.identity(lineage).await?.kind.is_physical() {
+            return Ok(None);
+        }
+        let mut later = Vec::new();
+        for summary in backups.iter().rev().filter(|summary| !summary.forgotten) {
+            let Some(id) = summary.backup() else { continue };
+            let Some(facts) = self.logical_facts(lineage, id).await? else { continue };
+            if id != backup {
+                later.push(facts);
+                continue;
+            }
+            let only = facts.databases.into_iter().map(|dump| dump.database).find(|database| {
+                // Newest first: the first that says something of it has the word.
+                let says = |facts: &LogicalFacts| {
+                    let failed = facts.failed.iter().any(|failed| failed.database == *database);
+                    match (facts.has(database), failed) {
+                        (true, _) => Some(false),
+                        (_, true) => Some(true),
+                        _ => (facts.left_out == Some(0)).then_some(false),
+                    }
+                };
+                later.iter().find_map(says).unwrap_or(false)
+                    && !later.iter().any(|facts| facts.has(database))
+            });
+            return Ok(only);
+        }
+        Ok(None)
+    }
+
+    /// What a dump says of itself; `None` of files, and where that is lost or damaged.
+    async fn logical_facts(
+        &self,
+        lineage: LineageId,
+        backup: BackupId,
+    ) -> Result<Option<LogicalFacts>, Error> {
+        match self.open_backup(lineage, backup).await {
+            Ok(opened) => Ok(opened.facts().logical.clone()),
+            Err(Error::Damaged { .. } | Error::Missing { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Gives up what cannot be used and stops every collection: an attempt whose verdict cannot be believed, or a backup
@@ -340,13 +396,15 @@ impl Repository {
         }
     }
 
-    /// The newest of these backups that was restored and booted, and that no check has found anything wrong with since.
+    /// The newest of these backups that was restored and booted, and that no check has found anything wrong with since. A dump
+    /// that lacks a database which it was to have is none while there is a whole one.
     /// Whose signature a proof has is not looked at: whoever may write here can delete as well.
     pub async fn newest_proved(
         &self,
         lineage: LineageId,
         backups: &[AttemptSummary],
     ) -> Result<Option<BackupId>, Error> {
+        let mut part = None;
         for summary in backups.iter().rev().filter(|summary| summary.proofs > 0) {
             let Some(backup) = summary.backup() else { continue };
             let mut proved = false;
@@ -364,10 +422,14 @@ impl Repository {
                     proved = true;
                 }
             }
-            if proved {
-                return Ok(Some(backup));
+            if !proved {
+                continue;
+            }
+            match self.logical_facts(lineage, backup).await? {
+                Some(facts) if !facts.failed.is_empty() => part = part.or(Some(backup)),
+                _ => return Ok(Some(backup)),
             }
         }
-        Ok(None)
+        Ok(part)
     }
 }

@@ -217,3 +217,51 @@ async fn a_dump_that_was_ordered_with_its_proof_is_loaded_counted_and_shown() ->
     ensure!(named.contains("PROVED (L4)") && named.contains("of a dump"), "{named}");
     cluster.is_left_alone().await
 }
+
+const DAMAGE: &str = "SET allow_system_table_mods = on; \
+    DELETE FROM pg_attribute WHERE attrelid = 'public.items'::regclass AND attname = 'id'";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_database_that_cannot_be_dumped_is_told_until_a_dump_has_it_again() -> anyhow::Result<()>
+{
+    let vhost = Vhost::create()?;
+    let cluster = Cluster::start(15, InstanceOptions::default()).await?;
+    let mut fleet = Fleet::prepare(&vhost.url(), "", Place::Directory)?;
+    fleet.start_coordinator()?;
+    fleet.start_worker(&WorkerSetup::of("w1", "orders", cluster.url()))?;
+    cluster.run("CREATE DATABASE shop").await?;
+    cluster.run_in("shop", "CREATE TABLE public.items (id int)").await?;
+    cluster.run_in("shop", DAMAGE).await?;
+
+    // The first dump lacks it: nothing of it counts, whatever a proof says.
+    let dump = ["backup", "orders", "--engine", "pg_dump", "--wait"];
+    let part = fleet.run(&[&dump[..], &["--verify", "4"]].concat())?;
+    ensure!(part.code() == 3 && part.stdout.contains("Dumped 2 databases of orders"), "{part}");
+    ensure!(part.stdout.contains("database shop could not be dumped: pg_dump of"), "{part}");
+    let judged = fleet.json(&["cluster", "show", "orders", "-o", "json"])?;
+    let reason = judged["reason"].as_str().unwrap_or_default();
+    ensure!(judged["state"] == "AT_RISK", "{judged}");
+    let said =
+        "database shop could not be dumped, and no backup of the whole cluster has it: pg_dump";
+    ensure!(reason.starts_with(said), "{judged}");
+    ensure!(judged["recoverable_to_at_ms"].is_null(), "a part is no recovery: {judged}");
+    let status = fleet.run(&["status"])?;
+    ensure!(status.code() == 3 && status.stdout.contains("database shop could not"), "{status}");
+    let backups = fleet.json(&["backups", "list", "orders", "-o", "json"])?;
+    let id = backups[0]["id"].as_str().unwrap_or_default().to_owned();
+    let shown = fleet.expect(&["backups", "show", &id])?;
+    ensure!(shown.contains("  not in it    shop, which could not be dumped: pg_dump"), "{shown}");
+    ensure!(shown.contains("no backup of the whole cluster"), "{shown}");
+
+    // A backup of the files has it, as damaged as it is on the server; that is told until it can be dumped.
+    fleet.expect(&["backup", "orders", "--wait"])?;
+    let judged = fleet.json(&["cluster", "show", "orders", "-o", "json"])?;
+    let reason = judged["reason"].as_str().unwrap_or_default();
+    ensure!(judged["state"] == "AT_RISK", "{judged}");
+    ensure!(reason.contains("the newest backup that has it is "), "{judged}");
+    cluster.run("DROP DATABASE shop").await?;
+    fleet.expect(&dump)?;
+    let judged = fleet.json(&["cluster", "show", "orders", "-o", "json"])?;
+    ensure!(judged["state"] == "TAKEN", "{judged}");
+    cluster.is_left_alone().await
+}

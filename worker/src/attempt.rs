@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use futures::FutureExt as _;
 use proto::envelope::PAYLOAD_MAX_BYTES;
+use proto::job::BackupOutcome;
 use proto::message::{Grant, Report, ReportBody, SCHEMA, Spec};
 use proto::{Action, AttemptId, BootId, Code, Failure, JobId, Outcome, Step, WorkerName};
 use telemetry::TraceContext;
@@ -121,6 +122,11 @@ fn scrubbed(mut body: ReportBody) -> ReportBody {
         // The command that archived before may be anything.
         Some(Outcome::EnableWal(done)) => {
             done.plan.iter_mut().for_each(scrub);
+            return body;
+        }
+        // What a program said of a database that it could not dump.
+        Some(Outcome::Backup(BackupOutcome { logical: Some(logical), .. })) => {
+            logical.failed.iter_mut().for_each(|failed| scrub(&mut failed.why));
             return body;
         }
         Some(

@@ -7,11 +7,13 @@ mod house;
 use std::os::unix::fs::PermissionsExt as _;
 
 use house::dumps::{dump, dump_with, programs, quick, scope, stands_still};
-use house::{DATA, House, NOW_MS, bin_dir, nothing_is_left_on, number, run_sql, session};
+use house::{
+    DATA, House, NOW_MS, bin_dir, nothing_is_left_on, number, run_sql, session,
+};
 use postgres::instance::{Instance, InstanceOptions};
 use postgres::{Environment, Target, binaries::Binaries, quote};
 use proto::{Action, BackupKind, Code, DatabaseName, Failure};
-use repository::{Outcome, Pin};
+use repository::{Outcome, Pin, Wish};
 use worker::engines::pg_dump::{LoadOutcome, LoadRequest, load, plan};
 use worker::restoring;
 
@@ -473,6 +475,69 @@ async fn a_database_that_is_dropped_meanwhile_is_reported_and_a_new_one_is_in_th
     assert_eq!(next.logical.unwrap().databases, 2, "zz is there again, by itself");
     let failure = dump(&house, &scope(&["none"], &[])).await.unwrap_err();
     assert_eq!(failure.code, Code::RequestInvalid);
+}
+
+/// Makes a database one that no `pg_dump` gets through: the server cannot make sense of a table's row in its catalog.
+const DAMAGE: &str = "SET allow_system_table_mods = on; \
+    DELETE FROM pg_attribute WHERE attrelid = 'public.t'::regclass AND attname = 'x'";
+
+async fn a_damaged_catalog_keeps_no_other_database_out(major: u32) {
+    let house = quick(major).await;
+    for name in ["aa", "zz"] {
+        house.sql(&format!("CREATE DATABASE {name}")).await;
+        let fill = "CREATE TABLE public.t AS SELECT generate_series(1, 7) AS x";
+        run_sql(&house.server.url(name), fill).await;
+    }
+    let all = scope(&[], &[]);
+    let whole = dump(&house, &all).await.unwrap();
+    assert_eq!(whole.logical.as_ref().unwrap().left_out, Some(0));
+    run_sql(&house.server.url("aa"), DAMAGE).await;
+
+    let part = dump(&house, &all).await.unwrap();
+    let logical = part.logical.as_ref().unwrap();
+    assert_eq!((logical.databases, logical.left_out), (3, Some(1)), "{logical:?}");
+    assert_eq!(logical.failed[0].database.as_str(), "aa");
+    assert!(logical.failed[0].why.contains("pg_dump of database aa ended"), "{logical:?}");
+    assert!(!logical.failed[0].why.contains('\n'), "{logical:?}");
+    let backup = house.repository.open_backup(part.lineage, part.backup).await.unwrap();
+    let stored = backup.facts().logical.as_ref().unwrap();
+    assert_eq!((&stored.failed, stored.left_out), (&logical.failed, Some(1)));
+    // What pg_dump had written by then is stored, and nobody takes it for a dump.
+    let files: Vec<&str> = stored.databases.iter().map(|dump| dump.file.as_str()).collect();
+    assert_eq!(files, ["postgres.dump", "template1.dump", "zz.dump"]);
+    nothing_is_left_on(&house).await;
+    // Where it is all that is wanted, there is no backup.
+    let failure = dump(&house, &scope(&["aa"], &[])).await.unwrap_err();
+    assert_eq!(failure.code, Code::DumpFailed, "{failure}");
+
+    // Whoever restores is told, and whoever wants it back finds it in the backup before.
+    let other = other_server(&house, "other").await;
+    let url = other.url("postgres");
+    let one = |request: &mut LoadRequest| request.databases = vec!["aa".parse().unwrap()];
+    let refused = load_into(&house, &url, one).await.unwrap_err();
+    assert!(refused.message.starts_with("the backup lacks database aa, which could"), "{refused}");
+    let loaded = load_into(&house, &url, |_| ()).await.unwrap();
+    assert!(loaded.left_out[0].starts_with("database aa, which could not be"), "{loaded:?}");
+    assert_eq!(number(&at(&other, "zz"), "SELECT count(*) FROM public.t").await, 7);
+    let wish = Wish { by: "test".into(), why: "old".into(), at_ms: NOW_MS };
+    let forget = async || house.repository.forget(whole.lineage, whole.backup, &wish).await;
+    let refused = forget().await.unwrap_err().to_string();
+    assert!(refused.contains("the newest one that has database aa, which a later"), "{refused}");
+    // It is no more, and the next dump has all there is.
+    house.sql("DROP DATABASE aa").await;
+    let next = dump(&house, &all).await.unwrap();
+    assert_eq!(next.logical.unwrap().left_out, Some(0));
+    forget().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pg15_a_database_with_a_damaged_catalog_is_named_and_the_others_are_dumped() {
+    Box::pin(a_damaged_catalog_keeps_no_other_database_out(15)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pg18_a_database_with_a_damaged_catalog_is_named_and_the_others_are_dumped() {
+    Box::pin(a_damaged_catalog_keeps_no_other_database_out(18)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -274,6 +274,10 @@ fn details(backup: &BackupView) -> String {
         }
         let passwords = if logical.role_passwords { "with" } else { "without" };
         lines.push(format!("  roles        {passwords} passwords"));
+        for failed in &logical.failed {
+            let name = &failed.database;
+            lines.push(format!("  not in it    {name}, which could not be dumped: {}", failed.why));
+        }
         for skipped in &logical.skipped {
             lines.push(format!("  not in it    {}: {}", skipped.database, skipped.why));
         }

@@ -1,6 +1,6 @@
 //! Backups and their proofs, as they were reported. The repository is the truth; this is the memory of it.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use proto::copies::BackupCopy;
 use proto::job::{BackupOutcome, Task};
@@ -182,6 +182,32 @@ pub(crate) async fn newest(db: &mut AnyConnection, cluster: &str) -> Result<Vec<
     let text = format!("-- newest_backups\n{}", of_clusters(NEWEST));
     let rows = sqlx::query(sqlx::AssertSqlSafe(text)).bind(cluster).fetch_all(db).await?;
     rows.into_iter().map(|row| Backup::from_row(&Row(row))).collect()
+}
+
+/// The newest dump of each cluster, whatever it leaves out; only one cluster's when `cluster` is not empty.
+pub(crate) async fn newest_dumps(db: &mut AnyConnection, cluster: &str) -> Result<Vec<Backup>> {
+    let rows = sqlx::query(sqlx::AssertSqlSafe(text_of_dumps()));
+    let rows = rows.bind(cluster).fetch_all(db).await?;
+    let mut newest: HashMap<ClusterName, Backup> = HashMap::new();
+    for row in rows {
+        let dump = Backup::from_row(&Row(row))?;
+        let at = |dump: &Backup| (dump.outcome.stopped_at_ms, dump.id);
+        if newest.get(&dump.cluster).is_none_or(|other| at(other) < at(&dump)) {
+            newest.insert(dump.cluster.clone(), dump);
+        }
+    }
+    Ok(newest.into_values().collect())
+}
+
+pub(super) fn text_of_dumps() -> String {
+    let each = [Worth::Part, Worth::Dump].map(|worth| {
+        of_clusters(&format!(
+            "SELECT id FROM backups WHERE cluster = c.name AND worth = {} AND gone_at_ms IS NULL \
+             ORDER BY stopped_at_ms DESC, id DESC LIMIT 1",
+            worth.number()
+        ))
+    });
+    format!("-- newest_dumps\n{}", each.join(" UNION ALL "))
 }
 
 /// What each cluster can be recovered from: its newest proved backups, and the newest of those that nobody proved; newest first.

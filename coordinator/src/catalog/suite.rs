@@ -904,6 +904,7 @@ async fn a_part_of_a_cluster_is_nothing_to_recover_it_from(url: &str) {
             role_passwords: true,
             left_out,
             skipped: Vec::new(),
+            failed: Vec::new(),
         });
         let task = Task::Backup(Backup { pg_dump: Some(scope), ..Backup::default() });
         row.worth = Worth::of(&row.outcome, Some(&task));
@@ -938,6 +939,9 @@ async fn a_part_of_a_cluster_is_nothing_to_recover_it_from(url: &str) {
         let newest = backups::newest(&mut db, "").await.unwrap();
         let is_whole = parts.len() > 2;
         assert_eq!(newest[0].outcome.stopped_at_ms, if is_whole { 30 } else { 50 });
+        let dumps = backups::newest_dumps(&mut db, "").await.unwrap();
+        let dumps: Vec<_> = dumps.iter().map(|dump| dump.outcome.stopped_at_ms).collect();
+        assert_eq!(dumps, [50], "whatever it leaves out");
         drop(db);
         let wanted = is_whole.then_some((30, Shown::None));
         assert_eq!(sources(&catalog).await, wanted.into_iter().collect::<Vec<_>>());
@@ -1026,6 +1030,7 @@ async fn a_catalog_of_before_is_brought_to_this_version_and_judged(url: &str) {
         role_passwords: true,
         left_out: None,
         skipped: Vec::new(),
+        failed: Vec::new(),
     });
     for row in [backup_row(1, 10), backup_row(2, 20), backup_row(3, 30), dump] {
         put_as_before(&before, &row).await;
@@ -1195,7 +1200,12 @@ async fn no_look_at_the_fleet_goes_through_all_backups() {
     let server = Server::sqlite();
     let catalog = catalog(&server.fresh("plans").await).await;
     let mut db = catalog.read().await.unwrap();
-    let texts = [backups::text_of_sources(), backups::text_of_proofs(), backups::text_of_robbed()];
+    let texts = [
+        backups::text_of_sources(),
+        backups::text_of_proofs(),
+        backups::text_of_robbed(),
+        backups::text_of_dumps(),
+    ];
     for text in texts {
         let (_, query) = text.split_once('\n').unwrap();
         let plan = format!("EXPLAIN QUERY PLAN {query}");

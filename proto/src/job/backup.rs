@@ -163,4 +163,7 @@ pub struct LogicalOutcome {
     /// Databases that are not in it although nobody excluded them, with the reason.
     #[serde(default)]
     pub skipped: Vec<SkippedDatabase>,
+    /// Databases that were to be dumped and could not be, with what was said. They are among those that are left out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub failed: Vec<SkippedDatabase>,
 }

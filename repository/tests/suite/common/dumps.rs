@@ -83,6 +83,8 @@ pub fn dump_facts(dump: u32) -> BackupFacts {
                 database: "template0".parse().unwrap(),
                 why: "it allows no connections".to_owned(),
             }],
+            failed: Vec::new(),
+            left_out: None,
         }),
         ..facts()
     }

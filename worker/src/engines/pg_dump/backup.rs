@@ -137,9 +137,11 @@ async fn from_attempt(
         let (writer, dumps, progress) = (&mut writer, &dumps, &*progress);
         async move {
             dump(cx, writer, dumps, progress).await?;
+            dumps.anything()?;
             let done = progress.snapshot();
             step.figure("databases", dumps.lock().dumps.len() as u64);
             step.figure("dropped_databases", dumps.lock().gone.len() as u64);
+            step.figure("failed_databases", dumps.lock().failed.len() as u64);
             step.figure("read_bytes", done.bytes_read);
             step.figure("stored_bytes", done.bytes_stored);
             step.figure("taken_over_bytes", done.bytes_taken_over);
@@ -189,8 +191,9 @@ async fn from_attempt(
             client_version_num: logical.client_version_num,
             databases: logical.databases.len() as u64,
             role_passwords: logical.role_passwords,
-            left_out: Some(ready.choice.left_out),
+            left_out: logical.left_out,
             skipped: logical.skipped,
+            failed: logical.failed,
         }),
     })
 }
@@ -260,11 +263,15 @@ fn logical_facts(ready: &Ready, dumps: &Dumps) -> LogicalFacts {
     databases.sort_by(|a, b| a.database.cmp(&b.database));
     let mut skipped = [ready.choice.skipped.clone(), found.gone.clone()].concat();
     skipped.sort_by(|a, b| a.database.cmp(&b.database));
+    let mut failed = found.failed.clone();
+    failed.sort_by(|a, b| a.database.cmp(&b.database));
     LogicalFacts {
         client_version_num: ready.clients.version().0,
         role_passwords: ready.role_passwords,
         databases,
         skipped,
+        left_out: Some(ready.choice.left_out + failed.len() as u64),
+        failed,
     }
 }
 

@@ -13,7 +13,7 @@ use tokio::io::AsyncReadExt as _;
 use tokio::sync::oneshot;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::failure::of_program;
+use super::failure::{is_of_database, of_program};
 
 /// A program writes 4 KiB at a time. After a read that found less than this, more may gather in the pipe, which holds much more, for
 /// so long: who reads at once is woken, and wakes, for each of them.
@@ -29,6 +29,8 @@ pub(super) struct Output {
     /// The last read found little.
     gathers: bool,
     end: End,
+    /// It ended badly, for a reason that lies in what it was to read.
+    unreadable: bool,
     /// Ends the program when this is dropped.
     _nobody_reads: DropGuard,
 }
@@ -64,7 +66,13 @@ impl Output {
                 end = running.end() => drop(tell.send(end)),
             }
         });
-        Ok(Self { what, pipe, gathers: false, end: End::Open(told), _nobody_reads: guard })
+        let end = End::Open(told);
+        Ok(Self { what, pipe, gathers: false, end, unreadable: false, _nobody_reads: guard })
+    }
+
+    /// Whether it ended badly for a reason that lies in what it was to read, and in nothing else.
+    pub(super) fn is_unreadable(&self) -> bool {
+        self.unreadable
     }
 }
 
@@ -81,7 +89,10 @@ impl Read for Output {
         match std::mem::replace(&mut self.end, End::Badly) {
             End::Open(told) => match told.blocking_recv() {
                 Ok(Ok(warnings)) => tell(&self.what, &warnings),
-                Ok(Err(error)) => return Err(io::Error::other(of_program(&self.what, error))),
+                Ok(Err(error)) => {
+                    self.unreadable = is_of_database(&error);
+                    return Err(io::Error::other(of_program(&self.what, error)));
+                }
                 Err(_) => return Err(io::Error::other("its end is not known")),
             },
             End::Well => {}

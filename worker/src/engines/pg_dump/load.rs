@@ -13,7 +13,7 @@ use postgres::libpq::{self, Login};
 use postgres::process::Program;
 use postgres::version::ServerVersion;
 use postgres::{Purpose, Session, Target, connect, connect_maintenance, quote};
-use proto::backup::{DatabaseDump, LogicalFacts};
+use proto::backup::{DatabaseDump, LogicalFacts, SkippedDatabase};
 use proto::words::{count, grouped};
 use proto::{Action, Code, DatabaseName, Failure, Progress};
 use repository::Backup;
@@ -88,12 +88,14 @@ pub struct LoadPlan {
     loads: Vec<Load>,
     /// For people, one line a step.
     pub lines: Vec<String>,
+    /// Databases that the backup was to have, where all of it is wanted.
+    lacks: Vec<String>,
 }
 
 impl LoadPlan {
     fn left_out(&self) -> impl Iterator<Item = String> {
         let pieces = self.loads.iter().filter_map(|load| load.piece.as_ref());
-        pieces.flat_map(|piece| piece.left_out.iter().cloned())
+        pieces.flat_map(|piece| piece.left_out.iter().cloned()).chain(self.lacks.iter().cloned())
     }
 
     /// What is told when nothing but the plan was asked for.
@@ -160,10 +162,12 @@ pub async fn plan(
             "the server is older than the one that was dumped ({was}): what it does not know fails"
         ));
     }
-    let mut globals = Vec::new();
+    let (mut globals, mut lacks) = (Vec::new(), Vec::new());
     if request.databases.is_empty() {
         globals = statements(&read_text(&backup.file_content(GLOBALS.as_bytes()).await?).await?)?;
         lines.push(globals_line(&session, &globals).await?);
+        lacks.extend(logical.failed.iter().map(lacked));
+        lines.extend(lacks.iter().map(|lacked| format!("leave out {lacked}")));
         if !logical.role_passwords {
             lines.push("roles that are created have no passwords: the backup has none".to_owned());
         }
@@ -204,7 +208,11 @@ pub async fn plan(
             request.jobs
         ));
     }
-    Ok(LoadPlan { clients, globals, loads, lines })
+    Ok(LoadPlan { clients, globals, loads, lines, lacks })
+}
+
+fn lacked(failed: &SkippedDatabase) -> String {
+    format!("database {}, which could not be dumped: {}", failed.database, failed.why)
 }
 
 fn chosen(logical: &LogicalFacts, request: &LoadRequest) -> Result<Vec<DatabaseDump>, Failure> {
@@ -214,7 +222,10 @@ fn chosen(logical: &LogicalFacts, request: &LoadRequest) -> Result<Vec<DatabaseD
             .with_hint(format!("The backup has: {}.", names.join(", "))))
     };
     for name in request.databases.iter().chain(&request.overwrite) {
-        if !logical.databases.iter().any(|dump| dump.database == *name) {
+        if let Some(failed) = logical.failed.iter().find(|failed| failed.database == *name) {
+            return refuse(format!("the backup lacks {}", lacked(failed)));
+        }
+        if !logical.has(name) {
             return refuse(format!("the backup has no database {name}"));
         }
     }

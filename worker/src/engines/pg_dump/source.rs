@@ -14,7 +14,7 @@ use postgres::databases::Database;
 use postgres::libpq::Login;
 use postgres::snapshot::Snapshot;
 use proto::backup::{DatabaseCensus, DatabaseDump, DumpLayout, SkippedDatabase};
-use proto::{Action, Code, Failure, JobId};
+use proto::{Action, Code, DatabaseName, Failure, JobId};
 use repository::{Source, SourceEntry, SourceFile};
 use tokio::runtime::Handle;
 use tokio::time::Instant;
@@ -22,10 +22,14 @@ use tokio_util::sync::CancellationToken;
 
 use super::children::{Output, incomplete};
 use super::counting::{Counting, Passing, Rows};
+use super::failure::{is_of_database, why};
 use super::{GLOBALS, dump_path};
 
 /// How long a dump waits for a lock on one table. It stands in the queue that long, and everybody who comes after it with it.
 const LOCK_WAIT: Duration = Duration::from_mins(1);
+
+/// What is read of a dump before it becomes part of the backup.
+const FIRST_BYTES: usize = 64 << 10;
 
 /// Everything that dumps need.
 pub(super) struct Dumps {
@@ -50,6 +54,9 @@ pub(super) struct Found {
     /// Without sizes.
     pub(super) dumps: Vec<DatabaseDump>,
     pub(super) gone: Vec<SkippedDatabase>,
+    /// Those that cannot be dumped, and of the first how it failed.
+    pub(super) failed: Vec<SkippedDatabase>,
+    failure: Option<Failure>,
     counts: Vec<(Counting, Rows)>,
 }
 
@@ -105,6 +112,10 @@ impl Dumps {
             Err(error) if error.state().is_some_and(|state| state.code() == "3D000") => {
                 return self.gone(database).map(|()| None);
             }
+            Err(error) if is_of_database(&error) => {
+                self.failed(&database.name, error.into());
+                return Ok(None);
+            }
             Err(error) => return Err(error.into()),
         };
         let login = Login::new(&target, &application_name(&self.job))?;
@@ -131,10 +142,29 @@ impl Dumps {
             reader: archive::Reader::new(),
             counting: Some((counting, passing)),
             facts,
+            given_up: false,
             dumps: Arc::clone(self),
             _login: login,
         };
         Ok(Some(dump))
+    }
+
+    /// One database cannot be dumped: the others are, and the backup says what it has not.
+    fn failed(&self, database: &DatabaseName, failure: Failure) {
+        let why = why(&failure);
+        tracing::error!(database = %database, "Database {database} is not in the backup, which is no backup of the whole cluster: {why}");
+        let mut found = self.lock();
+        found.failed.push(SkippedDatabase { database: database.clone(), why });
+        found.failure.get_or_insert(failure);
+    }
+
+    /// Fails where no database could be dumped.
+    pub(super) fn anything(&self) -> Result<(), Failure> {
+        let found = self.lock();
+        match &found.failure {
+            Some(failure) if found.dumps.is_empty() => Err(failure.clone()),
+            _ => Ok(()),
+        }
     }
 
     fn gone(&self, database: &Database) -> Result<(), Failure> {
@@ -171,6 +201,7 @@ struct Dump {
     /// Until the dump has ended.
     counting: Option<(Counting, Passing)>,
     facts: DatabaseDump,
+    given_up: bool,
     dumps: Arc<Dumps>,
     /// Its password file.
     _login: Login,
@@ -178,7 +209,13 @@ struct Dump {
 
 impl Read for Dump {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let read = self.output.read(buffer)?;
+        if self.given_up {
+            return Ok(0);
+        }
+        let read = match self.output.read(buffer) {
+            Err(error) if self.gives_up(&error) => return Ok(0),
+            read => read?,
+        };
         let understood = if read == 0 && !buffer.is_empty() {
             self.end()
         } else {
@@ -200,6 +237,30 @@ impl Read for Dump {
 }
 
 impl Dump {
+    /// Waits until it has begun to write. `None`: it cannot be, for a reason that lies in its database.
+    fn begun(mut self) -> io::Result<Option<impl Read + Send>> {
+        let mut first = vec![0; FIRST_BYTES];
+        let read = self.read(&mut first)?;
+        first.truncate(read);
+        Ok((!self.given_up).then(|| io::Cursor::new(first).chain(self)))
+    }
+
+    /// Whether a dump ends here that cannot be, for a reason that lies in its database. What was written of it stays behind, and
+    /// nobody takes it for a dump.
+    fn gives_up(&mut self, error: &io::Error) -> bool {
+        let failure = error.get_ref().and_then(|inner| inner.downcast_ref::<Failure>());
+        match failure {
+            // A right that is missing is given, and all is dumped.
+            Some(failure) if self.output.is_unreadable() && failure.code == Code::DumpFailed => {
+                self.counting = None;
+                self.given_up = true;
+                self.dumps.failed(&self.facts.database, failure.clone());
+                true
+            }
+            _ => false,
+        }
+    }
+
     /// It has ended well: what is known of it by now becomes part of the backup.
     fn end(&mut self) -> Result<(), postgres::Error> {
         let Some((counting, _)) = self.counting.take() else { return Ok(()) };
@@ -234,14 +295,13 @@ impl Source for SharedDumps {
         let dumps = &self.0;
         let begun = dumps.runtime.block_on(async {
             let begin = async {
-                let stream: Option<Box<dyn Read + Send>> = match dumps.databases.get(&entry.path) {
-                    Some(database) => match dumps.database(database, ended).await? {
-                        Some(dump) => Some(Box::new(dump)),
-                        None => None,
-                    },
-                    None => Some(Box::new(dumps.globals(ended).await?)),
-                };
-                Ok::<_, Failure>(stream)
+                match dumps.databases.get(&entry.path) {
+                    Some(database) => {
+                        let dump = dumps.database(database, ended).await?;
+                        Ok(dump.map(|dump| Begun::Dump(Box::new(dump))))
+                    }
+                    None => Ok::<_, Failure>(Some(Begun::Globals(dumps.globals(ended).await?))),
+                }
             };
             tokio::select! {
                 biased;
@@ -249,6 +309,15 @@ impl Source for SharedDumps {
                 begun = begin => begun,
             }
         });
-        begun.map_err(io::Error::other)
+        Ok(match begun.map_err(io::Error::other)? {
+            Some(Begun::Dump(dump)) => dump.begun()?.map(|dump| Box::new(dump) as _),
+            Some(Begun::Globals(globals)) => Some(Box::new(globals)),
+            None => None,
+        })
     }
+}
+
+enum Begun {
+    Dump(Box<Dump>),
+    Globals(Globals),
 }
