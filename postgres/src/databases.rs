@@ -1,8 +1,9 @@
 //! The databases of a cluster, as a logical backup needs to know them.
 
-use proto::DatabaseName;
+use proto::{DatabaseName, JobId};
 
 use crate::census::collation_sql;
+use crate::connect::application_name;
 use crate::error::Error;
 use crate::session::Session;
 use crate::version::ServerVersion;
@@ -93,6 +94,16 @@ impl Session {
                    ELSE pg_current_wal_insert_lsn() END::text";
         let text: String = self.one(what, sql, &[]).await?.get(0);
         text.parse().map_err(|_| Error::Answer { what: what.to_owned(), answer: text })
+    }
+
+    /// How many transactions ago the oldest snapshot was taken that sessions of a job hold: vacuum removes nothing that was
+    /// deleted since.
+    pub async fn held_back(&self, job: &JobId) -> Result<Option<u64>, Error> {
+        let sql = "-- pgmuster: the oldest snapshot of a job\n\
+                   SELECT max(age(backend_xmin))::int8 FROM pg_stat_activity WHERE application_name = $1";
+        let name = application_name(job);
+        let row = self.one("ask what a job holds back", sql, &[&name]).await?;
+        Ok(row.get::<_, Option<i64>>(0).and_then(|age| u64::try_from(age).ok()))
     }
 
     /// Names of user relations in this database, ten at most: whether there is something that a restore would meet.

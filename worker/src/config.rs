@@ -141,6 +141,11 @@ pub struct BackupConfig {
     /// A standby whose content may be older than this many seconds is not backed up: a backup of it would be taken for one of
     /// today. 0 takes any.
     pub standby_lag_max_s: u32,
+    /// A dump that reads one database for longer than this, seconds, is told, with what its snapshot keeps vacuum from removing
+    /// on the whole server. 0 tells nothing.
+    pub dump_warn_s: u32,
+    /// A dump that reads one database for longer than this, seconds, is ended, and nothing is committed. 0 lets it run.
+    pub dump_max_s: u32,
 }
 
 impl Default for BackupConfig {
@@ -156,6 +161,8 @@ impl Default for BackupConfig {
             wal_held_max_bytes: 64 << 30,
             wal_free_min_bytes: None,
             standby_lag_max_s: 3_600,
+            dump_warn_s: 4 * 3_600,
+            dump_max_s: 0,
         }
     }
 }

@@ -5,10 +5,11 @@
 mod house;
 
 use std::os::unix::fs::PermissionsExt as _;
+use std::time::Duration;
 
 use house::dumps::{dump, dump_with, programs, quick, scope, stands_still};
 use house::{
-    DATA, House, NOW_MS, bin_dir, nothing_is_left_on, number, run_sql, session,
+    DATA, House, NOW_MS, bin_dir, eventually, nothing_is_left_on, number, run_sql, session,
 };
 use postgres::instance::{Instance, InstanceOptions};
 use postgres::{Environment, Target, binaries::Binaries, quote};
@@ -16,6 +17,8 @@ use proto::{Action, BackupKind, Code, DatabaseName, Failure};
 use repository::{Outcome, Pin, Wish};
 use worker::engines::pg_dump::{LoadOutcome, LoadRequest, load, plan};
 use worker::restoring;
+
+const SOON: Duration = Duration::from_secs(30);
 
 /// Loads into another server, or says why not.
 async fn load_into(
@@ -538,6 +541,50 @@ async fn pg15_a_database_with_a_damaged_catalog_is_named_and_the_others_are_dump
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn pg18_a_database_with_a_damaged_catalog_is_named_and_the_others_are_dumped() {
     Box::pin(a_damaged_catalog_keeps_no_other_database_out(18)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dump_that_goes_on_for_long_says_what_it_holds_back_and_ends_at_its_limit() {
+    let mut house = quick(15).await;
+    house.sql(DATA).await;
+    let whole = scope(&["postgres"], &[]);
+    let bin_dirs = [house.server.binaries().directory().to_owned()];
+    house.config.backup.dump_warn_s = 1;
+    let holder = session(&house.server.url("postgres")).await;
+    holder.run("lock", "BEGIN; LOCK TABLE public.orders").await.unwrap();
+    let cx = house.cx();
+    let looking = async {
+        stands_still(&house).await;
+        for _ in 0..20 {
+            house.sql("SELECT pg_current_xact_id()").await;
+        }
+        let told = || {
+            let step = cx.current_progress()?.step;
+            step.starts_with("dump of database postgres for ").then_some(step)
+        };
+        let looked = async || told();
+        let told = eventually("the dump says that it is old", SOON, looked).await;
+        assert!(told.contains("vacuum removes nothing that was deleted since"), "{told}");
+        holder.run("let go", "COMMIT").await.unwrap();
+    };
+    let (ended, ()) = tokio::join!(dump_with(&house, &cx, &whole, &bin_dirs), looking);
+    ended.expect("it is only told");
+    let steps = cx.steps();
+    let step = steps.iter().find(|step| step.name == "dump").unwrap();
+    assert!(step.figures["snapshot_s"] >= 1, "{step:?}");
+    assert!(step.figures["held_back_transactions"] >= 1, "{step:?}");
+
+    let mut house = quick(15).await;
+    house.sql(DATA).await;
+    house.config.backup.dump_max_s = 1;
+    let holder = session(&house.server.url("postgres")).await;
+    holder.run("lock", "BEGIN; LOCK TABLE public.orders").await.unwrap();
+    let failure = dump(&house, &whole).await.unwrap_err();
+    assert_eq!((failure.code, failure.action), (Code::DumpFailed, Action::FixConfig), "{failure}");
+    assert!(failure.message.contains("backup.dump_max_s"), "{failure}");
+    assert!(failure.hint.contains("--exclude-database"), "{failure:?}");
+    no_backup(&house).await;
+    holder.close().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -16,6 +16,7 @@ use tokio::time::Instant;
 
 use super::choice::{Choice, choose};
 use super::contents::contents;
+use super::snapshots::{self, Ages};
 use super::source::{Dumps, Found, SharedDumps};
 use super::{GLOBALS, dump_path};
 use crate::clock;
@@ -136,7 +137,12 @@ async fn from_attempt(
     cx.step_with("dump", |step| {
         let (writer, dumps, progress) = (&mut writer, &dumps, &*progress);
         async move {
-            dump(cx, writer, dumps, progress).await?;
+            let ages = Ages::of(request.config);
+            let watching = snapshots::watch(cx, dumps, ages, &step);
+            tokio::select! {
+                done = dump(cx, writer, dumps, progress) => done?,
+                failure = watching => return Err(failure),
+            }
             dumps.anything()?;
             let done = progress.snapshot();
             step.figure("databases", dumps.lock().dumps.len() as u64);
@@ -237,7 +243,8 @@ async fn dump(
         loop {
             ticks.tick().await;
             let done = progress.snapshot().bytes;
-            let (step, unit) = ("dump".to_owned(), "bytes".to_owned());
+            let told = dumps.lock().told.clone();
+            let (step, unit) = (told.unwrap_or_else(|| "dump".to_owned()), "bytes".to_owned());
             cx.progress(Progress { step, done, total: None, unit });
         }
     };

@@ -14,6 +14,7 @@ mod load;
 mod parallel;
 mod part;
 mod rehearse;
+mod snapshots;
 mod source;
 
 use backup::read_text;

@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use super::children::{Output, incomplete};
 use super::counting::{Counting, Passing, Rows};
 use super::failure::{is_of_database, why};
+use super::snapshots::Held;
 use super::{GLOBALS, dump_path};
 
 /// How long a dump waits for a lock on one table. It stands in the queue that long, and everybody who comes after it with it.
@@ -57,6 +58,9 @@ pub(super) struct Found {
     /// Those that cannot be dumped, and of the first how it failed.
     pub(super) failed: Vec<SkippedDatabase>,
     failure: Option<Failure>,
+    /// The snapshot that a dump has just now, and what was told of it.
+    pub(super) held: Option<Held>,
+    pub(super) told: Option<String>,
     counts: Vec<(Counting, Rows)>,
 }
 
@@ -118,6 +122,7 @@ impl Dumps {
             }
             Err(error) => return Err(error.into()),
         };
+        self.lock().held = Some(Held { database: database.name.clone(), since: Instant::now() });
         let login = Login::new(&target, &application_name(&self.job))?;
         let program = login
             .apply(self.clients.pg_dump())
@@ -194,7 +199,7 @@ impl Read for Globals {
     }
 }
 
-/// One dump while it is read.
+/// One dump while it is read. Its snapshot is held until this is dropped.
 struct Dump {
     output: Output,
     reader: archive::Reader,
@@ -271,6 +276,12 @@ impl Dump {
         found.dumps.push(facts);
         found.counts.push((counting, rows));
         Ok(())
+    }
+}
+
+impl Drop for Dump {
+    fn drop(&mut self) {
+        self.dumps.lock().held = None;
     }
 }
 
