@@ -153,12 +153,11 @@ impl Undumped {
         let names = self.databases.join(", ");
         let what = if self.databases.len() == 1 { "database" } else { "databases" };
         let how = if self.databases.len() == 1 { "it" } else { "them" };
-        let elsewhere = match backup.part_of {
-            Some(_) => format!("no backup of the whole cluster has {how}"),
-            None => {
-                let age = span(now_ms.saturating_sub(backup.stopped_at_ms));
-                format!("the newest backup that has {how} is {age} old")
-            }
+        let elsewhere = if backup.part_of.is_some() {
+            format!("no backup of the whole cluster has {how}")
+        } else {
+            let age = span(now_ms.saturating_sub(backup.stopped_at_ms));
+            format!("the newest backup that has {how} is {age} old")
         };
         format!("{what} {names} could not be dumped, and {elsewhere}: {}", self.why)
     }
