@@ -19,7 +19,7 @@ use worker::config::{GivenBy, WorkerConfig};
 use worker::places::Places;
 
 use crate::client::Client;
-use crate::commands::{init_repository, write_secret};
+use crate::commands::{init_repository, refuse_in_server, write_secret};
 use crate::hints::Place;
 use crate::{configs, identity, secrets};
 
@@ -74,6 +74,7 @@ impl Embedded {
                 socket.display()
             )));
         }
+        refuse_in_server(&format!("{} (--home)", home.display()), Some(home))?;
         for directory in [home].into_iter().chain(served.restore_roots.iter().map(PathBuf::as_path))
         {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(

@@ -11,6 +11,8 @@ pub(crate) const CONFIG: &str = "config";
 pub(crate) const KEYS: &str = "keys/";
 pub(crate) const KEYRINGS: &str = "keyring/";
 pub(crate) const LINEAGES: &str = "lineages/";
+/// The directories at the top of a repository.
+pub(crate) const OWN: [&str; 3] = [KEYS, KEYRINGS, LINEAGES];
 /// Below [`wal`].
 pub(crate) const WAL_FLOORS: &str = "floor/";
 

@@ -54,7 +54,7 @@ pub fn lies(one: &Path, other: &Path) -> io::Result<Lies> {
 pub enum Servers {
     /// Its data directory.
     Data(PathBuf),
-    /// The place of one of its tablespaces.
+    /// What it made for itself in the place of one of its tablespaces.
     Tablespace(PathBuf),
 }
 
@@ -79,7 +79,9 @@ pub fn servers_around(path: &Path) -> io::Result<Option<Servers>> {
         if is_data_directory(above) {
             return Some(Servers::Data(above.to_owned()));
         }
-        is_tablespace(above).then(|| Servers::Tablespace(above.to_owned()))
+        let name = above.file_name()?.to_str()?;
+        let is_its_own = is_in_tablespace(name) && above.is_dir();
+        is_its_own.then(|| Servers::Tablespace(above.to_owned()))
     }))
 }
 
@@ -93,22 +95,15 @@ pub fn in_server(path: &Path, data: &Path) -> io::Result<Option<Servers>> {
     for link in links {
         // One that leads nowhere has nothing in it.
         let Ok(place) = link?.path().canonicalize() else { continue };
-        if lies(path, &place)? == Lies::Inside {
-            return Ok(Some(Servers::Tablespace(place)));
+        let path = resolved(path)?;
+        let Ok(inside) = path.strip_prefix(&place) else { continue };
+        // Others may have directories of their own beside the one that the server made there.
+        let name = inside.components().next().and_then(|first| first.as_os_str().to_str());
+        if let Some(name) = name.filter(|name| is_in_tablespace(name)) {
+            return Ok(Some(Servers::Tablespace(place.join(name))));
         }
     }
     Ok(None)
-}
-
-/// Whether a server keeps a tablespace in this directory. One that cannot be listed is taken for none.
-fn is_tablespace(directory: &Path) -> bool {
-    let Ok(mut entries) = std::fs::read_dir(directory) else { return false };
-    entries.any(|entry| {
-        entry.is_ok_and(|entry| {
-            entry.file_name().to_str().is_some_and(is_in_tablespace)
-                && entry.file_type().is_ok_and(|kind| kind.is_dir())
-        })
-    })
 }
 
 #[cfg(test)]
@@ -142,14 +137,15 @@ mod tests {
             std::os::unix::fs::symlink(at(to), at("data/pg_tblspc").join(link)).unwrap();
         }
         std::os::unix::fs::symlink(at("space"), at("alias")).unwrap();
-        let (data, space) = (Servers::Data(at("data")), Servers::Tablespace(at("space")));
+        let (data, space) =
+            (Servers::Data(at("data")), Servers::Tablespace(at("space/PG_15_202209061")));
         for (name, servers) in [
             ("data", Some(&data)),
             ("data/a/b", Some(&data)),
-            ("space", Some(&space)),
-            ("space/repository", Some(&space)),
             ("space/PG_15_202209061/5", Some(&space)),
-            ("alias/repository", Some(&space)),
+            ("alias/PG_15_202209061/repository", Some(&space)),
+            ("space", None),
+            ("space/repository", None),
             ("other/repository", None),
             ("space-2", None),
         ] {
@@ -159,7 +155,8 @@ mod tests {
         }
         // Of any server; but not of this one.
         std::fs::create_dir_all(at("clone/PG_16_202307071")).unwrap();
-        assert!(servers_around(&at("clone/x")).unwrap().is_some());
-        assert_eq!(in_server(&at("clone/x"), &at("data")).unwrap(), None);
+        let of_another = at("clone/PG_16_202307071/x");
+        assert!(servers_around(&of_another).unwrap().is_some());
+        assert_eq!(in_server(&of_another, &at("data")).unwrap(), None);
     }
 }

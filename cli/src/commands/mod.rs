@@ -24,7 +24,7 @@ mod token;
 mod up;
 mod wal;
 
-pub(crate) use repo::{init as init_repository, write_secret};
+pub(crate) use repo::{init as init_repository, refuse_in_server, write_secret};
 pub(crate) use up::sockets;
 pub(crate) use wal::{Before, at_once, is_surely_no_question, limit, may_be_a_question};
 

@@ -368,12 +368,12 @@ pub(crate) async fn open_store(url: &str) -> Result<std::sync::Arc<dyn store::St
 }
 
 /// What lies in a directory of a server is lost with it.
-fn refuse_in_server(place: Option<&Path>) -> Result<(), Failure> {
+pub(crate) fn refuse_in_server(what: &str, place: Option<&Path>) -> Result<(), Failure> {
     // Where that cannot be seen, what is to be written there says why.
     let Some(servers) = place.and_then(|place| paths::servers_around(place).ok().flatten()) else {
         return Ok(());
     };
-    let what = format!("a repository there would lie inside {servers} of a server");
+    let what = format!("{what} would lie inside {servers} of a server");
     Err(Failure::new(Code::DataDirectoryShape, Action::FixConfig, what).with_hint(
         "It would be lost with the server. Give another place, at best on another machine or in a bucket.",
     ))
@@ -392,7 +392,10 @@ pub(crate) async fn init(
         refuse_existing(path)?;
     }
     let store = open_store(url).await?;
-    refuse_in_server(store.directory())?;
+    refuse_in_server("a repository there", store.directory())?;
+    for path in &paths {
+        refuse_in_server(&format!("the key {}", path.display()), Some(path))?;
+    }
     let probed = async {
         if single_writer {
             store::probe::probe_for_a_single_writer(std::sync::Arc::clone(&store)).await
@@ -545,11 +548,12 @@ mod tests {
         }
         std::fs::write(place.path().join("data/global/pg_control"), "").unwrap();
         let refused = |name: &str| {
-            refuse_in_server(Some(&place.path().join(name))).map_err(|failure| failure.code)
+            refuse_in_server("it", Some(&place.path().join(name))).map_err(|failure| failure.code)
         };
         assert_eq!(refused("repository"), Ok(()));
-        assert_eq!(refuse_in_server(None).map_err(|failure| failure.code), Ok(()), "a bucket");
-        for inside in ["data", "data/repository", "data/a/b", "space", "space/repository"] {
+        assert_eq!(refused("space/repository"), Ok(()), "beside what the server has there");
+        assert!(refuse_in_server("it", None).is_ok(), "a bucket");
+        for inside in ["data", "data/repository", "data/a/b", "space/PG_15_202209061/x"] {
             assert_eq!(refused(inside), Err(Code::DataDirectoryShape), "{inside}");
         }
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use postgres::process::Account;
 use proto::job::{RestoreOutcome, RestoreTarget};
 use proto::message::{SCHEMA, Spec};
-use proto::{Action, AttemptId, BackupKind, Code, Failure, JobId, Step, Task};
+use proto::{Action, AttemptId, BackupKind, Code, Failure, JobId, SecretRef, Step, Task};
 use repository::{Backup, Pin, paths};
 use tokio::task::JoinHandle;
 use worker::archive::service::OpenArchive;
@@ -36,7 +36,7 @@ pub(crate) fn check(args: &Restore) -> Result<(), Failure> {
         let what = format!("--tablespace names {oid} twice");
         return Err(Failure::new(Code::RequestInvalid, Action::FixConfig, what));
     }
-    refuse_key_inside(args)?;
+    refuse_secret_inside(args)?;
     match given.iter().find(|(_, given)| *given && args.into_server.is_none()) {
         None => Ok(()),
         Some((option, _)) => {
@@ -49,22 +49,30 @@ pub(crate) fn check(args: &Restore) -> Result<(), Failure> {
     }
 }
 
-/// What a delta restore is not about it removes, and without its key a repository is lost.
-fn refuse_key_inside(args: &Restore) -> Result<(), Failure> {
-    // `env:NAME` and `exec:/program` are no files.
-    let Some(key) = args.key.as_deref().filter(|key| key.exists()) else { return Ok(()) };
-    let mut into = args.into.iter().chain(args.tablespace.iter().map(|(_, place)| place));
-    let is_around =
-        |place: &&PathBuf| paths::lies(key, place).is_ok_and(|lies| lies == paths::Lies::Inside);
-    into.find(is_around).map_or(Ok(()), |place| {
-        let what = format!(
-            "the key {} lies in {}, where files are to be restored",
-            key.display(),
-            place.display()
-        );
-        Err(Failure::new(Code::RequestInvalid, Action::FixConfig, what)
-            .with_hint("Nothing was changed. Move the key elsewhere, and keep a copy of it."))
-    })
+/// What a delta restore is not about it removes, and what opens the repository is in no other place, perhaps. A key file it would know
+/// when it sees one; a passphrase looks like anything.
+fn refuse_secret_inside(args: &Restore) -> Result<(), Failure> {
+    let Some(into) = &args.into else { return Ok(()) };
+    let named = |reference: &str| match reference.parse() {
+        Ok(SecretRef::File(path)) => Some(PathBuf::from(path)),
+        Ok(_) => None,
+        Err(_) => Some(PathBuf::from(reference)),
+    };
+    let key = args.key.as_ref().map(|key| ("key", key.to_string_lossy()));
+    let passphrase = args.passphrase.as_ref().map(|words| ("passphrase", words.into()));
+    for (what, reference) in key.into_iter().chain(passphrase) {
+        let Some(file) = named(&reference).filter(|file| file.exists()) else { continue };
+        if paths::lies(&file, into).is_ok_and(|lies| lies == paths::Lies::Inside) {
+            let what = format!(
+                "the {what} {} lies in {}, where files are to be restored",
+                file.display(),
+                into.display()
+            );
+            return Err(Failure::new(Code::RequestInvalid, Action::FixConfig, what)
+                .with_hint("Nothing was changed. Move it elsewhere, and keep a copy of it."));
+        }
+    }
+    Ok(())
 }
 
 /// `restore --repository URL --key FILE --into DIR`, or `--passphrase REFERENCE`.
@@ -261,10 +269,10 @@ mod tests {
             std::fs::create_dir(at(name)).unwrap();
             std::fs::write(at(name) + "/key", "").unwrap();
         }
-        let checked = |key: &str| {
-            let (key, data, space) = (at(key), at("data"), at("space"));
+        let checked = |opener: &str| {
+            let (opener, data, space) = (opener.replace("AT", &at("")), at("data"), at("space"));
             let line = format!(
-                "pgmuster restore main --repository file:///r --key {key} --into {data} --tablespace 7={space}"
+                "pgmuster restore main --repository file:///r {opener} --into {data} --tablespace 7={space}"
             );
             let Command::Restore(args) =
                 Cli::try_parse_from(line.split_whitespace()).unwrap().command
@@ -273,9 +281,16 @@ mod tests {
             };
             check(&args).map_err(|failure| failure.code)
         };
-        assert_eq!(checked("data-2/key"), Ok(()));
-        for key in ["data/key", "space/key", "data-2/../data/key"] {
-            assert_eq!(checked(key), Err(Code::RequestInvalid), "{key}");
+        for opener in ["--key ATdata-2/key", "--key ATspace/key", "--passphrase env:data/key"] {
+            assert_eq!(checked(opener), Ok(()), "{opener}");
+        }
+        for opener in [
+            "--key ATdata/key",
+            "--key file:ATdata/key",
+            "--key ATdata-2/../data/key",
+            "--passphrase file:ATdata/key",
+        ] {
+            assert_eq!(checked(opener), Err(Code::RequestInvalid), "{opener}");
         }
     }
 }

@@ -8,7 +8,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::RestoreTarget;
 use crate::error::{Error, show};
-use crate::paths;
+use crate::{layout, paths};
 
 /// Each directory takes one handle for its lock and one to write through.
 const HANDLES_A_DIRECTORY: u64 = 2;
@@ -22,11 +22,23 @@ pub(super) fn require_apart(
     repository: Option<&Path>,
 ) -> Result<(), Error> {
     let mut places = vec![(resolved(&target.directory)?, "the data directory".to_owned())];
-    if let Some(repository) = repository {
-        places.push((resolved(repository)?, "the repository that is restored from".to_owned()));
-    }
     for (path, elsewhere) in &target.mapping {
         places.push((resolved(elsewhere)?, show(path)));
+    }
+    if let Some(repository) = repository {
+        let repository = resolved(repository)?;
+        let is_in_its_way = |(n, place): &(usize, &(PathBuf, String))| {
+            let place = &place.0;
+            let its_own = || layout::OWN.iter().any(|own| place.starts_with(repository.join(own)));
+            *place == repository || its_own() || *n == 0 && repository.starts_with(place)
+        };
+        // Beside what it has, in its directory, or above it beside what a tablespace has, nothing is in anybody's way.
+        if let Some((_, (place, name))) = places.iter().enumerate().find(is_in_its_way) {
+            return Err(Error::TargetsMeet {
+                one: format!("{name} in {}", place.display()),
+                other: format!("the repository that is restored from in {}", repository.display()),
+            });
+        }
     }
     match proto::job::meeting(&mut places) {
         None => Ok(()),
@@ -97,9 +109,16 @@ mod tests {
             meet_beside(Some(&at("big/repository")), &at(directory), &[&at(space)])
         };
         assert!(!meet("big/data", "big/space"));
-        for inside_or_around in ["big", "alias", "big/repository", "alias/repository/lineages/x"] {
-            assert!(meet(inside_or_around, "space"), "{inside_or_around}");
-            assert!(meet("data", inside_or_around), "{inside_or_around}");
+        // A worker may keep its sandbox there.
+        assert!(!meet("big/repository/sandbox/x", "big/repository/space"));
+        // What a tablespace has lies in a directory of its own, beside whatever else is there.
+        assert!(!meet("data", "big"));
+        for itself_or_around in ["big", "alias"] {
+            assert!(meet(itself_or_around, "space"), "{itself_or_around}");
+        }
+        for its_own in ["big/repository", "alias/repository/lineages/x", "big/repository/keys"] {
+            assert!(meet(its_own, "space"), "{its_own}");
+            assert!(meet("data", its_own), "{its_own}");
         }
     }
 

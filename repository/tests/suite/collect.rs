@@ -201,7 +201,7 @@ async fn finish(repository: &Repository, lineage: LineageId, now_ms: i64) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_collector_that_dies_anywhere_harms_nothing_and_the_next_one_finishes() {
     for deletes_first in [false, true] {
-        die_anywhere(deletes_first).await;
+        Box::pin(die_anywhere(deletes_first)).await;
     }
 }
 
@@ -595,14 +595,14 @@ async fn two_collectors_stand_still_anywhere(second: Second) -> Met {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_collectors_that_stand_still_anywhere_take_nothing_that_was_taken_back_or_is_read() {
-    let met = two_collectors_stand_still_anywhere(Second::Thoughts).await;
+    let met = Box::pin(two_collectors_stand_still_anywhere(Second::Thoughts)).await;
     assert!(met.steps[0] > 15 && met.kept > 100 && met.refused > 100, "{met:?}");
     assert!(met.protected > 100 && met.warned > 100 && met.late > 10, "{met:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_collectors_whose_lists_differ_delete_nothing_that_is_wanted() {
-    let met = two_collectors_stand_still_anywhere(Second::Forgotten).await;
+    let met = Box::pin(two_collectors_stand_still_anywhere(Second::Forgotten)).await;
     assert!(met.steps[0] > 15 && met.protected > 100 && met.late > 10, "{met:?}");
 }
 

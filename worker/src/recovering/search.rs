@@ -139,8 +139,14 @@ impl<'a> Search<'a> {
     ) -> Result<Found, Failure> {
         let is_after = |at: Timestamp| at > time || (or_then && at == time);
         let mut idle: Option<Moment> = None;
+        let first = from.0 / u64::from(way.segment_size());
         for number in numbers(way, from, to) {
+            let is_exhausted = self.is_exhausted();
             let Some(said) = self.look(way, number, last_number(way, to)).await? else {
+                // What only the backup brought along ends where it does: nothing behind it is in there.
+                if number == first && !is_exhausted {
+                    break;
+                }
                 return Ok(Found::Unknown);
             };
             let moments = || said.moments.iter().filter(|moment| moment.start >= from);
@@ -179,7 +185,7 @@ impl<'a> Search<'a> {
         let mut found = Vec::new();
         let first = from.0 / u64::from(way.segment_size());
         for number in numbers(way, from, to) {
-            let is_exhausted = self.left == 0;
+            let is_exhausted = self.is_exhausted();
             let Some(said) = self.look(way, number, last_number(way, to)).await? else {
                 // What only the backup brought along ends where it does: nothing behind it is in there.
                 if number == first && !is_exhausted {
