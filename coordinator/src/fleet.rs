@@ -14,7 +14,7 @@ use proto::failure::{Action, Code, Failure};
 use proto::job::{BackupOutcome, JobKind, JobState, Task};
 use proto::message::{ClusterOffer, RepositoryAway, RepositoryLook};
 use proto::proof::CheckOutcome;
-use proto::{BackupId, BackupKind, ClusterName, Heartbeat};
+use proto::{BackupId, BackupKind, ClusterName, Heartbeat, ProofLevel};
 
 use crate::api::types::{BackupView, ClusterView, NobodyMay, ProofView, StatusView};
 use crate::api::view;
@@ -496,7 +496,9 @@ fn cluster_moment(known: &Known) -> ClusterMoment {
     let assertions_that = |outcome| telling.map_or(0, |row| row.proof.assertions_that(outcome));
     let proofs = [telling, proofs::other(&known.proofs)];
     let proofs = proofs.into_iter().flatten();
-    let proofs = proofs.filter_map(|row| Some((row.proof.at_ms, row.proof.proved()?)));
+    // Both of one proof: an alert compares them.
+    let proved = proofs.filter_map(|row| Some((row.proof.proved()?, row.proof.at_ms)));
+    let proved = proved.filter(|(level, _)| *level >= ProofLevel::L3).max();
     let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
     let facts = known.backup.as_ref().map(|backup| &backup.outcome);
     let waiting = known.cluster.wal.as_ref().and_then(|wal| wal.waiting);
@@ -515,8 +517,8 @@ fn cluster_moment(known: &Known) -> ClusterMoment {
         registered_s: known.cluster.registered_at_ms / 1_000,
         contact_s: known.cluster.seen_at_ms.unwrap_or(0) / 1_000,
         backup_s: facts.map_or(0, |facts| facts.stopped_at_ms / 1_000),
-        proof_s: proofs.clone().map(|(at_ms, _)| at_ms / 1_000).max().unwrap_or(0),
-        proof_level: proofs.map(|(_, level)| i64::from(level.number())).max().unwrap_or(0),
+        proof_s: proved.map_or(0, |(_, at_ms)| at_ms / 1_000),
+        proof_level: proved.map_or(0, |(level, _)| i64::from(level.number())),
         assertions_failed: number(assertions_that(CheckOutcome::Failed)),
         assertions_unasked: number(assertions_that(CheckOutcome::Skipped)),
         size_bytes: facts.map_or(0, |facts| number(facts.size_bytes)),

@@ -157,7 +157,7 @@ impl Undumped {
             format!("no backup of the whole cluster has {how}")
         } else {
             let age = span(now_ms.saturating_sub(backup.stopped_at_ms));
-            format!("the newest backup that has {how} is {age} old")
+            format!("the newest backup of the whole cluster is {age} old")
         };
         format!("{what} {names} could not be dumped, and {elsewhere}: {}", self.why)
     }
@@ -655,7 +655,7 @@ mod tests {
             (
                 |f| f.undumped = Some(undumped(&["shop"])),
                 AtRisk,
-                "database shop could not be dumped, and the newest backup that has it is 2 d old: pg_dump failed",
+                "database shop could not be dumped, and the newest backup of the whole cluster is 2 d old: pg_dump failed",
             ),
             (
                 |f| {

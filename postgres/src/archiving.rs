@@ -106,7 +106,7 @@ fn is_nothing(value: &str) -> bool {
     matches!(value, "" | DISABLED)
 }
 
-/// A value as it can be pasted into a settings file, or behind `ALTER SYSTEM SET name =`.
+/// A value as it can be pasted behind `ALTER SYSTEM SET name =`.
 pub fn quoted(value: &str) -> String {
     format!("'{}'", value.replace('\'', "''"))
 }

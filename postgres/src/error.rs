@@ -522,7 +522,7 @@ impl From<Error> for Failure {
                 told(
                     Code::ServerUnreachable,
                     Action::Retry,
-                    "The server is starting or stopping, or somebody ended this session: its log says which. It is tried again.",
+                    "The server is starting or stopping, or somebody ended this session: its log says which. A job is tried again.",
                 )
             }
             Error::Unreachable { .. } => told(

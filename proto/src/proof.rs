@@ -138,6 +138,9 @@ pub struct Proof {
     /// What was asserted, and what came of it, where L6 was asked for: none when the proof did not come that far.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub assertions: Option<Vec<ProofAssertion>>,
+    /// Databases of the cluster that could not be dumped: whatever is proved of the backup says nothing of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lacks: Vec<String>,
 }
 
 /// Archived WAL that a restored server could not replay.
@@ -206,6 +209,7 @@ impl Proof {
             broken_wal: None,
             heartbeat_at_ms: None,
             assertions: (level_asked == ProofLevel::L6).then(Vec::new),
+            lacks: Vec::new(),
         }
     }
 

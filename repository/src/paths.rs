@@ -85,8 +85,8 @@ pub fn servers_around(path: &Path) -> io::Result<Option<Servers>> {
     }))
 }
 
-/// The directory of the server with this data directory in which a path is or would be. Where its tablespaces and its log are is told by
-/// the links there.
+/// The directory of the server with this data directory in which a path is or would be. Where its tablespaces are is told by the links
+/// there.
 pub fn in_server(path: &Path, data: &Path) -> io::Result<Option<Servers>> {
     if lies(path, data)? == Lies::Inside {
         return Ok(Some(Servers::Data(resolved(data)?)));

@@ -93,8 +93,8 @@ impl Repository {
         self.write_forget(lineage, backup, wish).await
     }
 
-    /// A database that a backup has, a later one was to have and could not dump, and no later one has that stays. One that dumped
-    /// all there was, without it, says that it exists no more.
+    /// A database that a backup has, a later one was to have and could not dump, or left out, and no later one has that stays. One that
+    /// dumped all there was, without it, says that it exists no more.
     async fn only_here(
         &self,
         lineage: LineageId,
@@ -113,16 +113,16 @@ impl Repository {
                 continue;
             }
             let only = facts.databases.into_iter().map(|dump| dump.database).find(|database| {
-                // Newest first: the first that says something of it has the word.
-                let says = |facts: &LogicalFacts| {
-                    let failed = facts.failed.iter().any(|failed| failed.database == *database);
-                    match (facts.has(database), failed) {
-                        (true, _) => Some(false),
-                        (_, true) => Some(true),
-                        _ => (facts.left_out == Some(0)).then_some(false),
-                    }
+                // Newest first: one that left nothing out has the word, and where those that could not dump it are forgotten themselves,
+                // one that leaves something out may leave out this.
+                let is_over =
+                    later.iter().any(|facts| facts.left_out == Some(0) && facts.failed.is_empty());
+                let is_missed = |facts: &LogicalFacts| {
+                    facts.left_out != Some(0)
+                        || facts.failed.iter().any(|failed| failed.database == *database)
                 };
-                later.iter().find_map(says).unwrap_or(false)
+                !is_over
+                    && later.iter().any(is_missed)
                     && !later.iter().any(|facts| facts.has(database))
             });
             return Ok(only);

@@ -527,6 +527,7 @@ fn whole_proof() -> proto::Proof {
             answer: text(),
             duration_ms: 1,
         }]),
+        lacks: vec![text()],
     }
 }
 

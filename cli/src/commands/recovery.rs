@@ -170,8 +170,8 @@ pub(crate) async fn behind_gap(client: &Client, view: &ClusterView) -> Option<Be
 fn behind(backups: &[BackupView], wal: &WalStanding, broken: &[BrokenStretch]) -> Option<Behind> {
     let leading = |view: &&BackupView| end(view).is_some_and(|(_, end)| leads_on(&end, wal));
     let is_proved = |view: &BackupView| {
-        let proof = view.proof.as_ref().map(|proof| &proof.record);
-        proof.is_some_and(|proof| proof.passed && proof.level() >= Some(ProofLevel::L3))
+        let mut proofs = view.proof.iter().chain(&view.other_proof);
+        proofs.any(|proof| proof.record.proved() >= Some(ProofLevel::L3))
     };
     let ends: Vec<_> = backups.iter().filter_map(end).collect();
     let mut windows = known_windows(&ends, Some(wal), broken);

@@ -196,9 +196,9 @@ pub(crate) async fn lost_before(
     let missing: Vec<_> = between.filter(|segment| !archive.has(*segment, size)).collect();
     let (Some(first), Some(last)) = (missing.first(), missing.last()) else { return Ok(None) };
     let recoverable_to_ms = if reach.to > facts.stop_lsn {
-        let looked =
-            newest_end(repository, lineage, &facts, &way, reach.to, LOOKED_INTO_MAX).await?;
-        looked.map(jiff::Timestamp::as_millisecond)
+        // Only words are lost where that cannot be read.
+        let looked = newest_end(repository, lineage, &facts, &way, reach.to, LOOKED_INTO_MAX).await;
+        looked.ok().flatten().map(jiff::Timestamp::as_millisecond)
     } else {
         Some(facts.stopped_at_ms)
     };

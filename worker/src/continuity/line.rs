@@ -106,14 +106,19 @@ impl Line {
     /// Leaves out a segment, and what lies before it: it is not there, whatever is there of its name.
     pub(super) fn begin_behind(&mut self, segment: Segment) {
         let (from, to) = (segment.start(self.segment_size), segment.end(self.segment_size));
-        self.gaps.push(WalGap {
-            segment: segment.name(self.segment_size),
-            segment_bytes: self.segment_size,
-            line_from: self.from,
-            from,
-            to,
-            last_end: None,
-        });
+        match self.gaps.last_mut() {
+            Some(last) if last.to == from => last.to = to,
+            _ => self.gaps.push(WalGap {
+                segment: segment.name(self.segment_size),
+                segment_bytes: self.segment_size,
+                line_from: self.from,
+                from,
+                to,
+                last_end: None,
+            }),
+        }
+        let above = self.gaps.len().saturating_sub(GAPS_MAX);
+        self.gaps.drain(..above);
         self.from = to;
         self.to = self.to.max(self.from);
         self.missing = Some(segment);

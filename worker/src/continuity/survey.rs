@@ -19,6 +19,8 @@ use crate::recovering;
 
 /// How long one may take.
 const SURVEY_MAX: Duration = Duration::from_mins(10);
+/// So long the segments before gaps are looked into, beside that.
+const ENDS_MAX: Duration = Duration::from_secs(30);
 /// A survey is paid for with this many times its duration without one.
 const REST: i64 = 20;
 /// A timeline costs two questions more, which cost about as much as so many names in a list.
@@ -94,12 +96,16 @@ impl Surveys {
         let task = tokio::spawn(async move {
             let _one_of_few = few.acquire().await;
             let began = Seen::now();
-            let surveyed = tokio::time::timeout(SURVEY_MAX, survey(&repository, &asked)).await;
-            let found = surveyed.unwrap_or_else(|_| {
+            let surveyed =
+                tokio::time::timeout(SURVEY_MAX, survey(&repository, &asked, began)).await;
+            let surveyed = surveyed.unwrap_or_else(|_| {
                 let message = format!("the archive is not listed after {} s", SURVEY_MAX.as_secs());
                 Err(Failure::new(Code::DeadlineExceeded, Action::Retry, message))
             });
-            (found, began.age_ms(Seen::now()))
+            match surveyed {
+                Ok((found, listed_ms)) => (Ok(found), listed_ms),
+                Err(failure) => (Err(failure), began.age_ms(Seen::now())),
+            }
         });
         self.running = Some(Running { task: AbortOnDropHandle::new(task), known_to });
     }
@@ -127,11 +133,19 @@ impl Surveys {
     }
 }
 
-async fn survey(repository: &Repository, asked: &Asked) -> Result<Found, Failure> {
+/// What there is, and how long it took to list it, milliseconds.
+async fn survey(
+    repository: &Repository,
+    asked: &Asked,
+    began: Seen,
+) -> Result<(Found, i64), Failure> {
     let Asked { cluster, server, timeline, lsn, .. } = asked;
     let mut lineages = repository.lineages_of(BackupKind::Physical, cluster, *server).await?;
-    let Some(newest) = lineages.pop() else { return Ok(Found::default()) };
+    let Some(newest) = lineages.pop() else {
+        return Ok((Found::default(), began.age_ms(Seen::now())));
+    };
     let archive = repository.list_wal(newest.lineage).await?;
+    let listed_ms = began.age_ms(Seen::now());
     let refused = archive.conflicts.iter().filter_map(|file| match file {
         WalFileName::Segment(name) if name.timeline == *timeline => Some(*name),
         _ => None,
@@ -140,29 +154,39 @@ async fn survey(repository: &Repository, asked: &Asked) -> Result<Found, Failure
     let mut ends = Ends::new();
     if let Some(line) = &mut line {
         let way = line.way(&archive);
-        for gap in &mut line.gaps {
-            let looked = if let Some(known) = asked.ends.get(&gap.from) {
-                Ok(*known)
-            } else {
-                let (lineage, between) = (newest.lineage, (gap.line_from, gap.from));
-                last_end(repository, lineage, asked.major, &way, between).await
-            };
-            match looked {
-                Ok(end) => {
-                    gap.last_end = end;
-                    ends.insert(gap.from, end);
+        let looking = async {
+            for gap in &mut line.gaps {
+                let looked = if let Some(known) = asked.ends.get(&gap.from) {
+                    Ok(*known)
+                } else {
+                    let (lineage, between) = (newest.lineage, (gap.line_from, gap.from));
+                    last_end(repository, lineage, asked.major, &way, between).await
+                };
+                match looked {
+                    Ok(end) => {
+                        gap.last_end = end;
+                        ends.insert(gap.from, end);
+                    }
+                    // It is asked again with the next list.
+                    Err(failure) => tracing::debug!("The end before a gap is not known: {failure}"),
                 }
-                // It is asked again with the next list.
-                Err(failure) => tracing::debug!("The end before a gap is not known: {failure}"),
             }
+        };
+        // These are words beside what was found: segments may be large, and a store slow. The rest has its turn with the next list.
+        if tokio::time::timeout(ENDS_MAX, looking).await.is_err() {
+            tracing::debug!(
+                "The ends before gaps are not all known after {} s",
+                ENDS_MAX.as_secs()
+            );
         }
     }
-    Ok(Found {
+    let found = Found {
         line,
         refused: refused.collect(),
         files: archive.objects + FILES_OF_A_TIMELINE * archive.timelines.len() as u64,
         ends,
-    })
+    };
+    Ok((found, listed_ms))
 }
 
 /// The last end of a transaction between two positions, if the last few segments have one. What is damaged has none.

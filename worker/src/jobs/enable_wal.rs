@@ -214,7 +214,10 @@ async fn see(
             let after_ms = u64::try_from(ended.elapsed().as_millis()).unwrap_or(u64::MAX);
             let lineage = identity.lineage;
             // A server archives its segments in their order, so what is missing now was given to somebody else.
-            let lost = lost_before(&repository, lineage, segment).await?;
+            let lost = lost_before(&repository, lineage, segment).await.unwrap_or_else(|failure| {
+                tracing::warn!("What was lost before it cannot be told: {failure}");
+                None
+            });
             return Ok((SeenSegment { segment, lineage, after_ms }, lost));
         }
         pause(cx).await?;

@@ -180,6 +180,12 @@ pub async fn prove_to(
         broken_wal: findings.broken_wal,
         heartbeat_at_ms: findings.heartbeat_at_ms,
         assertions: (level == ProofLevel::L6).then_some(findings.assertions),
+        lacks: facts
+            .logical
+            .iter()
+            .flat_map(|logical| &logical.failed)
+            .map(|one| one.database.to_string())
+            .collect(),
         ..Proof::of(backup.id(), backup.lineage(), cluster, system_identifier, worker, level)
     })
 }
@@ -557,8 +563,13 @@ pub fn sentence(proof: &Proof) -> String {
         0 => String::new(),
         n => format!(", {} could not be asked", count(n, "assertion")),
     };
+    let without = match proof.lacks.as_slice() {
+        [] => String::new(),
+        [one] => format!(" without database {one}"),
+        several => format!(" without databases {}", several.join(", ")),
+    };
     let mut said = format!(
-        "{} is PROVED ({level}{moment}){less}: restored{replayed} in {took}, {}, {} {what}{asserted}{unasked}{heartbeat}",
+        "{}{without} is PROVED ({level}{moment}){less}: restored{replayed} in {took}, {}, {} {what}{asserted}{unasked}{heartbeat}",
         proof.cluster,
         count(proof.tables, "table"),
         count(proof.rows, "row")

@@ -41,6 +41,8 @@ pub(super) struct Search<'a> {
     left: usize,
     /// What is damaged counts as what cannot be looked into.
     rehearses: bool,
+    /// A segment was damaged, and taken for one that is not there.
+    met_damage: bool,
     looked: Vec<Looked>,
 }
 
@@ -52,7 +54,7 @@ impl<'a> Search<'a> {
     /// In the log of a server of a major version.
     pub(super) fn of_version(repository: &'a Repository, lineage: LineageId, major: u32) -> Self {
         let (left, looked) = (SEGMENTS_MAX, Vec::new());
-        Self { repository, lineage, major, left, rehearses: false, looked }
+        Self { repository, lineage, major, left, rehearses: false, met_damage: false, looked }
     }
 
     /// The same, where a damaged segment is no error.
@@ -144,7 +146,7 @@ impl<'a> Search<'a> {
             let is_exhausted = self.is_exhausted();
             let Some(said) = self.look(way, number, last_number(way, to)).await? else {
                 // What only the backup brought along ends where it does: nothing behind it is in there.
-                if number == first && !is_exhausted {
+                if number == first && !is_exhausted && !self.met_damage {
                     break;
                 }
                 return Ok(Found::Unknown);
@@ -188,7 +190,7 @@ impl<'a> Search<'a> {
             let is_exhausted = self.is_exhausted();
             let Some(said) = self.look(way, number, last_number(way, to)).await? else {
                 // What only the backup brought along ends where it does: nothing behind it is in there.
-                if number == first && !is_exhausted {
+                if number == first && !is_exhausted && !self.met_damage {
                     break;
                 }
                 return Ok(None);
@@ -246,11 +248,14 @@ impl<'a> Search<'a> {
         }
     }
 
-    async fn fetch(&self, way: &Way, number: u64) -> Result<Option<Bytes>, Failure> {
+    async fn fetch(&mut self, way: &Way, number: u64) -> Result<Option<Bytes>, Failure> {
         let name = way.segment(number).name(way.segment_size());
         let fetched = self.repository.fetch_wal(self.lineage, &WalFileName::Segment(name)).await;
         match fetched.map_err(Failure::from) {
-            Err(failure) if self.rehearses && failure.code == Code::ObjectDamaged => Ok(None),
+            Err(failure) if self.rehearses && failure.code == Code::ObjectDamaged => {
+                self.met_damage = true;
+                Ok(None)
+            }
             fetched => fetched,
         }
     }

@@ -92,7 +92,7 @@ pub(super) async fn ready(
     Ok(Ready { server, files, settings, settings_files, lag_s })
 }
 
-/// A repository inside the data directory, or a tablespace, would be lost with it, and each backup would hold those before it.
+/// A repository inside the data directory, or inside what the server has in a tablespace, would be lost with it, and each backup would hold those before it.
 async fn refuse_inside(
     files: &Arc<dyn ServerFiles>,
     repository: &Repository,
@@ -243,7 +243,7 @@ mod tests {
     async fn a_repository_inside_the_data_directory_or_a_tablespace_is_refused() {
         let place = tempfile::tempdir().unwrap();
         let at = |name: &str| place.path().join(name);
-        for directory in ["data/inside", "data/pg_tblspc", "space"] {
+        for directory in ["data/inside", "data/pg_tblspc", "space/PG_15_202209061"] {
             std::fs::create_dir_all(at(directory)).unwrap();
         }
         std::os::unix::fs::symlink(at("space"), at("data/pg_tblspc/16384")).unwrap();
@@ -255,7 +255,8 @@ mod tests {
             ("space-2", false),
             ("data/inside/x", true),
             ("alias/y", true),
-            ("space/repository", true),
+            ("space/repository", false),
+            ("space/PG_15_202209061/x", true),
         ] {
             let store = Arc::new(DirectoryStore::new(at(directory)));
             let options = InitOptions { encryption: Encryption::Off, now_ms: 1 };

@@ -5,19 +5,23 @@ use proto::{Action, Code, Failure};
 /// As much is kept of why a database is not in a backup.
 const WHY_CHARS_MAX: usize = 600;
 
-/// What an error has in it that does not lie in the database: it may pass by itself, or other databases have it as well.
-const OF_OTHERS: [&str; 11] = [
-    "lock timeout",
-    "canceling statement",
-    "terminating connection",
-    "closed the connection",
-    "connection to server",
-    "no connection to the server",
-    "could not receive data",
-    "could not send data",
-    "the database system is",
-    "too many clients",
-    "out of memory",
+/// What an error has in it that lies in one database, whatever is tried again: its catalog or its data contradict themselves, or what they
+/// name is not there. In English, as servers say it by default. Whatever else there is, and all of it in other languages, may pass by itself,
+/// or be of every database, and is never held against one: a table that was dropped meanwhile, a full disk, a lock, a lost connection, a
+/// right that is missing.
+const OF_ONE: [&str; 12] = [
+    "catalog is missing",
+    "invalid page in block",
+    "could not read block",
+    "could not access file",
+    "could not load library",
+    "could not access status of transaction",
+    "missing chunk number",
+    "unexpected chunk number",
+    "compressed pglz data is corrupt",
+    "compressed lz4 data is corrupt",
+    "invalid memory alloc request size",
+    "unrecognized",
 ];
 
 /// Whether a program that ended so cannot read this database, while it may read others: one that the server, or the program,
@@ -30,7 +34,7 @@ pub(super) fn is_of_database(error: &postgres::Error) -> bool {
     let postgres::Error::Program { outcome, output, .. } = error else { return false };
     outcome.starts_with("exit code")
         && output.contains("error: ")
-        && !OF_OTHERS.iter().any(|other| output.contains(other))
+        && OF_ONE.iter().any(|own| output.contains(own))
 }
 
 /// The failure of a program that ended badly while it did something to `what`.
@@ -81,6 +85,15 @@ mod tests {
             ),
             ("signal 9", "cache lookup failed for type 16390", false),
             ("exit code 1", "canceling statement due to lock timeout", false),
+            ("exit code 1", "relation \"public.t\" does not exist", false),
+            ("exit code 1", "cache lookup failed for type 16390", false),
+            (
+                "exit code 1",
+                "could not extend file \"base/5/16390\": No space left on device",
+                false,
+            ),
+            ("exit code 1", "permission denied for table t", false),
+            ("exit code 1", "ABBRUCH:  Abbruch der Anfrage wegen Zeitüberschreitung", false),
             ("exit code 1", "canceling statement due to conflict with recovery", false),
         ] {
             assert_eq!(
