@@ -78,9 +78,10 @@ async fn a_dump_is_ordered_taken_listed_and_loaded_into_another_server() -> anyh
     ensure!(plan.contains("restore into database postgres, which is there"), "{plan}");
     let (plan, of) = (fleet.expect(&[&load[..], &["--plan"]].concat())?, "of the whole cluster");
     let lines: Vec<&str> = plan.lines().collect();
+    let number = |grouped: &str| grouped.replace(',', "").parse::<u64>();
     let all = |line: &str, before: &str, after: &str| {
         let size = line.strip_prefix(before).and_then(|rest| rest.strip_suffix(after));
-        size.and_then(|size| size.parse::<u64>().ok()).is_some_and(|size| size > 100)
+        size.and_then(|size| number(size).ok()).is_some_and(|size| size > 100)
     };
     let [first, globals, postgres, shop] = lines[..] else { bail!("{of}: {plan}") };
     let whose = format!("restore logical backup {id} of orders (PostgreSQL 15.");
@@ -100,7 +101,7 @@ async fn a_dump_is_ordered_taken_listed_and_loaded_into_another_server() -> anyh
     let what = "create database shop, and restore into it schemas old \"stock\" with all that is in them, ";
     let bytes = part.strip_prefix(what).and_then(|rest| rest.strip_suffix(" bytes"));
     let bytes = bytes.and_then(|rest| rest.split_once(" of ")).context(plan.clone())?;
-    let (wanted, whole): (u64, u64) = (bytes.0.parse()?, bytes.1.parse()?);
+    let (wanted, whole): (u64, u64) = (number(bytes.0)?, number(bytes.1)?);
     ensure!(0 < wanted && wanted <= whole, "{of}: {plan}");
     ensure!(made == "create schema old \"stock\"", "{of}: {plan}");
     let rows = "SELECT count(*) FROM pg_class WHERE relname = 'items'";

@@ -44,15 +44,21 @@ struct Watched {
     refused: Mutex<Option<&'static str>>,
     /// Ends of keys.
     unreadable: Mutex<Vec<String>>,
-    /// How many small objects were put.
-    puts: watch::Sender<u64>,
+    /// How many small objects were put or deleted: whoever looks while one goes may see less than before and after.
+    changes: watch::Sender<u64>,
 }
 
 impl Watched {
     fn over(path: &Path) -> Arc<Self> {
         let inner = Arc::new(DirectoryStore::new(path));
-        let (unreadable, puts) = (Mutex::default(), watch::Sender::default());
-        Arc::new(Self { inner, asked: Arc::default(), refused: Mutex::default(), unreadable, puts })
+        let (unreadable, changes) = (Mutex::default(), watch::Sender::default());
+        Arc::new(Self {
+            inner,
+            asked: Arc::default(),
+            refused: Mutex::default(),
+            unreadable,
+            changes,
+        })
     }
 
     fn may_read(&self, key: &str) -> Result<(), StoreError> {
@@ -97,7 +103,7 @@ impl Layer for Watched {
         let length = bytes.len() as u64;
         self.inner.put(key, bytes).await?;
         self.asked.lock().unwrap().push(Asked::Stored(key.to_owned(), length));
-        self.puts.send_modify(|puts| *puts += 1);
+        self.changes.send_modify(|changes| *changes += 1);
         Ok(())
     }
     async fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError> {
@@ -106,7 +112,9 @@ impl Layer for Watched {
     }
     async fn delete(&self, key: &str) -> Result<(), StoreError> {
         self.asked.lock().unwrap().push(Asked::Deleted(key.to_owned()));
-        self.inner.delete(key).await
+        self.inner.delete(key).await?;
+        self.changes.send_modify(|changes| *changes += 1);
+        Ok(())
     }
 }
 
@@ -140,7 +148,7 @@ struct Checkpoints {
     runtime: Handle,
     /// To wait for.
     bytes: u64,
-    puts: watch::Receiver<u64>,
+    changes: watch::Receiver<u64>,
 }
 
 impl Checkpoints {
@@ -153,16 +161,16 @@ impl Checkpoints {
     async fn of(house: &House, more_bytes: u64) -> Self {
         let (repository, lineage) = (house.repository().clone(), house.bench.lineage);
         let bytes = Self::tell_of(&repository, lineage).await + more_bytes;
-        let puts = house.store.puts.subscribe();
-        Self { repository, lineage, runtime: Handle::current(), bytes, puts }
+        let changes = house.store.changes.subscribe();
+        Self { repository, lineage, runtime: Handle::current(), bytes, changes }
     }
 
     /// On a thread of a copy.
     fn wait(&self) {
-        let mut puts = self.puts.clone();
+        let mut changes = self.changes.clone();
         let told = async {
             while Self::tell_of(&self.repository, self.lineage).await < self.bytes {
-                puts.changed().await.unwrap();
+                changes.changed().await.unwrap();
             }
         };
         let told = async { tokio::time::timeout(Duration::from_mins(1), told).await };
