@@ -194,12 +194,12 @@ fn replace(object: &Path, bytes: &[u8]) -> anyhow::Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_moment_for_which_nobody_could_look_blames_no_backup() -> anyhow::Result<()> {
+async fn a_moment_behind_a_segment_that_only_the_backup_has_blames_no_backup() -> anyhow::Result<()>
+{
     let (server, _vhost, mut fleet) = archiving(&["orders"]).await?;
     fleet.start_worker(&WorkerSetup::of("w1", "orders", server.url()))?;
     fleet.expect(&["backup", "orders", "--wait"])?;
-    // Only the backup itself has its last segment, and in what follows no transaction ends: nobody can see whether one does
-    // after a moment.
+    // Only the backup itself has its last segment, which ends where it does, and in what follows no transaction ends.
     let view = orders(&fleet)?;
     let lineage = view["backup"]["facts"]["lineage"].as_str().context("a lineage")?;
     let next = server.text("SELECT pg_walfile_name(pg_current_wal_insert_lsn())").await?;
@@ -213,7 +213,7 @@ async fn a_moment_for_which_nobody_could_look_blames_no_backup() -> anyhow::Resu
             std::fs::remove_file(entry.path())?;
         }
     }
-    refused(&fleet, &["--to", "2100-01-01T00:00:00Z"], "the target was not found")?;
+    refused(&fleet, &["--to", "2100-01-01T00:00:00Z"], "no transaction that ended later is there")?;
     let view = orders(&fleet)?;
     ensure!(view["state"] == "TAKEN" && view["backup"]["proof"].is_null(), "{view}");
     fleet.expect(&["verify", "orders", "--to", "latest", "--wait"])?;
