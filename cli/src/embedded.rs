@@ -152,7 +152,16 @@ async fn make_repository(home: &Path) -> Result<bool, Failure> {
         return Ok(false);
     }
     let url = url_in(home);
-    let sheet = init_repository(&url, &key, None, false).await?;
+    let sheet = init_repository(&url, &key, None, false).await.map_err(|failure| {
+        if failure.code != Code::RepositoryExists {
+            return failure;
+        }
+        let what = format!("the repository {url} is there, and its key {} is not", key.display());
+        Failure::new(Code::RepositoryExists, Action::FixConfig, what).with_hint(
+            "Without its key nobody can read it. Put the file back from where you keep it, or write its line that begins with pgmuster-key-1 \
+             from the recovery sheet into it; or begin anew in another directory with --home.",
+        )
+    })?;
     write_secret(&home.join("recovery-sheet.txt"), sheet.as_bytes())?;
     Ok(true)
 }

@@ -85,7 +85,11 @@ fn identify(directory: &Path) -> Result<SystemIdentifier, Failure> {
         Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
             let reason =
                 format!("it is not empty and no data directory: it has no {CONTROL_FILE_PATH}");
-            return Err(refused(directory, &reason));
+            // What is left of a directory may be anybody's.
+            return Err(refused(directory, &reason).with_hint(
+                "Nothing was changed. With --delta, a target is empty or the stopped data directory of the backup's own cluster, and nothing \
+                 says whose this is: move it out of the way and restore into an empty directory.",
+            ));
         }
         Err(error) => return Err(refused(directory, &error.to_string())),
     }

@@ -207,7 +207,8 @@ fn gap(gap: &WalGap) -> Gap {
 fn unrecoverable(gap: &Gap, windows: &[Window]) -> (Option<i64>, Option<i64>) {
     let before = windows.iter().filter(|window| window.to <= gap.from);
     let newest = before.max_by_key(|window| (window.to, window.to_at_ms));
-    let behind = windows.iter().filter(|window| window.from >= gap.to);
+    // A backup that begins in what is missing brings its own WAL along, and may end in there, too.
+    let behind = windows.iter().filter(|window| window.from > gap.from);
     (newest.and_then(|window| window.to_at_ms), behind.map(|window| window.from_at_ms).min())
 }
 
