@@ -13,6 +13,7 @@ use house::{
 };
 use postgres::instance::{Instance, InstanceOptions};
 use postgres::{Environment, Target, binaries::Binaries, quote};
+use proto::words::grouped;
 use proto::{Action, BackupKind, Code, DatabaseName, Failure};
 use repository::{Outcome, Pin, Wish};
 use worker::engines::pg_dump::{LoadOutcome, LoadRequest, load, plan};
@@ -321,9 +322,9 @@ async fn a_part_comes_back_with_all_that_is_its_own(major: u32) {
             // A partitioned table is its partitions; only what is wanted is read of the dump.
             let done = load_into(&house, &url, part(&["public"], &["sale"], 1)).await.unwrap();
             assert_eq!(number(&shop, "SELECT count(*) FROM public.sale").await, 500, "{case}");
-            let read = format!("{} of ", done.size_bytes);
+            let read = format!("{} of ", grouped(done.size_bytes));
             assert!(done.plan.iter().any(|line| line.contains(&read)), "{:#?}", done.plan);
-            let whole = format!("{read}{} bytes", done.size_bytes);
+            let whole = format!("{read}{} bytes", grouped(done.size_bytes));
             assert!(!done.plan.iter().any(|line| line.contains(&whole)), "{:#?}", done.plan);
         }
         run_sql(&url, "DROP DATABASE \"the shop's\"").await;

@@ -732,7 +732,7 @@ async fn beside_the_source(major: u32) {
     let told = said(&refused);
     assert!(!refused.status.success() && told.contains("RECOVERY_TARGET_MISSED"), "{told}");
     assert!(told.contains("would remove the files"), "{told}");
-    let before_it = told.split_once("restore --to ").unwrap().1.split(' ').next().unwrap();
+    let before_it = told.split_once("restore … --to ").unwrap().1.split(' ').next().unwrap();
     assert!(!into.join("postmaster.pid").exists(), "it still runs");
     assert_eq!(files(), there);
     world.house.sql("CHECKPOINT").await;

@@ -326,13 +326,6 @@ impl Planner<'_> {
                 return Ok(Err(refusal));
             }
         };
-        let older = if asks || self.rehearses {
-            self.before_parting(&candidate, &aim, search).await?
-        } else {
-            None
-        };
-        let (candidate, reach, mut aim) = older.unwrap_or((candidate, reach, aim));
-        let timeline = candidate.way.timeline();
         let mut not_taken = Vec::new();
         // The end of a backup is common to all that leads on from it.
         if self.recovery.to != RecoveryTarget::Immediate {
@@ -348,6 +341,13 @@ impl Planner<'_> {
             }
             not_taken.extend(branches.iter().map(Branch::told));
         }
+        // Which timeline is meant is plain now; some of its moments are reached along an older one only.
+        let older = if asks || self.rehearses {
+            self.before_parting(&candidate, &aim, search).await?
+        } else {
+            None
+        };
+        let (candidate, reach, mut aim) = older.unwrap_or((candidate, reach, aim));
         let is_alone = reach.to <= candidate.facts.stop_lsn;
         if self.recovery.to == RecoveryTarget::Latest && !self.recovery.standby && is_alone {
             not_taken.push(words::nothing_behind(candidate.id, &candidate.facts));
