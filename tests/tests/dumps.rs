@@ -259,7 +259,7 @@ async fn a_database_that_cannot_be_dumped_is_told_until_a_dump_has_it_again() ->
     let judged = fleet.json(&["cluster", "show", "orders", "-o", "json"])?;
     let reason = judged["reason"].as_str().unwrap_or_default();
     ensure!(judged["state"] == "AT_RISK", "{judged}");
-    ensure!(reason.contains("the newest backup that has it is "), "{judged}");
+    ensure!(reason.contains("the newest backup of the whole cluster is "), "{judged}");
     cluster.run("DROP DATABASE shop").await?;
     fleet.expect(&dump)?;
     let judged = fleet.json(&["cluster", "show", "orders", "-o", "json"])?;
