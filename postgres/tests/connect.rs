@@ -403,11 +403,13 @@ async fn restarted(major: u32) {
     let (session, other) =
         (open(&server.target("postgres")).await, server.session("postgres").await);
     let end = format!("SELECT pg_terminate_backend({})", session.backend_pid());
-    let sleep = session.run("sleep", "SELECT pg_sleep(60)");
-    let (slept, _) = tokio::join!(sleep, other.query("end it", &end, &[]));
-    let failure = Failure::from(slept.unwrap_err());
+    let lock = "SELECT pg_advisory_lock(1)";
+    other.run("lock", lock).await.unwrap();
+    let waits = session.run("wait for a lock", lock);
+    let (waited, _) = tokio::join!(waits, other.query("end it", &end, &[]));
+    let failure = Failure::from(waited.unwrap_err());
     assert_eq!((failure.code, failure.action), (Code::ServerUnreachable, Action::Retry));
-    assert!(failure.message.contains("sleep"), "{failure}");
+    assert!(failure.message.contains("wait for a lock"), "{failure}");
 }
 
 /// A certificate authority with a certificate for `localhost`, and another authority that signed nothing.
